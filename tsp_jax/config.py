@@ -1,0 +1,210 @@
+"""What a run is: frozen, keyword-only dataclasses. No arrays, no jax.
+
+Every field is a command-line flag of the scripts (``--model.d-model 512``). Values that no layout or machine could
+make right are refused here; whether a configuration fits a mesh is asked of `tsp_jax.layout.check_fits`.
+"""
+
+import dataclasses
+from typing import Literal
+
+from tsp_jax.errors import ConfigError
+
+Activation = Literal["silu", "gelu"]
+AttentionMovement = Literal["gather", "broadcast"]
+Movement = Literal["gather", "ring"]
+Order = Literal["zigzag", "contiguous"]
+Remat = Literal["none", "full", "save_attention"]
+DType = Literal["float32", "bfloat16"]
+
+
+def _positive(owner: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not value > 0:
+            raise ConfigError(f"{owner}{name}={value} must be positive; use {1 if isinstance(value, int) else 1.0}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder: Llama-like as it stands, Qwen3-like with ``qk_norm=True``."""
+
+    vocab_size: int
+    """V, rows of the embedding"""
+    d_model: int
+    """D, width of the residual stream"""
+    num_layers: int
+    """L, decoder layers"""
+    num_heads: int
+    """N, query heads"""
+    num_kv_heads: int
+    """K, key/value heads; divides num_heads"""
+    head_dim: int
+    """H, size of one head; need not be D / N"""
+    d_ff: int
+    """F, hidden width of the gated MLP"""
+    activation: Activation = "silu"
+    """gate's activation: silu is SwiGLU, gelu is GeGLU"""
+    qk_norm: bool = False
+    """RMSNorm over each query and key head before RoPE (Qwen3)"""
+    tie_embeddings: bool = False
+    """the output head is the embedding table"""
+    rope_theta: float = 10_000.0
+    """base of the rotary frequencies"""
+    norm_eps: float = 1e-5
+    """added to the mean square in every RMSNorm"""
+    init_std: float = 0.02
+    """standard deviation of the initial weights; residual outputs get it over sqrt(2 L)"""
+
+    def __post_init__(self):
+        sizes = "vocab_size d_model num_layers num_heads num_kv_heads head_dim d_ff rope_theta norm_eps init_std"
+        _positive("model.", self, *sizes.split())
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}; "
+                f"use model.num_heads={-(-self.num_heads // self.num_kv_heads) * self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"model.head_dim={self.head_dim} is odd, RoPE rotates pairs; use model.head_dim={self.head_dim + 1}"
+            )
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the logical model (no head padding)."""
+        heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.d_model
+        layer = heads + 3 * self.d_ff * self.d_model + 2 * self.d_model + 2 * self.head_dim * self.qk_norm
+        tables = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
+        return self.num_layers * layer + tables + self.d_model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """How weights travel past tokens, and the pieces that bound memory.
+
+    Numbers of buckets are upper bounds: each op uses the largest divisor of its local dimension that does not exceed
+    them, so that one configuration serves every mesh. Layouts with `Layout.whole_weights` use one bucket.
+    """
+
+    attention_movement: AttentionMovement = "gather"
+    """gather: one slice of every rank's heads at a time; broadcast: one rank's heads at a time (the paper's)"""
+    attention_buckets: int = 4
+    """pieces that a rank's query heads are cut into"""
+    mlp_movement: Movement = "gather"
+    """gather: one slice of every rank's columns at a time; ring: one rank's columns at a time (the paper's)"""
+    mlp_buckets: int = 4
+    """pieces that a rank's FFN columns are cut into (gather)"""
+    vocab_movement: Movement = "gather"
+    """movement of embedding rows and output head"""
+    vocab_buckets: int = 8
+    """pieces that a rank's vocabulary rows are cut into (gather)"""
+    unroll: bool = False
+    """unroll the loop over pieces, so that a scheduler may overlap their messages; False scans"""
+    query_block: int = 512
+    """query tokens in one block of blockwise attention"""
+    key_block: int = 512
+    """key tokens in one block of blockwise attention"""
+    grad_dtype: DType = "float32"
+    """dtype in which weight gradients travel to their owner"""
+
+    def __post_init__(self):
+        _positive("stream.", self, "attention_buckets", "mlp_buckets", "vocab_buckets", "query_block", "key_block")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text, and how it is cut into sequences."""
+
+    files: str = ""
+    """glob of text files, or of .npy files of token ids; empty: the Python standard library's sources"""
+    cache_dir: str = ""
+    """where tokenized corpora are kept; empty: $XDG_CACHE_HOME/tsp_jax or ~/.cache/tsp_jax"""
+    order: Order = "zigzag"
+    """order of tokens over the ranks: zigzag balances causal attention"""
+    prefetch: int = 2
+    """batches prepared ahead on the host"""
+
+    def __post_init__(self):
+        _positive("data.", self, "prefetch")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, warm-up and cosine decay, global-norm clipping."""
+
+    learning_rate: float = 3e-4
+    """peak learning rate"""
+    warmup_steps: int = 100
+    """steps of linear warm-up from 0"""
+    final_fraction: float = 0.1
+    """learning rate after the last step, as a fraction of the peak"""
+    b1: float = 0.9
+    """decay of the first moment"""
+    b2: float = 0.95
+    """decay of the second moment"""
+    eps: float = 1e-8
+    """added to the root of the second moment"""
+    weight_decay: float = 0.1
+    """decoupled weight decay of matrices (not of norm scales)"""
+    clip_norm: float = 1.0
+    """largest global norm of the gradient"""
+    zero1: bool = False
+    """shard the optimizer state over the data axis too"""
+
+    def __post_init__(self):
+        _positive("optimizer.", self, "learning_rate", "eps", "clip_norm")
+        for name in ("warmup_steps", "weight_decay", "final_fraction"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must not be negative; use 0")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1); use 0.9")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run. `configs/` holds one file for each."""
+
+    model: ModelConfig
+    stream: StreamConfig = StreamConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    layout: str = "tsp"
+    """single, tp, sp, tp_sp, tsp or fsdp_cp"""
+    mesh: str = ""
+    """axis sizes, such as data=1,tsp=8; empty: every device on the layout's own axes"""
+    cpu_devices: int = 0
+    """run on this many virtual CPU devices; 0: on the devices there are"""
+    steps: int
+    """optimizer steps of the whole run; the learning rate's schedule ends here"""
+    batch: int
+    """sequences in one optimizer step, over all replicas"""
+    seq_len: int
+    """S, tokens in one sequence"""
+    accumulate: int = 1
+    """micro-batches that one step's batch is cut into"""
+    compute_dtype: DType = "bfloat16"
+    """dtype of activations and streamed weights; master weights are float32"""
+    remat: Remat = "full"
+    """what backward recomputes: none, full (all but the residual stream), save_attention (all but attention)"""
+    z_loss: float = 0.0
+    """weight of the squared log-partition in the loss"""
+    seed: int = 0
+    """of initial weights and of the order of data"""
+    workdir: str = "runs/default"
+    """metrics.jsonl, loss.png, checkpoints/ and config.json go here; a run found here is resumed"""
+    checkpoint_every: int = 0
+    """steps between checkpoints; 0: only after the last step"""
+    keep_checkpoints: int = 3
+    """newest checkpoints kept"""
+    eval_every: int = 0
+    """steps between evaluations on held-out files; 0: only after the last step"""
+    eval_batches: int = 8
+    """batches in one evaluation"""
+
+    def __post_init__(self):
+        _positive("", self, "steps", "batch", "seq_len", "accumulate", "keep_checkpoints", "eval_batches")
+        for name in ("cpu_devices", "z_loss", "seed", "checkpoint_every", "eval_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative; use 0")
+        if not self.workdir:
+            raise ConfigError("workdir='' is empty; use --workdir runs/default")

@@ -1,0 +1,262 @@
+"""Which mesh axes shard which logical dimension, and all that follows from it. The only home of axis names.
+
+Let W be the axes that shard a weight's dimension (heads, mlp, vocab) and Q those that shard the sequence. Then
+axes in W and Q are *folded*: weights move past tokens; axes in W alone are *tensor* axes: partial outputs are summed;
+axes in Q exchange keys and values. TP, SP, TP+SP, FSDP+CP and TSP are rows of one table.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tsp_jax.config import Config
+from tsp_jax.errors import ConfigError
+
+AxisNames = tuple[str, ...]
+WEIGHT_DIMS = ("heads", "mlp", "vocab")
+
+
+class Axes(NamedTuple):
+    """What one op does with each mesh axis; an empty tuple means nothing to do."""
+
+    folded: AxisNames = ()
+    """shard weights and tokens: weights move past tokens"""
+    tensor: AxisNames = ()
+    """shard weights only: partial outputs are summed"""
+    sequence: AxisNames = ()
+    """shard tokens: keys and values are gathered over them"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A row of the table: logical dimension -> mesh axis names."""
+
+    name: str
+    batch: AxisNames = ("data",)
+    sequence: AxisNames = ()
+    heads: AxisNames = ()
+    mlp: AxisNames = ()
+    vocab: AxisNames = ()
+    whole_weights: bool = False
+    """gather each op's weights at once instead of bucket by bucket (ZeRO-3 / FSDP over the context axis)"""
+
+    def __post_init__(self):
+        for dim in WEIGHT_DIMS:
+            names = getattr(self, dim)
+            if len({*names, *self.batch}) < len(names) + len(self.batch):
+                raise ConfigError(f"layout {self.name}: {dim}={names} uses an axis twice, or one of batch={self.batch}")
+            axes = self.axes(dim)
+            if names != axes.tensor + axes.folded:
+                raise ConfigError(
+                    f"layout {self.name}: {dim}={names} must name tensor axes before folded ones; "
+                    f"use {axes.tensor + axes.folded}"
+                )
+
+    def axes(self, dim: str) -> Axes:
+        """The roles of mesh axes in an op whose weights are sharded along `dim` (heads, mlp or vocab)."""
+        names = getattr(self, dim)
+        return Axes(
+            folded=tuple(name for name in names if name in self.sequence),
+            tensor=tuple(name for name in names if name not in self.sequence),
+            sequence=self.sequence,
+        )
+
+    def spec(self, *dims: str | None) -> PartitionSpec:
+        """PartitionSpec of an array whose dimensions are these logical ones (None: not sharded)."""
+        return PartitionSpec(*((getattr(self, dim) or None) if dim else None for dim in dims))
+
+    @property
+    def axis_names(self) -> AxisNames:
+        """Every mesh axis of the layout, batch first."""
+        return tuple(dict.fromkeys((*self.batch, *self.sequence, *self.heads, *self.mlp, *self.vocab)))
+
+
+def _weights(*names: str) -> dict[str, AxisNames]:
+    return dict.fromkeys(WEIGHT_DIMS, names)
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout(name="single"),
+        Layout(name="tp", **_weights("model")),
+        Layout(name="sp", sequence=("seq",)),
+        Layout(name="tp_sp", **_weights("model"), sequence=("seq",)),
+        Layout(name="tsp", **_weights("tsp"), sequence=("tsp",)),
+        Layout(name="fsdp_cp", **_weights("tsp"), sequence=("tsp",), whole_weights=True),
+    )
+}
+
+
+def get_layout(name: str) -> Layout:
+    """The preset of that name, or ConfigError."""
+    if name not in LAYOUTS:
+        raise ConfigError(f"layout={name} is unknown; use one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A layout on a mesh: sizes, specs and shardings of arrays, and the way to run per-device functions."""
+
+    layout: Layout
+    mesh: Mesh | AbstractMesh
+
+    def __post_init__(self):
+        missing = set(self.layout.axis_names) - set(self.mesh.axis_names)
+        if missing:
+            raise ConfigError(
+                f"mesh={dict(self.mesh.shape)} lacks {', '.join(sorted(missing))} of layout {self.layout.name}; "
+                f"use a mesh with {', '.join(self.layout.axis_names)}"
+            )
+
+    def size(self, dim: str) -> int:
+        """Shards of a logical dimension."""
+        return math.prod(self.mesh.shape[name] for name in getattr(self.layout, dim))
+
+    def sharding(self, *dims: str | None) -> NamedSharding:
+        """NamedSharding of an array whose dimensions are these logical ones."""
+        return NamedSharding(self.mesh, self.layout.spec(*dims))
+
+    def shard_map(self, fn, in_specs, out_specs):
+        """`fn` run once per device, on its slices."""
+        return jax.shard_map(fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+def parse_mesh(text: str, layout: Layout, num_devices: int) -> dict[str, int]:
+    """Axis sizes from ``data=1,tsp=8``; axes of the layout that are not named have size 1.
+
+    An empty text puts every device on the layout's own axes: all on one, or split as evenly as two allow.
+    """
+    if not text:
+        return _default_mesh(layout, num_devices)
+    sizes: dict[str, int] = {}
+    example = ",".join(f"{name}={1 if name in layout.batch else 2}" for name in layout.axis_names)
+    for item in text.split(","):
+        name, _, size = item.partition("=")
+        name = name.strip()
+        if not size.strip().isdecimal() or int(size) < 1:
+            raise ConfigError(f"mesh={text}: '{item}' is not axis=size; use, for example, --mesh {example}")
+        if name not in layout.axis_names:
+            known = ", ".join(layout.axis_names)
+            raise ConfigError(f"mesh={text}: layout {layout.name} has no axis '{name}', it has {known}; use {example}")
+        if name in sizes:
+            raise ConfigError(f"mesh={text}: axis '{name}' is named twice; use, for example, --mesh {example}")
+        sizes[name] = int(size)
+    return sizes | {name: 1 for name in layout.axis_names if name not in sizes}
+
+
+def _default_mesh(layout: Layout, num_devices: int) -> dict[str, int]:
+    own = [name for name in layout.axis_names if name not in layout.batch]
+    sizes = dict.fromkeys(layout.axis_names, 1)
+    if not own:
+        return sizes
+    first = num_devices
+    if len(own) > 1:
+        first = max(d for d in range(1, math.isqrt(num_devices) + 1) if num_devices % d == 0)
+    return sizes | {own[0]: first, own[-1]: num_devices // first if len(own) > 1 else first}
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of Auto axes over the first devices.
+
+    Args:
+      sizes: axis name -> size, outermost first.
+      devices: to choose from; all of `jax.devices()` if None.
+
+    Raises:
+      ConfigError: there are fewer devices than the mesh needs.
+    """
+    devices = list(jax.devices()) if devices is None else list(devices)
+    needed = math.prod(sizes.values())
+    if needed > len(devices):
+        text = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ConfigError(
+            f"mesh={text} needs {needed} devices, there are {len(devices)}; "
+            f"use a smaller mesh or --cpu-devices {needed}"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=devices[:needed],
+    )
+
+
+def place(layout: str | Layout, devices: Sequence[jax.Device] | None = None, **sizes: int) -> Placement:
+    """A preset (or a layout of one's own) on a mesh: ``place("tsp", data=1, tsp=8)``."""
+    layout = get_layout(layout) if isinstance(layout, str) else layout
+    text = ",".join(f"{name}={size}" for name, size in sizes.items())
+    available = jax.devices() if devices is None else devices
+    return Placement(layout, make_mesh(parse_mesh(text, layout, len(available)), devices))
+
+
+class Heads(NamedTuple):
+    """Slots for attention heads, padded so that every rank holds the same number.
+
+    Slot (k, g) is query head g of KV head k; real heads stand first along both. Rank p of R holds slots
+    [p, p + 1) * kv * group / R in row-major order; with fewer KV slots than ranks, several ranks share a KV head.
+    """
+
+    kv: int
+    """KV slots, real and padded"""
+    group: int
+    """query slots of each KV slot, real and padded"""
+    num_kv_heads: int
+    """K, real KV heads"""
+    real_group: int
+    """G = N / K, real query heads of a KV head"""
+    dim: int
+    """H, head size"""
+
+    @property
+    def query(self) -> int:
+        """Query slots."""
+        return self.kv * self.group
+
+    @property
+    def padded(self) -> bool:
+        """Whether any slot is not a real head."""
+        return (self.kv, self.group) != (self.num_kv_heads, self.real_group)
+
+
+def pad_heads(num_heads: int, num_kv_heads: int, head_dim: int, ranks: int) -> Heads:
+    """Fewest head slots that `ranks` ranks can share evenly.
+
+    KV slots are a multiple of the ranks, or divide them (then each KV head's columns are stored in equal parts by the
+    ranks that share it).
+    """
+    kv = num_kv_heads
+    while kv % ranks and (ranks % kv or head_dim % (ranks // kv)):
+        kv += 1
+    real_group = num_heads // num_kv_heads
+    sharing = max(1, ranks // kv)
+    group = -(-real_group // sharing) * sharing
+    return Heads(kv=kv, group=group, num_kv_heads=num_kv_heads, real_group=real_group, dim=head_dim)
+
+
+def _divides(field: str, value: int, ranks: int, axes: AxisNames, why: str = "") -> None:
+    if value % ranks:
+        use = -(-value // ranks) * ranks
+        over = f" over {','.join(axes)}" if axes else ""
+        raise ConfigError(f"{field}={value} is not divisible by {ranks}{over}{why}; use {use}")
+
+
+def check_fits(config: Config, layout: Layout, sizes: Mapping[str, int]) -> None:
+    """Raises ConfigError, with a value that works, where a configuration cannot be cut for a mesh."""
+
+    def shards(axes: AxisNames) -> int:
+        return math.prod(sizes[name] for name in axes)
+
+    ranks = shards(layout.sequence)
+    zigzag = config.data.order == "zigzag" and ranks > 1
+    why = " (two zigzag chunks a rank)" if zigzag else ""
+    _divides("seq_len", config.seq_len, ranks * (2 if zigzag else 1), layout.sequence, why)
+    _divides("model.d_ff", config.model.d_ff, shards(layout.mlp), layout.mlp)
+    _divides("model.vocab_size", config.model.vocab_size, shards(layout.vocab), layout.vocab)
+    why = f" (accumulate={config.accumulate})" if config.accumulate > 1 else ""
+    _divides("batch", config.batch, shards(layout.batch) * config.accumulate, layout.batch, why)

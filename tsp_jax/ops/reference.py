@@ -1,0 +1,79 @@
+"""The unsharded mathematics, plain: the executable specification of every op. Slow, and right by inspection.
+
+Weights are logical (no padding) and stored as everywhere, [rows, D]. Dims: B batch, T tokens, D model, F ffn, N query
+heads, K KV heads, G = N / K, H head, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from tsp_jax.ops.mlp import ACTIVATIONS
+from tsp_jax.ops.norm import rms_norm
+from tsp_jax.ops.rope import rope
+
+
+def mlp(x_BTD, w_gate_FD, w_up_FD, w_down_FD, activation="silu"):
+    """Gated MLP."""
+    return (ACTIVATIONS[activation](x_BTD @ w_gate_FD.T) * (x_BTD @ w_up_FD.T)) @ w_down_FD
+
+
+def softmax_attention(q_BTKGH, k_BSKH, v_BSKH, q_positions, k_positions, q_segments, k_segments):
+    """(out, lse) with every score written out."""
+    s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH) / jnp.sqrt(jnp.float32(q_BTKGH.shape[-1]))
+    causal_BTS = k_positions[:, None, :] <= q_positions[:, :, None]
+    allowed_BTS = causal_BTS & (k_segments[:, None, :] == q_segments[:, :, None])
+    s_BKGTS = jnp.where(allowed_BTS[:, None, None], s_BKGTS, -jnp.inf)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", jax.nn.softmax(s_BKGTS, axis=-1), v_BSKH)
+    return out, jnp.moveaxis(jax.nn.logsumexp(s_BKGTS, axis=-1), 3, 1)
+
+
+def attention(x_BTD, wq_NHD, wk_KHD, wv_KHD, wo_NHD, positions, segments, *, head_dim, theta, norms=None, eps=1e-6):
+    """Causal self-attention within segments; `norms`: q/k RMSNorm scales or None."""
+    B, T, _ = x_BTD.shape
+    q, k, v = ((x_BTD @ w.T).reshape(B, T, -1, head_dim) for w in (wq_NHD, wk_KHD, wv_KHD))
+    if norms is not None:
+        q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
+    q, k = rope(q, positions, theta), rope(k, positions, theta)
+    q_BTKGH = q.reshape(B, T, k.shape[2], -1, head_dim)
+    out, _ = softmax_attention(q_BTKGH, k, v, positions, positions, segments, segments)
+    return out.reshape(B, T, -1) @ wo_NHD
+
+
+def embed(ids_BT, table_VD):
+    """Rows of a table; an id outside gives zeros."""
+    inside = (ids_BT >= 0) & (ids_BT < table_VD.shape[0])
+    return jnp.where(inside[..., None], table_VD[jnp.where(inside, ids_BT, 0)], 0.0)
+
+
+def cross_entropy(x_BTD, table_VD, labels_BT):
+    """(nll, lse) of each token, 0 where the label is negative."""
+    logits_BTV = x_BTD @ table_VD.T
+    lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    label_BT = jnp.take_along_axis(logits_BTV, jnp.maximum(labels_BT, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(labels_BT >= 0, lse_BT - label_BT, 0.0), jnp.where(labels_BT >= 0, lse_BT, 0.0)
+
+
+def decoder_loss(params, tokens, labels, positions, segments, *, config, z_loss=0.0):
+    """Mean loss of a decoder over its real labels.
+
+    Args:
+      params: logical parameters as `tsp_jax.models.transformer.logical_params` gives them, layers stacked [L, ...].
+      tokens, labels, positions, segments: [B, T] int32.
+      config: `tsp_jax.config.ModelConfig`.
+    """
+    x_BTD = embed(tokens, params["embed"]["table"])
+    for index in range(config.num_layers):
+        layer = jax.tree.map(lambda p, i=index: p[i], params["layers"])
+        attn, ffn = layer["attention"], layer["mlp"]
+        norms = (attn["q_norm"], attn["k_norm"]) if config.qk_norm else None
+        weights = (attn[name] for name in ("w_q", "w_k", "w_v", "w_o"))
+        x_BTD += attention(
+            rms_norm(x_BTD, layer["attention_norm"]["scale"], config.norm_eps), *weights, positions, segments,
+            head_dim=config.head_dim, theta=config.rope_theta, norms=norms, eps=config.norm_eps,
+        )  # fmt: skip
+        h_BTD = rms_norm(x_BTD, layer["mlp_norm"]["scale"], config.norm_eps)
+        x_BTD += mlp(h_BTD, ffn["w_gate"], ffn["w_up"], ffn["w_down"], config.activation)
+    x_BTD = rms_norm(x_BTD, params["final_norm"]["scale"], config.norm_eps)
+    table_VD = params["embed" if config.tie_embeddings else "head"]["table"]
+    nll_BT, lse_BT = cross_entropy(x_BTD, table_VD, labels)
+    return (nll_BT + z_loss * lse_BT**2).sum() / (labels >= 0).sum()

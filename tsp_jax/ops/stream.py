@@ -1,0 +1,354 @@
+"""Move weight shards past resident tokens, and weight gradients home.
+
+Every streamed op is a fold over *pieces* of its weights. A piece is some rows of every array of the op's shard, all
+packed into one message; the op says what a piece does to the tokens, this module how pieces travel:
+
+gather: piece b is slice b of every rank's shard, by all_gather; gradients return by reduce-scatter. On a full mesh or
+  a switch it uses every link, and no piece waits for another.
+ring: the shards themselves travel from rank to rank by ppermute, R - 1 hops; gradients travel with them.
+broadcast: slice b of one rank's shard at a time, by a tree of ppermutes; gradients are summed up the same tree.
+
+R is the number of ranks on the folded axes, D the trailing dimension of every weight.
+Source: Shyam, Golubeva, Anthony, arXiv 2604.26294 (ring and broadcast); gather is ours.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Carry = Any
+Arrays = tuple[jax.Array, ...]
+
+
+class Stream(NamedTuple):
+    """How an op's weights travel; hashable, so that it can be static."""
+
+    movement: str = "gather"
+    """gather, ring or broadcast"""
+    buckets: int = 1
+    """pieces that a rank's shard is cut into (gather, broadcast)"""
+    unroll: bool = False
+    """unroll the loop, so that a scheduler may overlap messages with work"""
+    grad_dtype: str = "float32"
+    """dtype in which weight gradients travel"""
+
+
+class Piece(NamedTuple):
+    """What has arrived: rows of each weight, and whose they are.
+
+    Row i of an array is row ``bucket * rows + i % rows`` of the shard of rank ``first_rank + i // rows``.
+    """
+
+    arrays: Arrays
+    """each [num_ranks * rows, D], in the compute dtype"""
+    index: Any
+    """number of this piece in the fold"""
+    first_rank: Any
+    num_ranks: int
+    bucket: Any
+
+
+    def find(self, row: jax.Array, rows_per_rank: int) -> tuple[jax.Array, jax.Array]:
+        """Where a row of the gathered weight (ranks in order) stands in this piece.
+
+        Returns:
+          (index, inside): index is legal where inside is true.
+        """
+        rows = self.arrays[0].shape[0] // self.num_ranks
+        rank, offset = row // rows_per_rank - self.first_rank, row % rows_per_rank
+        inside = (rank >= 0) & (rank < self.num_ranks) & (offset // rows == self.bucket)
+        return jnp.where(inside, rank * rows + offset % rows, 0), inside
+
+
+def vary_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Marks arrays as varying over every mesh axis that any of them varies over.
+
+    The transpose of the mark is a psum over the axes that were added: how gradients of replicated weights, and of
+    activations that a tensor axis replicates, become whole.
+    """
+    axes = frozenset[str]().union(*(jax.typeof(array).mat.varying for array in arrays))
+    return [_vary(array, axes) for array in arrays]
+
+
+def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+    missing = tuple(sorted(axes - jax.typeof(array).mat.varying))
+    return lax.pcast(array, missing, to="varying") if missing else array
+
+
+def zeros(shape: Sequence[int], dtype: Any, like: jax.Array) -> jax.Array:
+    """Zeros that vary over the mesh axes that `like` varies over (loop carries must not change in that)."""
+    return _vary(jnp.zeros(shape, dtype), jax.typeof(like).mat.varying)
+
+
+def largest_divisor(value: int, at_most: int) -> int:
+    """The largest divisor of `value` that does not exceed `at_most`."""
+    return next(d for d in range(min(value, at_most), 0, -1) if value % d == 0)
+
+
+def fold(
+    body: Callable[[Carry, Piece], tuple[Carry, Any]],
+    carry: Carry,
+    shard: Arrays,
+    *,
+    axes: tuple[str, ...],
+    stream: Stream,
+    dtype: Any,
+) -> tuple[Carry, Any]:
+    """Folds `body` over all pieces of a sharded group of weights.
+
+    Args:
+      body: (carry, piece) -> (carry, y).
+      carry: initial value.
+      shard: this rank's rows of each weight, each [rows, D]; rows divisible by `stream.buckets`.
+      axes: folded mesh axes; empty: no messages, the pieces are the shard's own buckets.
+      stream: movement, buckets and unrolling.
+      dtype: pieces are cast to it before they travel, slice by slice.
+
+    Returns:
+      (carry, ys): ys stacked [pieces, ...] in the order of pieces.
+
+    Moves: (R - 1) / R of all rows x D x itemsize(dtype), in `buckets` all-gathers, R - 1 collective-permutes, or R x
+      buckets trees of ceil(log2 R) collective-permutes.
+    Keeps: nothing.
+    """
+
+    def step(carry, piece):
+        carry, y = body(carry, piece)
+        return carry, (), y
+
+    carry, _, ys = _run(step, carry, shard, axes, stream, dtype)
+    return carry, ys
+
+
+def fold_with_grads(
+    body: Callable[[Carry, Piece], tuple[Carry, Arrays, Any]],
+    carry: Carry,
+    shard: Arrays,
+    *,
+    axes: tuple[str, ...],
+    stream: Stream,
+    dtype: Any,
+) -> tuple[Carry, Arrays, Any]:
+    """As `fold`, for backward: `body` also returns the gradient of each of the piece's arrays.
+
+    Returns:
+      (carry, grads, ys): grads like `shard`, summed over the ranks that the pieces visited, in the shard's dtype.
+
+    Moves: the weights as in `fold`, and as many bytes of gradients in `stream.grad_dtype` (in the tree and the ring,
+      as many messages).
+    """
+    return _run(body, carry, shard, axes, stream, dtype)
+
+
+def _run(step, carry, shard, axes, stream, dtype):
+    if stream.movement == "ring" and axes:
+        return _ring(step, carry, shard, axes, stream, dtype)
+    carrier = _Broadcast if stream.movement == "broadcast" and axes else _Gather
+    return _buckets(step, carry, carrier(shard, axes, stream, dtype), stream)
+
+
+# ------------------------------------------------------------------------------------------------ packing
+
+
+def _pack(arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
+    return jnp.concatenate([array.astype(dtype) for array in arrays], axis=-2)
+
+
+def _unpack(message: jax.Array, rows: Sequence[int]) -> Arrays:
+    """[..., sum(rows), D] -> each [prod(...) * rows, D]."""
+    parts, start = [], 0
+    for count in rows:
+        part = lax.slice_in_dim(message, start, start + count, axis=message.ndim - 2)
+        parts.append(part.reshape(-1, message.shape[-1]))
+        start += count
+    return tuple(parts)
+
+
+def _pack_grads(grads: Arrays, ranks: int, dtype: Any) -> jax.Array:
+    """Each [ranks * rows, D] -> [ranks, sum(rows), D]."""
+    return _pack([grad.reshape(ranks, -1, grad.shape[-1]) for grad in grads], dtype)
+
+
+def _like(arrays: Sequence[jax.Array], shard: Arrays) -> Arrays:
+    return tuple(array.astype(own.dtype) for array, own in zip(arrays, shard, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ buckets
+
+
+class _Gather:
+    """Slice b of every rank's shard."""
+
+    def __init__(self, shard: Arrays, axes: tuple[str, ...], stream: Stream, dtype: Any):
+        self.shard, self.axes, self.dtype, self.grad_dtype = shard, axes, dtype, stream.grad_dtype
+        self.ranks = lax.axis_size(axes) if axes else 1
+        self.steps = self.buckets = stream.buckets
+        self.slices = [array.reshape(self.buckets, -1, array.shape[-1]) for array in shard]
+        self.rows = [array.shape[1] for array in self.slices]
+
+    def _slice(self, bucket) -> jax.Array:
+        return _pack([lax.dynamic_index_in_dim(s, bucket, keepdims=False) for s in self.slices], self.dtype)
+
+    def fetch(self, index) -> jax.Array:
+        """The message of piece `index`."""
+        with jax.named_scope("gather"):
+            message = self._slice(index)
+            return lax.all_gather(message, self.axes) if self.axes else message
+
+    def piece(self, message: jax.Array, index) -> Piece:
+        return Piece(_unpack(message, self.rows), index, 0, self.ranks, index)
+
+    def home(self, grads: Arrays, index) -> Arrays:
+        """A piece's gradients -> this rank's share of their sum, each [rows, D]."""
+        del index
+        if not self.axes:
+            return _like(grads, self.shard)
+        with jax.named_scope("scatter"):
+            message = _pack_grads(grads, self.ranks, self.grad_dtype)
+            return _like(_unpack(lax.psum_scatter(message, self.axes), self.rows), self.shard)
+
+    def collect(self, homes: Arrays) -> Arrays:
+        """Stacked homes, each [steps, rows, D] -> like the shard."""
+        return tuple(home.reshape(own.shape) for home, own in zip(homes, self.shard, strict=True))
+
+
+class _Broadcast(_Gather):
+    """Slice b of one rank's shard; ranks in turn. The root of a tree is static, so the loop is unrolled."""
+
+    def __init__(self, shard: Arrays, axes: tuple[str, ...], stream: Stream, dtype: Any):
+        super().__init__(shard, axes, stream, dtype)
+        self.steps = self.ranks * self.buckets
+
+    def fetch(self, index: int) -> jax.Array:
+        root, bucket = divmod(index, self.buckets)
+        with jax.named_scope("broadcast"):
+            return _tree_broadcast(self._slice(bucket), self.axes, root, self.ranks)
+
+    def piece(self, message: jax.Array, index: int) -> Piece:
+        root, bucket = divmod(index, self.buckets)
+        return Piece(_unpack(message, self.rows), index, root, 1, bucket)
+
+    def home(self, grads: Arrays, index: int) -> Arrays:
+        root = index // self.buckets
+        with jax.named_scope("reduce"):
+            total = _tree_reduce(_pack_grads(grads, 1, self.grad_dtype)[0], self.axes, root, self.ranks)
+            mine = jnp.where(lax.axis_index(self.axes) == root, total, jnp.zeros_like(total))
+        return _like(_unpack(mine, self.rows), self.shard)
+
+    def collect(self, homes: Arrays) -> Arrays:
+        # Of a bucket's R homes all but one are zero on this rank.
+        return tuple(
+            home.reshape(self.ranks, *own.shape).sum(axis=0) for home, own in zip(homes, self.shard, strict=True)
+        )
+
+
+def _buckets(step, carry: Carry, carrier: _Gather, stream: Stream):
+    """Each piece is under way while the one before it is used."""
+    last = carrier.steps - 1
+
+    def turn(carry, message, index):
+        carry, grads, y = step(carry, carrier.piece(message, index))
+        return carry, (carrier.home(grads, index) if grads else (), y)
+
+    def local_turn(carry, index):
+        return turn(carry, carrier.fetch(index), index)
+
+    def ahead_turn(state, index):
+        carry, message = state
+        ahead = carrier.fetch(index + 1)
+        carry, out = turn(carry, message, index)
+        return (carry, ahead), out
+
+    if stream.unroll or isinstance(carrier, _Broadcast) or last == 0:
+        message, outs = carrier.fetch(0), []
+        for index in range(last + 1):
+            ahead = carrier.fetch(index + 1) if index < last else message
+            carry, out = turn(carry, message, index)
+            message = ahead
+            outs.append(out)
+        homes, ys = jax.tree.map(lambda *out: jnp.stack(out), *outs)
+    elif not carrier.axes:
+        carry, (homes, ys) = lax.scan(local_turn, carry, jnp.arange(last + 1))
+    else:
+        (carry, message), outs = lax.scan(ahead_turn, (carry, carrier.fetch(0)), jnp.arange(last))
+        carry, out = turn(carry, message, last)
+        homes, ys = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), outs, out)
+    return carry, carrier.collect(homes) if homes else (), ys
+
+
+def _rounds(ranks: int, root: int, axes: tuple[str, ...]):
+    """Rounds of a binomial tree: pairs (from, to), and whether this rank receives."""
+    me = (lax.axis_index(axes) - root) % ranks
+    span = 1
+    while span < ranks:
+        pairs = [((r + root) % ranks, (r + span + root) % ranks) for r in range(min(span, ranks - span))]
+        yield pairs, (me >= span) & (me < 2 * span)
+        span *= 2
+
+
+def _tree_broadcast(message: jax.Array, axes: tuple[str, ...], root: int, ranks: int) -> jax.Array:
+    """The root's message, on every rank; each receives once."""
+    for pairs, receives in _rounds(ranks, root, axes):
+        message = jnp.where(receives, lax.ppermute(message, axes, pairs), message)
+    return message
+
+
+def _tree_reduce(message: jax.Array, axes: tuple[str, ...], root: int, ranks: int) -> jax.Array:
+    """The sum of all ranks' messages, on the root; each sends once. Other ranks get partial sums."""
+    for pairs, _ in reversed(list(_rounds(ranks, root, axes))):
+        message = message + lax.ppermute(message, axes, [(to, source) for source, to in pairs])
+    return message
+
+
+# ------------------------------------------------------------------------------------------------ ring
+
+
+def _ring(step, carry: Carry, shard: Arrays, axes: tuple[str, ...], stream: Stream, dtype: Any):
+    """At turn i this rank holds the shard of rank me - i.
+
+    A shard's gradient starts at the first rank that it visits, and is at home after as many hops as the shard made;
+    what the owner itself adds waits there.
+    """
+    ranks, me = lax.axis_size(axes), lax.axis_index(axes)
+    rows = [array.shape[0] for array in shard]
+    pairs = [(rank, (rank + 1) % ranks) for rank in range(ranks)]
+
+    def hop(message):
+        with jax.named_scope("ring"):
+            return lax.ppermute(message, axes, pairs)
+
+    def turn(carry, message, index):
+        piece = Piece(_unpack(message, rows), index, (me - index) % ranks, 1, 0)
+        carry, grads, y = step(carry, piece)
+        return carry, _pack_grads(grads, 1, stream.grad_dtype)[0] if grads else None, y
+
+    def visit(carry, message, travelling, index):
+        carry, grads, y = turn(carry, message, index)
+        return carry, None if grads is None else hop(travelling + grads), y
+
+    def scan_visit(state, index):
+        carry, message, travelling = state
+        message = hop(message)
+        carry, travelling, y = visit(carry, message, travelling, index)
+        return (carry, message, travelling), y
+
+    message = _pack(shard, dtype)
+    ahead = hop(message) if stream.unroll and ranks > 1 else message
+    carry, own, y = turn(carry, message, 0)
+    travelling = None if own is None else jnp.zeros_like(own)
+    if stream.unroll:
+        ys = [y]
+        for index in range(1, ranks):
+            message, ahead = ahead, hop(ahead) if index < ranks - 1 else ahead
+            carry, travelling, y = visit(carry, message, travelling, index)
+            ys.append(y)
+        ys = jax.tree.map(lambda *y: jnp.stack(y), *ys)
+    else:
+        (carry, _, travelling), later = lax.scan(scan_visit, (carry, message, travelling), jnp.arange(1, ranks))
+        ys = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), y, later)
+    if own is None:
+        return carry, (), ys
+    return carry, _like(_unpack(own + travelling, rows), shard), ys

@@ -1,0 +1,283 @@
+"""Text or token files -> one memory-mapped array of token ids for each split, built once and then cached.
+
+Every file is a document. About one file in `HELD_OUT` is held out, chosen by a hash of its path below the glob's
+fixed part, so that adding files moves no other file from one split to the other. Where the hash leaves a split empty
+the last file is held out; of a single file, the last ``max(1, tokens // HELD_OUT)`` tokens.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import hashlib
+import json
+import os
+import shutil
+import stat
+import sysconfig
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from tsp_jax.config import DataConfig
+from tsp_jax.errors import ConfigError
+
+Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "heldout")
+HELD_OUT = 50
+"""one document in this many is held out"""
+
+_FORMAT_VERSION = 1
+_CHUNK = 1 << 22  # tokens in memory at a time while building
+_NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
+
+
+class ByteTokenizer:
+    """Text as its UTF-8 bytes: token id = byte."""
+
+    vocab_size = 256
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """[n] uint8. A character that UTF-8 cannot hold (a lone surrogate) becomes ``?``."""
+        return np.frombuffer(text.encode(errors="replace") if isinstance(text, str) else text, np.uint8)
+
+    def decode(self, ids: np.ndarray | list[int]) -> str:
+        """Text of [n] integer ids. Ids that are no byte, which a larger vocabulary can sample, are left out."""
+        ids = np.asarray(ids, np.int64)
+        return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode(errors="replace")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """One split: documents end to end in one stream of tokens."""
+
+    tokens: np.ndarray
+    """[tokens] uint8, uint16 or uint32, read from disk where it is touched"""
+    starts: np.ndarray
+    """[documents] int64: where each document starts in tokens; strictly increasing from 0"""
+    name: str
+    """which split of which files, for messages"""
+    digest: str
+    """SHA-256 of tokens and starts: equal on every host of a run and whenever it is resumed"""
+
+
+def load_corpus(data: DataConfig, vocab_size: int, split: Split) -> Corpus:
+    """The corpus that ``data`` names, tokenized now if the cache does not hold it.
+
+    Two processes may build the same corpus at once: each writes a folder of its own, and the first to rename it wins.
+
+    Args:
+        data: which files, and where the cache is.
+        vocab_size: ids of either split must be below it.
+        split: "train" or "heldout".
+
+    Raises:
+        ConfigError: the files are missing, empty, unreadable or not token ids; an id is not below ``vocab_size``; the
+            cache cannot be written.
+    """
+    root, sources = _find_sources(data)
+    cache = _cache_dir(data)
+    folder = cache / _digest_sources(root, sources)
+    try:
+        if not folder.is_dir():
+            _build(folder, sources, data)
+    except OSError as error:
+        raise ConfigError(
+            f"data.cache_dir={str(cache)!r} cannot be written ({error.strerror}); "
+            "use data.cache_dir=<a folder with space>"
+        ) from error
+    try:
+        facts = json.loads((folder / "corpus.json").read_text())
+        arrays = [np.load(folder / f"{split}{part}.npy", mmap_mode="r") for part in ("", "_starts")]
+    except (OSError, EOFError, ValueError) as error:
+        raise ConfigError(f"data.cache_dir={str(cache)!r} holds a damaged corpus; delete {folder}") from error
+    if facts["max_token_id"] >= vocab_size:
+        is_text = not facts["max_token_file"].endswith(".npy")
+        raise ConfigError(
+            f"model.vocab_size={vocab_size} is too small for token id {facts['max_token_id']} in "
+            f"{facts['max_token_file']}; "
+            f"use model.vocab_size={ByteTokenizer.vocab_size if is_text else facts['max_token_id'] + 1}"
+        )
+    # asarray drops the memmap subclass, not the mapping
+    tokens, starts = (np.asarray(array) for array in arrays)
+    name = f"{split} split of data.files={data.files!r}"
+    return Corpus(tokens=tokens, starts=starts, name=name, digest=facts["sha256"][split])
+
+
+class _Source(NamedTuple):
+    path: Path
+    name: str  # path below the root, with forward slashes
+    size: int  # bytes
+    mtime_ns: int
+
+
+class _Document(NamedTuple):
+    path: Path
+    name: str
+    start: int  # first token of the file that belongs to the document
+    stop: int
+    max_id: int
+
+
+def _find_sources(data: DataConfig) -> tuple[Path, list[_Source]]:
+    """The folder that names are relative to, and the regular files, sorted by name."""
+    if data.files:
+        pattern = os.path.abspath(os.path.expanduser(data.files))
+        fixed = pattern
+        while glob.escape(fixed) != fixed:
+            fixed = os.path.dirname(fixed)
+        root = Path(fixed if fixed != pattern else os.path.dirname(pattern))
+        paths = {Path(path) for path in glob.glob(pattern, recursive=True)}
+    else:
+        root = Path(sysconfig.get_path("stdlib"))
+        paths = set()
+        for folder, subfolders, names in os.walk(root):
+            subfolders[:] = set(subfolders) - _NOT_STDLIB
+            paths |= {Path(folder, name) for name in names if name.endswith(".py")}
+    sources = []
+    for path in paths:
+        with _reading(data, path):
+            status = path.stat()
+        if stat.S_ISREG(status.st_mode):  # a glob such as ** matches folders too
+            name = path.relative_to(root).as_posix()
+            sources.append(_Source(path, name, status.st_size, status.st_mtime_ns))
+    if not sources:
+        fix = os.path.join(data.files, "**", "*.txt") if os.path.isdir(data.files) else "<a glob of text or .npy files>"
+        raise ConfigError(f"data.files={data.files!r} matches no file ({root} was searched); use data.files={fix}")
+    kinds = {source.path.suffix == ".npy": source.path for source in sources}
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"data.files={data.files!r} matches both text and token ids ({kinds[False]} and {kinds[True]}); "
+            "use data.files=<a glob of one kind>"
+        )
+    return root, sorted(sources, key=lambda source: source.name)
+
+
+def _digest_sources(root: Path, sources: list[_Source]) -> str:
+    """Names the cache folder. The root counts because archives can give every file one and the same mtime."""
+    listing = [_FORMAT_VERSION, str(root), [source[1:] for source in sources]]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:32]
+
+
+def _cache_dir(data: DataConfig) -> Path:
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "tsp_jax")
+    return Path(os.path.expanduser(data.cache_dir or default))
+
+
+def _build(folder: Path, sources: list[_Source], data: DataConfig) -> None:
+    """Write both splits into a folder of this process's own, then rename it to ``folder``."""
+    measured = (_measure(data, source) for source in sources)
+    documents = [document for document in measured if document.stop]
+    splits = _split_documents(data, documents)
+    largest = max(documents, key=lambda document: document.max_id)
+    dtype = np.min_scalar_type(largest.max_id)
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
+    partial.mkdir(parents=True)
+    try:
+        facts = {
+            "sources": folder.name,
+            "max_token_id": largest.max_id,
+            "max_token_file": str(largest.path),
+            "documents": {split: len(splits[split]) for split in SPLITS},
+            "sha256": {split: _write_split(data, partial, split, splits[split], dtype) for split in SPLITS},
+        }
+        (partial / "corpus.json").write_text(json.dumps(facts, indent=2) + "\n")
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process built the same corpus first
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _split_documents(data: DataConfig, documents: list[_Document]) -> dict[Split, list[_Document]]:
+    """The rule on top of this file. Neither split comes out empty."""
+    total = sum(document.stop for document in documents)
+    if total < 2:
+        raise ConfigError(f"data.files={data.files!r} matches files with {total} tokens in all; use 2 or more")
+    if len(documents) == 1:
+        (whole,) = documents
+        cut = whole.stop - max(1, whole.stop // HELD_OUT)
+        return {"train": [whole._replace(stop=cut)], "heldout": [whole._replace(start=cut)]}
+    digests = [hashlib.sha256(os.fsencode(document.name)).digest() for document in documents]
+    is_held = [int.from_bytes(digest, "big") % HELD_OUT == 0 for digest in digests]
+    if len(set(is_held)) == 1:
+        is_held = [document is documents[-1] for document in documents]
+    return {
+        "train": [document for document, held in zip(documents, is_held, strict=True) if not held],
+        "heldout": [document for document, held in zip(documents, is_held, strict=True) if held],
+    }
+
+
+def _measure(data: DataConfig, source: _Source) -> _Document:
+    """Length and largest id of a file; refuses what are not token ids."""
+    length = source.size
+    if source.path.suffix == ".npy":
+        array = _map_npy(data, source.path)
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise _not_ids(data, source.path, f"is {array.dtype} {list(array.shape)}")
+        length = len(array)
+    whole = _Document(source.path, source.name, 0, length, max_id=0)
+    ranges = [(int(chunk.min()), int(chunk.max())) for chunk in _chunks(data, whole)]
+    low, high = min((low for low, _ in ranges), default=0), max((high for _, high in ranges), default=0)
+    if low < 0 or high > np.iinfo(np.uint32).max:
+        raise _not_ids(data, source.path, f"holds {low if low < 0 else high}")
+    return whole._replace(max_id=high)
+
+
+def _write_split(data: DataConfig, folder: Path, split: Split, documents: list[_Document], dtype: np.dtype) -> str:
+    """Stream the documents into one .npy, save their starts, return the digest of both."""
+    lengths = np.array([document.stop - document.start for document in documents], np.int64)
+    starts = np.cumsum(lengths) - lengths
+    np.save(folder / f"{split}_starts.npy", starts)
+    digest = hashlib.sha256(starts.tobytes())
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (int(lengths.sum()),)}
+    # plain writes, because a full disk under a writable memory map kills the process instead of raising
+    with open(folder / f"{split}.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for document in documents:
+            for chunk in _chunks(data, document):
+                content = chunk.astype(dtype).tobytes()
+                digest.update(content)
+                file.write(content)
+    return digest.hexdigest()
+
+
+def _chunks(data: DataConfig, document: _Document) -> Iterator[np.ndarray]:
+    """The document's tokens, at most _CHUNK at a time."""
+    for start in range(document.start, document.stop, _CHUNK):
+        count = min(_CHUNK, document.stop - start)
+        if document.path.suffix == ".npy":
+            chunk = _map_npy(data, document.path)[start : start + count]
+        else:
+            with _reading(data, document.path):
+                chunk = np.fromfile(document.path, np.uint8, count, offset=start)
+        if len(chunk) != count:
+            raise ConfigError(f"data.files={data.files!r}: {document.path} changed while it was read; run again")
+        yield chunk
+
+
+def _map_npy(data: DataConfig, path: Path) -> np.ndarray:
+    with _reading(data, path):
+        try:
+            return np.lib.format.open_memmap(path, mode="r")
+        except (ValueError, EOFError) as error:
+            raise _not_ids(data, path, "is not a whole .npy array") from error
+
+
+def _not_ids(data: DataConfig, path: Path, what: str) -> ConfigError:
+    return ConfigError(f"data.files={data.files!r}: {path} {what}; use one dimension of integers from 0 to 2**32 - 1")
+
+
+@contextlib.contextmanager
+def _reading(data: DataConfig, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"data.files={data.files!r} matches {path}, which cannot be read ({error.strerror}); "
+            "make it readable or use data.files=<a narrower glob>"
+        ) from error

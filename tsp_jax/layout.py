@@ -147,7 +147,7 @@ def parse_mesh(text: str, layout: Layout, num_devices: int) -> dict[str, int]:
         if name in sizes:
             raise ConfigError(f"mesh={text}: axis '{name}' is named twice; use, for example, --mesh {example}")
         sizes[name] = int(size)
-    return sizes | {name: 1 for name in layout.axis_names if name not in sizes}
+    return {name: 1 for name in layout.axis_names if name not in sizes} | sizes
 
 
 def _default_mesh(layout: Layout, num_devices: int) -> dict[str, int]:

@@ -17,7 +17,7 @@ _ROLES = ("body", "condition", "to_apply", "calls", "branch_computations", "call
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
 _STRUCTURE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[()\[\]{},\n"]', re.DOTALL)
-_ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](\{[^{}]*\})?")
+_ARRAY = re.compile(r"([a-z]\w*)\[([^\]\n]*)\](\{[^{}\n]*\})?")
 _INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
@@ -157,6 +157,12 @@ class Module:
             raise ConfigError(f"HLO text calls computation {missing[0]}, which it lacks; pass the text uncut")
         return tuple(self.computations[name] for name in names)
 
+    def callee(self, instruction: Instruction, *roles: str) -> Computation:
+        """The one computation that an instruction must call."""
+        if not (found := self.called(instruction, *roles)):
+            raise ConfigError(f"{instruction.opcode} {instruction.name} lacks its {roles[0]}; pass HLO text uncut")
+        return found[0]
+
     def trip_count(self, loop: Instruction) -> int | None:
         """How often a while loop's body runs; None where data decide."""
         if known := _KNOWN_TRIPS.search(loop.backend_config):
@@ -197,8 +203,7 @@ class Module:
                 trips = self.trip_count(i)
                 if trips is None:
                     trips = unknown_trips(i) if callable(unknown_trips) else unknown_trips
-                calls += [(c.name, trips) for c in self.called(i, "body")]
-                calls += [(c.name, trips + 1) for c in self.called(i, "condition")]
+                calls += [(self.callee(i, "body").name, trips), (self.callee(i, "condition").name, trips + 1)]
             elif i.base == "conditional":
                 calls += [(c.name, 1) for c in self.called(i, "branch_computations")]
             elif i.base in ("call", "async") or (fusions and i.base == "fusion"):
@@ -220,85 +225,97 @@ def _callers_first(entry: str, calls: dict[str, list[tuple[str, float]]]) -> lis
     return list(reversed(order))
 
 
-# Trip counts. A scalar is (k, c): element k of the loop's state plus c; k is None for a plain number.
+# Trip counts. A scalar is (k, c): element k of the loop's state plus c; k is None for a plain number. What is known
+# while following one: ("state", k) in a loop's computations, ("argument", n) inside a fusion.
 _Scalar: TypeAlias = tuple[int | None, int]
-_Bound: TypeAlias = dict[int, _Scalar] | None
+_Known: TypeAlias = dict[tuple[str, int], _Scalar]
 _MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}
 _FORWARDING = ("copy", "bitcast", "convert", "reshape", "broadcast", "copy-start", "copy-done", "opt-barrier")
 
 
-def _scalar(module: Module, computation: Computation, i: Instruction, bound: _Bound) -> _Scalar | None:
-    """Follows an integer to the loop's state or a constant. `bound` holds a fusion's arguments; None in a loop."""
+def _scalar(module: Module, computation: Computation, i: Instruction, known: _Known) -> _Scalar | None:
+    """Follows an integer to the loop's state or to a number."""
     operands = computation.operands(i)
     if i.opcode == "constant":
         return (None, int(i.literal)) if re.fullmatch(r"-?\d+", i.literal) else None
     if i.opcode == "parameter":
-        return bound.get(int(i.literal)) if bound is not None else None
+        return known.get(("argument", int(i.literal)))
     if i.opcode == "get-tuple-element" and operands:
         index = int(i.attributes.get("index", 0))
-        if operands[0].opcode == "parameter" and bound is None:
-            return index, 0
-        if operands[0].opcode == "tuple":
-            return _scalar(module, computation, computation.operands(operands[0])[index], bound)
+        if operands[0].opcode == "parameter":
+            return known.get(("state", index))
+        return _element(module, computation, operands[0], index, known)
     if i.opcode in _FORWARDING and operands:
-        return _scalar(module, computation, operands[0], bound)
-    if i.opcode in ("add", "subtract"):
-        left, right = (_scalar(module, computation, o, bound) for o in operands)
+        return _scalar(module, computation, operands[0], known)
+    if i.opcode in ("add", "subtract") and len(operands) == 2:
+        left, right = (_scalar(module, computation, o, known) for o in operands)
         if left and right and right[0] is None:
             return left[0], left[1] + (right[1] if i.opcode == "add" else -right[1])
         if left and right and left[0] is None and i.opcode == "add":
             return right[0], right[1] + left[1]
     if i.opcode in ("fusion", "call"):
-        callee = module.called(i, "calls", "to_apply")[0]
-        return _scalar(module, callee, callee.root, _arguments(module, computation, i, bound))
+        callee = module.callee(i, "calls", "to_apply")
+        return _scalar(module, callee, callee.root, _arguments(module, computation, i, known))
     return None
 
 
-def _arguments(module: Module, computation: Computation, i: Instruction, bound: _Bound) -> dict[int, _Scalar]:
-    values = {n: _scalar(module, computation, o, bound) for n, o in enumerate(computation.operands(i))}
-    return {n: value for n, value in values.items() if value is not None}
+def _element(module: Module, computation: Computation, i: Instruction, k: int, known: _Known) -> _Scalar | None:
+    """Element k of a tuple."""
+    operands = computation.operands(i)
+    if i.opcode != "tuple" or k >= len(operands):
+        return None
+    return _scalar(module, computation, operands[k], known)
 
 
-def _comparison(module: Module, computation: Computation) -> tuple[str, _Scalar | None, _Scalar | None]:
+def _arguments(module: Module, computation: Computation, i: Instruction, known: _Known) -> _Known:
+    values = {n: _scalar(module, computation, o, known) for n, o in enumerate(computation.operands(i))}
+    return {("argument", n): value for n, value in values.items() if value is not None}
+
+
+def _comparison(module: Module, computation: Computation, known: _Known) -> tuple[str, _Scalar | None, _Scalar | None]:
     """The one comparison that a loop's condition makes, through a fusion where there is one."""
-    root, bound = computation.root, None
+    root = computation.root
     while root.opcode in ("fusion", "call"):
-        bound = _arguments(module, computation, root, bound)
-        computation = module.called(root, "calls", "to_apply")[0]
+        known = _arguments(module, computation, root, known)
+        computation = module.callee(root, "calls", "to_apply")
         root = computation.root
-    if root.opcode != "compare" or len(root.operands) != 2:
+    operands = computation.operands(root)
+    if root.opcode != "compare" or len(operands) != 2:
         return "", None, None
-    left, right = (_scalar(module, computation, o, bound) for o in computation.operands(root))
+    left, right = (_scalar(module, computation, o, known) for o in operands)
     return root.attributes.get("direction", ""), left, right
 
 
 def _counted_trips(module: Module, loop: Instruction) -> int | None:
-    """Trips from a condition `state[k] < constant`, the initial state and the body's `state[k] + step`."""
-    direction, left, right = _comparison(module, module.called(loop, "condition")[0])
+    """Trips from a condition `state[k] < limit`, the initial state and the body's `state[k] + step`."""
+    caller, body = module.computations[loop.computation], module.callee(loop, "body")
+    start = next(iter(caller.operands(loop)), None)
+    size = len(loop.shape) if start and isinstance(loop.shape, tuple) else 0
+    initial = {k: _element(module, caller, start, k, {}) for k in range(size) if start}
+    known: _Known = {("state", k): (k, 0) for k in initial}
+    fixed = {k: v for k, v in initial.items() if v and _element(module, body, body.root, k, known) == (k, 0)}
+    known |= {("state", k): value for k, value in fixed.items()}
+    direction, left, right = _comparison(module, module.callee(loop, "condition"), known)
     if left is None or right is None:
         return None
     if left[0] is None:
         direction, left, right = _MIRRORED.get(direction, ""), right, left
     if left[0] is None or right[0] is not None:
         return None
-    k, limit = left[0], right[1] - left[1]
-    caller, body = module.computations[loop.computation], module.called(loop, "body")[0]
-    init, after = _element(module, caller, caller.operands(loop)[0], k), _element(module, body, body.root, k)
-    if init is None or init[0] is not None or after is None or after[0] != k or not after[1]:
+    first, after = initial[left[0]], _element(module, body, body.root, left[0], known)
+    if first is None or after is None or after[0] != left[0] or not after[1]:
         return None
-    step, distance = after[1], limit - init[1]
+    return _trips(direction, right[1] - left[1] - first[1], after[1])
+
+
+def _trips(direction: str, distance: int, step: int) -> int | None:
+    """Trips of a counter that starts at 0 and moves by `step` while it compares with `distance`."""
     if direction == "NE":
         return distance // step if distance % step == 0 and distance // step >= 0 else None
     if direction not in (("LT", "LE") if step > 0 else ("GT", "GE")):
         return None
-    # LE and GE allow one more value, a step's sign further
-    return max(0, -(-(distance + (direction in ("LE", "GE")) * (1 if step > 0 else -1)) // step))
-
-
-def _element(module: Module, computation: Computation, i: Instruction, k: int) -> _Scalar | None:
-    if i.opcode != "tuple":
-        return None
-    return _scalar(module, computation, computation.operands(i)[k], None)
+    inclusive = direction in ("LE", "GE")
+    return max(0, distance // step + 1 if inclusive else -(-distance // step))
 
 
 # Text
@@ -431,11 +448,11 @@ def _alias(text: str) -> tuple[tuple[tuple[int, ...], int, tuple[int, ...]], ...
     return tuple((_digits(output), int(parameter), _digits(within)) for output, parameter, within in found)
 
 
-def parse(text: str) -> Module:
+def parse(text: str | None) -> Module:
     """Reads the text of one compiled module.
 
     Args:
-        text: what ``compiled.as_text()`` returned.
+        text: what ``compiled.as_text()`` returned; None where a compiler has no text is refused like other text.
 
     Returns:
         The module; its entry, loops and branches are told apart, so that `Module.walk` can count.
@@ -443,7 +460,7 @@ def parse(text: str) -> Module:
     Raises:
         ConfigError: the text is no HLO, was cut, or holds more than one module.
     """
-    text = re.sub(r"/\*index=\d+\*/", "", text.lstrip()) + "\n"
+    text = re.sub(r"/\*index=\d+\*/", "", (text or "").lstrip()) + "\n"
     if not text.startswith("HloModule "):
         raise ConfigError(f"text starts with {text[:30].strip()!r}, not with HloModule; pass compiled.as_text()")
     header, pos = _pieces(text, len("HloModule "), "\n", "the header")

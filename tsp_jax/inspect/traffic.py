@@ -94,18 +94,18 @@ def collectives(
     if mesh_axes is not None and math.prod(mesh_axes.values()) != devices:
         sizes = ",".join(f"{axis}={size}" for axis, size in mesh_axes.items())
         raise ConfigError(f"mesh {sizes} has {math.prod(mesh_axes.values())} devices, the program {devices}")
-    started = {
-        callee
+    wrappers = {
+        callee: i
         for computation in module.computations.values()
         for i in computation.instructions
-        if i.base == "async"
+        if i.base in ("fusion", "async")
         for callee in i.called.get("calls", ())
     }
     return [
-        _collective(computation, i, times, mesh_axes, devices, computation.name in started)
+        _collective(module, computation, i, times, mesh_axes, wrappers.get(computation.name))
         for computation, times in module.executions(unknown_trips, fusions=True)
         for i in computation.instructions
-        if i.base in _OPS and i.phase in ("", "start")
+        if i.base in _OPS and i.phase in ("", "start") and not _continues(computation, i)
     ]
 
 
@@ -122,35 +122,66 @@ def summary(found: Iterable[Collective]) -> dict[tuple[str, str], Total]:
 
 
 def _collective(
+    module: Module,
     computation: Computation,
     i: Instruction,
     times: float,
     mesh_axes: Mapping[str, int] | None,
-    devices: int,
-    started: bool,
+    wrapper: Instruction | None,
 ) -> Collective:
-    op = _OPS[i.base]
+    op, devices = _OPS[i.base], module.num_partitions * module.replica_count
+    if op == "all-reduce" and wrapper and wrapper.base == "fusion" and _keeps_a_slice(computation, i):
+        op = "reduce-scatter"
     operands = computation.operands(i)
     if i.base == "ragged-all-to-all" or "slice_sizes" in i.attributes:
         operands = operands[:1]  # the others are places to write to
     payload = [leaf for operand in operands for leaf in leaves(operand.shape)]
     if op == "collective-permute":
-        axis, size = _axis_of_pairs(_brace_groups(i.attributes.get("source_target_pairs", "")), mesh_axes, devices)
+        axis, size = _axis_of_pairs(_brace_groups(i.attributes.get("source_target_pairs", "")), mesh_axes)
     else:
         groups = replica_groups(i.attributes.get("replica_groups", "{}"), devices)
         axis, size = _axis_of_groups(groups, mesh_axes, devices), max(map(len, groups), default=1)
+    reduction = [each.op_name for c in module.called(i, "to_apply") for each in c.instructions]
     return Collective(
         op=op,
         axis=axis,
         group_size=size,
-        scope=i.op_name,
+        scope=next(filter(None, [i.op_name, *reduction, wrapper.op_name if wrapper else ""]), ""),
         count=times,
         bytes=_received(op, sum(leaf.bytes for leaf in payload), size),
         elements=_received(op, sum(leaf.size for leaf in payload), size),
         dtype=payload[0].dtype if payload else "",
-        is_async=started or (i.phase == "start" and '"is_sync":true' not in i.backend_config),
+        is_async=_is_async(computation, i, wrapper),
         name=i.name,
         computation=i.computation,
+    )
+
+
+def _has_custom_call(computation: Computation, target: str) -> bool:
+    return any(target in i.attributes.get("custom_call_target", "") for i in computation.instructions)
+
+
+def _continues(computation: Computation, i: Instruction) -> bool:
+    """TPU fuses the start, the steps and the done of a collective with other work, and repeats it in each fusion."""
+    chained = "chain_id=" in i.attributes.get("frontend_attributes", "")
+    return _has_custom_call(computation, "AsyncCollectiveDone") or (
+        chained and not _has_custom_call(computation, "AsyncCollectiveStart")
+    )
+
+
+def _is_async(computation: Computation, i: Instruction, wrapper: Instruction | None) -> bool:
+    """GPU writes every collective as a start and a done, and marks those that it runs as one."""
+    if i.phase == "start":
+        return '"is_sync":true' not in i.backend_config
+    return wrapper is not None and (wrapper.base == "async" or _has_custom_call(computation, "AsyncCollectiveStart"))
+
+
+def _keeps_a_slice(computation: Computation, i: Instruction) -> bool:
+    """TPU's reduce-scatter is an all-reduce fused with the slice that this device keeps."""
+    users = [user for user in computation.instructions if i.name in user.operands]
+    return bool(users) and all(
+        user.opcode == "dynamic-slice" or (user.opcode == "bitcast" and _keeps_a_slice(computation, user))
+        for user in users
     )
 
 
@@ -235,7 +266,7 @@ def _axis_of_groups(groups: Groups, mesh_axes: Mapping[str, int] | None, devices
     return ",".join(names[k] for k in axes) if expected == {frozenset(g) for g in groups} else UNKNOWN
 
 
-def _axis_of_pairs(pairs: Groups, mesh_axes: Mapping[str, int] | None, devices: int) -> tuple[str, int]:
+def _axis_of_pairs(pairs: Groups, mesh_axes: Mapping[str, int] | None) -> tuple[str, int]:
     """The axes along which a message travels, and the devices connected by messages."""
     if mesh_axes is None:
         return UNKNOWN, _largest_component(pairs)

@@ -76,4 +76,4 @@ def decoder_loss(params, tokens, labels, positions, segments, *, config, z_loss=
     x_BTD = rms_norm(x_BTD, params["final_norm"]["scale"], config.norm_eps)
     table_VD = params["embed" if config.tie_embeddings else "head"]["table"]
     nll_BT, lse_BT = cross_entropy(x_BTD, table_VD, labels)
-    return (nll_BT + z_loss * lse_BT**2).sum() / (labels >= 0).sum()
+    return (nll_BT + z_loss * lse_BT**2).sum() / (labels >= 0).sum(dtype=jnp.float32)

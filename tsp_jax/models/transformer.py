@@ -1,0 +1,117 @@
+"""One decoder, configured as Llama, Qwen3 and their like.
+
+Layers are stacked along a leading dimension and scanned, so that compile time does not grow with depth.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from tsp_jax.config import ModelConfig, Remat, StreamConfig
+from tsp_jax.layout import Placement
+from tsp_jax.nn import MLP, Attention, Embed, residual_std
+from tsp_jax.ops.attention import SAVED_NAMES
+
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "save_attention": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
+}
+
+
+def rematerialise(layer: Callable, remat: Remat) -> Callable:
+    """`layer`, dropping in forward what `remat` says backward is to compute again. For use inside a scan."""
+    policy = REMAT_POLICIES[remat]
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False) if policy else layer
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(
+        self, config: ModelConfig, *, placement: Placement, stream: StreamConfig, dtype: Any, rngs: nnx.Rngs
+    ):
+        kwargs = dict(placement=placement, stream=stream, dtype=dtype, rngs=rngs, init_std=config.init_std)
+        kwargs["out_std"] = residual_std(config.init_std, config.num_layers)
+        self.attention_norm = _norm(config, placement, dtype, rngs)
+        self.attention = Attention(
+            config.d_model, config.num_heads, config.num_kv_heads, config.head_dim,
+            rope_theta=config.rope_theta, qk_norm=config.qk_norm, norm_eps=config.norm_eps, **kwargs,
+        )  # fmt: skip
+        self.mlp_norm = _norm(config, placement, dtype, rngs)
+        self.mlp = MLP(config.d_model, config.d_ff, activation=config.activation, **kwargs)
+
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        x_BTD += self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+def _norm(config: ModelConfig, placement: Placement, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    metadata = {"out_sharding": placement.layout.spec(None), "mesh": placement.mesh}
+    return nnx.RMSNorm(
+        config.d_model, epsilon=config.norm_eps, dtype=dtype, param_dtype=jnp.float32, scale_metadata=metadata,
+        rngs=rngs,
+    )  # fmt: skip
+
+
+class Transformer(nnx.Module):
+    """Decoder-only language model.
+
+    Args:
+      config: sizes.
+      placement: layout and mesh.
+      stream: movement, buckets and blocks.
+      dtype: compute dtype; parameters are float32.
+      remat: what backward recomputes.
+      rngs: stream `params`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        placement: Placement,
+        stream: StreamConfig = StreamConfig(),
+        dtype: Any = jnp.bfloat16,
+        remat: Remat = "full",
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.remat = config, remat
+        kwargs = dict(placement=placement, stream=stream, dtype=dtype)
+        table = dict(kwargs, init_std=config.init_std, rngs=rngs)
+        self.embed = Embed(config.vocab_size, config.d_model, **table)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
+        def stacked(rngs: nnx.Rngs) -> DecoderLayer:
+            return DecoderLayer(config, **kwargs, rngs=rngs)
+
+        self.layers = stacked(rngs)
+        self.final_norm = _norm(config, placement, dtype, rngs)
+        self.head = None if config.tie_embeddings else Embed(config.vocab_size, config.d_model, **table)
+
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        """Final hidden states, [B, T, D] in the compute dtype.
+
+        Args:
+          tokens_BT: int32 ids.
+          positions_BT: int32 positions, in any order of tokens.
+          segment_ids_BT: int32 document numbers.
+        """
+        graphdef, stacked = nnx.split(self.layers)
+
+        def layer(x_BTD, state):
+            return nnx.merge(graphdef, state)(x_BTD, positions_BT, segment_ids_BT), None
+
+        x_BTD, _ = lax.scan(rematerialise(layer, self.remat), self.embed(tokens_BT), stacked)
+        return self.final_norm(x_BTD)
+
+    def token_losses(self, batch: Any):
+        """TokenLosses of a batch with fields tokens, labels, positions, segment_ids, each [B, T] int32."""
+        x_BTD = self(batch.tokens, batch.positions, batch.segment_ids)
+        return (self.head or self.embed).cross_entropy(x_BTD, batch.labels)

@@ -1,0 +1,335 @@
+"""Flax NNX layers over global arrays: what users drop into a model of their own.
+
+Each layer holds ordinary global parameters with sharding metadata and runs its op in one `jax.shard_map` on a
+`Placement` (a layout on a mesh). Weights are stored [rows, D], so that the dimension that is sharded and streamed
+stands first. Dims: B batch, T tokens, D model, N query heads, K KV heads, H head, F ffn, V vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tsp_jax.config import Activation, StreamConfig
+from tsp_jax.errors import ConfigError
+from tsp_jax.layout import Heads, Placement, pad_heads
+from tsp_jax.ops import attention as attention_op
+from tsp_jax.ops import cross_entropy as cross_entropy_op
+from tsp_jax.ops.embedding import embed
+from tsp_jax.ops.kernels.blockwise import Blocks, Tokens
+from tsp_jax.ops.mlp import mlp
+from tsp_jax.ops.stream import Stream, largest_divisor
+
+
+def stream_of(config: StreamConfig, movement: str, buckets: int, rows: int, placement: Placement) -> Stream:
+    """The stream of an op whose shard has `rows` rows; whole weights at once if the layout says so."""
+    if placement.layout.whole_weights:
+        return Stream("gather", 1, config.unroll, config.grad_dtype)
+    return Stream(movement, largest_divisor(rows, buckets), config.unroll, config.grad_dtype)
+
+
+def _shard_rows(name: str, value: int, dim: str, placement: Placement) -> int:
+    shards = placement.size(dim)
+    if value % shards:
+        axes = ",".join(getattr(placement.layout, dim))
+        raise ConfigError(f"{name}={value} is not divisible by {axes}={shards}; use {-(-value // shards) * shards}")
+    return value // shards
+
+
+def _check_tokens(shape: Sequence[int], placement: Placement) -> None:
+    for name, value, dim in (("batch", shape[0], "batch"), ("sequence", shape[1], "sequence")):
+        _shard_rows(name, value, dim, placement)
+
+
+def _weight(key: jax.Array, shape: Sequence[int], std: float) -> jax.Array:
+    return nnx.initializers.normal(std)(key, shape, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadRows:
+    """Rows of a projection over heads: logical (real heads only) or stored (padded slots)."""
+
+    heads: Heads
+    queries: bool
+    """query slots; else KV slots"""
+
+    def _cut(self, rows: jax.Array, kv: int, group: int) -> jax.Array:
+        return rows.reshape(*rows.shape[:-2], kv, group if self.queries else 1, self.heads.dim, rows.shape[-1])
+
+    def pad(self, rows: jax.Array) -> jax.Array:
+        """[..., logical rows, D] -> [..., stored rows, D], zeros in the slots of no head."""
+        heads = self.heads
+        cut = self._cut(rows, heads.num_kv_heads, heads.real_group)
+        more = (heads.kv - heads.num_kv_heads, heads.group - heads.real_group if self.queries else 0)
+        widths = [(0, 0)] * (cut.ndim - 4) + [(0, more[0]), (0, more[1]), (0, 0), (0, 0)]
+        return jnp.pad(cut, widths).reshape(*rows.shape[:-2], -1, rows.shape[-1])
+
+    def unpad(self, rows: jax.Array) -> jax.Array:
+        """[..., stored rows, D] -> [..., logical rows, D]."""
+        heads = self.heads
+        cut = self._cut(rows, heads.kv, heads.group)[..., : heads.num_kv_heads, : heads.real_group, :, :]
+        return cut.reshape(*rows.shape[:-2], -1, rows.shape[-1])
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with grouped queries, RoPE, and optional q/k RMSNorm.
+
+    Heads that do not divide by the ranks are padded; padded slots are zero, get no gradient, and change nothing.
+
+    Args:
+      d_model: D.
+      num_heads: N.
+      num_kv_heads: K, a divisor of N; N if None.
+      head_dim: H; D / N if None.
+      placement: layout and mesh.
+      stream: movement, buckets and block sizes.
+      rope_theta: base of the rotary frequencies.
+      qk_norm: RMSNorm over each query and key head before RoPE.
+      norm_eps: of that norm.
+      init_std: of the input projections.
+      out_std: of the output projection; init_std if None.
+      dtype: compute dtype; parameters are float32.
+      rngs: stream `params`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        placement: Placement,
+        stream: StreamConfig = StreamConfig(),
+        rope_theta: float = 10_000.0,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        init_std: float = 0.02,
+        out_std: float | None = None,
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        rngs: nnx.Rngs,
+    ):
+        num_kv_heads = num_kv_heads or num_heads
+        head_dim = head_dim or d_model // num_heads
+        if num_heads % num_kv_heads:
+            raise ConfigError(f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}; use a multiple")
+        heads = pad_heads(num_heads, num_kv_heads, head_dim, placement.size("heads"))
+        self.placement, self.dtype, self.heads = placement, jnp.dtype(dtype), heads
+        self.stream = stream_of(stream, stream.attention_movement, 1, 1, placement)
+        self.config = attention_op.AttentionConfig(
+            kv_slots=heads.kv,
+            head_dim=head_dim,
+            rope_theta=rope_theta,
+            norm_eps=norm_eps,
+            buckets=1 if placement.layout.whole_weights else stream.attention_buckets,
+            blocks=Blocks(stream.query_block, stream.key_block),
+        )
+
+        def rows(count: int, queries: bool, std: float) -> nnx.Param:
+            form = HeadRows(heads, queries)
+            value = form.pad(_weight(rngs.params(), (count * head_dim, d_model), std))
+            return nnx.Param(value, out_sharding=placement.layout.spec("heads", None), mesh=placement.mesh, form=form)
+
+        self.w_q = rows(num_heads, True, init_std)
+        self.w_k = rows(num_kv_heads, False, init_std)
+        self.w_v = rows(num_kv_heads, False, init_std)
+        self.w_o = rows(num_heads, True, init_std if out_std is None else out_std)
+        self.q_norm = self._norm() if qk_norm else None
+        self.k_norm = self._norm() if qk_norm else None
+
+    def _norm(self) -> nnx.Param:
+        layout, mesh = self.placement.layout, self.placement.mesh
+        return nnx.Param(jnp.ones((self.heads.dim,), jnp.float32), out_sharding=layout.spec(None), mesh=mesh)
+
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segment_ids_BT: jax.Array | None = None
+    ) -> jax.Array:
+        """Attends within segments, to positions that are not later.
+
+        Args:
+          x_BTD: any float dtype.
+          positions_BT: int32; 0 to T - 1 if None. Any order of tokens over the sequence axis is legal.
+          segment_ids_BT: int32 document numbers; one document if None.
+
+        Returns:
+          [B, T, D] in the compute dtype.
+        """
+        _check_tokens(x_BTD.shape, self.placement)
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1], dtype=jnp.int32), x_BTD.shape[:2])
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.zeros(x_BTD.shape[:2], jnp.int32)
+        layout = self.placement.layout
+        norms = None
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = attention_op.HeadNorms(self.q_norm[...], self.k_norm[...])
+        w_o = self.w_o[...]
+        if self.heads.padded:  # a padded query slot of a real KV head has an output, and so a gradient, to be dropped
+            w_o *= HeadRows(self.heads, True).pad(jnp.ones((self._logical_rows(), 1), w_o.dtype))
+        weights = attention_op.AttentionWeights(self.w_q[...], self.w_k[...], self.w_v[...], w_o)
+
+        def local(x_BtD, weights, tokens_Bt, norms):
+            return attention_op.attention(
+                x_BtD, weights, tokens_Bt, norms,
+                config=self.config, axes=layout.axes("heads"), stream=self.stream,
+            )  # fmt: skip
+
+        tokens, x_spec = layout.spec("batch", "sequence"), layout.spec("batch", "sequence", None)
+        return self.placement.shard_map(
+            local, in_specs=(x_spec, layout.spec("heads", None), tokens, layout.spec(None)), out_specs=x_spec
+        )(x_BTD.astype(self.dtype), weights, Tokens(positions_BT, segment_ids_BT), norms)
+
+    def _logical_rows(self) -> int:
+        return self.heads.num_kv_heads * self.heads.real_group * self.heads.dim
+
+
+class MLP(nnx.Module):
+    """Gated MLP: SwiGLU (silu) or GeGLU (gelu).
+
+    Args:
+      d_model: D.
+      d_ff: F, divisible by the shards of `mlp`.
+      placement: layout and mesh.
+      stream: movement and buckets.
+      activation: of the gate.
+      init_std: of gate and up.
+      out_std: of down; init_std if None.
+      dtype: compute dtype; parameters are float32.
+      rngs: stream `params`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        *,
+        placement: Placement,
+        stream: StreamConfig = StreamConfig(),
+        activation: Activation = "silu",
+        init_std: float = 0.02,
+        out_std: float | None = None,
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        rngs: nnx.Rngs,
+    ):
+        rows = _shard_rows("d_ff", d_ff, "mlp", placement)
+        self.placement, self.dtype, self.activation = placement, jnp.dtype(dtype), activation
+        self.stream = stream_of(stream, stream.mlp_movement, stream.mlp_buckets, rows, placement)
+
+        def columns(std: float) -> nnx.Param:
+            value = _weight(rngs.params(), (d_ff, d_model), std)
+            return nnx.Param(value, out_sharding=placement.layout.spec("mlp", None), mesh=placement.mesh)
+
+        self.w_gate = columns(init_std)
+        self.w_up = columns(init_std)
+        self.w_down = columns(init_std if out_std is None else out_std)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D] in the compute dtype."""
+        _check_tokens(x_BTD.shape, self.placement)
+        layout = self.placement.layout
+
+        def local(x_BtD, *weights):
+            return mlp(x_BtD, *weights, axes=layout.axes("mlp"), stream=self.stream, activation=self.activation)
+
+        x_spec, w_spec = layout.spec("batch", "sequence", None), layout.spec("mlp", None)
+        return self.placement.shard_map(local, in_specs=(x_spec, w_spec, w_spec, w_spec), out_specs=x_spec)(
+            x_BTD.astype(self.dtype), self.w_gate[...], self.w_up[...], self.w_down[...]
+        )
+
+
+class Embed(nnx.Module):
+    """A vocabulary table: rows for tokens on the way in, logits and loss on the way out.
+
+    Args:
+      vocab_size: V, divisible by the shards of `vocab`.
+      d_model: D.
+      placement: layout and mesh.
+      stream: movement and buckets.
+      init_std: of the table.
+      dtype: compute dtype; the table is float32.
+      rngs: stream `params`.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        *,
+        placement: Placement,
+        stream: StreamConfig = StreamConfig(),
+        init_std: float = 0.02,
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        rngs: nnx.Rngs,
+    ):
+        rows = _shard_rows("vocab_size", vocab_size, "vocab", placement)
+        self.placement, self.dtype = placement, jnp.dtype(dtype)
+        self.stream = stream_of(stream, stream.vocab_movement, stream.vocab_buckets, rows, placement)
+        value = _weight(rngs.params(), (vocab_size, d_model), init_std)
+        self.table = nnx.Param(value, out_sharding=placement.layout.spec("vocab", None), mesh=placement.mesh)
+
+    def __call__(self, ids_BT: jax.Array) -> jax.Array:
+        """[B, T] int32 token ids -> [B, T, D] in the compute dtype."""
+        _check_tokens(ids_BT.shape, self.placement)
+        layout = self.placement.layout
+
+        def local(ids_Bt, table_vD):
+            return embed(ids_Bt, table_vD, axes=layout.axes("vocab"), stream=self.stream, dtype=self.dtype)
+
+        specs = (layout.spec("batch", "sequence"), layout.spec("vocab", None))
+        out_spec = layout.spec("batch", "sequence", None)
+        return self.placement.shard_map(local, in_specs=specs, out_specs=out_spec)(ids_BT, self.table[...])
+
+    def cross_entropy(self, x_BTD: jax.Array, labels_BT: jax.Array) -> cross_entropy_op.TokenLosses:
+        """Loss of each token against the table as output head, without [B, T, V] logits.
+
+        Args:
+          x_BTD: final hidden states.
+          labels_BT: int32 next tokens; negative: ignored.
+
+        Returns:
+          TokenLosses (nll, lse), each [B, T] float32, 0 where ignored.
+        """
+        _check_tokens(labels_BT.shape, self.placement)
+        layout = self.placement.layout
+
+        def local(x_BtD, table_vD, labels_Bt):
+            axes = layout.axes("vocab")
+            return cross_entropy_op.cross_entropy(x_BtD, table_vD, labels_Bt, axes=axes, stream=self.stream)
+
+        tokens = layout.spec("batch", "sequence")
+        specs = (layout.spec("batch", "sequence", None), layout.spec("vocab", None), tokens)
+        return self.placement.shard_map(local, in_specs=specs, out_specs=tokens)(
+            x_BTD.astype(self.dtype), self.table[...], labels_BT
+        )
+
+
+def residual_std(init_std: float, num_layers: int) -> float:
+    """Initial standard deviation of a projection into the residual stream (GPT-2's scaling)."""
+    return init_std / math.sqrt(2 * num_layers)
+
+
+def head_forms(state: nnx.State) -> dict:
+    """The tree of a state's parameters with the `HeadRows` of each, or None: how stored and logical arrays differ."""
+    return nnx.to_pure_dict(
+        jax.tree.map(lambda p: p.replace(p.get_metadata().get("form")), state, is_leaf=_is_variable)
+    )
+
+
+def _is_variable(node: object) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def map_forms(function: str, forms: dict, params: dict) -> dict:
+    """`params` (or moments of the same tree) with `HeadRows.pad` or `.unpad` applied where there is a form."""
+    return jax.tree.map(
+        lambda form, array: array if form is None else getattr(form, function)(array),
+        forms, params, is_leaf=lambda node: node is None or isinstance(node, HeadRows),
+    )  # fmt: skip
+
+
+def logical_params(state: nnx.State) -> dict:
+    """Global logical arrays of a model's parameters, the same under every layout and mesh."""
+    return map_forms("unpad", head_forms(state), nnx.to_pure_dict(state))

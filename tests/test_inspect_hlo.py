@@ -492,6 +492,9 @@ ENTRY %main (x: bf16[512,2048], y: bf16[512,2048], z: bf16[2048,2048]) -> bf16[5
   %all-gather-start.1 = ((bf16[512,2048]{1,0}, bf16[512,2048]{1,0}), (bf16[2048,2048]{1,0}, \
 /*index=1*/bf16[2048,2048]{1,0})) all-gather-start(%x, %y), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, \
 dimensions={0}, use_global_device_ids=true, backend_config={"collective_backend_config":{"is_sync":false}}
+  %pallas_call.3 = f32[32,128]{1,0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", \
+operand_layout_constraints={bf16[512,2048]{1,0}}, metadata={op_name="jit(step)/tsp/attention/pallas_call"}, \
+backend_config={debug = false, grid_x = 4 : i32, ir = "ML\\EFR\\0D{\\03(\\22G[\\13 \\\\", num_stages = 3 : i32}
   %async-start = ((bf16[2048,2048]{1,0}), bf16[512,2048]{1,0}, u32[]) async-start(%z), \
 async_execution_thread="parallel", calls=%async_wrapped
   %all-gather-done.1 = (bf16[2048,2048]{1,0}, bf16[2048,2048]{1,0}) all-gather-done(%all-gather-start.1)
@@ -669,7 +672,10 @@ def test_rocm_text():
     module = inspect.parse(ROCM)
     assert module.input_output_alias == (((1,), 1, ()), ((2, 0), 2, (0,)))
     names = [b.name for b in inspect.buffers(module)]
-    assert names == ["x", "y", "z", "all-gather-start.1", "all-gather-start.1", "reduce-scatter.7"]
+    assert names == ["x", "y", "z", *["all-gather-start.1"] * 2, "pallas_call.3", "reduce-scatter.7"]
+    kernel = module.entry.by_name["pallas_call.3"]
+    assert kernel.attributes["custom_call_target"] == '"__gpu$xla.gpu.triton"'
+    assert kernel.backend_config.endswith("num_stages = 3 : i32}")
 
 
 def test_tpu_text():

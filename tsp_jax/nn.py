@@ -8,6 +8,7 @@ stands first. Dims: B batch, T tokens, D model, N query heads, K KV heads, H hea
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,11 @@ class HeadRows:
     heads: Heads
     queries: bool
     """query slots; else KV slots"""
+
+    @property
+    def padded(self) -> bool:
+        """Whether logical and stored rows differ."""
+        return self.heads.padded
 
     def _cut(self, rows: jax.Array, kv: int, group: int) -> jax.Array:
         return rows.reshape(*rows.shape[:-2], kv, group if self.queries else 1, self.heads.dim, rows.shape[-1])
@@ -311,25 +317,39 @@ def residual_std(init_std: float, num_layers: int) -> float:
     return init_std / math.sqrt(2 * num_layers)
 
 
-def head_forms(state: nnx.State) -> dict:
-    """The tree of a state's parameters with the `HeadRows` of each, or None: how stored and logical arrays differ."""
+class AsStored:
+    """Arrays whose logical and stored forms are one: all but projections over padded heads."""
+
+    padded = False
+
+    def pad(self, array: jax.Array) -> jax.Array:
+        return array
+
+    def unpad(self, array: jax.Array) -> jax.Array:
+        return array
+
+
+def stored_forms(state: nnx.State) -> dict:
+    """Of each parameter, what turns its logical form (the same under every layout) into the stored one and back."""
+
+    def form(param: nnx.Variable) -> AsStored | HeadRows:
+        return param.get_metadata().get("form") or AsStored()
+
     return nnx.to_pure_dict(
-        jax.tree.map(lambda p: p.replace(p.get_metadata().get("form")), state, is_leaf=_is_variable)
+        jax.tree.map(lambda param: param.replace(form(param)), state, is_leaf=lambda x: isinstance(x, nnx.Variable))
     )
 
 
-def _is_variable(node: object) -> bool:
-    return isinstance(node, nnx.Variable)
+def to_logical(forms: Any, stored: Any) -> Any:
+    """Global logical arrays of parameters (or of a tree like them)."""
+    return jax.tree.map(lambda form, array: form.unpad(array), forms, stored)
 
 
-def map_forms(function: str, forms: dict, params: dict) -> dict:
-    """`params` (or moments of the same tree) with `HeadRows.pad` or `.unpad` applied where there is a form."""
-    return jax.tree.map(
-        lambda form, array: array if form is None else getattr(form, function)(array),
-        forms, params, is_leaf=lambda node: node is None or isinstance(node, HeadRows),
-    )  # fmt: skip
+def to_stored(forms: Any, logical: Any) -> Any:
+    """Inverse of `to_logical`; padding is zero."""
+    return jax.tree.map(lambda form, array: form.pad(array), forms, logical)
 
 
 def logical_params(state: nnx.State) -> dict:
-    """Global logical arrays of a model's parameters, the same under every layout and mesh."""
-    return map_forms("unpad", head_forms(state), nnx.to_pure_dict(state))
+    """Global logical arrays of a model's parameters."""
+    return to_logical(stored_forms(state), nnx.to_pure_dict(state))

@@ -213,16 +213,18 @@ class Module:
 
 def _callers_first(entry: str, calls: dict[str, list[tuple[str, float]]]) -> list[str]:
     """Depth-first postorder, reversed. Recursion is as deep as the program's nesting, which is shallow."""
-    order: dict[str, None] = {}
+    seen: set[str] = set()
+    order: list[str] = []
 
     def visit(name: str) -> None:
+        seen.add(name)
         for callee, _ in calls[name]:
-            if callee not in order:
+            if callee not in seen:
                 visit(callee)
-        order.setdefault(name)
+        order.append(name)
 
     visit(entry)
-    return list(reversed(order))
+    return order[::-1]
 
 
 # Trip counts. A scalar is (k, c): element k of the loop's state plus c; k is None for a plain number. What is known

@@ -105,7 +105,8 @@ def collectives(
         _collective(module, computation, i, times, mesh_axes, wrappers.get(computation.name))
         for computation, times in module.executions(unknown_trips, fusions=True)
         for i in computation.instructions
-        if i.base in _OPS and i.phase in ("", "start") and not _continues(computation, i)
+        if i.base in _OPS and i.phase in ("", "start")
+        if computation.name not in wrappers or not _continues(computation, i)
     ]
 
 

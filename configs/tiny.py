@@ -1,0 +1,31 @@
+"""A demonstration: a 2.4 M parameter byte model on the Python standard library's sources, 8 virtual CPU devices.
+
+Command:  python scripts/train.py tiny
+Hardware: any CPU; 2 cores are enough.
+"""
+
+from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
+
+config = Config(
+    model=ModelConfig(
+        vocab_size=288,  # 256 bytes, padded so that 2, 3, 4, 6, 8, 9, ... ranks divide it
+        d_model=192,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=24,
+        d_ff=576,
+    ),
+    stream=StreamConfig(attention_buckets=2, mlp_buckets=2, vocab_buckets=2, query_block=256, key_block=256),
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
+    layout="tsp",
+    cpu_devices=8,
+    steps=300,
+    batch=8,
+    seq_len=768,
+    compute_dtype="float32",
+    remat="save_attention",
+    workdir="runs/tiny",
+    checkpoint_every=100,
+    eval_every=100,
+)

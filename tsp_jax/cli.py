@@ -1,0 +1,81 @@
+"""What every script shares: find a configuration, parse flags, say what is wrong in one line and exit with 2."""
+
+import contextlib
+import importlib.util
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import tyro
+
+from tsp_jax.config import Config
+from tsp_jax.errors import ConfigError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def main(script: Callable[[str, Config], object]) -> None:
+    """Runs ``script(name, config)`` on the command line ``CONFIG [--flag value ...]``."""
+    try:
+        name, config = parse(sys.argv[1:])
+        use_devices(config)
+        script(name, config)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, Config]:
+    """(name, configuration) from ``CONFIG [--flag value ...]``."""
+    known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.py")))
+    if not arguments or arguments[0].startswith("-"):
+        if arguments and arguments[0] in ("-h", "--help"):
+            print(f"usage: {sys.argv[0]} CONFIG [--flag value ...]\nCONFIG: {known}, or a path; CONFIG --help: its flags")
+            sys.exit(0)
+        raise ConfigError(f"a configuration comes first; use one of {known}, or the path of a .py file")
+    default = load_config(arguments[0])
+    return Path(arguments[0]).stem, parse_flags(default, arguments[1:], prog=f"{sys.argv[0]} {arguments[0]}")
+
+
+def load_config(name: str) -> Config:
+    """`config` of ``configs/NAME.py``, or of a path that ends in .py."""
+    path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.py")))
+        raise ConfigError(f"configuration {name} is unknown; use one of {known}, or the path of a .py file")
+    spec = importlib.util.spec_from_file_location(f"tsp_jax_config_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = getattr(module, "config", None)
+    if not isinstance(config, Config):
+        raise ConfigError(f"configuration {name} defines no `config`; use config = tsp_jax.config.Config(...)")
+    return config
+
+
+def parse_flags(default: Config, flags: Sequence[str], prog: str) -> Config:
+    """`default` with flags applied; every field is a flag."""
+    if "--help" in flags or "-h" in flags:
+        return tyro.cli(Config, default=default, args=["--help"], prog=prog, config=(tyro.conf.OmitArgPrefixes,)[:0])
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return tyro.cli(Config, default=default, args=list(flags), prog=prog)
+    except SystemExit:
+        raise ConfigError(_one_line(said.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """The words of a framed message, without its frame and hints."""
+    words = re.sub(r"[─-╿]", " ", box)
+    return re.sub(r"\s+", " ", words).strip().removeprefix("Parsing error").removeprefix("Unrecognized options").strip()
+
+
+def use_devices(config: Config) -> None:
+    """Makes the virtual CPU devices that were asked for; must come before anything touches a device."""
+    if config.cpu_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", config.cpu_devices)

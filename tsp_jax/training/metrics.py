@@ -1,0 +1,144 @@
+"""What a run says of itself: a JSON line a step, a progress bar, a loss curve, a closing table."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one line a step or evaluation. Lines later than the step resumed from are dropped."""
+
+    def __init__(self, path: Path, resume_step: int):
+        self.path = path
+        kept = [line for line in self._lines() if line["step"] <= resume_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(path)
+        self.file = path.open("a", buffering=1)
+
+    def _lines(self) -> Iterable[dict]:
+        return read_metrics(self.path) if self.path.exists() else []
+
+    def write(self, line: dict) -> None:
+        """Appends a line, `step` first."""
+        self.file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """All whole lines of a metrics file; a last line cut short by a crash is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+class StepClock:
+    """Tokens per second between the moments at which steps were known to be done."""
+
+    def __init__(self):
+        self.last = time.perf_counter()
+
+    def rate(self, tokens: float) -> float:
+        """Tokens over the seconds since the last call."""
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        return tokens / seconds
+
+    def skip(self) -> None:
+        """Leaves out what was done since the last call (evaluation, checkpoints)."""
+        self.last = time.perf_counter()
+
+
+class TrainProgress:
+    """A rich progress bar on a terminal; elsewhere a line now and then."""
+
+    LINES = 20
+    """lines of a whole run where there is no terminal"""
+
+    def __init__(self, start: int, steps: int, console: Console):
+        self.console, self.steps, self.every = console, steps, max(1, steps // self.LINES)
+        columns = ("[bold]train", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+        self.bar = Progress(
+            *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
+            disable=not console.is_terminal,
+        )  # fmt: skip
+        self.task = self.bar.add_task("train", total=steps, completed=start, text="")
+        self.began, self.start = time.perf_counter(), start
+
+    def __enter__(self):
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self.bar.stop()
+
+    def show(self, line: dict) -> None:
+        """A finished step."""
+        step = line["step"]
+        text = f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"
+        self.bar.update(self.task, completed=step, text=text)
+        if not self.console.is_terminal and (step % self.every == 0 or step == self.steps):
+            left = (time.perf_counter() - self.began) / (step - self.start) * (self.steps - step)
+            print(f"step {step}/{self.steps}  {text}  {left:.0f} s left", file=sys.stdout, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.console.print(text, highlight=False)
+
+
+def plot_losses(metrics: list[dict], path: Path) -> bool:
+    """Training loss (and its running mean) and held-out loss by step, as a PNG; False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    train = np.array([(line["step"], line["loss"]) for line in metrics if "loss" in line])
+    held_out = np.array([(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line])
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    if len(train):
+        axes.plot(*train.T, color="tab:blue", alpha=0.35, linewidth=1, label="training")
+        window = max(1, len(train) // 30)
+        smooth = np.convolve(train[:, 1], np.ones(window) / window, mode="valid")
+        axes.plot(train[window - 1 :, 0], smooth, color="tab:blue", label=f"mean of {window} steps")
+    if len(held_out):
+        axes.plot(*held_out.T, "o-", color="tab:orange", markersize=4, label="held out")
+    axes.set(xlabel="step", ylabel="loss (nats/token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
+
+
+def print_summary(summary: dict, console: Console) -> None:
+    """The closing table of a run."""
+    table = Table(title=f"{summary['config']} · {summary['layout']} · {summary['mesh']}", show_header=False)
+    rows = {
+        "steps": f"{summary['step']:,}",
+        "loss, last training step (nats/token)": f"{summary['loss']:.4f}",
+        "loss, held-out files (nats/token)": f"{summary['eval_loss']:.4f}",
+        "tokens/s, median step": f"{summary['tokens_per_s']:,.0f}",
+        "peak bytes per device, compiled step": f"{summary['peak_bytes']:,}",
+        "bytes received per device and step": f"{summary['bytes_per_step']:,}",
+        "parameters": f"{summary['num_params']:,}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)

@@ -1,0 +1,37 @@
+"""AdamW with warm-up, cosine decay and global-norm clipping."""
+
+import jax
+import optax
+
+from tsp_jax.config import OptimizerConfig
+from tsp_jax.errors import ConfigError
+
+NOT_DECAYED = ("scale", "q_norm", "k_norm")
+"""parameters that weight decay leaves alone"""
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear from 0 to the peak, then half a cosine down to the final fraction at `steps`."""
+    if config.warmup_steps >= steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={config.warmup_steps} leaves nothing of steps={steps}; "
+            f"use --optimizer.warmup-steps {steps // 10}"
+        )
+    peak = config.learning_rate
+    return optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, steps, peak * config.final_fraction)
+
+
+def decay_mask(params: dict) -> dict:
+    """Which parameters weight decay applies to."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The gradient transformation of a run. On global arrays the norm that clips is global too."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            make_schedule(config, steps),
+            b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decay_mask,
+        ),
+    )  # fmt: skip

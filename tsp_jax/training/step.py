@@ -1,0 +1,169 @@
+"""One optimizer step as a jitted function over global arrays, and the shardings of all that it touches."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tsp_jax.config import Config
+from tsp_jax.layout import Placement
+from tsp_jax.models.transformer import Transformer
+from tsp_jax.nn import AsStored, stored_forms
+from tsp_jax.training.data import Batch
+from tsp_jax.training.optimizer import make_optimizer, make_schedule
+
+
+class TrainState(NamedTuple):
+    """All that a run carries from step to step."""
+
+    step: jax.Array
+    """[] int32, optimizer steps done"""
+    params: dict
+    """float32 master weights, in stored form"""
+    opt_state: Any
+
+
+class StepMetrics(NamedTuple):
+    """Scalars of one step."""
+
+    loss: jax.Array
+    """mean negative log-likelihood of the real labels, nats"""
+    grad_norm: jax.Array
+    """global norm before clipping"""
+    learning_rate: jax.Array
+    tokens: jax.Array
+    """real labels in the batch"""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainProgram:
+    """The functions of a run, not yet compiled, and the trees that describe its state."""
+
+    init: Callable[[], TrainState]
+    """a fresh state, made where it belongs"""
+    step: Any
+    """jitted (state, batch [a, B / a, S]) -> (state, StepMetrics); donates the state"""
+    evaluate: Any
+    """jitted (params, batch [1, B, S]) -> (sum of nll, number of real labels)"""
+    abstract_state: TrainState
+    """shapes, dtypes and shardings"""
+    forms: TrainState
+    """of each array, how its stored form differs from the logical one"""
+    batch_sharding: NamedSharding
+    """of [a, B / a, S]"""
+
+    def abstract_batch(self, shape: tuple[int, int, int]) -> Batch:
+        """Shapes of a batch, to compile for."""
+        array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
+        return Batch(array, array, array, array)
+
+
+def make_program(config: Config, placement: Placement) -> TrainProgram:
+    """Builds the functions of a training run on a placement; compiles nothing."""
+
+    def make_model(seed: int | jax.Array) -> Transformer:
+        return Transformer(
+            config.model, placement=placement, stream=config.stream, dtype=jnp.dtype(config.compute_dtype),
+            remat=config.remat, rngs=nnx.Rngs(params=seed),
+        )  # fmt: skip
+
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(0)))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    shardings, forms, moments = _state_trees(abstract, optimizer, placement, config.optimizer.zero1)
+    schedule = make_schedule(config.optimizer, config.steps)
+
+    def model_of(params: dict) -> Transformer:
+        state = jax.tree.map(lambda x: x, abstract)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graphdef, state)
+
+    def init() -> TrainState:
+        params = nnx.to_pure_dict(nnx.state(make_model(config.seed)))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    def loss(params: dict, micro: Batch, num_labels: jax.Array):
+        nll_BT, lse_BT = model_of(params).token_losses(micro)
+        nll = nll_BT.sum() / num_labels
+        return nll + config.z_loss * (lse_BT * lse_BT).sum() / num_labels, nll
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        num_labels = (batch.labels >= 0).sum(dtype=jnp.float32)
+        gradient = jax.grad(loss, has_aux=True)
+        grads, nll = _accumulate(lambda micro: gradient(state.params, micro, jnp.maximum(num_labels, 1.0)), batch)
+        grads = lax.with_sharding_constraint(grads, moments)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params = lax.with_sharding_constraint(params, shardings.params)
+        metrics = StepMetrics(nll, optax.global_norm(grads), schedule(state.step), num_labels)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    def evaluate(params: dict, batch: Batch):
+        losses = model_of(params).token_losses(jax.tree.map(lambda x: x[0], batch))
+        return losses.nll_Bt.sum(), (batch.labels >= 0).sum(dtype=jnp.float32)
+
+    batch_sharding = NamedSharding(placement.mesh, PartitionSpec(None, *placement.layout.spec("batch", "sequence")))
+    abstract_state = jax.tree.map(
+        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+        jax.eval_shape(init), shardings,
+    )  # fmt: skip
+    return TrainProgram(
+        init=jax.jit(init, out_shardings=shardings),
+        step=jax.jit(step, donate_argnums=0, in_shardings=(shardings, batch_sharding), out_shardings=(shardings, None)),
+        evaluate=jax.jit(evaluate, in_shardings=(shardings.params, batch_sharding)),
+        abstract_state=abstract_state,
+        forms=forms,
+        batch_sharding=batch_sharding,
+    )
+
+
+def _accumulate(gradient: Callable[[Batch], tuple[dict, jax.Array]], batch: Batch) -> tuple[dict, jax.Array]:
+    """Sums (gradients, loss) over the micro-batches [a, ...], one at a time."""
+    micro_batches = batch.tokens.shape[0]
+    first = gradient(jax.tree.map(lambda x: x[0], batch))
+    if micro_batches == 1:
+        return first
+
+    def add(total, micro):
+        return jax.tree.map(jnp.add, total, gradient(micro)), None
+
+    return lax.scan(add, first, jax.tree.map(lambda x: x[1:], batch))[0]
+
+
+# ------------------------------------------------------------------------------------------------ shardings
+
+
+def _state_trees(abstract: nnx.State, optimizer, placement: Placement, zero1: bool) -> tuple[TrainState, TrainState, dict]:
+    """Shardings and forms, each a TrainState, and the shardings of a moment, like the parameters."""
+    params = nnx.to_pure_dict(abstract)
+    shardings = jax.tree.map(lambda array: array.sharding, params)
+    forms = stored_forms(abstract)
+    moments = jax.tree.map(lambda p: _moment_sharding(p, placement) if zero1 else p.sharding, params)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    replicated = NamedSharding(placement.mesh, PartitionSpec())
+
+    def like_params(tree, other):
+        return optax.tree_map_params(
+            optimizer, lambda _, leaf: leaf, opt_state, tree, transform_non_params=lambda _: other
+        )
+
+    return (
+        TrainState(replicated, shardings, like_params(moments, replicated)),
+        TrainState(AsStored(), forms, like_params(forms, AsStored())),
+        moments,
+    )
+
+
+def _moment_sharding(param: jax.ShapeDtypeStruct, placement: Placement) -> NamedSharding:
+    """ZeRO-1: the parameter's sharding, and the batch axes on the first dimension that they divide and no axis has."""
+    spec = [*param.sharding.spec, *[None] * (param.ndim - len(param.sharding.spec))]
+    for dim in reversed(range(param.ndim)):
+        if spec[dim] is None and param.shape[dim] % placement.size("batch") == 0:
+            spec[dim] = placement.layout.batch
+            break
+    return NamedSharding(placement.mesh, PartitionSpec(*spec))

@@ -1,0 +1,97 @@
+"""CPU time of a training step under several layouts, pair by pair, as ratios to `single`.
+
+Runs alternate, so that whatever else the machine does falls on all alike; the median of the pairs' ratios is printed.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import tyro
+
+from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
+from tsp_jax.layout import place
+from tsp_jax.training.data import Batch
+from tsp_jax.training.step import make_program
+
+CONFIG = Config(
+    model=ModelConfig(
+        vocab_size=4096, d_model=512, num_layers=4, num_heads=8, num_kv_heads=8, head_dim=64, d_ff=2048
+    ),
+    stream=StreamConfig(),
+    optimizer=OptimizerConfig(warmup_steps=1),
+    steps=1000,
+    batch=1,
+    seq_len=4096,
+    compute_dtype="float32",
+    remat="save_attention",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """What to time."""
+
+    layouts: tuple[str, ...] = ("single", "tsp")
+    """the first is the one that others are divided by"""
+    ranks: int = 8
+    pairs: int = 10
+    config: Config = CONFIG
+
+
+def random_batch(program, config: Config) -> Batch:
+    """A batch of one document of random tokens, placed."""
+    shape = (1, config.batch, config.seq_len)
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab_size, dtype="int32")
+    order = jax.numpy.broadcast_to(jax.numpy.arange(config.seq_len, dtype="int32"), shape)
+    return Batch(*(jax.device_put(x, program.batch_sharding) for x in (tokens, tokens, order, order * 0)))
+
+
+def make_step(layout: str, args: Args) -> Callable[[], None]:
+    """A function that does one step to the end."""
+    from tsp_jax.training.data import sequence_order
+
+    axes = {"single": {}, "tp": {"model": args.ranks}, "sp": {"seq": args.ranks}}.get(layout, {"tsp": args.ranks})
+    placement = place(layout, **axes)
+    program = make_program(args.config, placement)
+    state, batch = program.init(), random_batch(program, args.config)
+    order = sequence_order(args.config.seq_len, placement.size("sequence"), "zigzag")
+    batch = Batch(*(jax.device_put(x[..., order], program.batch_sharding) for x in batch))
+    compiled = program.step.lower(state, batch).compile()
+
+    def step():
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready((state, metrics))
+
+    step()
+    return step
+
+
+def main(args: Args) -> None:
+    """Prints a JSON line: seconds of CPU time (medians) and ratios to the first layout."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", args.ranks)
+    steps = {layout: make_step(layout, args) for layout in args.layouts}
+    cpu_s = {layout: [] for layout in steps}
+    for _ in range(args.pairs):
+        for layout, step in steps.items():
+            began = time.process_time()
+            step()
+            cpu_s[layout].append(time.process_time() - began)
+    base = cpu_s[args.layouts[0]]
+    result = {
+        "versions": {"jax": jax.__version__},
+        "cpu_s": {layout: statistics.median(times) for layout, times in cpu_s.items()},
+        "ratio": {
+            layout: statistics.median(t / b for t, b in zip(times, base, strict=True)) for layout, times in cpu_s.items()
+        },
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -470,6 +470,7 @@ to_apply=%region_6.6, backend_config={ASYNC}
 }
 """.replace("{SYNC}", "{" + GPU_CONFIG % "true" + "}").replace("{ASYNC}", "{" + GPU_CONFIG % "false" + "}")
 
+# The generic async-start is XLA's long spelling of what this compiler writes as reduce-scatter-start.
 ROCM = """HloModule jit_step, is_scheduled=true, input_output_alias={ {1}: (1, {}, may-alias), {2,0}: (2, {0}, \
 must-alias) }, num_partitions=8
 

@@ -59,7 +59,7 @@ def load_config(name: str) -> Config:
 def parse_flags(default: Config, flags: Sequence[str], prog: str) -> Config:
     """`default` with flags applied; every field is a flag."""
     if "--help" in flags or "-h" in flags:
-        return tyro.cli(Config, default=default, args=["--help"], prog=prog, config=(tyro.conf.OmitArgPrefixes,)[:0])
+        return tyro.cli(Config, default=default, args=["--help"], prog=prog)
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -69,9 +69,10 @@ def parse_flags(default: Config, flags: Sequence[str], prog: str) -> Config:
 
 
 def _one_line(box: str) -> str:
-    """The words of a framed message, without its frame and hints."""
-    words = re.sub(r"[─-╿]", " ", box)
-    return re.sub(r"\s+", " ", words).strip().removeprefix("Parsing error").removeprefix("Unrecognized options").strip()
+    """What a framed message says, without its frame, headings and hints."""
+    words = " ".join(re.sub(r"[\u2500-\u257f]|-{5,}", " ", box).split())
+    words = re.split(r"Argument helptext|For full helptext", words)[0]
+    return re.sub(r"^(Value error|Invalid choice|Parsing error|Missing argument|Unrecognized options(?= Unrecognized)) |Error parsing \w+: ", "", words).strip()
 
 
 def use_devices(config: Config) -> None:

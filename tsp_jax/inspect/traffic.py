@@ -1,7 +1,6 @@
 """What a compiled program moves between devices: which collective, over which mesh axis, how often, how much.
 
-Bytes are those a device *receives*, by the ring's account, which no algorithm beats for these payloads: with g
-devices in a group and n bytes of operand on each,
+Bytes are those a device *receives*, by the ring's account: with g devices in a group and n bytes of operand on each,
 
     all-gather (g - 1) n      reduce-scatter, all-to-all (g - 1) n / g      all-reduce 2 (g - 1) n / g
     collective-permute n      collective-broadcast n

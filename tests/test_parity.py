@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import LAYOUT_CASES, assert_trees_near, packed_batch, place_case, relative_error, reorder, zigzag
 
+from tests.helpers import LAYOUT_CASES, assert_trees_near, packed_batch, place_case, relative_error, reorder, zigzag
 from tsp_jax.config import ModelConfig, StreamConfig
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer
@@ -119,7 +119,6 @@ def reference_result(model: str):
     return jax.device_get(jax.jit(jax.value_and_grad(loss))(reference_params(model), batch))
 
 
-@functools.cache
 def tsp_result(layout: str, model: str, setting: Setting):
     """(loss, logical gradients) of the library."""
     placement = place_case(layout)

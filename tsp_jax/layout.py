@@ -69,6 +69,11 @@ class Layout:
         """PartitionSpec of an array whose dimensions are these logical ones (None: not sharded)."""
         return PartitionSpec(*((getattr(self, dim) or None) if dim else None for dim in dims))
 
+    def without(self, axes: Sequence[str]) -> "Layout":
+        """The same table with some axes taken out."""
+        dims = ("batch", "sequence", *WEIGHT_DIMS)
+        return dataclasses.replace(self, **{dim: tuple(a for a in getattr(self, dim) if a not in axes) for dim in dims})
+
     @property
     def axis_names(self) -> AxisNames:
         """Every mesh axis of the layout, batch first."""
@@ -113,6 +118,8 @@ class Placement:
                 f"mesh={dict(self.mesh.shape)} lacks {', '.join(sorted(missing))} of layout {self.layout.name}; "
                 f"use a mesh with {', '.join(self.layout.axis_names)}"
             )
+        # An axis of size 1 shards nothing; left in, it would still cost trivial collectives.
+        object.__setattr__(self, "layout", self.layout.without([n for n, size in self.mesh.shape.items() if size == 1]))
 
     def size(self, dim: str) -> int:
         """Shards of a logical dimension."""

@@ -104,11 +104,11 @@ def attention(
     Keeps: its inputs, the heads' outputs [B, t, N H] and their lse.
     Source: arXiv 2604.26294, section on attention; buckets over every rank's heads (gather) are ours.
     """
-    arrays = vary_alike(x_BtD, *weights, *tokens_Bt, *(norms or ()))
-    x_BtD, weights, tokens_Bt = arrays[0], AttentionWeights(*arrays[1:5]), Tokens(*arrays[5:7])
-    norms = HeadNorms(*arrays[7:]) if norms else None
-    static = _static(config, axes, stream, weights)
     with jax.named_scope("tsp/attention"):
+        arrays = vary_alike(x_BtD, *weights, *tokens_Bt, *(norms or ()))
+        x_BtD, weights, tokens_Bt = arrays[0], AttentionWeights(*arrays[1:5]), Tokens(*arrays[5:7])
+        norms = HeadNorms(*arrays[7:]) if norms else None
+        static = _static(config, axes, stream, weights)
         positions_BS, segments_BS = gather_sequence(*tokens_Bt, axes=axes.sequence)
         keys_BS = Tokens(positions_BS, segments_BS)
         out = _heads(x_BtD, weights[:3], norms, tokens_Bt, keys_BS, static)
@@ -314,17 +314,6 @@ def _kv_projections(x_BtD, piece: Piece, norms, tokens_Bt, static: _Static):
     )
 
 
-def _grouped_kv(x_BtD, weights, norms, tokens_Bt, static: _Static):
-    """Keys and values of every head that this device's queries need, each [B, S, K, H]."""
-
-    def body(_, piece: Piece):
-        k, v = _kv_projections(x_BtD, piece, norms, tokens_Bt, static)
-        return gather_sequence(k.heads_BtNH, v.heads_BtNH, axes=static.axes.sequence), None
-
-    empty = (zeros((), x_BtD.dtype, like=x_BtD),) * 2
-    return fold(body, empty, weights[1:], dtype=x_BtD.dtype, **_kv_stream(static))[0]
-
-
 def _kv_of(piece: Piece, static: _Static) -> tuple[int, int]:
     """(first, number) of the KV heads that a piece of query heads attends to."""
     count = _kv_count(static)
@@ -336,9 +325,11 @@ def _kv_of(piece: Piece, static: _Static) -> tuple[int, int]:
 
 
 def _grouped_forward(x_BtD, weights, norms, tokens_Bt, keys_BS, static: _Static):
-    k_BSKH, v_BSKH = _grouped_kv(x_BtD, weights, norms, tokens_Bt, static)
+    def kv_body(_, piece: Piece):
+        k, v = _kv_projections(x_BtD, piece, norms, tokens_Bt, static)
+        return gather_sequence(k.heads_BtNH, v.heads_BtNH, axes=static.axes.sequence), None
 
-    def body(carry, piece: Piece):
+    def query_body(carry, piece: Piece):
         q = _Projection(x_BtD, piece.arrays[0], norms.q_H, tokens_Bt, static)
         first, count = _kv_of(piece, static)
         k, v = (lax.slice_in_dim(heads, first, first + count, axis=2) for heads in (k_BSKH, v_BSKH))
@@ -346,45 +337,60 @@ def _grouped_forward(x_BtD, weights, norms, tokens_Bt, keys_BS, static: _Static)
         out, lse = attend(q_BtKGH, k, v, tokens_Bt, keys_BS, _blocks(static, tokens_Bt))
         return carry, (_ungroup(out), lse)
 
+    (k_BSKH, v_BSKH), _ = fold(kv_body, None, weights[1:], dtype=x_BtD.dtype, **_kv_stream(static))
     axes, stream = static.axes.folded, static.stream
-    return fold(body, (), weights[:1], axes=axes, stream=stream, dtype=x_BtD.dtype)[1]
+    return fold(query_body, (), weights[:1], axes=axes, stream=stream, dtype=x_BtD.dtype)[1]
 
 
 def _grouped_backward(x_BtD, weights, norms, tokens_Bt, keys_BS, saved, static: _Static):
-    k_BSKH, v_BSKH = _grouped_kv(x_BtD, weights, norms, tokens_Bt, static)
+    def kv_body(carry, piece: Piece):
+        """All of it: keys and values have one piece, around every piece of the queries."""
+        dx_BtD, dnorms = carry
+        k, v = _kv_projections(x_BtD, piece, norms, tokens_Bt, static)
+        keys_values = gather_sequence(k.heads_BtNH, v.heads_BtNH, axes=static.axes.sequence)
+        carry = dx_BtD, dnorms.q_H
+        (dx_BtD, dnorm_q), dkv_BSKH, dwq = _grouped_queries_backward(
+            x_BtD, weights[:1], norms, tokens_Bt, keys_BS, saved, keys_values, carry, static
+        )
+        dkv_BSKH = (d.astype(x_BtD.dtype) for d in dkv_BSKH)
+        dk_BtKH, dv_BtKH = scatter_sequence(*dkv_BSKH, axes=static.axes.sequence)
+        dx_k, dwk, dnorm_k = k.vjp(dk_BtKH)
+        dx_v, dwv = v.vjp(dv_BtKH)
+        dnorms = HeadNorms(dnorm_q, _add(dnorms.k_H, dnorm_k))
+        return (dx_BtD + dx_k + dx_v, dnorms), (_all_heads(static, dwk), _all_heads(static, dwv)), dwq
 
-    def query_body(carry, piece: Piece):
-        dx_BtD, dnorm_H, dk_BSKH, dv_BSKH = carry
+    carry = _zero_grads(x_BtD, norms)
+    (dx_BtD, dnorms), dwkv, dwq = fold_with_grads(
+        kv_body, carry, weights[1:], dtype=x_BtD.dtype, **_kv_stream(static)
+    )
+    return dx_BtD, (*(dw[0] for dw in dwq), *dwkv), dnorms
+
+
+def _grouped_queries_backward(x_BtD, weights, norms, tokens_Bt, keys_BS, saved, keys_values, carry, static: _Static):
+    """-> ((dx, dnorm of queries), (dk, dv) [B, S, K, H] float32, gradient of Wq)."""
+
+    def body(carry, piece: Piece):
+        (dx_BtD, dnorm_H), dk_BSKH, dv_BSKH = carry
         out, lse, dout = (array[piece.index] for array in saved)
         q = _Projection(x_BtD, piece.arrays[0], norms.q_H, tokens_Bt, static)
         first, count = _kv_of(piece, static)
         here = slice(first, first + count)
         group = partial(_group, kv_heads=count)
+        k, v = (heads[:, :, here] for heads in keys_values)
         dq_BtKGH, dk, dv = attend_backward(
-            group(q.heads_BtNH), k_BSKH[:, :, here], v_BSKH[:, :, here], tokens_Bt, keys_BS, group(out), lse,
-            group(dout), _blocks(static, tokens_Bt),
-        )  # fmt: skip
-        dx, dwq, dnorm = q.vjp(_ungroup(dq_BtKGH))
-        dk_BSKH, dv_BSKH = dk_BSKH.at[:, :, here].add(dk), dv_BSKH.at[:, :, here].add(dv)
-        return (dx_BtD + dx, _add(dnorm_H, dnorm), dk_BSKH, dv_BSKH), (dwq,), None
-
-    def kv_body(dx_BtD, piece: Piece):
-        k, v = _kv_projections(x_BtD, piece, norms, tokens_Bt, static)
-        dk_BtKH, dv_BtKH = scatter_sequence(
-            dk_BSKH.astype(x_BtD.dtype), dv_BSKH.astype(x_BtD.dtype), axes=static.axes.sequence
+            group(q.heads_BtNH), k, v, tokens_Bt, keys_BS, group(out), lse, group(dout), _blocks(static, tokens_Bt)
         )
-        dx_k, dwk, dnorm_H = k.vjp(dk_BtKH)
-        dx_v, dwv = v.vjp(dv_BtKH)
-        return dx_BtD + dx_k + dx_v, (_all_heads(static, dwk), _all_heads(static, dwv)), dnorm_H
+        dx, dwq, dnorm = q.vjp(_ungroup(dq_BtKGH))
+        dk_BSKH = dk_BSKH.at[:, :, here].add(dk.astype(jnp.float32))
+        dv_BSKH = dv_BSKH.at[:, :, here].add(dv.astype(jnp.float32))
+        return ((dx_BtD + dx, _add(dnorm_H, dnorm)), dk_BSKH, dv_BSKH), (dwq,), None
 
-    dx_BtD, dnorms = _zero_grads(x_BtD, norms)
-    dkv = zeros(k_BSKH.shape, jnp.float32, like=k_BSKH)
-    (dx_BtD, dnorm_q, dk_BSKH, dv_BSKH), dwq, _ = fold_with_grads(
-        query_body, (dx_BtD, dnorms.q_H, dkv, dkv), weights[:1],
-        axes=static.axes.folded, stream=static.stream, dtype=x_BtD.dtype,
-    )  # fmt: skip
-    dx_BtD, dwkv, dnorm_k = fold_with_grads(kv_body, dx_BtD, weights[1:], dtype=x_BtD.dtype, **_kv_stream(static))
-    return dx_BtD, (*dwq, *dwkv), HeadNorms(dnorm_q, jax.tree.map(lambda d: d[0], dnorm_k))
+    zero = zeros(keys_values[0].shape, jnp.float32, like=x_BtD)
+    axes, stream = static.axes.folded, static.stream
+    (carry, dk_BSKH, dv_BSKH), dwq, _ = fold_with_grads(
+        body, (carry, zero, zero), weights, axes=axes, stream=stream, dtype=x_BtD.dtype
+    )
+    return carry, (dk_BSKH, dv_BSKH), dwq
 
 
 # ------------------------------------------------------------------------------------------------ output

@@ -45,8 +45,8 @@ def cross_entropy(
     Keeps: its inputs and one float32 a token.
     Source: online softmax, Milakov and Gimelshein, arXiv 1805.02867.
     """
-    x_BtD, table_vD, labels_Bt = vary_alike(x_BtD, table_vD, labels_Bt)
     with jax.named_scope("tsp/loss"):
+        x_BtD, table_vD, labels_Bt = vary_alike(x_BtD, table_vD, labels_Bt)
         local_Bt = local_ids(labels_Bt, table_vD, axes)
         lse_Bt, label_Bt = _streamed(x_BtD, table_vD, local_Bt, axes.folded, stream)
         if axes.tensor:

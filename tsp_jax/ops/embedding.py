@@ -44,8 +44,8 @@ def embed(
     Moves: forward V D (R - 1) / R; backward as many gradients. Over tensor axes one all-reduce of [B, t, D].
     Keeps: the ids.
     """
-    ids_Bt, table_vD = vary_alike(ids_Bt, table_vD)
     with jax.named_scope("tsp/embed"):
+        ids_Bt, table_vD = vary_alike(ids_Bt, table_vD)
         x_BtD = _streamed(local_ids(ids_Bt, table_vD, axes), table_vD, axes.folded, stream, jnp.dtype(dtype))
         return lax.psum(x_BtD, axes.tensor) if axes.tensor else x_BtD
 

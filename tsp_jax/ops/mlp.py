@@ -44,8 +44,8 @@ def mlp(
     Keeps: its inputs.
     Source: Shazeer, arXiv 2002.05202; streaming: arXiv 2604.26294.
     """
-    x_BtD, *weights = vary_alike(x_BtD, w_gate_fD, w_up_fD, w_down_fD)
     with jax.named_scope("tsp/mlp"):
+        x_BtD, *weights = vary_alike(x_BtD, w_gate_fD, w_up_fD, w_down_fD)
         y_BtD = _streamed(x_BtD, tuple(weights), axes.folded, stream, activation)
         return lax.psum(y_BtD, axes.tensor) if axes.tensor else y_BtD
 

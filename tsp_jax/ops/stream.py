@@ -140,7 +140,8 @@ def fold_with_grads(
     Moves: the weights as in `fold`, and as many bytes of gradients in `stream.grad_dtype` (in the tree and the ring,
       as many messages).
     """
-    return _run(body, carry, shard, axes, stream, dtype)
+    # Without a barrier the compiler may find that rematerialised forward has fetched the same pieces, and keep them.
+    return _run(body, carry, lax.optimization_barrier(shard), axes, stream, dtype)
 
 
 def _run(step, carry, shard, axes, stream, dtype):

@@ -100,7 +100,7 @@ def make_program(config: Config, placement: Placement) -> TrainProgram:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params = lax.with_sharding_constraint(params, shardings.params)
-        metrics = StepMetrics(nll, optax.global_norm(grads), schedule(state.step), num_labels)
+        metrics = StepMetrics(nll, optax.tree.norm(grads), schedule(state.step), num_labels)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     def evaluate(params: dict, batch: Batch):

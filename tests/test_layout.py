@@ -1,0 +1,308 @@
+"""The table, meshes, head slots, and errors that say what would work."""
+
+import dataclasses
+import re
+
+import jax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from tests.helpers import LAYOUT_CASES, MIX, PARTIAL, TWO_AXES, place_case
+from tsp_jax.config import Config, DataConfig, ModelConfig
+from tsp_jax.errors import ConfigError
+from tsp_jax.layout import (
+    LAYOUTS,
+    WEIGHT_DIMS,
+    Axes,
+    Layout,
+    Placement,
+    check_fits,
+    get_layout,
+    make_mesh,
+    pad_heads,
+    parse_mesh,
+    place,
+)
+
+# ------------------------------------------------------------------------------------------------ the table
+
+ROLES = {
+    "single": Axes(),
+    "tp": Axes(tensor=("model",)),
+    "sp": Axes(sequence=("seq",)),
+    "tp_sp": Axes(tensor=("model",), sequence=("seq",)),
+    "tsp": Axes(folded=("tsp",), sequence=("tsp",)),
+    "fsdp_cp": Axes(folded=("tsp",), sequence=("tsp",)),
+}
+UNUSUAL_ROLES = [
+    (MIX, Axes(folded=("tsp",), tensor=("model",), sequence=("tsp",))),
+    (TWO_AXES, Axes(folded=("node", "gpu"), sequence=("node", "gpu"))),
+    (PARTIAL, Axes(folded=("tsp",), sequence=("seq", "tsp"))),
+]
+
+
+def test_every_preset_has_a_row_here():
+    assert set(ROLES) == set(LAYOUTS)
+
+
+@pytest.mark.parametrize("dim", WEIGHT_DIMS)
+@pytest.mark.parametrize(("layout", "axes"), [*((LAYOUTS[name], axes) for name, axes in ROLES.items()), *UNUSUAL_ROLES])
+def test_roles_of_axes(layout, axes, dim):
+    assert layout.axes(dim) == axes
+
+
+def test_a_dimension_can_have_axes_of_its_own():
+    layout = Layout(name="own", sequence=("a",), heads=("a",), mlp=("m",))
+    assert layout.axes("heads") == Axes(folded=("a",), sequence=("a",))
+    assert layout.axes("mlp") == Axes(tensor=("m",), sequence=("a",))
+    assert layout.axes("vocab") == Axes(sequence=("a",))
+
+
+def test_only_fsdp_cp_gathers_whole_weights():
+    assert [name for name, layout in LAYOUTS.items() if layout.whole_weights] == ["fsdp_cp"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"heads": ("a", "a")}, "heads=('a', 'a') uses an axis twice"),
+        ({"mlp": ("data",)}, "mlp=('data',) uses an axis twice, or one of batch=('data',)"),
+        ({"sequence": ("a",), "vocab": ("a", "m")}, "must name tensor axes before folded ones; use ('m', 'a')"),
+    ],
+)
+def test_a_row_that_makes_no_sense_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Layout(name="wrong", **fields)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_get_layout(name):
+    assert get_layout(name) is LAYOUTS[name]
+
+
+def test_an_unknown_layout_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match="layout=zp is unknown; use one of single, tp, sp, tp_sp, tsp, fsdp_cp"):
+        get_layout("zp")
+
+
+def test_specs():
+    assert MIX.spec("batch", "sequence", None) == P(("data",), ("tsp",), None)
+    assert MIX.spec("mlp", None) == P(("model", "tsp"), None)
+    assert LAYOUTS["tp"].spec("batch", "sequence") == P(("data",), None)
+    assert LAYOUTS["single"].spec(None) == P(None)
+
+
+# ------------------------------------------------------------------------------------------------ meshes
+
+
+@pytest.mark.parametrize(
+    ("layout", "text", "sizes"),
+    [
+        ("tsp", "data=2,tsp=4", {"data": 2, "tsp": 4}),
+        ("tsp", "tsp=4", {"data": 1, "tsp": 4}),
+        ("tsp", " tsp = 4 , data=2", {"tsp": 4, "data": 2}),
+        ("tp_sp", "seq=3", {"data": 1, "model": 1, "seq": 3}),
+        ("tsp", "", {"data": 1, "tsp": 8}),
+        ("single", "", {"data": 1}),
+        ("tp_sp", "", {"data": 1, "model": 4, "seq": 2}),
+    ],
+)
+def test_parse_mesh(layout, text, sizes):
+    assert parse_mesh(text, LAYOUTS[layout], 8) == sizes
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 6, 7, 8, 12, 64])
+@pytest.mark.parametrize("layout", ["tp", "sp", "tp_sp", "tsp", "fsdp_cp"])
+def test_the_default_mesh_uses_every_device(layout, num_devices):
+    sizes = parse_mesh("", LAYOUTS[layout], num_devices)
+    assert sizes["data"] == 1
+    product = 1
+    for size in sizes.values():
+        product *= size
+    assert product == num_devices
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tsp=0", "'tsp=0' is not axis=size"),
+        ("tsp", "'tsp' is not axis=size"),
+        ("tsp=-2", "'tsp=-2' is not axis=size"),
+        ("tsp=2.0", "'tsp=2.0' is not axis=size"),
+        ("model=2", "layout tsp has no axis 'model', it has data, tsp"),
+        ("tsp=2,tsp=4", "axis 'tsp' is named twice"),
+    ],
+)
+def test_parse_mesh_refuses_and_shows_an_example_that_works(text, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        parse_mesh(text, LAYOUTS["tsp"], 8)
+    example = str(error.value).split()[-1]
+    assert parse_mesh(example, LAYOUTS["tsp"], 8) == {"data": 1, "tsp": 2}
+
+
+def test_make_mesh_has_the_axes_in_order():
+    mesh = make_mesh({"data": 2, "tsp": 3})
+    assert dict(mesh.shape) == {"data": 2, "tsp": 3}
+    assert mesh.devices.ravel().tolist() == jax.devices()[:6]
+
+
+def test_make_mesh_takes_the_first_of_the_devices_given():
+    devices = jax.devices()[4:]
+    assert make_mesh({"tsp": 2}, devices).devices.tolist() == devices[:2]
+
+
+def test_make_mesh_refuses_more_devices_than_there_are():
+    with pytest.raises(ConfigError, match=re.escape("mesh=data=2,tsp=8 needs 16 devices, there are 8")) as error:
+        make_mesh({"data": 2, "tsp": 8})
+    assert "--cpu-devices 16" in str(error.value)
+
+
+def test_a_mesh_that_lacks_an_axis_is_refused():
+    with pytest.raises(ConfigError, match=r"lacks seq of layout sp; use a mesh with data, seq"):
+        Placement(LAYOUTS["sp"], make_mesh({"data": 2}))
+
+
+def test_place_takes_names_and_layouts():
+    assert place("tsp", tsp=4) == place(LAYOUTS["tsp"], data=1, tsp=4)
+
+
+@pytest.mark.parametrize("name", LAYOUT_CASES)
+def test_sizes_of_a_placement(name):
+    layout, sizes = LAYOUT_CASES[name]
+    placement = place_case(name)
+    for dim in ("batch", "sequence", *WEIGHT_DIMS):
+        desired = 1
+        for axis in getattr(layout, dim):
+            desired *= sizes.get(axis, 1)
+        assert placement.size(dim) == desired
+
+
+@pytest.mark.parametrize("name", LAYOUT_CASES)
+def test_shards_of_an_array_have_the_size_that_the_placement_says(name):
+    placement = place_case(name)
+    shape = placement.sharding("batch", "sequence", "mlp" if not placement.layout.axes("mlp").folded else None)
+    array = jax.device_put(jax.numpy.zeros((24, 24, 24)), shape)
+    assert array.addressable_shards[0].data.shape[:2] == (24 // placement.size("batch"), 24 // placement.size("sequence"))
+
+
+# ------------------------------------------------------------------------------------------------ head slots
+
+
+@st.composite
+def head_numbers(draw):
+    """(num_heads, num_kv_heads, head_dim, ranks)"""
+    num_kv_heads, group = draw(st.integers(1, 12)), draw(st.integers(1, 9))
+    return num_kv_heads * group, num_kv_heads, 2 * draw(st.integers(1, 64)), draw(st.integers(1, 16))
+
+
+def _can_share(kv: int, group: int, head_dim: int, ranks: int) -> bool:
+    """Whether every rank gets whole query slots, all of the same KV slots, and equal parts of KV columns."""
+    if kv % ranks == 0:
+        return True
+    return ranks % kv == 0 and group % (ranks // kv) == 0 and head_dim % (ranks // kv) == 0
+
+
+@given(head_numbers())
+def test_every_rank_gets_as_many_slots(numbers):
+    heads = pad_heads(*numbers)
+    _, _, head_dim, ranks = numbers
+    assert heads.query % ranks == 0
+    assert heads.kv * head_dim % ranks == 0
+    assert _can_share(heads.kv, heads.group, head_dim, ranks)
+
+
+@given(head_numbers())
+def test_every_real_head_has_a_slot(numbers):
+    num_heads, num_kv_heads, head_dim, _ = numbers
+    heads = pad_heads(*numbers)
+    assert (heads.num_kv_heads, heads.real_group, heads.dim) == (num_kv_heads, num_heads // num_kv_heads, head_dim)
+    assert heads.kv >= num_kv_heads
+    assert heads.group >= heads.real_group
+    assert heads.padded == (heads.kv * heads.group > num_heads or heads.kv > num_kv_heads)
+
+
+@given(head_numbers())
+def test_no_other_slots_are_fewer(numbers):
+    num_heads, num_kv_heads, head_dim, ranks = numbers
+    heads = pad_heads(*numbers)
+    real_group = num_heads // num_kv_heads
+    fewest = min(
+        kv * group
+        for kv in range(num_kv_heads, num_kv_heads + ranks)
+        for group in range(real_group, real_group + ranks)
+        if _can_share(kv, group, head_dim, ranks)
+    )
+    assert heads.query == fewest
+
+
+@pytest.mark.parametrize(
+    ("numbers", "slots"),
+    [
+        ((32, 32, 128, 8), (32, 1)),
+        ((32, 8, 128, 8), (8, 4)),
+        ((32, 4, 128, 8), (4, 8)),
+        ((9, 3, 64, 4), (4, 3)),
+        ((9, 3, 64, 8), (4, 4)),
+        ((8, 1, 2, 8), (8, 8)),
+        ((14, 2, 64, 1), (2, 7)),
+    ],
+)
+def test_pad_heads(numbers, slots):
+    heads = pad_heads(*numbers)
+    assert (heads.kv, heads.group) == slots
+
+
+# ------------------------------------------------------------------------------------------------ check_fits
+
+MODEL = ModelConfig(vocab_size=64, d_model=16, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=4, d_ff=64)
+CONFIG = Config(model=MODEL, steps=1, batch=4, seq_len=64)
+
+
+def changed(field: str, value: int, **changes) -> Config:
+    owner, _, name = field.rpartition(".")
+    if owner:
+        return dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, **{name: value}), **changes)
+    return dataclasses.replace(CONFIG, **{name: value}, **changes)
+
+
+@pytest.mark.parametrize("name", LAYOUT_CASES)
+def test_check_fits_accepts(name):
+    layout, sizes = LAYOUT_CASES[name]
+    config = dataclasses.replace(changed("model.vocab_size", 72), seq_len=96)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=120))
+    check_fits(config, layout, {axis: sizes.get(axis, 1) for axis in layout.axis_names})
+
+
+BAD_VALUES = [
+    ("seq_len", 63, {}, "seq_len=63 is not divisible by 16 over tsp (two zigzag chunks a rank); use 64"),
+    ("seq_len", 60, {"data": DataConfig(order="contiguous")}, "seq_len=60 is not divisible by 8 over tsp; use 64"),
+    ("model.d_ff", 65, {}, "model.d_ff=65 is not divisible by 8 over tsp; use 72"),
+    ("model.vocab_size", 250, {}, "model.vocab_size=250 is not divisible by 8 over tsp; use 256"),
+    ("batch", 5, {}, "batch=5 is not divisible by 2 over data; use 6"),
+    ("batch", 4, {"accumulate": 3}, "batch=4 is not divisible by 6 over data (accumulate=3); use 6"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "changes", "message"), BAD_VALUES)
+def test_check_fits_refuses_with_a_value_that_works(field, value, changes, message):
+    sizes = {"data": 2, "tsp": 8}
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_fits(changed(field, value, **changes), LAYOUTS["tsp"], sizes)
+    check_fits(changed(field, int(message.split()[-1]), **changes), LAYOUTS["tsp"], sizes)
+
+
+def test_one_rank_takes_any_length():
+    check_fits(changed("seq_len", 63), LAYOUTS["tp"], {"data": 1, "model": 8})
+
+
+@given(st.integers(1, 3000), st.integers(1, 16))
+def test_the_length_that_check_fits_suggests_is_the_next(seq_len, ranks):
+    layout, sizes = LAYOUTS["sp"], {"data": 1, "seq": ranks}
+    try:
+        check_fits(changed("seq_len", seq_len), layout, sizes)
+    except ConfigError as error:
+        suggested = int(str(error).split()[-1])
+        check_fits(changed("seq_len", suggested), layout, sizes)
+        assert seq_len < suggested < seq_len + 2 * ranks

@@ -1,0 +1,75 @@
+"""Imports point down: config, layout <- ops <- nn <- models <- training."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import tsp_jax
+
+ROOT = Path(tsp_jax.__file__).parent
+FOUNDATION = {"errors", "config", "layout"}
+ROOMS = {
+    "errors": set(),
+    "config": {"errors"},
+    "layout": {"errors", "config"},
+    "ops": FOUNDATION,
+    "nn": FOUNDATION | {"ops"},
+    "models": FOUNDATION | {"ops", "nn"},
+    "training": FOUNDATION | {"ops", "nn", "models"},
+    "inspect": {"errors"},
+}
+"""room -> rooms of tsp_jax that it may import from (and itself)"""
+OUTSIDE = {"errors": set(), "config": set(), "layout": {"jax"}, "ops": {"jax"}, "inspect": {"jax", "jaxlib", "numpy"}}
+"""room -> packages that it may import; a room that is not here may import any"""
+
+
+def modules(room: str) -> list[Path]:
+    file = ROOT / f"{room}.py"
+    return [file] if file.exists() else sorted((ROOT / room).rglob("*.py"))
+
+
+def imports(file: Path) -> set[str]:
+    """Dotted names of everything that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name} imports relatively; name the package"
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def room_of(name: str) -> str:
+    """tsp_jax.ops.stream.fold -> ops; "" for what the package itself exports"""
+    part = name.split(".")[1]
+    return part if (ROOT / part).is_dir() or (ROOT / f"{part}.py").exists() else ""
+
+
+EVERY_MODULE = [pytest.param(room, file, id=str(file.relative_to(ROOT))) for room in ROOMS for file in modules(room)]
+
+
+@pytest.mark.parametrize(("room", "file"), EVERY_MODULE)
+def test_imports_point_down(room, file):
+    own = {room_of(name) for name in imports(file) if name.split(".")[0] == "tsp_jax"}
+    above = own - ROOMS[room] - {room}
+    assert not above, f"{file.relative_to(ROOT)} imports from {above}, which stand above {room}"
+
+
+@pytest.mark.parametrize(("room", "file"), [case for case in EVERY_MODULE if case.values[0] in OUTSIDE])
+def test_imports_from_outside(room, file):
+    allowed = OUTSIDE[room] | {"tsp_jax"} | sys.stdlib_module_names
+    foreign = {name.split(".")[0] for name in imports(file)} - allowed
+    assert not foreign, f"{file.relative_to(ROOT)} imports {foreign}; {room} may import {OUTSIDE[room] or 'nothing'}"
+
+
+def test_every_room_is_held():
+    """A room that does not stand in the table is not checked."""
+    rooms = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    unheld = rooms - set(ROOMS) - {"__init__", "__main__"}
+    assert not unheld - KNOWN_ABOVE, f"{unheld} have no row here"
+
+
+KNOWN_ABOVE = {"inference", "plan", "targets", "scripts"}

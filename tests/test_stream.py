@@ -1,0 +1,231 @@
+"""Every piece arrives where it should, once, and its gradient comes home."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from tsp_jax.layout import make_mesh
+from tsp_jax.ops.stream import Stream, fold, fold_with_grads, largest_divisor, vary_alike
+
+ROWS, BUCKETS, D = (6, 12), 3, 2
+"""rows that a rank holds of each weight: different, so that a wrong packing shows"""
+MESHES = {"no_axes": {}, "1": {"a": 1}, "2": {"a": 2}, "3": {"a": 3}, "8": {"a": 8}, "2x4": {"a": 2, "b": 4}}
+MOVEMENTS = ("gather", "ring", "broadcast")
+BF16_TOLERANCE = 2**-6
+"""relative; a sum over 8 ranks of bfloat16s, each rounded to 8 bits, up to three times on its way"""
+
+over_meshes = pytest.mark.parametrize("mesh", MESHES)
+over_streams = pytest.mark.parametrize(
+    "stream", [Stream(movement, BUCKETS, unroll) for movement in MOVEMENTS for unroll in (False, True)],
+    ids=lambda stream: f"{stream.movement}-{'unroll' if stream.unroll else 'scan'}",
+)  # fmt: skip
+
+
+def num_ranks(mesh: str) -> int:
+    return int(np.prod(list(MESHES[mesh].values())))
+
+
+def num_pieces(stream: Stream, mesh: str) -> int:
+    if stream.movement == "gather" or not MESHES[mesh]:
+        return stream.buckets
+    return num_ranks(mesh) * (stream.buckets if stream.movement == "broadcast" else 1)
+
+
+def weights(mesh: str) -> tuple[np.ndarray, ...]:
+    """Gathered weights whose every entry tells which array, row and column it is; small integers, so sums are exact."""
+    return tuple(
+        (1000 * number + 2 * np.arange(num_ranks(mesh) * rows)[:, None] + np.arange(D)).astype(np.float32)
+        for number, rows in enumerate(ROWS)
+    )
+
+
+def on_mesh(mesh: str, local, *arrays, out_specs):
+    """`local(shard, axes)` on every device; with `no_axes`, on one device and without collectives."""
+    axes = tuple(MESHES[mesh])
+    run = jax.shard_map(
+        lambda *shard: local(shard, axes),
+        mesh=make_mesh(MESHES[mesh] or {"a": 1}),
+        in_specs=P(axes or None),
+        out_specs=jax.tree.map(lambda stacked: P(axes or None), out_specs),
+    )
+    return jax.jit(run)(*arrays)
+
+
+def weigh(axes, arrays):
+    """Each times 1 + this device's rank: what no two devices agree on."""
+    weight = 1.0 + jax.lax.axis_index(axes).astype(jnp.float32) if axes else jnp.float32(1)
+    return tuple(weight * array for array in arrays)
+
+
+def zeros_on_every_rank(shard, shape):
+    return vary_alike(shard[0], jnp.zeros(shape, jnp.float32))[1]
+
+
+def places(piece, number: int) -> jax.Array:
+    """Rows of the gathered weight that a piece's rows are, as `Piece` documents."""
+    rows = piece.arrays[number].shape[0] // piece.num_ranks
+    i = jnp.arange(piece.num_ranks * rows)
+    return (piece.first_rank + i // rows) * ROWS[number] + piece.bucket * rows + i % rows
+
+
+@over_meshes
+@over_streams
+def test_every_row_is_visited_once_in_its_place(stream, mesh):
+    ranks = num_ranks(mesh)
+
+    def body(carry, piece):
+        totals = tuple(
+            total.at[places(piece, number)].add(piece.arrays[number]) for number, total in enumerate(carry[0])
+        )
+        counts = tuple(count.at[places(piece, number)].add(1.0) for number, count in enumerate(carry[1]))
+        return (totals, counts), None
+
+    def local(shard, axes):
+        totals = tuple(zeros_on_every_rank(shard, (ranks * rows, D)) for rows in ROWS)
+        counts = tuple(zeros_on_every_rank(shard, (ranks * rows,)) for rows in ROWS)
+        carry, _ = fold(body, (totals, counts), shard, axes=axes, stream=stream, dtype=jnp.float32)
+        return jax.tree.map(lambda array: array[None], carry)
+
+    totals, counts = on_mesh(mesh, local, *weights(mesh), out_specs=((0, 0), (0, 0)))
+    for total, count, full in zip(totals, counts, weights(mesh), strict=True):
+        np.testing.assert_array_equal(count, np.ones((ranks, len(full))))
+        np.testing.assert_array_equal(total, np.broadcast_to(full, (ranks, *full.shape)))
+
+
+@over_meshes
+@over_streams
+def test_find_finds_every_row_in_one_piece(stream, mesh):
+    ranks = num_ranks(mesh)
+    wanted = jnp.arange(-ROWS[0], (ranks + 1) * ROWS[0])  # those outside of the weight are in no piece
+
+    def body(carry, piece):
+        index, inside = piece.find(wanted, ROWS[0])
+        found = jnp.where(inside[:, None], piece.arrays[0][index], 0.0)
+        return (carry[0] + found, carry[1] + inside.astype(jnp.float32)), None
+
+    def local(shard, axes):
+        carry = zeros_on_every_rank(shard, (len(wanted), D)), zeros_on_every_rank(shard, (len(wanted),))
+        found, times = fold(body, carry, shard, axes=axes, stream=stream, dtype=jnp.float32)[0]
+        return found[None], times[None]
+
+    found, times = on_mesh(mesh, local, *weights(mesh), out_specs=(0, 0))
+    full = weights(mesh)[0]
+    outside = np.zeros((ROWS[0], D), np.float32)
+    np.testing.assert_array_equal(found, np.broadcast_to(np.concatenate([outside, full, outside]), found.shape))
+    exists = (wanted >= 0) & (wanted < len(full))
+    np.testing.assert_array_equal(times, np.broadcast_to(exists, times.shape))
+
+
+@over_meshes
+@over_streams
+def test_gradients_come_home_summed_over_ranks(stream, mesh):
+    ranks = num_ranks(mesh)
+
+    def local(shard, axes):
+        def body(carry, piece):
+            return carry, weigh(axes, piece.arrays), None
+
+        return fold_with_grads(body, (), shard, axes=axes, stream=stream, dtype=jnp.float32)[1]
+
+    grads = on_mesh(mesh, local, *weights(mesh), out_specs=(0, 0))
+    for grad, full in zip(grads, weights(mesh), strict=True):
+        np.testing.assert_array_equal(grad, full * (ranks * (ranks + 1) / 2))
+
+
+@over_meshes
+@over_streams
+def test_outputs_are_stacked_in_the_order_of_pieces(stream, mesh):
+    def body(carry, piece):
+        return carry + 1, (piece.index * jnp.int32(1), carry)
+
+    def local(shard, axes):
+        carry = vary_alike(shard[0], jnp.int32(0))[1]
+        _, ys = fold(body, carry, shard, axes=axes, stream=stream, dtype=jnp.float32)
+        return tuple(vary_alike(shard[0], y)[1][None] for y in ys)
+
+    indices, turns = on_mesh(mesh, local, *weights(mesh), out_specs=(0, 0))
+    pieces = np.broadcast_to(np.arange(num_pieces(stream, mesh)), indices.shape)
+    np.testing.assert_array_equal(indices, pieces)
+    np.testing.assert_array_equal(turns, pieces)
+
+
+@over_streams
+def test_the_carry_and_outputs_of_backward_are_those_of_forward(stream):
+    def local(shard, axes):
+        def body(carry, piece):
+            return carry + piece.arrays[0].sum(), piece.arrays[0].sum()
+
+        def body_with_grads(carry, piece):
+            carry, y = body(carry, piece)
+            return carry, piece.arrays, y
+
+        carry = zeros_on_every_rank(shard, ())
+        total, ys = fold(body, carry, shard, axes=axes, stream=stream, dtype=jnp.float32)
+        again, _, ys_again = fold_with_grads(body_with_grads, carry, shard, axes=axes, stream=stream, dtype=jnp.float32)
+        return total[None], ys[None], again[None], ys_again[None]
+
+    total, ys, again, ys_again = on_mesh("3", local, *weights("3"), out_specs=(0, 0, 0, 0))
+    np.testing.assert_array_equal(total, again)
+    np.testing.assert_array_equal(ys, ys_again)
+
+
+@pytest.mark.parametrize("grad_dtype", ["float32", "bfloat16"])
+@over_streams
+def test_gradients_have_the_dtype_of_the_shard_and_travel_in_grad_dtype(stream, grad_dtype):
+    stream = stream._replace(grad_dtype=grad_dtype)
+    full = tuple(1 + np.random.default_rng(0).random(array.shape, np.float32) for array in weights("8"))
+
+    def local(shard, axes):
+        def body(carry, piece):
+            return carry, weigh(axes, piece.arrays), None
+
+        return fold_with_grads(body, (), shard, axes=axes, stream=stream, dtype=jnp.float32)[1]
+
+    grads = on_mesh("8", local, *full, out_specs=(0, 0))
+    errors = [np.abs(np.asarray(grad) / (36 * array) - 1).max() for grad, array in zip(grads, full, strict=True)]
+    assert [grad.dtype for grad in grads] == [jnp.float32] * 2
+    if grad_dtype == "bfloat16":
+        assert 1e-6 < max(errors) <= BF16_TOLERANCE
+    else:
+        assert max(errors) <= 1e-6
+
+
+@over_streams
+def test_pieces_are_in_the_compute_dtype(stream):
+    seen = []
+
+    def body(carry, piece):
+        seen.extend(array.dtype for array in piece.arrays)
+        return carry, piece.arrays[0].astype(jnp.float32)
+
+    def local(shard, axes):
+        return fold(body, (), shard, axes=axes, stream=stream, dtype=jnp.bfloat16)[1][None]
+
+    on_mesh("2", local, *weights("2"), out_specs=0)
+    assert set(seen) == {jnp.dtype(jnp.bfloat16)}
+
+
+@functools.cache
+def divisors(value: int) -> list[int]:
+    return [d for d in range(1, value + 1) if value % d == 0]
+
+
+@given(st.integers(1, 500), st.integers(1, 1000))
+def test_largest_divisor(value, at_most):
+    assert largest_divisor(value, at_most) == max(d for d in divisors(value) if d <= at_most)
+
+
+def test_vary_alike_sums_the_gradient_of_what_was_replicated():
+    def local(x, w):
+        x, w = vary_alike(x, w)
+        return x * w
+
+    f = jax.shard_map(local, mesh=make_mesh({"a": 8}), in_specs=(P("a"), P()), out_specs=P("a"))
+    x = np.arange(8, dtype=np.float32)
+    assert jax.jit(jax.grad(lambda w: f(x, w).sum()))(jnp.ones(1)).tolist() == [28.0]

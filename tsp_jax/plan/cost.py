@@ -1,0 +1,119 @@
+"""What a training step moves, from shapes alone.
+
+Bytes received per device, as `tsp_jax.inspect.traffic` counts them. W are the axes that shard weights, Q those that
+shard the sequence, folded = W & Q, tensor = W - Q; with r ranks a gather or scatter of n bytes receives n (r - 1) / r,
+a sum twice that. Source of the terms: arXiv 2604.26294, section III, extended to every row of the layout table.
+"""
+
+import math
+from collections.abc import Mapping
+
+from tsp_jax.config import Config
+from tsp_jax.layout import Heads, Layout, pad_heads
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+INT32 = 4
+
+
+def _share(ranks: int) -> float:
+    return (ranks - 1) / ranks
+
+
+class _Sizes:
+    """Ranks by role, and the slices that follow."""
+
+    def __init__(self, config: Config, layout: Layout, sizes: Mapping[str, int]):
+        def ranks(axes: tuple[str, ...]) -> int:
+            return math.prod(sizes[name] for name in axes)
+
+        axes = layout.axes("heads")
+        self.folded, self.tensor, self.sequence = (ranks(names) for names in axes)
+        replicas = layout.batch + tuple(name for name in layout.sequence if name not in layout.heads)
+        self.replicas = ranks(replicas)
+        self.batch = config.batch // ranks(layout.batch)
+        self.tokens = self.batch * config.seq_len // self.sequence
+        self.item, self.grad_item = ITEMSIZE[config.compute_dtype], ITEMSIZE[config.stream.grad_dtype]
+        model = config.model
+        self.heads: Heads = pad_heads(model.num_heads, model.num_kv_heads, model.head_dim, self.folded * self.tensor)
+
+    def streamed(self, elements: float) -> float:
+        """Elements of weights (of all ranks) that a device receives when they pass by once."""
+        return elements / self.tensor * _share(self.folded)
+
+    def summed(self, elements: float, itemsize: int) -> float:
+        """Bytes of summing [B, t, D] partial outputs over the tensor axes."""
+        return 2 * elements * itemsize * _share(self.tensor)
+
+    def replica_sum(self, elements: float) -> float:
+        """Bytes of summing a weight's float32 gradient over the ranks that hold the same shard."""
+        return 2 * elements / (self.folded * self.tensor) * 4 * _share(self.replicas)
+
+
+def step_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, dict[str, float]]:
+    """Bytes received per device in one training step (accumulate = 1), by op and kind.
+
+    Kinds: `weights` and their `weight_grads` over folded axes, `keys_values` and `key_value_grads` over sequence axes,
+    `tensor_sums` over tensor axes, `replica_sums` of gradients over the rest. Positions and segments of tokens,
+    gradients of norms, and scalars are left out: kilobytes.
+    """
+    s, model = _Sizes(config, layout, sizes), config.model
+    return {
+        "attention": {kind: model.num_layers * n for kind, n in _attention(config, s).items()},
+        "mlp": {kind: model.num_layers * n for kind, n in _mlp(config, s).items()},
+        "embed": _embed(config, s),
+        "loss": _loss(config, s),
+    }
+
+
+def _attention(config: Config, s: _Sizes) -> dict[str, float]:
+    heads, d_model = s.heads, config.model.d_model
+    query, kv = heads.query * heads.dim * d_model, heads.kv * heads.dim * d_model
+    if heads.kv < s.tensor:  # a KV head lies on several tensor shards: each gathers all KV heads
+        kv_weights = 2 * kv * _share(s.folded * s.tensor)
+    else:
+        kv_weights = s.streamed(2 * kv)
+    into, out = s.streamed(query) + kv_weights, s.streamed(query)
+    used_heads = max(1, heads.kv // s.tensor)
+    keys_values = 2 * s.batch * config.seq_len * used_heads * heads.dim * s.item * _share(s.sequence)
+    passes = {"none": 2, "save_attention": 2, "full": 3}[config.remat]  # of q, k, v
+    out_passes = {"none": 2, "save_attention": 3, "full": 3}[config.remat]
+    residual = s.summed(s.tokens * d_model, s.item)
+    return {
+        "weights": (passes * into + out_passes * out) * s.item,
+        "weight_grads": (into + out) * s.grad_item,
+        "keys_values": passes * keys_values,
+        "key_value_grads": keys_values,
+        "tensor_sums": out_passes * residual,  # forward, recomputation, and of dx
+        "replica_sums": s.replica_sum(2 * query + 2 * kv),
+    }
+
+
+def _mlp(config: Config, s: _Sizes) -> dict[str, float]:
+    weights = 3 * config.model.d_ff * config.model.d_model
+    return {
+        "weights": 2 * s.streamed(weights) * s.item,
+        "weight_grads": s.streamed(weights) * s.grad_item,
+        "tensor_sums": 2 * s.summed(s.tokens * config.model.d_model, s.item),
+        "replica_sums": s.replica_sum(weights),
+    }
+
+
+def _embed(config: Config, s: _Sizes) -> dict[str, float]:
+    table = config.model.vocab_size * config.model.d_model
+    return {
+        "weights": s.streamed(table) * s.item,
+        "weight_grads": s.streamed(table) * s.grad_item,
+        "tensor_sums": s.summed(s.tokens * config.model.d_model, s.item),
+        "replica_sums": s.replica_sum(table),
+    }
+
+
+def _loss(config: Config, s: _Sizes) -> dict[str, float]:
+    table = config.model.vocab_size * config.model.d_model
+    per_token = 3 * s.summed(s.tokens, 4) + s.summed(s.tokens, INT32)  # label, maximum, sum; which labels are real
+    return {
+        "weights": 2 * s.streamed(table) * s.item,
+        "weight_grads": s.streamed(table) * s.grad_item,
+        "tensor_sums": s.summed(s.tokens * config.model.d_model, s.item) + per_token,
+        "replica_sums": s.replica_sum(table),
+    }

@@ -18,9 +18,7 @@ from tsp_jax.training.data import Batch
 from tsp_jax.training.step import make_program
 
 CONFIG = Config(
-    model=ModelConfig(
-        vocab_size=4096, d_model=512, num_layers=4, num_heads=8, num_kv_heads=8, head_dim=64, d_ff=2048
-    ),
+    model=ModelConfig(vocab_size=4096, d_model=512, num_layers=4, num_heads=8, num_kv_heads=8, head_dim=64, d_ff=2048),
     stream=StreamConfig(),
     optimizer=OptimizerConfig(warmup_steps=1),
     steps=1000,
@@ -87,7 +85,8 @@ def main(args: Args) -> None:
         "versions": {"jax": jax.__version__},
         "cpu_s": {layout: statistics.median(times) for layout, times in cpu_s.items()},
         "ratio": {
-            layout: statistics.median(t / b for t, b in zip(times, base, strict=True)) for layout, times in cpu_s.items()
+            layout: statistics.median(t / b for t, b in zip(times, base, strict=True))
+            for layout, times in cpu_s.items()
         },
     }
     print(json.dumps(result))

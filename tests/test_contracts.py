@@ -26,12 +26,17 @@ CONFIG = Config(
     remat="save_attention",
 )
 GROUPED = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, num_heads=9, num_kv_heads=3))
-RING = dataclasses.replace(CONFIG, stream=dataclasses.replace(CONFIG.stream, mlp_movement="ring", vocab_movement="ring"))
+RING = dataclasses.replace(
+    CONFIG, stream=dataclasses.replace(CONFIG.stream, mlp_movement="ring", vocab_movement="ring")
+)
 UNROLLED_RING = dataclasses.replace(RING, stream=dataclasses.replace(RING.stream, unroll=True))
 BROADCAST = dataclasses.replace(
     CONFIG, stream=dataclasses.replace(CONFIG.stream, attention_movement="broadcast", attention_buckets=2)
 )
-CASES = LAYOUT_CASES | {"data2_tp4": (LAYOUT_CASES["tp8"][0], {"data": 2, "model": 4}), "mix4_2": (MIX, {"model": 4, "tsp": 2})}
+CASES = LAYOUT_CASES | {
+    "data2_tp4": (LAYOUT_CASES["tp8"][0], {"data": 2, "model": 4}),
+    "mix4_2": (MIX, {"model": 4, "tsp": 2}),
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -159,7 +164,9 @@ def test_buckets_are_messages():
 
 def test_broadcast_is_a_tree_of_permutes():
     """Two buckets of four ranks, two rounds a tree; packed q, k, v twice, o three times, and gradients of both."""
-    assert messages(BROADCAST, "tsp4", "attention") == {"collective-permute": MODEL.num_layers * 4 * 2 * 2 * (2 + 3 + 2)}
+    assert messages(BROADCAST, "tsp4", "attention") == {
+        "collective-permute": MODEL.num_layers * 4 * 2 * 2 * (2 + 3 + 2)
+    }
 
 
 def test_fsdp_gathers_whole_weights_at_once():
@@ -175,9 +182,7 @@ SLIM = dataclasses.replace(
     CONFIG,
     batch=1,
     seq_len=64,
-    model=ModelConfig(
-        vocab_size=160, d_model=56, num_layers=2, num_heads=20, num_kv_heads=20, head_dim=8, d_ff=160
-    ),
+    model=ModelConfig(vocab_size=160, d_model=56, num_layers=2, num_heads=20, num_kv_heads=20, head_dim=8, d_ff=160),
     stream=StreamConfig(attention_buckets=5, mlp_buckets=5, vocab_buckets=5, query_block=8, key_block=8),
 )
 """a model whose every full weight matrix has 160 x 56 elements, and whose pieces are a third of that"""
@@ -191,7 +196,10 @@ def big_buffers(config: Config, case: str) -> list:
 
 @pytest.mark.parametrize(
     "config",
-    [SLIM, dataclasses.replace(SLIM, stream=dataclasses.replace(SLIM.stream, mlp_movement="ring", vocab_movement="ring"))],
+    [
+        SLIM,
+        dataclasses.replace(SLIM, stream=dataclasses.replace(SLIM.stream, mlp_movement="ring", vocab_movement="ring")),
+    ],
     ids=["gather", "ring"],
 )
 def test_no_buffer_of_a_tsp_step_is_as_large_as_a_full_weight_matrix(config):
@@ -219,7 +227,9 @@ def test_residual_is_found_where_it_is():
 @pytest.mark.parametrize("case", ["single", "tp8", "sp8", "tsp4"])
 def test_no_logits_of_all_tokens_and_the_whole_vocabulary(case):
     vocabulary = dataclasses.replace(
-        SLIM, model=dataclasses.replace(SLIM.model, vocab_size=400), stream=dataclasses.replace(SLIM.stream, vocab_buckets=2)
+        SLIM,
+        model=dataclasses.replace(SLIM.model, vocab_size=400),
+        stream=dataclasses.replace(SLIM.stream, vocab_buckets=2),
     )
     module, _ = compiled_step(vocabulary, case)
     layout, sizes = CASES[case]

@@ -6,13 +6,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
+
 from tsp_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, StreamConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.layout import place
 from tsp_jax.nn import to_logical
 from tsp_jax.training.checkpoint import Checkpoints
-from tsp_jax.training.data import Batches, sequence_order
 from tsp_jax.training.corpus import load_corpus
+from tsp_jax.training.data import Batches, sequence_order
 from tsp_jax.training.loop import train
 from tsp_jax.training.metrics import read_metrics
 from tsp_jax.training.step import make_program
@@ -36,7 +37,7 @@ def compile_once(tmp_path_factory):
 def text(tmp_path_factory):
     """A glob of 60 small documents."""
     folder = tmp_path_factory.mktemp("text")
-    words = "def return import self value for in range yield lambda class".split()
+    words = ["def", "return", "import", "self", "value", "for", "in", "range", "yield", "lambda", "class"]
     rng = np.random.default_rng(0)
     for number in range(60):
         (folder / f"{number:02}.txt").write_text(" ".join(rng.choice(words, 60)))
@@ -47,9 +48,7 @@ def text(tmp_path_factory):
 def config(text, tmp_path):
     """Nine query and three KV heads, so that most layouts pad."""
     return Config(
-        model=ModelConfig(
-            vocab_size=264, d_model=24, num_layers=2, num_heads=9, num_kv_heads=3, head_dim=8, d_ff=48
-        ),
+        model=ModelConfig(vocab_size=264, d_model=24, num_layers=2, num_heads=9, num_kv_heads=3, head_dim=8, d_ff=48),
         stream=StreamConfig(attention_buckets=2, mlp_buckets=2, vocab_buckets=3),
         data=DataConfig(files=text, cache_dir=str(tmp_path / "cache")),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3),
@@ -83,9 +82,7 @@ def run(config: Config, steps: int):
     program, data = make_program(config, placement), batches(config, placement)
     state, losses, norms = program.init(), [], []
     for step in range(steps):
-        state, metrics = program.step(
-            state, data.place(step, program.batch_sharding, accumulate=config.accumulate)
-        )
+        state, metrics = program.step(state, data.place(step, program.batch_sharding, accumulate=config.accumulate))
         losses.append(float(metrics.loss))
         norms.append(float(metrics.grad_norm))
     return program, state, np.array(losses), np.array(norms)
@@ -173,8 +170,7 @@ def logical(program, state):
 
 def same(a, b) -> bool:
     return all(
-        np.array_equal(x, y) and x.dtype == y.dtype
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        np.array_equal(x, y) and x.dtype == y.dtype for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
 
 
@@ -290,9 +286,7 @@ def test_resuming_is_bitwise(step, whole_run, tmp_path):
 
     assert numbers(tmp_path) == numbers(original)
     program = make_program(config, place("tsp", data=2, tsp=4))
-    final = [
-        Checkpoints(folder / "checkpoints", program, config, "").restore(8) for folder in (original, tmp_path)
-    ]
+    final = [Checkpoints(folder / "checkpoints", program, config, "").restore(8) for folder in (original, tmp_path)]
     assert same(*map(jax.device_get, final))
 
 

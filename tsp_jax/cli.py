@@ -33,7 +33,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
     known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.py")))
     if not arguments or arguments[0].startswith("-"):
         if arguments and arguments[0] in ("-h", "--help"):
-            print(f"usage: {sys.argv[0]} CONFIG [--flag value ...]\nCONFIG: {known}, or a path; CONFIG --help: its flags")
+            print(
+                f"usage: {sys.argv[0]} CONFIG [--flag value ...]\nCONFIG: {known}, or a path; CONFIG --help: its flags"
+            )
             sys.exit(0)
         raise ConfigError(f"a configuration comes first; use one of {known}, or the path of a .py file")
     default = load_config(arguments[0])
@@ -72,7 +74,8 @@ def _one_line(box: str) -> str:
     """What a framed message says, without its frame, headings and hints."""
     words = " ".join(re.sub(r"[\u2500-\u257f]|-{5,}", " ", box).split())
     words = re.split(r"Argument helptext|For full helptext", words)[0]
-    return re.sub(r"^(Value error|Invalid choice|Parsing error|Missing argument|Unrecognized options(?= Unrecognized)) |Error parsing \w+: ", "", words).strip()
+    headings = r"^(Value error|Invalid choice|Parsing error|Missing argument|Unrecognized options(?= Unrecognized)) "
+    return re.sub(headings + r"|Error parsing \w+: ", "", words).strip()
 
 
 def use_devices(config: Config) -> None:

@@ -8,7 +8,7 @@ axes in Q exchange keys and values. TP, SP, TP+SP, FSDP+CP and TSP are rows of o
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -80,19 +80,19 @@ class Layout:
         return tuple(dict.fromkeys((*self.batch, *self.sequence, *self.heads, *self.mlp, *self.vocab)))
 
 
-def _weights(*names: str) -> dict[str, AxisNames]:
-    return dict.fromkeys(WEIGHT_DIMS, names)
+def _preset(name: str, weights: AxisNames = (), sequence: AxisNames = (), whole_weights: bool = False) -> Layout:
+    return Layout(name=name, sequence=sequence, heads=weights, mlp=weights, vocab=weights, whole_weights=whole_weights)
 
 
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        Layout(name="single"),
-        Layout(name="tp", **_weights("model")),
-        Layout(name="sp", sequence=("seq",)),
-        Layout(name="tp_sp", **_weights("model"), sequence=("seq",)),
-        Layout(name="tsp", **_weights("tsp"), sequence=("tsp",)),
-        Layout(name="fsdp_cp", **_weights("tsp"), sequence=("tsp",), whole_weights=True),
+        _preset("single"),
+        _preset("tp", weights=("model",)),
+        _preset("sp", sequence=("seq",)),
+        _preset("tp_sp", weights=("model",), sequence=("seq",)),
+        _preset("tsp", weights=("tsp",), sequence=("tsp",)),
+        _preset("fsdp_cp", weights=("tsp",), sequence=("tsp",), whole_weights=True),
     )
 }
 
@@ -168,7 +168,7 @@ def _default_mesh(layout: Layout, num_devices: int) -> dict[str, int]:
     return sizes | {own[0]: first, own[-1]: num_devices // first if len(own) > 1 else first}
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of Auto axes over the first devices.
 
     Args:
@@ -194,7 +194,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     )
 
 
-def place(layout: str | Layout, devices: Sequence[jax.Device] | None = None, **sizes: int) -> Placement:
+def place(layout: str | Layout, devices: Sequence[Any] | None = None, **sizes: int) -> Placement:
     """A preset (or a layout of one's own) on a mesh: ``place("tsp", data=1, tsp=8)``."""
     layout = get_layout(layout) if isinstance(layout, str) else layout
     text = ",".join(f"{name}={size}" for name, size in sizes.items())

@@ -32,10 +32,9 @@ def rematerialise(layer: Callable, remat: Remat) -> Callable:
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(
-        self, config: ModelConfig, *, placement: Placement, stream: StreamConfig, dtype: Any, rngs: nnx.Rngs
-    ):
-        kwargs = dict(placement=placement, stream=stream, dtype=dtype, rngs=rngs, init_std=config.init_std)
+    def __init__(self, config: ModelConfig, *, placement: Placement, stream: StreamConfig, dtype: Any, rngs: nnx.Rngs):
+        kwargs: dict[str, Any] = {"placement": placement, "stream": stream, "dtype": dtype, "rngs": rngs}
+        kwargs["init_std"] = config.init_std
         kwargs["out_std"] = residual_std(config.init_std, config.num_layers)
         self.attention_norm = _norm(config, placement, dtype, rngs)
         self.attention = Attention(
@@ -81,8 +80,9 @@ class Transformer(nnx.Module):
         remat: Remat = "full",
         rngs: nnx.Rngs,
     ):
-        self.config, self.remat = config, remat
-        kwargs = dict(placement=placement, stream=stream, dtype=dtype)
+        self.config = config
+        self.remat: Remat = remat
+        kwargs: dict[str, Any] = {"placement": placement, "stream": stream, "dtype": dtype}
         table = dict(kwargs, init_std=config.init_std, rngs=rngs)
         self.embed = Embed(config.vocab_size, config.d_model, **table)
 

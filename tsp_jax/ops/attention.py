@@ -27,7 +27,7 @@ from tsp_jax.ops.linear import matmul, matmul_t, outer
 from tsp_jax.ops.norm import rms_norm
 from tsp_jax.ops.rope import rope
 from tsp_jax.ops.sequence import gather_sequence, scatter_sequence
-from tsp_jax.ops.stream import Piece, Stream, fold, fold_with_grads, largest_divisor, vary_alike, zeros
+from tsp_jax.ops.stream import Piece, Stream, custom_vjp, fold, fold_with_grads, largest_divisor, vary_alike, zeros
 
 SAVED_NAMES = ("attention_out", "attention_lse")
 """checkpoint names of what `save_attention` keeps"""
@@ -45,8 +45,8 @@ class AttentionWeights(NamedTuple):
 class HeadNorms(NamedTuple):
     """RMSNorm scales over a head, [H], for queries and keys."""
 
-    q_H: jax.Array
-    k_H: jax.Array
+    q_H: jax.Array | None
+    k_H: jax.Array | None
 
 
 class AttentionConfig(NamedTuple):
@@ -105,7 +105,8 @@ def attention(
     Source: arXiv 2604.26294, section on attention; buckets over every rank's heads (gather) are ours.
     """
     with jax.named_scope("tsp/attention"):
-        arrays = vary_alike(x_BtD, *weights, *tokens_Bt, *(norms or ()))
+        scales = jax.tree.leaves(norms)
+        arrays = vary_alike(x_BtD, *weights, *tokens_Bt, *scales)
         x_BtD, weights, tokens_Bt = arrays[0], AttentionWeights(*arrays[1:5]), Tokens(*arrays[5:7])
         norms = HeadNorms(*arrays[7:]) if norms else None
         static = _static(config, axes, stream, weights)
@@ -188,7 +189,7 @@ def _blocks(static: _Static, tokens_Bt: Tokens) -> Blocks:
 # ------------------------------------------------------------------------------------------------ heads
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+@custom_vjp(5)
 def _heads(x_BtD, weights, norms, tokens_Bt, keys_BS, static):
     return _heads_forward(x_BtD, weights, norms, tokens_Bt, keys_BS, static)[0]
 
@@ -360,9 +361,7 @@ def _grouped_backward(x_BtD, weights, norms, tokens_Bt, keys_BS, saved, static: 
         return (dx_BtD + dx_k + dx_v, dnorms), (_all_heads(static, dwk), _all_heads(static, dwv)), dwq
 
     carry = _zero_grads(x_BtD, norms)
-    (dx_BtD, dnorms), dwkv, dwq = fold_with_grads(
-        kv_body, carry, weights[1:], dtype=x_BtD.dtype, **_kv_stream(static)
-    )
+    (dx_BtD, dnorms), dwkv, dwq = fold_with_grads(kv_body, carry, weights[1:], dtype=x_BtD.dtype, **_kv_stream(static))
     return dx_BtD, (*(dw[0] for dw in dwq), *dwkv), dnorms
 
 
@@ -396,7 +395,7 @@ def _grouped_queries_backward(x_BtD, weights, norms, tokens_Bt, keys_BS, saved, 
 # ------------------------------------------------------------------------------------------------ output
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
+@custom_vjp(2)
 def _project_out(out, wo_nHD, static):
     return _project_out_forward(out, wo_nHD, static)[0]
 

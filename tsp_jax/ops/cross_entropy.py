@@ -3,7 +3,6 @@
 Dims: B batch, t this device's tokens, D model, v this device's rows of the vocabulary, p the rows of one piece.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from jax import lax
 from tsp_jax.layout import Axes
 from tsp_jax.ops.embedding import local_ids
 from tsp_jax.ops.linear import matmul, matmul_t, outer
-from tsp_jax.ops.stream import Piece, Stream, fold, fold_with_grads, vary_alike, zeros
+from tsp_jax.ops.stream import Piece, Stream, custom_vjp, fold, fold_with_grads, vary_alike, zeros
 
 IGNORE = -1
 """label of a token that has none"""
@@ -58,7 +57,7 @@ def cross_entropy(
         return TokenLosses(jnp.where(real_Bt, lse_Bt - label_Bt, 0.0), jnp.where(real_Bt, lse_Bt, 0.0))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@custom_vjp(3, 4)
 def _streamed(x_BtD, table_vD, labels_Bt, folded, stream):
     return _forward(x_BtD, table_vD, labels_Bt, folded, stream)[0]
 
@@ -95,9 +94,7 @@ def _backward(folded, stream, residuals, cotangents):
         return dx_BtD + matmul(dlogits_Btp, table_pD), (outer(dlogits_Btp, x_BtD),), None
 
     dx_BtD = zeros(x_BtD.shape, jnp.float32, like=x_BtD)
-    dx_BtD, (dtable_vD,), _ = fold_with_grads(
-        body, dx_BtD, (table_vD,), axes=folded, stream=stream, dtype=dtype
-    )
+    dx_BtD, (dtable_vD,), _ = fold_with_grads(body, dx_BtD, (table_vD,), axes=folded, stream=stream, dtype=dtype)
     return dx_BtD.astype(dtype), dtable_vD, None
 
 

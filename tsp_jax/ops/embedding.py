@@ -3,14 +3,12 @@
 Dims: B batch, t this device's tokens, D model, v this device's rows of the vocabulary, p the rows of one piece.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.layout import Axes
-from tsp_jax.ops.stream import Piece, Stream, fold, fold_with_grads, vary_alike, zeros
+from tsp_jax.ops.stream import Piece, Stream, custom_vjp, fold, fold_with_grads, vary_alike, zeros
 
 
 def local_ids(ids_Bt: jax.Array, table_vD: jax.Array, axes: Axes) -> jax.Array:
@@ -50,7 +48,7 @@ def embed(
         return lax.psum(x_BtD, axes.tensor) if axes.tensor else x_BtD
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@custom_vjp(2, 3, 4)
 def _streamed(ids_Bt, table_vD, folded, stream, dtype):
     return _forward(ids_Bt, table_vD, folded, stream, dtype)[0]
 

@@ -12,7 +12,7 @@ from jax import lax
 
 from tsp_jax.layout import Axes
 from tsp_jax.ops.linear import matmul, matmul_t, outer
-from tsp_jax.ops.stream import Piece, Stream, fold, fold_with_grads, vary_alike, zeros
+from tsp_jax.ops.stream import Piece, Stream, custom_vjp, fold, fold_with_grads, vary_alike, zeros
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=True)}
 
@@ -54,7 +54,7 @@ def _gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
     return ACTIVATIONS[activation](gate) * up
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@custom_vjp(2, 3, 4)
 def _streamed(x_BtD, weights, folded, stream, activation):
     return _forward(x_BtD, weights, folded, stream, activation)[0]
 

@@ -66,9 +66,9 @@ def decoder_loss(params, tokens, labels, positions, segments, *, config, z_loss=
         layer = jax.tree.map(lambda p, i=index: p[i], params["layers"])
         attn, ffn = layer["attention"], layer["mlp"]
         norms = (attn["q_norm"], attn["k_norm"]) if config.qk_norm else None
-        weights = (attn[name] for name in ("w_q", "w_k", "w_v", "w_o"))
+        h_BTD = rms_norm(x_BTD, layer["attention_norm"]["scale"], config.norm_eps)
         x_BTD += attention(
-            rms_norm(x_BTD, layer["attention_norm"]["scale"], config.norm_eps), *weights, positions, segments,
+            h_BTD, attn["w_q"], attn["w_k"], attn["w_v"], attn["w_o"], positions, segments,
             head_dim=config.head_dim, theta=config.rope_theta, norms=norms, eps=config.norm_eps,
         )  # fmt: skip
         h_BTD = rms_norm(x_BTD, layer["mlp_norm"]["scale"], config.norm_eps)

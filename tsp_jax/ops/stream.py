@@ -50,7 +50,6 @@ class Piece(NamedTuple):
     num_ranks: int
     bucket: Any
 
-
     def find(self, row: jax.Array, rows_per_rank: int) -> tuple[jax.Array, jax.Array]:
         """Where a row of the gathered weight (ranks in order) stands in this piece.
 
@@ -61,6 +60,11 @@ class Piece(NamedTuple):
         rank, offset = row // rows_per_rank - self.first_rank, row % rows_per_rank
         inside = (rank >= 0) & (rank < self.num_ranks) & (offset // rows == self.bucket)
         return jnp.where(inside, rank * rows + offset % rows, 0), inside
+
+
+def custom_vjp(*static: int) -> Callable[[Callable], Any]:
+    """`jax.custom_vjp` for a function whose arguments at these positions are static."""
+    return lambda function: jax.custom_vjp(function, nondiff_argnums=static)
 
 
 def vary_alike(*arrays: jax.Array) -> list[jax.Array]:
@@ -350,6 +354,6 @@ def _ring(step, carry: Carry, shard: Arrays, axes: tuple[str, ...], stream: Stre
     else:
         (carry, _, travelling), later = lax.scan(scan_visit, (carry, message, travelling), jnp.arange(1, ranks))
         ys = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), y, later)
-    if own is None:
+    if own is None or travelling is None:
         return carry, (), ys
     return carry, _like(_unpack(own + travelling, rows), shard), ys

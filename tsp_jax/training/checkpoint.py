@@ -53,7 +53,8 @@ class Checkpoints:
         """Writes the state as logical arrays; returns when it is whole."""
         meta = {"config": dataclasses.asdict(self.config), "data": {"step": step, "digest": self.data_digest}}
         self.manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(self._to_logical(state)), meta=ocp.args.JsonSave(meta))
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(self._to_logical(state)), meta=ocp.args.JsonSave(meta)),
         )
         self.manager.wait_until_finished()
 

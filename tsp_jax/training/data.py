@@ -20,7 +20,7 @@ IGNORE = -1
 """label of a token whose next token is not to be predicted"""
 
 T = TypeVar("T")
-Array = TypeVar("Array", np.ndarray, jax.Array)
+Array = TypeVar("Array")
 
 
 class Batch(NamedTuple, Generic[Array]):

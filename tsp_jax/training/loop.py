@@ -50,7 +50,9 @@ def train(config: Config, name: str = "run") -> dict:
     with console.status("compiling the training step"):
         shape = (config.accumulate, config.batch // config.accumulate, config.seq_len)
         compiled = program.step.lower(program.abstract_state, program.abstract_batch(shape)).compile()
-    console.print(f"restored step {start}" if start else "starting afresh", f"on {describe(placement)}", highlight=False)
+    console.print(
+        f"restored step {start}" if start else "starting afresh", f"on {describe(placement)}", highlight=False
+    )
     state = checkpoints.restore(start) if start else program.init()
 
     metrics = MetricsFile(workdir / "metrics.jsonl", start)

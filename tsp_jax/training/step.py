@@ -22,9 +22,9 @@ from tsp_jax.training.optimizer import make_optimizer, make_schedule
 class TrainState(NamedTuple):
     """All that a run carries from step to step."""
 
-    step: jax.Array
+    step: Any
     """[] int32, optimizer steps done"""
-    params: dict
+    params: Any
     """float32 master weights, in stored form"""
     opt_state: Any
 
@@ -36,7 +36,7 @@ class StepMetrics(NamedTuple):
     """mean negative log-likelihood of the real labels, nats"""
     grad_norm: jax.Array
     """global norm before clipping"""
-    learning_rate: jax.Array
+    learning_rate: jax.typing.ArrayLike
     tokens: jax.Array
     """real labels in the batch"""
 
@@ -138,7 +138,9 @@ def _accumulate(gradient: Callable[[Batch], tuple[dict, jax.Array]], batch: Batc
 # ------------------------------------------------------------------------------------------------ shardings
 
 
-def _state_trees(abstract: nnx.State, optimizer, placement: Placement, zero1: bool) -> tuple[TrainState, TrainState, dict]:
+def _state_trees(
+    abstract: nnx.State, optimizer, placement: Placement, zero1: bool
+) -> tuple[TrainState, TrainState, dict]:
     """Shardings and forms, each a TrainState, and the shardings of a moment, like the parameters."""
     params = nnx.to_pure_dict(abstract)
     shardings = jax.tree.map(lambda array: array.sharding, params)

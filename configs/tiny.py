@@ -1,7 +1,8 @@
-"""A demonstration: a 2.4 M parameter byte model on the Python standard library's sources, 8 virtual CPU devices.
+"""A demonstration: a byte model of 1.9 M parameters on the Python standard library's sources, 8 virtual CPU devices.
 
 Command:  python scripts/train.py tiny
 Hardware: any CPU; 2 cores are enough.
+Expected: below 2.4 nats/byte on held-out files (2.28 seen) in less than 6 minutes.
 """
 
 from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
@@ -20,12 +21,12 @@ config = Config(
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
     layout="tsp",
     cpu_devices=8,
-    steps=300,
+    steps=150,
     batch=8,
     seq_len=768,
     compute_dtype="float32",
     remat="save_attention",
     workdir="runs/tiny",
-    checkpoint_every=100,
-    eval_every=100,
+    checkpoint_every=50,
+    eval_every=50,
 )

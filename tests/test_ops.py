@@ -293,7 +293,7 @@ def _attention_cases():
                 yield layout, heads, Stream(("gather", "broadcast")[turn // 2 % 2], unroll=turn // 4 % 2 == 1)
 
 
-@pytest.mark.parametrize(("layout", "heads", "stream"), _attention_cases())
+@pytest.mark.parametrize(("layout", "heads", "stream"), list(_attention_cases()))
 def test_attention(layout, heads, stream):
     check_attention(layout, heads, stream, norms=heads != "one_kv_head_a_rank")
 

@@ -15,7 +15,7 @@ def test_example_runs_as_it_stands_and_learns(tmp_path):
     code = EXAMPLE[1]
     assert len(code.splitlines()) <= 25
     (tmp_path / "example.py").write_text(code)
-    env = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "example.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
     )

@@ -94,6 +94,13 @@ def test_values_and_gradients_equal_the_reference(case):
     assert_trees_near(actual, run_reference(*case.arrays(), queries, keys), F32_TOLERANCE)
 
 
+def test_the_reference_is_what_jax_computes():
+    case = Case()
+    q, k, v, dout = case.arrays()
+    desired = jax.nn.dot_product_attention(jnp.asarray(q.reshape(B, S, -1, H)), k, v, is_causal=True)
+    assert_trees_near(run_reference(q, k, v, dout, *case.tokens())[0].reshape(desired.shape), desired, F32_TOLERANCE)
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4))
 def test_any_order_and_any_segments(seed, num_segments):

@@ -168,6 +168,11 @@ def test_place_takes_names_and_layouts():
     assert place("tsp", tsp=4) == place(LAYOUTS["tsp"], data=1, tsp=4)
 
 
+def test_axes_of_size_1_have_no_role():
+    assert place("tsp", tsp=1).layout.axes("mlp") == Axes()
+    assert place(MIX, model=1, tsp=8).layout.axes("mlp") == LAYOUTS["tsp"].axes("mlp")
+
+
 @pytest.mark.parametrize("name", LAYOUT_CASES)
 def test_sizes_of_a_placement(name):
     layout, sizes = LAYOUT_CASES[name]

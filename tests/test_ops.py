@@ -19,7 +19,7 @@ from tsp_jax.ops.cross_entropy import cross_entropy
 from tsp_jax.ops.embedding import embed
 from tsp_jax.ops.kernels.blockwise import Blocks, Tokens
 from tsp_jax.ops.linear import matmul, matmul_t, outer
-from tsp_jax.ops.mlp import mlp
+from tsp_jax.ops.mlp import ACTIVATIONS, mlp
 from tsp_jax.ops.norm import rms_norm
 from tsp_jax.ops.rope import rope
 from tsp_jax.ops.sequence import gather_sequence, scatter_sequence
@@ -88,6 +88,19 @@ def test_mlp(layout, movement, unroll):
     buckets = largest_divisor(F // place_case(layout).size("mlp"), 4)
     f = sharded_mlp(layout, Stream(movement, buckets, unroll))
     assert_trees_near(compiled_value_and_grads(f, activations(4), *mlp_args()), desired_mlp("silu"), F32_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("activation", "formula"),
+    [
+        ("silu", lambda x: x / (1 + np.exp(-x))),
+        ("gelu", lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))),
+    ],
+)
+def test_activations(activation, formula):
+    """The reference shares them with the op, so they need formulas of their own."""
+    x = normal(0, 100, std=2.0)
+    assert_trees_near(ACTIVATIONS[activation](x), formula(x.astype(np.float64)), F32_TOLERANCE)
 
 
 @pytest.mark.parametrize("layout", ["single", "tsp8"])

@@ -23,13 +23,10 @@ LOSS_TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Equal programs are compiled once in this module; optax raises floats to integer powers, so promotion is free."""
+def optax_promotes():
+    """optax raises floats to integer powers."""
     jax.config.update("jax_numpy_dtype_promotion", "standard")
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     yield
-    jax.config.update("jax_compilation_cache_dir", None)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 

@@ -39,9 +39,13 @@ def train(config: Config, name: str = "run") -> dict:
     checkpoints = Checkpoints(workdir / "checkpoints", program, config, data.digest)
     start = checkpoints.latest_step() or 0
     for difference in checkpoints.check(start) if start else []:
-        console.print(f"resuming with a difference: {difference}", highlight=False)
+        console.print(f"resuming with a difference: {difference}", highlight=False, soft_wrap=True)
     if start >= config.steps and (workdir / "summary.json").exists():
-        console.print(f"workdir={workdir} is complete at step {start}; --steps {2 * start} trains on", highlight=False)
+        console.print(
+            f"workdir={workdir} is complete at step {start}; --steps {2 * start} trains on",
+            highlight=False,
+            soft_wrap=True,
+        )
         summary = json.loads((workdir / "summary.json").read_text())
         print_summary(summary, console)
         return summary
@@ -63,7 +67,7 @@ def train(config: Config, name: str = "run") -> dict:
     checkpoints.close()
     lines = read_metrics(metrics.path)
     if not plot_losses(lines, workdir / "loss.png"):
-        console.print('no loss.png: pip install "tsp-jax[viz]" brings matplotlib', highlight=False)
+        console.print('no loss.png: pip install "tsp-jax[viz]" brings matplotlib', highlight=False, soft_wrap=True)
     summary = summarise(config, name, placement, compiled, lines)
     (workdir / "summary.json").write_text(json.dumps(summary, indent=1))
     print_summary(summary, console)

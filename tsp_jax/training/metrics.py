@@ -97,7 +97,7 @@ class TrainProgress:
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
 
 def plot_losses(metrics: list[dict], path: Path) -> bool:

@@ -83,3 +83,6 @@ def use_devices(config: Config) -> None:
     if config.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+        # On jax 0.12 a CPU program read back from the persistent cache no longer orders its collectives: seen to hang,
+        # and to give other numbers.
+        jax.config.update("jax_enable_compilation_cache", False)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tsp_jax import cli
-from tsp_jax.config import Config
+from tsp_jax.config import Config, StreamConfig
 from tsp_jax.training import loop
 from tsp_jax.training.metrics import read_metrics
 
@@ -184,3 +184,9 @@ def test_script_refuses_with_exit_code_two(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("field", "value"), [("attention_movement", "ring"), ("mlp_movement", "broadcast")])
+def test_movements_are_checked_in_python_too(field, value):
+    with pytest.raises(cli.ConfigError, match=f"stream.{field}={value} is unknown"):
+        StreamConfig(**{field: value})

@@ -5,7 +5,7 @@ make right are refused here; whether a configuration fits a mesh is asked of `ts
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from tsp_jax.errors import ConfigError
 
@@ -15,6 +15,14 @@ Movement = Literal["gather", "ring"]
 Order = Literal["zigzag", "contiguous"]
 Remat = Literal["none", "full", "save_attention"]
 DType = Literal["float32", "bfloat16"]
+
+
+def _choices(owner: str, config: object) -> None:
+    """Fields of a Literal type hold one of its values, also where no command line has checked."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ConfigError(f"{owner}{name}={value} is unknown; use one of {', '.join(get_args(hint))}")
 
 
 def _positive(owner: str, config: object, *names: str) -> None:
@@ -57,6 +65,7 @@ class ModelConfig:
 
     def __post_init__(self):
         sizes = "vocab_size d_model num_layers num_heads num_kv_heads head_dim d_ff rope_theta norm_eps init_std"
+        _choices("model.", self)
         _positive("model.", self, *sizes.split())
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
@@ -107,6 +116,7 @@ class StreamConfig:
     """dtype in which weight gradients travel to their owner"""
 
     def __post_init__(self):
+        _choices("stream.", self)
         _positive("stream.", self, "attention_buckets", "mlp_buckets", "vocab_buckets", "query_block", "key_block")
 
 
@@ -124,6 +134,7 @@ class DataConfig:
     """batches prepared ahead on the host"""
 
     def __post_init__(self):
+        _choices("data.", self)
         _positive("data.", self, "prefetch")
 
 
@@ -202,6 +213,7 @@ class Config:
     """batches in one evaluation"""
 
     def __post_init__(self):
+        _choices("", self)
         _positive("", self, "steps", "batch", "seq_len", "accumulate", "keep_checkpoints", "eval_batches")
         for name in ("cpu_devices", "z_loss", "seed", "checkpoint_every", "eval_every"):
             if getattr(self, name) < 0:

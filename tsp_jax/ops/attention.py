@@ -22,7 +22,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from tsp_jax.layout import Axes
-from tsp_jax.ops.kernels.blockwise import Blocks, Tokens, attend, attend_backward
+from tsp_jax.ops.kernels.blockwise import Blocks, Tokens, attend, attend_backward, block_size
 from tsp_jax.ops.linear import matmul, matmul_t, outer
 from tsp_jax.ops.norm import rms_norm
 from tsp_jax.ops.rope import rope
@@ -60,7 +60,7 @@ class AttentionConfig(NamedTuple):
     buckets: int = 1
     """upper bound; the largest divisor that fits is used"""
     blocks: Blocks = Blocks(512, 512)
-    """upper bound of blocks; no block is longer than half of this device's tokens (a zigzag chunk)"""
+    """tokens in a block, about; no block is longer than half of this device's tokens (a zigzag chunk)"""
 
 
 class _Static(NamedTuple):
@@ -94,6 +94,9 @@ def attention(
         values are gathered.
       stream: movement (gather or broadcast); its buckets are replaced by `config.buckets`.
 
+    Raises:
+      ValueError: movement ring, under which ranks hold different heads at a time.
+
     Returns:
       [B, t, D] in x's dtype.
 
@@ -104,6 +107,8 @@ def attention(
     Keeps: its inputs, the heads' outputs [B, t, N H] and their lse.
     Source: arXiv 2604.26294, section on attention; buckets over every rank's heads (gather) are ours.
     """
+    if stream.movement == "ring":
+        raise ValueError("attention gathers keys and values of the heads that all ranks hold at once: not ring")
     with jax.named_scope("tsp/attention"):
         scales = jax.tree.leaves(norms)
         arrays = vary_alike(x_BtD, *weights, *tokens_Bt, *scales)
@@ -183,7 +188,7 @@ def _ungroup(q_BtKGH: jax.Array) -> jax.Array:
 
 def _blocks(static: _Static, tokens_Bt: Tokens) -> Blocks:
     half = max(1, tokens_Bt.positions.shape[1] // 2)
-    return Blocks(*(largest_divisor(half, block) for block in static.config.blocks))
+    return Blocks(*(block_size(half, block) for block in static.config.blocks))
 
 
 # ------------------------------------------------------------------------------------------------ heads

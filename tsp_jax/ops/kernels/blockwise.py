@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tsp_jax.ops.stream import largest_divisor, zeros
+from tsp_jax.ops.stream import zeros
 
 MASKED = -1e30
 """score of a pair that is not allowed; finite, so that a row without any allowed key stays a number"""
@@ -36,6 +36,15 @@ class Blocks(NamedTuple):
     key: int
 
 
+def block_size(length: int, target: int) -> int:
+    """The divisor of `length` nearest to `target` by ratio, and at most four times as large.
+
+    Lengths without such a divisor, large primes above all, get small and therefore slow blocks.
+    """
+    divisors = [d for d in range(1, min(length, 4 * target) + 1) if length % d == 0]
+    return min(divisors, key=lambda d: max(d / target, target / d))
+
+
 def attend(
     q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries: Tokens, keys: Tokens, blocks: Blocks
 ) -> tuple[jax.Array, jax.Array]:
@@ -46,7 +55,7 @@ def attend(
       k_BSKH: keys; likewise values.
       queries: positions and segments of the T query tokens.
       keys: of the S key tokens, in any order.
-      blocks: upper bounds of block sizes; the largest divisors of T and S are used.
+      blocks: sizes to aim at; see `block_size`.
 
     Returns:
       (out [B, T, K, G, H] in q's dtype, lse [B, T, K, G] float32). A query without any key gets
@@ -148,7 +157,7 @@ class _Cut:
     def __init__(self, q_BTKGH, k_BSKH, queries: Tokens, keys: Tokens, blocks: Blocks):
         self.batch, q_len, self.kv_heads, self.group, head_dim = q_BTKGH.shape
         k_len = k_BSKH.shape[1]
-        self.q_size, self.k_size = largest_divisor(q_len, blocks.query), largest_divisor(k_len, blocks.key)
+        self.q_size, self.k_size = block_size(q_len, blocks.query), block_size(k_len, blocks.key)
         self.num_q, self.num_k = q_len // self.q_size, k_len // self.k_size
         self.scale = head_dim**-0.5
         self.q_tokens = Tokens(*(self._rows(t, self.num_q) for t in queries))

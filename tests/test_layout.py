@@ -312,3 +312,9 @@ def test_the_length_that_check_fits_suggests_is_the_next(seq_len, ranks):
         suggested = int(str(error).split()[-1])
         check_fits(changed("seq_len", suggested), layout, sizes)
         assert seq_len < suggested < seq_len + 2 * ranks
+
+
+@pytest.mark.parametrize("sequence", [("data",), ("seq", "seq")])
+def test_token_dimensions_share_no_axis(sequence):
+    with pytest.raises(ConfigError, match="share an axis"):
+        Layout(name="mine", sequence=sequence)

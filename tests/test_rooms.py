@@ -20,6 +20,9 @@ ROOMS = {
     "training": FOUNDATION | {"ops", "nn", "models", "inspect"},
     "inspect": {"errors"},
     "plan": FOUNDATION | {"inspect"},
+    "private_jax": set(),
+    "rocm_standins": {"errors"},
+    "targets": {"errors", "private_jax", "rocm_standins"},
 }
 """room -> rooms of tsp_jax that it may import from (and itself)"""
 TOP = {"__init__", "__main__", "cli"}

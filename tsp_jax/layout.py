@@ -45,6 +45,9 @@ class Layout:
     """gather each op's weights at once instead of bucket by bucket (ZeRO-3 / FSDP over the context axis)"""
 
     def __post_init__(self):
+        tokens = self.batch + self.sequence
+        if len(set(tokens)) < len(tokens):
+            raise ConfigError(f"layout {self.name}: batch={self.batch} and sequence={self.sequence} share an axis")
         for dim in WEIGHT_DIMS:
             names = getattr(self, dim)
             if len({*names, *self.batch}) < len(names) + len(self.batch):

@@ -1,0 +1,12 @@
+"""The one place that touches private names of JAX, each with why no public one will do."""
+
+from pathlib import Path
+
+from jax._src import xla_bridge
+from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
+
+
+def register_rocm_plugin(library: Path) -> None:
+    """Registers the ROCm compiler by path; the plugin's own entry point refuses a machine without a GPU."""
+    options = {**xla_client.generate_pjrt_gpu_plugin_options(), "platform_name": "ROCM"}
+    xla_bridge.register_plugin("rocm", priority=500, library_path=str(library), options=options)

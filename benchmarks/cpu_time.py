@@ -14,7 +14,7 @@ import tyro
 
 from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
 from tsp_jax.layout import place
-from tsp_jax.training.data import Batch
+from tsp_jax.training.data import Batch, sequence_order
 from tsp_jax.training.step import make_program
 
 CONFIG = Config(
@@ -40,24 +40,22 @@ class Args:
     config: Config = CONFIG
 
 
-def random_batch(program, config: Config) -> Batch:
-    """A batch of one document of random tokens, placed."""
+def random_batch(program, config: Config, sequence_shards: int) -> Batch:
+    """A batch of one document of random tokens, in zigzag order, placed."""
     shape = (1, config.batch, config.seq_len)
     tokens = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab_size, dtype="int32")
-    order = jax.numpy.broadcast_to(jax.numpy.arange(config.seq_len, dtype="int32"), shape)
-    return Batch(*(jax.device_put(x, program.batch_sharding) for x in (tokens, tokens, order, order * 0)))
+    positions = jax.numpy.broadcast_to(jax.numpy.arange(config.seq_len, dtype="int32"), shape)
+    order = sequence_order(config.seq_len, sequence_shards, "zigzag")
+    fields = (tokens, tokens, positions, positions * 0)
+    return Batch(*(jax.device_put(field[..., order], program.batch_sharding) for field in fields))
 
 
 def make_step(layout: str, args: Args) -> Callable[[], None]:
     """A function that does one step to the end."""
-    from tsp_jax.training.data import sequence_order
-
     axes = {"single": {}, "tp": {"model": args.ranks}, "sp": {"seq": args.ranks}}.get(layout, {"tsp": args.ranks})
     placement = place(layout, **axes)
     program = make_program(args.config, placement)
-    state, batch = program.init(), random_batch(program, args.config)
-    order = sequence_order(args.config.seq_len, placement.size("sequence"), "zigzag")
-    batch = Batch(*(jax.device_put(x[..., order], program.batch_sharding) for x in batch))
+    state, batch = program.init(), random_batch(program, args.config, placement.size("sequence"))
     compiled = program.step.lower(state, batch).compile()
 
     def step():

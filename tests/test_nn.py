@@ -296,8 +296,8 @@ def _call(layer: str, shape: tuple[int, ...], layout: str = "data2_tsp4"):
 @pytest.mark.parametrize(
     ("shape", "message", "works"),
     [
-        ((2, 49), "sequence=49 is not divisible by tsp=4; use 52", (2, 52)),
-        ((3, 48), "batch=3 is not divisible by data=2; use 4", (4, 48)),
+        ((2, 49), "sequence=49 is not divisible by 4 over tsp; use 52", (2, 52)),
+        ((3, 48), "batch=3 is not divisible by 2 over data; use 4", (4, 48)),
     ],
 )
 def test_tokens_that_cannot_be_cut_are_refused_with_a_number_that_can(layer, shape, message, works):
@@ -309,8 +309,8 @@ def test_tokens_that_cannot_be_cut_are_refused_with_a_number_that_can(layer, sha
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda size, kwargs: MLP(D, size, **kwargs), "d_ff=65 is not divisible by model,tsp=8; use 72"),
-        (lambda size, kwargs: Embed(size, D, **kwargs), "vocab_size=65 is not divisible by model,tsp=8; use 72"),
+        (lambda size, kwargs: MLP(D, size, **kwargs), "d_ff=65 is not divisible by 8 over model,tsp; use 72"),
+        (lambda size, kwargs: Embed(size, D, **kwargs), "vocab_size=65 is not divisible by 8 over model,tsp; use 72"),
     ],
 )
 def test_weights_that_cannot_be_cut_are_refused_with_a_number_that_can(make, message):

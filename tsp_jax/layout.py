@@ -249,7 +249,8 @@ def pad_heads(num_heads: int, num_kv_heads: int, head_dim: int, ranks: int) -> H
     return Heads(kv=kv, group=group, num_kv_heads=num_kv_heads, real_group=real_group, dim=head_dim)
 
 
-def _divides(field: str, value: int, ranks: int, axes: AxisNames, why: str = "") -> None:
+def check_divides(field: str, value: int, ranks: int, axes: AxisNames, why: str = "") -> None:
+    """Raises ConfigError, with the next value that works, where `ranks` do not divide a field's value."""
     if value % ranks:
         use = -(-value // ranks) * ranks
         over = f" over {','.join(axes)}" if axes else ""
@@ -265,8 +266,8 @@ def check_fits(config: Config, layout: Layout, sizes: Mapping[str, int]) -> None
     ranks = shards(layout.sequence)
     zigzag = config.data.order == "zigzag" and ranks > 1
     why = " (two zigzag chunks a rank)" if zigzag else ""
-    _divides("seq_len", config.seq_len, ranks * (2 if zigzag else 1), layout.sequence, why)
-    _divides("model.d_ff", config.model.d_ff, shards(layout.mlp), layout.mlp)
-    _divides("model.vocab_size", config.model.vocab_size, shards(layout.vocab), layout.vocab)
+    check_divides("seq_len", config.seq_len, ranks * (2 if zigzag else 1), layout.sequence, why)
+    check_divides("model.d_ff", config.model.d_ff, shards(layout.mlp), layout.mlp)
+    check_divides("model.vocab_size", config.model.vocab_size, shards(layout.vocab), layout.vocab)
     why = f" (accumulate={config.accumulate})" if config.accumulate > 1 else ""
-    _divides("batch", config.batch, shards(layout.batch) * config.accumulate, layout.batch, why)
+    check_divides("batch", config.batch, shards(layout.batch) * config.accumulate, layout.batch, why)

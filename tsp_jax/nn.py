@@ -16,7 +16,7 @@ from flax import nnx
 
 from tsp_jax.config import Activation, StreamConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.layout import Heads, Placement, pad_heads
+from tsp_jax.layout import Heads, Placement, check_divides, pad_heads
 from tsp_jax.ops import attention as attention_op
 from tsp_jax.ops import cross_entropy as cross_entropy_op
 from tsp_jax.ops.embedding import embed
@@ -34,9 +34,7 @@ def stream_of(config: StreamConfig, movement: str, buckets: int, rows: int, plac
 
 def _shard_rows(name: str, value: int, dim: str, placement: Placement) -> int:
     shards = placement.size(dim)
-    if value % shards:
-        axes = ",".join(getattr(placement.layout, dim))
-        raise ConfigError(f"{name}={value} is not divisible by {axes}={shards}; use {-(-value // shards) * shards}")
+    check_divides(name, value, shards, getattr(placement.layout, dim))
     return value // shards
 
 

@@ -28,7 +28,7 @@ class Checkpoints:
     """The checkpoints of one working directory.
 
     Args:
-      folder: made when the first checkpoint is saved.
+      folder: made if it is missing.
       program: what the state looks like here.
       config: saved with each checkpoint; its model is compared on restore.
       data_digest: of the training text; a run resumed on another text says so.

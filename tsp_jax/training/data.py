@@ -14,10 +14,8 @@ import numpy as np
 
 from tsp_jax.config import Order
 from tsp_jax.errors import ConfigError
+from tsp_jax.ops.cross_entropy import IGNORE
 from tsp_jax.training.corpus import Corpus
-
-IGNORE = -1
-"""label of a token whose next token is not to be predicted"""
 
 T = TypeVar("T")
 Array = TypeVar("Array")

@@ -138,7 +138,8 @@ class _Run:
             state, numbers = self.compiled(state, batch)
             self._log(unseen, clock, progress)
             unseen = step + 1, numbers
-            evaluates, saves = (self._due(step + 1, every) for every in self._rhythm())
+            evaluates = self._due(step + 1, self.config.eval_every)
+            saves = self._due(step + 1, self.config.checkpoint_every)
             if evaluates or saves:
                 self._log(unseen, clock, progress)
                 unseen = None
@@ -148,9 +149,6 @@ class _Run:
                     self.checkpoints.save(state, step + 1)
                 clock.skip()
         self._log(unseen, clock, progress)
-
-    def _rhythm(self) -> tuple[int, int]:
-        return self.config.eval_every, self.config.checkpoint_every
 
     def _due(self, done: int, every: int) -> bool:
         return done == self.config.steps or (every > 0 and done % every == 0)

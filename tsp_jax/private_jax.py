@@ -1,5 +1,6 @@
 """The one place that touches private names of JAX, each with why no public one will do."""
 
+import logging
 from pathlib import Path
 
 from jax._src import xla_bridge
@@ -10,3 +11,14 @@ def register_rocm_plugin(library: Path) -> None:
     """Registers the ROCm compiler by path; the plugin's own entry point refuses a machine without a GPU."""
     options = {**xla_client.generate_pjrt_gpu_plugin_options(), "platform_name": "ROCM"}
     xla_bridge.register_plugin("rocm", priority=500, library_path=str(library), options=options)
+
+
+def hush_absent_plugins() -> None:
+    """Drops the traceback that JAX logs for each installed plugin whose hardware is absent: here that is no error."""
+    logger = logging.getLogger(xla_bridge.__name__)
+    if _not_about_plugins not in logger.filters:
+        logger.addFilter(_not_about_plugins)
+
+
+def _not_about_plugins(record: logging.LogRecord) -> bool:
+    return "plugin configuration error" not in record.getMessage().lower()

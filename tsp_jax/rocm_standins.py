@@ -22,25 +22,29 @@ PROVIDERS = ("libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1", "libdl
 TOOLS = ("gcc", "nm", "readelf")
 
 
-def load_rocm_libraries(plugin_libraries: list[Path], cache: Path) -> None:
+def load_rocm_libraries(plugin_libraries: list[Path], cache: Path) -> set[str]:
     """Loads what the plugin's libraries need: ROCm's own where it is installed, stand-ins elsewhere.
 
     Args:
       plugin_libraries: shared objects of the JAX ROCm plugin.
       cache: folder that stand-ins are built into, once for each version of the plugin.
 
+    Returns:
+      the names of those that were stood in for.
+
     Raises:
       ConfigError: a tool to build them with is missing.
     """
     missing = [name for name in _needed(plugin_libraries) if not _loads(name)]
     if not missing:
-        return
+        return set()
     digest = hashlib.sha256("\n".join(str((p, p.stat().st_size)) for p in plugin_libraries).encode()).hexdigest()[:16]
     folder = cache / f"rocm-standins-{digest}"
     if not folder.exists():
         _build(plugin_libraries, missing, folder)
     for path in sorted(folder.iterdir()):
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    return set(missing)
 
 
 def _run(*command: str) -> str:

@@ -26,6 +26,7 @@ _NAME = re.compile(r"[\w.\-]+")
 _STRING = r'"([^"\\]*(?:\\.[^"\\]*)*)"'
 _PHASE = re.compile(r"(.+)-(start|update|done)")
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
+_DECLARED_TRIPS = re.compile(r"(?:^|[/(])mean_trips\[([\d.e+\-]+)\]\)*/while$")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,6 +117,19 @@ class Instruction:
         return self.attributes.get("backend_config", "")
 
 
+def declared_trips(loop: Instruction) -> float | None:
+    """How often the body of a data-dependent loop runs on average, by the program's own word.
+
+    A program says so with a named scope directly around the loop, ``with jax.named_scope("mean_trips[64.5]")``. Scopes
+    further out are those of other loops.
+    """
+    found = _DECLARED_TRIPS.search(loop.op_name)
+    try:
+        return float(found[1]) if found else None
+    except ValueError:
+        raise ConfigError(f"scope mean_trips[{found[1] if found else ''}] is no number; use mean_trips[64.5]") from None
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Computation:
     """Instructions in schedule order."""
@@ -169,11 +183,21 @@ class Module:
             return int(known[1])
         return _counted_trips(self, loop)
 
+    def trips(self, loop: Instruction, unknown_trips: Trips = 1) -> float:
+        """How often a while loop's body runs: counted, else declared (`declared_trips`), else `unknown_trips`."""
+        trips = self.trip_count(loop)
+        if trips is None:
+            trips = declared_trips(loop)
+        if trips is None:
+            trips = unknown_trips(loop) if callable(unknown_trips) else unknown_trips
+        return trips
+
     def executions(self, unknown_trips: Trips = 1, *, fusions: bool = False) -> Iterator[tuple[Computation, float]]:
         """Every computation that runs, callers first, and how often it runs in one execution of the module.
 
         Args:
-            unknown_trips: trips of a loop whose count the text does not tell: a number, or a function of the while.
+            unknown_trips: trips of a loop whose count neither the text nor the program tells (`declared_trips`): a
+                number, or a function of the while.
             fusions: also yield the bodies of fusions, whose values (but for the root) never reach memory.
 
         Yields:
@@ -200,9 +224,7 @@ class Module:
             if not i.called or i.phase in ("update", "done"):
                 continue
             if i.base == "while":
-                trips = self.trip_count(i)
-                if trips is None:
-                    trips = unknown_trips(i) if callable(unknown_trips) else unknown_trips
+                trips = self.trips(i, unknown_trips)
                 calls += [(self.callee(i, "body").name, trips), (self.callee(i, "condition").name, trips + 1)]
             elif i.base == "conditional":
                 calls += [(c.name, 1) for c in self.called(i, "branch_computations")]

@@ -81,7 +81,7 @@ def collectives(
     Args:
         module: a parsed program.
         mesh_axes: axis name -> size, in the order in which devices are laid out, row by row. None: every axis is ?.
-        unknown_trips: trips of data-dependent loops; see `Module.executions`.
+        unknown_trips: trips of data-dependent loops that declare none; see `Module.executions`.
 
     Returns:
         One entry for each instruction. Those in a branch count as if the branch were always taken.
@@ -107,6 +107,32 @@ def collectives(
         if i.base in _OPS and i.phase in ("", "start")
         if computation.name not in wrappers or not _continues(computation, i)
     ]
+
+
+def is_collective(i: Instruction) -> bool:
+    """Whether an instruction is a collective, or a part of one."""
+    return i.base in _OPS
+
+
+def groups_of(module: Module, i: Instruction) -> Groups:
+    """Device numbers of each group of a collective instruction; of a permute the (source, target) pairs."""
+    if i.base == "collective-permute":
+        return _brace_groups(i.attributes.get("source_target_pairs", ""))
+    return replica_groups(i.attributes.get("replica_groups", "{}"), module.num_partitions * module.replica_count)
+
+
+def chain(computation: Computation) -> tuple[str, str]:
+    """(phase, id) of the asynchronous collective that a fusion of TPU's starts, continues or ends; ("", "") if none."""
+    ids = (
+        re.search(r'chain_id="([^"]*)"', i.attributes.get("frontend_attributes", ""))
+        for i in computation.instructions
+        if is_collective(i)
+    )
+    found = next(filter(None, ids), None)
+    for target, phase in (("AsyncCollectiveStart", "start"), ("AsyncCollectiveDone", "done")):
+        if _has_custom_call(computation, target):
+            return phase, found[1] if found else ""
+    return ("step", found[1]) if found else ("", "")
 
 
 def summary(found: Iterable[Collective]) -> dict[tuple[str, str], Total]:
@@ -137,9 +163,9 @@ def _collective(
         operands = operands[:1]  # the others are places to write to
     payload = [leaf for operand in operands for leaf in leaves(operand.shape)]
     if op == "collective-permute":
-        axis, size = _axis_of_pairs(_brace_groups(i.attributes.get("source_target_pairs", "")), mesh_axes)
+        axis, size = _axis_of_pairs(groups_of(module, i), mesh_axes)
     else:
-        groups = replica_groups(i.attributes.get("replica_groups", "{}"), devices)
+        groups = groups_of(module, i)
         axis, size = _axis_of_groups(groups, mesh_axes, devices), max(map(len, groups), default=1)
     reduction = [each.op_name for c in module.called(i, "to_apply") for each in c.instructions]
     return Collective(

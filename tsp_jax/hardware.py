@@ -1,0 +1,235 @@
+"""Kinds of device: what the data sheets say, what programs were seen to reach, and how devices are joined.
+
+The link model is `collective_seconds`. It knows bandwidth alone: no latency, no contention with other work.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from tsp_jax.errors import ConfigError
+
+Links = Literal["host", "full_mesh", "switch", "torus"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One kind of device and how its like are joined. Rates are in units a second, per device and direction."""
+
+    name: str
+    platform: Literal["cpu", "rocm", "cuda", "tpu"]
+    memory_bytes: float
+    memory_bandwidth: float
+    """bytes/s"""
+    peak_flops: float
+    """dense bfloat16 operations/s"""
+    links: Links
+    num_links: int
+    """links of a device within a node (a torus: directions)"""
+    link_bandwidth: float
+    """bytes/s that one link sustains"""
+    node_size: int
+    """devices that these links join"""
+    node_bandwidth: float
+    """bytes/s of a device to other nodes"""
+    sustained_flops: float
+    """dense bfloat16 operations/s that matrix products of real programs reach"""
+    sustained_bandwidth: float
+    """bytes/s of main memory that real programs reach"""
+    host_bandwidth: float
+    """bytes/s between the device and its host's memory"""
+    source: str
+    description: str = ""
+    """the compiler's own description of the device (GPU): XLA's GpuTargetConfig as text"""
+
+
+def _gpu(info: dict[str, Any], capability: str, platform: str, dnn: str, name: str) -> str:
+    fields = "\n".join(f"  {key}: {value}" for key, value in info.items())
+    return (
+        f"gpu_device_info {{\n{fields}\n  {capability}\n}}\n"
+        f'platform_name: "{platform}"\ndnn_version_info {{ {dnn} }}\ndevice_description_str: "{name}"\n'
+    )
+
+
+_BLOCK = {"threads_per_block_limit": 1024, "threads_per_core_limit": 2048, "fpus_per_core": 128}
+
+
+def _amd(name: str, gfx: str, cores: int, shared: int, clock_ghz: float, memory: int, bandwidth: int) -> str:
+    limits = {"block_dim_limit_x": 2147483647, "block_dim_limit_y": 65536, "block_dim_limit_z": 65536}
+    shared_memory = dict.fromkeys(
+        ("shared_memory_per_block", "shared_memory_per_core", "shared_memory_per_block_optin"), shared
+    )
+    registers = {"registers_per_core_limit": 131072, "registers_per_block_limit": 131072}
+    info = _BLOCK | limits | shared_memory | registers
+    info |= {"threads_per_warp": 64, "core_count": cores, "clock_rate_ghz": clock_ghz, "l2_cache_size": 4194304}
+    info |= {"memory_bandwidth": bandwidth, "device_memory_size": memory}
+    capability = f'rocm_compute_capability {{ gcn_arch_name: "{gfx}:sramecc+:xnack-" }}'
+    return _gpu(info, capability, "ROCM", "major: 1 minor: 3 patch: 0", name)
+
+
+_H100 = _BLOCK | {
+    "threads_per_warp": 32, "shared_memory_per_block": 49152, "shared_memory_per_core": 233472, "core_count": 132,
+    "block_dim_limit_x": 2147483647, "block_dim_limit_y": 65535, "block_dim_limit_z": 65535,
+    "memory_bandwidth": 3352320000000, "l2_cache_size": 52428800, "clock_rate_ghz": 1.98,
+    "device_memory_size": 85028765696, "shared_memory_per_block_optin": 232448,
+    "registers_per_core_limit": 65536, "registers_per_block_limit": 65536,
+}  # fmt: skip
+
+HARDWARE = {
+    hardware.name: hardware
+    for hardware in (
+        Hardware(
+            name="cpu", platform="cpu", memory_bytes=24e9, memory_bandwidth=20e9, peak_flops=1e11, links="host",
+            num_links=1, link_bandwidth=10e9, node_size=1 << 30, node_bandwidth=1e9,
+            sustained_flops=5e10, sustained_bandwidth=10e9, host_bandwidth=10e9,
+            source="placeholders of a small host: virtual devices share one memory",
+        ),
+        Hardware(
+            name="mi300x", platform="rocm", memory_bytes=192e9, memory_bandwidth=5.3e12, peak_flops=1307e12,
+            links="full_mesh", num_links=7, link_bandwidth=48e9, node_size=8, node_bandwidth=50e9,
+            sustained_flops=620e12, sustained_bandwidth=4.1e12, host_bandwidth=50e9,
+            source="AMD MI300X data sheet; usable xGMI rate from AMD's ROCm blog, March 2025 (64 GB/s raw); bf16 "
+            "products 620 TFLOP/s by SemiAnalysis, December 2024; memory as copies like BabelStream's reach "
+            "(4.0-4.3 TB/s); host link 0.8 of PCIe 5.0 x16: assumed, no measurement known",
+            description=_amd("AMD Instinct MI300X", "gfx942", 304, 65536, 2.1, 206141652992, 5300000000000),
+        ),
+        Hardware(
+            name="mi355x", platform="rocm", memory_bytes=288e9, memory_bandwidth=8e12, peak_flops=2500e12,
+            links="full_mesh", num_links=7, link_bandwidth=58e9, node_size=8, node_bandwidth=50e9,
+            sustained_flops=1180e12, sustained_bandwidth=6.2e12, host_bandwidth=50e9,
+            source="AMD MI355X data sheet (xGMI 76.8 GB/s raw; usable rate scaled as on MI300X); sustained rates are "
+            "the share of the peak that MI300X reaches: assumed, no measurement known",
+            description=_amd("AMD Instinct MI355X", "gfx950", 256, 163840, 2.4, 309220868096, 8000000000000),
+        ),
+        Hardware(
+            name="h100", platform="cuda", memory_bytes=80e9, memory_bandwidth=3.35e12, peak_flops=989e12,
+            links="switch", num_links=1, link_bandwidth=450e9, node_size=8, node_bandwidth=50e9,
+            sustained_flops=720e12, sustained_bandwidth=3.0e12, host_bandwidth=50e9,
+            source="NVIDIA H100 SXM data sheet; bf16 products about 720 TFLOP/s by SemiAnalysis, December 2024; memory "
+            "0.9 of the peak and host link 0.8 of PCIe 5.0 x16: assumed, no measurement known",
+            description=_gpu(
+                _H100, "cuda_compute_capability { major: 9 minor: 0 }", "CUDA", "major: 9 minor: 10",
+                "NVIDIA H100 80GB HBM3",
+            ),
+        ),
+        Hardware(
+            name="v5p", platform="tpu", memory_bytes=95e9, memory_bandwidth=2.765e12, peak_flops=459e12,
+            links="torus", num_links=6, link_bandwidth=90e9, node_size=8960, node_bandwidth=25e9,
+            sustained_flops=367e12, sustained_bandwidth=2.5e12, host_bandwidth=16e9,
+            source="Google Cloud TPU v5p page (4,800 Gb/s of interconnect a chip, over six directions); products 0.8 "
+            "and memory 0.9 of the peak, host link of PCIe 3.0 x16: assumed, no measurement known",
+        ),
+    )
+}  # fmt: skip
+
+TPU_TOPOLOGIES = {4: "v5:2x2x1", 8: "v5:2x2x2", 16: "v5:2x2x4", 32: "v5:2x4x4", 64: "v5:4x4x4"}
+"""chips of a v5p slice -> its name, with the extents of its torus"""
+
+
+# Links
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+
+def collective_seconds(hardware: Hardware, op: str, received_bytes: float, groups: Sequence[Sequence[int]]) -> float:
+    """How long a collective keeps the links busy, from bandwidth alone; the slowest group or pair decides.
+
+    Within a node of a full mesh, g devices use g - 1 links of each at once, a permute one link. Behind a switch a
+    device has one link for everything. In a torus a device uses its links along every dimension in which it has another
+    member, two of a dimension longer than 2 (slices are taken to wrap around), a permute one.
+
+    Across nodes, m of the g members being in a node: of what a gather or scatter moves, (g - m) / (g - 1) comes from
+    other nodes, once a node, over m network cards; it is passed on within the node while more comes in, so that the
+    slower of the two counts. An all-to-all has nothing to pass on: each card carries all that its device gets.
+
+    Args:
+      hardware: rates.
+      op: one of `COLLECTIVES`.
+      received_bytes: per device, as `tsp_jax.inspect.traffic` counts them.
+      groups: device numbers of each group; of a permute the (source, target) pairs. Nodes are `node_size` consecutive
+        devices.
+
+    Raises:
+      ConfigError: the op is unknown, or so many devices form no known slice of a torus.
+    """
+    if op not in COLLECTIVES:
+        raise ConfigError(f"op={op} is no collective; use one of {', '.join(COLLECTIVES)}")
+    if op == "collective-permute":
+        return max((_pair_seconds(hardware, received_bytes, *pair) for pair in groups), default=0.0)
+    extents = _extents(groups) if hardware.links == "torus" else ()
+    return max((_group_seconds(hardware, op, received_bytes, group, extents) for group in groups), default=0.0)
+
+
+def link_model(hardware: Hardware) -> str:
+    """The rules of `collective_seconds` for one kind of device, in a line."""
+    rate = f"{hardware.link_bandwidth / 1e9:g} GB/s"
+    inside = {
+        "host": f"{rate} for everything",
+        "switch": f"one link of {rate} a device for everything",
+        "full_mesh": f"{rate} a link, g - 1 links of a device in a group of g, one in a permute",
+        "torus": f"{rate} a link, those along the dimensions of a group, which wrap around; one in a permute",
+    }[hardware.links]
+    return f"links: {inside}; {hardware.node_bandwidth / 1e9:g} GB/s a device between nodes of {hardware.node_size}"
+
+
+def _pair_seconds(hardware: Hardware, received: float, source: int, target: int) -> float:
+    if source == target:
+        return 0.0
+    inside = source // hardware.node_size == target // hardware.node_size
+    return received / (hardware.link_bandwidth if inside else hardware.node_bandwidth)
+
+
+def _group_seconds(hardware: Hardware, op: str, received: float, group: Sequence[int], extents: Sequence[int]) -> float:
+    nodes: dict[int, list[int]] = {}
+    for device in group:
+        nodes.setdefault(device // hardware.node_size, []).append(device)
+    slowest = 0.0
+    for members in nodes.values() if len(group) > 1 else ():
+        shared_by = 1 if op == "all-to-all" else len(members)
+        outside = received * (len(group) - len(members)) / (len(group) - 1) / shared_by
+        slowest = max(slowest, outside / hardware.node_bandwidth)
+        if len(members) > 1:
+            slowest = max(slowest, (received - outside) / _inside_bandwidth(hardware, members, extents))
+    return slowest
+
+
+def _inside_bandwidth(hardware: Hardware, members: Sequence[int], extents: Sequence[int]) -> float:
+    """bytes/s that the worst placed member receives from the others of its node."""
+    links = 1
+    if hardware.links == "full_mesh":
+        links = min(len(members) - 1, hardware.num_links)
+    elif hardware.links == "torus":
+        places = [_place(device, extents) for device in members]
+        links = max(1, min(_torus_links(place, places, extents) for place in places))
+    return links * hardware.link_bandwidth
+
+
+def _torus_links(place: Sequence[int], places: Sequence[Sequence[int]], extents: Sequence[int]) -> int:
+    """Links of a device along the dimensions in which another member lies straight ahead."""
+    differing = [[k for k in range(len(extents)) if place[k] != other[k]] for other in places]
+    straight = {axes[0] for axes in differing if len(axes) == 1}
+    return sum(2 if extents[k] > 2 else 1 for k in straight)
+
+
+def _place(device: int, extents: Sequence[int]) -> tuple[int, ...]:
+    """Coordinates of a device whose number counts row by row."""
+    return tuple(device // math.prod(extents[k + 1 :]) % extent for k, extent in enumerate(extents))
+
+
+def _extents(groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Extents of the smallest slice that holds all devices."""
+    devices = max(itertools.chain.from_iterable(groups), default=0) + 1
+    size = min((size for size in TPU_TOPOLOGIES if size >= devices), default=None)
+    if size is None:
+        known = ", ".join(map(str, TPU_TOPOLOGIES))
+        raise ConfigError(f"devices={devices} are more than the slices known here; use one of {known}")
+    return tuple(int(extent) for extent in TPU_TOPOLOGIES[size].partition(":")[2].split("x"))

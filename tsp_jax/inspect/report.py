@@ -1,0 +1,178 @@
+"""Everything about one compiled program: what it holds, what it moves, how long a step should take."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tsp_jax.errors import ConfigError
+from tsp_jax.hardware import HARDWARE, Hardware
+from tsp_jax.inspect.hlo import Module, Trips, parse
+from tsp_jax.inspect.live import Peak, peak
+from tsp_jax.inspect.memory import Memory, memory_report
+from tsp_jax.inspect.timeline import Timeline, simulate
+from tsp_jax.inspect.traffic import Collective, collectives
+
+
+@dataclasses.dataclass(frozen=True)
+class FullWeight:
+    """A weight that is sharded, and should not be gathered whole."""
+
+    scope: str
+    """of the op that it belongs to; empty: any"""
+    elements: int
+    """of the whole matrix"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `report` found, for one device."""
+
+    module: Module
+    mesh: dict[str, int] | None
+    """axis -> size; None: unknown"""
+    memory: Memory | None
+    """the compiler's account; None where only text was given"""
+    peak: Peak
+    """buffers alive at the peak, read from the text"""
+    collectives: list[Collective]
+    timeline: Timeline | None
+    """None where the hardware is not known"""
+    hardware: Hardware | None
+    full_weights: tuple[FullWeight, ...] = ()
+
+    @property
+    def peak_bytes(self) -> int:
+        """By the compiler's account if there is one, else from the text."""
+        return self.memory.peak_bytes if self.memory else self.peak.bytes
+
+    @property
+    def exposed_fraction(self) -> float:
+        """Of the communication time, what no computation hides; 0 without communication.
+
+        Raises:
+            ConfigError: there is no timeline.
+        """
+        if self.timeline is None:
+            raise ConfigError(f"no timeline without a target; use target={next(iter(HARDWARE))}:8, for example")
+        return self.timeline.exposed_comm_s / self.timeline.comm_s if self.timeline.comm_s else 0.0
+
+    def hidden_fraction(self, collective: Collective) -> float | None:
+        """Of one collective's time, what computation hides; None without a timeline."""
+        return self.timeline.hidden_fraction.get(collective.name) if self.timeline else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers and strings."""
+        return {
+            "memory": self._memory_json(),
+            "collectives": [self._collective_json(c) for c in self.collectives],
+            "timeline": self._timeline_json(),
+        }
+
+    def _memory_json(self) -> dict[str, Any]:
+        names = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes")
+        account = {name: getattr(self.memory, name, None) for name in names}
+        largest = [dataclasses.asdict(buffer) for buffer in self.peak.buffers[:20]]
+        return {
+            **account,
+            "peak_bytes": self.peak_bytes,
+            "live_peak_bytes": self.peak.bytes,
+            "by_kind": dict(self.peak.by_kind),
+            "peak_at": self.peak.at,
+            "largest": largest,
+        }
+
+    def _collective_json(self, c: Collective) -> dict[str, Any]:
+        hidden = self.hidden_fraction(c)
+        fields = {name: getattr(c, name) for name in ("op", "axis", "scope", "count", "bytes", "is_async", "dtype")}
+        return {**fields, "name": c.name, "total_bytes": c.total_bytes, "hidden_fraction": hidden}
+
+    def _timeline_json(self) -> dict[str, Any] | None:
+        if self.timeline is None:
+            return None
+        names = ("step_s", "compute_s", "comm_s", "exposed_comm_s", "matmul_s", "host_s", "flops")
+        return {
+            **{name: getattr(self.timeline, name) for name in names},
+            "exposed_fraction": self.exposed_fraction,
+            "by_scope": dict(self.timeline.by_scope),
+            "assumptions": list(self.timeline.assumptions),
+        }
+
+
+def report(
+    program: Any,
+    *,
+    target: str | None = None,
+    mesh_axes: Mapping[str, int] | None = None,
+    full_weights: Sequence[FullWeight] | None = None,
+    unknown_trips: Trips = 1,
+    record: bool = False,
+) -> Report:
+    """Reads a compiled program.
+
+    Args:
+        program: what ``jax.jit(f).lower(...)`` or its ``.compile()`` returned, or the text of a compiled program.
+        target: kind of hardware for the timeline, such as mi300x or mi300x:8; None: the program's own devices.
+        mesh_axes: axis name -> size; None: the mesh of the program's arguments.
+        full_weights: what the contract no-full-weight is about; None: the sharded matrices among the arguments.
+        unknown_trips: trips of data-dependent loops that the program does not declare; see `Module.executions`.
+        record: keep the timeline's events, to write a trace.
+
+    Raises:
+        ConfigError: the text is no compiled HLO, or mesh or target do not fit it.
+    """
+    if hasattr(program, "compile"):
+        program = program.compile()
+    is_text = isinstance(program, str)
+    module = parse(program if is_text else program.as_text())
+    mesh = None if is_text else _mesh_of(program)
+    axes = dict(mesh_axes) if mesh_axes else dict(mesh.shape) if mesh is not None else None
+    hardware = _hardware(target, mesh)
+    timeline = simulate(module, hardware, unknown_trips=unknown_trips, record=record) if hardware else None
+    if full_weights is None:
+        full_weights = () if is_text else _sharded_matrices(program)
+    return Report(
+        module=module,
+        mesh=axes,
+        memory=None if is_text else memory_report(program),
+        peak=peak(module),
+        collectives=collectives(module, axes, unknown_trips=unknown_trips),
+        timeline=timeline,
+        hardware=hardware,
+        full_weights=tuple(full_weights),
+    )
+
+
+def _arguments(compiled: Any) -> list[tuple[Any, Any]]:
+    """(global aval, sharding) of every array argument."""
+    import jax
+
+    avals, shardings = jax.tree.leaves(compiled.in_avals), jax.tree.leaves(compiled.input_shardings)
+    return list(zip(avals, shardings, strict=False)) if len(avals) == len(shardings) else []
+
+
+def _mesh_of(compiled: Any) -> Any:
+    """The largest mesh that an argument lies on."""
+    meshes = [sharding.mesh for _, sharding in _arguments(compiled) if hasattr(sharding, "mesh")]
+    return max(meshes, key=lambda mesh: mesh.size, default=None)
+
+
+def _sharded_matrices(compiled: Any) -> tuple[FullWeight, ...]:
+    matrices = {
+        aval.shape[-2] * aval.shape[-1]
+        for aval, sharding in _arguments(compiled)
+        if len(aval.shape) >= 2 and aval.dtype.kind in "fV" and sharding.shard_shape(aval.shape)[-2:] != aval.shape[-2:]
+    }
+    return tuple(FullWeight("", elements) for elements in sorted(matrices))
+
+
+def _hardware(target: str | None, mesh: Any) -> Hardware | None:
+    if target:
+        name = target.partition(":")[0]
+        if name not in HARDWARE:
+            raise ConfigError(f"target={target} is unknown; use one of {', '.join(HARDWARE)}")
+        return HARDWARE[name]
+    if mesh is None or not hasattr(mesh, "devices"):
+        return None
+    device = mesh.devices.flat[0]
+    kind = f"{device.platform} {device.device_kind}".lower()
+    return next((hardware for name, hardware in HARDWARE.items() if name in kind), None)

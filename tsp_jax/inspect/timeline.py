@@ -1,0 +1,159 @@
+"""A compiled program on a piece of hardware: what a step takes, and which communication is exposed.
+
+The rules of the simulation are in `tsp_jax.inspect.queues`, what an instruction costs in `tsp_jax.inspect.costs`, the
+link model in `tsp_jax.hardware`. What all of it rests on comes with every result, as `Timeline.assumptions`.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable
+
+from tsp_jax.hardware import Hardware, link_model
+from tsp_jax.inspect.hlo import Module, Trips, declared_trips
+from tsp_jax.inspect.queues import Event, Run
+from tsp_jax.inspect.schedule import Queue, Schedule, Task
+from tsp_jax.inspect.schedule import readable_scope as readable_scope  # what labels of totals are made with
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TaskTotal:
+    """A task over a whole step."""
+
+    task: Task
+    count: float
+    """times it runs"""
+    exposed_s: float = 0.0
+    """of all times together"""
+
+    @property
+    def seconds(self) -> float:
+        """Of all times together."""
+        return self.count * self.task.seconds
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """One execution of a program on one device. step_s = compute_s + exposed_comm_s + exposed_host_s."""
+
+    step_s: float
+    compute_s: float
+    """compute is busy with kernels"""
+    comm_s: float
+    """links are busy with collectives"""
+    exposed_comm_s: float
+    """compute stands still because of collectives"""
+    host_s: float
+    """the link to the host is busy"""
+    exposed_host_s: float
+    flops: float
+    """of matrix products"""
+    matmul_s: float
+    """flops at the sustained rate: what no schedule goes below"""
+    kernels: tuple[TaskTotal, ...]
+    """what runs on compute, the longest first"""
+    collectives: tuple[TaskTotal, ...]
+    """what runs on links, the longest first"""
+    assumptions: tuple[str, ...]
+    """print them with the results"""
+    events: tuple[Event, ...] = dataclasses.field(default=(), repr=False)
+
+    @property
+    def hidden_fraction(self) -> dict[str, float]:
+        """Share of a collective's time that compute does not wait for, by instruction, over all times it runs.
+
+        0 also where compute waits longer than the collective takes, because others were started before it.
+        """
+        return {
+            total.task.name: max(0.0, 1.0 - total.exposed_s / total.seconds) if total.seconds else 1.0
+            for total in self.collectives
+        }
+
+    @property
+    def by_scope(self) -> dict[str, float]:
+        """Seconds of compute by named scope, the longest first; see `Task.label`."""
+        return _by_scope((total.task.label, total.seconds) for total in self.kernels)
+
+    @property
+    def exposed_by_scope(self) -> dict[str, float]:
+        """Seconds that compute waits for collectives, by named scope, the longest first."""
+        return _by_scope((total.task.label, total.exposed_s) for total in self.collectives)
+
+
+def _by_scope(parts: Iterable[tuple[str, float]]) -> dict[str, float]:
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for label, part in parts:
+        seconds[label] += part
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
+
+
+def simulate(module: Module, hardware: Hardware, *, unknown_trips: Trips = 1, record: bool = False) -> Timeline:
+    """Runs a scheduled program in the mind.
+
+    Args:
+        module: a parsed program; device numbers and groups are those of its text.
+        hardware: rates and links, of the platform that the program was compiled for.
+        unknown_trips: trips of data-dependent loops that declare none; see `Module.executions`.
+        record: keep events for `tsp_jax.inspect.trace`. Loops with communication are then gone through round by round.
+
+    Returns:
+        Totals, and what they rest on.
+    """
+    schedule = Schedule(module, hardware, unknown_trips)
+    run = Run(schedule, record)
+    run.computation(module.entry)
+    run.wait_for_all()
+    compute, links, host = (_totals(schedule, run, queue) for queue in ("compute", "links", "host"))
+    flops = sum(total.count * total.task.flops for total in compute)
+    return Timeline(
+        step_s=run.now["compute"],
+        compute_s=sum(total.seconds for total in compute),
+        comm_s=sum(total.seconds for total in links),
+        exposed_comm_s=sum(total.exposed_s for total in links),
+        host_s=sum(total.seconds for total in host),
+        exposed_host_s=sum(total.exposed_s for total in host),
+        flops=flops,
+        matmul_s=flops / hardware.sustained_flops,
+        kernels=compute,
+        collectives=links,
+        assumptions=_assumptions(module, hardware, unknown_trips, compute),
+        events=tuple(run.events),
+    )
+
+
+def _totals(schedule: Schedule, run: Run, queue: Queue) -> tuple[TaskTotal, ...]:
+    """What ran on a queue, the longest first."""
+    tasks = ((schedule.tasks[name], count) for name, count in run.runs.items())
+    totals = (
+        TaskTotal(task=task, count=n, exposed_s=run.exposed[task.name]) for task, n in tasks if task.queue == queue
+    )
+    return tuple(sorted(totals, key=lambda total: -total.seconds))
+
+
+def _assumptions(
+    module: Module, hardware: Hardware, unknown_trips: Trips, kernels: Iterable[TaskTotal]
+) -> tuple[str, ...]:
+    rates = (
+        f"{hardware.name}: {hardware.sustained_flops / 1e12:g} TFLOP/s in matrix products, "
+        f"{hardware.sustained_bandwidth / 1e12:g} TB/s of memory, {hardware.host_bandwidth / 1e9:g} GB/s to the host"
+    )
+    loops = [i for i, _ in module.walk(unknown_trips) if i.opcode == "while" and module.trip_count(i) is None]
+    declared = sorted({trips for loop in loops if (trips := declared_trips(loop)) is not None})
+    unknown = [loop.name for loop in loops if declared_trips(loop) is None]
+    calls = {i.name for i, _ in module.walk() if i.opcode == "custom-call"}
+    opaque = sorted({t.task.op for t in kernels if t.task.name in calls and not t.task.flops})
+    lines = [
+        rates,
+        f"source: {hardware.source}",
+        link_model(hardware),
+        "no latency of links, no launch cost of kernels, no contention between compute and communication",
+        "a kernel takes the longer of its matrix products and its memory traffic; other arithmetic is free",
+        "caches keep nothing from one kernel to the next; copies within the device take their turn among the kernels",
+    ]
+    if declared:
+        lines.append(f"data-dependent loops run as often as they declare on average: {', '.join(map(str, declared))}")
+    if unknown:
+        times = "as the caller says" if callable(unknown_trips) else f"{unknown_trips:g} times"
+        lines.append(f"data-dependent loops that declare nothing run {times}: {', '.join(unknown)}")
+    if opaque:
+        lines.append(f"kernels known by their memory traffic alone: {', '.join(opaque)}")
+    return tuple(lines)

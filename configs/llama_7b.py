@@ -17,6 +17,7 @@ config = Config(
     batch=1,
     seq_len=131072,
     compute_dtype="bfloat16",
+    grad_dtype="bfloat16",
     remat="full",
     workdir="runs/llama_7b",
     checkpoint_every=100,

@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 
 from tests.helpers import LAYOUT_CASES, assert_trees_near, packed_batch, place_case, relative_error, reorder, zigzag
-from tsp_jax.config import ModelConfig, StreamConfig
+from tsp_jax.config import ModelConfig, RopeScaling, StreamConfig
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer
 from tsp_jax.nn import logical_params, stored_forms, to_stored
@@ -34,7 +34,12 @@ MULTI_HEAD = ModelConfig(
 )
 MODELS = {
     "multi_head": MULTI_HEAD,
-    "grouped": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, qk_norm=True),
+    "grouped": dataclasses.replace(
+        MULTI_HEAD,
+        num_kv_heads=2,
+        qk_norm=True,
+        rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_context=64),
+    ),
     "odd_heads_tied": dataclasses.replace(
         MULTI_HEAD, num_heads=9, num_kv_heads=3, tie_embeddings=True, activation="gelu"
     ),

@@ -15,6 +15,8 @@ Movement = Literal["gather", "ring"]
 Order = Literal["zigzag", "contiguous"]
 Remat = Literal["none", "full", "save_attention"]
 DType = Literal["float32", "bfloat16"]
+Kernel = Literal["auto", "xla", "fused"]
+RopeKind = Literal["none", "linear", "llama3"]
 
 
 def _choices(owner: str, config: object) -> None:
@@ -30,6 +32,32 @@ def _positive(owner: str, config: object, *names: str) -> None:
         value = getattr(config, name)
         if not value > 0:
             raise ConfigError(f"{owner}{name}={value} must be positive; use {1 if isinstance(value, int) else 1.0}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are slowed down for contexts longer than a model was first trained on."""
+
+    kind: RopeKind = "none"
+    """linear: all by factor; llama3: low ones by factor, high ones not, those between smoothly"""
+    factor: float = 1.0
+    """frequencies are divided by this"""
+    low_freq_factor: float = 1.0
+    """llama3: below this many turns in the original context a frequency is low"""
+    high_freq_factor: float = 4.0
+    """llama3: above this many turns in the original context a frequency is high"""
+    original_context: int = 8192
+    """llama3: tokens of the context first trained on (original_max_position_embeddings)"""
+
+    def __post_init__(self):
+        owner = "model.rope_scaling."
+        _choices(owner, self)
+        _positive(owner, self, "factor", "low_freq_factor", "high_freq_factor", "original_context")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ConfigError(
+                f"{owner}high_freq_factor={self.high_freq_factor} must exceed low_freq_factor={self.low_freq_factor}; "
+                f"use {4 * self.low_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +86,8 @@ class ModelConfig:
     """the output head is the embedding table"""
     rope_theta: float = 10_000.0
     """base of the rotary frequencies"""
+    rope_scaling: RopeScaling = RopeScaling()
+    """of the rotary frequencies, for long contexts"""
     norm_eps: float = 1e-5
     """added to the mean square in every RMSNorm"""
     init_std: float = 0.02
@@ -114,6 +144,9 @@ class StreamConfig:
     """key tokens in one block of blockwise attention"""
     grad_dtype: DType = "float32"
     """dtype in which weight gradients travel to their owner"""
+    kernel: Kernel = "xla"
+    """attention on one device: xla runs everywhere; fused is for MI300X, MI355X and H100, and has not run on one yet;
+    auto: fused where it is supported"""
 
     def __post_init__(self):
         _choices("stream.", self)
@@ -187,6 +220,8 @@ class Config:
     """run on this many virtual CPU devices; 0: on the devices there are"""
     steps: int
     """optimizer steps of the whole run; the learning rate's schedule ends here"""
+    init_from: str = ""
+    """Hugging Face folder of initial weights; empty: random"""
     batch: int
     """sequences in one optimizer step, over all replicas"""
     seq_len: int
@@ -195,6 +230,8 @@ class Config:
     """micro-batches that one step's batch is cut into"""
     compute_dtype: DType = "bfloat16"
     """dtype of activations and streamed weights; master weights are float32"""
+    grad_dtype: DType = "float32"
+    """dtype in which the layers' gradients wait for the update; micro-batches are summed in float32 whatever it is"""
     remat: Remat = "full"
     """what backward recomputes: none, full (all but the residual stream), save_attention (all but attention)"""
     z_loss: float = 0.0

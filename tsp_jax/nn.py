@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tsp_jax.config import Activation, StreamConfig
+from tsp_jax.config import Activation, RopeScaling, StreamConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.layout import Heads, Placement, check_divides, pad_heads
 from tsp_jax.ops import attention as attention_op
 from tsp_jax.ops import cross_entropy as cross_entropy_op
+from tsp_jax.ops import kernels
 from tsp_jax.ops.embedding import embed
 from tsp_jax.ops.kernels.blockwise import Blocks, Tokens
 from tsp_jax.ops.mlp import mlp
@@ -91,6 +92,7 @@ class Attention(nnx.Module):
       placement: layout and mesh.
       stream: movement, buckets and block sizes.
       rope_theta: base of the rotary frequencies.
+      rope_scaling: of those frequencies, for long contexts.
       qk_norm: RMSNorm over each query and key head before RoPE.
       norm_eps: of that norm.
       init_std: of the input projections.
@@ -109,6 +111,7 @@ class Attention(nnx.Module):
         placement: Placement,
         stream: StreamConfig = StreamConfig(),
         rope_theta: float = 10_000.0,
+        rope_scaling: RopeScaling = RopeScaling(),
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
         init_std: float = 0.02,
@@ -127,9 +130,11 @@ class Attention(nnx.Module):
             kv_slots=heads.kv,
             head_dim=head_dim,
             rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
             norm_eps=norm_eps,
             buckets=1 if placement.layout.whole_weights else stream.attention_buckets,
             blocks=Blocks(stream.query_block, stream.key_block),
+            arch=kernels.choose(stream.kernel, placement.mesh, head_dim, dtype),
         )
 
         def rows(count: int, queries: bool, std: float) -> nnx.Param:
@@ -313,6 +318,31 @@ class Embed(nnx.Module):
 def residual_std(init_std: float, num_layers: int) -> float:
     """Initial standard deviation of a projection into the residual stream (GPT-2's scaling)."""
     return init_std / math.sqrt(2 * num_layers)
+
+
+@jax.custom_vjp
+def divert_grads(params: Any, sinks: Any) -> Any:
+    """`params`, whose gradients become those of `sinks` (a tree like it) instead, in the dtype of each sink.
+
+    Lets the gradients of float32 weights be held in bfloat16 without a bfloat16 copy of the weights: autodiff gives a
+    gradient the dtype of what it is the gradient of. The values of sinks are never read. Put it where gradients are
+    made, inside a scan over layers, so that none is held in the wider dtype.
+    """
+    del sinks
+    return params
+
+
+def _divert_forward(params, sinks):
+    return params, (params, sinks)
+
+
+def _divert_backward(residuals, grads):
+    params, sinks = residuals
+    cast = jax.tree.map(lambda grad, sink: grad.astype(sink.dtype), grads, sinks)
+    return jax.tree.map(jnp.zeros_like, params), cast
+
+
+divert_grads.defvjp(_divert_forward, _divert_backward)
 
 
 class AsStored:

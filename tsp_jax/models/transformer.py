@@ -13,7 +13,7 @@ from jax import lax
 
 from tsp_jax.config import ModelConfig, Remat, StreamConfig
 from tsp_jax.layout import Placement
-from tsp_jax.nn import MLP, Attention, Embed, residual_std
+from tsp_jax.nn import MLP, Attention, Embed, divert_grads, residual_std
 from tsp_jax.ops.attention import SAVED_NAMES
 
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
@@ -39,7 +39,8 @@ class DecoderLayer(nnx.Module):
         self.attention_norm = _norm(config, placement, dtype, rngs)
         self.attention = Attention(
             config.d_model, config.num_heads, config.num_kv_heads, config.head_dim,
-            rope_theta=config.rope_theta, qk_norm=config.qk_norm, norm_eps=config.norm_eps, **kwargs,
+            rope_theta=config.rope_theta, rope_scaling=config.rope_scaling, qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps, **kwargs,
         )  # fmt: skip
         self.mlp_norm = _norm(config, placement, dtype, rngs)
         self.mlp = MLP(config.d_model, config.d_ff, activation=config.activation, **kwargs)
@@ -95,23 +96,29 @@ class Transformer(nnx.Module):
         self.final_norm = _norm(config, placement, dtype, rngs)
         self.head = None if config.tie_embeddings else Embed(config.vocab_size, config.d_model, **table)
 
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    def __call__(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, grad_sinks: dict | None = None
+    ) -> jax.Array:
         """Final hidden states, [B, T, D] in the compute dtype.
 
         Args:
           tokens_BT: int32 ids.
           positions_BT: int32 positions, in any order of tokens.
           segment_ids_BT: int32 document numbers.
+          grad_sinks: arrays like the layers' parameters that get their gradients; see `divert_grads`.
         """
         graphdef, stacked = nnx.split(self.layers)
 
-        def layer(x_BTD, state):
+        def layer(x_BTD, scanned):
+            state, sinks = scanned
+            if sinks is not None:
+                nnx.replace_by_pure_dict(state, divert_grads(nnx.to_pure_dict(state), sinks))
             return nnx.merge(graphdef, state)(x_BTD, positions_BT, segment_ids_BT), None
 
-        x_BTD, _ = lax.scan(rematerialise(layer, self.remat), self.embed(tokens_BT), stacked)
+        x_BTD, _ = lax.scan(rematerialise(layer, self.remat), self.embed(tokens_BT), (stacked, grad_sinks))
         return self.final_norm(x_BTD)
 
-    def token_losses(self, batch: Any):
+    def token_losses(self, batch: Any, grad_sinks: dict | None = None):
         """TokenLosses of a batch with fields tokens, labels, positions, segment_ids, each [B, T] int32."""
-        x_BTD = self(batch.tokens, batch.positions, batch.segment_ids)
+        x_BTD = self(batch.tokens, batch.positions, batch.segment_ids, grad_sinks)
         return (self.head or self.embed).cross_entropy(x_BTD, batch.labels)

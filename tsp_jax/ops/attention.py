@@ -21,8 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from tsp_jax.config import RopeScaling
 from tsp_jax.layout import Axes
-from tsp_jax.ops.kernels.blockwise import Blocks, Tokens, attend, attend_backward, block_size
+from tsp_jax.ops import kernels
+from tsp_jax.ops.kernels.blockwise import Blocks, Tokens, block_size
 from tsp_jax.ops.linear import matmul, matmul_t, outer
 from tsp_jax.ops.norm import rms_norm
 from tsp_jax.ops.rope import rope
@@ -61,6 +63,9 @@ class AttentionConfig(NamedTuple):
     """upper bound; the largest divisor that fits is used"""
     blocks: Blocks = Blocks(512, 512)
     """tokens in a block, about; no block is longer than half of this device's tokens (a zigzag chunk)"""
+    rope_scaling: RopeScaling = RopeScaling()
+    arch: str = ""
+    """GPU that the fused kernel is compiled for; empty: the XLA kernel"""
 
 
 class _Static(NamedTuple):
@@ -144,7 +149,7 @@ def _prepare(norm_H, positions_Bt, static: _Static, dtype, rows_Btp: jax.Array) 
     x_BtNH = _split(rows_Btp, static.config.head_dim)
     if norm_H is not None:
         x_BtNH = rms_norm(x_BtNH, norm_H, static.config.norm_eps)
-    return rope(x_BtNH, positions_Bt, static.config.rope_theta).astype(dtype)
+    return rope(x_BtNH, positions_Bt, static.config.rope_theta, static.config.rope_scaling).astype(dtype)
 
 
 class _Projection:
@@ -232,7 +237,9 @@ def _joint_forward(x_BtD, weights, norms, tokens_Bt, keys_BS, static: _Static):
         q, k, v = _joint_projections(x_BtD, piece, norms, tokens_Bt, static)
         k_BSKH, v_BSKH = gather_sequence(k.heads_BtNH, v.heads_BtNH, axes=static.axes.sequence)
         q_BtKGH = _group(q.heads_BtNH, k_BSKH.shape[2])
-        out, lse = attend(q_BtKGH, k_BSKH, v_BSKH, tokens_Bt, keys_BS, _blocks(static, tokens_Bt))
+        out, lse = kernels.attend(
+            static.config.arch, q_BtKGH, k_BSKH, v_BSKH, tokens_Bt, keys_BS, _blocks(static, tokens_Bt)
+        )
         return carry, (_ungroup(out), lse)
 
     axes, stream = static.axes.folded, static.stream
@@ -253,7 +260,8 @@ def _joint_backward(x_BtD, weights, norms, tokens_Bt, keys_BS, saved, static: _S
         q, k, v = _joint_projections(x_BtD, piece, norms, tokens_Bt, static)
         k_BSKH, v_BSKH = gather_sequence(k.heads_BtNH, v.heads_BtNH, axes=static.axes.sequence)
         group = partial(_group, kv_heads=k_BSKH.shape[2])
-        dq_BtKGH, dk_BSKH, dv_BSKH = attend_backward(
+        dq_BtKGH, dk_BSKH, dv_BSKH = kernels.attend_backward(
+            static.config.arch,
             group(q.heads_BtNH), k_BSKH, v_BSKH, tokens_Bt, keys_BS, group(out), lse, group(dout),
             _blocks(static, tokens_Bt),
         )  # fmt: skip
@@ -340,7 +348,7 @@ def _grouped_forward(x_BtD, weights, norms, tokens_Bt, keys_BS, static: _Static)
         first, count = _kv_of(piece, static)
         k, v = (lax.slice_in_dim(heads, first, first + count, axis=2) for heads in (k_BSKH, v_BSKH))
         q_BtKGH = _group(q.heads_BtNH, count)
-        out, lse = attend(q_BtKGH, k, v, tokens_Bt, keys_BS, _blocks(static, tokens_Bt))
+        out, lse = kernels.attend(static.config.arch, q_BtKGH, k, v, tokens_Bt, keys_BS, _blocks(static, tokens_Bt))
         return carry, (_ungroup(out), lse)
 
     (k_BSKH, v_BSKH), _ = fold(kv_body, None, weights[1:], dtype=x_BtD.dtype, **_kv_stream(static))
@@ -381,8 +389,17 @@ def _grouped_queries_backward(x_BtD, weights, norms, tokens_Bt, keys_BS, saved, 
         here = slice(first, first + count)
         group = partial(_group, kv_heads=count)
         k, v = (heads[:, :, here] for heads in keys_values)
-        dq_BtKGH, dk, dv = attend_backward(
-            group(q.heads_BtNH), k, v, tokens_Bt, keys_BS, group(out), lse, group(dout), _blocks(static, tokens_Bt)
+        dq_BtKGH, dk, dv = kernels.attend_backward(
+            static.config.arch,
+            group(q.heads_BtNH),
+            k,
+            v,
+            tokens_Bt,
+            keys_BS,
+            group(out),
+            lse,
+            group(dout),
+            _blocks(static, tokens_Bt),
         )
         dx, dwq, dnorm = q.vjp(_ungroup(dq_BtKGH))
         dk_BSKH = dk_BSKH.at[:, :, here].add(dk.astype(jnp.float32))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from tsp_jax.ops.mlp import ACTIVATIONS
 from tsp_jax.ops.norm import rms_norm
-from tsp_jax.ops.rope import rope
+from tsp_jax.ops.rope import NO_SCALING, rope
 
 
 def mlp(x_BTD, w_gate_FD, w_up_FD, w_down_FD, activation="silu"):
@@ -27,13 +27,16 @@ def softmax_attention(q_BTKGH, k_BSKH, v_BSKH, q_positions, k_positions, q_segme
     return out, jnp.moveaxis(jax.nn.logsumexp(s_BKGTS, axis=-1), 3, 1)
 
 
-def attention(x_BTD, wq_NHD, wk_KHD, wv_KHD, wo_NHD, positions, segments, *, head_dim, theta, norms=None, eps=1e-6):
-    """Causal self-attention within segments; `norms`: q/k RMSNorm scales or None."""
+def attention(
+    x_BTD, wq_NHD, wk_KHD, wv_KHD, wo_NHD, positions, segments,
+    *, head_dim, theta, scaling=NO_SCALING, norms=None, eps=1e-6,
+):  # fmt: skip
+    """Causal self-attention within segments; `norms`: q/k RMSNorm scales or None; `scaling`: of RoPE."""
     B, T, _ = x_BTD.shape
     q, k, v = ((x_BTD @ w.T).reshape(B, T, -1, head_dim) for w in (wq_NHD, wk_KHD, wv_KHD))
     if norms is not None:
         q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
-    q, k = rope(q, positions, theta), rope(k, positions, theta)
+    q, k = rope(q, positions, theta, scaling), rope(k, positions, theta, scaling)
     q_BTKGH = q.reshape(B, T, k.shape[2], -1, head_dim)
     out, _ = softmax_attention(q_BTKGH, k, v, positions, positions, segments, segments)
     return out.reshape(B, T, -1) @ wo_NHD
@@ -69,7 +72,8 @@ def decoder_loss(params, tokens, labels, positions, segments, *, config, z_loss=
         h_BTD = rms_norm(x_BTD, layer["attention_norm"]["scale"], config.norm_eps)
         x_BTD += attention(
             h_BTD, attn["w_q"], attn["w_k"], attn["w_v"], attn["w_o"], positions, segments,
-            head_dim=config.head_dim, theta=config.rope_theta, norms=norms, eps=config.norm_eps,
+            head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling, norms=norms,
+            eps=config.norm_eps,
         )  # fmt: skip
         h_BTD = rms_norm(x_BTD, layer["mlp_norm"]["scale"], config.norm_eps)
         x_BTD += mlp(h_BTD, ffn["w_gate"], ffn["w_up"], ffn["w_down"], config.activation)

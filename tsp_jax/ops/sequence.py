@@ -26,4 +26,7 @@ def scatter_sequence(*arrays_BS: jax.Array, axes: tuple[str, ...]) -> tuple[jax.
         return arrays_BS
     with jax.named_scope("scatter_sequence"):
         message = jnp.stack(arrays_BS, axis=1)
-        return tuple(jnp.moveaxis(lax.psum_scatter(message, axes, scatter_dimension=2, tiled=True), 1, 0))
+        mine = lax.psum_scatter(message, axes, scatter_dimension=2, tiled=True)
+        # TPU's compiler takes the scatter apart into a sum and a slice. Without the barrier the slice is merged into
+        # each reader, and the whole sum is kept for them.
+        return tuple(jnp.moveaxis(lax.optimization_barrier(mine), 1, 0))

@@ -213,7 +213,8 @@ class _Gather:
             return _like(grads, self.shard)
         with jax.named_scope("scatter"):
             message = _pack_grads(grads, self.ranks, self.grad_dtype)
-            return _like(_unpack(lax.psum_scatter(message, self.axes), self.rows), self.shard)
+            mine = lax.optimization_barrier(lax.psum_scatter(message, self.axes))  # see scatter_sequence
+            return _like(_unpack(mine, self.rows), self.shard)
 
     def collect(self, homes: Arrays) -> Arrays:
         """Stacked homes, each [steps, rows, D] -> like the shard."""

@@ -18,6 +18,7 @@ from tsp_jax.layout import Placement, check_fits, get_layout, make_mesh, parse_m
 from tsp_jax.training.checkpoint import Checkpoints
 from tsp_jax.training.corpus import load_corpus
 from tsp_jax.training.data import Batches, prefetch
+from tsp_jax.training.initial import check_init_from, initial_state
 from tsp_jax.training.metrics import MetricsFile, StepClock, TrainProgress, plot_losses, print_summary, read_metrics
 from tsp_jax.training.optimizer import make_schedule
 from tsp_jax.training.step import StepMetrics, TrainProgram, TrainState, make_program
@@ -33,6 +34,7 @@ def train(config: Config, name: str = "run") -> dict:
     """
     console = Console()
     placement = place_run(config)
+    check_init_from(config, placement)
     data = _load_data(config, placement)
     workdir = _open_workdir(config)
     program = make_program(config, placement)
@@ -57,7 +59,7 @@ def train(config: Config, name: str = "run") -> dict:
     console.print(
         f"restored step {start}" if start else "starting afresh", f"on {describe(placement)}", highlight=False
     )
-    state = checkpoints.restore(start) if start else program.init()
+    state = checkpoints.restore(start) if start else initial_state(config, program, placement)
 
     metrics = MetricsFile(workdir / "metrics.jsonl", start)
     run = _Run(config, program, compiled, data, metrics, checkpoints)

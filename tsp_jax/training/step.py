@@ -87,16 +87,21 @@ def make_program(config: Config, placement: Placement) -> TrainProgram:
         params = nnx.to_pure_dict(nnx.state(make_model(config.seed)))
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    def loss(params: dict, micro: Batch, num_labels: jax.Array):
-        nll_BT, lse_BT = model_of(params).token_losses(micro)
+    def loss(wanted: dict, params: dict, micro: Batch, num_labels: jax.Array):
+        sinks = wanted["layers"]
+        nll_BT, lse_BT = model_of({**wanted, "layers": params["layers"]}).token_losses(micro, sinks)
         nll = nll_BT.sum() / num_labels
         return nll + config.z_loss * (lse_BT * lse_BT).sum() / num_labels, nll
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         num_labels = (batch.labels >= 0).sum(dtype=jnp.float32)
         gradient = jax.grad(loss, has_aux=True)
-        grads, nll = _accumulate(lambda micro: gradient(state.params, micro, jnp.maximum(num_labels, 1.0)), batch)
+        sinks = jax.tree.map(lambda p: jnp.zeros(p.shape, config.grad_dtype), state.params["layers"])
+        wanted = {**state.params, "layers": lax.with_sharding_constraint(sinks, shardings.params["layers"])}
+        num_labels_or_1 = jnp.maximum(num_labels, 1.0)
+        grads, nll = _accumulate(lambda micro: gradient(wanted, state.params, micro, num_labels_or_1), batch)
         grads = lax.with_sharding_constraint(grads, moments)
+        grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params = lax.with_sharding_constraint(params, shardings.params)
@@ -123,15 +128,16 @@ def make_program(config: Config, placement: Placement) -> TrainProgram:
 
 
 def _accumulate(gradient: Callable[[Batch], tuple[dict, jax.Array]], batch: Batch) -> tuple[dict, jax.Array]:
-    """Sums (gradients, loss) over the micro-batches [a, ...], one at a time."""
+    """Sums (gradients, loss) over the micro-batches [a, ...], one at a time; several are summed in float32."""
     micro_batches = batch.tokens.shape[0]
     first = gradient(jax.tree.map(lambda x: x[0], batch))
     if micro_batches == 1:
         return first
 
     def add(total, micro):
-        return jax.tree.map(jnp.add, total, gradient(micro)), None
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, gradient(micro)), None
 
+    first = jax.tree.map(lambda x: x.astype(jnp.float32), first)
     return lax.scan(add, first, jax.tree.map(lambda x: x[1:], batch))[0]
 
 

@@ -45,6 +45,22 @@ def block_size(length: int, target: int) -> int:
     return min(divisors, key=lambda d: max(d / target, target / d))
 
 
+def mean_visits(q_len: int, k_len: int, q_size: int, k_size: int) -> tuple[float, float]:
+    """How many blocks causality leaves on average: (key blocks of a query block, query blocks of a key block).
+
+    From shapes alone: this device's queries are taken as a fair sample of all positions, as in a zigzag order or on one
+    rank, and the tokens as one document. No result depends on it, only what readers of compiled programs believe.
+
+    Args:
+      q_len: this device's query tokens.
+      k_len: key tokens, all of the sequence.
+      q_size: tokens of a query block, contiguous in the sequence; likewise k_size.
+    """
+    num_q, num_k = max(1, k_len // q_size), k_len // k_size
+    visits = sum(min(num_k, -(-(a + 1) * q_size // k_size)) for a in range(num_q))
+    return visits / num_q, visits / num_k * (q_len / k_len)
+
+
 def attend(
     q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries: Tokens, keys: Tokens, blocks: Blocks
 ) -> tuple[jax.Array, jax.Array]:
@@ -83,7 +99,8 @@ def attend(
 
         acc = zeros(q_BKMH.shape, jnp.float32, like=q_BTKGH)
         row = zeros(q_BKMH.shape[:-1], jnp.float32, like=q_BTKGH)
-        acc, top, total = lax.fori_loop(0, count_q[i], visit, (acc, row + MASKED, row))
+        with jax.named_scope(f"mean_trips[{cut.mean_visits[0]:g}]"):
+            acc, top, total = lax.fori_loop(0, count_q[i], visit, (acc, row + MASKED, row))
         empty = top <= MASKED / 2
         total = jnp.where(empty, 1.0, total)
         out_BKMH = jnp.where(empty[..., None], 0.0, acc / total[..., None])
@@ -134,7 +151,8 @@ def attend_backward(
             return dq_nBKMH.at[i].add(_dot("bkmc,bkch->bkmh", ds_BKMC, k_BKCH)), dk_BKCH, dv_BKCH
 
         zero = zeros(k_BKCH.shape, jnp.float32, like=q_BTKGH)
-        dq_nBKMH, dk_BKCH, dv_BKCH = lax.fori_loop(0, count_k[j], visit, (dq_nBKMH, zero, zero))
+        with jax.named_scope(f"mean_trips[{cut.mean_visits[1]:g}]"):
+            dq_nBKMH, dk_BKCH, dv_BKCH = lax.fori_loop(0, count_k[j], visit, (dq_nBKMH, zero, zero))
         return dq_nBKMH, (dk_BKCH.astype(dtype), dv_BKCH.astype(dtype))
 
     dq_nBKMH = zeros(q_nBKMH.shape, jnp.float32, like=q_BTKGH)
@@ -163,6 +181,7 @@ class _Cut:
         self.q_tokens = Tokens(*(self._rows(t, self.num_q) for t in queries))
         self.k_tokens = Tokens(*(self._rows(t, self.num_k) for t in keys))
         self.needed_qk = self._needed()
+        self.mean_visits = mean_visits(q_len, k_len, self.q_size, self.k_size)
 
     def _rows(self, tokens_BT: jax.Array, num: int) -> jax.Array:
         return tokens_BT.reshape(self.batch, num, -1).swapaxes(0, 1)

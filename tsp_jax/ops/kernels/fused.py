@@ -1,0 +1,329 @@
+"""Fused blockwise attention for AMD and NVIDIA GPUs: three Pallas kernels that are compiled by way of Triton.
+
+Scores of a pair of tiles live in registers only. Which tiles a program visits is worked out outside, in XLA, from the
+tiles' least and greatest positions and segments: a list of the tiles that can hold an allowed pair of tokens, first
+those in which every pair is allowed. The kernel goes through these without a mask, then through the rest with one.
+Other tiles cost nothing, whatever the order of tokens. Programs with the longest lists start first.
+
+Dims: B batch, T query tokens, S key tokens, K KV heads, G query heads of each, H head; Q, C tokens of a query and a
+key tile; n tiles that have a program each, m tiles that these may visit.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from tsp_jax.ops.kernels.blockwise import MASKED, Blocks, Tokens
+from tsp_jax.ops.kernels.tiles import Tile, Tiles, head_size, tiles_of
+
+LOG2_E = math.log2(math.e)
+LAST = 2**31 - 1
+"""position of a key that only fills a tile up, which no query sees; such a query has -LAST, and sees no key"""
+
+
+def attend(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    queries: Tokens,
+    keys: Tokens,
+    blocks: Blocks,
+    *,
+    arch: str,
+    tiles: Tiles | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Causal attention within segments, scores over sqrt(H): `blockwise.attend` in one kernel.
+
+    Args:
+      q_BTKGH: queries, grouped by KV head, bfloat16 or float32.
+      k_BSKH: keys; likewise values.
+      queries: positions and segments of the T query tokens.
+      keys: of the S key tokens, in any order.
+      blocks: not used; tiles follow from `arch`.
+      arch: what it is compiled for: ``gfx942``, ``sm_90``, ... or ``interpret``, which runs anywhere, slowly.
+      tiles: instead of those of `arch`.
+
+    Returns:
+      (out [B, T, K, G, H] in q's dtype, lse [B, T, K, G] float32). A query without any key gets zeros, and -1e30.
+
+    Keeps: lists of tiles, int32 [B, T/Q, S/C]. Where Q does not divide T, or C not S, or H is no power of two, also
+      padded copies of the arrays.
+    Source: Dao, arXiv 2307.08691 (FlashAttention-2).
+    """
+    del blocks
+    tile = (tiles or tiles_of(arch, q_BTKGH.shape, q_BTKGH.dtype)).forward
+    plan = _Plan.of(queries, keys, tile, by_key=False)
+    q, k, v = _pad(q_BTKGH, tile.query), _pad(k_BSKH, tile.key), _pad(v_BSKH, tile.key)
+    batch, length, kv_heads, group, _ = q.shape
+    out, lse_BKGT = _call(
+        functools.partial(_forward_kernel, tile=tile, scale=q_BTKGH.shape[-1] ** -0.5),
+        plan,
+        arch,
+        inputs=[("BTKGH", q), ("BSKH", k), ("BSKH", v)],
+        outputs=[("BTKGH", q), ("BKGT", jax.ShapeDtypeStruct((batch, kv_heads, group, length), jnp.float32))],
+    )
+    return _crop(out, q_BTKGH), lse_BKGT.transpose(0, 3, 1, 2)[:, : q_BTKGH.shape[1]]
+
+
+def attend_backward(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    queries: Tokens,
+    keys: Tokens,
+    out_BTKGH: jax.Array,
+    lse_BTKG: jax.Array,
+    dout_BTKGH: jax.Array,
+    blocks: Blocks,
+    *,
+    arch: str,
+    tiles: Tiles | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of `attend`: (dq, dk, dv), each like its primal, accumulated in float32.
+
+    Two kernels: dq by query tiles; dk and dv by key tiles, over the G query heads of a KV head. Both compute the scores
+    (7 matrix products for a pair of tiles, not 5), and neither needs atomics or a float32 accumulator in memory.
+
+    Keeps: as `attend`, for both kernels, and delta [B, T, K, G] float32.
+    Source: Dao, arXiv 2307.08691, algorithm 2.
+    """
+    del blocks
+    tiles = tiles or tiles_of(arch, q_BTKGH.shape, q_BTKGH.dtype)
+    delta_BTKG = (dout_BTKGH.astype(jnp.float32) * out_BTKGH.astype(jnp.float32)).sum(axis=-1)
+    lse_BTKG = lse_BTKG * jnp.float32(LOG2_E)
+
+    def run(kernel, tile: Tile, by_key: bool, outputs: Sequence[str]):
+        q, dout = _pad(q_BTKGH, tile.query), _pad(dout_BTKGH, tile.query)
+        k, v = _pad(k_BSKH, tile.key), _pad(v_BSKH, tile.key)
+        lse, delta = (_pad(x[..., None], tile.query, 1)[..., 0].transpose(0, 2, 3, 1) for x in (lse_BTKG, delta_BTKG))
+        return _call(
+            functools.partial(kernel, tile=tile, scale=q_BTKGH.shape[-1] ** -0.5),
+            _Plan.of(queries, keys, tile, by_key),
+            arch,
+            inputs=[("BTKGH", q), ("BSKH", k), ("BSKH", v), ("BTKGH", dout), ("BKGT", lse), ("BKGT", delta)],
+            outputs=[(dims, {"BTKGH": q, "BSKH": k}[dims]) for dims in outputs],
+        )
+
+    (dq,) = run(_dq_kernel, tiles.dq, False, ["BTKGH"])
+    dk, dv = run(_dkv_kernel, tiles.dkv, True, ["BSKH", "BSKH"])
+    return _crop(dq, q_BTKGH), _crop(dk, k_BSKH), _crop(dv, v_BSKH)
+
+
+# ------------------------------------------------------------------------------------------------ around the kernels
+
+
+def _pad(x: jax.Array, tile: int, size: int | None = None) -> jax.Array:
+    """Zeros to a multiple of `tile` tokens and to a whole head."""
+    more = [(0, 0)] * x.ndim
+    more[1], more[-1] = (0, -x.shape[1] % tile), (0, (size or head_size(x.shape[-1])) - x.shape[-1])
+    return jnp.pad(x, more)
+
+
+def _crop(x: jax.Array, like: jax.Array) -> jax.Array:
+    return x[:, : like.shape[1], ..., : like.shape[-1]]
+
+
+class _Visits(NamedTuple):
+    """Which tiles each program visits."""
+
+    turns: Any
+    """[B, n]: tile of the i-th program, those with most to visit first"""
+    order: Any
+    """[B, n, m]: for each tile, first the whole ones, then the other needed ones"""
+    whole: Any
+    """[B, n]: how many of them need no mask"""
+    needed: Any
+    """[B, n]: how many there are to visit"""
+
+
+class _Plan(NamedTuple):
+    """What a kernel reads besides heads."""
+
+    visits: _Visits
+    queries: Tokens
+    keys: Tokens
+    tile: Tile
+    by_key: bool
+    """programs are of key tiles; else of query tiles"""
+
+    @classmethod
+    def of(cls, queries: Tokens, keys: Tokens, tile: Tile, by_key: bool) -> "_Plan":
+        queries, keys = _pad_tokens(queries, tile.query, -LAST), _pad_tokens(keys, tile.key, LAST)
+        needed_Bnm, whole_Bnm = _needed(queries, keys, tile)
+        if by_key:
+            needed_Bnm, whole_Bnm = needed_Bnm.swapaxes(1, 2), whole_Bnm.swapaxes(1, 2)
+        num = needed_Bnm.shape[-1]
+        rank = 2 - needed_Bnm.astype(jnp.int32) - whole_Bnm.astype(jnp.int32)
+        order = jnp.sort(rank * num + lax.broadcasted_iota(jnp.int32, rank.shape, 2), axis=-1) % num
+        whole, needed = (x.sum(axis=-1, dtype=jnp.int32) for x in (whole_Bnm, needed_Bnm))
+        turns = jnp.argsort(-needed, axis=-1, stable=True).astype(jnp.int32)
+        return cls(_Visits(turns, order, whole, needed), queries, keys, tile, by_key)
+
+
+def _pad_tokens(tokens: Tokens, tile: int, position: int) -> Tokens:
+    more = ((0, 0), (0, -tokens.positions.shape[1] % tile))
+    positions = jnp.pad(tokens.positions, more, constant_values=position)
+    return Tokens(positions, jnp.pad(tokens.segments, more, mode="edge"))
+
+
+def _needed(queries: Tokens, keys: Tokens, tile: Tile) -> tuple[jax.Array, jax.Array]:
+    """[B, T/Q, S/C] bool: tile pairs that may hold an allowed pair of tokens, and those that hold no other."""
+
+    def ends(x_BT: jax.Array, size: int, axis: int):
+        tiles = x_BT.reshape(x_BT.shape[0], -1, size)
+        return (jnp.expand_dims(end, axis) for end in (tiles.min(axis=-1), tiles.max(axis=-1)))
+
+    (first_q, last_q), (low_q, high_q) = (ends(x, tile.query, 2) for x in queries)
+    (first_k, last_k), (low_k, high_k) = (ends(x, tile.key, 1) for x in keys)
+    needed = (first_k <= last_q) & (low_k <= high_q) & (low_q <= high_k)
+    return needed, (last_k <= first_q) & (low_q == high_k) & (low_k == high_q)
+
+
+def _call(
+    kernel: Callable[..., None],
+    plan: _Plan,
+    arch: str,
+    inputs: Sequence[tuple[str, jax.Array]],
+    outputs: Sequence[tuple[str, Any]],
+) -> Sequence[jax.Array]:
+    """One program for each tile, head (query head, or KV head if by key) and row of the batch.
+
+    Arrays are (dims, array), the first one the queries. A kernel sees all of an array's tokens, of its own head.
+    """
+    batch, _, kv_heads, group, _ = inputs[0][1].shape
+
+    def place(_, head, row) -> dict[str, Any]:
+        if plan.by_key:
+            return {"B": row, "K": head}
+        return {"B": row, "K": lax.div(head, jnp.int32(group)), "G": lax.rem(head, jnp.int32(group))}
+
+    def spec(dims: str, array: Any) -> pl.BlockSpec:
+        own = "BK" if plan.by_key else "BKG"
+        block = tuple(None if dim in own else size for dim, size in zip(dims, array.shape, strict=True))
+        return pl.BlockSpec(block, lambda *program: tuple(place(*program).get(dim, 0) for dim in dims))
+
+    varying = jax.typeof(inputs[0][1]).mat
+    dims = _Visits("Bn", "Bnm", "Bn", "Bn"), Tokens("BT", "BT"), Tokens("BS", "BS")  # pyright: ignore[reportArgumentType]
+    tokens = plan.visits, plan.queries, plan.keys
+    return pl.pallas_call(
+        kernel,
+        grid=(plan.visits.turns.shape[1], kv_heads if plan.by_key else kv_heads * group, batch),
+        in_specs=[*jax.tree.map(spec, dims, tokens), *(spec(*each) for each in inputs)],
+        out_specs=[spec(*each) for each in outputs],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for _, x in outputs],
+        compiler_params=triton.CompilerParams(num_warps=plan.tile.warps, num_stages=plan.tile.stages),
+        interpret=arch == "interpret",
+    )(*tokens, *(array for _, array in inputs))
+
+
+# ------------------------------------------------------------------------------------------------ in the kernels
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _allowed(queries: Tokens, keys: Tokens) -> jax.Array:
+    """Operands broadcast against each other."""
+    return (keys.positions <= queries.positions) & (keys.segments == queries.segments)
+
+
+def _rows(tokens: Tokens, rows: Any, axis: int) -> Tokens:
+    """Some tokens, along the other axis of a tile of scores than `axis`."""
+    return Tokens(*(jnp.expand_dims(ref[rows], axis) for ref in tokens))
+
+
+def _visit(visits: _Visits, tile, step: Callable, carry: Any) -> Any:
+    """Folds ``step(other tile, carry, masked)`` over the tiles that `tile` needs."""
+    whole, needed = visits.whole[tile], visits.needed[tile]
+
+    def body(turn, carry, masked: bool):
+        return step(visits.order[tile, turn], carry, masked)
+
+    carry = lax.fori_loop(0, whole, functools.partial(body, masked=False), carry)
+    return lax.fori_loop(whole, needed, functools.partial(body, masked=True), carry)
+
+
+def _forward_kernel(visits, queries, keys, q_ref, k_ref, v_ref, out_ref, lse_ref, *, tile: Tile, scale: float):
+    """Online softmax, in powers of two (one instruction), divided by its sum at the end."""
+    i = visits.turns[pl.program_id(0)]
+    rows = pl.ds(i * tile.query, tile.query)
+    q_QH, q_tokens = q_ref[rows, :], _rows(queries, rows, 1)
+
+    def step(j, carry, masked: bool):
+        acc_QH, top_Q, sum_Q = carry
+        rows = pl.ds(j * tile.key, tile.key)
+        k_CH, v_CH = k_ref[rows, :], v_ref[rows, :]
+        s_QC = _dot(q_QH, k_CH.T) * (scale * LOG2_E)
+        if masked:
+            s_QC = jnp.where(_allowed(q_tokens, _rows(keys, rows, 0)), s_QC, MASKED)
+        new_Q = jnp.maximum(top_Q, s_QC.max(axis=1))
+        p_QC = jnp.exp2(s_QC - new_Q[:, None])
+        decay_Q = jnp.exp2(top_Q - new_Q)
+        acc_QH = acc_QH * decay_Q[:, None] + _dot(p_QC.astype(v_CH.dtype), v_CH)
+        return acc_QH, new_Q, sum_Q * decay_Q + p_QC.sum(axis=1)
+
+    row = jnp.zeros((tile.query,), jnp.float32)
+    acc_QH, top_Q, sum_Q = _visit(visits, i, step, (jnp.zeros(q_QH.shape, jnp.float32), row + MASKED, row))
+    empty_Q = top_Q <= MASKED / 2
+    part_Q = jnp.where(empty_Q, 0.0, 1.0 / sum_Q)
+    out_ref[rows, :] = (acc_QH * part_Q[:, None]).astype(out_ref.dtype)
+    lse_ref[rows] = jnp.where(empty_Q, MASKED, top_Q * (1 / LOG2_E) + jnp.log(sum_Q))
+
+
+def _dq_kernel(
+    visits, queries, keys, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, *, tile: Tile, scale: float
+):
+    i = visits.turns[pl.program_id(0)]
+    rows = pl.ds(i * tile.query, tile.query)
+    q_QH, dout_QH, q_tokens = q_ref[rows, :], dout_ref[rows, :], _rows(queries, rows, 1)
+    lse_Q1, delta_Q1 = lse_ref[rows][:, None], delta_ref[rows][:, None]
+
+    def step(j, dq_QH, masked: bool):
+        rows = pl.ds(j * tile.key, tile.key)
+        k_CH, v_CH = k_ref[rows, :], v_ref[rows, :]
+        p_QC = jnp.exp2(_dot(q_QH, k_CH.T) * (scale * LOG2_E) - lse_Q1)
+        if masked:
+            p_QC = jnp.where(_allowed(q_tokens, _rows(keys, rows, 0)), p_QC, 0.0)
+        ds_QC = p_QC * (_dot(dout_QH, v_CH.T) - delta_Q1)
+        return dq_QH + _dot(ds_QC.astype(k_CH.dtype), k_CH)
+
+    dq_QH = _visit(visits, i, step, jnp.zeros(q_QH.shape, jnp.float32))
+    dq_ref[rows, :] = (dq_QH * scale).astype(dq_ref.dtype)
+
+
+def _dkv_kernel(
+    visits, queries, keys, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref, *, tile: Tile,
+    scale: float,
+):  # fmt: skip
+    """Scores are transposed, so that no product needs the transpose of what registers hold."""
+    j = visits.turns[pl.program_id(0)]
+    cols = pl.ds(j * tile.key, tile.key)
+    k_CH, v_CH, k_tokens = k_ref[cols, :], v_ref[cols, :], _rows(keys, cols, 1)
+
+    def step(head, i, carry, masked: bool):
+        dk_CH, dv_CH = carry
+        rows = pl.ds(i * tile.query, tile.query)
+        q_QH, dout_QH = q_ref[rows, head, :], dout_ref[rows, head, :]
+        lse_1Q, delta_1Q = lse_ref[head, rows][None, :], delta_ref[head, rows][None, :]
+        p_CQ = jnp.exp2(_dot(k_CH, q_QH.T) * (scale * LOG2_E) - lse_1Q)
+        if masked:
+            p_CQ = jnp.where(_allowed(_rows(queries, rows, 0), k_tokens), p_CQ, 0.0)
+        dv_CH += _dot(p_CQ.astype(dout_QH.dtype), dout_QH)
+        ds_CQ = p_CQ * (_dot(v_CH, dout_QH.T) - delta_1Q)
+        return dk_CH + _dot(ds_CQ.astype(q_QH.dtype), q_QH), dv_CH
+
+    def head(index, carry):
+        return _visit(visits, j, functools.partial(step, index), carry)
+
+    zero = jnp.zeros(k_CH.shape, jnp.float32)
+    dk_CH, dv_CH = lax.fori_loop(0, q_ref.shape[1], head, (zero, zero))
+    dk_ref[cols, :] = (dk_CH * scale).astype(dk_ref.dtype)
+    dv_ref[cols, :] = dv_CH.astype(dv_ref.dtype)

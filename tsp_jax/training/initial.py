@@ -1,0 +1,60 @@
+"""The state that a run starts from: random weights, or those of a Hugging Face folder."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tsp_jax.config import Config
+from tsp_jax.errors import ConfigError
+from tsp_jax.layout import Placement
+from tsp_jax.models.hf import check_folder, load_params, read_config
+from tsp_jax.training.step import TrainProgram, TrainState
+
+FREE = ("init_std",)
+"""fields of a model that given weights do not settle"""
+
+
+def check_init_from(config: Config, placement: Placement) -> None:
+    """Raises ConfigError where `init_from` holds no weights of the configured model; a run to resume needs none."""
+    if not config.init_from or any((Path(config.workdir) / "checkpoints").glob("[0-9]*")):
+        return
+    here, there = (_fields(model) for model in (config.model, read_config(config.init_from)))
+    different = [name for name, value in there.items() if here[name] != value]
+    if different:
+        name = different[0]
+        raise ConfigError(
+            f"model.{name}={here[name]}, the checkpoint in init_from={config.init_from} has {there[name]}; "
+            f"use {' '.join(_flag(name, there[name]) for name in different)}"
+        )
+    check_folder(config.init_from, config.model, placement)
+
+
+def initial_state(config: Config, program: TrainProgram, placement: Placement) -> TrainState:
+    """A fresh state, its weights from `init_from` if there is one."""
+    state = program.init()
+    if not config.init_from:
+        return state
+    jax.tree.map(lambda random: random.delete(), state.params)  # so that both are not held at once
+    return state._replace(params=load_params(config.init_from, config.model, placement))
+
+
+def _fields(model: Any, owner: str = "") -> dict[str, Any]:
+    """Dotted names and values."""
+    fields = {}
+    for field in dataclasses.fields(model):
+        value = getattr(model, field.name)
+        if dataclasses.is_dataclass(value):
+            fields.update(_fields(value, f"{owner}{field.name}."))
+        elif field.name not in FREE:
+            fields[owner + field.name] = value
+    return fields
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = f"model.{name}".replace("_", "-")
+    if isinstance(value, bool):
+        owner, _, last = flag.rpartition(".")
+        return f"--{flag}" if value else f"--{owner}.no-{last}"
+    return f"--{flag} {value}"

@@ -1,0 +1,78 @@
+"""The next token from logits: pure functions of logits and keys.
+
+Dims: B batch, V vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tsp_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn; greedy as it stands. Temperature acts first, then top-k, then top-p on what is left."""
+
+    temperature: float = 0.0
+    """divides the logits; 0 takes the likeliest token"""
+    top_k: int = 0
+    """draw from so many likeliest tokens; 0: from all"""
+    top_p: float = 1.0
+    """draw from the fewest likeliest tokens whose probabilities reach this sum"""
+    seed: int = 0
+    """of all draws; a sequence's draws depend on this, on its number and on the position alone"""
+
+    def __post_init__(self):
+        for name in ("temperature", "top_k", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"sampling.{name}={getattr(self, name)} must not be negative; use 0")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"sampling.top_p={self.top_p} must lie in (0, 1]; use 1.0")
+
+
+def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
+    """One token of each row.
+
+    Args:
+      logits_BV: float32.
+      keys_B: a random key for each row; not looked at if greedy.
+      sampling: static.
+
+    Returns:
+      [B] int32.
+    """
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = filter_top_p(filter_top_k(logits_BV / sampling.temperature, sampling.top_k), sampling.top_p)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+def filter_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
+    """The logits, -inf where k others are larger; as they are if k is 0. Ties with the k-th are kept."""
+    if not 0 < k < logits_BV.shape[-1]:
+        return logits_BV
+    least_B1 = lax.top_k(logits_BV, k)[0][:, -1:]
+    return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+
+
+def filter_top_p(logits_BV: jax.Array, p: float) -> jax.Array:
+    """The logits, -inf where the probabilities of larger ones alone reach p; the likeliest token always stays."""
+    if p >= 1:
+        return logits_BV
+    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+    probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
+    least_B1 = jnp.where(before_BV < p, sorted_BV, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+
+
+def row_keys(seed: int, rows_B: jax.Array, positions_B: jax.Array) -> jax.Array:
+    """[B] keys for the token at a position of each row, whatever other rows there are."""
+
+    def key(row: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), position)
+
+    return jax.vmap(key)(rows_B, positions_B)

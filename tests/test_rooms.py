@@ -18,11 +18,19 @@ ROOMS = {
     "nn": FOUNDATION | {"ops"},
     "models": FOUNDATION | {"ops", "nn"},
     "training": FOUNDATION | {"ops", "nn", "models", "inspect"},
-    "inspect": {"errors"},
+    "inference": FOUNDATION | {"ops", "nn", "models"},
+    "hardware": {"errors"},
+    "inspect": {"errors", "hardware"},
     "plan": FOUNDATION | {"inspect"},
     "private_jax": set(),
     "rocm_standins": {"errors"},
-    "targets": {"errors", "private_jax", "rocm_standins"},
+    "targets": {"errors", "hardware", "private_jax", "rocm_standins"},
+}
+WORKBENCH = ("aot", "compare", "inspection", "chart", "comparison")
+"""modules that join targets, programs and inspection for the scripts, each of which may use those before it"""
+ROOMS |= {
+    name: {*FOUNDATION, "hardware", "training", "inference", "inspect", "plan", "targets", *WORKBENCH[:n]}
+    for n, name in enumerate(WORKBENCH)
 }
 """room -> rooms of tsp_jax that it may import from (and itself)"""
 TOP = {"__init__", "__main__", "cli"}
@@ -32,7 +40,8 @@ OUTSIDE = {
     "config": set(),
     "layout": {"jax"},
     "ops": {"jax"},
-    "inspect": {"jax", "jaxlib", "numpy"},
+    "hardware": set(),
+    "inspect": {"jax", "jaxlib", "numpy", "rich"},
     "plan": {"jax", "numpy"},
 }
 """room -> packages that it may import; a room that is not here may import any"""

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import tyro
@@ -14,22 +15,39 @@ import tyro
 from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
 
+T = TypeVar("T")
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-def main(script: Callable[[str, Config], object]) -> None:
-    """Runs ``script(name, config)`` on the command line ``CONFIG [--flag value ...]``."""
+def main(
+    script: Callable[[str, Any], Any],
+    options: Callable[[Config], Any] = lambda config: config,
+    text: tuple[Callable[[str, Any], Any], Any] | None = None,
+) -> None:
+    """Runs ``script(name, options)`` on the command line ``CONFIG [--flag value ...]``.
+
+    Args:
+      script: what to run; an int that it returns is the exit code.
+      options: makes the dataclass whose fields are the flags from the configuration; by default the configuration.
+      text: (script, its default options) for where the first argument is no configuration but a .hlo or .txt file.
+    """
+    arguments = sys.argv[1:]
     try:
-        name, config = parse(sys.argv[1:])
-        use_devices(config)
-        script(name, config)
+        if text and arguments and arguments[0].endswith((".hlo", ".txt")):
+            prog = f"{sys.argv[0]} {arguments[0]}"
+            sys.exit(text[0](arguments[0], parse_flags(text[1], arguments[1:], prog)))
+        name, parsed = parse(arguments, options)
+        if isinstance(parsed, Config):
+            use_devices(parsed)
+        code = script(name, parsed)
+        sys.exit(code if isinstance(code, int) else 0)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def parse(arguments: Sequence[str]) -> tuple[str, Config]:
-    """(name, configuration) from ``CONFIG [--flag value ...]``."""
+def parse(arguments: Sequence[str], options: Callable[[Config], Any] = lambda config: config) -> tuple[str, Any]:
+    """(name, options) from ``CONFIG [--flag value ...]``."""
     known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.py")))
     if not arguments or arguments[0].startswith("-"):
         if arguments and arguments[0] in ("-h", "--help"):
@@ -38,7 +56,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
             )
             sys.exit(0)
         raise ConfigError(f"a configuration comes first; use one of {known}, or the path of a .py file")
-    default = load_config(arguments[0])
+    default = options(load_config(arguments[0]))
     return Path(arguments[0]).stem, parse_flags(default, arguments[1:], prog=f"{sys.argv[0]} {arguments[0]}")
 
 
@@ -58,14 +76,14 @@ def load_config(name: str) -> Config:
     return config
 
 
-def parse_flags(default: Config, flags: Sequence[str], prog: str) -> Config:
-    """`default` with flags applied; every field is a flag."""
+def parse_flags(default: T, flags: Sequence[str], prog: str) -> T:
+    """`default`, a dataclass, with flags applied; every field is a flag."""
     if "--help" in flags or "-h" in flags:
-        return tyro.cli(Config, default=default, args=["--help"], prog=prog)
+        return tyro.cli(type(default), default=default, args=["--help"], prog=prog)
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            return tyro.cli(Config, default=default, args=list(flags), prog=prog)
+            return tyro.cli(type(default), default=default, args=list(flags), prog=prog)
     except SystemExit:
         raise ConfigError(_one_line(said.getvalue())) from None
 

@@ -144,20 +144,27 @@ def parse_mesh(text: str, layout: Layout, num_devices: int) -> dict[str, int]:
     """
     if not text:
         return _default_mesh(layout, num_devices)
-    sizes: dict[str, int] = {}
     example = ",".join(f"{name}={1 if name in layout.batch else 2}" for name in layout.axis_names)
-    for item in text.split(","):
-        name, _, size = item.partition("=")
-        name = name.strip()
-        if not size.strip().isdecimal() or int(size) < 1:
-            raise ConfigError(f"mesh={text}: '{item}' is not axis=size; use, for example, --mesh {example}")
+    sizes = parse_sizes(text, example)
+    for name in sizes:
         if name not in layout.axis_names:
             known = ", ".join(layout.axis_names)
             raise ConfigError(f"mesh={text}: layout {layout.name} has no axis '{name}', it has {known}; use {example}")
+    return {name: 1 for name in layout.axis_names if name not in sizes} | sizes
+
+
+def parse_sizes(text: str, example: str = "data=1,tsp=8") -> dict[str, int]:
+    """``data=1,tsp=8`` -> axis sizes in that order, whatever the axes."""
+    sizes: dict[str, int] = {}
+    for item in text.split(","):
+        name, _, size = item.partition("=")
+        name = name.strip()
+        if not name or not size.strip().isdecimal() or int(size) < 1:
+            raise ConfigError(f"mesh={text}: '{item}' is not axis=size; use, for example, --mesh {example}")
         if name in sizes:
             raise ConfigError(f"mesh={text}: axis '{name}' is named twice; use, for example, --mesh {example}")
         sizes[name] = int(size)
-    return {name: 1 for name in layout.axis_names if name not in sizes} | sizes
+    return sizes
 
 
 def _default_mesh(layout: Layout, num_devices: int) -> dict[str, int]:

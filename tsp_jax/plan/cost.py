@@ -117,3 +117,42 @@ def _loss(config: Config, s: _Sizes) -> dict[str, float]:
         "tensor_sums": s.summed(s.tokens * config.model.d_model, s.item) + per_token,
         "replica_sums": s.replica_sum(table),
     }
+
+
+# How many arrays of a size are alive at once in the backward pass of an op, counted in compiled programs (ROCm, jax
+# 0.10.2): of one activation [B, t, D] in the compute dtype (float32 ones count twice), and of one bucket's gathered
+# keys and values [2, B, S, K, H]: as received, cut into blocks, and as many gradients on their way back.
+_ACTIVATIONS, _KEY_VALUES = 13, 5.5
+
+
+def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Peak bytes on one device of a training step (accumulate = 1, remat full or save_attention), by part.
+
+    Parts: `state` (float32 weights and two moments), `gradients` that wait for the update, `residuals` that forward
+    leaves for backward, and of what comes and goes `activations`, `keys_values`, `weights` in flight. Source of the
+    terms: arXiv 2604.26294, section III; the number of arrays alive at once is counted, see above.
+    """
+    s, model = _Sizes(config, layout, sizes), config.model
+    heads, shards = s.heads, s.folded * s.tensor
+    layer = (2 * heads.query + 2 * heads.kv) * heads.dim * model.d_model + 3 * model.d_ff * model.d_model
+    tables = model.vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
+    layers = model.num_layers * layer
+    replicas = math.prod(sizes[name] for name in layout.batch) if config.optimizer.zero1 else 1
+    activation = s.tokens * model.d_model * s.item
+    outputs = s.tokens * heads.query * heads.dim / s.tensor * s.item
+    kept = activation + (outputs if config.remat == "save_attention" else 0)
+    buckets = 1 if layout.whole_weights else config.stream.attention_buckets
+    kv_heads = max(1, heads.kv / s.tensor / min(buckets, max(1, heads.kv // shards)))
+    in_flight = max((2 * heads.kv + heads.query) * heads.dim / buckets, 3 * model.d_ff / _mlp_buckets(config, layout))
+    return {
+        "state": (layers + tables) / shards * 4 * (1 + 2 / replicas),
+        "gradients": (layers * ITEMSIZE[config.grad_dtype] + tables * 4) / shards,
+        "residuals": model.num_layers * kept,
+        "activations": _ACTIVATIONS * activation,
+        "keys_values": _KEY_VALUES * 2 * s.batch * config.seq_len * kv_heads * heads.dim * s.item,
+        "weights": in_flight * model.d_model / s.tensor * (2 * s.item + s.grad_item),
+    }
+
+
+def _mlp_buckets(config: Config, layout: Layout) -> int:
+    return 1 if layout.whole_weights else config.stream.mlp_buckets

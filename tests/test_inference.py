@@ -37,8 +37,8 @@ MODELS = {
 STREAM = StreamConfig(attention_buckets=2, mlp_buckets=3, vocab_buckets=3)
 BATCH, CAPACITY, CHUNK, STEPS = 4, 128, 48, 67
 LENGTHS = (1, 61, 13, 48)
-"""of prompts: one token; more than a chunk, and with all steps every slot; neither even nor a multiple of any ranks; a whole
-chunk"""
+"""of prompts: one token; more than a chunk, and with all steps every slot; neither even nor a multiple of any ranks; a
+whole chunk"""
 
 CASES = [
     ("single", "odd_heads"), ("tsp2", "multi_head"), ("tsp3", "grouped"), ("tsp4", "odd_heads"), ("tsp8", "multi_head"),

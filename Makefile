@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test soak check clean
 
 setup: $(INSTALLED)
 
@@ -17,6 +17,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2
+
+soak: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m soak
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

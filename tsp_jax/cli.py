@@ -16,7 +16,9 @@ from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
 
 T = TypeVar("T")
-CONFIGS = Path(__file__).parent.parent / "configs"
+_FOLDERS = [Path(file).resolve().parent.parent / "configs" for file in (__file__, sys.argv[0])]
+CONFIGS = next(filter(Path.is_dir, _FOLDERS), _FOLDERS[0])
+"""beside the package, or, where that is installed elsewhere, beside the scripts"""
 
 
 def main(

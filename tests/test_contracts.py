@@ -11,7 +11,7 @@ from tests.helpers import LAYOUT_CASES, MIX
 from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
 from tsp_jax.inspect import buffers, collectives, parse
 from tsp_jax.layout import Layout, place
-from tsp_jax.plan.cost import step_traffic
+from tsp_jax.plan.cost import forward_traffic, step_traffic
 from tsp_jax.training.step import make_program
 
 MODEL = ModelConfig(vocab_size=192, d_model=40, num_layers=3, num_heads=16, num_kv_heads=16, head_dim=8, d_ff=192)
@@ -53,14 +53,14 @@ barriers before it looks for common subexpressions, and so spares backward a buc
 
 
 @cache
-def compiled_step(config: Config, case: str):
-    """(module, mesh sizes) of a compiled training step."""
+def compiled_step(config: Config, case: str, forward: bool = False):
+    """(module, mesh sizes) of a compiled training step, or of its forward pass."""
     layout, sizes = CASES[case]
     placement = place(layout, **sizes)
     program = make_program(config, placement)
-    batch = program.abstract_batch((1, config.batch, config.seq_len))
-    text = program.step.lower(program.abstract_state, batch).compile(SEPARATE).as_text()
-    return parse(text), dict(placement.mesh.shape)
+    batch, state = program.abstract_batch((1, config.batch, config.seq_len)), program.abstract_state
+    lowered = program.evaluate.lower(state.params, batch) if forward else program.step.lower(state, batch)
+    return parse(lowered.compile(SEPARATE).as_text()), dict(placement.mesh.shape)
 
 
 def kind_of(collective, layout: Layout) -> str:
@@ -77,10 +77,10 @@ def kind_of(collective, layout: Layout) -> str:
     return "weights" if collective.op == "all-gather" else "weight_grads"
 
 
-def traffic(config: Config, case: str) -> dict[str, dict[str, float]]:
+def traffic(config: Config, case: str, forward: bool = False) -> dict[str, dict[str, float]]:
     """Bytes by op and kind, as compiled."""
     layout, _ = CASES[case]
-    module, mesh = compiled_step(config, case)
+    module, mesh = compiled_step(config, case, forward)
     totals = {op: defaultdict(float) for op in ("attention", "mlp", "embed", "loss")}
     for collective in collectives(module, mesh):
         for op, kinds in totals.items():
@@ -89,11 +89,11 @@ def traffic(config: Config, case: str) -> dict[str, dict[str, float]]:
     return totals
 
 
-def check_traffic(config: Config, case: str) -> None:
+def check_traffic(config: Config, case: str, forward: bool = False) -> None:
     layout, sizes = CASES[case]
     sizes = {name: sizes.get(name, 1) for name in layout.axis_names}
-    moved = traffic(config, case)
-    for op, kinds in step_traffic(config, layout, sizes).items():
+    moved = traffic(config, case, forward)
+    for op, kinds in (forward_traffic if forward else step_traffic)(config, layout, sizes).items():
         got = {kind: moved[op][kind] for kind in kinds}
         assert got == pytest.approx(kinds, rel=1e-6), f"{op} under {case}"
 
@@ -101,6 +101,11 @@ def check_traffic(config: Config, case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_traffic_of_a_step_equals_the_closed_form(case):
     check_traffic(CONFIG, case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_traffic_of_forward_equals_the_closed_form(case):
+    check_traffic(CONFIG, case, forward=True)
 
 
 @pytest.mark.parametrize("case", ["tsp8", "tp8", "tp4_sp2", "mix2_4"])

@@ -65,16 +65,53 @@ def step_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> di
     }
 
 
-def _attention(config: Config, s: _Sizes) -> dict[str, float]:
+def forward_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, dict[str, float]]:
+    """Bytes received per device in the forward pass to the loss, by op and kind; see `step_traffic`.
+
+    Weights pass once, keys and values are exchanged once, and partial outputs are summed once.
+    """
+    s, model = _Sizes(config, layout, sizes), config.model
+    residual = s.summed(s.tokens * model.d_model, s.item)
+    table = s.streamed(model.vocab_size * model.d_model) * s.item
+    into, out, keys_values = _attention_passes(config, s)
+    layers = model.num_layers
+    return {
+        "attention": {
+            "weights": layers * (into + out) * s.item,
+            "keys_values": layers * keys_values,
+            "tensor_sums": layers * residual,
+        },
+        "mlp": {
+            "weights": layers * s.streamed(3 * model.d_ff * model.d_model) * s.item,
+            "tensor_sums": layers * residual,
+        },
+        "embed": {"weights": table, "tensor_sums": residual},
+        "loss": {"weights": table, "tensor_sums": _loss_sums(s)},
+    }
+
+
+def _attention_passes(config: Config, s: _Sizes) -> tuple[float, float, float]:
+    """Of one layer and pass: elements of [Wq Wk Wv], elements of Wo, bytes of keys and values."""
     heads, d_model = s.heads, config.model.d_model
     query, kv = heads.query * heads.dim * d_model, heads.kv * heads.dim * d_model
     if heads.kv < s.tensor:  # a KV head lies on several tensor shards: each gathers all KV heads
         kv_weights = 2 * kv * _share(s.folded * s.tensor)
     else:
         kv_weights = s.streamed(2 * kv)
-    into, out = s.streamed(query) + kv_weights, s.streamed(query)
     used_heads = max(1, heads.kv // s.tensor)
     keys_values = 2 * s.batch * config.seq_len * used_heads * heads.dim * s.item * _share(s.sequence)
+    return s.streamed(query) + kv_weights, s.streamed(query), keys_values
+
+
+def _loss_sums(s: _Sizes) -> float:
+    """Bytes of a token's label, maximum and sum, and of which labels are real."""
+    return 3 * s.summed(s.tokens, 4) + s.summed(s.tokens, INT32)
+
+
+def _attention(config: Config, s: _Sizes) -> dict[str, float]:
+    heads, d_model = s.heads, config.model.d_model
+    query, kv = heads.query * heads.dim * d_model, heads.kv * heads.dim * d_model
+    into, out, keys_values = _attention_passes(config, s)
     passes = {"none": 2, "save_attention": 2, "full": 3}[config.remat]  # of q, k, v
     out_passes = {"none": 2, "save_attention": 3, "full": 3}[config.remat]
     residual = s.summed(s.tokens * d_model, s.item)
@@ -110,11 +147,10 @@ def _embed(config: Config, s: _Sizes) -> dict[str, float]:
 
 def _loss(config: Config, s: _Sizes) -> dict[str, float]:
     table = config.model.vocab_size * config.model.d_model
-    per_token = 3 * s.summed(s.tokens, 4) + s.summed(s.tokens, INT32)  # label, maximum, sum; which labels are real
     return {
         "weights": 2 * s.streamed(table) * s.item,
         "weight_grads": s.streamed(table) * s.grad_item,
-        "tensor_sums": s.summed(s.tokens * config.model.d_model, s.item) + per_token,
+        "tensor_sums": s.summed(s.tokens * config.model.d_model, s.item) + _loss_sums(s),
         "replica_sums": s.replica_sum(table),
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 from tsp_jax.aot import Step, compile_step, place_on
 from tsp_jax.config import Config, ModelConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.layout import Layout, get_layout
+from tsp_jax.layout import Layout, get_layout, parse_sizes
 from tsp_jax.plan.cost import step_memory
 from tsp_jax.targets import Target
 
@@ -159,7 +159,7 @@ def _paper(name: str, config: Config, target: Target, step: Step) -> str:
 
 def _with_limits(row: Row, config: Config, limit: float) -> Row:
     """Adds the closed form's peak, and what would still fit by it."""
-    layout, sizes = get_layout(config.layout), _sizes(config.mesh)
+    layout, sizes = get_layout(config.layout), parse_sizes(config.mesh)
     replicas = math.prod(sizes[name] for name in layout.batch)
 
     def predicted(seq_len: int, batch: int) -> float:
@@ -172,10 +172,6 @@ def _with_limits(row: Row, config: Config, limit: float) -> Row:
     length = _largest(lambda n: scale * predicted(16384 * n, here) <= limit)
     batch = _largest(lambda n: scale * predicted(config.seq_len, n) <= limit)
     return dataclasses.replace(row, predicted_bytes=own, largest_seq_len=16384 * length, largest_batch=batch)
-
-
-def _sizes(mesh: str) -> dict[str, int]:
-    return {name: int(size) for name, size in (item.split("=") for item in mesh.split(","))}
 
 
 def _largest(fits: Callable[[int], bool]) -> int:

@@ -12,7 +12,6 @@ from tsp_jax.hardware import Hardware, link_model
 from tsp_jax.inspect.hlo import Module, Trips, declared_trips
 from tsp_jax.inspect.queues import Event, Run
 from tsp_jax.inspect.schedule import Queue, Schedule, Task
-from tsp_jax.inspect.schedule import readable_scope as readable_scope  # what labels of totals are made with
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

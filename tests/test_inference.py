@@ -329,10 +329,10 @@ def test_decode_makes_no_copy_of_the_weights():
 
 
 def test_prefill_gathers_a_bucket_of_heads_at_a_time():
-    """Keys and values of two of four heads a rank, and never of the whole capacity."""
+    """Keys and values of a quarter of the heads, a message each, and never of the whole capacity."""
     module = parse(compiled("tsp4", "prefill").as_text())
     gathers = [c for c in collectives(module, {"data": 1, "tsp": 4}) if "gather_sequence" in c.scope]
-    assert [c.elements for c in gathers] == [2 * BATCH * CHUNK * WIDE.num_heads // 2 * WIDE.head_dim * 3 // 4]
+    assert [c.elements for c in gathers] == 2 * [BATCH * CHUNK * WIDE.num_heads // 4 * WIDE.head_dim * 3 // 4]
 
 
 def test_nothing_is_compiled_again_for_other_tokens_and_lengths():

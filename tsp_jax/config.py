@@ -127,7 +127,9 @@ class StreamConfig:
     attention_movement: AttentionMovement = "gather"
     """gather: one slice of every rank's heads at a time; broadcast: one rank's heads at a time (the paper's)"""
     attention_buckets: int = 4
-    """pieces that a rank's query heads are cut into"""
+    """pieces that a rank's heads are cut into, as their weights travel"""
+    exchange_buckets: int = 4
+    """pieces that KV heads are cut into, as keys and values of one are exchanged while another attends"""
     mlp_movement: Movement = "gather"
     """gather: one slice of every rank's columns at a time; ring: one rank's columns at a time (the paper's)"""
     mlp_buckets: int = 4
@@ -150,7 +152,8 @@ class StreamConfig:
 
     def __post_init__(self):
         _choices("stream.", self)
-        _positive("stream.", self, "attention_buckets", "mlp_buckets", "vocab_buckets", "query_block", "key_block")
+        buckets = ("attention_buckets", "exchange_buckets", "mlp_buckets", "vocab_buckets")
+        _positive("stream.", self, *buckets, "query_block", "key_block")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

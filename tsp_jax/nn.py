@@ -133,6 +133,7 @@ class Attention(nnx.Module):
             rope_scaling=rope_scaling,
             norm_eps=norm_eps,
             buckets=1 if placement.layout.whole_weights else stream.attention_buckets,
+            exchange_buckets=stream.exchange_buckets,
             blocks=Blocks(stream.query_block, stream.key_block),
             arch=kernels.choose(stream.kernel, placement.mesh, head_dim, dtype),
         )

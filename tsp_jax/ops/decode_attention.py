@@ -15,20 +15,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.layout import Axes
-from tsp_jax.ops.attention import (
-    AttentionConfig,
-    AttentionWeights,
-    HeadNorms,
-    _first_row,
-    _prepare,
-    _split,
-    _split_by_tensor,
-    _Static,
-    _static,
-)
 from tsp_jax.ops.kernels.blockwise import MASKED
 from tsp_jax.ops.kv_cache import Claim, KeyValues, as_stored, row_major
 from tsp_jax.ops.linear import matmul, matmul_t
+from tsp_jax.ops.projections import (
+    AttentionConfig,
+    AttentionWeights,
+    HeadNorms,
+    Projections,
+    prepare,
+    split_heads,
+)
 from tsp_jax.ops.stream import Stream
 
 
@@ -68,7 +65,7 @@ def decode_attention(
     Source: partial softmaxes merged by log-sum-exp: Dao et al., Flash-Decoding (2023); arXiv 2411.01783 (pass-Q).
     """
     with jax.named_scope("tsp/attention/decode"):
-        static = _static(config, axes, Stream(), weights)
+        static = Projections.of(config, axes, Stream(), weights)
         norms = norms or HeadNorms(None, None)
         q_B1NH, k_B1KH, v_B1KH = _gather_heads(x_B1D, weights, norms, positions_B1, static)
         new = as_stored(k_B1KH, v_B1KH)
@@ -81,18 +78,18 @@ def decode_attention(
         return (lax.psum(y_B1D, weight_axes) if weight_axes else y_B1D).astype(x_B1D.dtype), new
 
 
-def _gather_heads(x_B1D, weights: AttentionWeights, norms: HeadNorms, positions_B1, static: _Static):
+def _gather_heads(x_B1D, weights: AttentionWeights, norms: HeadNorms, positions_B1, static: Projections):
     """As `_stream_heads`, but each device projects by its own rows, and the results are gathered."""
     dtype = x_B1D.dtype
     q, k, v = (matmul_t(x_B1D, w.astype(dtype)) for w in weights[:3])
-    if _split_by_tensor(static):
+    if static.split_by_tensor:
         (q,) = _gather_rows((q,), static.axes.folded)
         k, v = _gather_rows((k, v), static.axes.tensor + static.axes.folded)
-        k, v = (lax.dynamic_slice_in_dim(a, _first_row(static), static.config.head_dim, axis=2) for a in (k, v))
+        k, v = (lax.dynamic_slice_in_dim(a, static.first_row(), static.config.head_dim, axis=2) for a in (k, v))
     else:
         q, k, v = _gather_rows((q, k, v), static.axes.folded)
-    q, k = (_prepare(norm, positions_B1, static, dtype, a) for norm, a in ((norms.q_H, q), (norms.k_H, k)))
-    return q, k, _split(v, static.config.head_dim).astype(dtype)
+    q, k = (prepare(norm, positions_B1, static.config, dtype, a) for norm, a in ((norms.q_H, q), (norms.k_H, k)))
+    return q, k, split_heads(v, static.config.head_dim).astype(dtype)
 
 
 def _gather_rows(arrays_Btp: tuple[jax.Array, ...], axes: tuple[str, ...]) -> tuple[jax.Array, ...]:

@@ -14,25 +14,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.layout import Axes
-from tsp_jax.ops.attention import (
+from tsp_jax.ops import kernels
+from tsp_jax.ops.attention import blocks_of
+from tsp_jax.ops.kernels.blockwise import MASKED, Tokens
+from tsp_jax.ops.kv_cache import EMPTY, Claim, KeyValues, as_stored, row_major, write_slots
+from tsp_jax.ops.projections import (
     AttentionConfig,
     AttentionWeights,
     HeadNorms,
-    _blocks,
-    _kv_count,
-    _kv_stream,
-    _my_heads,
-    _prepare,
-    _project_out,
-    _split,
-    _Static,
-    _static,
+    Projections,
+    project_in,
+    project_out,
 )
-from tsp_jax.ops.kernels.blockwise import MASKED, Tokens, attend
-from tsp_jax.ops.kv_cache import EMPTY, Claim, KeyValues, as_stored, row_major, write_slots
-from tsp_jax.ops.linear import matmul_t
 from tsp_jax.ops.sequence import gather_sequence
-from tsp_jax.ops.stream import Piece, Stream, fold, largest_divisor, vary_alike, zeros
+from tsp_jax.ops.stream import Stream, largest_divisor, vary_alike, zeros
 
 
 def prefill_attention(
@@ -62,7 +57,7 @@ def prefill_attention(
       claim: slots of the new tokens.
       keys_BS: positions of all devices' slots, new tokens included, ranks in order.
       used: [] int32, the most slots that a device has in use; slots after them are not looked at.
-      config: static sizes; `buckets` also cuts the KV heads whose keys are gathered at a time.
+      config: static sizes; `exchange_buckets` cuts the KV heads whose keys are gathered at a time.
       axes: roles of the mesh axes of the heads.
       stream: movement is always gather; its buckets are replaced by those of `config`.
 
@@ -78,12 +73,11 @@ def prefill_attention(
         x_BtD, *arrays = vary_alike(x_BtD, *weights, positions_Bt)
         weights = AttentionWeights(*arrays[:4])
         tokens_Bt = _tokens(arrays[4])
-        static = _static(config, axes, stream._replace(movement="gather"), weights)
-        norms = norms or HeadNorms(None, None)
-        q_BtNH, k_BtKH, v_BtKH = _stream_heads(x_BtD, weights, norms, tokens_Bt.positions, static)
+        static = Projections.of(config, axes, stream._replace(movement="gather"), weights)
+        q_BtNH, k_BtKH, v_BtKH = project_in(x_BtD, weights[:3], norms or HeadNorms(), tokens_Bt.positions, static)
         cache = write_slots(cache, as_stored(k_BtKH, v_BtKH), layer, claim)
         out_BtNH = _attend_everywhere(q_BtNH, cache, layer, tokens_Bt, keys_BS, used, static)
-        y_BtD = _project_out(_in_pieces(out_BtNH, static), weights.o_nHD, static)
+        y_BtD = project_out(out_BtNH, weights.o_nHD, static)
         return lax.psum(y_BtD, axes.tensor) if axes.tensor else y_BtD, cache
 
 
@@ -92,54 +86,11 @@ def _tokens(positions: jax.Array) -> Tokens:
     return Tokens(positions, jnp.zeros_like(positions))
 
 
-def _stream_heads(x_BtD, weights: AttentionWeights, norms: HeadNorms, positions_Bt, static: _Static):
-    """-> (q [B, t, N, H], k, v [B, t, K, H]) of this device's tokens and this tensor shard's heads, in slot order."""
-    dtype, head_dim = x_BtD.dtype, static.config.head_dim
-
-    def query_body(carry, piece: Piece):
-        return carry, _prepare(norms.q_H, positions_Bt, static, dtype, matmul_t(x_BtD, piece.arrays[0]))
-
-    def kv_body(carry, piece: Piece):
-        w_k, w_v = (_my_heads(static, w) for w in piece.arrays)
-        k = _prepare(norms.k_H, positions_Bt, static, dtype, matmul_t(x_BtD, w_k))
-        return carry, (k, _split(matmul_t(x_BtD, w_v), head_dim).astype(dtype))
-
-    folded, stream = static.axes.folded, static.stream
-    _, q = fold(query_body, (), (weights.q_nHD,), axes=folded, stream=stream, dtype=dtype)
-    kv_slots = weights.k_kHD.shape[0] // head_dim
-    buckets = largest_divisor(kv_slots, static.config.buckets) if kv_slots else 1
-    kv_stream = stream._replace(buckets=buckets)
-    _, kv = fold(
-        kv_body, (), (weights.k_kHD, weights.v_kHD), dtype=dtype, axes=_kv_stream(static)["axes"], stream=kv_stream
-    )
-    return tuple(_in_order(pieces, static) for pieces in (q, *kv))
-
-
-def _folded_ranks(static: _Static) -> int:
-    return lax.axis_size(static.axes.folded) if static.axes.folded else 1
-
-
-def _in_order(pieces_bBtNH: jax.Array, static: _Static) -> jax.Array:
-    """Heads of all pieces (bucket; rank, head) -> heads in order of their slots (rank, bucket, head)."""
-    buckets, *outer, heads, head_dim = pieces_bBtNH.shape
-    if buckets == 1:
-        return pieces_bBtNH[0]
-    cut = pieces_bBtNH.reshape(buckets, *outer, _folded_ranks(static), -1, head_dim)
-    return jnp.moveaxis(cut, 0, 3).reshape(*outer, buckets * heads, head_dim)
-
-
-def _in_pieces(heads_BtNH: jax.Array, static: _Static) -> jax.Array:
-    """Inverse of `_in_order`."""
-    *outer, _, head_dim = heads_BtNH.shape
-    cut = heads_BtNH.reshape(*outer, _folded_ranks(static), static.stream.buckets, -1, head_dim)
-    return jnp.moveaxis(cut, 3, 0).reshape(static.stream.buckets, *outer, -1, head_dim)
-
-
-def _attend_everywhere(q_BtNH, cache: KeyValues, layer, tokens_Bt: Tokens, keys_BS, used, static: _Static):
+def _attend_everywhere(q_BtNH, cache: KeyValues, layer, tokens_Bt: Tokens, keys_BS, used, static: Projections):
     """[B, t, N, H]: attention to all devices' slots, a bucket of KV heads at a time, a page of slots at a time."""
     batch, t, _, head_dim = q_BtNH.shape
-    kv_heads, blocks = _kv_count(static), _blocks(static, tokens_Bt)
-    buckets = largest_divisor(kv_heads, static.config.buckets)
+    kv_heads, blocks = static.kv_heads, blocks_of(static.config, t)
+    buckets = largest_divisor(kv_heads, static.config.exchange_buckets)
     keys_BRc = keys_BS.reshape(batch, -1, cache.k_LBKcH.shape[3])
     q_bBtKGH = jnp.moveaxis(q_BtNH.reshape(batch, t, buckets, kv_heads // buckets, -1, head_dim), 2, 0)
 
@@ -149,7 +100,9 @@ def _attend_everywhere(q_BtNH, cache: KeyValues, layer, tokens_Bt: Tokens, keys_
         def visit(page, carry):
             k_BpKH, v_BpKH = _gather_page(cache, layer, page, t, bucket, buckets, static)
             keys_Bp = _tokens(_page_positions(keys_BRc, page, t))
-            return _merge(carry, attend(q_BtKGH, k_BpKH, v_BpKH, tokens_Bt, keys_Bp, blocks))
+            return _merge(
+                carry, kernels.attend(static.config.arch, q_BtKGH, k_BpKH, v_BpKH, tokens_Bt, keys_Bp, blocks)
+            )
 
         zero = zeros(q_BtKGH.shape, jnp.float32, like=q_BtKGH)
         out, _ = lax.fori_loop(0, (used + t - 1) // t, visit, (zero, zero[..., 0] + MASKED))
@@ -159,7 +112,7 @@ def _attend_everywhere(q_BtNH, cache: KeyValues, layer, tokens_Bt: Tokens, keys_
     return jnp.moveaxis(out_bBtKGH, 0, 2).reshape(q_BtNH.shape)
 
 
-def _gather_page(cache: KeyValues, layer, page, size: int, bucket, buckets: int, static: _Static):
+def _gather_page(cache: KeyValues, layer, page, size: int, bucket, buckets: int, static: Projections):
     """(k, v), each [B, p, K, H]: `size` slots of every rank, and a bucket of heads."""
     _, batch, kv_heads, slots, head_dim = cache.k_LBKcH.shape
     heads, zero = kv_heads // buckets, jnp.zeros((), jnp.int32)

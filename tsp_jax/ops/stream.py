@@ -253,36 +253,66 @@ class _Broadcast(_Gather):
 
 def _buckets(step, carry: Carry, carrier: _Gather, stream: Stream):
     """Each piece is under way while the one before it is used."""
-    last = carrier.steps - 1
 
     def turn(carry, message, index):
         carry, grads, y = step(carry, carrier.piece(message, index))
         return carry, (carrier.home(grads, index) if grads else (), y)
 
+    carry, (homes, ys) = prefetched(
+        turn, lambda _, index: carrier.fetch(index), carry, carrier.steps,
+        remote=bool(carrier.axes), unroll=stream.unroll or isinstance(carrier, _Broadcast),
+    )  # fmt: skip
+    return carry, carrier.collect(homes) if homes else (), ys
+
+
+def prefetched(
+    turn: Callable[[Carry, Any, Any], tuple[Carry, Any]],
+    fetch: Callable[[Carry, Any], Any],
+    carry: Carry,
+    steps: int,
+    *,
+    remote: bool,
+    unroll: bool = False,
+) -> tuple[Carry, Any]:
+    """A loop in which each message is under way while the turn before it runs.
+
+    Args:
+      turn: (carry, message, index) -> (carry, y).
+      fetch: (carry, index) -> message of turn `index`; asked for before turn `index` - 1 has changed the carry.
+      carry: initial value.
+      steps: number of turns.
+      remote: messages come from other ranks; else each is made when it is used, and none is held.
+      unroll: no loop; indices are ints.
+
+    Returns:
+      (carry, ys): ys stacked.
+
+    Keeps: two messages at a time.
+    """
+    last = steps - 1
+
     def local_turn(carry, index):
-        return turn(carry, carrier.fetch(index), index)
+        return turn(carry, fetch(carry, index), index)
 
     def ahead_turn(state, index):
         carry, message = state
-        ahead = carrier.fetch(index + 1)
-        carry, out = turn(carry, message, index)
-        return (carry, ahead), out
+        ahead = fetch(carry, index + 1)
+        carry, y = turn(carry, message, index)
+        return (carry, ahead), y
 
-    if stream.unroll or isinstance(carrier, _Broadcast) or last == 0:
-        message, outs = carrier.fetch(0), []
-        for index in range(last + 1):
-            ahead = carrier.fetch(index + 1) if index < last else message
-            carry, out = turn(carry, message, index)
+    if unroll or last == 0:
+        message, ys = fetch(carry, 0), []
+        for index in range(steps):
+            ahead = fetch(carry, index + 1) if index < last else message
+            carry, y = turn(carry, message, index)
             message = ahead
-            outs.append(out)
-        homes, ys = jax.tree.map(lambda *out: jnp.stack(out), *outs)
-    elif not carrier.axes:
-        carry, (homes, ys) = lax.scan(local_turn, carry, jnp.arange(last + 1))
-    else:
-        (carry, message), outs = lax.scan(ahead_turn, (carry, carrier.fetch(0)), jnp.arange(last))
-        carry, out = turn(carry, message, last)
-        homes, ys = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), outs, out)
-    return carry, carrier.collect(homes) if homes else (), ys
+            ys.append(y)
+        return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+    if not remote:
+        return lax.scan(local_turn, carry, jnp.arange(steps))
+    (carry, message), ys = lax.scan(ahead_turn, (carry, fetch(carry, 0)), jnp.arange(last))
+    carry, y = turn(carry, message, last)
+    return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), ys, y)
 
 
 def _rounds(ranks: int, root: int, axes: tuple[str, ...]):

@@ -20,7 +20,7 @@ temporaries + outputs - aliased is the same or a little more on GPU and CPU, and
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from tsp_jax.inspect.hlo import Instruction, Module, Shape
 from tsp_jax.inspect.liveness import Value, Values, Walk, fusion_outputs, overwritten
@@ -159,11 +159,11 @@ def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _meet_only_at(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]], moment: int) -> bool:
+def _meet_only_at(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]], moments: Collection[int]) -> bool:
     i = j = 0
     while i < len(a) and j < len(b):
         first, last = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
-        if first <= last and not first == last == moment:
+        if first < last or (first == last and first not in moments):
             return False
         i, j = (i + 1, j) if a[i][1] < b[j][1] else (i, j + 1)
     return True
@@ -179,12 +179,14 @@ def _groups(walk: Walk) -> list[_Group]:
         return members
 
     members = collect()
-    for moment, operand, result in walk.in_place:
+    for _, operand, result in walk.in_place:
         a, b = operand.root(), result.root()
         if a is b:
             continue
         before, after = (_joined((v.start, v.end) for v in members[root]) for root in (a, b))
-        if a not in walk.resident and _meet_only_at(before, after, moment):
+        # In a loop the last of several writers hands over to what the first one reads.
+        moments = {at for at, *pair in walk.in_place if {value.root() for value in pair} == {a, b}}
+        if a not in walk.resident and _meet_only_at(before, after, moments):
             a.unite(b)
             members[a.root()] = members[a] + members[b]
     resident = {root.root() for root in walk.resident}
@@ -200,7 +202,7 @@ def _slots(walk: Walk, groups: list[_Group]) -> list[list[_Group]]:
         a, b = slot_of[operand.root()], slot_of[result.root()]
         if a is b or (moment, id(b)) in taken:
             continue
-        if not any(g.resident for g in (*a, *b)) and _meet_only_at(spans[id(a)], spans[id(b)], moment):
+        if not any(g.resident for g in (*a, *b)) and _meet_only_at(spans[id(a)], spans[id(b)], (moment,)):
             spans[id(a)] = _joined([*spans[id(a)], *spans[id(b)]])
             a += b
             for group in b:

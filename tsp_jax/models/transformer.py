@@ -13,6 +13,7 @@ from jax import lax
 
 from tsp_jax.config import ModelConfig, Remat, StreamConfig
 from tsp_jax.layout import Placement
+from tsp_jax.models.stack import run_layers
 from tsp_jax.nn import MLP, Attention, Embed, divert_grads, residual_std
 from tsp_jax.ops.attention import SAVED_NAMES
 
@@ -83,6 +84,7 @@ class Transformer(nnx.Module):
     ):
         self.config = config
         self.remat: Remat = remat
+        self.placement = placement
         kwargs: dict[str, Any] = {"placement": placement, "stream": stream, "dtype": dtype}
         table = dict(kwargs, init_std=config.init_std, rngs=rngs)
         self.embed = Embed(config.vocab_size, config.d_model, **table)
@@ -108,14 +110,23 @@ class Transformer(nnx.Module):
           grad_sinks: arrays like the layers' parameters that get their gradients; see `divert_grads`.
         """
         graphdef, stacked = nnx.split(self.layers)
+        x_BTD, params, tokens = self.embed(tokens_BT), nnx.to_pure_dict(stacked), (positions_BT, segment_ids_BT)
 
-        def layer(x_BTD, scanned):
-            state, sinks = scanned
-            if sinks is not None:
-                nnx.replace_by_pure_dict(state, divert_grads(nnx.to_pure_dict(state), sinks))
-            return nnx.merge(graphdef, state)(x_BTD, positions_BT, segment_ids_BT), None
+        def layer(params, x_BTD, tokens):
+            state = jax.tree.map(lambda x: x, stacked)
+            nnx.replace_by_pure_dict(state, params)
+            return nnx.merge(graphdef, state)(x_BTD, *tokens)
 
-        x_BTD, _ = lax.scan(rematerialise(layer, self.remat), self.embed(tokens_BT), (stacked, grad_sinks))
+        if self.remat == "full":
+            specs = nnx.to_pure_dict(nnx.get_partition_spec(stacked))
+            x_BTD = run_layers(layer, x_BTD, params, grad_sinks, tokens, specs, self.placement)
+        else:
+
+            def turn(x_BTD, scanned):
+                params, sinks = scanned
+                return layer(params if sinks is None else divert_grads(params, sinks), x_BTD, tokens), None
+
+            x_BTD, _ = lax.scan(rematerialise(turn, self.remat), x_BTD, (params, grad_sinks))
         return self.final_norm(x_BTD)
 
     def token_losses(self, batch: Any, grad_sinks: dict | None = None):

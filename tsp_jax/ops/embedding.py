@@ -69,7 +69,7 @@ def _backward(folded, stream, dtype, residuals, dx_BtD):
 
     def body(carry, piece: Piece):
         index_Bt, inside_Bt = piece.find(ids_Bt, table_vD.shape[0])
-        rows_BtD = jnp.where(inside_Bt[..., None], dx_BtD, jnp.zeros_like(dx_BtD)).astype(jnp.float32)
+        rows_BtD = jnp.where(inside_Bt[..., None], dx_BtD.astype(jnp.float32), 0.0)
         dpiece_pD = zeros(piece.arrays[0].shape, jnp.float32, like=dx_BtD).at[index_Bt].add(rows_BtD)
         return carry, (dpiece_pD,), None
 

@@ -1,6 +1,8 @@
 """Fused attention: interpreted on CPU against the plain mathematics; compiled for GPUs where their compilers are."""
 
 import dataclasses
+import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ from tests.helpers import BF16_TOLERANCE, F32_TOLERANCE, assert_trees_near
 from tests.test_blockwise import Case, S, poison, run_reference, run_reference_where
 from tests.test_targets import installed
 from tsp_jax.errors import ConfigError
+from tsp_jax.inspect import parse
+from tsp_jax.inspect.costs import declared_flops
 from tsp_jax.ops import kernels
 from tsp_jax.ops.kernels import fused
 from tsp_jax.ops.kernels.blockwise import MASKED, Blocks, Tokens
@@ -149,6 +153,35 @@ def test_queries_before_every_key_are_not_visited_backward():
     jax.tree.map(np.testing.assert_array_equal, poisoned[2], clean[2])
 
 
+# ------------------------------------------------------------------------------------------------ declared products
+
+
+def counted_flops(case: Case, tiles: Tiles) -> list[float]:
+    """Of the three kernels, mean over all ranks of a zigzag, from the tiles that they visit."""
+    sizes = []
+    for products, tile in zip((2, 3, 4), tiles, strict=True):
+        pairs = 0
+        for rank in range(case.ranks):
+            tokens = case._replace(rank=rank).tokens()
+            queries, keys = (Tokens(*map(jnp.asarray, each)) for each in tokens)
+            pairs += int(fused._needed(queries, keys, tile)[0].sum())
+        head = case.arrays()[0].shape[-1]
+        heads = case.kv_heads * case.group
+        sizes.append(2 * products * max(16, head) * tile.query * tile.key * heads * pairs / case.ranks)
+    return sizes
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_kernels_declare_the_products_of_the_tiles_that_they_visit(ranks):
+    """Chunks of the zigzag are whole tiles, so that every rank has the mean."""
+    case, tiles = Case(ranks=ranks), Tiles(Tile(2, 3, 1, 1), Tile(3, 2, 1, 1), Tile(3, 6, 1, 1))
+    arrays = *case.arrays(), *case.tokens()
+    text = jax.jit(run, static_argnames=("tiles", "arch")).lower(*arrays, tiles=tiles).as_text(debug_info=True)
+    declared = {float(n): kind for kind, n in re.findall(r"mean_flops\[(\w+)=([^\]]*)\]", text)}
+    forward, dq, dkv = counted_flops(case, tiles)
+    assert declared == {forward: "attention_forward", dq: "attention_backward", dkv: "attention_backward"}
+
+
 # ------------------------------------------------------------------------------------------------ on a mesh
 
 
@@ -208,7 +241,10 @@ def test_kernels_compile_for_absent_gpus(name, head_dim, dtype, group):
     k = like(1, length, kv_heads, head_dim, dtype=dtype)
     tokens = like(1, length, spec=split), like(1, length, spec=split), like(1, length), like(1, length)
     text = jax.jit(sharded_run(mesh, None, arch)).lower(q, k, k, q, *tokens).compile().as_text()
-    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3
+    declared = [found for i, _ in parse(text).walk() if (found := declared_flops(i))]
+    assert Counter(kind for kind, _ in declared) == {"attention_forward": 1, "attention_backward": 2}
+    least = 2 * 9 * (length // 8) * (length / 2) * kv_heads * group * head_dim
+    assert least < sum(flops for _, flops in declared) < 2.2 * least  # heads of 80 are padded to 128
     assert f"{length // 8},{length}]" not in text
 
 

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from tsp_jax.ops.kernels.blockwise import MASKED, Blocks, Tokens
+from tsp_jax.ops.kernels.blockwise import MASKED, Blocks, Tokens, mean_visits
 from tsp_jax.ops.kernels.tiles import Tile, Tiles, head_size, tiles_of
 
 LOG2_E = math.log2(math.e)
@@ -66,6 +66,7 @@ def attend(
         functools.partial(_forward_kernel, tile=tile, scale=q_BTKGH.shape[-1] ** -0.5),
         plan,
         arch,
+        products=("attention_forward", 2),
         inputs=[("BTKGH", q), ("BSKH", k), ("BSKH", v)],
         outputs=[("BTKGH", q), ("BKGT", jax.ShapeDtypeStruct((batch, kv_heads, group, length), jnp.float32))],
     )
@@ -99,7 +100,7 @@ def attend_backward(
     delta_BTKG = (dout_BTKGH.astype(jnp.float32) * out_BTKGH.astype(jnp.float32)).sum(axis=-1)
     lse_BTKG = lse_BTKG * jnp.float32(LOG2_E)
 
-    def run(kernel, tile: Tile, by_key: bool, outputs: Sequence[str]):
+    def run(kernel, products: int, tile: Tile, by_key: bool, outputs: Sequence[str]):
         q, dout = _pad(q_BTKGH, tile.query), _pad(dout_BTKGH, tile.query)
         k, v = _pad(k_BSKH, tile.key), _pad(v_BSKH, tile.key)
         lse, delta = (_pad(x[..., None], tile.query, 1)[..., 0].transpose(0, 2, 3, 1) for x in (lse_BTKG, delta_BTKG))
@@ -107,12 +108,13 @@ def attend_backward(
             functools.partial(kernel, tile=tile, scale=q_BTKGH.shape[-1] ** -0.5),
             _Plan.of(queries, keys, tile, by_key),
             arch,
+            products=("attention_backward", products),
             inputs=[("BTKGH", q), ("BSKH", k), ("BSKH", v), ("BTKGH", dout), ("BKGT", lse), ("BKGT", delta)],
             outputs=[(dims, {"BTKGH": q, "BSKH": k}[dims]) for dims in outputs],
         )
 
-    (dq,) = run(_dq_kernel, tiles.dq, False, ["BTKGH"])
-    dk, dv = run(_dkv_kernel, tiles.dkv, True, ["BSKH", "BSKH"])
+    (dq,) = run(_dq_kernel, 3, tiles.dq, False, ["BTKGH"])
+    dk, dv = run(_dkv_kernel, 4, tiles.dkv, True, ["BSKH", "BSKH"])
     return _crop(dq, q_BTKGH), _crop(dk, k_BSKH), _crop(dv, v_BSKH)
 
 
@@ -190,14 +192,20 @@ def _call(
     kernel: Callable[..., None],
     plan: _Plan,
     arch: str,
+    products: tuple[str, int],
     inputs: Sequence[tuple[str, jax.Array]],
     outputs: Sequence[tuple[str, Any]],
 ) -> Sequence[jax.Array]:
     """One program for each tile, head (query head, or KV head if by key) and row of the batch.
 
     Arrays are (dims, array), the first one the queries. A kernel sees all of an array's tokens, of its own head.
+    `products` of a pair of tiles, and their kind, are declared to readers of the compiled program, which cannot see
+    into a kernel: Pallas' own cost estimate is dropped on the way.
     """
-    batch, _, kv_heads, group, _ = inputs[0][1].shape
+    batch, q_len, kv_heads, group, size = inputs[0][1].shape
+    visits, _ = mean_visits(q_len, inputs[1][1].shape[1], plan.tile.query, plan.tile.key)
+    kind, number = products
+    flops = 2.0 * number * batch * kv_heads * group * q_len * visits * plan.tile.key * size
 
     def place(_, head, row) -> dict[str, Any]:
         if plan.by_key:
@@ -212,7 +220,7 @@ def _call(
     varying = jax.typeof(inputs[0][1]).mat
     dims = _Visits("Bn", "Bnm", "Bn", "Bn"), Tokens("BT", "BT"), Tokens("BS", "BS")  # pyright: ignore[reportArgumentType]
     tokens = plan.visits, plan.queries, plan.keys
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         grid=(plan.visits.turns.shape[1], kv_heads if plan.by_key else kv_heads * group, batch),
         in_specs=[*jax.tree.map(spec, dims, tokens), *(spec(*each) for each in inputs)],
@@ -220,7 +228,9 @@ def _call(
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for _, x in outputs],
         compiler_params=triton.CompilerParams(num_warps=plan.tile.warps, num_stages=plan.tile.stages),
         interpret=arch == "interpret",
-    )(*tokens, *(array for _, array in inputs))
+    )
+    with jax.named_scope(f"mean_flops[{kind}={flops:.0f}]"):
+        return call(*tokens, *(array for _, array in inputs))
 
 
 # ------------------------------------------------------------------------------------------------ in the kernels

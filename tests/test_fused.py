@@ -1,6 +1,8 @@
 """Fused attention: interpreted on CPU against the plain mathematics; compiled for GPUs where their compilers are."""
 
 import dataclasses
+import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,12 @@ from tests.helpers import BF16_TOLERANCE, F32_TOLERANCE, assert_trees_near
 from tests.test_blockwise import Case, S, poison, run_reference, run_reference_where
 from tests.test_targets import installed
 from tsp_jax.errors import ConfigError
+from tsp_jax.inspect import parse
+from tsp_jax.inspect.costs import declared_flops
 from tsp_jax.ops import kernels
-from tsp_jax.ops.kernels import fused
+from tsp_jax.ops.kernels import fused, visits
 from tsp_jax.ops.kernels.blockwise import MASKED, Blocks, Tokens
-from tsp_jax.ops.kernels.tiles import TILES, Tile, Tiles
+from tsp_jax.ops.kernels.tiles import TILES, Tile, Tiles, head_size
 from tsp_jax.ops.stream import vary_alike
 from tsp_jax.targets import HARDWARE, Target
 from tsp_jax.training.data import sequence_order
@@ -81,6 +85,19 @@ def test_any_order_and_any_segments(seed):
     assert_trees_near((out, grads), desired, F32_TOLERANCE)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_lists_of_spans_compute_the_same(packed, monkeypatch):
+    """As in sequences so long that lists of single tiles would be large."""
+    case = Case(ranks=2, rank=1, packed=packed)
+    arrays = *case.arrays(), *case.tokens()
+    single = run(*arrays)
+    assert visits.span_of(3, 6) == 1
+    monkeypatch.setattr(visits, "MOST_ENTRIES", 10)
+    assert [visits.span_of(3, n) for n in (2, 6, 7, 8)] == [1, 2, 1, 4]
+    assert_trees_near(run(*arrays), single, F32_TOLERANCE)
+    assert_trees_near(single, run_reference(*arrays), F32_TOLERANCE)
+
+
 def test_a_query_without_keys_has_no_output_and_no_gradient():
     case = Case(packed=True)
     queries, keys = case.tokens()
@@ -112,7 +129,7 @@ def test_tiles_are_whole_or_needed_exactly_when_pairs_say_so(packed, rank):
     case, tile = Case(ranks=4, rank=rank, packed=packed), Tile(4, 8, 1, 1)
     queries, keys = case.tokens()
     needed, whole = jax.device_get(
-        fused._needed(Tokens(*map(jnp.asarray, queries)), Tokens(*map(jnp.asarray, keys)), tile)
+        visits.needed_tiles(Tokens(*map(jnp.asarray, queries)), Tokens(*map(jnp.asarray, keys)), tile)
     )
     allowed = (keys.positions[:, None] <= queries.positions[:, :, None]) & (
         keys.segments[:, None] == queries.segments[:, :, None]
@@ -147,6 +164,34 @@ def test_queries_before_every_key_are_not_visited_backward():
     clean = jax.device_get(jitted_run(q, k[:, late], v[:, late], dout, queries, keys))
     poisoned = jax.device_get(jitted_run(poison(q, early), k[:, late], v[:, late], poison(dout, early), queries, keys))
     jax.tree.map(np.testing.assert_array_equal, poisoned[2], clean[2])
+
+
+# ------------------------------------------------------------------------------------------------ declared products
+
+
+def counted_flops(case: Case, tiles: Tiles) -> list[float]:
+    """Of the three kernels, mean over all ranks of a zigzag, from the tiles that they visit."""
+    flops = []
+    for products, tile, by_key in zip((2, 3, 4), tiles, (False, False, True), strict=True):
+        pairs = 0
+        for rank in range(case.ranks):
+            tokens = case._replace(rank=rank).tokens()
+            pairs += int(visits.Plan.of(*tokens, tile, by_key).visits.needed.sum())
+        size = head_size(case.arrays()[0].shape[-1])
+        heads = case.kv_heads * case.group
+        flops.append(2 * products * size * tile.query * tile.key * heads * pairs / case.ranks)
+    return flops
+
+
+@pytest.mark.parametrize(("ranks", "entries"), [(1, 1 << 22), (4, 1 << 22), (1, 100)])
+def test_kernels_declare_the_products_of_the_tiles_that_they_visit(ranks, entries, monkeypatch):
+    """Chunks of the zigzag are whole tiles, so that every rank has the mean."""
+    monkeypatch.setattr(visits, "MOST_ENTRIES", entries)
+    case, tiles = Case(ranks=ranks), Tiles(Tile(2, 3, 1, 1), Tile(3, 2, 1, 1), Tile(3, 6, 1, 1))
+    text = jax.jit(lambda *arrays: run(*arrays, tiles)).lower(*case.arrays(), *case.tokens()).as_text(debug_info=True)
+    declared = {float(n): kind for kind, n in re.findall(r"mean_flops\[(\w+)=([^\]]*)\]", text)}
+    forward, dq, dkv = counted_flops(case, tiles)
+    assert declared == {forward: "attention_forward", dq: "attention_backward", dkv: "attention_backward"}
 
 
 # ------------------------------------------------------------------------------------------------ on a mesh
@@ -208,7 +253,10 @@ def test_kernels_compile_for_absent_gpus(name, head_dim, dtype, group):
     k = like(1, length, kv_heads, head_dim, dtype=dtype)
     tokens = like(1, length, spec=split), like(1, length, spec=split), like(1, length), like(1, length)
     text = jax.jit(sharded_run(mesh, None, arch)).lower(q, k, k, q, *tokens).compile().as_text()
-    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3
+    declared = [found for i, _ in parse(text).walk() if (found := declared_flops(i))]
+    assert Counter(kind for kind, _ in declared) == {"attention_forward": 1, "attention_backward": 2}
+    least = 2 * 9 * (length // 8) * (length / 2) * kv_heads * group * head_dim
+    assert least < sum(flops for _, flops in declared) < 2.2 * least  # heads of 80 are padded to 128
     assert f"{length // 8},{length}]" not in text
 
 

@@ -35,7 +35,7 @@ class CompiledStep:
     def report(self, *, record: bool = False) -> Report:
         """What it holds, moves and should take."""
         weights = full_weights(self.config, self.placement)
-        return report(self.compiled, target=str(self.target), full_weights=weights, record=record)
+        return report(self.compiled, target=self.target.hardware, full_weights=weights, record=record)
 
     def facts(self) -> dict[str, Any]:
         """What was compiled, for a report's JSON."""

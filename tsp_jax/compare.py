@@ -45,6 +45,8 @@ class Row:
     comm_s: float | None = None
     exposed_comm_s: float | None = None
     step_s: float | None = None
+    matmul_s: float | None = None
+    """the step's matrix products alone, at the sustained rate"""
     tokens_per_s: float | None = None
     """of all devices"""
     largest_seq_len: int | None = None
@@ -143,6 +145,7 @@ def _row(name: str, config: Config, target: Target, step: Step) -> Row:
         comm_s=t.comm_s,
         exposed_comm_s=t.exposed_comm_s,
         step_s=t.step_s,
+        matmul_s=t.matmul_s,
         tokens_per_s=config.batch * config.seq_len / t.step_s,
         compile_s=round(compiled.compile_s, 1),
         paper_peak_gb=_paper(name, config, target, step),

@@ -35,6 +35,8 @@ class CompareOptions:
     """sequences a replica"""
     step: Step = "train"
     """train, forward, prefill or decode"""
+    attention_efficiency: float = 0.0
+    """share of the sustained rate that the fused attention kernel is taken to reach; 0: as printed for the hardware"""
     json: str = ""
     """file for the rows, as JSON"""
     csv: str = ""
@@ -45,7 +47,7 @@ class CompareOptions:
 
 def run(name: str, options: CompareOptions) -> None:
     """Compiles, prints the table, writes the files."""
-    target = parse_target(options.target)
+    target = parse_target(options.target, options.attention_efficiency)
     check_writable(json=options.json, csv=options.csv, png=options.png)
     draw = _drawer() if options.png else None
     lengths = _lengths(options.seq_lens) or [options.config.seq_len]
@@ -100,7 +102,11 @@ def _print(name: str, rows: Sequence[Row], target: Target, step: str) -> None:
             out.print(f"{row.layout} at {row.seq_len}: {row.note}", soft_wrap=True, highlight=False, markup=False)
     if any(row.paper_peak_gb for row in rows):
         out.print(f"paper: peak GB a GPU, {PAPER}; TP+SP is its range over factorisations", soft_wrap=True)
-    out.print("step, exposed: simulated, see inspect_hlo.py for what that assumes; received: by one device in a step")
+    out.print(
+        "step, exposed: simulated, see inspect_hlo.py for what that assumes; / matmul: step over its matrix "
+        "products alone, at the sustained rate; received: by one device in a step",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
 
 
 def _gb(value: float | None, digits: int = 1) -> str:
@@ -110,8 +116,8 @@ def _gb(value: float | None, digits: int = 1) -> str:
 def _table(rows: Sequence[Row], hardware: Hardware) -> Table:
     table = Table(title=f"One device of {hardware.memory_bytes / 1e9:.0f} GB", title_justify="left")
     table.add_column("layout")
-    columns = "tokens,peak GB,formula,paper,received GB,comm s,exposed,step s,tokens/s,largest tokens,largest batch"
-    for column in columns.split(","):
+    columns = "tokens,peak GB,formula,paper,received GB,comm s,exposed,step s,/ matmul,tokens/s"
+    for column in (*columns.split(","), "largest tokens", "largest batch"):
         table.add_column(column, justify="right")
     last = rows[0].layout if rows else ""
     for row in rows:
@@ -129,7 +135,8 @@ def _cells(row: Row) -> list[str]:
     exposed = f"{row.exposed_comm_s / row.comm_s:.0%}" if row.comm_s else "-"
     return [
         row.layout, str(row.seq_len), peak, _gb(row.predicted_bytes), row.paper_peak_gb, _gb(row.received_bytes),
-        f"{row.comm_s:.2f}", exposed, f"{row.step_s:.2f}", f"{row.tokens_per_s:,.0f}",
+        f"{row.comm_s:.2f}", exposed, f"{row.step_s:.2f}",
+        f"{row.step_s / row.matmul_s:.2f}" if row.matmul_s else "-", f"{row.tokens_per_s:,.0f}",
         "" if row.largest_seq_len is None else f"{row.largest_seq_len:,}",
         "" if row.largest_batch is None else str(row.largest_batch),
     ]  # fmt: skip

@@ -41,8 +41,30 @@ class Hardware:
     host_bandwidth: float
     """bytes/s between the device and its host's memory"""
     source: str
+    attention_forward: float = 1.0
+    """share of sustained_flops that the fused attention kernel reaches; `attention_backward` likewise"""
+    attention_backward: float = 1.0
+    attention_source: str = "no fused kernel is known"
     description: str = ""
     """the compiler's own description of the device (GPU): XLA's GpuTargetConfig as text"""
+
+    @property
+    def efficiency(self) -> dict[str, float]:
+        """Kind of kernel, as programs declare it -> share of sustained_flops that it reaches."""
+        return {"attention_forward": self.attention_forward, "attention_backward": self.attention_backward}
+
+    def with_attention(self, efficiency: float) -> "Hardware":
+        """The same with another share for attention, forward and backward.
+
+        Raises:
+          ConfigError: it is not in (0, 1].
+        """
+        if not 0 < efficiency <= 1:
+            raise ConfigError(f"attention_efficiency={efficiency} must be above 0 and at most 1; use 0.6")
+        source = "as the caller says"
+        return dataclasses.replace(
+            self, attention_forward=efficiency, attention_backward=efficiency, attention_source=source
+        )
 
 
 def _gpu(info: dict[str, Any], capability: str, platform: str, dnn: str, name: str) -> str:
@@ -93,6 +115,9 @@ HARDWARE = {
             source="AMD MI300X data sheet; usable xGMI rate from AMD's ROCm blog, March 2025 (64 GB/s raw); bf16 "
             "products 620 TFLOP/s by SemiAnalysis, December 2024; memory as copies like BabelStream's reach "
             "(4.0-4.3 TB/s); host link 0.8 of PCIe 5.0 x16: assumed, no measurement known",
+            attention_forward=0.7, attention_backward=0.45,
+            attention_source="forward: the share that Triton's kernel reaches on MI355X, assumed here too; "
+            "backward: as much slower than forward as Triton's kernels are on H100: assumed, no measurement known",
             description=_amd("AMD Instinct MI300X", "gfx942", 304, 65536, 2.1, 206141652992, 5300000000000),
         ),
         Hardware(
@@ -101,6 +126,9 @@ HARDWARE = {
             sustained_flops=1180e12, sustained_bandwidth=6.2e12, host_bandwidth=50e9,
             source="AMD MI355X data sheet (xGMI 76.8 GB/s raw; usable rate scaled as on MI300X); sustained rates are "
             "the share of the peak that MI300X reaches: assumed, no measurement known",
+            attention_forward=0.7, attention_backward=0.45,
+            attention_source="forward: Triton's kernel at 845 TFLOP/s, causal, 16 K tokens, heads of 128, by "
+            "HipKittens (arXiv 2511.08083); backward: as much slower as Triton's kernels are on H100: assumed",
             description=_amd("AMD Instinct MI355X", "gfx950", 256, 163840, 2.4, 309220868096, 8000000000000),
         ),
         Hardware(
@@ -109,6 +137,10 @@ HARDWARE = {
             sustained_flops=720e12, sustained_bandwidth=3.0e12, host_bandwidth=50e9,
             source="NVIDIA H100 SXM data sheet; bf16 products about 720 TFLOP/s by SemiAnalysis, December 2024; memory "
             "0.9 of the peak and host link 0.8 of PCIe 5.0 x16: assumed, no measurement known",
+            attention_forward=0.6, attention_backward=0.37,
+            attention_source="forward: Triton's kernel at 395 (FlashAttention-3, arXiv 2407.08608) to 477 TFLOP/s "
+            "(TorchBench, July 2024), 16 K tokens, heads of 128; backward: Triton's at 265 TFLOP/s, 16 K tokens, heads "
+            "of 64 (TritonBench, November 2024); cuDNN reaches 595 forward",
             description=_gpu(
                 _H100, "cuda_compute_capability { major: 9 minor: 0 }", "CUDA", "major: 9 minor: 10",
                 "NVIDIA H100 80GB HBM3",

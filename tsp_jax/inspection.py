@@ -34,6 +34,8 @@ class Outputs:
     """contracts, such as no-full-weight,exposed<=0.1,peak<=24GB; a broken one exits with 1"""
     largest: int = 12
     """rows of each table"""
+    attention_efficiency: float = 0.0
+    """share of the sustained rate that the fused attention kernel is taken to reach; 0: as printed for the hardware"""
 
     def check(self) -> None:
         """Raises ConfigError where something could not be written or is not understood; call before long work."""
@@ -75,7 +77,7 @@ def check_writable(**files: str) -> None:
 
 def inspect_step(name: str, options: StepOptions) -> int:
     """Compiles a step and reports on it; returns the exit code."""
-    target = parse_target(options.target)
+    target = parse_target(options.target, options.outputs.attention_efficiency)
     options.outputs.check()
     check_writable(dump_hlo=options.dump_hlo)
     use_target(target)
@@ -98,15 +100,14 @@ def inspect_step(name: str, options: StepOptions) -> int:
 def inspect_text(file: str, options: TextOptions) -> int:
     """Reports on a program's text; returns the exit code."""
     options.outputs.check()
-    target = (
-        parse_target(options.target if ":" in options.target else f"{options.target}:1") if options.target else None
-    )
+    name = options.target if ":" in options.target else f"{options.target}:1"
+    target = parse_target(name, options.outputs.attention_efficiency) if options.target else None
     try:
         text = Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"file {file} cannot be read as text ({error}); use the text of a compiled program") from None
     axes = parse_sizes(options.mesh) if options.mesh else None
-    found = report(text, target=str(target) if target else None, mesh_axes=axes, record=bool(options.outputs.trace))
+    found = report(text, target=target.hardware if target else None, mesh_axes=axes, record=bool(options.outputs.trace))
     return _finish(found, {"file": file, "target": options.target, "mesh": axes}, options.outputs, console())
 
 

@@ -86,14 +86,23 @@ def use_target(target: Target) -> None:
         hush_absent_plugins()
 
 
-def parse_target(text: str) -> Target:
-    """``mi300x:8`` -> Target."""
+def parse_target(text: str, attention_efficiency: float = 0.0) -> Target:
+    """``mi300x:8`` -> Target.
+
+    Args:
+      text: name and number of devices.
+      attention_efficiency: instead of the hardware's own shares for attention; 0: those.
+
+    Raises:
+      ConfigError: one of them is not understood.
+    """
     name, _, count = text.partition(":")
     if name not in HARDWARE:
         raise ConfigError(f"target={text} is unknown; use one of {', '.join(f'{known}:8' for known in HARDWARE)}")
     if not count.isdecimal() or int(count) < 1:
         raise ConfigError(f"target={text} does not say how many devices; use {name}:8")
-    return Target(HARDWARE[name], int(count))
+    hardware = HARDWARE[name]
+    return Target(hardware.with_attention(attention_efficiency) if attention_efficiency else hardware, int(count))
 
 
 def standins_note() -> str:

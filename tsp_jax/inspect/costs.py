@@ -3,14 +3,17 @@
 Counted: products (``dot``, ``convolution``, library calls that carry their dimension numbers), and what instructions
 read and write of main memory, each array once. Not counted: elementwise operations and reductions, whose time is taken
 to be that of their bytes; collectives, which `tsp_jax.inspect.traffic` counts. Kernels that the text does not describe
-(custom calls, Triton's and Pallas' among them) have bytes alone.
+(custom calls, Triton's and Pallas' among them) have the products that the program declares (`declared_flops`), else
+bytes alone.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
+from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.hlo import Computation, Instruction, Module, Shape, leaves
 from tsp_jax.inspect.traffic import is_collective
 
@@ -33,23 +36,32 @@ class Cost:
 
     flops: float = 0.0
     """of matrix products; a multiply-add is two"""
+    work: float = 0.0
+    """operations of the matrix products that take as long at the sustained rate: more than flops where a kernel that
+    declares them does not reach it"""
     bytes: float = 0.0
     """read from and written to main memory"""
     host_bytes: float = 0.0
     """read from and written to the host's memory"""
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.host_bytes + other.host_bytes)
+        return Cost(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
 
 class Costs:
     """Costs of a module's instructions, each worked out once."""
 
-    def __init__(self, module: Module, *, on_chip: bool = False):
-        """on_chip: arrays in other memory spaces than 0 are no part of main memory, as on TPU."""
-        self.module, self._on_chip = module, on_chip
+    def __init__(self, module: Module, *, on_chip: bool = False, efficiency: Mapping[str, float] | None = None):
+        """The costs of a module's instructions.
+
+        Args:
+            module: a parsed program.
+            on_chip: arrays in other memory spaces than 0 are no part of main memory, as on TPU.
+            efficiency: kind of `Declared` -> share of the sustained rate that its kernels reach; others reach all.
+        """
+        self.module, self._on_chip, self._efficiency = module, on_chip, efficiency or {}
         self._known: dict[str, Cost] = {}
-        self._flops: dict[str, float] = {}
+        self._inner: dict[str, Cost] = {}
 
     def of(self, i: Instruction) -> Cost:
         """Cost of one execution; that of fusions, calls and asynchronous wrappers is what they call, of loops 0."""
@@ -67,19 +79,24 @@ class Costs:
         computation = self.module.computations[i.computation]
         if i.base == "fusion":
             callee = self.module.callee(i, "calls")
-            return dataclasses.replace(self._fusion_traffic(computation, i, callee), flops=self._inside(callee))
-        return dataclasses.replace(self._traffic(_plain_traffic(computation, i)), flops=flops(computation, i))
+            return self._fusion_traffic(computation, i, callee) + self._inside(callee)
+        return self._traffic(_plain_traffic(computation, i)) + self._products(computation, i)
 
-    def _inside(self, computation: Computation) -> float:
+    def _inside(self, computation: Computation) -> Cost:
         """Operations of all instructions of a fusion's body."""
-        if computation.name not in self._flops:
-            self._flops[computation.name] = sum(
-                sum(map(self._inside, self.module.called(i, "calls")))
-                if i.opcode == "fusion"
-                else flops(computation, i)
-                for i in computation.instructions
-            )
-        return self._flops[computation.name]
+        if computation.name not in self._inner:
+            parts = (self._products(computation, i) for i in computation.instructions)
+            self._inner[computation.name] = sum(parts, Cost())
+        return self._inner[computation.name]
+
+    def _products(self, computation: Computation, i: Instruction) -> Cost:
+        """Operations of one instruction."""
+        if i.opcode == "fusion":
+            return sum(map(self._inside, self.module.called(i, "calls")), Cost())
+        if declared := declared_flops(i):
+            return Cost(flops=declared.flops, work=declared.flops / self._efficiency.get(declared.kind, 1.0))
+        number = flops(computation, i)
+        return Cost(flops=number, work=number)
 
     def _fusion_traffic(self, computation: Computation, i: Instruction, callee: Computation) -> Cost:
         written, updated = _written(self.module, callee, callee.root)
@@ -104,7 +121,7 @@ class Costs:
                 host += size
             elif space == 0 or not self._on_chip:
                 main += size
-        return Cost(0.0, main, host)
+        return Cost(bytes=main, host_bytes=host)
 
 
 # Bytes
@@ -210,6 +227,32 @@ def _operand_shares(module: Module, computation: Computation, i: Instruction, up
 
 
 # Operations
+
+
+_DECLARED = re.compile(r"(?:^|[/(])mean_flops\[(\w+)=([\d.e+\-]+)\]\)*/[^/]+$")
+
+
+class Declared(NamedTuple):
+    """What a kernel multiplies each time it runs, on average, by the program's own word."""
+
+    kind: str
+    """of kernel; see `tsp_jax.hardware.Hardware.efficiency`"""
+    flops: float
+
+
+def declared_flops(i: Instruction) -> Declared | None:
+    """The operations of a kernel whose text does not tell them.
+
+    A program says so with a named scope directly around it, ``with jax.named_scope("mean_flops[some_kind=1.5e12]")``.
+    """
+    found = _DECLARED.search(i.op_name) if i.opcode == "custom-call" else None
+    if not found:
+        return None
+    kind, number = found.groups()
+    try:
+        return Declared(kind, float(number))
+    except ValueError:
+        raise ConfigError(f"scope mean_flops[{kind}={number}] is no number; use mean_flops[{kind}=1.5e12]") from None
 
 
 def flops(computation: Computation, i: Instruction) -> float:

@@ -106,6 +106,8 @@ def _timeline(report: Report) -> Table:
     }
     for name, value in rows.items():
         table.add_row(name, seconds(value), f"{value / t.step_s:.0%}" if t.step_s else "")
+    if t.matmul_ratio:
+        table.add_row("step over matrix products alone", f"{t.matmul_ratio:.2f} x")
     table.add_section()
     for scope, value in sorted(t.by_scope.items(), key=lambda item: -item[1])[:8]:
         table.add_row(f"computation of {scope}", seconds(value), f"{value / t.step_s:.0%}" if t.step_s else "")

@@ -92,6 +92,7 @@ class Report:
         names = ("step_s", "compute_s", "comm_s", "exposed_comm_s", "matmul_s", "host_s", "flops")
         return {
             **{name: getattr(self.timeline, name) for name in names},
+            "matmul_ratio": self.timeline.matmul_ratio,
             "exposed_fraction": self.exposed_fraction,
             "by_scope": dict(self.timeline.by_scope),
             "assumptions": list(self.timeline.assumptions),
@@ -101,7 +102,7 @@ class Report:
 def report(
     program: Any,
     *,
-    target: str | None = None,
+    target: str | Hardware | None = None,
     mesh_axes: Mapping[str, int] | None = None,
     full_weights: Sequence[FullWeight] | None = None,
     unknown_trips: Trips = 1,
@@ -111,7 +112,7 @@ def report(
 
     Args:
         program: what ``jax.jit(f).lower(...)`` or its ``.compile()`` returned, or the text of a compiled program.
-        target: kind of hardware for the timeline, such as mi300x or mi300x:8; None: the program's own devices.
+        target: hardware for the timeline, or its name, such as mi300x or mi300x:8; None: the program's own devices.
         mesh_axes: axis name -> size; None: the mesh of the program's arguments.
         full_weights: what the contract no-full-weight is about; None: the sharded matrices among the arguments.
         unknown_trips: trips of data-dependent loops that the program does not declare; see `Module.executions`.
@@ -165,7 +166,9 @@ def _sharded_matrices(compiled: Any) -> tuple[FullWeight, ...]:
     return tuple(FullWeight("", elements) for elements in sorted(matrices))
 
 
-def _hardware(target: str | None, mesh: Any) -> Hardware | None:
+def _hardware(target: str | Hardware | None, mesh: Any) -> Hardware | None:
+    if isinstance(target, Hardware):
+        return target
     if target:
         name = target.partition(":")[0]
         if name not in HARDWARE:

@@ -20,6 +20,7 @@ Queue = Literal["compute", "links", "host"]
 _STRUCTURE = re.compile(
     r"while|body|cond|closed_call|shard_map|checkpoint|rematted_computation|scan|pjit|branch_\d+_fun|"
     r"(jit|jvp|transpose|vmap|pjit|checkpoint|custom_jvp_call|custom_vjp_call)\(.*\)|custom_[jv][jv]p_call|.*->.*|"
+    r"mean_\w+\[.*\]|"
 )
 
 
@@ -95,7 +96,7 @@ class Schedule:
     def __init__(self, module: Module, hardware: Hardware, unknown_trips: Trips = 1):
         self.module, self.hardware, self._unknown_trips = module, hardware, unknown_trips
         self.tasks: dict[str, Task] = {}
-        self._costs = Costs(module, on_chip=hardware.platform == "tpu")
+        self._costs = Costs(module, on_chip=hardware.platform == "tpu", efficiency=hardware.efficiency)
         self._steps: dict[str, list[Step]] = {}
         self._compute_only: dict[str, bool] = {}
         found = collectives(module, unknown_trips=unknown_trips)
@@ -166,7 +167,7 @@ class Schedule:
 
     def _kernel(self, i: Instruction, kind: Literal["start", "block"]) -> Iterator[Step]:
         cost, op = self._costs.of(i), i.attributes.get("custom_call_target", "").strip('"') or i.opcode
-        seconds = max(cost.flops / self.hardware.sustained_flops, cost.bytes / self.hardware.sustained_bandwidth)
+        seconds = max(cost.work / self.hardware.sustained_flops, cost.bytes / self.hardware.sustained_bandwidth)
         if seconds and not (kind == "start" and cost.host_bytes):
             yield self._busy("run", i, "compute", seconds, op=op, bytes=cost.bytes, flops=cost.flops)
         if cost.host_bytes:

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from tsp_jax.hardware import Hardware, link_model
+from tsp_jax.inspect.costs import declared_flops
 from tsp_jax.inspect.hlo import Module, Trips, declared_trips
 from tsp_jax.inspect.queues import Event, Run
 from tsp_jax.inspect.schedule import Queue, Schedule, Task
@@ -55,6 +56,11 @@ class Timeline:
     assumptions: tuple[str, ...]
     """print them with the results"""
     events: tuple[Event, ...] = dataclasses.field(default=(), repr=False)
+
+    @property
+    def matmul_ratio(self) -> float | None:
+        """The step over its matrix products alone; None without any."""
+        return self.step_s / self.matmul_s if self.matmul_s else None
 
     @property
     def hidden_fraction(self) -> dict[str, float]:
@@ -140,6 +146,7 @@ def _assumptions(
     unknown = [loop.name for loop in loops if declared_trips(loop) is None]
     calls = {i.name for i, _ in module.walk() if i.opcode == "custom-call"}
     opaque = sorted({t.task.op for t in kernels if t.task.name in calls and not t.task.flops})
+    kinds = sorted({d.kind for d in map(declared_flops, (i for i, _ in module.walk(fusions=True))) if d})
     lines = [
         rates,
         f"source: {hardware.source}",
@@ -153,6 +160,10 @@ def _assumptions(
     if unknown:
         times = "as the caller says" if callable(unknown_trips) else f"{unknown_trips:g} times"
         lines.append(f"data-dependent loops that declare nothing run {times}: {', '.join(unknown)}")
+    if kinds:
+        shares = ", ".join(f"{kind} at {hardware.efficiency.get(kind, 1.0):g} of the rate above" for kind in kinds)
+        lines.append(f"kernels that declare their matrix products, each array read once: {shares}")
+        lines.append(f"source of these shares: {hardware.attention_source}")
     if opaque:
         lines.append(f"kernels known by their memory traffic alone: {', '.join(opaque)}")
     return tuple(lines)

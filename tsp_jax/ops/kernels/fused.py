@@ -1,18 +1,17 @@
 """Fused blockwise attention for AMD and NVIDIA GPUs: three Pallas kernels that are compiled by way of Triton.
 
-Scores of a pair of tiles live in registers only. Which tiles a program visits is worked out outside, in XLA, from the
-tiles' least and greatest positions and segments: a list of the tiles that can hold an allowed pair of tokens, first
-those in which every pair is allowed. The kernel goes through these without a mask, then through the rest with one.
-Other tiles cost nothing, whatever the order of tokens. Programs with the longest lists start first.
+Scores of a pair of tiles live in registers only. Which tiles a program visits is worked out outside, in XLA
+(`tsp_jax.ops.kernels.visits`): first those in which every pair of tokens is allowed, without a mask, then the rest with
+one. Other tiles cost nothing, whatever the order of tokens.
 
 Dims: B batch, T query tokens, S key tokens, K KV heads, G query heads of each, H head; Q, C tokens of a query and a
-key tile; n tiles that have a program each, m tiles that these may visit.
+key tile; n tiles that have a program each, m spans that these may visit.
 """
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +21,9 @@ from jax.experimental.pallas import triton
 
 from tsp_jax.ops.kernels.blockwise import MASKED, Blocks, Tokens
 from tsp_jax.ops.kernels.tiles import Tile, Tiles, head_size, tiles_of
+from tsp_jax.ops.kernels.visits import Plan, Visits
 
 LOG2_E = math.log2(math.e)
-LAST = 2**31 - 1
-"""position of a key that only fills a tile up, which no query sees; such a query has -LAST, and sees no key"""
 
 
 def attend(
@@ -53,19 +51,20 @@ def attend(
     Returns:
       (out [B, T, K, G, H] in q's dtype, lse [B, T, K, G] float32). A query without any key gets zeros, and -1e30.
 
-    Keeps: lists of tiles, int32 [B, T/Q, S/C]. Where Q does not divide T, or C not S, or H is no power of two, also
-      padded copies of the arrays.
+    Keeps: lists of tiles, int32 [B, T/Q, S/C] or smaller; see `visits.MOST_ENTRIES`. Where Q does not divide T,
+      or C not S, or H is no power of two, also padded copies of the arrays.
     Source: Dao, arXiv 2307.08691 (FlashAttention-2).
     """
     del blocks
     tile = (tiles or tiles_of(arch, q_BTKGH.shape, q_BTKGH.dtype)).forward
-    plan = _Plan.of(queries, keys, tile, by_key=False)
+    plan = Plan.of(queries, keys, tile, by_key=False)
     q, k, v = _pad(q_BTKGH, tile.query), _pad(k_BSKH, tile.key), _pad(v_BSKH, tile.key)
     batch, length, kv_heads, group, _ = q.shape
     out, lse_BKGT = _call(
         functools.partial(_forward_kernel, tile=tile, scale=q_BTKGH.shape[-1] ** -0.5),
         plan,
         arch,
+        products=("attention_forward", 2),
         inputs=[("BTKGH", q), ("BSKH", k), ("BSKH", v)],
         outputs=[("BTKGH", q), ("BKGT", jax.ShapeDtypeStruct((batch, kv_heads, group, length), jnp.float32))],
     )
@@ -99,20 +98,21 @@ def attend_backward(
     delta_BTKG = (dout_BTKGH.astype(jnp.float32) * out_BTKGH.astype(jnp.float32)).sum(axis=-1)
     lse_BTKG = lse_BTKG * jnp.float32(LOG2_E)
 
-    def run(kernel, tile: Tile, by_key: bool, outputs: Sequence[str]):
+    def run(kernel, products: int, tile: Tile, by_key: bool, outputs: Sequence[str]):
         q, dout = _pad(q_BTKGH, tile.query), _pad(dout_BTKGH, tile.query)
         k, v = _pad(k_BSKH, tile.key), _pad(v_BSKH, tile.key)
         lse, delta = (_pad(x[..., None], tile.query, 1)[..., 0].transpose(0, 2, 3, 1) for x in (lse_BTKG, delta_BTKG))
         return _call(
             functools.partial(kernel, tile=tile, scale=q_BTKGH.shape[-1] ** -0.5),
-            _Plan.of(queries, keys, tile, by_key),
+            Plan.of(queries, keys, tile, by_key),
             arch,
+            products=("attention_backward", products),
             inputs=[("BTKGH", q), ("BSKH", k), ("BSKH", v), ("BTKGH", dout), ("BKGT", lse), ("BKGT", delta)],
             outputs=[(dims, {"BTKGH": q, "BSKH": k}[dims]) for dims in outputs],
         )
 
-    (dq,) = run(_dq_kernel, tiles.dq, False, ["BTKGH"])
-    dk, dv = run(_dkv_kernel, tiles.dkv, True, ["BSKH", "BSKH"])
+    (dq,) = run(_dq_kernel, 3, tiles.dq, False, ["BTKGH"])
+    dk, dv = run(_dkv_kernel, 4, tiles.dkv, True, ["BSKH", "BSKH"])
     return _crop(dq, q_BTKGH), _crop(dk, k_BSKH), _crop(dv, v_BSKH)
 
 
@@ -130,74 +130,23 @@ def _crop(x: jax.Array, like: jax.Array) -> jax.Array:
     return x[:, : like.shape[1], ..., : like.shape[-1]]
 
 
-class _Visits(NamedTuple):
-    """Which tiles each program visits."""
-
-    turns: Any
-    """[B, n]: tile of the i-th program, those with most to visit first"""
-    order: Any
-    """[B, n, m]: for each tile, first the whole ones, then the other needed ones"""
-    whole: Any
-    """[B, n]: how many of them need no mask"""
-    needed: Any
-    """[B, n]: how many there are to visit"""
-
-
-class _Plan(NamedTuple):
-    """What a kernel reads besides heads."""
-
-    visits: _Visits
-    queries: Tokens
-    keys: Tokens
-    tile: Tile
-    by_key: bool
-    """programs are of key tiles; else of query tiles"""
-
-    @classmethod
-    def of(cls, queries: Tokens, keys: Tokens, tile: Tile, by_key: bool) -> "_Plan":
-        queries, keys = _pad_tokens(queries, tile.query, -LAST), _pad_tokens(keys, tile.key, LAST)
-        needed_Bnm, whole_Bnm = _needed(queries, keys, tile)
-        if by_key:
-            needed_Bnm, whole_Bnm = needed_Bnm.swapaxes(1, 2), whole_Bnm.swapaxes(1, 2)
-        num = needed_Bnm.shape[-1]
-        rank = 2 - needed_Bnm.astype(jnp.int32) - whole_Bnm.astype(jnp.int32)
-        order = jnp.sort(rank * num + lax.broadcasted_iota(jnp.int32, rank.shape, 2), axis=-1) % num
-        whole, needed = (x.sum(axis=-1, dtype=jnp.int32) for x in (whole_Bnm, needed_Bnm))
-        turns = jnp.argsort(-needed, axis=-1, stable=True).astype(jnp.int32)
-        return cls(_Visits(turns, order, whole, needed), queries, keys, tile, by_key)
-
-
-def _pad_tokens(tokens: Tokens, tile: int, position: int) -> Tokens:
-    more = ((0, 0), (0, -tokens.positions.shape[1] % tile))
-    positions = jnp.pad(tokens.positions, more, constant_values=position)
-    return Tokens(positions, jnp.pad(tokens.segments, more, mode="edge"))
-
-
-def _needed(queries: Tokens, keys: Tokens, tile: Tile) -> tuple[jax.Array, jax.Array]:
-    """[B, T/Q, S/C] bool: tile pairs that may hold an allowed pair of tokens, and those that hold no other."""
-
-    def ends(x_BT: jax.Array, size: int, axis: int):
-        tiles = x_BT.reshape(x_BT.shape[0], -1, size)
-        return (jnp.expand_dims(end, axis) for end in (tiles.min(axis=-1), tiles.max(axis=-1)))
-
-    (first_q, last_q), (low_q, high_q) = (ends(x, tile.query, 2) for x in queries)
-    (first_k, last_k), (low_k, high_k) = (ends(x, tile.key, 1) for x in keys)
-    needed = (first_k <= last_q) & (low_k <= high_q) & (low_q <= high_k)
-    return needed, (last_k <= first_q) & (low_q == high_k) & (low_k == high_q)
-
-
 def _call(
     kernel: Callable[..., None],
-    plan: _Plan,
+    plan: Plan,
     arch: str,
+    products: tuple[str, int],
     inputs: Sequence[tuple[str, jax.Array]],
     outputs: Sequence[tuple[str, Any]],
 ) -> Sequence[jax.Array]:
     """One program for each tile, head (query head, or KV head if by key) and row of the batch.
 
     Arrays are (dims, array), the first one the queries. A kernel sees all of an array's tokens, of its own head.
+    `products` of a pair of tiles, and their kind, are declared to readers of the compiled program, which cannot see
+    into a kernel: Pallas' own cost estimate is dropped on the way.
     """
-    batch, _, kv_heads, group, _ = inputs[0][1].shape
+    batch, _, kv_heads, group, size = inputs[0][1].shape
+    kind, number = products
+    flops = 2.0 * number * batch * kv_heads * group * plan.pairs() * plan.tile.query * plan.tile.key * size
 
     def place(_, head, row) -> dict[str, Any]:
         if plan.by_key:
@@ -210,17 +159,19 @@ def _call(
         return pl.BlockSpec(block, lambda *program: tuple(place(*program).get(dim, 0) for dim in dims))
 
     varying = jax.typeof(inputs[0][1]).mat
-    dims = _Visits("Bn", "Bnm", "Bn", "Bn"), Tokens("BT", "BT"), Tokens("BS", "BS")  # pyright: ignore[reportArgumentType]
+    dims = Visits("Bn", "Bnm", "Bn", "Bn"), Tokens("BT", "BT"), Tokens("BS", "BS")  # pyright: ignore[reportArgumentType]
     tokens = plan.visits, plan.queries, plan.keys
-    return pl.pallas_call(
-        kernel,
+    call = pl.pallas_call(
+        functools.partial(kernel, span=plan.span),
         grid=(plan.visits.turns.shape[1], kv_heads if plan.by_key else kv_heads * group, batch),
         in_specs=[*jax.tree.map(spec, dims, tokens), *(spec(*each) for each in inputs)],
         out_specs=[spec(*each) for each in outputs],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for _, x in outputs],
         compiler_params=triton.CompilerParams(num_warps=plan.tile.warps, num_stages=plan.tile.stages),
         interpret=arch == "interpret",
-    )(*tokens, *(array for _, array in inputs))
+    )
+    with jax.named_scope(f"mean_flops[{kind}={flops:.0f}]"):
+        return call(*tokens, *(array for _, array in inputs))
 
 
 # ------------------------------------------------------------------------------------------------ in the kernels
@@ -240,18 +191,23 @@ def _rows(tokens: Tokens, rows: Any, axis: int) -> Tokens:
     return Tokens(*(jnp.expand_dims(ref[rows], axis) for ref in tokens))
 
 
-def _visit(visits: _Visits, tile, step: Callable, carry: Any) -> Any:
+def _visit(visits: Visits, span: int, tile, step: Callable, carry: Any) -> Any:
     """Folds ``step(other tile, carry, masked)`` over the tiles that `tile` needs."""
     whole, needed = visits.whole[tile], visits.needed[tile]
 
     def body(turn, carry, masked: bool):
-        return step(visits.order[tile, turn], carry, masked)
+        if span == 1:
+            return step(visits.order[tile, turn], carry, masked)
+        first = visits.order[tile, lax.div(turn, jnp.int32(span))] * span
+        return step(first + lax.rem(turn, jnp.int32(span)), carry, masked)
 
     carry = lax.fori_loop(0, whole, functools.partial(body, masked=False), carry)
     return lax.fori_loop(whole, needed, functools.partial(body, masked=True), carry)
 
 
-def _forward_kernel(visits, queries, keys, q_ref, k_ref, v_ref, out_ref, lse_ref, *, tile: Tile, scale: float):
+def _forward_kernel(
+    visits, queries, keys, q_ref, k_ref, v_ref, out_ref, lse_ref, *, tile: Tile, scale: float, span: int
+):
     """Online softmax, in powers of two (one instruction), divided by its sum at the end."""
     i = visits.turns[pl.program_id(0)]
     rows = pl.ds(i * tile.query, tile.query)
@@ -271,7 +227,7 @@ def _forward_kernel(visits, queries, keys, q_ref, k_ref, v_ref, out_ref, lse_ref
         return acc_QH, new_Q, sum_Q * decay_Q + p_QC.sum(axis=1)
 
     row = jnp.zeros((tile.query,), jnp.float32)
-    acc_QH, top_Q, sum_Q = _visit(visits, i, step, (jnp.zeros(q_QH.shape, jnp.float32), row + MASKED, row))
+    acc_QH, top_Q, sum_Q = _visit(visits, span, i, step, (jnp.zeros(q_QH.shape, jnp.float32), row + MASKED, row))
     empty_Q = top_Q <= MASKED / 2
     part_Q = jnp.where(empty_Q, 0.0, 1.0 / sum_Q)
     out_ref[rows, :] = (acc_QH * part_Q[:, None]).astype(out_ref.dtype)
@@ -279,8 +235,9 @@ def _forward_kernel(visits, queries, keys, q_ref, k_ref, v_ref, out_ref, lse_ref
 
 
 def _dq_kernel(
-    visits, queries, keys, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, *, tile: Tile, scale: float
-):
+    visits, queries, keys, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, *, tile: Tile, scale: float,
+    span: int,
+):  # fmt: skip
     i = visits.turns[pl.program_id(0)]
     rows = pl.ds(i * tile.query, tile.query)
     q_QH, dout_QH, q_tokens = q_ref[rows, :], dout_ref[rows, :], _rows(queries, rows, 1)
@@ -295,13 +252,13 @@ def _dq_kernel(
         ds_QC = p_QC * (_dot(dout_QH, v_CH.T) - delta_Q1)
         return dq_QH + _dot(ds_QC.astype(k_CH.dtype), k_CH)
 
-    dq_QH = _visit(visits, i, step, jnp.zeros(q_QH.shape, jnp.float32))
+    dq_QH = _visit(visits, span, i, step, jnp.zeros(q_QH.shape, jnp.float32))
     dq_ref[rows, :] = (dq_QH * scale).astype(dq_ref.dtype)
 
 
 def _dkv_kernel(
     visits, queries, keys, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref, *, tile: Tile,
-    scale: float,
+    scale: float, span: int,
 ):  # fmt: skip
     """Scores are transposed, so that no product needs the transpose of what registers hold."""
     j = visits.turns[pl.program_id(0)]
@@ -321,7 +278,7 @@ def _dkv_kernel(
         return dk_CH + _dot(ds_CQ.astype(q_QH.dtype), q_QH), dv_CH
 
     def head(index, carry):
-        return _visit(visits, j, functools.partial(step, index), carry)
+        return _visit(visits, span, j, functools.partial(step, index), carry)
 
     zero = jnp.zeros(k_CH.shape, jnp.float32)
     dk_CH, dv_CH = lax.fori_loop(0, q_ref.shape[1], head, (zero, zero))

@@ -112,15 +112,15 @@ def _attention(config: Config, s: _Sizes) -> dict[str, float]:
     heads, d_model = s.heads, config.model.d_model
     query, kv = heads.query * heads.dim * d_model, heads.kv * heads.dim * d_model
     into, out, keys_values = _attention_passes(config, s)
-    passes = {"none": 2, "save_attention": 2, "full": 3}[config.remat]  # of q, k, v
-    out_passes = {"none": 2, "save_attention": 3, "full": 3}[config.remat]
+    passes = 2 if config.remat == "none" else 3  # of weights: forward, recomputation, backward
+    exchanges = 3 if config.remat == "full" else 2
     residual = s.summed(s.tokens * d_model, s.item)
     return {
-        "weights": (passes * into + out_passes * out) * s.item,
+        "weights": passes * (into + out) * s.item,
         "weight_grads": (into + out) * s.grad_item,
-        "keys_values": passes * keys_values,
+        "keys_values": exchanges * keys_values,
         "key_value_grads": keys_values,
-        "tensor_sums": out_passes * residual,  # forward, recomputation, and of dx
+        "tensor_sums": passes * residual,  # forward, recomputation, and of dx
         "replica_sums": s.replica_sum(2 * query + 2 * kv),
     }
 

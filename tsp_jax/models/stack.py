@@ -96,9 +96,8 @@ class _Slots(NamedTuple):
         """The input of a layer, before its gradients replace it."""
 
         def read(slots, index):
-            # The barrier holds the reading before the writing of the gradients: without it both are kept.
             rows = lax.dynamic_slice(slots, (index, 0, 0), (1, self.x.rows, self.width))
-            return lax.optimization_barrier(_from_rows(rows, self.x)[0])
+            return _from_rows(rows, self.x)[0]
 
         return self._run(read, (self._spec, PartitionSpec()), self.x.spec)(slots, index)
 
@@ -187,7 +186,8 @@ def _backward(layer: Layer, slots: _Slots, residuals, dy_BTD):
         dx_BTD, kept = carry
         index, params = scanned
         _, vjp = jax.vjp(lambda params, x: layer(params, x, aux), params, slots.input(kept, index))
-        dparams, dx_BTD = vjp(dx_BTD)
+        # The barrier holds everything that reads the input before what overwrites it: without it both are kept.
+        dparams, dx_BTD = lax.optimization_barrier(vjp(dx_BTD))
         return (dx_BTD, slots.put_grads(kept, index, dparams)), None
 
     layers = jnp.arange(slots.num_layers), params

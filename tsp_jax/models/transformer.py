@@ -48,7 +48,14 @@ class DecoderLayer(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        x_BTD += self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT)
+        return self.feed(x_BTD + self.attend(x_BTD, positions_BT, segment_ids_BT))
+
+    def attend(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        """What attention adds to the residual stream."""
+        return self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT)
+
+    def feed(self, x_BTD: jax.Array) -> jax.Array:
+        """The residual stream after the MLP."""
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
@@ -112,14 +119,23 @@ class Transformer(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
         x_BTD, params, tokens = self.embed(tokens_BT), nnx.to_pure_dict(stacked), (positions_BT, segment_ids_BT)
 
-        def layer(params, x_BTD, tokens):
+        def module(params) -> DecoderLayer:
             state = jax.tree.map(lambda x: x, stacked)
             nnx.replace_by_pure_dict(state, params)
-            return nnx.merge(graphdef, state)(x_BTD, *tokens)
+            return nnx.merge(graphdef, state)
+
+        def layer(params, x_BTD, tokens):
+            return module(params)(x_BTD, *tokens)
+
+        def lean_layer(params, x_BTD, tokens):
+            """Within a layer's backward, queries, keys and values are projected again after that of the MLP."""
+            layer = module(params)
+            attend = jax.checkpoint(layer.attend, policy=REMAT_POLICIES["save_attention"])
+            return layer.feed(x_BTD + attend(x_BTD, *tokens))
 
         if self.remat == "full":
             specs = nnx.to_pure_dict(nnx.get_partition_spec(stacked))
-            x_BTD = run_layers(layer, x_BTD, params, grad_sinks, tokens, specs, self.placement)
+            x_BTD = run_layers(lean_layer, x_BTD, params, grad_sinks, tokens, specs, self.placement)
         else:
 
             def turn(x_BTD, scanned):

@@ -138,6 +138,8 @@ class StreamConfig:
     """movement of embedding rows and output head"""
     vocab_buckets: int = 8
     """pieces that a rank's vocabulary rows are cut into (gather)"""
+    tokens: int = 4096
+    """tokens that meet a piece of the weights at a time, at most: bounds what is made of a piece"""
     unroll: bool = False
     """unroll the loop over pieces, so that a scheduler may overlap their messages; False scans"""
     query_block: int = 512
@@ -152,7 +154,7 @@ class StreamConfig:
 
     def __post_init__(self):
         _choices("stream.", self)
-        buckets = ("attention_buckets", "exchange_buckets", "mlp_buckets", "vocab_buckets")
+        buckets = ("attention_buckets", "exchange_buckets", "mlp_buckets", "vocab_buckets", "tokens")
         _positive("stream.", self, *buckets, "query_block", "key_block")
 
 

@@ -29,8 +29,8 @@ from tsp_jax.ops.stream import Stream, largest_divisor
 def stream_of(config: StreamConfig, movement: str, buckets: int, rows: int, placement: Placement) -> Stream:
     """The stream of an op whose shard has `rows` rows; whole weights at once if the layout says so."""
     if placement.layout.whole_weights:
-        return Stream("gather", 1, config.unroll, config.grad_dtype)
-    return Stream(movement, largest_divisor(rows, buckets), config.unroll, config.grad_dtype)
+        return Stream("gather", 1, config.unroll, config.grad_dtype, config.tokens)
+    return Stream(movement, largest_divisor(rows, buckets), config.unroll, config.grad_dtype, config.tokens)
 
 
 def _shard_rows(name: str, value: int, dim: str, placement: Placement) -> int:

@@ -62,9 +62,9 @@ class Target:
 
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
     # ROCm's compiler of jax 0.10 hides no latency unless asked to; later ones do, and take the option all the same.
-    # At most one collective may be under way at a time unless more are allowed, so that of a bucket's keys and values the
-    # one or the other waits for nothing to hide it: 48 % of communication is exposed with one, 0.3 % with four (llama_7b,
-    # 128 K, mi300x:8, fused attention), for 0.07 GB.
+    # At most one collective may be under way at a time unless more are allowed, and of a bucket's keys and values one
+    # is left with nothing to hide it: 48 % of communication is exposed with one, 0.3 % with four (llama_7b, 128 K,
+    # mi300x:8, fused attention), for 0.07 GB.
     "rocm": {
         "xla_gpu_enable_latency_hiding_scheduler": True,
         "xla_gpu_experimental_parallel_collective_overlap_limit": 4,

@@ -131,7 +131,7 @@ class Transformer(nnx.Module):
             """Within a layer's backward, queries, keys and values are projected again after that of the MLP."""
             layer = module(params)
             attend = jax.checkpoint(layer.attend, policy=REMAT_POLICIES["save_attention"])
-            return layer.feed(x_BTD + attend(x_BTD, *tokens))
+            return layer.feed(lax.optimization_barrier(x_BTD + attend(x_BTD, *tokens)))
 
         if self.remat == "full":
             specs = nnx.to_pure_dict(nnx.get_partition_spec(stacked))

@@ -28,7 +28,7 @@ from tsp_jax.ops.projections import (
     project_out,
 )
 from tsp_jax.ops.sequence import gather_sequence, scatter_sequence
-from tsp_jax.ops.stream import Stream, custom_vjp, largest_divisor, prefetched, vary_alike, zeros
+from tsp_jax.ops.stream import Stream, custom_vjp, largest_divisor, pipelined, vary_alike, zeros
 
 SAVED_NAMES = ("attention_out", "attention_lse")
 """checkpoint names of what `save_attention` keeps"""
@@ -128,12 +128,12 @@ def _sequence_forward(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, keys_BS, static: Proje
     def turn(carry, keys_values, index):
         group = _Group(index, size)
         mine = kernels.attend(config.arch, group.take(q_BtKGH), *keys_values, tokens_Bt, keys_BS, blocks)
-        return tuple(group.put(array, part) for array, part in zip(carry, mine, strict=True)), ()
+        return tuple(group.put(array, part) for array, part in zip(carry, mine, strict=True)), (), ()
 
     out = zeros(q_BtKGH.shape, q_BtKGH.dtype, like=q_BtKGH)
     lse = zeros(q_BtKGH.shape[:-1], jnp.float32, like=q_BtKGH)
     unroll = static.queries.stream.unroll
-    (out, lse), _ = prefetched(turn, fetch, (out, lse), count, remote=bool(axes), unroll=unroll)
+    (out, lse), *_ = pipelined(turn, fetch, None, (out, lse), count, remote=bool(axes), unroll=unroll)
     out, lse = (checkpoint_name(array, name) for array, name in zip((out, lse), SAVED_NAMES, strict=True))
     return out, (q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, keys_BS, out, lse)
 
@@ -155,11 +155,11 @@ def _sequence_backward(static: Projections, residuals, dout_BtKGH):
             config.arch, group.take(carry[0]), *keys_values, tokens_Bt, keys_BS, out, lse, dout, blocks
         )
         grads = (grads[0], *scatter_sequence(*grads[1:], axes=axes))
-        return tuple(group.put(array, grad) for array, grad in zip(carry, grads, strict=True)), ()
+        return tuple(group.put(array, grad) for array, grad in zip(carry, grads, strict=True)), (), ()
 
     # Gradients take the places of queries, keys and values as these have been used.
     carry, unroll = (q_BtKGH, k_BtKH, v_BtKH), static.queries.stream.unroll
-    grads, _ = prefetched(turn, fetch, carry, count, remote=bool(axes), unroll=unroll)
+    grads, *_ = pipelined(turn, fetch, None, carry, count, remote=bool(axes), unroll=unroll)
     return *grads, None, None
 
 

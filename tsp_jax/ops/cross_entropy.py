@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.layout import Axes
+from tsp_jax.ops.chunks import over_tokens
 from tsp_jax.ops.embedding import local_ids
 from tsp_jax.ops.linear import matmul, matmul_t, outer
 from tsp_jax.ops.stream import Piece, Stream, custom_vjp, fold, fold_with_grads, vary_alike, zeros
@@ -64,13 +65,16 @@ def _streamed(x_BtD, table_vD, labels_Bt, folded, stream):
 
 def _forward(x_BtD, table_vD, labels_Bt, folded, stream):
     def body(carry, piece: Piece):
-        top_Bt, sum_Bt, label_Bt = carry
-        logits_Btp = matmul_t(x_BtD, piece.arrays[0])
-        new_Bt = jnp.maximum(top_Bt, logits_Btp.max(axis=-1))
-        sum_Bt = sum_Bt * jnp.exp(top_Bt - new_Bt) + jnp.exp(logits_Btp - new_Bt[..., None]).sum(axis=-1)
-        index_Bt, inside_Bt = piece.find(labels_Bt, table_vD.shape[0])
-        here_Bt = jnp.take_along_axis(logits_Btp, index_Bt[..., None], axis=-1)[..., 0]
-        return (new_Bt, sum_Bt, jnp.where(inside_Bt, here_Bt, label_Bt)), None
+        def chunk(carry, read):
+            (top_Bc, sum_Bc, label_Bc), (x_BcD, labels_Bc) = carry, read
+            logits_Bcp = matmul_t(x_BcD, piece.arrays[0])
+            new_Bc = jnp.maximum(top_Bc, logits_Bcp.max(axis=-1))
+            sum_Bc = sum_Bc * jnp.exp(top_Bc - new_Bc) + jnp.exp(logits_Bcp - new_Bc[..., None]).sum(axis=-1)
+            index_Bc, inside_Bc = piece.find(labels_Bc, table_vD.shape[0])
+            here_Bc = jnp.take_along_axis(logits_Bcp, index_Bc[..., None], axis=-1)[..., 0]
+            return (new_Bc, sum_Bc, jnp.where(inside_Bc, here_Bc, label_Bc)), (), ()
+
+        return over_tokens(chunk, carry, (x_BtD, labels_Bt), tokens=stream.tokens)[0], None
 
     zero_Bt = zeros(labels_Bt.shape, jnp.float32, like=x_BtD)
     carry = (zero_Bt - jnp.inf, zero_Bt, zero_Bt)
@@ -86,12 +90,18 @@ def _backward(folded, stream, residuals, cotangents):
 
     def body(dx_BtD, piece: Piece):
         table_pD = piece.arrays[0]
-        index_Bt, inside_Bt = piece.find(labels_Bt, table_vD.shape[0])
-        hit_Btp = jax.nn.one_hot(jnp.where(inside_Bt, index_Bt, -1), table_pD.shape[0], dtype=jnp.float32)
-        p_Btp = jnp.exp(matmul_t(x_BtD, table_pD) - lse_Bt[..., None])
-        dlogits_Btp = dlse_Bt[..., None] * p_Btp + dlabel_Bt[..., None] * hit_Btp
-        dlogits_Btp = dlogits_Btp.astype(dtype)
-        return dx_BtD + matmul(dlogits_Btp, table_pD), (outer(dlogits_Btp, x_BtD),), None
+
+        def chunk(dx_BcD, read):
+            x_BcD, labels_Bc, lse_Bc, dlse_Bc, dlabel_Bc = read
+            index_Bc, inside_Bc = piece.find(labels_Bc, table_vD.shape[0])
+            hit_Bcp = jax.nn.one_hot(jnp.where(inside_Bc, index_Bc, -1), table_pD.shape[0], dtype=jnp.float32)
+            p_Bcp = jnp.exp(matmul_t(x_BcD, table_pD) - lse_Bc[..., None])
+            dlogits_Bcp = (dlse_Bc[..., None] * p_Bcp + dlabel_Bc[..., None] * hit_Bcp).astype(dtype)
+            return dx_BcD + matmul(dlogits_Bcp, table_pD), (), (outer(dlogits_Bcp, x_BcD),)
+
+        read = x_BtD, labels_Bt, lse_Bt, dlse_Bt, dlabel_Bt
+        dx_BtD, _, grads = over_tokens(chunk, dx_BtD, read, tokens=stream.tokens)
+        return dx_BtD, grads, None
 
     dx_BtD = zeros(x_BtD.shape, jnp.float32, like=x_BtD)
     dx_BtD, (dtable_vD,), _ = fold_with_grads(body, dx_BtD, (table_vD,), axes=folded, stream=stream, dtype=dtype)

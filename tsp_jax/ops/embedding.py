@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.layout import Axes
+from tsp_jax.ops.chunks import over_tokens
 from tsp_jax.ops.stream import Piece, Stream, custom_vjp, fold, fold_with_grads, vary_alike, zeros
 
 
@@ -68,10 +69,13 @@ def _backward(folded, stream, dtype, residuals, dx_BtD):
     ids_Bt, table_vD = residuals
 
     def body(carry, piece: Piece):
-        index_Bt, inside_Bt = piece.find(ids_Bt, table_vD.shape[0])
-        rows_BtD = jnp.where(inside_Bt[..., None], dx_BtD.astype(jnp.float32), 0.0)
-        dpiece_pD = zeros(piece.arrays[0].shape, jnp.float32, like=dx_BtD).at[index_Bt].add(rows_BtD)
-        return carry, (dpiece_pD,), None
+        def chunk(_, read):
+            ids_Bc, dx_BcD = read
+            index_Bc, inside_Bc = piece.find(ids_Bc, table_vD.shape[0])
+            rows_BcD = jnp.where(inside_Bc[..., None], dx_BcD.astype(jnp.float32), 0.0)
+            return (), (), (zeros(piece.arrays[0].shape, jnp.float32, like=dx_BcD).at[index_Bc].add(rows_BcD),)
+
+        return carry, over_tokens(chunk, (), (ids_Bt, dx_BtD), tokens=stream.tokens)[2], None
 
     _, (dtable_vD,), _ = fold_with_grads(body, (), (table_vD,), axes=folded, stream=stream, dtype=dtype)
     return None, dtable_vD

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.layout import Axes
+from tsp_jax.ops.chunks import over_tokens
 from tsp_jax.ops.linear import matmul, matmul_t, outer
 from tsp_jax.ops.stream import Piece, Stream, custom_vjp, fold, fold_with_grads, vary_alike, zeros
 
@@ -62,8 +63,12 @@ def _streamed(x_BtD, weights, folded, stream, activation):
 def _forward(x_BtD, weights, folded, stream, activation):
     def body(y_BtD, piece: Piece):
         gate_pD, up_pD, down_pD = piece.arrays
-        h_Btp = _gated(activation, matmul_t(x_BtD, gate_pD), matmul_t(x_BtD, up_pD))
-        return y_BtD + matmul(h_Btp.astype(x_BtD.dtype), down_pD), None
+
+        def chunk(y_BcD, x_BcD):
+            h_Bcp = _gated(activation, matmul_t(x_BcD, gate_pD), matmul_t(x_BcD, up_pD))
+            return y_BcD + matmul(h_Bcp.astype(x_BcD.dtype), down_pD), (), ()
+
+        return over_tokens(chunk, y_BtD, x_BtD, tokens=stream.tokens)[0], None
 
     y_BtD = zeros(x_BtD.shape, jnp.float32, like=x_BtD)
     y_BtD, _ = fold(body, y_BtD, weights, axes=folded, stream=stream, dtype=x_BtD.dtype)
@@ -76,12 +81,19 @@ def _backward(folded, stream, activation, residuals, dy_BtD) -> tuple[Any, Any]:
 
     def body(dx_BtD, piece: Piece):
         gate_pD, up_pD, down_pD = piece.arrays
-        h_Btp, gated_vjp = jax.vjp(partial(_gated, activation), matmul_t(x_BtD, gate_pD), matmul_t(x_BtD, up_pD))
-        dgate_Btp, dup_Btp = (d.astype(dtype) for d in gated_vjp(matmul_t(dy_BtD, down_pD)))
-        dx_BtD += matmul(dgate_Btp, gate_pD) + matmul(dup_Btp, up_pD)
-        return dx_BtD, (outer(dgate_Btp, x_BtD), outer(dup_Btp, x_BtD), outer(h_Btp.astype(dtype), dy_BtD)), None
 
-    dx_BtD = zeros(x_BtD.shape, jnp.float32, like=x_BtD)
+        def chunk(dx_BcD, read):
+            x_BcD, dy_BcD = read
+            h_Bcp, gated_vjp = jax.vjp(partial(_gated, activation), matmul_t(x_BcD, gate_pD), matmul_t(x_BcD, up_pD))
+            dgate_Bcp, dup_Bcp = (d.astype(dtype) for d in gated_vjp(matmul_t(dy_BcD, down_pD)))
+            dx_BcD += matmul(dgate_Bcp, gate_pD) + matmul(dup_Bcp, up_pD)
+            grads = outer(dgate_Bcp, x_BcD), outer(dup_Bcp, x_BcD), outer(h_Bcp.astype(dtype), dy_BcD)
+            return dx_BcD, (), grads
+
+        dx_BtD, _, grads = over_tokens(chunk, dx_BtD, (x_BtD, dy_BtD), tokens=stream.tokens)
+        return dx_BtD, grads, None
+
+    dx_BtD = zeros(x_BtD.shape, jnp.float32, like=dy_BtD)
     dx_BtD, grads, _ = fold_with_grads(body, dx_BtD, weights, axes=folded, stream=stream, dtype=dtype)
     return dx_BtD.astype(dtype), grads
 

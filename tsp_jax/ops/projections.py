@@ -18,6 +18,7 @@ from jax import lax
 
 from tsp_jax.config import RopeScaling
 from tsp_jax.layout import Axes
+from tsp_jax.ops.chunks import over_tokens
 from tsp_jax.ops.kernels.blockwise import Blocks
 from tsp_jax.ops.linear import matmul, matmul_t, outer
 from tsp_jax.ops.norm import rms_norm
@@ -198,15 +199,25 @@ def _in_forward(x_BtD, weights, norms, positions_Bt, static: Projections):
     def empty(heads: int) -> jax.Array:
         return zeros((*x_BtD.shape[:2], heads, config.head_dim), dtype, like=x_BtD)
 
+    def made(chunk):
+        return over_tokens(chunk, (), (x_BtD, positions_Bt), tokens=how.stream.tokens)[1]
+
     def kv_body(carry, piece: Piece):
         wk_pD, wv_pD = (static.my_heads(w) for w in piece.arrays)
-        k = prepare(norms.k_H, positions_Bt, config, dtype, matmul_t(x_BtD, wk_pD))
-        v = matmul_t(x_BtD, wv_pD)
-        return (how.put(carry[0], piece, k), how.put(carry[1], piece, v)), None
+
+        def chunk(_, read):
+            x_BcD, positions_Bc = read
+            k = prepare(norms.k_H, positions_Bc, config, dtype, matmul_t(x_BcD, wk_pD))
+            return (), (k, matmul_t(x_BcD, wv_pD).astype(dtype)), ()
+
+        return tuple(how.put(heads, piece, mine) for heads, mine in zip(carry, made(chunk), strict=True)), None
 
     def query_body(q_BtNH, piece: Piece):
-        q = prepare(norms.q_H, positions_Bt, config, dtype, matmul_t(x_BtD, piece.arrays[0]))
-        return static.queries.put(q_BtNH, piece, q), None
+        def chunk(_, read):
+            x_BcD, positions_Bc = read
+            return (), prepare(norms.q_H, positions_Bc, config, dtype, matmul_t(x_BcD, piece.arrays[0])), ()
+
+        return static.queries.put(q_BtNH, piece, made(chunk)), None
 
     def run(body, carry, shard, how: HeadStream):
         return fold(body, carry, shard, axes=how.axes, stream=how.stream, dtype=dtype)[0]
@@ -248,18 +259,31 @@ def _in_backward(static: Projections, residuals, cotangents):
     config, head_dim, how = static.config, static.config.head_dim, static.keys_values
 
     def query_body(carry, piece: Piece):
+        def chunk(dx_BcD, read):
+            x_BcD, positions_Bc, dq_Bcp = read
+            projected = _Projected(x_BcD, piece.arrays[0], norms.q_H, positions_Bc, config)
+            dx_q, dw, dnorm = projected.vjp(split_heads(dq_Bcp, head_dim))
+            return dx_BcD + dx_q, (), (dw, dnorm)
+
         dx_BtD, dnorm_H = carry
-        projected = _Projected(x_BtD, piece.arrays[0], norms.q_H, positions_Bt, config)
-        dx, dw, dnorm = projected.vjp(split_heads(static.queries.take(dq_BtNH, piece), head_dim))
-        return (dx_BtD + dx, _add(dnorm_H, dnorm)), (dw,), None
+        read = x_BtD, positions_Bt, static.queries.take(dq_BtNH, piece)
+        dx_BtD, _, (dw, dnorm) = over_tokens(chunk, dx_BtD, read, tokens=how.stream.tokens)
+        return (dx_BtD, _add(dnorm_H, dnorm)), (dw,), None
 
     def kv_body(carry, piece: Piece):
-        dx_BtD, dnorm_H = carry
         wk_pD, wv_pD = (static.my_heads(w) for w in piece.arrays)
-        projected = _Projected(x_BtD, wk_pD, norms.k_H, positions_Bt, config)
-        dx_k, dwk, dnorm = projected.vjp(split_heads(how.take(dk_BtKH, piece), head_dim))
-        dx_v, dwv = _product_vjp(x_BtD, wv_pD, how.take(dv_BtKH, piece))
-        return (dx_BtD + dx_k + dx_v, _add(dnorm_H, dnorm)), (static.all_heads(dwk), static.all_heads(dwv)), None
+
+        def chunk(dx_BcD, read):
+            x_BcD, positions_Bc, dk_Bcp, dv_Bcp = read
+            projected = _Projected(x_BcD, wk_pD, norms.k_H, positions_Bc, config)
+            dx_k, dwk, dnorm = projected.vjp(split_heads(dk_Bcp, head_dim))
+            dx_v, dwv = _product_vjp(x_BcD, wv_pD, dv_Bcp)
+            return dx_BcD + dx_k + dx_v, (), (dwk, dwv, dnorm)
+
+        dx_BtD, dnorm_H = carry
+        read = x_BtD, positions_Bt, how.take(dk_BtKH, piece), how.take(dv_BtKH, piece)
+        dx_BtD, _, (dwk, dwv, dnorm) = over_tokens(chunk, dx_BtD, read, tokens=how.stream.tokens)
+        return (dx_BtD, _add(dnorm_H, dnorm)), (static.all_heads(dwk), static.all_heads(dwv)), None
 
     def run(body, carry, shard, how: HeadStream):
         return fold_with_grads(body, carry, shard, axes=how.axes, stream=how.stream, dtype=x_BtD.dtype)[:2]
@@ -267,7 +291,7 @@ def _in_backward(static: Projections, residuals, cotangents):
     def none(norm_H):
         return None if norm_H is None else zeros(norm_H.shape, norm_H.dtype, like=norm_H)
 
-    dx_BtD = zeros(x_BtD.shape, jnp.float32, like=x_BtD)
+    dx_BtD = zeros(x_BtD.shape, jnp.float32, like=dq_BtNH)
     (dx_BtD, dnorm_q), dw_q = run(query_body, (dx_BtD, none(norms.q_H)), (w_q,), static.queries)
     (dx_BtD, dnorm_k), dw_kv = run(kv_body, (dx_BtD, none(norms.k_H)), (w_k, w_v), static.keys_values)
     return dx_BtD.astype(x_BtD.dtype), (*dw_q, *dw_kv), HeadNorms(dnorm_q, dnorm_k), None
@@ -301,7 +325,10 @@ def _out_forward(out_BtNH, wo_nHD, static: Projections):
     how = static.queries
 
     def body(y_BtD, piece: Piece):
-        return y_BtD + matmul(how.take(out_BtNH, piece), piece.arrays[0]), None
+        def chunk(y_BcD, out_Bcp):
+            return y_BcD + matmul(out_Bcp, piece.arrays[0]), (), ()
+
+        return over_tokens(chunk, y_BtD, how.take(out_BtNH, piece), tokens=how.stream.tokens)[0], None
 
     y_BtD = zeros((*out_BtNH.shape[:2], wo_nHD.shape[-1]), jnp.float32, like=out_BtNH)
     y_BtD, _ = fold(body, y_BtD, (wo_nHD,), axes=how.axes, stream=how.stream, dtype=out_BtNH.dtype)
@@ -313,10 +340,15 @@ def _out_backward(static: Projections, residuals, dy_BtD):
     how, dtype = static.queries, out_BtNH.dtype
 
     def body(dout_BtNH, piece: Piece):
-        dout_Btp = matmul_t(dy_BtD, piece.arrays[0]).astype(dtype)
-        return how.put(dout_BtNH, piece, dout_Btp), (outer(how.take(out_BtNH, piece), dy_BtD),), None
+        def chunk(_, read):
+            out_Bcp, dy_BcD = read
+            return (), matmul_t(dy_BcD, piece.arrays[0]).astype(dtype), (outer(out_Bcp, dy_BcD),)
 
-    dout_BtNH = zeros(out_BtNH.shape, dtype, like=out_BtNH)
+        read = how.take(out_BtNH, piece), dy_BtD
+        _, dout_Btp, grads = over_tokens(chunk, (), read, tokens=how.stream.tokens)
+        return how.put(dout_BtNH, piece, dout_Btp), grads, None
+
+    dout_BtNH = zeros(out_BtNH.shape, dtype, like=dy_BtD)
     dout_BtNH, (dwo_nHD,), _ = fold_with_grads(
         body, dout_BtNH, (wo_nHD,), axes=how.axes, stream=how.stream, dtype=dtype
     )

@@ -34,6 +34,8 @@ class Stream(NamedTuple):
     """unroll the loop, so that a scheduler may overlap messages with work"""
     grad_dtype: str = "float32"
     """dtype in which weight gradients travel"""
+    tokens: int = 1 << 30
+    """tokens that meet a piece at a time, at most"""
 
 
 class Piece(NamedTuple):
@@ -83,8 +85,13 @@ def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
 
 
 def zeros(shape: Sequence[int], dtype: Any, like: jax.Array) -> jax.Array:
-    """Zeros that vary over the mesh axes that `like` varies over (loop carries must not change in that)."""
-    return _vary(jnp.zeros(shape, dtype), jax.typeof(like).mat.varying)
+    """Zeros that vary over the mesh axes that `like` varies over (loop carries must not change in that).
+
+    They are made where they are used: what does not depend on an array, the compiler makes once, outside of all loops,
+    and keeps.
+    """
+    zero = lax.optimization_barrier((jnp.zeros((), dtype), like[(0,) * like.ndim]))[0]
+    return _vary(jnp.broadcast_to(zero, shape), jax.typeof(like).mat.varying)
 
 
 def largest_divisor(value: int, at_most: int) -> int:
@@ -123,7 +130,7 @@ def fold(
         carry, y = body(carry, piece)
         return carry, (), y
 
-    carry, _, ys = _run(step, carry, shard, axes, stream, dtype)
+    carry, _, ys = _run(step, carry, shard, axes, stream, dtype, sends=False)
     return carry, ys
 
 
@@ -145,14 +152,14 @@ def fold_with_grads(
       as many messages).
     """
     # Without a barrier the compiler may find that rematerialised forward has fetched the same pieces, and keep them.
-    return _run(body, carry, lax.optimization_barrier(shard), axes, stream, dtype)
+    return _run(body, carry, lax.optimization_barrier(shard), axes, stream, dtype, sends=True)
 
 
-def _run(step, carry, shard, axes, stream, dtype):
+def _run(step, carry, shard, axes, stream, dtype, sends: bool):
     if stream.movement == "ring" and axes:
         return _ring(step, carry, shard, axes, stream, dtype)
     carrier = _Broadcast if stream.movement == "broadcast" and axes else _Gather
-    return _buckets(step, carry, carrier(shard, axes, stream, dtype), stream)
+    return _buckets(step, carry, carrier(shard, axes, stream, dtype), stream, sends)
 
 
 # ------------------------------------------------------------------------------------------------ packing
@@ -206,13 +213,16 @@ class _Gather:
     def piece(self, message: jax.Array, index) -> Piece:
         return Piece(_unpack(message, self.rows), index, 0, self.ranks, index)
 
-    def home(self, grads: Arrays, index) -> Arrays:
+    def outgoing(self, grads: Arrays) -> jax.Array | Arrays:
+        """The message of a piece's gradients."""
+        return _pack_grads(grads, self.ranks, self.grad_dtype) if self.axes else _like(grads, self.shard)
+
+    def home(self, message: Any, index) -> Arrays:
         """A piece's gradients -> this rank's share of their sum, each [rows, D]."""
         del index
         if not self.axes:
-            return _like(grads, self.shard)
+            return message
         with jax.named_scope("scatter"):
-            message = _pack_grads(grads, self.ranks, self.grad_dtype)
             mine = lax.optimization_barrier(lax.psum_scatter(message, self.axes))  # see scatter_sequence
             return _like(_unpack(mine, self.rows), self.shard)
 
@@ -237,10 +247,13 @@ class _Broadcast(_Gather):
         root, bucket = divmod(index, self.buckets)
         return Piece(_unpack(message, self.rows), index, root, 1, bucket)
 
-    def home(self, grads: Arrays, index: int) -> Arrays:
+    def outgoing(self, grads: Arrays) -> jax.Array:
+        return _pack_grads(grads, 1, self.grad_dtype)[0]
+
+    def home(self, message: jax.Array, index: int) -> Arrays:
         root = index // self.buckets
         with jax.named_scope("reduce"):
-            total = _tree_reduce(_pack_grads(grads, 1, self.grad_dtype)[0], self.axes, root, self.ranks)
+            total = _tree_reduce(message, self.axes, root, self.ranks)
             mine = jnp.where(lax.axis_index(self.axes) == root, total, jnp.zeros_like(total))
         return _like(_unpack(mine, self.rows), self.shard)
 
@@ -251,68 +264,98 @@ class _Broadcast(_Gather):
         )
 
 
-def _buckets(step, carry: Carry, carrier: _Gather, stream: Stream):
-    """Each piece is under way while the one before it is used."""
+def _buckets(step, carry: Carry, carrier: _Gather, stream: Stream, sends: bool):
+    """Each piece is under way while the one before it is used, and its gradients while the one after it is."""
 
     def turn(carry, message, index):
         carry, grads, y = step(carry, carrier.piece(message, index))
-        return carry, (carrier.home(grads, index) if grads else (), y)
+        return carry, carrier.outgoing(grads) if grads else (), y
 
-    carry, (homes, ys) = prefetched(
-        turn, lambda _, index: carrier.fetch(index), carry, carrier.steps,
+    carry, homes, ys = pipelined(
+        turn, lambda _, index: carrier.fetch(index), carrier.home if sends else None, carry, carrier.steps,
         remote=bool(carrier.axes), unroll=stream.unroll or isinstance(carrier, _Broadcast),
     )  # fmt: skip
-    return carry, carrier.collect(homes) if homes else (), ys
+    return carry, carrier.collect(homes) if sends else (), ys
 
 
-def prefetched(
-    turn: Callable[[Carry, Any, Any], tuple[Carry, Any]],
+def pipelined(
+    turn: Callable[[Carry, Any, Any], tuple[Carry, Any, Any]],
     fetch: Callable[[Carry, Any], Any],
+    send: Callable[[Any, Any], Any] | None,
     carry: Carry,
     steps: int,
     *,
     remote: bool,
     unroll: bool = False,
-) -> tuple[Carry, Any]:
-    """A loop in which each message is under way while the turn before it runs.
+) -> tuple[Carry, Any, Any]:
+    """A loop in which the next turn's message arrives, and what the last turn made leaves, while a turn runs.
 
     Args:
-      turn: (carry, message, index) -> (carry, y).
+      turn: (carry, message, index) -> (carry, what leaves, y).
       fetch: (carry, index) -> message of turn `index`; asked for before turn `index` - 1 has changed the carry.
+      send: (what leaves, index of the turn that made it) -> what comes of it; None: nothing leaves.
       carry: initial value.
       steps: number of turns.
-      remote: messages come from other ranks; else each is made when it is used, and none is held.
+      remote: messages go to and come from other ranks; else each is made when it is used, and none is held.
       unroll: no loop; indices are ints.
 
     Returns:
-      (carry, ys): ys stacked.
+      (carry, what came of sending, ys), the latter two stacked.
 
-    Keeps: two messages at a time.
+    Keeps: two messages, and two of what leaves.
     """
     last = steps - 1
+    done = send or (lambda leaving, index: ())
 
     def local_turn(carry, index):
-        return turn(carry, fetch(carry, index), index)
+        carry, leaving, y = turn(carry, fetch(carry, index), index)
+        return carry, (done(leaving, index), y)
 
     def ahead_turn(state, index):
-        carry, message = state
+        carry, message, left = state
         ahead = fetch(carry, index + 1)
-        carry, y = turn(carry, message, index)
-        return (carry, ahead), y
+        home = done(left, index - 1)
+        carry, leaving, y = turn(carry, message, index)
+        return (carry, ahead, leaving), (home, y)
 
     if unroll or last == 0:
-        message, ys = fetch(carry, 0), []
-        for index in range(steps):
-            ahead = fetch(carry, index + 1) if index < last else message
-            carry, y = turn(carry, message, index)
-            message = ahead
-            ys.append(y)
-        return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+        return _unrolled(turn, fetch, done, carry, steps)
     if not remote:
-        return lax.scan(local_turn, carry, jnp.arange(steps))
-    (carry, message), ys = lax.scan(ahead_turn, (carry, fetch(carry, 0)), jnp.arange(last))
-    carry, y = turn(carry, message, last)
-    return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), ys, y)
+        carry, (homes, ys) = lax.scan(local_turn, carry, jnp.arange(steps))
+        return carry, homes, ys
+    message, left, ys = fetch(carry, 0), (), []
+    if send:  # the first turn has nothing to send
+        ahead = fetch(carry, 1)
+        carry, left, y = turn(carry, message, 0)
+        message, ys = ahead, [_one(y)]
+    homes = []
+    if (first := len(ys)) < last:
+        (carry, message, left), (homes, more) = lax.scan(ahead_turn, (carry, message, left), jnp.arange(first, last))
+        homes, ys = [homes], [*ys, more]
+    home = done(left, last - 1)
+    carry, left, y = turn(carry, message, last)
+    homes = [*homes, _one(home), _one(done(left, last))] if send else homes
+    return carry, _joined(homes) if send else (), _joined([*ys, _one(y)])
+
+
+def _unrolled(turn, fetch, done, carry: Carry, steps: int):
+    message, leaving, homes, ys = fetch(carry, 0), None, [], []
+    for index in range(steps):
+        ahead = fetch(carry, index + 1) if index < steps - 1 else message
+        if index:
+            homes.append(_one(done(leaving, index - 1)))
+        carry, leaving, y = turn(carry, message, index)
+        message = ahead
+        ys.append(_one(y))
+    return carry, _joined([*homes, _one(done(leaving, steps - 1))]), _joined(ys)
+
+
+def _one(tree: Any) -> Any:
+    return jax.tree.map(lambda array: array[None], tree)
+
+
+def _joined(stacks: list[Any]) -> Any:
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
 
 
 def _rounds(ranks: int, root: int, axes: tuple[str, ...]):

@@ -87,11 +87,13 @@ def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
 def zeros(shape: Sequence[int], dtype: Any, like: jax.Array) -> jax.Array:
     """Zeros that vary over the mesh axes that `like` varies over (loop carries must not change in that).
 
-    They are made where they are used: what does not depend on an array, the compiler makes once, outside of all loops,
-    and keeps.
+    They are made after `like`. Zeros that depend on no array are made once by the compiler, outside of all loops, kept
+    as long as the program runs, and copied to each place that wants them.
     """
-    zero = lax.optimization_barrier((jnp.zeros((), dtype), like[(0,) * like.ndim]))[0]
-    return _vary(jnp.broadcast_to(zero, shape), jax.typeof(like).mat.varying)
+    bits = jnp.dtype(f"uint{8 * like.dtype.itemsize}")
+    first = lax.bitcast_convert_type(like[(0,) * like.ndim], bits)
+    zero = lax.shift_right_logical(lax.shift_right_logical(first, bits.type(8 * bits.itemsize - 1)), bits.type(1))
+    return _vary(jnp.broadcast_to(zero.astype(dtype), shape), jax.typeof(like).mat.varying)
 
 
 def largest_divisor(value: int, at_most: int) -> int:

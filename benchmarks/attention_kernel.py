@@ -1,8 +1,8 @@
 """Time and error of attention kernels, forward and backward, at one rank's shape; runs alternate.
 
 Queries are one rank's zigzag tokens, keys all ranks'. cuDNN knows no positions: it gets a causal square with as many
-allowed pairs, and its time is scaled by what rounding changed. The rates printed, over `Hardware.sustained_flops`, are what
-`Hardware.attention_forward` and `attention_backward` assume.
+allowed pairs, and its time is scaled by what rounding changed. The rates printed, over `Hardware.sustained_flops`, are
+what `Hardware.attention_forward` and `attention_backward` assume.
 
 On a GPU: python benchmarks/attention_kernel.py
 On a CPU, interpreted, to see that it runs: python benchmarks/attention_kernel.py --seq-len 256 --ranks 4 --head-dim 16

@@ -1,7 +1,8 @@
 """Time and error of attention kernels, forward and backward, at one rank's shape; runs alternate.
 
 Queries are one rank's zigzag tokens, keys all ranks'. cuDNN knows no positions: it gets a causal square with as many
-allowed pairs, and its time is scaled by what rounding changed.
+allowed pairs, and its time is scaled by what rounding changed. The rates printed, over `Hardware.sustained_flops`, are
+what `Hardware.attention_forward` and `attention_backward` assume.
 
 On a GPU: python benchmarks/attention_kernel.py
 On a CPU, interpreted, to see that it runs: python benchmarks/attention_kernel.py --seq-len 256 --ranks 4 --head-dim 16
@@ -12,7 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,31 +54,49 @@ def inputs(args: Args) -> tuple[Any, ...]:
     return *(x.astype(args.dtype) for x in (queries[0], *keys, queries[1])), *tokens
 
 
-def forward_backward(arch: str, blocks: Blocks) -> Callable[..., tuple[jax.Array, ...]]:
-    """(out, dq, dk, dv) of one of our kernels."""
+class Runs(NamedTuple):
+    """One kernel on its inputs."""
 
-    def run(q, k, v, dout, queries, keys):
+    forward: Callable[[], Any]
+    both: Callable[[], tuple[jax.Array, ...]]
+    """forward and backward: (out, dq, dk, dv)"""
+    scale: float = 1.0
+    """how many of our pairs of tokens are one of its"""
+
+
+def ours(arch: str, blocks: Blocks, arrays: tuple[Any, ...]) -> Runs:
+    """One of our kernels."""
+    q, k, v, dout, *tokens = arrays
+
+    @jax.jit
+    def forward(q, k, v, queries, keys):
+        return kernels.attend(arch, q, k, v, queries, keys, blocks)
+
+    @jax.jit
+    def both(q, k, v, dout, queries, keys):
         out, lse = kernels.attend(arch, q, k, v, queries, keys, blocks)
         return out, *kernels.attend_backward(arch, q, k, v, queries, keys, out, lse, dout, blocks)
 
-    return jax.jit(run)
+    return Runs(lambda: forward(q, k, v, *tokens), lambda: both(q, k, v, dout, *tokens))
 
 
-def cudnn(args: Args, allowed_pairs: int) -> tuple[Callable[[], Any], float]:
-    """A run of cuDNN's causal attention, and how many pairs of ours are one of its."""
+def cudnn(args: Args, allowed_pairs: int) -> Runs:
+    """cuDNN's causal attention over a square of as much work."""
     length = max(128, round((2 * allowed_pairs) ** 0.5 / 128) * 128)
     heads = (1, length, args.kv_heads * args.group, args.head_dim), (1, length, args.kv_heads, args.head_dim)
     q, k, v, dout = (jax.random.normal(jax.random.key(i), heads[i in (1, 2)]).astype(args.dtype) for i in range(4))
 
     @jax.jit
-    def run(q, k, v, dout):
-        def attend(q, k, v):
-            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    def forward(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
-        out, vjp = jax.vjp(attend, q, k, v)
+    @jax.jit
+    def both(q, k, v, dout):
+        out, vjp = jax.vjp(forward, q, k, v)
         return out, *vjp(dout)
 
-    return lambda: run(q, k, v, dout), allowed_pairs / (length * (length + 1) / 2)
+    scale = allowed_pairs / (length * (length + 1) / 2)
+    return Runs(lambda: forward(q, k, v), lambda: both(q, k, v, dout), scale)
 
 
 def errors(actual: Any, desired: Any) -> dict[str, float]:
@@ -98,32 +117,28 @@ def main(args: Args) -> None:
     """Prints a JSON line for each kernel; `ratio` is time over that of the fused kernel, pair by pair."""
     device = jax.devices()[0]
     mesh = make_mesh({"one": 1}, [device])
-    on_cpu = device.platform == "cpu"
-    arch = "interpret" if on_cpu else kernels.choose("fused", mesh, args.head_dim, args.dtype)
+    arch = "interpret" if device.platform == "cpu" else kernels.choose("fused", mesh, args.head_dim, args.dtype)
     arrays, blocks = inputs(args), Blocks(args.blocks, args.blocks)
-    positions = np.asarray(arrays[-2].positions[0], np.int64)
-    allowed_pairs = int((positions + 1).sum())
-    run_fused, run_xla = forward_backward(arch, blocks), forward_backward("", blocks)
-    runs = {"fused": (lambda: run_fused(*arrays), 1.0), "xla": (lambda: run_xla(*arrays), 1.0)}
+    allowed_pairs = int((np.asarray(arrays[-2].positions[0], np.int64) + 1).sum())
+    runs = {"fused": ours(arch, blocks, arrays), "xla": ours("", blocks, arrays)}
     if arch.startswith("sm_"):
         runs["cudnn"] = cudnn(args, allowed_pairs)
     with jax.default_matmul_precision("highest"):
-        exact = run_xla(*(x.astype(jnp.float32) for x in arrays[:4]), *arrays[4:])
+        exact = ours("", blocks, (*(x.astype(jnp.float32) for x in arrays[:4]), *arrays[4:])).both()
         jax.block_until_ready(exact)
-    error = {name: errors(runs[name][0](), exact) for name in ("fused", "xla")}
-    times = {name: [] for name in runs}
-    for run, _ in runs.values():
-        seconds(run)
-    for _ in range(args.pairs):
-        for name, (run, scale) in runs.items():
-            times[name].append(seconds(run) * scale)
-    operations = 14 * allowed_pairs * args.head_dim * args.kv_heads * args.group
-    for name, taken in times.items():
+    error = {name: errors(runs[name].both(), exact) for name in ("fused", "xla")}
+    times = measure(runs, args.pairs)
+    products = 2 * allowed_pairs * args.head_dim * args.kv_heads * args.group
+    for name, (forward, both) in times.items():
+        backward = statistics.median(b - f for f, b in zip(forward, both, strict=True))
         line = {
             "kernel": name,
-            "seconds": statistics.median(taken),
-            "ratio": statistics.median(t / f for t, f in zip(taken, times["fused"], strict=True)),
-            "tflops": operations / statistics.median(taken) / 1e12,
+            "seconds": statistics.median(both),
+            "ratio": statistics.median(t / f for t, f in zip(both, times["fused"][1], strict=True)),
+            # Of the 2 products of a forward and the 5 of a backward pass, whatever a kernel computes again.
+            "tflops": 7 * products / statistics.median(both) / 1e12,
+            "forward_tflops": 2 * products / statistics.median(forward) / 1e12,
+            "backward_tflops": 5 * products / backward / 1e12,
             "max_error": error.get(name),
             "device": device.device_kind,
             "arch": arch,
@@ -131,6 +146,19 @@ def main(args: Args) -> None:
             "config": dataclasses.asdict(args),
         }
         print(json.dumps(line), flush=True)
+
+
+def measure(runs: dict[str, Runs], pairs: int) -> dict[str, tuple[list[float], list[float]]]:
+    """Kernel -> (seconds forward, seconds of both), each `pairs` times after a warm-up; kernels alternate."""
+    for run in runs.values():
+        seconds(run.forward)
+        seconds(run.both)
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
+    for _ in range(pairs):
+        for name, run in runs.items():
+            times[name][0].append(seconds(run.forward) * run.scale)
+            times[name][1].append(seconds(run.both) * run.scale)
+    return times
 
 
 if __name__ == "__main__":

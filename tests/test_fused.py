@@ -1,6 +1,5 @@
 """Fused attention: interpreted on CPU against the plain mathematics; compiled for GPUs where their compilers are."""
 
-import dataclasses
 import re
 from collections import Counter
 
@@ -224,14 +223,10 @@ def test_under_shard_map():
 
 
 def devices_of(name: str):
-    """A topology's; AMD's are named by their architecture, as Pallas from jax 0.12 on asks for."""
-    hardware, arch = HARDWARE[name], {"mi300x": "gfx942", "mi355x": "gfx950"}.get(name)
-    if not installed(hardware.platform):
+    """A topology's."""
+    if not installed(HARDWARE[name].platform):
         pytest.skip("its compiler is not installed")
-    if arch:
-        head, _, _ = hardware.description.rpartition("device_description_str:")
-        hardware = dataclasses.replace(hardware, description=f'{head}device_description_str: "{arch}"\n')
-    return np.array(Target(hardware, 8).devices())
+    return np.array(Target(HARDWARE[name], 8).devices())
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")

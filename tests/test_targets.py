@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tsp_jax.errors import ConfigError
-from tsp_jax.inspect import collectives, parse
+from tsp_jax.inspect import report
 from tsp_jax.targets import HARDWARE, parse_target
 
 PLUGINS = {"rocm": "jax_plugins.xla_rocm7", "cuda": "jax_plugins.xla_cuda12", "tpu": "libtpu"}
@@ -61,7 +61,9 @@ def test_programs_compile_for_absent_hardware(name):
         out_specs=PartitionSpec("tsp"),
     )  # fmt: skip
     x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("tsp")))
-    (found,) = collectives(parse(jax.jit(gather).lower(x).compile().as_text()), {"tsp": 8})
+    result = report(jax.jit(gather).lower(x))
+    assert result.hardware == HARDWARE[name]
+    (found,) = result.collectives
     assert found.op in ("all-gather", "all-reduce", "reduce-scatter")
     assert found.axis == "tsp"
 

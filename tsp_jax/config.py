@@ -148,9 +148,9 @@ class StreamConfig:
     """key tokens in one block of blockwise attention"""
     grad_dtype: DType = "float32"
     """dtype in which weight gradients travel to their owner"""
-    kernel: Kernel = "xla"
+    kernel: Kernel = "auto"
     """attention on one device: xla runs everywhere; fused is for MI300X, MI355X and H100, and has not run on one yet;
-    auto: fused where it is supported"""
+    auto: fused there, for heads of at most 512 bytes, and xla elsewhere"""
 
     def __post_init__(self):
         _choices("stream.", self)

@@ -45,6 +45,8 @@ class Hardware:
     """share of sustained_flops that the fused attention kernel reaches; `attention_backward` likewise"""
     attention_backward: float = 1.0
     attention_source: str = "no fused kernel is known"
+    topology_kind: str = ""
+    """what devices of a topology call themselves, where that does not hold the name"""
     description: str = ""
     """the compiler's own description of the device (GPU): XLA's GpuTargetConfig as text"""
 
@@ -78,7 +80,7 @@ def _gpu(info: dict[str, Any], capability: str, platform: str, dnn: str, name: s
 _BLOCK = {"threads_per_block_limit": 1024, "threads_per_core_limit": 2048, "fpus_per_core": 128}
 
 
-def _amd(name: str, gfx: str, cores: int, shared: int, clock_ghz: float, memory: int, bandwidth: int) -> str:
+def _amd(gfx: str, cores: int, shared: int, clock_ghz: float, memory: int, bandwidth: int) -> str:
     limits = {"block_dim_limit_x": 2147483647, "block_dim_limit_y": 65536, "block_dim_limit_z": 65536}
     shared_memory = dict.fromkeys(
         ("shared_memory_per_block", "shared_memory_per_core", "shared_memory_per_block_optin"), shared
@@ -88,7 +90,8 @@ def _amd(name: str, gfx: str, cores: int, shared: int, clock_ghz: float, memory:
     info |= {"threads_per_warp": 64, "core_count": cores, "clock_rate_ghz": clock_ghz, "l2_cache_size": 4194304}
     info |= {"memory_bandwidth": bandwidth, "device_memory_size": memory}
     capability = f'rocm_compute_capability {{ gcn_arch_name: "{gfx}:sramecc+:xnack-" }}'
-    return _gpu(info, capability, "ROCM", "major: 1 minor: 3 patch: 0", name)
+    # Named by architecture: Pallas of jax 0.12 reads off the name of an absent device what it compiles for.
+    return _gpu(info, capability, "ROCM", "major: 1 minor: 3 patch: 0", gfx)
 
 
 _H100 = _BLOCK | {
@@ -109,7 +112,8 @@ HARDWARE = {
             source="placeholders of a small host: virtual devices share one memory",
         ),
         Hardware(
-            name="mi300x", platform="rocm", memory_bytes=192e9, memory_bandwidth=5.3e12, peak_flops=1307e12,
+            name="mi300x", platform="rocm", topology_kind="gfx942",
+            memory_bytes=192e9, memory_bandwidth=5.3e12, peak_flops=1307e12,
             links="full_mesh", num_links=7, link_bandwidth=48e9, node_size=8, node_bandwidth=50e9,
             sustained_flops=620e12, sustained_bandwidth=4.1e12, host_bandwidth=50e9,
             source="AMD MI300X data sheet; usable xGMI rate from AMD's ROCm blog, March 2025 (64 GB/s raw); bf16 "
@@ -118,10 +122,11 @@ HARDWARE = {
             attention_forward=0.7, attention_backward=0.45,
             attention_source="forward: the share that Triton's kernel reaches on MI355X, assumed here too; "
             "backward: as much slower than forward as Triton's kernels are on H100: assumed, no measurement known",
-            description=_amd("AMD Instinct MI300X", "gfx942", 304, 65536, 2.1, 206141652992, 5300000000000),
+            description=_amd("gfx942", 304, 65536, 2.1, 206141652992, 5300000000000),
         ),
         Hardware(
-            name="mi355x", platform="rocm", memory_bytes=288e9, memory_bandwidth=8e12, peak_flops=2500e12,
+            name="mi355x", platform="rocm", topology_kind="gfx950",
+            memory_bytes=288e9, memory_bandwidth=8e12, peak_flops=2500e12,
             links="full_mesh", num_links=7, link_bandwidth=58e9, node_size=8, node_bandwidth=50e9,
             sustained_flops=1180e12, sustained_bandwidth=6.2e12, host_bandwidth=50e9,
             source="AMD MI355X data sheet (xGMI 76.8 GB/s raw; usable rate scaled as on MI300X); sustained rates are "
@@ -129,7 +134,7 @@ HARDWARE = {
             attention_forward=0.7, attention_backward=0.45,
             attention_source="forward: Triton's kernel at 845 TFLOP/s, causal, 16 K tokens, heads of 128, by "
             "HipKittens (arXiv 2511.08083); backward: as much slower as Triton's kernels are on H100: assumed",
-            description=_amd("AMD Instinct MI355X", "gfx950", 256, 163840, 2.4, 309220868096, 8000000000000),
+            description=_amd("gfx950", 256, 163840, 2.4, 309220868096, 8000000000000),
         ),
         Hardware(
             name="h100", platform="cuda", memory_bytes=80e9, memory_bandwidth=3.35e12, peak_flops=989e12,

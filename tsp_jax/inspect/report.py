@@ -178,4 +178,5 @@ def _hardware(target: str | Hardware | None, mesh: Any) -> Hardware | None:
         return None
     device = mesh.devices.flat[0]
     kind = f"{device.platform} {device.device_kind}".lower()
-    return next((hardware for name, hardware in HARDWARE.items() if name in kind), None)
+    fits = (h for name, h in HARDWARE.items() if name in kind or device.device_kind == h.topology_kind)
+    return next(fits, None)

@@ -27,20 +27,24 @@ class Tiles(NamedTuple):
 
 
 _AMD = {
+    128: Tiles(Tile(128, 64, 4, 1), Tile(128, 32, 4, 1), Tile(32, 128, 4, 1)),
     256: Tiles(Tile(128, 64, 4, 1), Tile(128, 64, 4, 1), Tile(32, 128, 4, 1)),
     512: Tiles(Tile(128, 32, 4, 1), Tile(64, 32, 4, 1), Tile(16, 64, 4, 1)),
 }
+_CDNA4 = _AMD | {256: _AMD[256]._replace(forward=Tile(128, 32, 4, 1))}
 _HOPPER = {
     256: Tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
     512: Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
 }
 _SMALL = Tiles(Tile(8, 8, 4, 1), Tile(8, 4, 4, 1), Tile(4, 8, 4, 1))
-TILES = {"gfx942": _AMD, "gfx950": _AMD, "sm_90": _HOPPER, "interpret": {1 << 30: _SMALL}}
+TILES = {"gfx942": _AMD, "gfx950": _CDNA4, "sm_90": _HOPPER, "interpret": {1 << 30: _SMALL}}
 """arch -> bytes of a token's head, at most -> tiles: the largest that compilers keep in registers; none of it is timed.
 
 AMD: operands take turns in LDS (16 to 64 KiB), so registers set the limit; a second stage would leave one wavefront a
-SIMD, where two hide latency from each other (forward). Hopper: products of 64 rows to a warp group, 96 to 200 KiB of
+SIMD, where two hide latency from each other (forward). A wavefront has 32 rows of a product: with 16 of them, in blocks
+of eight, reading LDS would take as long as multiplying. Hopper: products of 64 rows to a warp group, 96 to 200 KiB of
 shared memory; a third stage reads numbers of tiles ahead of tiles. interpret: so small that short sequences have many.
+What the compilers made of them, and of others: benchmarks/attention_kernel.md.
 """
 
 

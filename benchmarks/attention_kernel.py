@@ -75,7 +75,7 @@ def ours(arch: str, blocks: Blocks, arrays: tuple[Any, ...]) -> Runs:
     @jax.jit
     def both(q, k, v, dout, queries, keys):
         out, lse = kernels.attend(arch, q, k, v, queries, keys, blocks)
-        return out, *kernels.attend_backward(arch, q, k, v, queries, keys, out, lse, dout, blocks)
+        return out, *kernels.attend_backward(arch, q, k, v, queries, keys, kernels.delta(out, dout), lse, dout, blocks)
 
     return Runs(lambda: forward(q, k, v, *tokens), lambda: both(q, k, v, dout, *tokens))
 

@@ -40,7 +40,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tsp_jax.ops import kernels
 from tsp_jax.ops.kernels import fused
-from tsp_jax.ops.kernels.blockwise import Blocks, Tokens
+from tsp_jax.ops.kernels.blockwise import Blocks, Tokens, delta
 from tsp_jax.ops.kernels.tiles import Tile, Tiles, tiles_of
 from tsp_jax.targets import parse_target, use_target
 
@@ -73,7 +73,7 @@ def compile_kernels(mesh: Mesh, args: Args, head_dim: int, tiles: Tiles) -> None
     def run(q, k, v, dout, queries, keys):
         out, lse = fused.attend(q, k, v, queries, keys, Blocks(1, 1), arch=arch, tiles=tiles)
         return out, fused.attend_backward(
-            q, k, v, queries, keys, out, lse, dout, Blocks(1, 1), arch=arch, tiles=tiles
+            q, k, v, queries, keys, delta(out, dout), lse, dout, Blocks(1, 1), arch=arch, tiles=tiles
         )  # fmt: skip
 
     q = like(1, length, heads, args.group, head_dim, dtype=args.dtype)

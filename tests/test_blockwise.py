@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import BF16_TOLERANCE, F32_TOLERANCE, assert_trees_near, normal, packed_batch
 from tsp_jax.ops import reference
-from tsp_jax.ops.kernels.blockwise import MASKED, Blocks, Tokens, attend, attend_backward
+from tsp_jax.ops.kernels.blockwise import MASKED, Blocks, Tokens, attend, attend_backward, delta
 from tsp_jax.training.data import sequence_order
 
 B, S, H = 2, 48, 10
@@ -53,7 +53,7 @@ backward = jax.jit(attend_backward, static_argnames="blocks")
 def run(q, k, v, dout, queries, keys, blocks):
     """(out, lse, (dq, dk, dv))"""
     out, lse = attend(q, k, v, queries, keys, blocks)
-    return out, lse, attend_backward(q, k, v, queries, keys, out, lse, dout, blocks)
+    return out, lse, attend_backward(q, k, v, queries, keys, delta(out, dout), lse, dout, blocks)
 
 
 jitted_run = jax.jit(run, static_argnums=6)
@@ -190,7 +190,7 @@ def test_gradients_reach_exactly_the_allowed_keys(rank, packed):
     @jax.vmap
     def gradients(chosen_t):
         one = jnp.where(chosen_t[None, :, None, None, None], dout, 0.0)
-        return backward(q, k, v, queries, keys, out, lse, one, case.blocks)
+        return backward(q, k, v, queries, keys, delta(out, one), lse, one, case.blocks)
 
     dq, dk, dv = gradients(np.eye(q.shape[1], dtype=bool))
     allowed = (keys.positions[0] <= queries.positions[0][:, None]) & (keys.segments[0] == queries.segments[0][:, None])
@@ -303,8 +303,8 @@ def test_query_blocks_before_every_key_are_not_visited_backward():
     early = np.arange(S) < S // 2
     out, lse = forward(q, k[:, late], v[:, late], queries, keys, case.blocks)
     run_backward = functools.partial(
-        backward, k_BSKH=k[:, late], v_BSKH=v[:, late], queries=queries, keys=keys, out_BTKGH=out, lse_BTKG=lse,
-        blocks=case.blocks,
+        backward, k_BSKH=k[:, late], v_BSKH=v[:, late], queries=queries, keys=keys, delta_BTKG=delta(out, dout),
+        lse_BTKG=lse, blocks=case.blocks,
     )  # fmt: skip
     clean = run_backward(q, dout_BTKGH=dout)
     poisoned = run_backward(poison(q, early), dout_BTKGH=poison(dout, early))
@@ -336,7 +336,7 @@ def visited(case: Case, in_backward: bool) -> int:
         spoiled = poison(k, np.arange(S) // size == j)
         if in_backward:
             out, lse = forward(q, k, v, queries, keys, case.blocks)
-            result = backward(q, spoiled, v, queries, keys, out, lse, dout, case.blocks)[0]
+            result = backward(q, spoiled, v, queries, keys, delta(out, dout), lse, dout, case.blocks)[0]
         else:
             result = forward(q, spoiled, v, queries, keys, case.blocks)[1]
         bad = np.isnan(np.asarray(result)).reshape(q.shape[1] // case.blocks.query, -1).any(axis=1)

@@ -20,7 +20,7 @@ from tsp_jax.inspect.hlo import declared_trips
 from tsp_jax.inspect.schedule import readable_scope
 from tsp_jax.inspect.timeline import Timeline, simulate
 from tsp_jax.inspect.trace import write_trace
-from tsp_jax.ops.kernels.blockwise import Blocks, Tokens, attend, attend_backward, mean_visits
+from tsp_jax.ops.kernels.blockwise import Blocks, Tokens, attend, attend_backward, delta, mean_visits
 from tsp_jax.training.data import sequence_order
 
 UNIT = dataclasses.replace(
@@ -726,7 +726,7 @@ def test_attention_declares_its_visits():
 
     def step(q, k, queries, keys):
         out, lse = attend(q, k, k, queries, keys, blocks)
-        return attend_backward(q, k, k, queries, keys, out, lse, out, blocks)
+        return attend_backward(q, k, k, queries, keys, delta(out, out), lse, out, blocks)
 
     text = jax.jit(step).lower(q, k, queries, keys).compile().as_text()
     assert text

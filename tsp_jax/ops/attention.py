@@ -150,13 +150,14 @@ def _sequence_backward(static: Projections, residuals, dout_BtKGH):
 
     def turn(carry, keys_values, index):
         group = _Group(index, size)
-        out, lse, dout = (group.take(array) for array in (out_BtKGH, lse_BtKG, dout_BtKGH))
+        saved = (group.take(array) for array in (delta_BtKG, lse_BtKG, dout_BtKGH))
         grads = kernels.attend_backward(
-            config.arch, group.take(carry[0]), *keys_values, tokens_Bt, keys_BS, out, lse, dout, blocks
+            config.arch, group.take(carry[0]), *keys_values, tokens_Bt, keys_BS, *saved, blocks
         )
         grads = (grads[0], *scatter_sequence(*grads[1:], axes=axes))
         return tuple(group.put(array, grad) for array, grad in zip(carry, grads, strict=True)), (), ()
 
+    delta_BtKG = kernels.delta(out_BtKGH, dout_BtKGH)
     # Gradients take the places of queries, keys and values as these have been used.
     carry, unroll = (q_BtKGH, k_BtKH, v_BtKH), static.queries.stream.unroll
     grads, *_ = pipelined(turn, fetch, None, carry, count, remote=bool(axes), unroll=unroll)

@@ -13,6 +13,8 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.ops.kernels import blockwise, fused
 from tsp_jax.ops.kernels.tiles import TILES, supports
 
+delta = blockwise.delta
+
 _KINDS = {
     "AMD Instinct MI300": "gfx942", "AMD Instinct MI325": "gfx942", "gfx942": "gfx942",
     "AMD Instinct MI35": "gfx950", "gfx950": "gfx950",

@@ -110,13 +110,21 @@ def attend(
     return cut.uncut_queries(out_nBKMH), cut.uncut_queries(lse_nBKM[..., None])[..., 0]
 
 
+def delta(out_BTKGH: jax.Array, dout_BTKGH: jax.Array) -> jax.Array:
+    """``sum_H(out dout)``, [B, T, K, G] float32: all that backward needs of the outputs.
+
+    Source: Dao et al., arXiv 2205.14135, appendix B.
+    """
+    return (dout_BTKGH.astype(jnp.float32) * out_BTKGH.astype(jnp.float32)).sum(axis=-1)
+
+
 def attend_backward(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     queries: Tokens,
     keys: Tokens,
-    out_BTKGH: jax.Array,
+    delta_BTKG: jax.Array,
     lse_BTKG: jax.Array,
     dout_BTKGH: jax.Array,
     blocks: Blocks,
@@ -128,7 +136,6 @@ def attend_backward(
     """
     cut = _Cut(q_BTKGH, k_BSKH, queries, keys, blocks)
     dtype = q_BTKGH.dtype
-    delta_BTKG = (dout_BTKGH.astype(jnp.float32) * out_BTKGH.astype(jnp.float32)).sum(axis=-1)
     q_nBKMH, dout_nBKMH = cut.queries(q_BTKGH), cut.queries(dout_BTKGH)
     k_nBKCH, v_nBKCH = cut.keys(k_BSKH), cut.keys(v_BSKH)
     lse_nBKM = cut.queries(lse_BTKG[..., None])[..., 0]

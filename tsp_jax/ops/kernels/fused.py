@@ -77,7 +77,7 @@ def attend_backward(
     v_BSKH: jax.Array,
     queries: Tokens,
     keys: Tokens,
-    out_BTKGH: jax.Array,
+    delta_BTKG: jax.Array,
     lse_BTKG: jax.Array,
     dout_BTKGH: jax.Array,
     blocks: Blocks,
@@ -90,12 +90,11 @@ def attend_backward(
     Two kernels: dq by query tiles; dk and dv by key tiles, over the G query heads of a KV head. Both compute the scores
     (7 matrix products for a pair of tiles, not 5), and neither needs atomics or a float32 accumulator in memory.
 
-    Keeps: as `attend`, for both kernels, and delta [B, T, K, G] float32.
+    Keeps: as `attend`, for both kernels.
     Source: Dao, arXiv 2307.08691, algorithm 2.
     """
     del blocks
     tiles = tiles or tiles_of(arch, q_BTKGH.shape, q_BTKGH.dtype)
-    delta_BTKG = (dout_BTKGH.astype(jnp.float32) * out_BTKGH.astype(jnp.float32)).sum(axis=-1)
     lse_BTKG = lse_BTKG * jnp.float32(LOG2_E)
 
     def run(kernel, products: int, tile: Tile, by_key: bool, outputs: Sequence[str]):

@@ -308,6 +308,10 @@ def _attention_cases():
         for turn, heads in enumerate(HEADS, start=number):
             if turn % 2 == 0 or layout in ("tp8", "tsp8", "mix2_4"):
                 yield layout, heads, Stream(("gather", "broadcast")[turn // 2 % 2], unroll=turn // 4 % 2 == 1)
+    for number, layout in enumerate(ATTENTION_LAYOUTS[3:]):
+        for turn, heads in enumerate(HEADS, start=number):
+            if turn % 2 == 0 or layout == "mix2_4":
+                yield layout, heads, Stream("activations", unroll=turn // 2 % 2 == 1)
 
 
 @pytest.mark.parametrize(("layout", "heads", "stream"), list(_attention_cases()))

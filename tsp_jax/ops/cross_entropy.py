@@ -147,8 +147,9 @@ def _moved_forward(x_BtD, table_vD, labels_Bt, folded, stream):
     (labels_BT,) = gather_sequence(labels_Bt, axes=folded)
     labels_BT -= lax.axis_index(folded) * table_vD.shape[0]
 
-    def body(carry, arrived, labels):
-        sums = _visit(_start(*labels, x_BtD), *arrived, *labels, piece, table_vD.shape[0])
+    def body(carry, arrived, here):
+        (x_BpD,), (labels_Bp,) = arrived, here
+        sums = _visit(_start(labels_Bp, x_BpD), x_BpD, labels_Bp, piece, table_vD.shape[0])
         return carry, (), _finish(sums)
 
     _, _, parts_BT = fold_tokens(body, (), (x_BtD,), (labels_BT,), axes=folded, stream=stream)
@@ -171,9 +172,9 @@ def _moved_backward(folded, stream, residuals, cotangents):
     told_BT = gather_sequence(lse_Bt, *cotangents, axes=folded)
 
     def body(dtable_vD, arrived, here):
-        labels, lse, *cotangents = here
-        dx, grad = _visit_vjp(*arrived, labels, lse, cotangents, piece, table_vD.shape[0])
-        return dtable_vD + grad, (dx.astype(x_BtD.dtype),), ()
+        (x_BpD,), (labels_Bp, lse_Bp, *cotangents) = arrived, here
+        dx_BpD, grad = _visit_vjp(x_BpD, labels_Bp, lse_Bp, cotangents, piece, table_vD.shape[0])
+        return dtable_vD + grad, (dx_BpD.astype(x_BtD.dtype),), ()
 
     dtable_vD = zeros(table_vD.shape, jnp.float32, like=x_BtD)
     arrive, here = (lax.optimization_barrier(x_BtD),), (labels_BT, *told_BT)  # see fold_with_grads

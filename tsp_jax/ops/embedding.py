@@ -103,9 +103,10 @@ def _moved_forward(ids_Bt, table_vD, folded, stream, dtype):
     (ids_BT,) = gather_sequence(ids_Bt, axes=folded)
     ids_BT -= lax.axis_index(folded) * table_vD.shape[0]
 
-    def body(carry, _, ids):
-        zero = zeros((*ids[0].shape, table_vD.shape[-1]), dtype, like=table_vD)
-        return carry, (_rows_or(zero, *ids, piece, table_vD.shape[0]),), ()
+    def body(carry, _, here):
+        (ids_Bp,) = here
+        zero_BpD = zeros((*ids_Bp.shape, table_vD.shape[-1]), dtype, like=table_vD)
+        return carry, (_rows_or(zero_BpD, ids_Bp, piece, table_vD.shape[0]),), ()
 
     _, (x_BtD,), _ = fold_tokens(body, (), (), (ids_BT,), axes=folded, stream=stream)
     return x_BtD, (ids_BT, table_vD)
@@ -115,8 +116,9 @@ def _moved_backward(folded, stream, dtype, residuals, dx_BtD):
     ids_BT, table_vD = residuals
     piece = resident_piece(table_vD, dtype)
 
-    def body(dtable_vD, arrived, ids):
-        return dtable_vD + _rows_grad(*arrived, *ids, piece, table_vD.shape[0]), (), ()
+    def body(dtable_vD, arrived, here):
+        (dx_BpD,), (ids_Bp,) = arrived, here
+        return dtable_vD + _rows_grad(dx_BpD, ids_Bp, piece, table_vD.shape[0]), (), ()
 
     dtable_vD = zeros(table_vD.shape, jnp.float32, like=dx_BtD)
     dtable_vD, _, _ = fold_tokens(body, dtable_vD, (dx_BtD,), (ids_BT,), axes=folded, stream=stream)

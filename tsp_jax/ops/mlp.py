@@ -118,7 +118,7 @@ def _moved_forward(x_BtD, weights, folded, stream, activation):
     resident = held(weights, x_BtD.dtype)
 
     def body(carry, arrived, _):
-        return carry, (_partial(activation, *arrived, resident).astype(x_BtD.dtype),), ()
+        return carry, (_partial(activation, arrived[0], resident).astype(x_BtD.dtype),), ()
 
     _, (y_BtD,), _ = fold_tokens(body, (), (x_BtD,), axes=folded, stream=stream)
     return y_BtD, (x_BtD, weights)
@@ -129,8 +129,9 @@ def _moved_backward(folded, stream, activation, residuals, dy_BtD) -> tuple[Any,
     resident = held(weights, x_BtD.dtype)
 
     def body(grads, arrived, _):
-        dx_BtD, more = _partial_vjp(activation, *arrived, resident)
-        return add(grads, more), (dx_BtD.astype(x_BtD.dtype),), ()
+        x_BpD, dy_BpD = arrived
+        dx_BpD, more = _partial_vjp(activation, x_BpD, dy_BpD, resident)
+        return add(grads, more), (dx_BpD.astype(x_BtD.dtype),), ()
 
     grads = tuple(zeros(weight.shape, jnp.float32, like=x_BtD) for weight in weights)
     arrive = lax.optimization_barrier((x_BtD, dy_BtD))  # see fold_with_grads

@@ -42,7 +42,7 @@ def fold_tokens(
       arrive: this rank's tokens, each [B, t, ...]; gathered a piece at a time.
       here: what this rank has of all ranks' tokens already, each [B, R t, ...], ranks in order.
       axes: folded mesh axes, at least one.
-      stream: buckets and unrolling; the pieces are as many as the largest divisor of t that buckets do not fall below.
+      stream: buckets and unrolling; there are as many pieces as the largest divisor of t that is at most the buckets.
 
     Returns:
       (carry, home, kept): home, each [B, t, ...], are this rank's tokens of the partials' sums over ranks; kept, each
@@ -50,52 +50,72 @@ def fold_tokens(
 
     Moves: (R - 1) / R of all ranks' tokens for each of `arrive` (all-gather) and of the partials (reduce-scatter).
     """
-    ranks = lax.axis_size(axes)
-    tokens = arrive[0].shape[1] if arrive else here[0].shape[1] // ranks
-    pieces = largest_divisor(tokens, stream.buckets)
-    arrive = tuple(a.reshape(a.shape[0], pieces, -1, *a.shape[2:]) for a in arrive)
-    here = tuple(a.reshape(a.shape[0], ranks, pieces, -1, *a.shape[2:]) for a in here)
-
-    def fetch(index) -> Arrays:
-        mine = (lax.dynamic_index_in_dim(a, index, axis=1, keepdims=False) for a in arrive)
-        with jax.named_scope("gather_tokens"):
-            return tuple(lax.all_gather(a, axes, axis=1, tiled=True) for a in mine)
-
-    def send_home(partial: Arrays) -> Arrays:
-        with jax.named_scope("scatter_tokens"):
-            home = (lax.psum_scatter(a, axes, scatter_dimension=1, tiled=True) for a in partial)
-            return tuple(lax.optimization_barrier(a) for a in home)  # see scatter_sequence
+    pieces = _Pieces(arrive, here, axes, stream.buckets)
+    last, unroll = pieces.number - 1, stream.unroll
 
     def turn(carry, arrived: Arrays, index):
-        local = (lax.dynamic_index_in_dim(a, index, axis=2, keepdims=False) for a in here)
-        return body(carry, arrived, tuple(a.reshape(a.shape[0], -1, *a.shape[3:]) for a in local))
+        return body(carry, arrived, pieces.local(index))
 
     def ahead_turn(state, index):
         carry, arrived, partial = state
-        ahead, home = fetch(index + 1), send_home(partial)
+        ahead, home = pieces.fetch(index + 1), pieces.send_home(partial)
         carry, partial, kept = turn(carry, arrived, index)
         return (carry, ahead, partial), (home, kept)
 
-    last = pieces - 1
-    first = fetch(0)
-    ahead = fetch(1) if last else first
-    carry, partial, kept = turn(carry, first, 0)
-    homes, kepts = [], [_stacked(kept)]
-    if stream.unroll:
-        for index in range(1, last):
-            (carry, ahead, partial), (home, kept) = ahead_turn((carry, ahead, partial), index)
-            homes.append(_stacked(home))
-            kepts.append(_stacked(kept))
-    elif last > 1:
-        (carry, ahead, partial), (home, kept) = lax.scan(ahead_turn, (carry, ahead, partial), jnp.arange(1, last))
+    if last == 0:
+        carry, partial, kept = turn(carry, pieces.fetch(0), 0)
+        return carry, _joined([_stacked(pieces.send_home(partial))], 1), _joined([_stacked(kept)], pieces.ranks)
+    arrived = pieces.fetch(0)
+    ahead = pieces.fetch(1, after=arrived)
+    carry, partial, kept = turn(carry, arrived, 0)
+    homes, kepts, state = [], [_stacked(kept)], (carry, ahead, partial)
+    for index in range(1, last) if unroll else ():
+        state, out = ahead_turn(state, index)
+        homes.append(_stacked(out[0]))
+        kepts.append(_stacked(out[1]))
+    if last > 1 and not unroll:
+        state, (home, kept) = lax.scan(ahead_turn, state, jnp.arange(1, last))
         homes.append(home)
         kepts.append(kept)
-    if last:
-        homes.append(_stacked(send_home(partial)))
-        carry, partial, kept = turn(carry, ahead, last)
-        kepts.append(_stacked(kept))
-    homes.append(_stacked(send_home(partial)))
-    return carry, _joined(homes, 1), _joined(kepts, ranks)
+    carry, arrived, partial = state
+    home = pieces.send_home(partial)
+    carry, partial, kept = turn(carry, arrived, last)
+    homes += [_stacked(home), _stacked(pieces.send_home(partial, after=home))]
+    return carry, _joined(homes, 1), _joined([*kepts, _stacked(kept)], pieces.ranks)
+
+
+class _Pieces:
+    """Cuts and moves tokens.
+
+    Of two messages that are to follow each other (`after`) the compiler would else make one, so that what needs the
+    first waits for both.
+    """
+
+    def __init__(self, arrive: Arrays, here: Arrays, axes: tuple[str, ...], buckets: int):
+        self.axes, self.ranks = axes, lax.axis_size(axes)
+        tokens = arrive[0].shape[1] if arrive else here[0].shape[1] // self.ranks
+        self.number = largest_divisor(tokens, buckets)
+        self.arrive = tuple(a.reshape(a.shape[0], self.number, -1, *a.shape[2:]) for a in arrive)
+        self.here = tuple(a.reshape(a.shape[0], self.ranks, self.number, -1, *a.shape[2:]) for a in here)
+
+    def fetch(self, index, after: Arrays = ()) -> Arrays:
+        """All ranks' tokens of a piece."""
+        arrive = lax.optimization_barrier((self.arrive, after))[0] if after else self.arrive
+        mine = (lax.dynamic_index_in_dim(a, index, axis=1, keepdims=False) for a in arrive)
+        with jax.named_scope("gather_tokens"):
+            return tuple(lax.all_gather(a, self.axes, axis=1, tiled=True) for a in mine)
+
+    def local(self, index) -> Arrays:
+        """What is here of a piece."""
+        mine = (lax.dynamic_index_in_dim(a, index, axis=2, keepdims=False) for a in self.here)
+        return tuple(a.reshape(a.shape[0], -1, *a.shape[3:]) for a in mine)
+
+    def send_home(self, partial: Arrays, after: Arrays = ()) -> Arrays:
+        """This rank's tokens of the sum over ranks."""
+        partial = lax.optimization_barrier((partial, after))[0] if after else partial
+        with jax.named_scope("scatter_tokens"):
+            home = (lax.psum_scatter(a, self.axes, scatter_dimension=1, tiled=True) for a in partial)
+            return tuple(lax.optimization_barrier(a) for a in home)  # see scatter_sequence
 
 
 def _stacked(arrays: Arrays) -> Arrays:

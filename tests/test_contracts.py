@@ -11,7 +11,7 @@ from tests.helpers import LAYOUT_CASES, MIX, UNUSUAL_CASES
 from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
 from tsp_jax.inspect import buffers, collectives, parse
 from tsp_jax.layout import Layout, place
-from tsp_jax.plan.cost import forward_traffic, step_traffic
+from tsp_jax.plan.cost import forward_traffic, movements, step_traffic
 from tsp_jax.training.step import make_program
 
 MODEL = ModelConfig(vocab_size=192, d_model=40, num_layers=3, num_heads=16, num_kv_heads=16, head_dim=8, d_ff=192)
@@ -154,6 +154,33 @@ def test_traffic_of_moved_activations_with_shared_and_padded_heads_equals_the_cl
 @pytest.mark.parametrize("case", ["tsp3", "partial2_4"])
 def test_traffic_of_forward_with_moved_activations_equals_the_closed_form(case):
     check_traffic(moved(CONFIG), case, forward=True)
+
+
+AUTO = dataclasses.replace(
+    moved(CONFIG, "auto"), model=dataclasses.replace(MODEL, num_kv_heads=4, vocab_size=160, d_ff=288)
+)
+"""a model whose ops prefer to move activations up to different numbers of tokens"""
+ACTIVATIONS_PREFERRED = {
+    (2, 128): {"attention", "mlp"},
+    (4, 136): {"attention"},
+    (4, 256): set(),
+}
+"""(batch, sequence) -> ops"""
+
+
+@pytest.mark.parametrize(("batch", "seq_len"), ACTIVATIONS_PREFERRED)
+def test_auto_moves_no_more_than_the_better_of_the_pinned_movements(batch, seq_len):
+    """Of each op, and so of a step. What pinned ones move stands in the closed forms, which are what is compiled."""
+    config = dataclasses.replace(AUTO, batch=batch, seq_len=seq_len)
+    layout, sizes = CASES["tsp4"][0], {"data": 1, **CASES["tsp4"][1]}
+    gather, activations = (step_traffic(moved(config, name), layout, sizes) for name in ("gather", "activations"))
+    moves = traffic(config, "tsp4")
+    compiled = {op: sum(n for kind, n in kinds.items() if kind) for op, kinds in moves.items()}
+    better = {op: min(sum(gather[op].values()), sum(activations[op].values())) for op in gather}
+    assert compiled == pytest.approx(better, rel=1e-6)
+    preferred = {op for op in gather if compiled[op] < sum(gather[op].values())}
+    assert preferred == ACTIVATIONS_PREFERRED[batch, seq_len]
+    assert {op for op, name in movements(config, layout, sizes).items() if name == "activations"} == preferred
 
 
 def test_forward_and_backward_move_what_the_paper_says():

@@ -16,7 +16,7 @@ from jax import lax
 
 from tsp_jax.layout import AxisNames
 from tsp_jax.ops.linear import matmul, matmul_t, outer
-from tsp_jax.ops.projections import HeadNorms, Projected, Projections, prepare, product_vjp, split_heads
+from tsp_jax.ops.projections import AttentionConfig, HeadNorms, Projections, prepare, split_heads
 from tsp_jax.ops.stream import Piece, Stream, custom_vjp, fold, fold_with_grads, zeros
 from tsp_jax.ops.tokens import add, fold_tokens, held
 
@@ -58,19 +58,28 @@ def moved_in(x_BtD: jax.Array, weights, norms: HeadNorms, positions_BT: jax.Arra
     return _in_forward(x_BtD, weights, norms, positions_BT, how)[0]
 
 
+def _heads(norms: HeadNorms, columns_Bp: jax.Array, positions_Bp: jax.Array, rows, config: AttentionConfig, dtype):
+    """(q, k, v) of products with weights of so many rows each, packed."""
+    q, k, v = jnp.split(columns_Bp, [rows[0], rows[0] + rows[1]], axis=-1)
+    q, k = (prepare(norm, positions_Bp, config, dtype, part) for norm, part in zip(norms, (q, k), strict=True))
+    return q, k, split_heads(v, config.head_dim).astype(dtype)
+
+
+def _packed(w_q: jax.Array, piece: Piece, static: Projections, dtype) -> tuple[jax.Array, tuple[int, ...]]:
+    """(rows of all three weights in the compute dtype, how many of each)."""
+    weights = (w_q.astype(dtype), *(static.my_heads(w) for w in piece.arrays))
+    return jnp.concatenate(weights), tuple(w.shape[0] for w in weights)
+
+
 def _in_forward(x_BtD, weights, norms: HeadNorms, positions_BT, how: Moved):
-    static, config, dtype = how.static, how.static.config, x_BtD.dtype
-    (w_q,) = held(weights[:1], dtype)
+    static, dtype = how.static, x_BtD.dtype
 
     def all_tokens(_, piece: Piece):
-        w_k, w_v = (static.my_heads(w) for w in piece.arrays)
+        w_pD, rows = _packed(weights[0], piece, static, dtype)
 
         def body(carry, arrived, here):
             (x_BpD,), (positions_Bp,) = arrived, here
-            q = prepare(norms.q_H, positions_Bp, config, dtype, matmul_t(x_BpD, w_q))
-            k = prepare(norms.k_H, positions_Bp, config, dtype, matmul_t(x_BpD, w_k))
-            v = split_heads(matmul_t(x_BpD, w_v), config.head_dim).astype(dtype)
-            return carry, (), (q, k, v)
+            return carry, (), _heads(norms, matmul_t(x_BpD, w_pD), positions_Bp, rows, static.config, dtype)
 
         return fold_tokens(body, (), (x_BtD,), (positions_BT,), axes=how.folded, stream=how.stream)[2], None
 
@@ -81,29 +90,30 @@ def _in_forward(x_BtD, weights, norms: HeadNorms, positions_BT, how: Moved):
 
 def _in_backward(how: Moved, residuals, cotangents):
     x_BtD, weights, norms, positions_BT = residuals
-    static, config, dtype = how.static, how.static.config, x_BtD.dtype
-    (w_q,) = held(weights[:1], dtype)
-
-    def zeros_like(tree):
-        return jax.tree.map(lambda array: zeros(array.shape, jnp.float32, like=x_BtD), tree)
+    static, dtype = how.static, x_BtD.dtype
 
     def all_tokens(_, piece: Piece):
-        w_k, w_v = (static.my_heads(w) for w in piece.arrays)
+        w_pD, rows = _packed(weights[0], piece, static, dtype)
 
         def body(grads, arrived, here):
-            (x_BpD,), (positions_Bp, dq, dk, dv) = arrived, here
-            dx_q, dw_q, dnorm_q = Projected(x_BpD, w_q, norms.q_H, positions_Bp, config).vjp(dq)
-            dx_k, dw_k, dnorm_k = Projected(x_BpD, w_k, norms.k_H, positions_Bp, config).vjp(dk)
-            dx_v, dw_v = product_vjp(x_BpD, w_v, _columns(dv))
-            more = (dw_q, dw_k, dw_v), HeadNorms(dnorm_q, dnorm_k)
-            return add(grads, more), ((dx_q + dx_k + dx_v).astype(dtype),), ()
+            (x_BpD,), (positions_Bp, *dheads) = arrived, here
 
-        grads = zeros_like(((w_q, w_k, w_v), norms))
+            def heads(norms, columns_Bp):
+                return _heads(norms, columns_Bp, positions_Bp, rows, static.config, dtype)
+
+            # Without norms nothing below reads the product, and it is never computed.
+            dnorms, dcolumns_Bp = jax.vjp(heads, norms, matmul_t(x_BpD, w_pD))[1](tuple(dheads))
+            dcolumns_Bp = dcolumns_Bp.astype(dtype)
+            more = outer(dcolumns_Bp, x_BpD), dnorms
+            return add(grads, more), (matmul(dcolumns_Bp, w_pD).astype(dtype),), ()
+
+        grads = jax.tree.map(lambda array: zeros(array.shape, jnp.float32, like=x_BtD), (w_pD, norms))
         arrive = (lax.optimization_barrier(x_BtD),)  # see fold_with_grads
-        (dweights, dnorms), (dx_BtD,), _ = fold_tokens(
+        (dw_pD, dnorms), (dx_BtD,), _ = fold_tokens(
             body, grads, arrive, (positions_BT, *cotangents), axes=how.folded, stream=how.stream
         )
-        return (dx_BtD, dweights[0], dnorms), tuple(static.all_heads(dw) for dw in dweights[1:]), None
+        dw_q, *dw_kv = jnp.split(dw_pD, [rows[0], rows[0] + rows[1]])
+        return (dx_BtD, dw_q, dnorms), tuple(static.all_heads(dw) for dw in dw_kv), None
 
     kv = static.keys_values
     (dx_BtD, dw_q, dnorms), dw_kv, _ = fold_with_grads(

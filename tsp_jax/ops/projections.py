@@ -216,7 +216,7 @@ def _in_forward(x_BtD, weights, norms, positions_Bt, static: Projections):
     return (q_BtNH, *kv), (x_BtD, weights, norms, positions_Bt)
 
 
-class Projected:
+class _Projected:
     """VJP of ``prepare(x w^T)``, with sums of every product in float32."""
 
     def __init__(self, x_BtD, w_pD, norm_H, positions_Bt, config: AttentionConfig):
@@ -231,10 +231,10 @@ class Projected:
     def vjp(self, dheads_BtnH: jax.Array):
         """-> (dx float32, dw float32, dnorm or None)."""
         dnorm_H, drows_Btp = self.prepare_vjp(dheads_BtnH)
-        return *product_vjp(self.x_BtD, self.w_pD, drows_Btp.astype(self.x_BtD.dtype)), dnorm_H
+        return *_product_vjp(self.x_BtD, self.w_pD, drows_Btp.astype(self.x_BtD.dtype)), dnorm_H
 
 
-def product_vjp(x_BtD, w_pD, drows_Btp) -> tuple[jax.Array, jax.Array]:
+def _product_vjp(x_BtD, w_pD, drows_Btp) -> tuple[jax.Array, jax.Array]:
     return matmul(drows_Btp, w_pD), outer(drows_Btp, x_BtD)
 
 
@@ -249,16 +249,16 @@ def _in_backward(static: Projections, residuals, cotangents):
 
     def query_body(carry, piece: Piece):
         dx_BtD, dnorm_H = carry
-        projected = Projected(x_BtD, piece.arrays[0], norms.q_H, positions_Bt, config)
+        projected = _Projected(x_BtD, piece.arrays[0], norms.q_H, positions_Bt, config)
         dx, dw, dnorm = projected.vjp(split_heads(static.queries.take(dq_BtNH, piece), head_dim))
         return (dx_BtD + dx, _add(dnorm_H, dnorm)), (dw,), None
 
     def kv_body(carry, piece: Piece):
         dx_BtD, dnorm_H = carry
         wk_pD, wv_pD = (static.my_heads(w) for w in piece.arrays)
-        projected = Projected(x_BtD, wk_pD, norms.k_H, positions_Bt, config)
+        projected = _Projected(x_BtD, wk_pD, norms.k_H, positions_Bt, config)
         dx_k, dwk, dnorm = projected.vjp(split_heads(how.take(dk_BtKH, piece), head_dim))
-        dx_v, dwv = product_vjp(x_BtD, wv_pD, how.take(dv_BtKH, piece))
+        dx_v, dwv = _product_vjp(x_BtD, wv_pD, how.take(dv_BtKH, piece))
         return (dx_BtD + dx_k + dx_v, _add(dnorm_H, dnorm)), (static.all_heads(dwk), static.all_heads(dwv)), None
 
     def run(body, carry, shard, how: HeadStream):

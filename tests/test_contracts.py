@@ -233,9 +233,9 @@ def test_buckets_are_messages():
 
 
 def test_broadcast_is_a_tree_of_permutes():
-    """Two buckets of four ranks, two rounds a tree; packed q, k, v twice, o three times, and gradients of both."""
+    """Two buckets of four ranks, two rounds a tree; q, packed k and v, and o three times each, and their gradients."""
     assert messages(BROADCAST, "tsp4", "attention") == {
-        "collective-permute": MODEL.num_layers * 4 * 2 * 2 * (2 + 3 + 2)
+        "collective-permute": MODEL.num_layers * 4 * 2 * 2 * 3 * (3 + 1)
     }
 
 

@@ -11,6 +11,7 @@ config = Config(
         vocab_size=32000, d_model=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, d_ff=16384
     ),
     stream=StreamConfig(
+        attention_movement="gather",
         attention_buckets=1,
         exchange_buckets=16,
         mlp_buckets=8,

@@ -7,17 +7,27 @@ from functools import cache
 import jax
 import pytest
 
-from tests.helpers import LAYOUT_CASES, MIX
+from tests.helpers import LAYOUT_CASES, MIX, UNUSUAL_CASES
 from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
 from tsp_jax.inspect import buffers, collectives, parse
 from tsp_jax.layout import Layout, place
-from tsp_jax.plan.cost import forward_traffic, step_traffic
+from tsp_jax.plan.cost import forward_traffic, movements, step_traffic
 from tsp_jax.training.step import make_program
 
 MODEL = ModelConfig(vocab_size=192, d_model=40, num_layers=3, num_heads=16, num_kv_heads=16, head_dim=8, d_ff=192)
 CONFIG = Config(
     model=MODEL,
-    stream=StreamConfig(attention_buckets=4, mlp_buckets=4, vocab_buckets=4, query_block=16, key_block=16),
+    stream=StreamConfig(
+        attention_movement="gather",
+        mlp_movement="gather",
+        vocab_movement="gather",
+        attention_buckets=4,
+        mlp_buckets=4,
+        vocab_buckets=4,
+        token_buckets=4,
+        query_block=16,
+        key_block=16,
+    ),
     optimizer=OptimizerConfig(warmup_steps=1),
     steps=2,
     batch=2,
@@ -26,6 +36,14 @@ CONFIG = Config(
     remat="save_attention",
 )
 GROUPED = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, num_heads=9, num_kv_heads=3))
+
+
+def moved(config: Config, movement: str = "activations") -> Config:
+    """The same with another movement in every op."""
+    movements = dict.fromkeys(("attention_movement", "mlp_movement", "vocab_movement"), movement)
+    return dataclasses.replace(config, stream=dataclasses.replace(config.stream, **movements))
+
+
 RING = dataclasses.replace(
     CONFIG, stream=dataclasses.replace(CONFIG.stream, mlp_movement="ring", vocab_movement="ring")
 )
@@ -36,6 +54,7 @@ BROADCAST = dataclasses.replace(
 CASES = LAYOUT_CASES | {
     "data2_tp4": (LAYOUT_CASES["tp8"][0], {"data": 2, "model": 4}),
     "mix4_2": (MIX, {"model": 4, "tsp": 2}),
+    **UNUSUAL_CASES,
 }
 
 
@@ -70,6 +89,8 @@ def kind_of(collective, layout: Layout) -> str:
         if axes <= {a for dim in ("heads", "vocab") for a in layout.axes(dim).tensor}:
             return "tensor_sums"
         return "replica_sums"
+    if "_tokens" in collective.scope or ("gather_sequence" in collective.scope and "attention" not in collective.scope):
+        return "activations"
     if "gather_sequence" in collective.scope:
         return "" if collective.dtype.startswith("s32") else "keys_values"
     if "scatter_sequence" in collective.scope:
@@ -98,12 +119,15 @@ def check_traffic(config: Config, case: str, forward: bool = False) -> None:
         assert got == pytest.approx(kinds, rel=1e-6), f"{op} under {case}"
 
 
-@pytest.mark.parametrize("case", CASES)
+LAYOUTS = [name for name in CASES if name not in UNUSUAL_CASES]
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
 def test_traffic_of_a_step_equals_the_closed_form(case):
     check_traffic(CONFIG, case)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LAYOUTS)
 def test_traffic_of_forward_equals_the_closed_form(case):
     check_traffic(CONFIG, case, forward=True)
 
@@ -116,6 +140,48 @@ def test_traffic_with_shared_and_padded_heads_equals_the_closed_form(case):
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_traffic_of_each_remat_policy_equals_the_closed_form(remat):
     check_traffic(dataclasses.replace(CONFIG, remat=remat), "tsp4")
+
+
+@pytest.mark.parametrize("case", ["tsp8", "data2_tsp4", "mix2_4", "two_axes2_4", "partial2_4"])
+def test_traffic_of_moved_activations_equals_the_closed_form(case):
+    check_traffic(moved(CONFIG), case)
+
+
+@pytest.mark.parametrize(("case", "remat"), [("tsp4", "none"), ("tsp8", "full"), ("mix2_4", "save_attention")])
+def test_traffic_of_moved_activations_with_shared_and_padded_heads_equals_the_closed_form(case, remat):
+    check_traffic(dataclasses.replace(moved(GROUPED), remat=remat), case)
+
+
+@pytest.mark.parametrize("case", ["tsp3", "partial2_4"])
+def test_traffic_of_forward_with_moved_activations_equals_the_closed_form(case):
+    check_traffic(moved(CONFIG), case, forward=True)
+
+
+AUTO = dataclasses.replace(
+    moved(CONFIG, "auto"), model=dataclasses.replace(MODEL, num_kv_heads=4, vocab_size=160, d_ff=288)
+)
+"""a model whose ops prefer to move activations up to different numbers of tokens"""
+ACTIVATIONS_PREFERRED = {
+    (2, 128): {"attention", "mlp"},
+    (4, 136): {"attention"},
+    (4, 256): set(),
+}
+"""(batch, sequence) -> ops"""
+
+
+@pytest.mark.parametrize(("batch", "seq_len"), ACTIVATIONS_PREFERRED)
+def test_auto_moves_no_more_than_the_better_of_the_pinned_movements(batch, seq_len):
+    """Of each op, and so of a step. What pinned ones move stands in the closed forms, which are what is compiled."""
+    config = dataclasses.replace(AUTO, batch=batch, seq_len=seq_len)
+    layout, sizes = CASES["tsp4"][0], {"data": 1, **CASES["tsp4"][1]}
+    gather, activations = (step_traffic(moved(config, name), layout, sizes) for name in ("gather", "activations"))
+    moves = traffic(config, "tsp4")
+    compiled = {op: sum(n for kind, n in kinds.items() if kind) for op, kinds in moves.items()}
+    better = {op: min(sum(gather[op].values()), sum(activations[op].values())) for op in gather}
+    assert compiled == pytest.approx(better, rel=1e-6)
+    preferred = {op for op in gather if compiled[op] < sum(gather[op].values())}
+    assert preferred == ACTIVATIONS_PREFERRED[batch, seq_len]
+    assert {op for op, name in movements(config, layout, sizes).items() if name == "activations"} == preferred
 
 
 def test_forward_and_backward_move_what_the_paper_says():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import BF16_TOLERANCE, F32_TOLERANCE, assert_trees_near, normal, packed_batch, place_case, zigzag
-from tsp_jax.layout import Heads, pad_heads
+from tsp_jax.layout import Heads, largest_divisor, pad_heads
 from tsp_jax.ops import reference
 from tsp_jax.ops.attention import AttentionConfig, AttentionWeights, HeadNorms, attention
 from tsp_jax.ops.cross_entropy import cross_entropy
@@ -23,19 +23,21 @@ from tsp_jax.ops.mlp import ACTIVATIONS, mlp
 from tsp_jax.ops.norm import rms_norm
 from tsp_jax.ops.rope import rope
 from tsp_jax.ops.sequence import gather_sequence, scatter_sequence
-from tsp_jax.ops.stream import Stream, largest_divisor
+from tsp_jax.ops.stream import Stream
 
 B, S, D, F, V = 2, 48, 20, 120, 72
 LARGE_LOGITS_TOLERANCE = 1e-3
 """relative; a logit of 500 is known to 5e-5, and so is the logarithm of its probability"""
-ALL_MOVEMENTS = ("gather", "ring", "broadcast")
+ALL_MOVEMENTS = ("gather", "ring", "broadcast", "activations")
 # tsp8 and tsp3 stand for a single folded axis, the others each for a role of axes, or for roles together.
 LAYOUTS = ("single", "tp8", "tp2_sp4", "tsp2", "tsp3", "tsp8", "data2_tsp4", "mix2_4", "two_axes2_4", "partial2_4")
 STREAMS = [
     *((layout, "gather", index % 2 == 1) for index, layout in enumerate(LAYOUTS)),
     *((layout, "ring", index % 2 == 0) for index, layout in enumerate(LAYOUTS[3:])),
+    *((layout, "activations", index % 2 == 1) for index, layout in enumerate(LAYOUTS[4:])),
     ("tsp8", "gather", False),
     ("tsp8", "ring", False),
+    ("tsp8", "activations", True),
     ("tsp3", "broadcast", False),
     ("mix2_4", "broadcast", True),
 ]
@@ -86,7 +88,7 @@ def mlp_args(dtype=jnp.float32):
 @over_streams
 def test_mlp(layout, movement, unroll):
     buckets = largest_divisor(F // place_case(layout).size("mlp"), 4)
-    f = sharded_mlp(layout, Stream(movement, buckets, unroll))
+    f = sharded_mlp(layout, Stream(movement, buckets, unroll, token_buckets=buckets))
     assert_trees_near(compiled_value_and_grads(f, activations(4), *mlp_args()), desired_mlp("silu"), F32_TOLERANCE)
 
 
@@ -306,6 +308,10 @@ def _attention_cases():
         for turn, heads in enumerate(HEADS, start=number):
             if turn % 2 == 0 or layout in ("tp8", "tsp8", "mix2_4"):
                 yield layout, heads, Stream(("gather", "broadcast")[turn // 2 % 2], unroll=turn // 4 % 2 == 1)
+    for number, layout in enumerate(ATTENTION_LAYOUTS[3:]):
+        for turn, heads in enumerate(HEADS, start=number):
+            if turn % 2 == 0 or layout == "mix2_4":
+                yield layout, heads, Stream("activations", unroll=turn // 2 % 2 == 1, token_buckets=2)
 
 
 @pytest.mark.parametrize(("layout", "heads", "stream"), list(_attention_cases()))

@@ -48,36 +48,42 @@ BATCH, SEQ_LEN, Z_LOSS = 2, 48, 1e-2
 REMATS = ("full", "none", "save_attention")
 
 
+MOVEMENTS = ("gather", "paper", "activations")
+
+
 class Setting(NamedTuple):
-    paper: bool
-    """broadcast and ring, as in the paper; else gather"""
+    movement: str
+    """paper: broadcast and ring"""
     unroll: bool
     remat: str
 
     @property
     def stream(self) -> StreamConfig:
+        paper = self.movement == "paper"
         return StreamConfig(
-            attention_movement="broadcast" if self.paper else "gather",
-            mlp_movement="ring" if self.paper else "gather",
-            vocab_movement="ring" if self.paper else "gather",
-            attention_buckets=1 if self.paper else 2,  # trees are unrolled: each bucket costs compile time
+            attention_movement="broadcast" if paper else self.movement,
+            mlp_movement="ring" if paper else self.movement,
+            vocab_movement="ring" if paper else self.movement,
+            attention_buckets=1 if paper else 2,  # trees are unrolled: each bucket costs compile time
             mlp_buckets=3,
             vocab_buckets=3,
+            token_buckets=3,
             unroll=self.unroll,
         )
 
     def __str__(self) -> str:
-        return f"{'paper' if self.paper else 'gather'}-{'unroll' if self.unroll else 'scan'}-{self.remat}"
+        return f"{self.movement}-{'unroll' if self.unroll else 'scan'}-{self.remat}"
 
 
-SETTINGS = [Setting(*values) for values in itertools.product((False, True), (False, True), REMATS)]
+SETTINGS = [Setting(*values) for values in itertools.product(MOVEMENTS[:2], (False, True), REMATS)]
+SETTINGS += [Setting("activations", index % 2 == 0, remat) for index, remat in enumerate(REMATS)]
 
 
 def _matrix():
     for number, layout in enumerate(LAYOUT_CASES):
         for turn, model in enumerate(MODELS):
-            setting = Setting((number + turn) % 2 == 1, (number // 2 + turn) % 2 == 1, REMATS[(number + turn) % 3])
-            yield layout, model, setting
+            movement, remat = MOVEMENTS[(number + turn) % 3], REMATS[(number // 3 + 2 * turn) % 3]
+            yield layout, model, Setting(movement, (number // 2 + turn) % 2 == 1, remat)
 
 
 CASES = list(dict.fromkeys([*_matrix(), *(("tsp4", "grouped", setting) for setting in SETTINGS)]))
@@ -153,5 +159,5 @@ def test_loss_and_gradients_equal_the_reference(layout, model, setting):
 @pytest.mark.parametrize("layout", LAYOUT_CASES)
 def test_every_layout_meets_every_value_of_each_setting(layout):
     settings = [setting for name, _, setting in _matrix() if name == layout]
-    for field, values in (("paper", {False, True}), ("unroll", {False, True}), ("remat", set(REMATS))):
+    for field, values in (("movement", set(MOVEMENTS)), ("unroll", {False, True}), ("remat", set(REMATS))):
         assert {getattr(setting, field) for setting in settings} == values

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from tsp_jax.layout import make_mesh
-from tsp_jax.ops.stream import Stream, fold, fold_with_grads, largest_divisor, vary_alike
+from tsp_jax.layout import largest_divisor, make_mesh
+from tsp_jax.ops.stream import Stream, fold, fold_with_grads, vary_alike
 
 ROWS, BUCKETS, D = (6, 12), 3, 2
 """rows that a rank holds of each weight: different, so that a wrong packing shows"""

@@ -10,8 +10,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from tsp_jax.errors import ConfigError
 
 Activation = Literal["silu", "gelu"]
-AttentionMovement = Literal["gather", "broadcast"]
-Movement = Literal["gather", "ring"]
+AttentionMovement = Literal["auto", "gather", "broadcast", "activations"]
+Movement = Literal["auto", "gather", "ring", "activations"]
 Order = Literal["zigzag", "contiguous"]
 Remat = Literal["none", "full", "save_attention"]
 DType = Literal["float32", "bfloat16"]
@@ -118,26 +118,33 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """How weights travel past tokens, and the pieces that bound memory.
+    """How weights travel past tokens or tokens past weights, and the pieces that bound memory.
+
+    A movement of `activations` leaves an op's weights where they are: it sees the tokens of all folded ranks, and its
+    partial outputs are summed and dealt back. `auto` takes whichever of gather and activations receives fewer bytes.
 
     Numbers of buckets are upper bounds: each op uses the largest divisor of its local dimension that does not exceed
     them, so that one configuration serves every mesh. Layouts with `Layout.whole_weights` use one bucket.
     """
 
-    attention_movement: AttentionMovement = "gather"
-    """gather: one slice of every rank's heads at a time; broadcast: one rank's heads at a time (the paper's)"""
+    attention_movement: AttentionMovement = "auto"
+    """gather: one slice of every rank's heads at a time; broadcast: one rank's heads at a time (the paper's);
+    activations: a slice of every rank's tokens at a time; auto: gather or activations, whichever is fewer bytes"""
     attention_buckets: int = 4
     """pieces that a rank's heads are cut into, as their weights travel"""
     exchange_buckets: int = 4
     """pieces that KV heads are cut into, as keys and values of one are exchanged while another attends"""
-    mlp_movement: Movement = "gather"
-    """gather: one slice of every rank's columns at a time; ring: one rank's columns at a time (the paper's)"""
+    mlp_movement: Movement = "auto"
+    """gather: one slice of every rank's columns at a time; ring: one rank's columns at a time (the paper's);
+    activations and auto as for attention"""
     mlp_buckets: int = 4
     """pieces that a rank's FFN columns are cut into (gather)"""
-    vocab_movement: Movement = "gather"
+    vocab_movement: Movement = "auto"
     """movement of embedding rows and output head"""
     vocab_buckets: int = 8
     """pieces that a rank's vocabulary rows are cut into (gather)"""
+    token_buckets: int = 8
+    """pieces that a rank's tokens are cut into, as they move instead of weights (activations)"""
     tokens: int = 4096
     """tokens that meet a piece of the weights at a time, at most: bounds what is made of a piece"""
     unroll: bool = False
@@ -154,7 +161,7 @@ class StreamConfig:
 
     def __post_init__(self):
         _choices("stream.", self)
-        buckets = ("attention_buckets", "exchange_buckets", "mlp_buckets", "vocab_buckets", "tokens")
+        buckets = ("attention_buckets", "exchange_buckets", "mlp_buckets", "vocab_buckets", "token_buckets", "tokens")
         _positive("stream.", self, *buckets, "query_block", "key_block")
 
 

@@ -256,6 +256,11 @@ def pad_heads(num_heads: int, num_kv_heads: int, head_dim: int, ranks: int) -> H
     return Heads(kv=kv, group=group, num_kv_heads=num_kv_heads, real_group=real_group, dim=head_dim)
 
 
+def largest_divisor(value: int, at_most: int) -> int:
+    """The largest divisor of `value` that does not exceed `at_most`."""
+    return next(d for d in range(min(value, at_most), 0, -1) if value % d == 0)
+
+
 def check_divides(field: str, value: int, ranks: int, axes: AxisNames, why: str = "") -> None:
     """Raises ConfigError, with the next value that works, where `ranks` do not divide a field's value."""
     if value % ranks:

@@ -7,30 +7,42 @@ stands first. Dims: B batch, T tokens, D model, N query heads, K KV heads, H hea
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tsp_jax.config import Activation, RopeScaling, StreamConfig
+from tsp_jax.config import Activation, Remat, RopeScaling, StreamConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.layout import Heads, Placement, check_divides, pad_heads
+from tsp_jax.layout import Heads, Placement, check_divides, largest_divisor, pad_heads
 from tsp_jax.ops import attention as attention_op
 from tsp_jax.ops import cross_entropy as cross_entropy_op
 from tsp_jax.ops import kernels
 from tsp_jax.ops.embedding import embed
 from tsp_jax.ops.kernels.blockwise import Blocks, Tokens
 from tsp_jax.ops.mlp import mlp
-from tsp_jax.ops.stream import Stream, largest_divisor
+from tsp_jax.ops.stream import Stream
+from tsp_jax.traffic import Cut, Traffic, attention_traffic, choose, embed_traffic, loss_traffic, mlp_traffic
+
+
+def _cut(placement: Placement, dim: str, shape: Sequence[int], dtype: jnp.dtype, stream: Stream) -> Cut:
+    """How an op on tokens [B, T, ...] is cut."""
+    return Cut.of(
+        placement.layout, placement.mesh.shape, dim, batch=shape[0], seq_len=shape[1],
+        item=dtype.itemsize, grad_item=jnp.dtype(stream.grad_dtype).itemsize,
+    )  # fmt: skip
 
 
 def stream_of(config: StreamConfig, movement: str, buckets: int, rows: int, placement: Placement) -> Stream:
     """The stream of an op whose shard has `rows` rows; whole weights at once if the layout says so."""
     if placement.layout.whole_weights:
-        return Stream("gather", 1, config.unroll, config.grad_dtype, config.tokens)
-    return Stream(movement, largest_divisor(rows, buckets), config.unroll, config.grad_dtype, config.tokens)
+        movement, buckets = "gather", 1
+    return Stream(
+        movement, largest_divisor(rows, buckets), config.unroll, config.grad_dtype, config.tokens, config.token_buckets
+    )
 
 
 def _shard_rows(name: str, value: int, dim: str, placement: Placement) -> int:
@@ -95,6 +107,7 @@ class Attention(nnx.Module):
       rope_scaling: of those frequencies, for long contexts.
       qk_norm: RMSNorm over each query and key head before RoPE.
       norm_eps: of that norm.
+      remat: what the model around it computes again in backward; `auto` counts what moves again.
       init_std: of the input projections.
       out_std: of the output projection; init_std if None.
       dtype: compute dtype; parameters are float32.
@@ -114,6 +127,7 @@ class Attention(nnx.Module):
         rope_scaling: RopeScaling = RopeScaling(),
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
+        remat: Remat = "none",
         init_std: float = 0.02,
         out_std: float | None = None,
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
@@ -125,6 +139,7 @@ class Attention(nnx.Module):
             raise ConfigError(f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}; use a multiple")
         heads = pad_heads(num_heads, num_kv_heads, head_dim, placement.size("heads"))
         self.placement, self.dtype, self.heads = placement, jnp.dtype(dtype), heads
+        self.remat: Remat = remat
         self.stream = stream_of(stream, stream.attention_movement, 1, 1, placement)
         self.config = attention_op.AttentionConfig(
             kv_slots=heads.kv,
@@ -181,16 +196,24 @@ class Attention(nnx.Module):
             w_o *= HeadRows(self.heads, True).pad(jnp.ones((self._logical_rows(), 1), w_o.dtype))
         weights = attention_op.AttentionWeights(self.w_q[...], self.w_k[...], self.w_v[...], w_o)
 
+        stream = self._stream(x_BTD.shape)
+
         def local(x_BtD, weights, tokens_Bt, norms):
             return attention_op.attention(
                 x_BtD, weights, tokens_Bt, norms,
-                config=self.config, axes=layout.axes("heads"), stream=self.stream,
+                config=self.config, axes=layout.axes("heads"), stream=stream,
             )  # fmt: skip
 
         tokens, x_spec = layout.spec("batch", "sequence"), layout.spec("batch", "sequence", None)
         return self.placement.shard_map(
             local, in_specs=(x_spec, layout.spec("heads", None), tokens, layout.spec(None)), out_specs=x_spec
         )(x_BTD.astype(self.dtype), weights, Tokens(positions_BT, segment_ids_BT), norms)
+
+    def _stream(self, shape: Sequence[int]) -> Stream:
+        """With `auto` resolved for tokens [B, T, D]."""
+        cut = _cut(self.placement, "heads", shape, self.dtype, self.stream)
+        traffic = partial(attention_traffic, cut, heads=self.heads, d_model=shape[2], remat=self.remat)
+        return self.stream._replace(movement=choose(self.stream.movement, traffic))
 
     def _logical_rows(self) -> int:
         return self.heads.num_kv_heads * self.heads.real_group * self.heads.dim
@@ -239,15 +262,21 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D] in the compute dtype."""
         _check_tokens(x_BTD.shape, self.placement)
-        layout = self.placement.layout
+        layout, stream = self.placement.layout, self._stream(x_BTD.shape)
 
         def local(x_BtD, *weights):
-            return mlp(x_BtD, *weights, axes=layout.axes("mlp"), stream=self.stream, activation=self.activation)
+            return mlp(x_BtD, *weights, axes=layout.axes("mlp"), stream=stream, activation=self.activation)
 
         x_spec, w_spec = layout.spec("batch", "sequence", None), layout.spec("mlp", None)
         return self.placement.shard_map(local, in_specs=(x_spec, w_spec, w_spec, w_spec), out_specs=x_spec)(
             x_BTD.astype(self.dtype), self.w_gate[...], self.w_up[...], self.w_down[...]
         )
+
+    def _stream(self, shape: Sequence[int]) -> Stream:
+        """With `auto` resolved for tokens [B, T, D]."""
+        cut = _cut(self.placement, "mlp", shape, self.dtype, self.stream)
+        traffic = partial(mlp_traffic, cut, d_model=shape[2], d_ff=self.w_up.shape[0])
+        return self.stream._replace(movement=choose(self.stream.movement, traffic))
 
 
 class Embed(nnx.Module):
@@ -283,10 +312,10 @@ class Embed(nnx.Module):
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """[B, T] int32 token ids -> [B, T, D] in the compute dtype."""
         _check_tokens(ids_BT.shape, self.placement)
-        layout = self.placement.layout
+        layout, stream = self.placement.layout, self._stream(ids_BT.shape, embed_traffic)
 
         def local(ids_Bt, table_vD):
-            return embed(ids_Bt, table_vD, axes=layout.axes("vocab"), stream=self.stream, dtype=self.dtype)
+            return embed(ids_Bt, table_vD, axes=layout.axes("vocab"), stream=stream, dtype=self.dtype)
 
         specs = (layout.spec("batch", "sequence"), layout.spec("vocab", None))
         out_spec = layout.spec("batch", "sequence", None)
@@ -303,17 +332,24 @@ class Embed(nnx.Module):
           TokenLosses (nll, lse), each [B, T] float32, 0 where ignored.
         """
         _check_tokens(labels_BT.shape, self.placement)
-        layout = self.placement.layout
+        layout, stream = self.placement.layout, self._stream(labels_BT.shape, loss_traffic)
 
         def local(x_BtD, table_vD, labels_Bt):
             axes = layout.axes("vocab")
-            return cross_entropy_op.cross_entropy(x_BtD, table_vD, labels_Bt, axes=axes, stream=self.stream)
+            return cross_entropy_op.cross_entropy(x_BtD, table_vD, labels_Bt, axes=axes, stream=stream)
 
         tokens = layout.spec("batch", "sequence")
         specs = (layout.spec("batch", "sequence", None), layout.spec("vocab", None), tokens)
         return self.placement.shard_map(local, in_specs=specs, out_specs=tokens)(
             x_BTD.astype(self.dtype), self.table[...], labels_BT
         )
+
+    def _stream(self, shape: Sequence[int], traffic: Callable[..., Traffic]) -> Stream:
+        """With `auto` resolved for tokens [B, T] of an op that moves `traffic`."""
+        cut = _cut(self.placement, "vocab", shape, self.dtype, self.stream)
+        vocab_size, d_model = self.table.shape
+        traffic = partial(traffic, cut, d_model=d_model, vocab_size=vocab_size)
+        return self.stream._replace(movement=choose(self.stream.movement, traffic))
 
 
 def residual_std(init_std: float, num_layers: int) -> float:

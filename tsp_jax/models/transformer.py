@@ -33,7 +33,10 @@ def rematerialise(layer: Callable, remat: Remat) -> Callable:
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, *, placement: Placement, stream: StreamConfig, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, *, placement: Placement, stream: StreamConfig, dtype: Any, remat: Remat,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
         kwargs: dict[str, Any] = {"placement": placement, "stream": stream, "dtype": dtype, "rngs": rngs}
         kwargs["init_std"] = config.init_std
         kwargs["out_std"] = residual_std(config.init_std, config.num_layers)
@@ -41,7 +44,7 @@ class DecoderLayer(nnx.Module):
         self.attention = Attention(
             config.d_model, config.num_heads, config.num_kv_heads, config.head_dim,
             rope_theta=config.rope_theta, rope_scaling=config.rope_scaling, qk_norm=config.qk_norm,
-            norm_eps=config.norm_eps, **kwargs,
+            norm_eps=config.norm_eps, remat=remat, **kwargs,
         )  # fmt: skip
         self.mlp_norm = _norm(config, placement, dtype, rngs)
         self.mlp = MLP(config.d_model, config.d_ff, activation=config.activation, **kwargs)
@@ -99,7 +102,7 @@ class Transformer(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
         def stacked(rngs: nnx.Rngs) -> DecoderLayer:
-            return DecoderLayer(config, **kwargs, rngs=rngs)
+            return DecoderLayer(config, **kwargs, remat=remat, rngs=rngs)
 
         self.layers = stacked(rngs)
         self.final_norm = _norm(config, placement, dtype, rngs)

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from tsp_jax.layout import Axes
+from tsp_jax.layout import Axes, largest_divisor
 from tsp_jax.ops import kernels
 from tsp_jax.ops.kernels.blockwise import Blocks, Tokens, block_size
+from tsp_jax.ops.moved_projections import Moved, moved_in, moved_out
 from tsp_jax.ops.projections import (
     AttentionConfig,
     AttentionWeights,
@@ -28,7 +29,8 @@ from tsp_jax.ops.projections import (
     project_out,
 )
 from tsp_jax.ops.sequence import gather_sequence, scatter_sequence
-from tsp_jax.ops.stream import Stream, custom_vjp, largest_divisor, pipelined, vary_alike, zeros
+from tsp_jax.ops.stream import Stream, custom_vjp, pipelined, vary_alike, zeros
+from tsp_jax.ops.tokens import moves_tokens
 
 SAVED_NAMES = ("attention_out", "attention_lse")
 """checkpoint names of what `save_attention` keeps"""
@@ -54,8 +56,8 @@ def attention(
       tokens_Bt: positions and segments of this device's tokens; any order of tokens over ranks is legal.
       norms: scales of q/k RMSNorm (Qwen3), or None.
       config: static sizes.
-      axes: folded axes: weights move past tokens; tensor axes: partial outputs are summed; sequence axes: keys and
-        values are gathered.
+      axes: folded axes: weights move past tokens, or tokens past weights; tensor axes: partial outputs are summed;
+        sequence axes: keys and values are gathered.
       stream: movement; its buckets are replaced by `config.buckets`.
 
     Returns:
@@ -63,8 +65,10 @@ def attention(
 
     Moves: forward (2 N + 2 K) H D (R - 1) / R weights and 2 B S K H (R - 1) / R keys and values (R of the sequence
       axes), and 8 B S (R - 1) / R bytes of positions and segments; backward the weights and the keys and values again,
-      beside what a remat policy repeats of forward, as many weight gradients, and gradients of keys and values. Over
-      tensor axes one all-reduce of [B, t, D] forward, one backward.
+      beside what a remat policy repeats of forward, as many weight gradients, and gradients of keys and values. Or
+      activations: forward 2 B S D (R - 1) / R (x here, y home), backward 3 B S D (R - 1) / R (x, dy, dx); keys and
+      values then move over sequence axes that are not folded alone. Over tensor axes one all-reduce of [B, t, D]
+      forward, one backward.
     Keeps: its inputs, queries, keys, values and outputs of this device's tokens, and the outputs' lse.
     Source: arXiv 2604.26294, section on attention; projections apart from the exchange are ours.
     """
@@ -73,16 +77,38 @@ def attention(
         arrays = vary_alike(x_BtD, *weights, *tokens_Bt, *scales)
         x_BtD, weights, tokens_Bt = arrays[0], AttentionWeights(*arrays[1:5]), Tokens(*arrays[5:7])
         norms = HeadNorms(*arrays[7:])
-        static = Projections.of(config, axes, stream, weights)
-        keys_BS = Tokens(*gather_sequence(*tokens_Bt, axes=axes.sequence))
-        q_BtNH, k_BtKH, v_BtKH = project_in(x_BtD, weights[:3], norms, tokens_Bt.positions, static)
-        q_BtKGH = q_BtNH.reshape(*k_BtKH.shape[:3], -1, config.head_dim)
-        out_BtKGH = _over_sequence(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, keys_BS, static)
-        y_BtD = project_out(out_BtKGH.reshape(q_BtNH.shape), weights.o_nHD, static)
+        run = _moved if moves_tokens(axes.folded, stream) else _streamed
+        y_BtD = run(x_BtD, weights, tokens_Bt, norms, config, axes, stream)
         return lax.psum(y_BtD, axes.tensor) if axes.tensor else y_BtD
 
 
+def _streamed(x_BtD, weights, tokens_Bt: Tokens, norms: HeadNorms, config, axes: Axes, stream: Stream) -> jax.Array:
+    static = Projections.of(config, axes, stream, weights)
+    q_BtNH, k_BtKH, v_BtKH = project_in(x_BtD, weights[:3], norms, tokens_Bt.positions, static)
+    out_BtNH = _attend(q_BtNH, k_BtKH, v_BtKH, tokens_Bt, static)
+    return project_out(out_BtNH, weights.o_nHD, static)
+
+
+def _moved(x_BtD, weights, tokens_Bt: Tokens, norms: HeadNorms, config, axes: Axes, stream: Stream) -> jax.Array:
+    """Folded axes act as tensor axes for an op that sees all their tokens, but for the sum of what it makes."""
+    tokens_BT = Tokens(*gather_sequence(*tokens_Bt, axes=axes.folded))
+    roles = Axes(tensor=axes.tensor + axes.folded, sequence=tuple(a for a in axes.sequence if a not in axes.folded))
+    groups = config.exchange_buckets if roles.sequence else 1  # nothing to exchange: all of this rank's heads at once
+    whole = config._replace(buckets=1, exchange_buckets=groups, blocks=blocks_of(config, x_BtD.shape[1]))
+    static = Projections.of(whole, roles, stream, weights)
+    how = Moved(static, axes.folded, stream)
+    q_BTnH, k_BTkH, v_BTkH = moved_in(x_BtD, weights[:3], norms, tokens_BT.positions, how)
+    return moved_out(_attend(q_BTnH, k_BTkH, v_BTkH, tokens_BT, static), weights.o_nHD, how)
+
+
 # ------------------------------------------------------------------------------------------------ over the sequence
+
+
+def _attend(q_BtNH, k_BtKH, v_BtKH, tokens_Bt: Tokens, static: Projections) -> jax.Array:
+    """[B, t, N, H]: causal attention within segments to the tokens of all sequence axes."""
+    keys_BS = Tokens(*gather_sequence(*tokens_Bt, axes=static.axes.sequence))
+    q_BtKGH = q_BtNH.reshape(*k_BtKH.shape[:3], -1, q_BtNH.shape[-1])
+    return _over_sequence(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, keys_BS, static).reshape(q_BtNH.shape)
 
 
 class _Group(NamedTuple):

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tsp_jax.ops.stream import largest_divisor, zeros
+from tsp_jax.layout import largest_divisor
+from tsp_jax.ops.stream import zeros
 
 Tree = Any
 

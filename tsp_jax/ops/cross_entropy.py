@@ -1,20 +1,26 @@
 """Cross-entropy over a sharded vocabulary, without [B, T, V] logits in forward or backward.
 
-Dims: B batch, t this device's tokens, D model, v this device's rows of the vocabulary, p the rows of one piece.
+Dims: B batch, t this device's tokens, T those of all R folded ranks, D model, v this device's rows of the vocabulary, p
+the rows of one piece.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tsp_jax.layout import Axes
+from tsp_jax.layout import Axes, AxisNames
 from tsp_jax.ops.chunks import over_tokens
 from tsp_jax.ops.embedding import local_ids
 from tsp_jax.ops.linear import matmul, matmul_t, outer
+from tsp_jax.ops.sequence import gather_sequence
 from tsp_jax.ops.stream import Piece, Stream, custom_vjp, fold, fold_with_grads, vary_alike, zeros
+from tsp_jax.ops.tokens import fold_tokens, moves_tokens, resident_piece
 
+Sums = tuple[jax.Array, jax.Array, jax.Array]
+"""of a token, over the logits seen so far: their maximum, the sum of their exponentials relative to it, the label's"""
 IGNORE = -1
 """label of a token that has none"""
 
@@ -37,18 +43,21 @@ def cross_entropy(
       x_BtD: final hidden states, in the compute dtype.
       table_vD: this device's rows of the output head (or of a tied embedding).
       labels_Bt: next tokens, int32; negative: ignored.
-      axes: folded axes: pieces of the head move past tokens; tensor axes: partial sums are combined.
-      stream: movement (gather or ring) and buckets; v divisible by the buckets.
+      axes: folded axes: pieces of the head move past tokens, or tokens past its rows; tensor axes: partial sums are
+        combined.
+      stream: movement (gather, ring or activations) and buckets; v divisible by the buckets.
 
-    Moves: forward V D (R - 1) / R; backward the same again and as many gradients. Over tensor axes all-reduces of
-      [B, t] float32 (two sums, a maximum), and backward one of [B, t, D].
-    Keeps: its inputs and one float32 a token.
+    Moves: forward V D (R - 1) / R; backward the same again and as many gradients. Or activations: forward B S D
+      (R - 1) / R, backward twice that (x, dx), and six numbers a token: its label, two partial sums, and what backward
+      tells of it. Over tensor axes all-reduces of [B, t] float32 (two sums, a maximum), and backward one of [B, t, D].
+    Keeps: its inputs and one float32 a token (activations: also the labels of all tokens).
     Source: online softmax, Milakov and Gimelshein, arXiv 1805.02867.
     """
     with jax.named_scope("tsp/loss"):
         x_BtD, table_vD, labels_Bt = vary_alike(x_BtD, table_vD, labels_Bt)
         local_Bt = local_ids(labels_Bt, table_vD, axes)
-        lse_Bt, label_Bt = _streamed(x_BtD, table_vD, local_Bt, axes.folded, stream)
+        run = _moved if moves_tokens(axes.folded, stream) else _streamed
+        lse_Bt, label_Bt = run(x_BtD, table_vD, local_Bt, axes.folded, stream)
         if axes.tensor:
             top_Bt = lax.pmax(lax.stop_gradient(lse_Bt), axes.tensor)
             lse_Bt = top_Bt + jnp.log(lax.psum(jnp.exp(lse_Bt - top_Bt), axes.tensor))
@@ -58,54 +67,130 @@ def cross_entropy(
         return TokenLosses(jnp.where(real_Bt, lse_Bt - label_Bt, 0.0), jnp.where(real_Bt, lse_Bt, 0.0))
 
 
+def _start(labels_Bt: jax.Array, like: jax.Array) -> Sums:
+    zero_Bt = zeros(labels_Bt.shape, jnp.float32, like=like)
+    return zero_Bt - jnp.inf, zero_Bt, zero_Bt
+
+
+def _visit(sums: Sums, x_BtD: jax.Array, labels_Bt: jax.Array, piece: Piece, rows: int) -> Sums:
+    """Sums with the logits of a piece (of shards of `rows` rows) in them."""
+    top_Bt, sum_Bt, label_Bt = sums
+    logits_Btp = matmul_t(x_BtD, piece.arrays[0])
+    new_Bt = jnp.maximum(top_Bt, logits_Btp.max(axis=-1))
+    sum_Bt = sum_Bt * jnp.exp(top_Bt - new_Bt) + jnp.exp(logits_Btp - new_Bt[..., None]).sum(axis=-1)
+    index_Bt, inside_Bt = piece.find(labels_Bt, rows)
+    here_Bt = jnp.take_along_axis(logits_Btp, index_Bt[..., None], axis=-1)[..., 0]
+    return new_Bt, sum_Bt, jnp.where(inside_Bt, here_Bt, label_Bt)
+
+
+def _finish(sums: Sums) -> tuple[jax.Array, jax.Array]:
+    """(log-partition, logit of the label)."""
+    top_Bt, sum_Bt, label_Bt = sums
+    return top_Bt + jnp.log(sum_Bt), label_Bt
+
+
+def _visit_vjp(
+    x_BtD: jax.Array, labels_Bt: jax.Array, lse_Bt: jax.Array, cotangents: Sequence[jax.Array], piece: Piece, rows: int
+) -> tuple[jax.Array, jax.Array]:
+    """(dx, gradient of the piece), float32; lse_Bt is that of all pieces."""
+    dlse_Bt, dlabel_Bt = cotangents
+    table_pD = piece.arrays[0]
+    index_Bt, inside_Bt = piece.find(labels_Bt, rows)
+    hit_Btp = jax.nn.one_hot(jnp.where(inside_Bt, index_Bt, -1), table_pD.shape[0], dtype=jnp.float32)
+    p_Btp = jnp.exp(matmul_t(x_BtD, table_pD) - lse_Bt[..., None])
+    dlogits_Btp = (dlse_Bt[..., None] * p_Btp + dlabel_Bt[..., None] * hit_Btp).astype(x_BtD.dtype)
+    return matmul(dlogits_Btp, table_pD), outer(dlogits_Btp, x_BtD)
+
+
+# ------------------------------------------------------------------------------------------------ weights move
+
+
 @custom_vjp(3, 4)
 def _streamed(x_BtD, table_vD, labels_Bt, folded, stream):
-    return _forward(x_BtD, table_vD, labels_Bt, folded, stream)[0]
+    return _streamed_forward(x_BtD, table_vD, labels_Bt, folded, stream)[0]
 
 
-def _forward(x_BtD, table_vD, labels_Bt, folded, stream):
-    def body(carry, piece: Piece):
-        def chunk(carry, read):
-            (top_Bc, sum_Bc, label_Bc), (x_BcD, labels_Bc) = carry, read
-            logits_Bcp = matmul_t(x_BcD, piece.arrays[0])
-            new_Bc = jnp.maximum(top_Bc, logits_Bcp.max(axis=-1))
-            sum_Bc = sum_Bc * jnp.exp(top_Bc - new_Bc) + jnp.exp(logits_Bcp - new_Bc[..., None]).sum(axis=-1)
-            index_Bc, inside_Bc = piece.find(labels_Bc, table_vD.shape[0])
-            here_Bc = jnp.take_along_axis(logits_Bcp, index_Bc[..., None], axis=-1)[..., 0]
-            return (new_Bc, sum_Bc, jnp.where(inside_Bc, here_Bc, label_Bc)), (), ()
+def _streamed_forward(x_BtD, table_vD, labels_Bt, folded, stream):
+    def body(sums, piece: Piece):
+        def chunk(sums, read):
+            x_BcD, labels_Bc = read
+            return _visit(sums, x_BcD, labels_Bc, piece, table_vD.shape[0]), (), ()
 
-        return over_tokens(chunk, carry, (x_BtD, labels_Bt), tokens=stream.tokens)[0], None
+        return over_tokens(chunk, sums, (x_BtD, labels_Bt), tokens=stream.tokens)[0], None
 
-    zero_Bt = zeros(labels_Bt.shape, jnp.float32, like=x_BtD)
-    carry = (zero_Bt - jnp.inf, zero_Bt, zero_Bt)
-    (top_Bt, sum_Bt, label_Bt), _ = fold(body, carry, (table_vD,), axes=folded, stream=stream, dtype=x_BtD.dtype)
-    lse_Bt = top_Bt + jnp.log(sum_Bt)
+    sums = _start(labels_Bt, x_BtD)
+    sums, _ = fold(body, sums, (table_vD,), axes=folded, stream=stream, dtype=x_BtD.dtype)
+    lse_Bt, label_Bt = _finish(sums)
     return (lse_Bt, label_Bt), (x_BtD, table_vD, labels_Bt, lse_Bt)
 
 
-def _backward(folded, stream, residuals, cotangents):
+def _streamed_backward(folded, stream, residuals, cotangents):
     x_BtD, table_vD, labels_Bt, lse_Bt = residuals
-    dlse_Bt, dlabel_Bt = cotangents
-    dtype = x_BtD.dtype
 
     def body(dx_BtD, piece: Piece):
-        table_pD = piece.arrays[0]
-
         def chunk(dx_BcD, read):
-            x_BcD, labels_Bc, lse_Bc, dlse_Bc, dlabel_Bc = read
-            index_Bc, inside_Bc = piece.find(labels_Bc, table_vD.shape[0])
-            hit_Bcp = jax.nn.one_hot(jnp.where(inside_Bc, index_Bc, -1), table_pD.shape[0], dtype=jnp.float32)
-            p_Bcp = jnp.exp(matmul_t(x_BcD, table_pD) - lse_Bc[..., None])
-            dlogits_Bcp = (dlse_Bc[..., None] * p_Bcp + dlabel_Bc[..., None] * hit_Bcp).astype(dtype)
-            return dx_BcD + matmul(dlogits_Bcp, table_pD), (), (outer(dlogits_Bcp, x_BcD),)
+            x_BcD, labels_Bc, lse_Bc, *cotangents = read
+            more_BcD, grad = _visit_vjp(x_BcD, labels_Bc, lse_Bc, cotangents, piece, table_vD.shape[0])
+            return dx_BcD + more_BcD, (), (grad,)
 
-        read = x_BtD, labels_Bt, lse_Bt, dlse_Bt, dlabel_Bt
+        read = x_BtD, labels_Bt, lse_Bt, *cotangents
         dx_BtD, _, grads = over_tokens(chunk, dx_BtD, read, tokens=stream.tokens)
         return dx_BtD, grads, None
 
     dx_BtD = zeros(x_BtD.shape, jnp.float32, like=x_BtD)
-    dx_BtD, (dtable_vD,), _ = fold_with_grads(body, dx_BtD, (table_vD,), axes=folded, stream=stream, dtype=dtype)
-    return dx_BtD.astype(dtype), dtable_vD, None
+    dx_BtD, (dtable_vD,), _ = fold_with_grads(body, dx_BtD, (table_vD,), axes=folded, stream=stream, dtype=x_BtD.dtype)
+    return dx_BtD.astype(x_BtD.dtype), dtable_vD, None
 
 
-_streamed.defvjp(_forward, _backward)
+_streamed.defvjp(_streamed_forward, _streamed_backward)
+
+
+# ------------------------------------------------------------------------------------------------ tokens move
+
+
+@custom_vjp(3, 4)
+def _moved(x_BtD, table_vD, labels_Bt, folded, stream):
+    return _moved_forward(x_BtD, table_vD, labels_Bt, folded, stream)[0]
+
+
+def _moved_forward(x_BtD, table_vD, labels_Bt, folded, stream):
+    piece = resident_piece(table_vD, x_BtD.dtype)
+    (labels_BT,) = gather_sequence(labels_Bt, axes=folded)
+    labels_BT -= lax.axis_index(folded) * table_vD.shape[0]
+
+    def body(carry, arrived, here):
+        (x_BpD,), (labels_Bp,) = arrived, here
+        sums = _visit(_start(labels_Bp, x_BpD), x_BpD, labels_Bp, piece, table_vD.shape[0])
+        return carry, (), _finish(sums)
+
+    _, _, parts_BT = fold_tokens(body, (), (x_BtD,), (labels_BT,), axes=folded, stream=stream)
+    lse_RBt, label_RBt = _deal(*parts_BT, axes=folded)
+    lse_Bt = jax.nn.logsumexp(lse_RBt, axis=0)
+    return (lse_Bt, label_RBt.sum(axis=0)), (x_BtD, table_vD, labels_BT, lse_Bt)
+
+
+def _deal(*parts_BT: jax.Array, axes: AxisNames) -> tuple[jax.Array, ...]:
+    """What each rank knows of all tokens -> what all ranks know of this rank's, each [R, B, t]."""
+    with jax.named_scope("deal_tokens"):
+        message = jnp.stack(parts_BT, axis=1)
+        mine = lax.all_to_all(message, axes, split_axis=2, concat_axis=2, tiled=True)
+        return tuple(mine.reshape(*mine.shape[:2], lax.axis_size(axes), -1).transpose(1, 2, 0, 3))
+
+
+def _moved_backward(folded, stream, residuals, cotangents):
+    x_BtD, table_vD, labels_BT, lse_Bt = residuals
+    piece = resident_piece(table_vD, x_BtD.dtype)
+    told_BT = gather_sequence(lse_Bt, *cotangents, axes=folded)
+
+    def body(dtable_vD, arrived, here):
+        (x_BpD,), (labels_Bp, lse_Bp, *cotangents) = arrived, here
+        dx_BpD, grad = _visit_vjp(x_BpD, labels_Bp, lse_Bp, cotangents, piece, table_vD.shape[0])
+        return dtable_vD + grad, (dx_BpD.astype(x_BtD.dtype),), ()
+
+    dtable_vD = zeros(table_vD.shape, jnp.float32, like=x_BtD)
+    arrive, here = (lax.optimization_barrier(x_BtD),), (labels_BT, *told_BT)  # see fold_with_grads
+    dtable_vD, (dx_BtD,), _ = fold_tokens(body, dtable_vD, arrive, here, axes=folded, stream=stream)
+    return dx_BtD, dtable_vD.astype(table_vD.dtype), None
+
+
+_moved.defvjp(_moved_forward, _moved_backward)

@@ -1,6 +1,7 @@
-"""Rows of a vocabulary that is sharded over the same axis as the tokens.
+"""Rows of a vocabulary that may be sharded over the same axes as the tokens.
 
-Dims: B batch, t this device's tokens, D model, v this device's rows of the vocabulary, p the rows of one piece.
+Dims: B batch, t this device's tokens, T those of all folded ranks, D model, v this device's rows of the vocabulary, p
+the rows of one piece.
 """
 
 import jax
@@ -9,7 +10,9 @@ from jax import lax
 
 from tsp_jax.layout import Axes
 from tsp_jax.ops.chunks import over_tokens
+from tsp_jax.ops.sequence import gather_sequence
 from tsp_jax.ops.stream import Piece, Stream, custom_vjp, fold, fold_with_grads, vary_alike, zeros
+from tsp_jax.ops.tokens import fold_tokens, moves_tokens, resident_piece
 
 
 def local_ids(ids_Bt: jax.Array, table_vD: jax.Array, axes: Axes) -> jax.Array:
@@ -33,47 +36,58 @@ def embed(
     Args:
       ids_Bt: token ids, int32; an id outside [0, V) gives zeros.
       table_vD: this device's rows.
-      axes: folded axes: table pieces move past tokens; tensor axes: partial rows are summed.
-      stream: movement (gather or ring) and buckets; v divisible by the buckets.
+      axes: folded axes: table pieces move past tokens, or tokens past rows; tensor axes: partial rows are summed.
+      stream: movement (gather, ring or activations) and buckets; v divisible by the buckets.
       dtype: of the result and of the pieces.
 
     Returns:
       [B, t, D] in `dtype`.
 
-    Moves: forward V D (R - 1) / R; backward as many gradients. Over tensor axes one all-reduce of [B, t, D].
-    Keeps: the ids.
+    Moves: forward V D (R - 1) / R; backward as many gradients. Or activations: ids here, and forward B S D (R - 1) / R
+      rows home, backward as many here. Over tensor axes one all-reduce of [B, t, D].
+    Keeps: the ids (activations: of all tokens).
     """
     with jax.named_scope("tsp/embed"):
         ids_Bt, table_vD = vary_alike(ids_Bt, table_vD)
-        x_BtD = _streamed(local_ids(ids_Bt, table_vD, axes), table_vD, axes.folded, stream, jnp.dtype(dtype))
+        run = _moved if moves_tokens(axes.folded, stream) else _streamed
+        x_BtD = run(local_ids(ids_Bt, table_vD, axes), table_vD, axes.folded, stream, jnp.dtype(dtype))
         return lax.psum(x_BtD, axes.tensor) if axes.tensor else x_BtD
+
+
+def _rows_or(x_BtD: jax.Array, ids_Bt: jax.Array, piece: Piece, rows: int) -> jax.Array:
+    """Rows of ids that are in a piece (of shards of `rows` rows), else x."""
+    index_Bt, inside_Bt = piece.find(ids_Bt, rows)
+    return jnp.where(inside_Bt[..., None], piece.arrays[0][index_Bt], x_BtD)
+
+
+def _rows_grad(dx_BtD: jax.Array, ids_Bt: jax.Array, piece: Piece, rows: int) -> jax.Array:
+    """Gradient of a piece's rows, float32."""
+    index_Bt, inside_Bt = piece.find(ids_Bt, rows)
+    rows_BtD = jnp.where(inside_Bt[..., None], dx_BtD.astype(jnp.float32), 0.0)
+    return zeros(piece.arrays[0].shape, jnp.float32, like=dx_BtD).at[index_Bt].add(rows_BtD)
 
 
 @custom_vjp(2, 3, 4)
 def _streamed(ids_Bt, table_vD, folded, stream, dtype):
-    return _forward(ids_Bt, table_vD, folded, stream, dtype)[0]
+    return _streamed_forward(ids_Bt, table_vD, folded, stream, dtype)[0]
 
 
-def _forward(ids_Bt, table_vD, folded, stream, dtype):
+def _streamed_forward(ids_Bt, table_vD, folded, stream, dtype):
     def body(x_BtD, piece: Piece):
-        index_Bt, inside_Bt = piece.find(ids_Bt, table_vD.shape[0])
-        rows_BtD = piece.arrays[0][index_Bt]
-        return jnp.where(inside_Bt[..., None], rows_BtD, x_BtD), None
+        return _rows_or(x_BtD, ids_Bt, piece, table_vD.shape[0]), None
 
     x_BtD = zeros((*ids_Bt.shape, table_vD.shape[-1]), dtype, like=table_vD)
     x_BtD, _ = fold(body, x_BtD, (table_vD,), axes=folded, stream=stream, dtype=dtype)
     return x_BtD, (ids_Bt, table_vD)
 
 
-def _backward(folded, stream, dtype, residuals, dx_BtD):
+def _streamed_backward(folded, stream, dtype, residuals, dx_BtD):
     ids_Bt, table_vD = residuals
 
     def body(carry, piece: Piece):
         def chunk(_, read):
             ids_Bc, dx_BcD = read
-            index_Bc, inside_Bc = piece.find(ids_Bc, table_vD.shape[0])
-            rows_BcD = jnp.where(inside_Bc[..., None], dx_BcD.astype(jnp.float32), 0.0)
-            return (), (), (zeros(piece.arrays[0].shape, jnp.float32, like=dx_BcD).at[index_Bc].add(rows_BcD),)
+            return (), (), (_rows_grad(dx_BcD, ids_Bc, piece, table_vD.shape[0]),)
 
         return carry, over_tokens(chunk, (), (ids_Bt, dx_BtD), tokens=stream.tokens)[2], None
 
@@ -81,4 +95,39 @@ def _backward(folded, stream, dtype, residuals, dx_BtD):
     return None, dtable_vD
 
 
-_streamed.defvjp(_forward, _backward)
+_streamed.defvjp(_streamed_forward, _streamed_backward)
+
+
+@custom_vjp(2, 3, 4)
+def _moved(ids_Bt, table_vD, folded, stream, dtype):
+    return _moved_forward(ids_Bt, table_vD, folded, stream, dtype)[0]
+
+
+def _moved_forward(ids_Bt, table_vD, folded, stream, dtype):
+    piece = resident_piece(table_vD, dtype)
+    (ids_BT,) = gather_sequence(ids_Bt, axes=folded)
+    ids_BT -= lax.axis_index(folded) * table_vD.shape[0]
+
+    def body(carry, _, here):
+        (ids_Bp,) = here
+        zero_BpD = zeros((*ids_Bp.shape, table_vD.shape[-1]), dtype, like=table_vD)
+        return carry, (_rows_or(zero_BpD, ids_Bp, piece, table_vD.shape[0]),), ()
+
+    _, (x_BtD,), _ = fold_tokens(body, (), (), (ids_BT,), axes=folded, stream=stream)
+    return x_BtD, (ids_BT, table_vD)
+
+
+def _moved_backward(folded, stream, dtype, residuals, dx_BtD):
+    ids_BT, table_vD = residuals
+    piece = resident_piece(table_vD, dtype)
+
+    def body(dtable_vD, arrived, here):
+        (dx_BpD,), (ids_Bp,) = arrived, here
+        return dtable_vD + _rows_grad(dx_BpD, ids_Bp, piece, table_vD.shape[0]), (), ()
+
+    dtable_vD = zeros(table_vD.shape, jnp.float32, like=dx_BtD)
+    dtable_vD, _, _ = fold_tokens(body, dtable_vD, (dx_BtD,), (ids_BT,), axes=folded, stream=stream)
+    return None, dtable_vD.astype(table_vD.dtype)
+
+
+_moved.defvjp(_moved_forward, _moved_backward)

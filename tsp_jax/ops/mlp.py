@@ -1,4 +1,4 @@
-"""Gated MLP on streamed weights.
+"""Gated MLP: streamed weights past tokens, or tokens past resident weights.
 
 Dims: B batch, t this device's tokens, D model, F ffn, f this device's columns, p the columns of one piece.
 """
@@ -13,7 +13,8 @@ from jax import lax
 from tsp_jax.layout import Axes
 from tsp_jax.ops.chunks import over_tokens
 from tsp_jax.ops.linear import matmul, matmul_t, outer
-from tsp_jax.ops.stream import Piece, Stream, custom_vjp, fold, fold_with_grads, vary_alike, zeros
+from tsp_jax.ops.stream import Arrays, Piece, Stream, custom_vjp, fold, fold_with_grads, vary_alike, zeros
+from tsp_jax.ops.tokens import add, fold_tokens, held, like, moves_tokens
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=True)}
 
@@ -33,21 +34,23 @@ def mlp(
     Args:
       x_BtD: this device's tokens, in the compute dtype.
       w_gate_fD: this device's columns, any float dtype; likewise up and down (all stored [F, D]).
-      axes: folded axes: weights move past tokens; tensor axes: partial outputs are summed.
-      stream: movement (gather or ring) and buckets; f divisible by the buckets.
+      axes: folded axes: weights move past tokens, or tokens past weights; tensor axes: partial outputs are summed.
+      stream: movement (gather, ring or activations) and buckets; f divisible by the buckets.
       activation: silu (SwiGLU) or gelu (GeGLU, tanh form).
 
     Returns:
       [B, t, D] in x's dtype; sums in float32.
 
-    Moves: forward 3 D F (R - 1) / R weights; backward the same again, and as many gradients to their owners. Over
-      tensor axes one all-reduce of [B, t, D] forward, and one backward.
+    Moves: forward 3 D F (R - 1) / R weights; backward the same again, and as many gradients to their owners. Or
+      activations: forward 2 B S D (R - 1) / R (x here, y home), backward 3 B S D (R - 1) / R (x, dy, dx). Over tensor
+      axes one all-reduce of [B, t, D] forward, and one backward.
     Keeps: its inputs.
     Source: Shazeer, arXiv 2002.05202; streaming: arXiv 2604.26294.
     """
     with jax.named_scope("tsp/mlp"):
         x_BtD, *weights = vary_alike(x_BtD, w_gate_fD, w_up_fD, w_down_fD)
-        y_BtD = _streamed(x_BtD, tuple(weights), axes.folded, stream, activation)
+        run = _moved if moves_tokens(axes.folded, stream) else _streamed
+        y_BtD = run(x_BtD, tuple(weights), axes.folded, stream, activation)
         return lax.psum(y_BtD, axes.tensor) if axes.tensor else y_BtD
 
 
@@ -55,18 +58,35 @@ def _gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
     return ACTIVATIONS[activation](gate) * up
 
 
+def _partial(activation: str, x_BtD: jax.Array, weights: Arrays) -> jax.Array:
+    """What some columns add to the output, float32."""
+    gate_pD, up_pD, down_pD = weights
+    h_Btp = _gated(activation, matmul_t(x_BtD, gate_pD), matmul_t(x_BtD, up_pD))
+    return matmul(h_Btp.astype(x_BtD.dtype), down_pD)
+
+
+def _partial_vjp(activation: str, x_BtD: jax.Array, dy_BtD: jax.Array, weights: Arrays) -> tuple[jax.Array, Arrays]:
+    """(dx, gradients of the weights), float32."""
+    gate_pD, up_pD, down_pD = weights
+    dtype = x_BtD.dtype
+    h_Btp, gated_vjp = jax.vjp(partial(_gated, activation), matmul_t(x_BtD, gate_pD), matmul_t(x_BtD, up_pD))
+    dgate_Btp, dup_Btp = (d.astype(dtype) for d in gated_vjp(matmul_t(dy_BtD, down_pD)))
+    dx_BtD = matmul(dgate_Btp, gate_pD) + matmul(dup_Btp, up_pD)
+    return dx_BtD, (outer(dgate_Btp, x_BtD), outer(dup_Btp, x_BtD), outer(h_Btp.astype(dtype), dy_BtD))
+
+
+# ------------------------------------------------------------------------------------------------ weights move
+
+
 @custom_vjp(2, 3, 4)
 def _streamed(x_BtD, weights, folded, stream, activation):
-    return _forward(x_BtD, weights, folded, stream, activation)[0]
+    return _streamed_forward(x_BtD, weights, folded, stream, activation)[0]
 
 
-def _forward(x_BtD, weights, folded, stream, activation):
+def _streamed_forward(x_BtD, weights, folded, stream, activation):
     def body(y_BtD, piece: Piece):
-        gate_pD, up_pD, down_pD = piece.arrays
-
         def chunk(y_BcD, x_BcD):
-            h_Bcp = _gated(activation, matmul_t(x_BcD, gate_pD), matmul_t(x_BcD, up_pD))
-            return y_BcD + matmul(h_Bcp.astype(x_BcD.dtype), down_pD), (), ()
+            return y_BcD + _partial(activation, x_BcD, piece.arrays), (), ()
 
         return over_tokens(chunk, y_BtD, x_BtD, tokens=stream.tokens)[0], None
 
@@ -75,27 +95,57 @@ def _forward(x_BtD, weights, folded, stream, activation):
     return y_BtD.astype(x_BtD.dtype), (x_BtD, weights)
 
 
-def _backward(folded, stream, activation, residuals, dy_BtD) -> tuple[Any, Any]:
+def _streamed_backward(folded, stream, activation, residuals, dy_BtD) -> tuple[Any, Any]:
     x_BtD, weights = residuals
-    dtype = x_BtD.dtype
 
     def body(dx_BtD, piece: Piece):
-        gate_pD, up_pD, down_pD = piece.arrays
-
         def chunk(dx_BcD, read):
             x_BcD, dy_BcD = read
-            h_Bcp, gated_vjp = jax.vjp(partial(_gated, activation), matmul_t(x_BcD, gate_pD), matmul_t(x_BcD, up_pD))
-            dgate_Bcp, dup_Bcp = (d.astype(dtype) for d in gated_vjp(matmul_t(dy_BcD, down_pD)))
-            dx_BcD += matmul(dgate_Bcp, gate_pD) + matmul(dup_Bcp, up_pD)
-            grads = outer(dgate_Bcp, x_BcD), outer(dup_Bcp, x_BcD), outer(h_Bcp.astype(dtype), dy_BcD)
-            return dx_BcD, (), grads
+            more_BcD, grads = _partial_vjp(activation, x_BcD, dy_BcD, piece.arrays)
+            return dx_BcD + more_BcD, (), grads
 
         dx_BtD, _, grads = over_tokens(chunk, dx_BtD, (x_BtD, dy_BtD), tokens=stream.tokens)
         return dx_BtD, grads, None
 
     dx_BtD = zeros(x_BtD.shape, jnp.float32, like=dy_BtD)
-    dx_BtD, grads, _ = fold_with_grads(body, dx_BtD, weights, axes=folded, stream=stream, dtype=dtype)
-    return dx_BtD.astype(dtype), grads
+    dx_BtD, grads, _ = fold_with_grads(body, dx_BtD, weights, axes=folded, stream=stream, dtype=x_BtD.dtype)
+    return dx_BtD.astype(x_BtD.dtype), grads
 
 
-_streamed.defvjp(_forward, _backward)
+_streamed.defvjp(_streamed_forward, _streamed_backward)
+
+
+# ------------------------------------------------------------------------------------------------ tokens move
+
+
+@custom_vjp(2, 3, 4)
+def _moved(x_BtD, weights, folded, stream, activation):
+    return _moved_forward(x_BtD, weights, folded, stream, activation)[0]
+
+
+def _moved_forward(x_BtD, weights, folded, stream, activation):
+    resident = held(weights, x_BtD.dtype)
+
+    def body(carry, arrived, _):
+        return carry, (_partial(activation, arrived[0], resident).astype(x_BtD.dtype),), ()
+
+    _, (y_BtD,), _ = fold_tokens(body, (), (x_BtD,), axes=folded, stream=stream)
+    return y_BtD, (x_BtD, weights)
+
+
+def _moved_backward(folded, stream, activation, residuals, dy_BtD) -> tuple[Any, Any]:
+    x_BtD, weights = residuals
+    resident = held(weights, x_BtD.dtype)
+
+    def body(grads, arrived, _):
+        x_BpD, dy_BpD = arrived
+        dx_BpD, more = _partial_vjp(activation, x_BpD, dy_BpD, resident)
+        return add(grads, more), (dx_BpD.astype(x_BtD.dtype),), ()
+
+    grads = tuple(zeros(weight.shape, jnp.float32, like=x_BtD) for weight in weights)
+    arrive = lax.optimization_barrier((x_BtD, dy_BtD))  # see fold_with_grads
+    grads, (dx_BtD,), _ = fold_tokens(body, grads, arrive, axes=folded, stream=stream)
+    return dx_BtD, like(grads, weights)
+
+
+_moved.defvjp(_moved_forward, _moved_backward)

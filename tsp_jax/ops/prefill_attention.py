@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tsp_jax.layout import Axes
+from tsp_jax.layout import Axes, largest_divisor
 from tsp_jax.ops import kernels
 from tsp_jax.ops.attention import blocks_of
 from tsp_jax.ops.kernels.blockwise import MASKED, Tokens
@@ -27,7 +27,7 @@ from tsp_jax.ops.projections import (
     project_out,
 )
 from tsp_jax.ops.sequence import gather_sequence
-from tsp_jax.ops.stream import Stream, largest_divisor, vary_alike, zeros
+from tsp_jax.ops.stream import Stream, vary_alike, zeros
 
 
 def prefill_attention(

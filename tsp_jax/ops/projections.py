@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.config import RopeScaling
-from tsp_jax.layout import Axes
+from tsp_jax.layout import Axes, largest_divisor
 from tsp_jax.ops.chunks import over_tokens
 from tsp_jax.ops.kernels.blockwise import Blocks
 from tsp_jax.ops.linear import matmul, matmul_t, outer
 from tsp_jax.ops.norm import rms_norm
 from tsp_jax.ops.rope import rope
-from tsp_jax.ops.stream import Piece, Stream, custom_vjp, fold, fold_with_grads, largest_divisor, zeros
+from tsp_jax.ops.stream import Piece, Stream, custom_vjp, fold, fold_with_grads, zeros
 
 
 class AttentionWeights(NamedTuple):

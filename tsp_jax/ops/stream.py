@@ -36,6 +36,8 @@ class Stream(NamedTuple):
     """dtype in which weight gradients travel"""
     tokens: int = 1 << 30
     """tokens that meet a piece at a time, at most"""
+    token_buckets: int = 1
+    """pieces that a rank's tokens are cut into, at most, where they move instead of weights"""
 
 
 class Piece(NamedTuple):
@@ -94,11 +96,6 @@ def zeros(shape: Sequence[int], dtype: Any, like: jax.Array) -> jax.Array:
     first = lax.bitcast_convert_type(like[(0,) * like.ndim], bits)
     zero = lax.shift_right_logical(lax.shift_right_logical(first, bits.type(8 * bits.itemsize - 1)), bits.type(1))
     return _vary(jnp.broadcast_to(zero.astype(dtype), shape), jax.typeof(like).mat.varying)
-
-
-def largest_divisor(value: int, at_most: int) -> int:
-    """The largest divisor of `value` that does not exceed `at_most`."""
-    return next(d for d in range(min(value, at_most), 0, -1) if value % d == 0)
 
 
 def fold(

@@ -1,0 +1,155 @@
+"""Move tokens past resident weights, and partial outputs home: `stream`'s other half.
+
+A folded axis shards weights and tokens. `stream` moves weights past tokens; here each rank keeps its weights and sees
+the tokens of all ranks, a piece at a time: piece i is slice i of every rank's tokens, by all_gather. What a rank's own
+weights make of them is a partial output, which a reduce-scatter sums and deals back to the tokens' owners. Weight
+gradients are sums over tokens that the rank has seen itself, and move nowhere.
+
+Dims: B batch, t this device's tokens, R ranks of the folded axes, p tokens of a piece per rank.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tsp_jax.layout import largest_divisor
+from tsp_jax.ops.stream import Arrays, Carry, Piece, Stream
+
+
+def moves_tokens(folded: tuple[str, ...], stream: Stream) -> bool:
+    """Whether an op moves its tokens rather than its weights."""
+    return stream.movement == "activations" and bool(folded)
+
+
+def fold_tokens(
+    body: Callable[[Carry, Arrays, Arrays], tuple[Carry, Arrays, Arrays]],
+    carry: Carry,
+    arrive: Arrays,
+    here: Arrays = (),
+    *,
+    axes: tuple[str, ...],
+    stream: Stream,
+) -> tuple[Carry, Arrays, Arrays]:
+    """Folds `body` over pieces of all ranks' tokens.
+
+    While a piece is used, the next one is on its way here and the partial outputs of the last on their way home.
+
+    Args:
+      body: (carry, arrived, here) -> (carry, partial, kept); each a tuple of arrays [B, R p, ...], ranks in order.
+      carry: initial value.
+      arrive: this rank's tokens, each [B, t, ...]; gathered a piece at a time.
+      here: what this rank has of all ranks' tokens already, each [B, R t, ...], ranks in order.
+      axes: folded mesh axes, at least one.
+      stream: `token_buckets` and unrolling; the largest divisor of t that fits is used.
+
+    Returns:
+      (carry, home, kept): home, each [B, t, ...], are this rank's tokens of the partials' sums over ranks; kept, each
+      [B, R t, ...], stay where they were made.
+
+    Moves: (R - 1) / R of all ranks' tokens for each of `arrive` (all-gather) and of the partials (reduce-scatter).
+    """
+    pieces = _Pieces(arrive, here, axes, stream.token_buckets)
+    last, unroll = pieces.number - 1, stream.unroll
+
+    def turn(carry, arrived: Arrays, index):
+        return body(carry, arrived, pieces.local(index))
+
+    def ahead_turn(state, index):
+        carry, arrived, partial = state
+        ahead, home = pieces.fetch(index + 1), pieces.send_home(partial)
+        carry, partial, kept = turn(carry, arrived, index)
+        return (carry, ahead, partial), (home, kept)
+
+    if last == 0:
+        carry, partial, kept = turn(carry, pieces.fetch(0), 0)
+        return carry, _joined([_stacked(pieces.send_home(partial))], 1), _joined([_stacked(kept)], pieces.ranks)
+    arrived = pieces.fetch(0)
+    ahead = pieces.fetch(1, after=arrived)
+    carry, partial, kept = turn(carry, arrived, 0)
+    homes, kepts, state = [], [_stacked(kept)], (carry, ahead, partial)
+    for index in range(1, last) if unroll else ():
+        state, out = ahead_turn(state, index)
+        homes.append(_stacked(out[0]))
+        kepts.append(_stacked(out[1]))
+    if last > 1 and not unroll:
+        state, (home, kept) = lax.scan(ahead_turn, state, jnp.arange(1, last))
+        homes.append(home)
+        kepts.append(kept)
+    carry, arrived, partial = state
+    home = pieces.send_home(partial)
+    carry, partial, kept = turn(carry, arrived, last)
+    homes += [_stacked(home), _stacked(pieces.send_home(partial, after=home))]
+    return carry, _joined(homes, 1), _joined([*kepts, _stacked(kept)], pieces.ranks)
+
+
+class _Pieces:
+    """Cuts and moves tokens.
+
+    Of two messages that are to follow each other (`after`) the compiler would else make one, so that what needs the
+    first waits for both.
+    """
+
+    def __init__(self, arrive: Arrays, here: Arrays, axes: tuple[str, ...], buckets: int):
+        self.axes, self.ranks = axes, lax.axis_size(axes)
+        tokens = arrive[0].shape[1] if arrive else here[0].shape[1] // self.ranks
+        self.number = largest_divisor(tokens, buckets)
+        self.arrive = tuple(a.reshape(a.shape[0], self.number, -1, *a.shape[2:]) for a in arrive)
+        self.here = tuple(a.reshape(a.shape[0], self.ranks, self.number, -1, *a.shape[2:]) for a in here)
+
+    def fetch(self, index, after: Arrays = ()) -> Arrays:
+        """All ranks' tokens of a piece."""
+        arrive = lax.optimization_barrier((self.arrive, after))[0] if after else self.arrive
+        mine = (lax.dynamic_index_in_dim(a, index, axis=1, keepdims=False) for a in arrive)
+        with jax.named_scope("gather_tokens"):
+            return tuple(lax.all_gather(a, self.axes, axis=1, tiled=True) for a in mine)
+
+    def local(self, index) -> Arrays:
+        """What is here of a piece."""
+        mine = (lax.dynamic_index_in_dim(a, index, axis=2, keepdims=False) for a in self.here)
+        return tuple(a.reshape(a.shape[0], -1, *a.shape[3:]) for a in mine)
+
+    def send_home(self, partial: Arrays, after: Arrays = ()) -> Arrays:
+        """This rank's tokens of the sum over ranks."""
+        partial = lax.optimization_barrier((partial, after))[0] if after else partial
+        with jax.named_scope("scatter_tokens"):
+            home = (lax.psum_scatter(a, self.axes, scatter_dimension=1, tiled=True) for a in partial)
+            return tuple(lax.optimization_barrier(a) for a in home)  # see scatter_sequence
+
+
+def _stacked(arrays: Arrays) -> Arrays:
+    return tuple(array[None] for array in arrays)
+
+
+def _joined(parts: list[Arrays], ranks: int) -> Arrays:
+    """Pieces, each array [pieces, B, ranks p, ...] -> [B, ranks t, ...], ranks in order."""
+
+    def join(*arrays: jax.Array) -> jax.Array:
+        stacked = jnp.concatenate(arrays)
+        pieces, batch, tokens, *rest = stacked.shape
+        cut = stacked.reshape(pieces, batch, ranks, tokens // ranks, *rest)
+        return jnp.moveaxis(cut, 0, 2).reshape(batch, -1, *rest)
+
+    return jax.tree.map(join, *parts)
+
+
+def add(total: Any, more: Any) -> Any:
+    """Sums of two trees, leaf by leaf."""
+    return jax.tree.map(jnp.add, total, more)
+
+
+def like(grads: Arrays, weights: Arrays) -> Arrays:
+    """Gradients in the dtypes of what they are the gradients of."""
+    return tuple(grad.astype(weight.dtype) for grad, weight in zip(grads, weights, strict=True))
+
+
+def held(weights: Arrays, dtype: Any) -> Arrays:
+    """Resident weights in the compute dtype."""
+    return tuple(weight.astype(dtype) for weight in weights)
+
+
+def resident_piece(weight: jax.Array, dtype: Any) -> Piece:
+    """This rank's shard as the one piece there is."""
+    return Piece(held((weight,), dtype), 0, 0, 1, 0)

@@ -120,8 +120,8 @@ HARDWARE = {
             "products 620 TFLOP/s by SemiAnalysis, December 2024; memory as copies like BabelStream's reach "
             "(4.0-4.3 TB/s); host link 0.8 of PCIe 5.0 x16: assumed, no measurement known",
             attention_forward=0.7, attention_backward=0.45,
-            attention_source="forward: the share that Triton's kernel reaches on MI355X, assumed here too; "
-            "backward: as much slower than forward as Triton's kernels are on H100: assumed, no measurement known",
+            attention_source="forward: the share taken for MI355X; backward: the ratio taken for H100; both assumed, "
+            "no measurement of a Triton kernel on this device known",
             description=_amd("gfx942", 304, 65536, 2.1, 206141652992, 5300000000000),
         ),
         Hardware(
@@ -132,8 +132,9 @@ HARDWARE = {
             source="AMD MI355X data sheet (xGMI 76.8 GB/s raw; usable rate scaled as on MI300X); sustained rates are "
             "the share of the peak that MI300X reaches: assumed, no measurement known",
             attention_forward=0.7, attention_backward=0.45,
-            attention_source="forward: Triton's kernel at 845 TFLOP/s, causal, 16 K tokens, heads of 128, by "
-            "HipKittens (arXiv 2511.08083); backward: as much slower as Triton's kernels are on H100: assumed",
+            attention_source="forward: Triton's kernel at 845 TFLOP/s, causal, 16 K tokens, heads of 128, in "
+            "a figure's data of HipKittens (arXiv 2511.08083), over an assumed sustained rate; backward: the ratio "
+            "taken for H100, assumed",
             description=_amd("gfx950", 256, 163840, 2.4, 309220868096, 8000000000000),
         ),
         Hardware(
@@ -144,8 +145,8 @@ HARDWARE = {
             "0.9 of the peak and host link 0.8 of PCIe 5.0 x16: assumed, no measurement known",
             attention_forward=0.6, attention_backward=0.37,
             attention_source="forward: Triton's kernel at 395 (FlashAttention-3, arXiv 2407.08608) to 477 TFLOP/s "
-            "(TorchBench, July 2024), 16 K tokens, heads of 128; backward: Triton's at 265 TFLOP/s, 16 K tokens, heads "
-            "of 64 (TritonBench, November 2024); cuDNN reaches 595 forward",
+            "(TorchBench, July 2024), 16 K tokens, heads of 128, causal or not is not said; backward: assumed, after "
+            "265 TFLOP/s of a Triton kernel in a TritonBench report that names no card",
             description=_gpu(
                 _H100, "cuda_compute_capability { major: 9 minor: 0 }", "CUDA", "major: 9 minor: 10",
                 "NVIDIA H100 80GB HBM3",

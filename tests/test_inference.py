@@ -33,6 +33,7 @@ MODELS = {
     "multi_head": MULTI_HEAD,
     "grouped": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, qk_norm=True),
     "odd_heads": dataclasses.replace(MULTI_HEAD, num_heads=9, num_kv_heads=3, tie_embeddings=True, activation="gelu"),
+    "thirds": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, head_dim=12),  # three ranks could share a KV head
 }
 STREAM = StreamConfig(attention_buckets=2, mlp_buckets=3, vocab_buckets=3)
 BATCH, CAPACITY, CHUNK, STEPS = 4, 128, 48, 67
@@ -45,6 +46,7 @@ CASES = [
     ("tsp8", "grouped"), ("tsp8", "odd_heads"), ("tp8", "grouped"), ("tp2_sp4", "odd_heads"), ("tp4_sp2", "grouped"),
     ("sp8", "multi_head"), ("fsdp_cp8", "odd_heads"), ("data2_tsp4", "grouped"), ("mix2_4", "odd_heads"),
     ("two_axes2_4", "multi_head"), ("partial2_4", "grouped"),
+    ("mix2_3", "odd_heads"), ("mix3_2", "thirds"),
 ]  # fmt: skip
 """every layout, every model under tsp, and fewer KV heads than ranks wherever that is a case of its own"""
 OTHER_CASES = [
@@ -244,7 +246,7 @@ def test_a_device_holds_its_share_of_the_cache_and_at_most_a_page_more(case):
     mine = sum(4 * math.prod(array.sharding.shard_shape(array.shape)) for array in arrays)
     heads = arrays.k_LBKcH.shape[2] / model.num_kv_heads  # padded, where ranks do not divide them
     assert heads * total / shards <= mine <= heads * (total / shards + page)
-    assert heads == (9 / 8 if case == "tsp3" else 1)
+    assert heads == {"tsp3": 9 / 8, "mix2_3": 12 / 8, "mix3_2": 12 / 8}.get(case, 1)
 
 
 @pytest.mark.parametrize(("case", "model"), CASES)

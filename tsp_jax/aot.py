@@ -12,7 +12,7 @@ from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
 from tsp_jax.inference.program import InferenceProgram, make_inference_program
 from tsp_jax.inspect.report import FullWeight, Report, report
-from tsp_jax.layout import Placement, check_fits, get_layout, pad_heads, parse_mesh, place
+from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh, place
 from tsp_jax.targets import Target
 from tsp_jax.training.step import make_program
 
@@ -97,7 +97,7 @@ def compile_step(config: Config, target: Target, step: Step = "train") -> Compil
 def full_weights(config: Config, placement: Placement) -> tuple[FullWeight, ...]:
     """What no device should gather at once: all rows of an op's message, as elements, by scope."""
     model, layout = config.model, placement.layout
-    heads = pad_heads(model.num_heads, model.num_kv_heads, model.head_dim, placement.size("heads"))
+    heads = placement.head_slots(model.num_heads, model.num_kv_heads, model.head_dim)
     query, kv = heads.query * heads.dim, heads.kv * heads.dim
     rows = {
         ("tsp/attention", "heads"): (query + 2 * kv, query),

@@ -34,7 +34,8 @@ class _Sizes:
         self.tokens = self.batch * config.seq_len // self.sequence
         self.item, self.grad_item = ITEMSIZE[config.compute_dtype], ITEMSIZE[config.stream.grad_dtype]
         model = config.model
-        self.heads: Heads = pad_heads(model.num_heads, model.num_kv_heads, model.head_dim, self.folded * self.tensor)
+        shards = (sizes[name] for name in layout.heads)
+        self.heads: Heads = pad_heads(model.num_heads, model.num_kv_heads, model.head_dim, *shards)
 
     def streamed(self, elements: float) -> float:
         """Elements of weights (of all ranks) that a device receives when they pass by once."""

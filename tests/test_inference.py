@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tsp_jax
 from tests.helpers import BF16_TOLERANCE, LAYOUT_CASES, UNUSUAL_CASES, place_case, relative_error
 from tsp_jax.config import Config, ModelConfig, StreamConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.inference import Sampling, generate, make_inference_program, sample
+from tsp_jax.inference import Sampling, Stats, generate_tokens, make_inference_program, sample
 from tsp_jax.inference.cache import PAGE, deal
-from tsp_jax.inference.generate import prefill_prompts
+from tsp_jax.inference.loop import prefill_prompts
 from tsp_jax.inference.sampling import filter_top_k, filter_top_p, row_keys
 from tsp_jax.inspect import buffers, collectives, memory_report, parse
 from tsp_jax.nn import to_stored
@@ -161,6 +162,12 @@ def test_every_step_equals_the_whole_forward(case, model):
 @pytest.mark.parametrize(("case", "model"), OTHER_CASES)
 def test_every_other_layout_and_model(case, model):
     check(case, model)
+
+
+def test_one_device_is_one_device():
+    """tsp 1 has nothing to fold, and is the program of `single` above."""
+    alone = tsp_jax.place("tsp", tsp=1)
+    assert dataclasses.replace(alone.layout, name="single") == place_case("single").layout
 
 
 def test_every_layout_is_in_the_short_run():
@@ -323,6 +330,16 @@ def test_the_cache_is_written_where_it_lies(step):
         assert memory.temp_bytes < total / 2 + 3 * total / WIDE.num_layers / 2
 
 
+def test_a_cache_that_was_given_away_is_gone():
+    program, params = served("tsp4", "odd_heads")
+    given = program.init_cache()
+    logits, cache = prefill_prompts(program, params, given, make_prompts())
+    assert all(array.is_deleted() for array in given.key_values)
+    tokens = np.asarray(logits).argmax(axis=-1).astype(np.int32)
+    program.decode(params, cache, jax.device_put(tokens, program.abstract_tokens.sharding))
+    assert all(array.is_deleted() for array in cache.key_values)
+
+
 def test_decode_makes_no_copy_of_the_weights():
     module = parse(compiled("tsp4", "decode").as_text())
     shard = WIDE.d_ff // 4 * WIDE.d_model
@@ -340,7 +357,7 @@ def test_prefill_gathers_a_bucket_of_heads_at_a_time():
 def test_nothing_is_compiled_again_for_other_tokens_and_lengths():
     program, params = served("tsp4", "odd_heads")
     for lengths in ((4, 1, 9, 2), (48, 49, 3)):
-        generate(program, params, make_prompts(lengths), max_new_tokens=9)
+        generate_tokens(program, params, make_prompts(lengths), max_new_tokens=9)
     assert program.prefill._cache_size() == 1
     assert program.decode._cache_size() == 1
 
@@ -353,17 +370,27 @@ def test_generate_continues_prompts_by_their_likeliest_tokens():
     _, tokens, _, _ = continued("tsp4", "odd_heads")
     calls = []
     prompts = [*make_prompts(), make_prompts()[1]]  # one more than the batch
-    new = generate(program, params, prompts, max_new_tokens=20, on_token=lambda *call: calls.append(call))
+    new = generate_tokens(program, params, prompts, max_new_tokens=20, on_token=lambda *call: calls.append(call))
     assert new == [*tokens[:, :20].tolist(), tokens[1, :20].tolist()]
     assert [[token for row, token in calls if row == n] for n in range(5)] == new
     assert [row for row, _ in calls[:8]] == [0, 1, 2, 3, 0, 1, 2, 3], "as they come"
 
 
+def test_generate_counts_what_it_did():
+    program, params = served("tsp4", "odd_heads")
+    prompts = [*make_prompts(), make_prompts()[1]]
+    full = generate_tokens(program, params, prompts, max_new_tokens=20, stats=(stats := Stats()))
+    assert (stats.prompt_tokens, stats.new_tokens, stats.decoded_tokens) == (sum(map(len, prompts)), 100, 95)
+    assert stats.prefill_s > 0 < stats.decode_s
+    stopped = generate_tokens(program, params, prompts, max_new_tokens=20, stop_tokens=full[0][3:4], stats=stats)
+    assert stats.new_tokens == 100 + sum(map(len, stopped)) < 200
+
+
 def test_generate_ends_a_sequence_at_its_stop_token():
     program, params = served("tsp4", "odd_heads")
-    full = generate(program, params, make_prompts(), max_new_tokens=20)
+    full = generate_tokens(program, params, make_prompts(), max_new_tokens=20)
     stops = [full[0][3], full[1][7]]
-    stopped = generate(program, params, make_prompts(), max_new_tokens=20, stop_tokens=stops)
+    stopped = generate_tokens(program, params, make_prompts(), max_new_tokens=20, stop_tokens=stops)
     for row, tokens in enumerate(full):
         ends = [place for place, token in enumerate(tokens) if token in stops]
         assert stopped[row] == tokens[: ends[0] + 1 if ends else None]
@@ -373,10 +400,12 @@ def test_generate_ends_a_sequence_at_its_stop_token():
 def test_a_draw_depends_on_seed_prompt_and_place_alone():
     program, params = served("tsp4", "odd_heads")
     prompts, hot = make_prompts(), Sampling(temperature=2.0, seed=3)
-    drawn = generate(program, params, prompts, max_new_tokens=8, sampling=hot)
-    assert generate(program, params, prompts[:2], max_new_tokens=8, sampling=hot) == drawn[:2]
-    assert generate(program, params, prompts, max_new_tokens=8, sampling=dataclasses.replace(hot, seed=4)) != drawn
-    assert generate(program, params, prompts, max_new_tokens=8) != drawn
+    drawn = generate_tokens(program, params, prompts, max_new_tokens=8, sampling=hot)
+    assert generate_tokens(program, params, prompts[:2], max_new_tokens=8, sampling=hot) == drawn[:2]
+    assert (
+        generate_tokens(program, params, prompts, max_new_tokens=8, sampling=dataclasses.replace(hot, seed=4)) != drawn
+    )
+    assert generate_tokens(program, params, prompts, max_new_tokens=8) != drawn
 
 
 @pytest.mark.parametrize(
@@ -385,12 +414,15 @@ def test_a_draw_depends_on_seed_prompt_and_place_alone():
         ([[1], []], 4, r"prompts\[1\] is empty"),
         ([[1] * 100], 29, "capacity=128 is too small for the 100 tokens of .*; use capacity=129"),
         ([[1]], 0, "max_new_tokens=0 must be positive"),
+        ([], 4, "holds no prompt"),
+        ([[1], [71, 72]], 4, r"prompts\[1\] holds 72, which is no token; use ids from 0 to 71"),
+        ([[-1]], 4, "holds -1, which is no token"),
     ],
 )
 def test_generate_refuses_what_cannot_be(prompts, max_new_tokens, message):
     program, params = served("tsp4", "odd_heads")
     with pytest.raises(ConfigError, match=message):
-        generate(program, params, prompts, max_new_tokens=max_new_tokens)
+        generate_tokens(program, params, prompts, max_new_tokens=max_new_tokens)
 
 
 @pytest.mark.parametrize(

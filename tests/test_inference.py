@@ -22,6 +22,7 @@ from tsp_jax.nn import to_stored
 from tsp_jax.ops import reference
 from tsp_jax.ops.kv_cache import EMPTY, NO_TOKEN
 from tsp_jax.ops.norm import rms_norm
+from tsp_jax.plan.serving import cache_bytes, decode_traffic
 from tsp_jax.training.data import sequence_order
 
 LOGITS_TOLERANCE = 1e-4
@@ -242,18 +243,20 @@ def test_bfloat16_parameters_and_cache():
 
 @pytest.mark.parametrize("case", [case for case, _ in CASES])
 def test_a_device_holds_its_share_of_the_cache_and_at_most_a_page_more(case):
-    model, placement = MODELS["multi_head"], place_case(case)
-    program = program_of(case, "multi_head")
-    total = 2 * model.num_layers * BATCH * CAPACITY * model.num_kv_heads * model.head_dim * 4
-    ranks = placement.size("sequence")
-    shards = ranks * placement.size("batch")
-    shards *= math.prod(placement.mesh.shape[axis] for axis in placement.layout.axes("heads").tensor)
-    page = total / shards * PAGE * ranks / CAPACITY
+    placement = place_case(case)
+    program, ranks = program_of(case, "multi_head"), placement.size("sequence")
+    sizes = dict.fromkeys(placement.layout.axis_names, 1) | dict(placement.mesh.shape)
+    config = dataclasses.replace(config_of("multi_head"), batch=BATCH, seq_len=CAPACITY)
+    share = cache_bytes(config, placement.layout, sizes)
     arrays = program.abstract_cache.key_values
     mine = sum(4 * math.prod(array.sharding.shard_shape(array.shape)) for array in arrays)
-    heads = arrays.k_LBKcH.shape[2] / model.num_kv_heads  # padded, where ranks do not divide them
-    assert heads * total / shards <= mine <= heads * (total / shards + page)
-    assert heads == {"tsp3": 9 / 8, "mix2_3": 12 / 8, "mix3_2": 12 / 8}.get(case, 1)
+    assert share <= mine <= share * (1 + PAGE * ranks / CAPACITY)
+    model = MODELS["multi_head"]
+    total = 2 * model.num_layers * BATCH * CAPACITY * model.num_kv_heads * model.head_dim * 4
+    shards = math.prod(placement.mesh.shape[axis] for axis in placement.layout.axes("heads").tensor)
+    shards *= ranks * placement.size("batch")
+    padding = {"tsp3": 9 / 8, "mix2_3": 12 / 8, "mix3_2": 12 / 8}.get(case, 1)  # ranks do not divide the heads
+    assert share == pytest.approx(padding * total / shards)
 
 
 @pytest.mark.parametrize(("case", "model"), CASES)
@@ -293,10 +296,51 @@ MODELS["wide"] = WIDE
 
 
 @functools.cache
-def compiled(case: str, step: str):
-    program = program_of(case, "wide")
+def compiled(case: str, step: str, model: str = "wide"):
+    program = program_of(case, model)
     args = (program.abstract_tokens,) if step == "decode" else program.abstract_chunk
     return getattr(program, step).lower(program.abstract_params, program.abstract_cache, *args).compile()
+
+
+DECODED = [("single", "wide"), ("tsp3", "odd_heads"), ("tsp8", "grouped"), ("tp8", "grouped"), ("sp8", "wide"),
+    ("tp2_sp4", "wide"), ("tp4_sp2", "grouped"), ("data2_tsp4", "odd_heads"), ("mix2_4", "wide"), ("mix3_2", "thirds"),
+    ("two_axes2_4", "multi_head"), ("partial2_4", "grouped")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "model"), DECODED)
+def test_decode_moves_what_its_closed_form_says(case, model):
+    """To the byte, by op; the form knows neither weights nor the length of the cache."""
+    placement = place_case(case)
+    sizes = dict.fromkeys(placement.layout.axis_names, 1) | dict(placement.mesh.shape)
+    moved = collectives(parse(compiled(case, "decode", model).as_text()), dict(placement.mesh.shape))
+    found = dict.fromkeys(("attention", "mlp", "embed", "logits"), 0.0)
+    for c in moved:
+        found[next((op for op in found if f"tsp/{op}" in c.scope), "logits")] += c.total_bytes
+    config = dataclasses.replace(config_of(model), batch=BATCH)
+    desired = {op: sum(kinds.values()) for op, kinds in decode_traffic(config, placement.layout, sizes).items()}
+    assert found == pytest.approx(desired, abs=len(moved) * WIDE.num_layers)  # each message is counted in whole bytes
+
+
+@pytest.mark.parametrize("case", ["tsp8", "tp8", "sp8"])
+def test_what_decode_moves_is_linear_in_activations(case):
+    """O(B (D + N H)) a layer and O(B V): nothing with the hidden width, the context, or two of them multiplied."""
+    placement, sizes = place_case(case), dict(place_case(case).mesh.shape)
+
+    def moved(**changes) -> float:
+        batch = changes.pop("batch", BATCH)
+        model = dataclasses.replace(WIDE, **{**changes, "num_layers": changes.get("num_layers", 1)})
+        config = Config(model=model, steps=1, batch=batch, seq_len=changes.get("seq_len", 8))
+        kinds = decode_traffic(config, placement.layout, sizes).values()
+        return sum(sum(kind.values()) for kind in kinds)
+
+    base = moved()
+    assert moved(batch=2 * BATCH) == 2 * base
+    assert moved(d_ff=2 * WIDE.d_ff) == base
+    width, heads, vocab = (moved(**{k: 2 * getattr(WIDE, k)}) - base for k in ("d_model", "num_heads", "vocab_size"))
+    assert moved(d_model=2 * WIDE.d_model, vocab_size=2 * WIDE.vocab_size) - base == pytest.approx(width + vocab)
+    assert vocab <= BATCH * WIDE.vocab_size * 4
+    assert width <= BATCH * WIDE.d_model * (2 * 4 + 4 * 2)
+    assert heads >= 0
 
 
 @pytest.mark.parametrize("case", ["tsp4", "tp8", "tp2_sp4", "mix2_4"])

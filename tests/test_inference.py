@@ -19,7 +19,7 @@ from tsp_jax.inference.loop import prefill_prompts
 from tsp_jax.inference.sampling import filter_top_k, filter_top_p, row_keys
 from tsp_jax.inspect import buffers, collectives, memory_report, parse
 from tsp_jax.nn import to_stored
-from tsp_jax.ops import reference
+from tsp_jax.ops import kernels, reference
 from tsp_jax.ops.kv_cache import EMPTY, NO_TOKEN
 from tsp_jax.ops.norm import rms_norm
 from tsp_jax.plan.serving import cache_bytes, decode_traffic
@@ -191,6 +191,19 @@ def test_chunks_fill_the_cache_as_the_whole_prompt_does():
         for array, whole_array in ((cache.k_LBKSH, whole_cache.k_LBKSH), (cache.v_LBKSH, whole_cache.v_LBKSH)):
             error = relative_error(np.asarray(array)[:, row, :, slots], np.asarray(whole_array)[:, row, :, whole_slots])
             assert error <= LOGITS_TOLERANCE
+
+
+def test_prefill_attends_by_the_kernel_that_is_chosen(monkeypatch):
+    """The fused one, interpreted, which needs one device; a sequence without a token in the second chunk, too."""
+    monkeypatch.setattr(kernels, "choose", lambda *_: "interpret")
+    monkeypatch.setattr(kernels.blockwise, "attend", None)
+    sizes = {"batch": BATCH, "capacity": CAPACITY, "chunk": CHUNK}
+    program = make_inference_program(config_of("odd_heads"), place_case("single"), **sizes)
+    prompts, params = make_prompts(), jax.tree.map(jnp.asarray, logical_params("odd_heads"))
+    logits, _ = prefill_prompts(program, params, program.init_cache(), prompts)
+    desired = reference_logits("odd_heads", prompts)
+    for row, prompt in enumerate(prompts):
+        assert relative_error(logits[row], desired[row, len(prompt) - 1]) <= LOGITS_TOLERANCE
 
 
 @pytest.mark.parametrize(("case", "model"), [("tsp4", "odd_heads"), ("tp4_sp2", "grouped")])

@@ -44,7 +44,7 @@ LENGTHS = (1, 61, 13, 48)
 whole chunk"""
 
 CASES = [
-    ("single", "odd_heads"), ("tsp2", "multi_head"), ("tsp3", "grouped"), ("tsp4", "odd_heads"), ("tsp8", "multi_head"),
+    ("single", "odd_heads"), ("tsp2", "odd_heads"), ("tsp3", "grouped"), ("tsp4", "odd_heads"), ("tsp8", "multi_head"),
     ("tsp8", "grouped"), ("tsp8", "odd_heads"), ("tp8", "grouped"), ("tp2_sp4", "odd_heads"), ("tp4_sp2", "grouped"),
     ("sp8", "multi_head"), ("fsdp_cp8", "odd_heads"), ("data2_tsp4", "grouped"), ("mix2_4", "odd_heads"),
     ("two_axes2_4", "multi_head"), ("partial2_4", "grouped"),

@@ -83,6 +83,7 @@ def test_texts_of_like_length_share_a_program(model):
     inference.generate(model, [PROMPT], max_new_tokens=12)
     before = len(model.programs)
     inference.generate(model, [PROMPT + "."], max_new_tokens=11)
+    inference.generate(model, [PROMPT], max_new_tokens=12, chunk=4096)
     assert len(model.programs) == before
 
 

@@ -42,7 +42,7 @@ class GenerateOptions:
     capacity: int = 0
     """tokens that the cache has room for; 0: prompt and continuation"""
     chunk: int = 0
-    """tokens of the prompt that are prefilled at once; 0: 2048, or the prompt if it is shorter"""
+    """tokens of the prompt that are prefilled at once, at most; 0: 2048"""
     stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
 
     def __post_init__(self):

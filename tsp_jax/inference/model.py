@@ -12,7 +12,7 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.inference.loop import OnToken, Stats, check_prompts, generate_tokens
 from tsp_jax.inference.program import InferenceProgram, make_inference_program
 from tsp_jax.inference.sampling import Sampling
-from tsp_jax.layout import Placement
+from tsp_jax.layout import Placement, check_divides
 from tsp_jax.models.hf import check_folder, load_params, read_config
 from tsp_jax.models.hf_config import read_json
 from tsp_jax.models.hf_tokenizer import Tokenizer, read_stop_tokens
@@ -131,8 +131,8 @@ def generate(
       stop_tokens: ids that end a sequence; those of the model if None.
       capacity: tokens of a sequence that the cache has room for; 0: a little more than is needed. Programs are
         compiled for a batch, a capacity and a chunk, and used again for others of the same.
-      chunk: tokens of a prompt that are prefilled at once; 0: `CHUNK`, or fewer where no prompt is as long. Smaller
-        chunks need less memory; larger ones stream weights past more tokens.
+      chunk: tokens of a prompt that are prefilled at once, at most; 0: `CHUNK`. Smaller chunks need less memory; larger
+        ones stream weights past more tokens.
       on_token: called with the number of a prompt and each of its new tokens, as they come.
       stats: gets counts and times.
 
@@ -145,13 +145,15 @@ def generate(
     for name, value in (("capacity", capacity), ("chunk", chunk)):
         if value < 0:
             raise ConfigError(f"{name}={value} must not be negative; use 0")
+    ranks, shards = model.placement.size("sequence"), model.placement.size("batch")
+    check_divides("chunk", chunk, ranks, model.placement.layout.sequence)
     encoded = [model.encode(prompt) for prompt in prompts]
     longest = max((len(tokens) for tokens in encoded), default=1)
-    ranks, shards = model.placement.size("sequence"), model.placement.size("batch")
     capacity = capacity or _round_up(longest + max_new_tokens, 1)
     check_prompts(encoded, max_new_tokens, capacity, model.config.vocab_size)
     batch = -(-len(prompts) // shards) * shards
-    program = model.program(batch, capacity, chunk or _round_up(min(longest, CHUNK), ranks))
+    chunk = min(chunk or _round_up(CHUNK, ranks), _round_up(longest, ranks))
+    program = model.program(batch, capacity, chunk)
     tokens = generate_tokens(
         program, model.params, encoded,
         max_new_tokens=max_new_tokens, sampling=sampling,

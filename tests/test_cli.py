@@ -39,7 +39,7 @@ def refuse(text, tmp_path, monkeypatch, capsys):
     def build(*_):
         raise Compiled
 
-    monkeypatch.setattr(cli, "use_devices", lambda config: None)
+    monkeypatch.setattr(cli, "use_devices", lambda cpu_devices: None)
     monkeypatch.setattr(loop, "make_program", build)
 
     def run(*flags: str) -> str:

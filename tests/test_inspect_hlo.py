@@ -369,6 +369,9 @@ def test_axes_of_groups_in_every_spelling(axes):
         ("{{0,1,2},{3,4,5,6,7}}", "?", 5),
         ("mesh['a'=8] {'a':(2)4}", "tsp", 4),
         ("mesh[a=8] {a:(1)2}", "data", 2),
+        ("mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'b'}", "?", 2),
+        ("mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", "data", 2),
+        ("mesh['a'=4,'b'=2], device_ids=(0,4,1,5,2,6,3,7) {'a'}", "tsp", 4),
         ("a spelling of next year", "?", 1),
     ],
 )
@@ -377,6 +380,8 @@ def test_other_groups(text, axis, size):
     (c,) = inspect.collectives(entry(line), MESH)
     assert (c.axis, c.group_size) == (axis, size)
     assert inspect.replica_groups("[4,2]<=[2,4]T(1,0)", 8) == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    ordered = "mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}"
+    assert inspect.replica_groups(ordered, 8) == [(0, 1), (2, 3), (4, 5), (6, 7)]
 
 
 # What each compiler writes: excerpts, shortened

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -15,13 +16,15 @@ from jax.sharding import PartitionSpec
 from tests.helpers import place_case
 from tsp_jax import inspect
 from tsp_jax.aot import compile_step, place_on
+from tsp_jax.cli import load_config
 from tsp_jax.compare import Row, compare, configure, parse_layout, write_csv, write_json
 from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.expect import broken, parse_expectations
 from tsp_jax.layout import LAYOUTS, get_layout
 from tsp_jax.plan.cost import step_memory
-from tsp_jax.targets import parse_target
+from tsp_jax.plan.serving import cache_bytes, decode_traffic
+from tsp_jax.targets import parse_target, use_target
 
 ROOT = Path(__file__).parent.parent
 CPU = parse_target("cpu:8")
@@ -97,6 +100,58 @@ def test_decode_moves_activations(found):
     decode = compile_step(CONFIG, CPU, "decode").report()
     moved = sum(c.total_bytes for c in decode.collectives)
     assert 0 < moved < sum(c.total_bytes for c in found.collectives) / 20
+
+
+def test_a_chunk_of_a_prompt_holds_less_and_fetches_what_came_before():
+    config = dataclasses.replace(CONFIG, seq_len=128)
+    whole, chunk = (compile_step(config, CPU, "prefill", size).report() for size in (0, 32))
+
+    def exchanged(found):
+        return sum(c.total_bytes for c in found.collectives if "gather_sequence" in c.scope)
+
+    assert chunk.memory.temp_bytes < whole.memory.temp_bytes
+    # Four chunks visit one to four pages, each a quarter of all keys and values.
+    assert exchanged(chunk) == pytest.approx(exchanged(whole) * (1 + 2 + 3 + 4) / 4 / 4)
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins.xla_rocm7") is None, reason="no compiler for MI300X")
+@pytest.mark.parametrize(("kv_heads", "most"), [(32, 96e9), (8, 40e9)])
+def test_a_million_tokens_are_served_from_one_node(kv_heads, most):
+    """Prefilled at once, with the paper's model; less in chunks; and a decoded token moves what its form says."""
+    config, target = load_config("llama_7b"), parse_target("mi300x:8")
+    model = dataclasses.replace(config.model, num_kv_heads=kv_heads)
+    config = dataclasses.replace(config, model=model, seq_len=1 << 20, mesh="data=1,tsp=8")
+    use_target(target)
+    whole, chunk, decode = (
+        compile_step(config, target, step, size).report()
+        for step, size in (("prefill", 0), ("prefill", 1 << 17), ("decode", 0))
+    )
+    sizes = {"data": 1, "tsp": 8}
+    cache = cache_bytes(config, get_layout("tsp"), sizes)
+    assert cache < min(decode.peak_bytes, chunk.peak_bytes)
+    assert max(decode.peak_bytes, chunk.peak_bytes) < whole.peak_bytes <= most
+    moved = sum(sum(kinds.values()) for kinds in decode_traffic(config, get_layout("tsp"), sizes).values())
+    assert sum(c.total_bytes for c in decode.collectives) == pytest.approx(moved, rel=0.01)
+
+
+@pytest.mark.parametrize(("step", "tokens"), [("decode", 2), ("prefill", 2 * 64)])
+def test_tokens_a_second_are_those_of_the_step(step, tokens):
+    (row,) = compare(CONFIG, CPU, ["tsp:8"], [64], batch=2, step=step)
+    assert row.tokens_per_s == pytest.approx(tokens / row.step_s)
+
+
+@pytest.mark.parametrize(
+    ("step", "chunk", "message"),
+    [
+        ("decode", 16, "chunk=16 means nothing to step=decode; use --step prefill"),
+        ("prefill", 128, "chunk=128 must be part of seq_len=64"),
+        ("prefill", 20, "chunk=20 is not divisible by 8 over tsp; use 24"),
+    ],
+)
+def test_wrong_chunks(step, chunk, message):
+    with pytest.raises(ConfigError, match=message):
+        compile_step(CONFIG, CPU, step, chunk)
 
 
 def test_users_own_function():

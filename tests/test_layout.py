@@ -253,6 +253,11 @@ def test_no_other_slots_are_fewer(numbers):
         ((9, 3, 64, 8), (4, 4)),
         ((8, 1, 2, 8), (4, 8)),
         ((14, 2, 64, 1), (2, 7)),
+        ((14, 2, 64), (2, 7)),
+        ((8, 2, 12, 6), (2, 6)),
+        ((8, 2, 12, 3, 2), (3, 4)),  # the second of three groups would need both KV heads
+        ((8, 2, 12, 2, 3), (2, 6)),
+        ((9, 3, 10, 2, 3), (6, 3)),
     ],
 )
 def test_pad_heads(numbers, slots):

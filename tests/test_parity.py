@@ -43,7 +43,9 @@ MODELS = {
     "odd_heads_tied": dataclasses.replace(
         MULTI_HEAD, num_heads=9, num_kv_heads=3, tie_embeddings=True, activation="gelu"
     ),
+    "thirds": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, head_dim=12),  # three ranks could share a KV head
 }
+EVERYWHERE = ("multi_head", "grouped", "odd_heads_tied")
 BATCH, SEQ_LEN, Z_LOSS = 2, 48, 1e-2
 REMATS = ("full", "none", "save_attention")
 
@@ -81,12 +83,14 @@ SETTINGS += [Setting("activations", index % 2 == 0, remat) for index, remat in e
 
 def _matrix():
     for number, layout in enumerate(LAYOUT_CASES):
-        for turn, model in enumerate(MODELS):
+        for turn, model in enumerate(EVERYWHERE):
             movement, remat = MOVEMENTS[(number + turn) % 3], REMATS[(number // 3 + 2 * turn) % 3]
             yield layout, model, Setting(movement, (number // 2 + turn) % 2 == 1, remat)
 
 
-CASES = list(dict.fromkeys([*_matrix(), *(("tsp4", "grouped", setting) for setting in SETTINGS)]))
+UNEVEN = [("mix2_3", "odd_heads_tied", SETTINGS[0]), ("mix3_2", "thirds", SETTINGS[1])]
+"""tensor ranks that neither divide the KV heads nor are divided by them"""
+CASES = list(dict.fromkeys([*_matrix(), *(("tsp4", "grouped", setting) for setting in SETTINGS), *UNEVEN]))
 
 
 def make_model(model: str, placement: Placement, setting: Setting) -> Transformer:

@@ -1,6 +1,6 @@
 """Tensor and sequence parallelism folded onto one mesh axis, for JAX."""
 
-from tsp_jax import nn
+from tsp_jax import inference, nn
 from tsp_jax.config import Config, ModelConfig, StreamConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.layout import LAYOUTS, Layout, Placement, make_mesh, place
@@ -14,6 +14,7 @@ __all__ = [
     "ModelConfig",
     "Placement",
     "StreamConfig",
+    "inference",
     "make_mesh",
     "nn",
     "place",

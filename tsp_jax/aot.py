@@ -12,7 +12,7 @@ from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
 from tsp_jax.inference.program import InferenceProgram, make_inference_program
 from tsp_jax.inspect.report import FullWeight, Report, report
-from tsp_jax.layout import Placement, check_fits, get_layout, pad_heads, parse_mesh, place
+from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh, place
 from tsp_jax.targets import Target
 from tsp_jax.training.step import make_program
 
@@ -72,22 +72,24 @@ def place_on(config: Config, target: Target) -> Placement:
     return place(layout, target.devices(), **sizes)
 
 
-def compile_step(config: Config, target: Target, step: Step = "train") -> CompiledStep:
+def compile_step(config: Config, target: Target, step: Step = "train", chunk: int = 0) -> CompiledStep:
     """Compiles one step; nothing runs.
 
     Args:
       config: its layout, mesh, batch and seq_len say what; `cpu_devices` is not looked at.
       target: devices to compile for.
       step: train (a whole optimizer step), forward (loss of a batch), prefill, decode (one token a sequence).
+      chunk: tokens of each prompt that one prefill takes; 0: all of them.
 
     Raises:
-      ConfigError: as `place_on`, or the step is unknown.
+      ConfigError: as `place_on`, or the step is unknown, or takes no chunk of this size.
     """
     if step not in _LOWER:
         raise ConfigError(f"step={step} is unknown; use one of {', '.join(get_args(Step))}")
+    check_chunk(config, step, chunk)
     placement = place_on(config, target)
     began = time.perf_counter()
-    compiled = _LOWER[step](config, placement).compile(dict(target.compiler_options()))
+    compiled = _LOWER[step](config, placement, chunk).compile(dict(target.compiler_options()))
     return CompiledStep(
         config=config, target=target, placement=placement, step=step, compiled=compiled,
         compile_s=time.perf_counter() - began,
@@ -97,7 +99,7 @@ def compile_step(config: Config, target: Target, step: Step = "train") -> Compil
 def full_weights(config: Config, placement: Placement) -> tuple[FullWeight, ...]:
     """What no device should gather at once: all rows of an op's message, as elements, by scope."""
     model, layout = config.model, placement.layout
-    heads = pad_heads(model.num_heads, model.num_kv_heads, model.head_dim, placement.size("heads"))
+    heads = placement.head_slots(model.num_heads, model.num_kv_heads, model.head_dim)
     query, kv = heads.query * heads.dim, heads.kv * heads.dim
     rows = {
         ("tsp/attention", "heads"): (query + 2 * kv, query),
@@ -113,26 +115,39 @@ def full_weights(config: Config, placement: Placement) -> tuple[FullWeight, ...]
     )
 
 
-def _lower_train(config: Config, placement: Placement) -> jax.stages.Lowered:
+def check_chunk(config: Config, step: Step, chunk: int) -> None:
+    """Raises ConfigError where a step takes no chunk of this size."""
+    if chunk and step != "prefill":
+        raise ConfigError(f"chunk={chunk} means nothing to step={step}; use --step prefill")
+    if not 0 <= chunk <= config.seq_len:
+        raise ConfigError(f"chunk={chunk} must be part of seq_len={config.seq_len}; use 0 for all of it")
+
+
+def tokens_of(config: Config, step: Step, chunk: int = 0) -> int:
+    """Tokens that one step processes, over all devices."""
+    return config.batch * (1 if step == "decode" else chunk or config.seq_len)
+
+
+def _lower_train(config: Config, placement: Placement, _: int) -> jax.stages.Lowered:
     program = make_program(config, placement)
     shape = (config.accumulate, config.batch // config.accumulate, config.seq_len)
     return program.step.lower(program.abstract_state, program.abstract_batch(shape))
 
 
-def _lower_forward(config: Config, placement: Placement) -> jax.stages.Lowered:
+def _lower_forward(config: Config, placement: Placement, _: int) -> jax.stages.Lowered:
     program = make_program(config, placement)
     return program.evaluate.lower(
         program.abstract_state.params, program.abstract_batch((1, config.batch, config.seq_len))
     )
 
 
-def _lower_prefill(config: Config, placement: Placement) -> jax.stages.Lowered:
-    """A whole prompt of seq_len tokens at once."""
-    program = _serving(config, placement, config.seq_len)
+def _lower_prefill(config: Config, placement: Placement, chunk: int) -> jax.stages.Lowered:
+    """A chunk, or all, of a prompt of seq_len tokens."""
+    program = _serving(config, placement, chunk or config.seq_len)
     return program.prefill.lower(program.abstract_params, program.abstract_cache, *program.abstract_chunk)
 
 
-def _lower_decode(config: Config, placement: Placement) -> jax.stages.Lowered:
+def _lower_decode(config: Config, placement: Placement, _: int) -> jax.stages.Lowered:
     """One token of each sequence, against a cache of seq_len tokens."""
     program = _serving(config, placement, placement.size("sequence"))
     return program.decode.lower(program.abstract_params, program.abstract_cache, program.abstract_tokens)
@@ -142,7 +157,7 @@ def _serving(config: Config, placement: Placement, chunk: int) -> InferenceProgr
     return make_inference_program(config, placement, batch=config.batch, capacity=config.seq_len, chunk=chunk)
 
 
-_LOWER: Mapping[str, Callable[[Config, Placement], jax.stages.Lowered]] = {
+_LOWER: Mapping[str, Callable[[Config, Placement, int], jax.stages.Lowered]] = {
     "train": _lower_train,
     "forward": _lower_forward,
     "prefill": _lower_prefill,

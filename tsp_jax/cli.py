@@ -5,7 +5,7 @@ import importlib.util
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,18 +34,34 @@ def main(
       text: (script, its default options) for where the first argument is no configuration but a .hlo or .txt file.
     """
     arguments = sys.argv[1:]
-    try:
+    with errors_in_a_line():
         if text and arguments and arguments[0].endswith((".hlo", ".txt")):
-            prog = f"{sys.argv[0]} {arguments[0]}"
-            sys.exit(text[0](arguments[0], parse_flags(text[1], arguments[1:], prog)))
+            sys.exit(text[0](*first_argument(text[1])))
         name, parsed = parse(arguments, options)
         if isinstance(parsed, Config):
-            use_devices(parsed)
+            use_devices(parsed.cpu_devices)
         code = script(name, parsed)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def errors_in_a_line() -> Iterator[None]:
+    """Prints a ConfigError as one line, and exits with 2."""
+    try:
+        yield
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def first_argument(default: T, what: str = "file") -> tuple[str, T]:
+    """(argument, options) from ``ARGUMENT [--flag value ...]``; every field of `default`, a dataclass, is a flag."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in ("-h", "--help"):
+        arguments = [what.upper(), "--help"]
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError(f"a {what} comes first; use {Path(sys.argv[0]).name} {what.upper()} [--flag value ...]")
+    return arguments[0], parse_flags(default, arguments[1:], prog=f"{sys.argv[0]} {arguments[0]}")
 
 
 def parse(arguments: Sequence[str], options: Callable[[Config], Any] = lambda config: config) -> tuple[str, Any]:
@@ -98,11 +114,11 @@ def _one_line(box: str) -> str:
     return re.sub(headings + r"|Error parsing \w+: ", "", words).strip()
 
 
-def use_devices(config: Config) -> None:
-    """Makes the virtual CPU devices that were asked for; must come before anything touches a device."""
-    if config.cpu_devices:
+def use_devices(cpu_devices: int) -> None:
+    """Makes so many virtual CPU devices, if any; must come before anything touches a device."""
+    if cpu_devices:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
         # On jax 0.12 a CPU program read back from the persistent cache no longer orders its collectives: seen to hang,
         # and to give other numbers.
         jax.config.update("jax_enable_compilation_cache", False)

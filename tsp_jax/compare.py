@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tsp_jax.aot import Step, compile_step, place_on
+from tsp_jax.aot import Step, check_chunk, compile_step, place_on, tokens_of
 from tsp_jax.config import Config, ModelConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.layout import Layout, get_layout, parse_sizes
@@ -99,6 +99,7 @@ def compare(
     *,
     batch: int = 1,
     step: Step = "train",
+    chunk: int = 0,
     progress: Callable[[str], object] = lambda _: None,
 ) -> list[Row]:
     """Compiles every layout at every length and reads the programs. What cannot be compiled is a row that says why.
@@ -110,6 +111,7 @@ def compare(
       seq_lens: tokens of a sequence.
       batch: sequences a replica.
       step: what to compile.
+      chunk: tokens of each prompt that one prefill takes; 0: all of them.
       progress: called with a line before each program.
 
     Raises:
@@ -119,17 +121,18 @@ def compare(
     names = [text for text in layouts for _ in seq_lens]
     for job in jobs:
         place_on(job, target)
+        check_chunk(job, step, chunk)
     rows = []
     for number, (name, job) in enumerate(zip(names, jobs, strict=True), start=1):
         progress(f"{number} of {len(jobs)}: {name} at {job.seq_len} tokens")
-        rows.append(_row(name, job, target, step))
+        rows.append(_row(name, job, target, step, chunk))
     return rows
 
 
-def _row(name: str, config: Config, target: Target, step: Step) -> Row:
+def _row(name: str, config: Config, target: Target, step: Step, chunk: int) -> Row:
     row = Row(layout=name, mesh=config.mesh, seq_len=config.seq_len, batch=config.batch)
     try:
-        compiled = compile_step(config, target, step)
+        compiled = compile_step(config, target, step, chunk)
     except Exception as error:  # compilers refuse programs in many ways; the other rows are still wanted
         if isinstance(error, ConfigError):
             raise
@@ -146,7 +149,7 @@ def _row(name: str, config: Config, target: Target, step: Step) -> Row:
         exposed_comm_s=t.exposed_comm_s,
         step_s=t.step_s,
         matmul_s=t.matmul_s,
-        tokens_per_s=config.batch * config.seq_len / t.step_s,
+        tokens_per_s=tokens_of(config, step, chunk) / t.step_s,
         compile_s=round(compiled.compile_s, 1),
         paper_peak_gb=_paper(name, config, target, step),
         by_kind=dict(found.peak.by_kind),

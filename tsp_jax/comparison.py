@@ -37,6 +37,8 @@ class CompareOptions:
     """train, forward, prefill or decode"""
     attention_efficiency: float = 0.0
     """share of the sustained rate that the fused attention kernel is taken to reach; 0: as printed for the hardware"""
+    chunk: int = 0
+    """tokens of a prompt that one prefill takes; 0: all of them"""
     json: str = ""
     """file for the rows, as JSON"""
     csv: str = ""
@@ -58,13 +60,17 @@ def run(name: str, options: CompareOptions) -> None:
     with Console(stderr=True).status("") as status:
         rows = compare(
             options.config, target, layouts, lengths,
-            batch=options.per_replica, step=options.step, progress=lambda line: status.update(f"compiling {line}"),
+            batch=options.per_replica, step=options.step, chunk=options.chunk,
+            progress=lambda line: status.update(f"compiling {line}"),
         )  # fmt: skip
     _print(name, rows, target, options.step)
+    if options.chunk:
+        print("chunk: figures are of one chunk of the prompt, on average; attention to earlier ones is timed too low")
     if options.csv:
         write_csv(rows, Path(options.csv))
     if options.json:
-        facts = {"config": name, "target": str(target), "step": options.step, "jax": jax.__version__, "paper": PAPER}
+        facts = {"config": name, "target": str(target), "step": options.step, "chunk": options.chunk}
+        facts |= {"jax": jax.__version__, "paper": PAPER}
         write_json(rows, facts, Path(options.json))
     if draw:
         draw(rows, target, Path(options.png))
@@ -109,8 +115,13 @@ def _print(name: str, rows: Sequence[Row], target: Target, step: str) -> None:
     )  # fmt: skip
 
 
-def _gb(value: float | None, digits: int = 1) -> str:
-    return "" if value is None else f"{value / 1e9:.{digits}f}"
+def _gb(value: float | None) -> str:
+    """In GB; what a token of decoding moves is a few millionths of that."""
+    return "" if value is None else f"{value / 1e9:.{1 if value >= 5e7 else 4}f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _table(rows: Sequence[Row], hardware: Hardware) -> Table:
@@ -135,7 +146,7 @@ def _cells(row: Row) -> list[str]:
     exposed = f"{row.exposed_comm_s / row.comm_s:.0%}" if row.comm_s else "-"
     return [
         row.layout, str(row.seq_len), peak, _gb(row.predicted_bytes), row.paper_peak_gb, _gb(row.received_bytes),
-        f"{row.comm_s:.2f}", exposed, f"{row.step_s:.2f}",
+        _seconds(row.comm_s), exposed, _seconds(row.step_s),
         f"{row.step_s / row.matmul_s:.2f}" if row.matmul_s else "-", f"{row.tokens_per_s:,.0f}",
         "" if row.largest_seq_len is None else f"{row.largest_seq_len:,}",
         "" if row.largest_batch is None else str(row.largest_batch),

@@ -52,6 +52,8 @@ class StepOptions:
     """devices to compile for, present or not: cpu:8, mi300x:8, mi355x:8, h100:8, v5p:8"""
     step: Step = "train"
     """train: a whole optimizer step; forward: the loss of a batch; prefill; decode: one token a sequence"""
+    chunk: int = 0
+    """tokens of a prompt that one prefill takes; 0: all of them"""
     dump_hlo: str = ""
     """file for the compiled program's text"""
     outputs: Annotated[Outputs, tyro.conf.arg(name="")] = Outputs()
@@ -83,11 +85,12 @@ def inspect_step(name: str, options: StepOptions) -> int:
     use_target(target)
     config, out = options.config, console()
     with Console(stderr=True).status(f"compiling {name} for {target}"):
-        step = compile_step(config, target, options.step)
+        step = compile_step(config, target, options.step, options.chunk)
     mesh = ",".join(f"{axis}={size}" for axis, size in step.placement.mesh.shape.items())
+    tokens = f"{options.chunk} of {config.seq_len}" if options.chunk else str(config.seq_len)
     out.print(
         f"{name}, {config.model.num_params / 1e9:.2f} B parameters, {options.step} step of {config.batch} x "
-        f"{config.seq_len} tokens, layout {config.layout} on {target} ({mesh}), compiled in {step.compile_s:.1f} s",
+        f"{tokens} tokens, layout {config.layout} on {target} ({mesh}), compiled in {step.compile_s:.1f} s",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
     if note := standins_note():

@@ -6,7 +6,9 @@ axes in Q exchange keys and values. TP, SP, TP+SP, FSDP+CP and TSP are rows of o
 """
 
 import dataclasses
+import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -132,6 +134,10 @@ class Placement:
         """NamedSharding of an array whose dimensions are these logical ones."""
         return NamedSharding(self.mesh, self.layout.spec(*dims))
 
+    def head_slots(self, num_heads: int, num_kv_heads: int, head_dim: int) -> "Heads":
+        """`pad_heads` for the ranks here."""
+        return pad_heads(num_heads, num_kv_heads, head_dim, *(self.mesh.shape[name] for name in self.layout.heads))
+
     def shard_map(self, fn, in_specs, out_specs):
         """`fn` run once per device, on its slices."""
         return jax.shard_map(fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
@@ -241,15 +247,21 @@ class Heads(NamedTuple):
         return (self.kv, self.group) != (self.num_kv_heads, self.real_group)
 
 
-def pad_heads(num_heads: int, num_kv_heads: int, head_dim: int, ranks: int) -> Heads:
-    """Fewest head slots that `ranks` ranks can share evenly.
+def pad_heads(num_heads: int, num_kv_heads: int, head_dim: int, *axes: int) -> Heads:
+    """Fewest head slots that the ranks of mesh axes of these sizes, outermost first, can share evenly.
 
     KV slots are a multiple of the ranks, or divide them (then each KV head's columns are stored in equal parts by the
-    ranks that share it).
+    ranks that share it). No ranks that an inner axis groups use parts of several KV heads.
     """
-    kv = num_kv_heads
-    while kv % ranks and (ranks % kv or head_dim % (ranks // kv)):
-        kv += 1
+    ranks = math.prod(axes)
+    groups = list(itertools.accumulate(axes, operator.mul))
+
+    def can_share(kv: int) -> bool:
+        if kv % ranks and (ranks % kv or head_dim % (ranks // kv)):
+            return False
+        return all(kv % count == 0 or count % kv == 0 for count in groups)
+
+    kv = next(kv for kv in itertools.count(num_kv_heads) if can_share(kv))
     real_group = num_heads // num_kv_heads
     sharing = max(1, ranks // kv)
     group = -(-real_group // sharing) * sharing

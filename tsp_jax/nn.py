@@ -17,7 +17,7 @@ from flax import nnx
 
 from tsp_jax.config import Activation, Remat, RopeScaling, StreamConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.layout import Heads, Placement, check_divides, largest_divisor, pad_heads
+from tsp_jax.layout import Heads, Placement, check_divides, largest_divisor
 from tsp_jax.ops import attention as attention_op
 from tsp_jax.ops import cross_entropy as cross_entropy_op
 from tsp_jax.ops import kernels
@@ -137,7 +137,7 @@ class Attention(nnx.Module):
         head_dim = head_dim or d_model // num_heads
         if num_heads % num_kv_heads:
             raise ConfigError(f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}; use a multiple")
-        heads = pad_heads(num_heads, num_kv_heads, head_dim, placement.size("heads"))
+        heads = placement.head_slots(num_heads, num_kv_heads, head_dim)
         self.placement, self.dtype, self.heads = placement, jnp.dtype(dtype), heads
         self.remat: Remat = remat
         self.stream = stream_of(stream, stream.attention_movement, 1, 1, placement)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tsp_jax.config import ModelConfig
-from tsp_jax.layout import Placement, pad_heads
+from tsp_jax.layout import Placement
 from tsp_jax.ops.kv_cache import EMPTY, NO_TOKEN, KeyValues
 
 PAGE = 16
@@ -65,7 +65,7 @@ def abstract_cache(
       dtype: of keys and values.
     """
     tensor_shards = math.prod(placement.mesh.shape[name] for name in placement.layout.axes("heads").tensor)
-    heads = pad_heads(model.num_heads, model.num_kv_heads, model.head_dim, placement.size("heads"))
+    heads = placement.head_slots(model.num_heads, model.num_kv_heads, model.head_dim)
     page = PAGE * placement.size("sequence")
     slots = -(-capacity // page) * page
     array = (model.num_layers, batch, max(heads.kv, tensor_shards), slots, model.head_dim)

@@ -13,6 +13,7 @@ from tsp_jax.config import Config, StreamConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.inference.cache import Cache, abstract_cache, empty_cache
 from tsp_jax.inference.forward import decode, decode_placement, prefill
+from tsp_jax.inspect.memory import memory_report
 from tsp_jax.layout import Placement, check_divides
 from tsp_jax.models.transformer import Transformer
 from tsp_jax.nn import stored_forms
@@ -49,6 +50,17 @@ class InferenceProgram:
     """tokens and positions that prefill takes"""
     abstract_tokens: jax.ShapeDtypeStruct
     """that decode takes"""
+    vocab_size: int
+    peak_bytes: int = 0
+    """on one device, of the larger of prefill and decode, by the compiler; 0: not compiled yet"""
+
+    def compile(self) -> "InferenceProgram":
+        """The same with prefill and decode compiled, so that no later call compiles anything."""
+        given = self.abstract_params, self.abstract_cache
+        prefill = self.prefill.lower(*given, *self.abstract_chunk).compile()
+        decode = self.decode.lower(*given, self.abstract_tokens).compile()
+        peak = max(memory_report(compiled).peak_bytes for compiled in (prefill, decode))
+        return dataclasses.replace(self, prefill=prefill, decode=decode, peak_bytes=peak)
 
 
 def make_inference_program(
@@ -112,6 +124,7 @@ def make_inference_program(
         abstract_cache=cache,
         abstract_chunk=(tokens, tokens),
         abstract_tokens=token,
+        vocab_size=config.model.vocab_size,
     )
 
 

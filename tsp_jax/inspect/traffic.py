@@ -118,7 +118,10 @@ def groups_of(module: Module, i: Instruction) -> Groups:
     """Device numbers of each group of a collective instruction; of a permute the (source, target) pairs."""
     if i.base == "collective-permute":
         return _brace_groups(i.attributes.get("source_target_pairs", ""))
-    return replica_groups(i.attributes.get("replica_groups", "{}"), module.num_partitions * module.replica_count)
+    text = i.attributes.get("replica_groups", "{}")
+    if "device_ids" in i.attributes:  # the second half of a mesh's spelling
+        text += f", device_ids={i.attributes['device_ids']}"
+    return replica_groups(text, module.num_partitions * module.replica_count)
 
 
 def chain(computation: Computation) -> tuple[str, str]:
@@ -228,7 +231,8 @@ def replica_groups(text: str, devices: int) -> Groups:
     """Groups of device numbers from HLO's three spellings; empty if the text is of none of them.
 
     ``{{0,1},{2,3}}`` (``{}`` is all devices), ``[groups,size]<=[dims]T(permutation)``, and
-    ``mesh['a'=2,'b'=4] {'b'}``.
+    ``mesh['a'=2,'b'=4] {'b'}``, which may say in what order the mesh has the devices: ``mesh['a'=4,'b'=2],
+    device_ids=([2,4]T(1,0)) {'b'}`` or ``device_ids=(1,0,...)``.
     """
     if re.fullmatch(r"\{\s*\}", text):
         return [tuple(range(devices))]
@@ -238,9 +242,19 @@ def replica_groups(text: str, devices: int) -> Groups:
         (_, size), dims = _ints(iota[1])[-2:], _ints(iota[2])
         order = _transposed(dims, _ints(iota[3]) if iota[3] else range(len(dims)))
         return [tuple(order[k : k + size]) for k in range(0, len(order), size)]
-    if mesh := re.fullmatch(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
-        return _mesh_groups(mesh[1], mesh[2])
+    if mesh := re.fullmatch(r"mesh\[([^\]]*)\](?:,\s*device_ids=\((.*)\))?\s*\{([^}]*)\}", text):
+        return [tuple(_device(place, mesh[2]) for place in group) for group in _mesh_groups(mesh[1], mesh[3])]
     return []
+
+
+def _device(place: int, order: str | None) -> int:
+    """Which device stands at a place of a mesh that has them in this order; in their own if None."""
+    if order is None:
+        return place
+    if iota := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order):
+        dims = _ints(iota[1])
+        return _transposed(dims, _ints(iota[2]) if iota[2] else range(len(dims)))[place]
+    return _ints(order)[place]
 
 
 def _ints(text: str) -> list[int]:

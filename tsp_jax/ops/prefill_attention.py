@@ -92,6 +92,7 @@ def _attend_everywhere(q_BtNH, cache: KeyValues, layer, tokens_Bt: Tokens, keys_
     kv_heads, blocks = static.kv_heads, blocks_of(static.config, t)
     buckets = largest_divisor(kv_heads, static.config.exchange_buckets)
     keys_BRc = keys_BS.reshape(batch, -1, cache.k_LBKcH.shape[3])
+    pages = -(-keys_BRc.shape[2] // t)
     q_bBtKGH = jnp.moveaxis(q_BtNH.reshape(batch, t, buckets, kv_heads // buckets, -1, head_dim), 2, 0)
 
     def bucket_of_heads(_, xs):
@@ -105,7 +106,8 @@ def _attend_everywhere(q_BtNH, cache: KeyValues, layer, tokens_Bt: Tokens, keys_
             )
 
         zero = zeros(q_BtKGH.shape, jnp.float32, like=q_BtKGH)
-        out, _ = lax.fori_loop(0, (used + t - 1) // t, visit, (zero, zero[..., 0] + MASKED))
+        with jax.named_scope(f"mean_trips[{(pages + 1) / 2:g}]"):  # of all chunks that fill the cache
+            out, _ = lax.fori_loop(0, (used + t - 1) // t, visit, (zero, zero[..., 0] + MASKED))
         return (), out.astype(q_BtKGH.dtype)
 
     _, out_bBtKGH = lax.scan(bucket_of_heads, (), (q_bBtKGH, jnp.arange(buckets, dtype=jnp.int32)))

@@ -21,8 +21,8 @@ class _Sizes:
         model, self.config, self.layout, self.sizes = config.model, config, layout, sizes
         self.item, self.grad_item = ITEMSIZE[config.compute_dtype], ITEMSIZE[config.stream.grad_dtype]
         self.cut = self.cut_of("heads")
-        ranks = self.cut.folded * self.cut.tensor
-        self.heads = pad_heads(model.num_heads, model.num_kv_heads, model.head_dim, ranks)
+        shards = (sizes[name] for name in layout.heads)
+        self.heads = pad_heads(model.num_heads, model.num_kv_heads, model.head_dim, *shards)
 
     def cut_of(self, dim: str) -> Cut:
         config = self.config

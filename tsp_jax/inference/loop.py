@@ -3,7 +3,9 @@
 Dims: B batch, T tokens of a chunk, V vocabulary.
 """
 
+import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
@@ -24,7 +26,20 @@ STOPPED = -1
 OnToken = Callable[[int, int], None]
 
 
-def generate(
+@dataclasses.dataclass
+class Stats:
+    """What generation took. Compilation is in none of it where programs are compiled beforehand."""
+
+    prompt_tokens: int = 0
+    prefill_s: float = 0.0
+    new_tokens: int = 0
+    """all of them"""
+    decoded_tokens: int = 0
+    """those after the first of each sequence, which prefill gives"""
+    decode_s: float = 0.0
+
+
+def generate_tokens(
     program: InferenceProgram,
     params: dict,
     prompts: Sequence[Sequence[int]],
@@ -33,6 +48,7 @@ def generate(
     sampling: Sampling = Sampling(),
     stop_tokens: Collection[int] = (),
     on_token: OnToken | None = None,
+    stats: Stats | None = None,
 ) -> list[list[int]]:
     """Continues each prompt until it has `max_new_tokens` more or a stop token.
 
@@ -44,18 +60,20 @@ def generate(
       sampling: how tokens are drawn.
       stop_tokens: ends a sequence, and stands at its end.
       on_token: called with the number of a prompt and each of its new tokens, as they come.
+      stats: gets counts and times.
 
     Returns:
       The new tokens of each prompt.
 
     Raises:
-      ConfigError: a prompt is empty, or the cache has no room for it and what is to come.
+      ConfigError: a prompt is empty, holds what is no token, or the cache has no room for it and what is to come.
     """
-    _check(program, prompts, max_new_tokens)
+    check_prompts(prompts, max_new_tokens, program.capacity, program.vocab_size)
+    stats = stats or Stats()
     results: list[list[int]] = [[] for _ in prompts]
     for first in range(0, len(prompts), program.batch):
         group = prompts[first : first + program.batch]
-        for row, token in _generate_group(program, params, group, first, max_new_tokens, sampling, stop_tokens):
+        for row, token in _generate_group(program, params, group, first, max_new_tokens, sampling, stop_tokens, stats):
             results[row].append(token)
             if on_token:
                 on_token(row, token)
@@ -94,16 +112,22 @@ def prefill_prompts(
     return last_BV, cache
 
 
-def _check(program: InferenceProgram, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, capacity: int, vocab_size: int) -> None:
+    """Raises ConfigError where prompts, or what is to come after them, cannot be."""
+    if not prompts:
+        raise ConfigError("prompts=[] holds no prompt; use at least one")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} must be positive; use 1")
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise ConfigError(f"prompts[{row}] is empty; use at least one token, such as the tokenizer's first")
+        wrong = [token for token in prompt if not 0 <= token < vocab_size]
+        if wrong:
+            raise ConfigError(f"prompts[{row}] holds {wrong[0]}, which is no token; use ids from 0 to {vocab_size - 1}")
         needed = len(prompt) + max_new_tokens
-        if needed > program.capacity:
+        if needed > capacity:
             raise ConfigError(
-                f"capacity={program.capacity} is too small for the {len(prompt)} tokens of prompts[{row}] and "
+                f"capacity={capacity} is too small for the {len(prompt)} tokens of prompts[{row}] and "
                 f"max_new_tokens={max_new_tokens}; use capacity={needed}"
             )
 
@@ -113,19 +137,29 @@ def _where_rows(rows_B: jax.Array, new_BV: jax.Array, old_BV: jax.Array) -> jax.
     return jnp.where(rows_B[:, None], new_BV, old_BV)
 
 
-def _generate_group(program: InferenceProgram, params, prompts, first, max_new_tokens, sampling, stop_tokens):
+def _generate_group(program: InferenceProgram, params, prompts, first, max_new_tokens, sampling, stop_tokens, stats):
     """Yields (number of the prompt, token) of one batch of prompts, the first of which has number `first`."""
     sharding = program.abstract_tokens.sharding
     draw = partial(_draw, sampling=sampling, stops=tuple(stop_tokens), sharding=sharding)
     rows_B = np.arange(program.batch, dtype=np.int32)
     idle = [[]] * (program.batch - len(prompts))
+    began = time.perf_counter()
     logits_BV, cache = prefill_prompts(program, params, program.init_cache(), [*prompts, *idle])
+    jax.block_until_ready(logits_BV)
+    stats.prefill_s += time.perf_counter() - began
+    stats.prompt_tokens += sum(map(len, prompts))
     going_B = rows_B < len(prompts)
     for step in itertools.count(1):
         tokens_B, going_B = draw(logits_BV, cache.lengths_B, going_B, first + rows_B)
         if step < max_new_tokens:  # the devices go on while this host looks at what they have drawn
             logits_BV, cache = program.decode(params, cache, tokens_B)
         drawn, going = np.asarray(tokens_B), np.asarray(going_B)
+        now, count = time.perf_counter(), int((drawn != STOPPED).sum())
+        stats.new_tokens += count
+        if step > 1:
+            stats.decoded_tokens += count
+            stats.decode_s += now - began
+        began = now
         yield from ((first + row, int(drawn[row])) for row in range(len(prompts)) if drawn[row] != STOPPED)
         if step == max_new_tokens or not going.any():
             return

@@ -1,0 +1,176 @@
+"""A model that is ready to serve: weights on their devices, its tokenizer, and the programs compiled so far."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+
+from tsp_jax.config import Config, DType, ModelConfig, StreamConfig
+from tsp_jax.errors import ConfigError
+from tsp_jax.inference.loop import OnToken, Stats, check_prompts, generate_tokens
+from tsp_jax.inference.program import InferenceProgram, make_inference_program
+from tsp_jax.inference.sampling import Sampling
+from tsp_jax.layout import Placement, check_divides
+from tsp_jax.models.hf import check_folder, load_params, read_config
+from tsp_jax.models.hf_config import read_json
+from tsp_jax.models.hf_tokenizer import Tokenizer, read_stop_tokens
+
+Prompt = str | Sequence[int]
+CHUNK = 2048
+"""tokens of a prompt that are prefilled at once where nothing else is said"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """Weights on a placement, and what turns text into tokens. `load` makes one from a Hugging Face folder."""
+
+    config: ModelConfig
+    placement: Placement
+    params: dict
+    """in stored form, as `load_params` or a training state has them"""
+    dtype: DType = "bfloat16"
+    """of the parameters, of activations and of the cache"""
+    stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
+    tokenizer: Tokenizer | None = None
+    """None: prompts are token ids"""
+    stop_tokens: tuple[int, ...] = ()
+    """end a text unless `generate` is told otherwise"""
+    programs: dict[tuple[int, int, int], InferenceProgram] = dataclasses.field(default_factory=dict, repr=False)
+    """compiled so far, by (batch, capacity, chunk)"""
+
+    def program(self, batch: int, capacity: int, chunk: int) -> InferenceProgram:
+        """The compiled program of these sizes; see `make_inference_program`."""
+        sizes = batch, capacity, chunk
+        if sizes not in self.programs:
+            config = Config(
+                model=self.config, stream=self.stream, compute_dtype=self.dtype, steps=1, batch=batch, seq_len=chunk
+            )
+            made = make_inference_program(config, self.placement, batch=batch, capacity=capacity, chunk=chunk)
+            self.programs[sizes] = made.compile()
+        return self.programs[sizes]
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise ConfigError("this model has no tokenizer; use token ids for prompts")
+        return self.tokenizer.encode(prompt)
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """What a model wrote after a prompt."""
+
+    tokens: list[int]
+    """a stop token, if one came, is the last"""
+    text: str
+    """empty where the model has no tokenizer"""
+
+
+def load(
+    folder: str | Path,
+    placement: Placement,
+    *,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    stream: StreamConfig = StreamConfig(),
+) -> Model:
+    """A Hugging Face folder on a placement, each device with its own slice.
+
+    Args:
+      folder: config.json, safetensors, tokenizer.json.
+      placement: layout and mesh.
+      dtype: of weights, activations and cache; auto: float32 if the folder says so, else bfloat16.
+      stream: movement, buckets and blocks.
+
+    Raises:
+      ConfigError: something in the folder is missing, broken or not supported, or does not fit the mesh.
+    """
+    if dtype not in ("auto", *get_args(DType)):
+        raise ConfigError(f"dtype={dtype} is unknown; use one of auto, {', '.join(get_args(DType))}")
+    config, tokenizer, stop_tokens = read_config(folder), Tokenizer(folder), read_stop_tokens(folder)
+    check_folder(folder, config, placement)
+    found: DType = _dtype(folder) if dtype == "auto" else dtype
+    return Model(
+        config=config,
+        placement=placement,
+        params=load_params(folder, config, placement, jnp.dtype(found)),
+        dtype=found,
+        stream=stream,
+        tokenizer=tokenizer,
+        stop_tokens=stop_tokens,
+    )
+
+
+def _dtype(folder: str | Path) -> DType:
+    raw = read_json(Path(folder) / "config.json")
+    return "float32" if raw.get("torch_dtype", raw.get("dtype")) == "float32" else "bfloat16"
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    stop_tokens: Sequence[int] | None = None,
+    capacity: int = 0,
+    chunk: int = 0,
+    on_token: OnToken | None = None,
+    stats: Stats | None = None,
+) -> list[Continuation]:
+    """Continues prompts, all together as one batch.
+
+    Args:
+      model: see `load`.
+      prompts: texts or token ids, of any lengths.
+      max_new_tokens: for each prompt.
+      sampling: greedy, or temperature, top-k, top-p and a seed.
+      stop_tokens: ids that end a sequence; those of the model if None.
+      capacity: tokens of a sequence that the cache has room for; 0: a little more than is needed. Programs are
+        compiled for a batch, a capacity and a chunk, and used again for others of the same.
+      chunk: tokens of a prompt that are prefilled at once, at most; 0: `CHUNK`. Smaller chunks need less memory; larger
+        ones stream weights past more tokens.
+      on_token: called with the number of a prompt and each of its new tokens, as they come.
+      stats: gets counts and times.
+
+    Returns:
+      A continuation of each prompt.
+
+    Raises:
+      ConfigError: a prompt is empty, too long for the capacity, or holds what is no token of the model.
+    """
+    for name, value in (("capacity", capacity), ("chunk", chunk)):
+        if value < 0:
+            raise ConfigError(f"{name}={value} must not be negative; use 0")
+    ranks, shards = model.placement.size("sequence"), model.placement.size("batch")
+    check_divides("chunk", chunk, ranks, model.placement.layout.sequence)
+    encoded = [model.encode(prompt) for prompt in prompts]
+    longest = max((len(tokens) for tokens in encoded), default=1)
+    capacity = capacity or _round_up(longest + max_new_tokens, 1)
+    check_prompts(encoded, max_new_tokens, capacity, model.config.vocab_size)
+    batch = -(-len(prompts) // shards) * shards
+    chunk = min(chunk or _round_up(CHUNK, ranks), _round_up(longest, ranks))
+    program = model.program(batch, capacity, chunk)
+    tokens = generate_tokens(
+        program, model.params, encoded,
+        max_new_tokens=max_new_tokens, sampling=sampling,
+        stop_tokens=model.stop_tokens if stop_tokens is None else stop_tokens, on_token=on_token, stats=stats,
+    )  # fmt: skip
+    stops = set(model.stop_tokens)
+    return [Continuation(new, _text(model, new, stops)) for new in tokens]
+
+
+def _text(model: Model, tokens: list[int], stops: set[int]) -> str:
+    if model.tokenizer is None:
+        return ""
+    return model.tokenizer.decode(tokens[:-1] if tokens and tokens[-1] in stops else tokens)
+
+
+def _round_up(count: int, ranks: int) -> int:
+    """The next multiple of the ranks, and of an eighth of a power of two, so that few sizes are ever compiled."""
+    step = max(1, 1 << count.bit_length() >> 4)
+    count = -(-count // step) * step
+    return -(-count // ranks) * ranks

@@ -3,17 +3,20 @@
 import contextlib
 import importlib.util
 import io
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import tyro
 
 from tsp_jax.config import Config
-from tsp_jax.errors import ConfigError
+from tsp_jax.errors import REFUSED, ConfigError, RunStopped
+from tsp_jax.training.distributed import join_cluster
 
 T = TypeVar("T")
 _FOLDERS = [Path(file).resolve().parent.parent / "configs" for file in (__file__, sys.argv[0])]
@@ -45,7 +48,30 @@ def main(
         sys.exit(code if isinstance(code, int) else 0)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(REFUSED)
+    except RunStopped as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        leave(stop.code)
+    except Exception:
+        if jax.distributed.is_initialized():  # others wait for this process, and its own shutdown would wait for them
+            traceback.print_exc()
+            leave(1, together=False)
+        raise
+
+
+def leave(code: int, together: bool = True) -> NoReturn:
+    """Ends the process now, whatever its other threads hang in.
+
+    Args:
+      code: its exit code.
+      together: every process leaves now; none will miss this one.
+    """
+    if together and jax.distributed.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            jax.distributed.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def parse(arguments: Sequence[str], options: Callable[[Config], Any] = lambda config: config) -> tuple[str, Any]:
@@ -99,10 +125,11 @@ def _one_line(box: str) -> str:
 
 
 def use_devices(config: Config) -> None:
-    """Makes the virtual CPU devices that were asked for; must come before anything touches a device."""
+    """Makes the virtual CPU devices asked for and joins the other processes; before anything touches a device."""
     if config.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", config.cpu_devices)
         # On jax 0.12 a CPU program read back from the persistent cache no longer orders its collectives: seen to hang,
         # and to give other numbers.
         jax.config.update("jax_enable_compilation_cache", False)
+    join_cluster(config.cluster)

@@ -6,7 +6,7 @@ Dims: B sequences of a batch, S tokens of a sequence, R ranks of the sequence; l
 import functools
 from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Generic, NamedTuple, TypeVar
 
 import jax
@@ -176,25 +176,32 @@ def sequence_order(seq_len: int, shards: int, order: Order) -> np.ndarray:
     return np.stack([chunks[:shards], chunks[: shards - 1 : -1]], axis=1).reshape(seq_len)
 
 
-def prefetch(make: Callable[[int], T], start: int, stop: int, depth: int) -> Generator[tuple[int, T], None, None]:
+def prefetch(
+    make: Callable[[int], T], start: int, stop: int, depth: int, interrupt: Future | None = None
+) -> Generator[tuple[int, T], None, None]:
     """Yield ``(step, make(step))`` for steps from ``start`` to ``stop``, at most ``depth`` of them made ahead.
 
     One thread makes them, in order, so what is yielded does not depend on ``depth``. An exception in ``make`` is
-    raised here when its step is due. Closing the generator ends the thread.
+    raised here when its step is due. Closing the generator ends the thread. Where ``interrupt`` is done while a step
+    is waited for, the generator ends, and leaves the thread to what it hangs in.
     """
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tsp_prefetch")
     pending: deque[tuple[int, Future[T]]] = deque()
+    waits = True
     try:
-        for step in range(start, stop):
-            pending.append((step, worker.submit(make, step)))
-            if len(pending) > depth:
+        for step in range(start, stop + depth):
+            if step < stop:
+                pending.append((step, worker.submit(make, step)))
+            if len(pending) > depth or step >= stop:
                 due, future = pending.popleft()
+                if interrupt and not future.done():
+                    wait([future, interrupt], return_when=FIRST_COMPLETED)
+                    waits = future.done()
+                    if not waits:
+                        return
                 yield due, future.result()
-        while pending:
-            due, future = pending.popleft()
-            yield due, future.result()
     finally:
-        worker.shutdown(wait=True, cancel_futures=True)
+        worker.shutdown(wait=waits, cancel_futures=True)
 
 
 def _seq_len_multiple(shards: int, order: Order) -> int:

@@ -1,0 +1,66 @@
+"""What tests of whole runs share: a small configuration on its own text, and the training script as a process."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from tsp_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, StreamConfig
+from tsp_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+WORDS = ["def", "return", "import", "self", "value", "for", "in", "range", "yield", "lambda", "class"]
+
+
+def write_text(folder: Path) -> str:
+    """Writes 60 small documents; returns a glob of them."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    for number in range(60):
+        (folder / f"{number:02}.txt").write_text(" ".join(rng.choice(WORDS, 60)))
+    return str(folder / "*.txt")
+
+
+def small_config(folder: Path, **changes) -> Config:
+    """A run of twenty steps on one device, with everything it needs and writes in a folder."""
+    config = Config(
+        model=ModelConfig(vocab_size=264, d_model=24, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48),
+        stream=StreamConfig(attention_buckets=1, mlp_buckets=1, vocab_buckets=1),
+        data=DataConfig(files=write_text(folder / "text"), cache_dir=str(folder / "cache")),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3),
+        layout="single",
+        mesh="data=1",
+        steps=20,
+        batch=4,
+        seq_len=96,
+        compute_dtype="float32",
+        remat="none",
+        eval_batches=1,
+        workdir=str(folder / "run"),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def write_config(config: Config, path: Path, patch: str = "") -> Path:
+    """Writes a configuration file for the scripts; `patch` is Python that is run before it."""
+    names = [type(value).__name__ for value in _parts(config)]
+    path.write_text(f"from tsp_jax.config import {', '.join(sorted(set(names)))}\n{patch}\nconfig = {config!r}\n")
+    return path
+
+
+def _parts(config: object) -> list[object]:
+    inner = [getattr(config, field.name) for field in dataclasses.fields(config)]  # pyright: ignore
+    return [config, *(part for value in inner if dataclasses.is_dataclass(value) for part in _parts(value))]
+
+
+def start_train(path: Path, *flags: str, stderr=subprocess.PIPE, env: dict | None = None) -> subprocess.Popen:
+    """The training script on a configuration file, as a process."""
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), str(path), *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env)
+
+
+def numbers(workdir: Path) -> list[dict]:
+    """Lines of metrics without what differs from run to run."""
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in read_metrics(workdir / "metrics.jsonl")]

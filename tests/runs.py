@@ -1,13 +1,15 @@
 """What tests of whole runs share: a small configuration on its own text, and the training script as a process."""
 
 import dataclasses
+import functools
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from tsp_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, StreamConfig
+from tsp_jax.config import Config, DataConfig, FaultsConfig, ModelConfig, OptimizerConfig, StreamConfig
 from tsp_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -55,8 +57,43 @@ def _parts(config: object) -> list[object]:
     return [config, *(part for value in inner if dataclasses.is_dataclass(value) for part in _parts(value))]
 
 
-def start_train(path: Path, *flags: str, stderr=subprocess.PIPE, env: dict | None = None) -> subprocess.Popen:
-    """The training script on a configuration file, as a process."""
+class _Compiled:
+    """A jitted step that compiles once, however often it is asked to."""
+
+    def __init__(self, step):
+        self._step = step
+
+    def lower(self, *abstract):
+        self._lowered = lambda: self._step.lower(*abstract)
+        return self
+
+    @functools.cached_property
+    def _compiled(self):
+        return self._lowered().compile()
+
+    def compile(self):
+        return self._compiled
+
+
+def compile_once(make):
+    """`make_program`, whose programs of like configurations are compiled once for all the runs of a test file."""
+    programs = {}
+
+    def make_or_find(config: Config, placement):
+        neutral = {"workdir": "w", "checkpoint_every": 0, "keep_checkpoints": 1, "keep_every": 0, "eval_every": 0}
+        other = {"faults": FaultsConfig(), "data": DataConfig()}
+        key = repr(dataclasses.replace(config, **neutral, **other)), repr(placement)
+        if key not in programs:
+            program = make(config, placement)
+            programs[key] = dataclasses.replace(program, step=_Compiled(program.step))
+        return programs[key]
+
+    return make_or_find
+
+
+def start_train(path: Path, *flags: str, stderr=subprocess.PIPE) -> subprocess.Popen:
+    """The training script on a configuration file, as a process on one CPU device."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), str(path), *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env)
 

@@ -4,6 +4,7 @@ Dims: B sequences of a batch, S tokens of a sequence, R ranks of the sequence; l
 """
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -182,26 +183,26 @@ def prefetch(
     """Yield ``(step, make(step))`` for steps from ``start`` to ``stop``, at most ``depth`` of them made ahead.
 
     One thread makes them, in order, so what is yielded does not depend on ``depth``. An exception in ``make`` is
-    raised here when its step is due. Closing the generator ends the thread. Where ``interrupt`` is done while a step
-    is waited for, the generator ends, and leaves the thread to what it hangs in.
+    raised here when its step is due. Closing the generator ends the thread. Once ``interrupt`` is done the generator
+    waits for nothing: it ends where a step is not ready, and leaves the thread to what it may hang in.
     """
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tsp_prefetch")
     pending: deque[tuple[int, Future[T]]] = deque()
-    waits = True
+    steps = iter(range(start, stop))
     try:
-        for step in range(start, stop + depth):
-            if step < stop:
+        while True:
+            for step in itertools.islice(steps, depth + 1 - len(pending)):
                 pending.append((step, worker.submit(make, step)))
-            if len(pending) > depth or step >= stop:
-                due, future = pending.popleft()
-                if interrupt and not future.done():
-                    wait([future, interrupt], return_when=FIRST_COMPLETED)
-                    waits = future.done()
-                    if not waits:
-                        return
-                yield due, future.result()
+            if not pending:
+                return
+            due, future = pending.popleft()
+            if interrupt and not future.done():
+                wait([future, interrupt], return_when=FIRST_COMPLETED)
+                if not future.done():
+                    return
+            yield due, future.result()
     finally:
-        worker.shutdown(wait=waits, cancel_futures=True)
+        worker.shutdown(wait=not (interrupt and interrupt.done()), cancel_futures=True)
 
 
 def _seq_len_multiple(shards: int, order: Order) -> int:

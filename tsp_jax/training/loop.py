@@ -121,7 +121,7 @@ class _Run:
                 self._log(unseen)
                 unseen = None
                 if evaluates:
-                    self._evaluate(state, done)
+                    stops |= not self._evaluate(state, done)
                 if saves or stops:
                     self._save(state, done)
                 self.clock.skip()
@@ -157,11 +157,12 @@ class _Run:
         self.progress.show(line)
         self.numbers.see(line)
 
-    def _evaluate(self, state: TrainState, step: int) -> None:
+    def _evaluate(self, state: TrainState, step: int) -> bool:
+        """Writes the held-out loss; False if a signal cut it short, and it is to be done when the run is resumed."""
         total = count = 0.0
         for index in range(min(self.config.eval_batches, max(1, self.data.held_out.num_windows // self.config.batch))):
-            if jax.process_count() == 1 and self.signals.requested.done():
-                return
+            if jax.process_count() == 1 and self.signals.asked:
+                return False
             batch = self.data.held_out.place(index, self.program.batch_sharding, accumulate=1)
             nll, labels = self.program.evaluate(state.params, batch)
             total, count = total + float(nll), count + float(labels)
@@ -169,6 +170,7 @@ class _Run:
         loss = total / max(count, 1.0)
         self.metrics.write({"step": step, "eval_loss": loss})
         self.progress.say(f"step {step}: held-out loss {loss:.4f} nats/token")
+        return True
 
     def _save(self, state: TrainState, step: int) -> None:
         if not all_finite(state):

@@ -28,7 +28,7 @@ class StopSignals:
     def __init__(self):
         self.requested: Future[int] = Future()
         """done once a signal came; wait for it along with other futures"""
-        self._protected = False
+        self._noticed = self._protected = False
         self._lock = threading.Lock()
         self._exits = contextlib.ExitStack()
 
@@ -43,16 +43,24 @@ class StopSignals:
         before = signal.set_wakeup_fd(pipe.fileno(), warn_on_full_buffer=False)
         self._exits.callback(signal.set_wakeup_fd, before)
         for number in SIGNALS:
-            self._exits.callback(signal.signal, number, signal.signal(number, lambda *_: None))
+            self._exits.callback(signal.signal, number, signal.signal(number, self._notice))
         return self
 
     def __exit__(self, *_):
         self._exits.close()
 
+    @property
+    def asked(self) -> bool:
+        """Whether a signal came."""
+        return self._noticed or self.requested.done()
+
     def protect(self) -> None:
         """From now on there are steps to save: a signal is a request. Before, it ends the process at once."""
         with self._lock:
             self._protected = True
+
+    def _notice(self, *_) -> None:
+        self._noticed = True  # the main thread need not wait for the other one to have its turn
 
     def _read(self, reader: socket.socket) -> None:
         while received := reader.recv(1):
@@ -86,7 +94,7 @@ class Agreement:
 
     def __call__(self) -> bool:
         """Call once after each step."""
-        asked = self.signals.requested.done()
+        asked = self.signals.asked
         if jax.process_count() == 1:
             return asked
         flags = jax.make_array_from_callback((jax.device_count(),), self._each, lambda _: np.full(1, asked, np.int32))

@@ -3,9 +3,12 @@
 import dataclasses
 import functools
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -91,11 +94,42 @@ def compile_once(make):
     return make_or_find
 
 
-def start_train(path: Path, *flags: str, stderr=subprocess.PIPE) -> subprocess.Popen:
-    """The training script on a configuration file, as a process on one CPU device."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+def start_train(path: Path, *flags: str, stderr: int | IO[str] = subprocess.PIPE) -> subprocess.Popen:
+    """The training script on a configuration file, as a process."""
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "PYTHONUNBUFFERED": "1",
+    }
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), str(path), *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env)
+
+
+def start_processes(count: int, path: Path, *flags: str) -> list[subprocess.Popen]:
+    """The training script as several processes of one run; their stderr goes to ``RANK.err`` beside the file."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        cluster = ["--cluster.launcher=explicit", f"--cluster.coordinator=localhost:{free.getsockname()[1]}"]
+    cluster.append(f"--cluster.num-processes={count}")
+    processes = []
+    for rank in range(count):
+        with (path.parent / f"{rank}.err").open("w") as stderr:
+            processes.append(start_train(path, *flags, *cluster, f"--cluster.process-id={rank}", stderr=stderr))
+    return processes
+
+
+def finish(processes: list[subprocess.Popen], timeout_s: float) -> list[int]:
+    """Exit codes of all processes, of which none may take longer than the timeout; none is left behind."""
+    deadline = time.monotonic() + timeout_s
+    try:
+        for process in processes:
+            process.communicate(timeout=max(0.1, deadline - time.monotonic()))
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return [process.returncode for process in processes]
 
 
 def numbers(workdir: Path) -> list[dict]:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.runs import compile_once, numbers, small_config, start_train, write_config
+from tests.runs import compile_once, finish, numbers, small_config, start_train, write_config
 from tsp_jax.errors import PREEMPTED, RunStopped
 from tsp_jax.layout import place
 from tsp_jax.training import loop
@@ -183,9 +183,11 @@ Checkpoints._commit = patched
 )
 def test_exit_codes_of_a_process(patch, code, saved, says, tmp_path):
     config = small_config(tmp_path, checkpoint_every=4)
-    process = start_train(write_config(config, tmp_path / "config.py", patch))
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == code, err
+    with (tmp_path / "err").open("w") as stderr:
+        process = start_train(write_config(config, tmp_path / "config.py", patch), stderr=stderr)
+    (got,) = finish([process], timeout_s=240)
+    err = (tmp_path / "err").read_text()
+    assert got == code, err
     assert says in err
     assert saved_steps(tmp_path / "run" / "checkpoints") == saved
 

@@ -5,6 +5,7 @@ make right are refused here; whether a configuration fits a mesh is asked of `ts
 """
 
 import dataclasses
+import math
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from tsp_jax.errors import ConfigError
@@ -23,12 +24,20 @@ FailedSave = Literal["continue", "stop"]
 Spike = Literal["ignore", "report", "stop"]
 
 
-def _choices(owner: str, config: object) -> None:
-    """Fields of a Literal type hold one of its values, also where no command line has checked."""
+LARGEST = 2**31 - 1
+"""of any integer: what an index of 32 bits reaches"""
+
+
+def _check_values(owner: str, config: object) -> None:
+    """Fields of a Literal type hold one of its values, also where no command line has checked; numbers are numbers."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise ConfigError(f"{owner}{name}={value} is unknown; use one of {', '.join(get_args(hint))}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{owner}{name}={value} is not finite; use 1.0")
+        if isinstance(value, int) and value > LARGEST:
+            raise ConfigError(f"{owner}{name}={value} is too large; use {LARGEST} at most")
 
 
 def _positive(owner: str, config: object, *names: str) -> None:
@@ -55,7 +64,7 @@ class RopeScaling:
 
     def __post_init__(self):
         owner = "model.rope_scaling."
-        _choices(owner, self)
+        _check_values(owner, self)
         _positive(owner, self, "factor", "low_freq_factor", "high_freq_factor", "original_context")
         if self.high_freq_factor <= self.low_freq_factor:
             raise ConfigError(
@@ -99,7 +108,7 @@ class ModelConfig:
 
     def __post_init__(self):
         sizes = "vocab_size d_model num_layers num_heads num_kv_heads head_dim d_ff rope_theta norm_eps init_std"
-        _choices("model.", self)
+        _check_values("model.", self)
         _positive("model.", self, *sizes.split())
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
@@ -155,7 +164,7 @@ class StreamConfig:
     auto: fused where it is supported"""
 
     def __post_init__(self):
-        _choices("stream.", self)
+        _check_values("stream.", self)
         buckets = ("attention_buckets", "exchange_buckets", "mlp_buckets", "vocab_buckets")
         _positive("stream.", self, *buckets, "query_block", "key_block")
 
@@ -174,7 +183,7 @@ class DataConfig:
     """batches prepared ahead on the host"""
 
     def __post_init__(self):
-        _choices("data.", self)
+        _check_values("data.", self)
         _positive("data.", self, "prefetch")
 
 
@@ -202,6 +211,7 @@ class OptimizerConfig:
     """shard the optimizer state over the data axis too"""
 
     def __post_init__(self):
+        _check_values("optimizer.", self)
         _positive("optimizer.", self, "learning_rate", "eps", "clip_norm")
         for name in ("warmup_steps", "weight_decay", "final_fraction"):
             if getattr(self, name) < 0:
@@ -230,7 +240,7 @@ class FaultsConfig:
 
     def __post_init__(self):
         owner = "faults."
-        _choices(owner, self)
+        _check_values(owner, self)
         _positive(owner, self, "skip_limit", "spike_sigmas")
         if not self.hang_s >= 0:
             raise ConfigError(f"{owner}hang_s={self.hang_s} must not be negative; use 0")
@@ -259,7 +269,7 @@ class ClusterConfig:
 
     def __post_init__(self):
         owner = "cluster."
-        _choices(owner, self)
+        _check_values(owner, self)
         _positive(owner, self, "num_processes", "start_s", "heartbeat_s")
         if not 0 <= self.process_id < self.num_processes:
             raise ConfigError(
@@ -321,7 +331,7 @@ class Config:
     """batches in one evaluation"""
 
     def __post_init__(self):
-        _choices("", self)
+        _check_values("", self)
         _positive("", self, "steps", "batch", "seq_len", "accumulate", "keep_checkpoints", "eval_batches")
         for name in ("cpu_devices", "z_loss", "seed", "checkpoint_every", "keep_every", "eval_every"):
             if getattr(self, name) < 0:

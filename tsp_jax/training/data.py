@@ -66,8 +66,6 @@ class Batches:
         Raises:
             ConfigError: ``seq_len`` cannot be cut over the ranks, or the corpus is shorter than one sequence.
         """
-        self.order = sequence_order(seq_len, sequence_shards, order)
-        """[S] int64: the token that stands at each place of a placed array"""
         num_tokens = len(corpus.tokens)
         if num_tokens < seq_len:
             multiple = _seq_len_multiple(sequence_shards, order)
@@ -76,6 +74,8 @@ class Batches:
                 f"seq_len={seq_len} is longer than the {num_tokens} tokens of the {corpus.name}; "
                 f"use {f'seq_len={fitting} or ' if fitting else ''}more text"
             )
+        self.order = sequence_order(seq_len, sequence_shards, order)
+        """[S] int64: the token that stands at each place of a placed array"""
         self.num_windows = num_tokens // seq_len
         """sequences in one epoch"""
         self._tokens = corpus.tokens

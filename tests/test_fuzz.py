@@ -55,10 +55,8 @@ FLOATS = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True),
     st.sampled_from([-1.0, 0.0, 1e-30, 0.5, 0.999, 1.0, 1e30]),
 )
-WORDS = st.one_of(
-    st.sampled_from(["tsp", "tp", "gather", "ring", "full", "none", "float16", "slurm", "1e3", "None", "-", "--", "é", "0x10"] + [""]),
-    st.text(max_size=8),
-)  # fmt: skip
+TYPICAL = ["tsp", "tp", "gather", "ring", "full", "none", "float16", "slurm", "1e3", "None", "-", "--", "é", "0x10", ""]
+WORDS = st.one_of(st.sampled_from(TYPICAL), st.text(max_size=8))
 EQUALS = st.sampled_from(["=", "", "==", ":"])
 AXES = st.sampled_from(["data", "tsp", "model", "seq", "node", "", " ", "tsp "])
 MESHES = st.lists(

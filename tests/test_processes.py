@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests.runs import finish, numbers, small_config, start_processes, write_config
+from tests.runs import ROOT, finish, numbers, small_config, start_processes, write_config
+from tsp_jax import cli
 from tsp_jax.config import ClusterConfig, FaultsConfig
 from tsp_jax.errors import HUNG, PREEMPTED, ConfigError
 from tsp_jax.training import loop
@@ -158,3 +160,27 @@ def test_a_launcher_that_is_not_there_is_refused_in_a_line(tmp_path):
     path = write_config(config_of(tmp_path), tmp_path / "config.py")
     processes = start_processes(1, path, "--cluster.coordinator=")
     assert finish(processes, 60) == [2]
+
+
+# ------------------------------------------------------------------------------------------------ Slurm
+
+
+@pytest.mark.parametrize(
+    ("code", "attempts", "ends_with", "requeues"),
+    [(0, 0, 0, False), (2, 0, 2, False), (75, 0, 0, True), (75, 99, 0, True), (76, 0, 0, True), (76, 20, 76, False),
+     (77, 0, 77, False), (78, 0, 78, False), (137, 3, 0, True), (137, 20, 137, False)],
+)  # fmt: skip
+def test_the_slurm_script_requeues_what_another_attempt_can_finish(code, attempts, ends_with, requeues, tmp_path):
+    for name, exit_code in (("srun", code), ("scontrol", 0)):
+        stub = tmp_path / name
+        stub.write_text(f'#!/bin/bash\necho {name} "$@" >> {tmp_path}/called\nexit {exit_code}\n')
+        stub.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "41", "SLURM_RESTART_COUNT": str(attempts)}
+    script = ROOT / "scripts" / "train.slurm"
+    done = subprocess.run(["bash", str(script), "llama_7b", "--mesh", "data=2,tsp=8"], env=env, capture_output=True)
+    srun, *others = (tmp_path / "called").read_text().splitlines()
+    assert done.returncode == ends_with
+    assert others == (["scontrol requeue 41"] if requeues else [])
+    flags = srun.split("train.py ")[1].split()
+    config = cli.parse(flags)[1]
+    assert (config.cluster.launcher, config.mesh) == ("slurm", "data=2,tsp=8")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import random
 import shutil
 import subprocess
@@ -43,6 +44,8 @@ def optax_promotes():
 def programs(monkeypatch):
     monkeypatch.setattr(loop, "make_program", make_program)
     monkeypatch.setattr(loop, "plot_losses", lambda lines, path: True)
+    yield
+    gc.collect()  # what Orbax leaves behind when it fails is complained of here, where it is expected
 
 
 def final(config) -> list:

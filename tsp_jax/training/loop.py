@@ -1,5 +1,6 @@
 """Train: batch, step, log, evaluate, save."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -63,11 +64,17 @@ def _train(config: Config, name: str, signals: StopSignals) -> dict:
     console.print(
         f"restored step {start}" if start else "starting afresh", f"on {describe(placement)}", highlight=False
     )
-    metrics = MetricsFile(workdir / "metrics.jsonl", start, report)
-    with TrainProgress(start, config.steps, console) as progress, Watchdog(config.faults.hang_s) as watchdog:
+    with contextlib.ExitStack() as stack:
+        metrics = stack.enter_context(contextlib.closing(MetricsFile(workdir / "metrics.jsonl", start, report)))
+        progress = stack.enter_context(TrainProgress(start, config.steps, console))
+        watchdog = stack.enter_context(Watchdog(config.faults.hang_s))
         state = checkpoints.restore(start) if start else initial_state(config, program, placement)
-        _Run(config, program, compiled, data, metrics, checkpoints, progress, signals, watchdog).go(state, start)
-    metrics.close()
+        run = _Run(config, program, compiled, data, metrics, checkpoints, progress, signals, watchdog)
+        try:
+            run.go(state, start)
+        except RunStopped:
+            checkpoints.wait()  # what is being saved is whole, whatever came after
+            raise
     if not is_writer():
         return {}
     lines = read_metrics(metrics.path)

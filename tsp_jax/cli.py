@@ -47,7 +47,7 @@ def main(
         code = script(name, parsed)
         sys.exit(code if isinstance(code, int) else 0)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_printable(str(error))}", file=sys.stderr)
         sys.exit(REFUSED)
     except RunStopped as stop:
         print(f"stopped: {stop}", file=sys.stderr)
@@ -122,6 +122,11 @@ def _one_line(box: str) -> str:
     words = re.split(r"Argument helptext|For full helptext", words)[0]
     headings = r"^(Value error|Invalid choice|Parsing error|Missing argument|Unrecognized options(?= Unrecognized)) "
     return re.sub(headings + r"|Error parsing \w+: ", "", words).strip()
+
+
+def _printable(text: str) -> str:
+    """Text with what would break a line, or cannot be printed, escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def use_devices(config: Config) -> None:

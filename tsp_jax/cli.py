@@ -16,6 +16,7 @@ import tyro
 
 from tsp_jax.config import Config
 from tsp_jax.errors import REFUSED, ConfigError, RunStopped
+from tsp_jax.private_jax import hush_absent_plugins
 from tsp_jax.training.distributed import join_cluster
 
 T = TypeVar("T")
@@ -37,6 +38,7 @@ def main(
       text: (script, its default options) for where the first argument is no configuration but a .hlo or .txt file.
     """
     arguments = sys.argv[1:]
+    hush_absent_plugins()
     try:
         if text and arguments and arguments[0].endswith((".hlo", ".txt")):
             prog = f"{sys.argv[0]} {arguments[0]}"

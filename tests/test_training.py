@@ -1,7 +1,10 @@
 """The trainer: every layout learns the same, resumes bitwise, and restores what another layout saved."""
 
 import dataclasses
+import json
+import os
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 
 from tsp_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, StreamConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.layout import place
+from tsp_jax.layout import LAYOUTS, place
 from tsp_jax.nn import to_logical
 from tsp_jax.training.checkpoint import Checkpoints
 from tsp_jax.training.corpus import load_corpus
@@ -110,6 +113,27 @@ CASES = {
 }
 
 
+GOLDEN = Path(__file__).parent / "golden_losses.json"
+"""losses of twenty steps: case -> 20 numbers. Written anew by WRITE_GOLDEN=1 pytest -n 0 tests/test_training.py"""
+GOLDEN_TOLERANCE = 1e-5
+"""relative; what other processors and compilers round otherwise, as other layouts do"""
+
+
+def check_golden(case: str, losses: np.ndarray) -> None:
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    if os.environ.get("WRITE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(golden | {case: losses.tolist()}, indent=0) + "\n")
+        return
+    np.testing.assert_allclose(losses, golden[case], rtol=GOLDEN_TOLERANCE)
+
+
+def test_every_layout_has_golden_losses():
+    golden = json.loads(GOLDEN.read_text())
+    assert set(golden) == {"single", *CASES}
+    assert all(len(losses) == 20 for losses in golden.values())
+    assert {case["layout"] for case in CASES.values()} | {"single"} == set(LAYOUTS)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_losses_of_twenty_steps_agree_with_single(case, config, single_losses):
     _, _, losses, norms = run(dataclasses.replace(config, **CASES[case]), config.steps)
@@ -117,6 +141,8 @@ def test_losses_of_twenty_steps_agree_with_single(case, config, single_losses):
     assert want_losses[-1] < 0.8 * want_losses[0], "it should learn"
     np.testing.assert_allclose(losses, want_losses, rtol=LOSS_TOLERANCE)
     np.testing.assert_allclose(norms, want_norms, rtol=1e-4)
+    check_golden(case, losses)
+    check_golden("single", want_losses)
 
 
 @pytest.mark.parametrize(
@@ -158,10 +184,14 @@ def test_clipping_is_the_same_on_all_shards(mesh, config):
     assert abs(run(loose, 4)[2][-1] / losses[-1] - 1) > 100 * LOSS_TOLERANCE
 
 
-def test_two_runs_are_bitwise_equal(config):
-    first, second = (run(config, 4) for _ in range(2))
-    assert (first[2] == second[2]).all()
-    assert all((a == b).all() for a, b in zip(jax.tree.leaves(first[1]), jax.tree.leaves(second[1]), strict=True))
+@pytest.mark.parametrize("others", [1, pytest.param(2, marks=pytest.mark.soak)])
+def test_runs_are_bitwise_equal(others, config):
+    steps = 4 if others == 1 else config.steps
+    first = run(config, steps)
+    for _ in range(others):
+        other = run(config, steps)
+        assert (first[2] == other[2]).all()
+        assert all((a == b).all() for a, b in zip(jax.tree.leaves(first[1]), jax.tree.leaves(other[1]), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -264,8 +294,6 @@ def test_metrics_have_one_line_a_step(whole_run):
 
 
 def config_path(config: Config):
-    from pathlib import Path
-
     return Path(config.workdir)
 
 

@@ -3,17 +3,21 @@
 import contextlib
 import importlib.util
 import io
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import tyro
 
 from tsp_jax.config import Config
-from tsp_jax.errors import ConfigError
+from tsp_jax.errors import REFUSED, ConfigError, RunStopped
+from tsp_jax.private_jax import hush_absent_plugins
+from tsp_jax.training.distributed import join_cluster
 
 T = TypeVar("T")
 _FOLDERS = [Path(file).resolve().parent.parent / "configs" for file in (__file__, sys.argv[0])]
@@ -34,24 +38,49 @@ def main(
       text: (script, its default options) for where the first argument is no configuration but a .hlo or .txt file.
     """
     arguments = sys.argv[1:]
+    hush_absent_plugins()
     with errors_in_a_line():
         if text and arguments and arguments[0].endswith((".hlo", ".txt")):
             sys.exit(text[0](*first_argument(text[1])))
         name, parsed = parse(arguments, options)
         if isinstance(parsed, Config):
             use_devices(parsed.cpu_devices)
+            join_cluster(parsed.cluster)
         code = script(name, parsed)
         sys.exit(code if isinstance(code, int) else 0)
 
 
 @contextlib.contextmanager
 def errors_in_a_line() -> Iterator[None]:
-    """Prints a ConfigError as one line, and exits with 2."""
+    """Ends the process with the code that belongs to an error: a ConfigError, printed as one line, with 2."""
     try:
         yield
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(f"error: {_printable(str(error))}", file=sys.stderr)
+        sys.exit(REFUSED)
+    except RunStopped as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        leave(stop.code)
+    except Exception:
+        if jax.distributed.is_initialized():  # others wait for this process, and its own shutdown would wait for them
+            traceback.print_exc()
+            leave(1, together=False)
+        raise
+
+
+def leave(code: int, together: bool = True) -> NoReturn:
+    """Ends the process now, whatever its other threads hang in.
+
+    Args:
+      code: its exit code.
+      together: every process leaves now; none will miss this one.
+    """
+    if together and jax.distributed.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            jax.distributed.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def first_argument(default: T, what: str = "file") -> tuple[str, T]:
@@ -112,6 +141,11 @@ def _one_line(box: str) -> str:
     words = re.split(r"Argument helptext|For full helptext", words)[0]
     headings = r"^(Value error|Invalid choice|Parsing error|Missing argument|Unrecognized options(?= Unrecognized)) "
     return re.sub(headings + r"|Error parsing \w+: ", "", words).strip()
+
+
+def _printable(text: str) -> str:
+    """Text with what would break a line, or cannot be printed, escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def use_devices(cpu_devices: int) -> None:

@@ -5,6 +5,7 @@ make right are refused here; whether a configuration fits a mesh is asked of `ts
 """
 
 import dataclasses
+import math
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from tsp_jax.errors import ConfigError
@@ -17,14 +18,26 @@ Remat = Literal["none", "full", "save_attention"]
 DType = Literal["float32", "bfloat16"]
 Kernel = Literal["auto", "xla", "fused"]
 RopeKind = Literal["none", "linear", "llama3"]
+Launcher = Literal["none", "slurm", "ompi", "mpi4py", "k8s", "explicit"]
+ProcessPer = Literal["gpu", "host"]
+FailedSave = Literal["continue", "stop"]
+Spike = Literal["ignore", "report", "stop"]
 
 
-def _choices(owner: str, config: object) -> None:
-    """Fields of a Literal type hold one of its values, also where no command line has checked."""
+LARGEST = 2**31 - 1
+"""of any integer: what an index of 32 bits reaches"""
+
+
+def _check_values(owner: str, config: object) -> None:
+    """Fields of a Literal type hold one of its values, also where no command line has checked; numbers are numbers."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise ConfigError(f"{owner}{name}={value} is unknown; use one of {', '.join(get_args(hint))}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{owner}{name}={value} is not finite; use 1.0")
+        if isinstance(value, int) and value > LARGEST:
+            raise ConfigError(f"{owner}{name}={value} is too large; use {LARGEST} at most")
 
 
 def _positive(owner: str, config: object, *names: str) -> None:
@@ -51,7 +64,7 @@ class RopeScaling:
 
     def __post_init__(self):
         owner = "model.rope_scaling."
-        _choices(owner, self)
+        _check_values(owner, self)
         _positive(owner, self, "factor", "low_freq_factor", "high_freq_factor", "original_context")
         if self.high_freq_factor <= self.low_freq_factor:
             raise ConfigError(
@@ -95,7 +108,7 @@ class ModelConfig:
 
     def __post_init__(self):
         sizes = "vocab_size d_model num_layers num_heads num_kv_heads head_dim d_ff rope_theta norm_eps init_std"
-        _choices("model.", self)
+        _check_values("model.", self)
         _positive("model.", self, *sizes.split())
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
@@ -160,7 +173,7 @@ class StreamConfig:
     auto: fused there, for heads of at most 512 bytes, and xla elsewhere"""
 
     def __post_init__(self):
-        _choices("stream.", self)
+        _check_values("stream.", self)
         buckets = ("attention_buckets", "exchange_buckets", "mlp_buckets", "vocab_buckets", "token_buckets", "tokens")
         _positive("stream.", self, *buckets, "query_block", "key_block")
 
@@ -179,7 +192,7 @@ class DataConfig:
     """batches prepared ahead on the host"""
 
     def __post_init__(self):
-        _choices("data.", self)
+        _check_values("data.", self)
         _positive("data.", self, "prefetch")
 
 
@@ -207,6 +220,7 @@ class OptimizerConfig:
     """shard the optimizer state over the data axis too"""
 
     def __post_init__(self):
+        _check_values("optimizer.", self)
         _positive("optimizer.", self, "learning_rate", "eps", "clip_norm")
         for name in ("warmup_steps", "weight_decay", "final_fraction"):
             if getattr(self, name) < 0:
@@ -217,6 +231,66 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FaultsConfig:
+    """What happens when something goes wrong; docs/reliability.md has the whole story."""
+
+    failed_save: FailedSave = "continue"
+    """a checkpoint that could not be saved: report it and go on to the next, or stop (exit code 78)"""
+    hang_s: float = 1800.0
+    """where no step ends in this many seconds, dump every thread's stack and exit with 76; 0: wait for ever"""
+    skip_limit: int = 10
+    """stop (exit code 77) after this many steps in a row whose loss or gradient is not finite; each is skipped"""
+    spike: Spike = "report"
+    """a loss far above the losses before it: ignore it, report it, or stop (exit code 77)"""
+    spike_sigmas: float = 6.0
+    """a spike is this many standard deviations above the mean of spike_window losses"""
+    spike_window: int = 100
+    """steps before, that a loss is compared with; until there are as many nothing is a spike"""
+
+    def __post_init__(self):
+        owner = "faults."
+        _check_values(owner, self)
+        _positive(owner, self, "skip_limit", "spike_sigmas")
+        if not self.hang_s >= 0:
+            raise ConfigError(f"{owner}hang_s={self.hang_s} must not be negative; use 0")
+        if self.spike_window < 2:
+            raise ConfigError(f"{owner}spike_window={self.spike_window} is too few for a deviation; use 100")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """How the processes of a run find each other."""
+
+    launcher: Launcher = "none"
+    """none: one process; slurm, ompi, mpi4py, k8s: as that launcher's environment says; explicit: the fields below"""
+    coordinator: str = ""
+    """HOST:PORT of process 0; empty: as the launcher says"""
+    num_processes: int = 1
+    """explicit: processes of the run"""
+    process_id: int = 0
+    """explicit: this one's number, from 0"""
+    process_per: ProcessPer = "gpu"
+    """slurm and ompi: one process for each GPU, or one for each host with all of its GPUs"""
+    start_s: int = 300
+    """seconds that processes wait for each other at the start"""
+    heartbeat_s: int = 100
+    """seconds without a sign of life after which a process counts as dead, and the others exit"""
+
+    def __post_init__(self):
+        owner = "cluster."
+        _check_values(owner, self)
+        _positive(owner, self, "num_processes", "start_s", "heartbeat_s")
+        if not 0 <= self.process_id < self.num_processes:
+            raise ConfigError(
+                f"{owner}process_id={self.process_id} is not one of {self.num_processes} processes; "
+                f"use 0 to {self.num_processes - 1}"
+            )
+        _, colon, port = self.coordinator.rpartition(":")
+        if (self.coordinator or self.launcher == "explicit") and not (colon and port.isdecimal()):
+            raise ConfigError(f"{owner}coordinator={self.coordinator!r} is no HOST:PORT; use localhost:7654")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """One training run. `configs/` holds one file for each."""
 
@@ -224,12 +298,14 @@ class Config:
     stream: StreamConfig = StreamConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    faults: FaultsConfig = FaultsConfig()
+    cluster: ClusterConfig = ClusterConfig()
     layout: str = "tsp"
     """single, tp, sp, tp_sp, tsp or fsdp_cp"""
     mesh: str = ""
     """axis sizes, such as data=1,tsp=8; empty: every device on the layout's own axes"""
     cpu_devices: int = 0
-    """run on this many virtual CPU devices; 0: on the devices there are"""
+    """run on this many virtual CPU devices in each process; 0: on the devices there are"""
     steps: int
     """optimizer steps of the whole run; the learning rate's schedule ends here"""
     init_from: str = ""
@@ -256,15 +332,17 @@ class Config:
     """steps between checkpoints; 0: only after the last step"""
     keep_checkpoints: int = 3
     """newest checkpoints kept"""
+    keep_every: int = 0
+    """checkpoints of steps that this divides are kept for ever; 0: none"""
     eval_every: int = 0
     """steps between evaluations on held-out files; 0: only after the last step"""
     eval_batches: int = 8
     """batches in one evaluation"""
 
     def __post_init__(self):
-        _choices("", self)
+        _check_values("", self)
         _positive("", self, "steps", "batch", "seq_len", "accumulate", "keep_checkpoints", "eval_batches")
-        for name in ("cpu_devices", "z_loss", "seed", "checkpoint_every", "eval_every"):
+        for name in ("cpu_devices", "z_loss", "seed", "checkpoint_every", "keep_every", "eval_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative; use 0")
         if not self.workdir:

@@ -1,12 +1,16 @@
 """Checkpoints of global logical arrays: one saved under any layout and mesh is restored under any other.
 
-Orbax writes a step into a temporary folder and renames it when it is whole, so a failed save damages nothing.
+``checkpoints/STEP/`` holds ``state/`` (Orbax), ``meta.json`` and ``manifest.json``. It is written in the background as
+``STEP.partial`` and renamed when it is whole, so a folder whose name is a number is a checkpoint that was whole; what
+happened to it since, the manifest tells. Whatever is found damaged is renamed to ``STEP.damaged`` and never used.
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,47 +20,163 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tsp_jax.config import Config
-from tsp_jax.errors import ConfigError
+from tsp_jax.errors import NOT_SAVED, ConfigError, RunStopped
 from tsp_jax.nn import to_logical, to_stored
+from tsp_jax.training.distributed import from_writer, is_writer, of_every_process
+from tsp_jax.training.manifest import find_damage, write_manifest
 from tsp_jax.training.step import TrainProgram, TrainState
 
 CONTINUED = ("seed", "batch", "seq_len", "steps", "optimizer", "z_loss")
 """fields that a resumed run should share with the one that saved, for losses to go on as if nothing had happened"""
 
+SAVE_TIMEOUT_S = 1200
+"""after this many seconds a save that goes on in the background counts as failed"""
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, oldest first, damaged or not."""
+    return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal())
+
+
+def steps_to_drop(steps: Iterable[int], newest: int, every: int) -> list[int]:
+    """Which steps to delete: all but the newest few, and those that `every` divides (0: none)."""
+    old = sorted(steps)[:-newest]
+    return [step for step in old if not (every and step % every == 0)]
+
 
 class Checkpoints:
-    """The checkpoints of one working directory.
+    """The checkpoints of one working directory. Every process of a run makes the same calls.
 
     Args:
-      folder: made if it is missing.
+      folder: made with the first checkpoint.
       program: what the state looks like here.
       config: saved with each checkpoint; its model is compared on restore.
       data_digest: of the training text; a run resumed on another text says so.
+      report: told, in a line each, what is damaged and what could not be saved.
     """
 
-    def __init__(self, folder: Path, program: TrainProgram, config: Config, data_digest: str):
-        self.program, self.config, self.data_digest = program, config, data_digest
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep_checkpoints, enable_async_checkpointing=False, cleanup_tmp_directories=True
-        )
-        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    def __init__(self, folder: Path, program: TrainProgram, config: Config, data_digest: str, report: Callable = print):
+        self.folder, self.config, self.data_digest, self.report = folder.absolute(), config, data_digest, report
         self._logical = _abstract_logical(program)
         padded = any(form.padded for form in jax.tree.leaves(program.forms))
         self._to_logical = _convert(to_logical, program.forms, self._logical) if padded else _same
         self._to_stored = _convert(to_stored, program.forms, program.abstract_state) if padded else _same
+        self._writer = _orbax()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tsp_commit")
+        self._under_way: tuple[int, Future[None]] | None = None
+        self.last: int | None = None
+        """the last step that was given to save, or found whole"""
+        self._whole: int | None = None
+        if is_writer():
+            for left in self.folder.glob("*.partial"):
+                shutil.rmtree(left, ignore_errors=True)
 
-    def latest_step(self) -> int | None:
-        """The newest whole checkpoint's step, or None."""
-        return self.manager.latest_step()
+    # -------------------------------------------------------------------------------------------- saving
 
     def save(self, state: TrainState, step: int) -> None:
-        """Writes the state as logical arrays; returns when it is whole."""
+        """Copies the state and writes it in the background; first waits for the save before, which may have failed."""
+        self.wait()
+        self.last = step
         meta = {"config": dataclasses.asdict(self.config), "data": {"step": step, "digest": self.data_digest}}
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(self._to_logical(state)), meta=ocp.args.JsonSave(meta)),
-        )
-        self.manager.wait_until_finished()
+        failed: Future[None] = Future()
+        try:
+            # Orbax has copied the state when this returns; the next step may overwrite it.
+            self._writer.save(self._partial(step) / "state", self._to_logical(state))
+            self._under_way = step, self._pool.submit(self._commit, self._writer, step, json.dumps(meta, indent=1))
+        except (OSError, RuntimeError, ValueError) as error:
+            failed.set_exception(error)
+            self._under_way = step, failed
+
+    def poll(self) -> None:
+        """Reports a save that has failed, as soon as that is known.
+
+        Raises:
+          RunStopped: it has, and `faults.failed_save` is "stop".
+        """
+        if self._under_way and self._under_way[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the save under way is whole, or reports that it failed; raises what `poll` does."""
+        if not self._under_way:
+            return
+        step, future = self._under_way
+        self._under_way = None
+        error = future.exception()
+        if error is None:
+            self._whole = step
+            return
+        self._writer = _orbax()  # the old one may hold on to what failed
+        if is_writer():
+            shutil.rmtree(self._partial(step), ignore_errors=True)
+        self.report(f"checkpoint {step} could not be saved: {' '.join(str(error).split())[:300]}")
+        if self.config.faults.failed_save == "stop":
+            raise RunStopped(f"checkpoint {step} could not be saved; {self._resume_from()}", NOT_SAVED)
+
+    def close(self, last: int = 0) -> None:
+        """Waits for what is under way, and ends.
+
+        Raises:
+          RunStopped: the step `last`, with which the run ends, has no whole checkpoint (0 needs none).
+        """
+        self.wait()
+        self._pool.shutdown()
+        if last and self._whole != last:
+            raise RunStopped(f"step {last}, the last one, has no checkpoint; {self._resume_from()}", NOT_SAVED)
+        if is_writer():
+            self._drop_old()
+
+    def _commit(self, writer: ocp.StandardCheckpointer, step: int, meta: str) -> None:
+        writer.wait_until_finished()
+        if not is_writer():
+            return
+        folder = self._partial(step)
+        (folder / "meta.json").write_text(meta)
+        write_manifest(folder)
+        folder.rename(self.folder / str(step))
+        self._drop_old()
+
+    def _drop_old(self) -> None:
+        steps = saved_steps(self.folder)
+        for step in steps_to_drop(steps, self.config.keep_checkpoints, self.config.keep_every):
+            # renamed first: what is half deleted must not look like a checkpoint
+            doomed = (self.folder / str(step)).rename(self._partial(step))
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / f"{step}.partial"
+
+    def _resume_from(self) -> str:
+        return f"the newest is {max(saved_steps(self.folder), default='none')}"
+
+    # -------------------------------------------------------------------------------------------- restoring
+
+    def newest_whole(self) -> int | None:
+        """The step of the newest checkpoint whose every file is as it was written; None if nothing was ever saved.
+
+        Damaged ones are reported by file, and renamed out of the way. The files of a checkpoint are dealt over the
+        processes.
+
+        Raises:
+          ConfigError: there are checkpoints, and all are damaged.
+        """
+        damaged = 0
+        while (step := from_writer(max(saved_steps(self.folder), default=-1))) >= 0:
+            damage = find_damage(self.folder / str(step), jax.process_index(), jax.process_count())
+            if damage:
+                self.report(f"checkpoint {step} is damaged: {damage}; trying the one before")
+            if not any(of_every_process(damage is not None)):
+                self.last = self._whole = step
+                return step
+            damaged += 1
+            if is_writer():
+                self._set_aside(step)
+        if damaged:
+            raise ConfigError(
+                f"workdir={self.config.workdir} has no checkpoint that is not damaged; "
+                f"restore {self.folder} from a copy, or start afresh with another --workdir"
+            )
+        return None
 
     def check(self, step: int) -> list[str]:
         """Compares a checkpoint's run with this one.
@@ -67,7 +187,7 @@ class Checkpoints:
         Raises:
           ConfigError: it is a checkpoint of another model.
         """
-        meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        meta = json.loads((self.folder / str(step) / "meta.json").read_text())
         here, there = json.loads(json.dumps(dataclasses.asdict(self.config))), meta["config"]
         for field, value in there["model"].items():
             if here["model"].get(field) != value:
@@ -82,12 +202,18 @@ class Checkpoints:
 
     def restore(self, step: int) -> TrainState:
         """The state of a step, in this run's layout."""
-        state = ocp.args.StandardRestore(self._logical)
-        return self._to_stored(self.manager.restore(step, args=ocp.args.Composite(state=state))["state"])
+        return self._to_stored(self._writer.restore(self.folder / str(step) / "state", self._logical))
 
-    def close(self) -> None:
-        """Waits for what is under way."""
-        self.manager.close()
+    def _set_aside(self, step: int) -> None:
+        aside = self.folder / f"{step}.damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.folder / str(step)).rename(aside)
+
+
+def _orbax() -> ocp.StandardCheckpointer:
+    # Were folders made in the background, threads would wait for one that cannot be made until the timeout.
+    options = ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT_S, create_directories_asynchronously=False)
+    return ocp.StandardCheckpointer(async_options=options)
 
 
 def _same(state: TrainState) -> TrainState:

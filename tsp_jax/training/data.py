@@ -4,9 +4,10 @@ Dims: B sequences of a batch, S tokens of a sequence, R ranks of the sequence; l
 """
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Generic, NamedTuple, TypeVar
 
 import jax
@@ -65,8 +66,6 @@ class Batches:
         Raises:
             ConfigError: ``seq_len`` cannot be cut over the ranks, or the corpus is shorter than one sequence.
         """
-        self.order = sequence_order(seq_len, sequence_shards, order)
-        """[S] int64: the token that stands at each place of a placed array"""
         num_tokens = len(corpus.tokens)
         if num_tokens < seq_len:
             multiple = _seq_len_multiple(sequence_shards, order)
@@ -75,6 +74,8 @@ class Batches:
                 f"seq_len={seq_len} is longer than the {num_tokens} tokens of the {corpus.name}; "
                 f"use {f'seq_len={fitting} or ' if fitting else ''}more text"
             )
+        self.order = sequence_order(seq_len, sequence_shards, order)
+        """[S] int64: the token that stands at each place of a placed array"""
         self.num_windows = num_tokens // seq_len
         """sequences in one epoch"""
         self._tokens = corpus.tokens
@@ -176,25 +177,32 @@ def sequence_order(seq_len: int, shards: int, order: Order) -> np.ndarray:
     return np.stack([chunks[:shards], chunks[: shards - 1 : -1]], axis=1).reshape(seq_len)
 
 
-def prefetch(make: Callable[[int], T], start: int, stop: int, depth: int) -> Generator[tuple[int, T], None, None]:
+def prefetch(
+    make: Callable[[int], T], start: int, stop: int, depth: int, interrupt: Future | None = None
+) -> Generator[tuple[int, T], None, None]:
     """Yield ``(step, make(step))`` for steps from ``start`` to ``stop``, at most ``depth`` of them made ahead.
 
     One thread makes them, in order, so what is yielded does not depend on ``depth``. An exception in ``make`` is
-    raised here when its step is due. Closing the generator ends the thread.
+    raised here when its step is due. Closing the generator ends the thread. Once ``interrupt`` is done the generator
+    waits for nothing: it ends where a step is not ready, and leaves the thread to what it may hang in.
     """
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tsp_prefetch")
     pending: deque[tuple[int, Future[T]]] = deque()
+    steps = iter(range(start, stop))
     try:
-        for step in range(start, stop):
-            pending.append((step, worker.submit(make, step)))
-            if len(pending) > depth:
-                due, future = pending.popleft()
-                yield due, future.result()
-        while pending:
+        while True:
+            for step in itertools.islice(steps, depth + 1 - len(pending)):
+                pending.append((step, worker.submit(make, step)))
+            if not pending:
+                return
             due, future = pending.popleft()
+            if interrupt and not future.done():
+                wait([future, interrupt], return_when=FIRST_COMPLETED)
+                if not future.done():
+                    return
             yield due, future.result()
     finally:
-        worker.shutdown(wait=True, cancel_futures=True)
+        worker.shutdown(wait=not (interrupt and interrupt.done()), cancel_futures=True)
 
 
 def _seq_len_multiple(shards: int, order: Order) -> int:

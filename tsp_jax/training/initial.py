@@ -10,6 +10,7 @@ from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
 from tsp_jax.layout import Placement
 from tsp_jax.models.hf import check_folder, load_params, read_config
+from tsp_jax.training.checkpoint import saved_steps
 from tsp_jax.training.step import TrainProgram, TrainState
 
 FREE = ("init_std",)
@@ -18,7 +19,7 @@ FREE = ("init_std",)
 
 def check_init_from(config: Config, placement: Placement) -> None:
     """Raises ConfigError where `init_from` holds no weights of the configured model; a run to resume needs none."""
-    if not config.init_from or any((Path(config.workdir) / "checkpoints").glob("[0-9]*")):
+    if not config.init_from or saved_steps(Path(config.workdir) / "checkpoints"):
         return
     here, there = (_fields(model) for model in (config.model, read_config(config.init_from)))
     different = [name for name, value in there.items() if here[name] != value]

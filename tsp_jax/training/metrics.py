@@ -1,38 +1,78 @@
 """What a run says of itself: a JSON line a step, a progress bar, a loss curve, a closing table."""
 
+import contextlib
 import json
+import math
+import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tsp_jax.training.distributed import is_writer, write_whole
+
 
 class MetricsFile:
-    """``metrics.jsonl``: one line a step or evaluation. Lines later than the step resumed from are dropped."""
+    """``metrics.jsonl``: one line a step or evaluation. Numbers that are not finite are null.
 
-    def __init__(self, path: Path, resume_step: int):
-        self.path = path
-        kept = [line for line in self._lines() if line["step"] <= resume_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
-        self.file = path.open("a", buffering=1)
+    Lines later than the step resumed from are dropped. What a full disk refuses is kept, and written when it can be.
+
+    Args:
+      path: where.
+      resume_step: the step resumed from.
+      report: told, in a line, of what cannot be written.
+    """
+
+    def __init__(self, path: Path, resume_step: int, report: Callable[[str], Any] = print):
+        self.path, self.report = path, report
+        self.earlier = [line for line in self._lines() if line["step"] <= resume_step]
+        """lines up to the step resumed from"""
+        self.evaluations = {line["step"] for line in self.earlier if "eval_loss" in line}
+        """steps after which there was an evaluation"""
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in self.earlier))
+        self._pending, self._fails = b"", False
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND) if is_writer() else None
 
     def _lines(self) -> Iterable[dict]:
         return read_metrics(self.path) if self.path.exists() else []
 
+    def earlier_steps(self) -> list[dict]:
+        """Lines of steps up to the one resumed from."""
+        return [line for line in self.earlier if "loss" in line]
+
     def write(self, line: dict) -> None:
-        """Appends a line, `step` first."""
-        self.file.write(json.dumps(line) + "\n")
+        """Appends a line, `step` first; only the writer does."""
+        if "eval_loss" in line:
+            self.evaluations.add(line["step"])
+        if self._file is None:
+            return
+        infinite = {name: None for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
+        self._pending += json.dumps(line | infinite, allow_nan=False).encode() + b"\n"
+        try:
+            while self._pending:
+                self._pending = self._pending[os.write(self._file, self._pending) :]
+            self._fails = False
+        except OSError as error:
+            if not self._fails:
+                self.report(f"{self.path} cannot be written ({error.strerror}); its lines wait in memory")
+            self._fails = True
+
+    def sync(self) -> None:
+        """Returns when the disk has all lines, so that none is older than the checkpoint that is written next."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a disk that cannot take them has been reported by `write`
+                os.fsync(self._file)
 
     def close(self) -> None:
         """Closes the file."""
-        self.file.close()
+        if self._file is not None:
+            os.close(self._file)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -91,7 +131,7 @@ class TrainProgress:
         step = line["step"]
         text = f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"
         self.bar.update(self.task, completed=step, text=text)
-        if not self.console.is_terminal and (step % self.every == 0 or step == self.steps):
+        if not (self.console.quiet or self.console.is_terminal) and (step % self.every == 0 or step == self.steps):
             left = (time.perf_counter() - self.began) / (step - self.start) * (self.steps - step)
             print(f"step {step}/{self.steps}  {text}  {left:.0f} s left", file=sys.stdout, flush=True)
 
@@ -109,7 +149,7 @@ def plot_losses(metrics: list[dict], path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    train = np.array([(line["step"], line["loss"]) for line in metrics if "loss" in line])
+    train = np.array([(line["step"], line["loss"]) for line in metrics if line.get("loss") is not None])
     held_out = np.array([(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line])
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     if len(train):
@@ -139,6 +179,8 @@ def print_summary(summary: dict, console: Console) -> None:
         "bytes received per device and step": f"{summary['bytes_per_step']:,}",
         "parameters": f"{summary['num_params']:,}",
     }
+    if summary.get("skipped_steps"):
+        rows["steps skipped, their numbers not finite"] = f"{summary['skipped_steps']:,}"
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)

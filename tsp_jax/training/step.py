@@ -16,6 +16,7 @@ from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer
 from tsp_jax.nn import AsStored, stored_forms
 from tsp_jax.training.data import Batch
+from tsp_jax.training.guard import update_if_finite
 from tsp_jax.training.optimizer import make_optimizer, make_schedule
 
 
@@ -104,8 +105,10 @@ def make_program(config: Config, placement: Placement) -> TrainProgram:
         grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        grad_norm = optax.tree.norm(grads)
+        params, opt_state = update_if_finite(nll, grad_norm, (params, opt_state), (state.params, state.opt_state))
         params = lax.with_sharding_constraint(params, shardings.params)
-        metrics = StepMetrics(nll, optax.tree.norm(grads), schedule(state.step), num_labels)
+        metrics = StepMetrics(nll, grad_norm, schedule(state.step), num_labels)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     def evaluate(params: dict, batch: Batch):

@@ -142,17 +142,21 @@ def test_traffic_of_each_remat_policy_equals_the_closed_form(remat):
     check_traffic(dataclasses.replace(CONFIG, remat=remat), "tsp4")
 
 
-@pytest.mark.parametrize("case", ["tsp8", "data2_tsp4", "mix2_4", "two_axes2_4", "partial2_4"])
+def soak(*values):
+    return pytest.param(*values, marks=pytest.mark.soak)
+
+
+@pytest.mark.parametrize("case", ["tsp8", soak("data2_tsp4"), "mix2_4", soak("two_axes2_4"), "partial2_4"])
 def test_traffic_of_moved_activations_equals_the_closed_form(case):
     check_traffic(moved(CONFIG), case)
 
 
-@pytest.mark.parametrize(("case", "remat"), [("tsp4", "none"), ("tsp8", "full"), ("mix2_4", "save_attention")])
+@pytest.mark.parametrize(("case", "remat"), [("tsp4", "none"), ("tsp8", "full"), soak("mix2_4", "save_attention")])
 def test_traffic_of_moved_activations_with_shared_and_padded_heads_equals_the_closed_form(case, remat):
     check_traffic(dataclasses.replace(moved(GROUPED), remat=remat), case)
 
 
-@pytest.mark.parametrize("case", ["tsp3", "partial2_4"])
+@pytest.mark.parametrize("case", ["tsp3", soak("partial2_4")])
 def test_traffic_of_forward_with_moved_activations_equals_the_closed_form(case):
     check_traffic(moved(CONFIG), case, forward=True)
 

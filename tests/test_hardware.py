@@ -1,6 +1,7 @@
 """The link model: seconds that a collective keeps the links busy, against figures worked out by hand."""
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 
@@ -8,7 +9,17 @@ import pytest
 
 from tsp_jax import targets
 from tsp_jax.errors import ConfigError
-from tsp_jax.hardware import COLLECTIVES, HARDWARE, TPU_TOPOLOGIES, Hardware, collective_seconds, link_model
+from tsp_jax.hardware import (
+    COLLECTIVES,
+    HARDWARE,
+    TPU_TOPOLOGIES,
+    Hardware,
+    collective_seconds,
+    coprime_strides,
+    fastest_streaming,
+    link_model,
+    streaming_seconds,
+)
 
 GATHERS = [op for op in COLLECTIVES if op != "collective-permute"]
 BYTES = 7e9
@@ -144,3 +155,39 @@ assert "jax" not in sys.modules
 """
     folder = str(targets.__file__).rsplit("/", 1)[0]
     subprocess.run([sys.executable, "-c", code, folder], check=True, timeout=60)
+
+
+# ------------------------------------------------------------------------------------------------ movements of weights
+
+
+@pytest.mark.parametrize(
+    ("name", "gather", "ring", "rings"),
+    [
+        ("mi300x", 7 / (7 * 48), 7 / 48, 7 / (4 * 48)),  # strides 1, 3, 5, 7: four links of seven
+        ("h100", 7 / 450, 7 / 450, 7 / 450),  # one link for everything
+        ("v5p", 7 / (3 * 90), 7 / 90, 7 / (3 * 90)),  # 2 x 2 x 2: a link along each dimension
+    ],
+)
+def test_seconds_of_streaming_a_gigabyte_of_each_of_eight_ranks(name, gather, ring, rings):
+    found = streaming_seconds(HARDWARE[name], 1e9, 8)
+    assert found == pytest.approx({"gather": gather, "ring": ring, "rings": rings})
+
+
+def test_gather_is_nowhere_slower_than_rings():
+    for name, ranks in itertools.product(("mi300x", "mi355x", "h100", "v5p"), (2, 4, 8)):
+        assert fastest_streaming(HARDWARE[name], ranks) == "gather"
+
+
+def test_streaming_over_several_nodes_is_refused():
+    with pytest.raises(ConfigError, match="ranks=16 are not within a node of mi300x; use 2 to 8"):
+        streaming_seconds(HARDWARE["mi300x"], 1.0, 16)
+
+
+@pytest.mark.parametrize(("ranks", "strides"), [(2, (1,)), (6, (1, 5)), (7, (1, 2, 3, 4, 5, 6)), (8, (1, 3, 5, 7))])
+def test_rings_of_coprime_strides_visit_all_ranks_and_share_no_link(ranks, strides):
+    assert coprime_strides(ranks) == strides
+    links = [(hop * s % ranks, (hop + 1) * s % ranks) for s in strides for hop in range(ranks)]
+    assert len(set(links)) == len(links)
+    assert all(
+        {source for source, _ in links[i * ranks : (i + 1) * ranks]} == {*range(ranks)} for i in range(len(strides))
+    )

@@ -219,6 +219,44 @@ def link_model(hardware: Hardware) -> str:
     return f"links: {inside}; {hardware.node_bandwidth / 1e9:g} GB/s a device between nodes of {hardware.node_size}"
 
 
+def coprime_strides(ranks: int) -> tuple[int, ...]:
+    """Strides whose hops lead through all ranks and back: rings that share no link of a full mesh."""
+    return tuple(stride for stride in range(1, ranks) if math.gcd(stride, ranks) == 1)
+
+
+def streaming_seconds(hardware: Hardware, shard_bytes: float, ranks: int) -> dict[str, float]:
+    """How long the links are busy while the shards of all ranks pass by all ranks once, by movement.
+
+    `gather`: all-gathers, whatever the buckets. `ring`: each shard in `ranks` - 1 hops. `rings`: each shard in as many
+    parts as there are `coprime_strides`, which travel at once; as fast as a gather where they need all links.
+
+    Args:
+      hardware: rates; the ranks are consecutive devices of one node.
+      shard_bytes: of one rank.
+      ranks: at least 2.
+
+    Raises:
+      ConfigError: the ranks are no single node.
+    """
+    if not 2 <= ranks <= hardware.node_size:
+        raise ConfigError(f"ranks={ranks} are not within a node of {hardware.name}; use 2 to {hardware.node_size}")
+    received = shard_bytes * (ranks - 1)
+    group = tuple(range(ranks))
+    hops = [(rank, (rank + 1) % ranks) for rank in group]
+    gather = collective_seconds(hardware, "all-gather", received, [group])
+    ring = (ranks - 1) * collective_seconds(hardware, "collective-permute", shard_bytes, hops)
+    return {"gather": gather, "ring": ring, "rings": max(gather, ring / len(coprime_strides(ranks)))}
+
+
+def fastest_streaming(hardware: Hardware, ranks: int) -> str:
+    """The movement of weights that keeps the links busy for the shortest time; gather where it is as short as another.
+
+    A gather has no hop that waits for another, and its buckets bound memory where a ring's turn is a whole shard.
+    """
+    seconds = streaming_seconds(hardware, 1e9, ranks)
+    return min(seconds, key=lambda movement: round(seconds[movement], 9))
+
+
 def _pair_seconds(hardware: Hardware, received: float, source: int, target: int) -> float:
     if source == target:
         return 0.0

@@ -18,15 +18,16 @@ ROOMS = {
     "traffic": FOUNDATION,
     "nn": FOUNDATION | {"ops", "traffic"},
     "models": FOUNDATION | {"ops", "nn"},
-    "training": FOUNDATION | {"ops", "nn", "models", "inspect"},
-    "inference": FOUNDATION | {"ops", "nn", "models", "inspect"},
+    "compiler": set(),
+    "training": FOUNDATION | {"compiler", "ops", "nn", "models", "inspect"},
+    "inference": FOUNDATION | {"compiler", "ops", "nn", "models", "inspect"},
     "generation": FOUNDATION | {"models", "inference"},
     "hardware": {"errors"},
     "inspect": {"errors", "hardware"},
     "plan": FOUNDATION | {"inspect", "traffic"},
     "private_jax": set(),
     "rocm_standins": {"errors"},
-    "targets": {"errors", "hardware", "private_jax", "rocm_standins"},
+    "targets": {"errors", "compiler", "hardware", "private_jax", "rocm_standins"},
 }
 WORKBENCH = ("aot", "compare", "inspection", "chart", "comparison")
 """modules that join targets, programs and inspection for the scripts, each of which may use those before it"""
@@ -44,6 +45,7 @@ OUTSIDE = {
     "traffic": set(),
     "ops": {"jax"},
     "hardware": set(),
+    "compiler": set(),
     "inspect": {"jax", "jaxlib", "numpy", "rich"},
     "plan": {"jax", "numpy"},
 }

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from tsp_jax.compiler import COMPILER_OPTIONS
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware import HARDWARE, TPU_TOPOLOGIES, Hardware
 from tsp_jax.private_jax import hush_absent_plugins, register_rocm_plugin
@@ -56,26 +57,10 @@ class Target:
         return found[: self.num_devices] if len(found) >= self.num_devices else []
 
     def compiler_options(self) -> Mapping[str, Any]:
-        """What to pass to ``lowered.compile(...)``; see `COMPILER_OPTIONS`."""
+        """What to pass to ``lowered.compile(...)``."""
         return COMPILER_OPTIONS.get(self.hardware.platform, {})
 
 
-_OVERLAP = {
-    # ROCm's compiler of jax 0.10 hides no latency unless asked to; later ones do, and take the option all the same.
-    "xla_gpu_enable_latency_hiding_scheduler": True,
-    # At most one collective may be under way at a time unless more are allowed, and of a bucket's keys and values one
-    # is left with nothing to hide it: 48 % of communication is exposed with one, 0.3 % with four (llama_7b, 128 K,
-    # mi300x:8, fused attention), for 0.07 GB; on h100:8 42 % and 8 %, for 0.12 GB.
-    "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
-}
-COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
-    "rocm": _OVERLAP,
-    "cuda": _OVERLAP,
-    # Less search for speed: a 7B step of 128 K tokens compiles in 26 s instead of 71 s, and peaks at 27.2 GB instead of
-    # 30.4 GB (jax 0.10.2, an earlier version of the step). What it costs in run time is not known.
-    "tpu": {"exec_time_optimization_effort": -1.0},
-}
-"""What each platform's compiler is told; every name is known to jax 0.10 to 0.12."""
 _DEVICE_FILES = {"rocm": ("/dev/kfd",), "cuda": ("/dev/nvidiactl",), "tpu": ("/dev/accel0", "/dev/vfio/0")}
 
 

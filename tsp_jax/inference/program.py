@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tsp_jax.compiler import compiler_options
 from tsp_jax.config import Config, StreamConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.inference.cache import Cache, abstract_cache, empty_cache
@@ -57,8 +58,9 @@ class InferenceProgram:
     def compile(self) -> "InferenceProgram":
         """The same with prefill and decode compiled, so that no later call compiles anything."""
         given = self.abstract_params, self.abstract_cache
-        prefill = self.prefill.lower(*given, *self.abstract_chunk).compile()
-        decode = self.decode.lower(*given, self.abstract_tokens).compile()
+        options = compiler_options(jax.devices()[0])
+        prefill = self.prefill.lower(*given, *self.abstract_chunk).compile(options)
+        decode = self.decode.lower(*given, self.abstract_tokens).compile(options)
         peak = max(memory_report(compiled).peak_bytes for compiled in (prefill, decode))
         return dataclasses.replace(self, prefill=prefill, decode=decode, peak_bytes=peak)
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from tsp_jax.compiler import compiler_options
 from tsp_jax.config import Config
 from tsp_jax.errors import BAD_NUMBERS, PREEMPTED, RunStopped
 from tsp_jax.inspect import collectives, memory_report, parse
@@ -60,7 +61,8 @@ def _train(config: Config, name: str, signals: StopSignals) -> dict:
     write_whole(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     with console.status("compiling the training step"):
         shape = (config.accumulate, config.batch // config.accumulate, config.seq_len)
-        compiled = program.step.lower(program.abstract_state, program.abstract_batch(shape)).compile()
+        lowered = program.step.lower(program.abstract_state, program.abstract_batch(shape))
+        compiled = lowered.compile(compiler_options(jax.devices()[0]))
     console.print(
         f"restored step {start}" if start else "starting afresh", f"on {describe(placement)}", highlight=False
     )

@@ -335,6 +335,8 @@ def test_state_of_the_closed_form(name):
     shards = {"single": 1, "sp": 1, "tp_sp": sizes.get("model")}.get(name, 8)
     matrices = CONFIG.model.num_params - 32 * (2 * CONFIG.model.num_layers + 1)
     assert step_memory(CONFIG, layout, sizes)["state"] == pytest.approx(12 * matrices / shards)
+    narrow = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, moments_dtype="bfloat16"))
+    assert step_memory(narrow, layout, sizes)["state"] == pytest.approx(8 * matrices / shards)
 
 
 # ------------------------------------------------------------------------------------------------ scripts

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax import lax
+from jax.experimental import io_callback
 from jax.sharding import PartitionSpec as P
 
 from tsp_jax.layout import largest_divisor, make_mesh
-from tsp_jax.ops.stream import Stream, fold, fold_with_grads, vary_alike
+from tsp_jax.ops.stream import Stream, fold, fold_with_grads, pipelined, vary_alike, zeros
 
 ROWS, BUCKETS, D = (6, 12), 3, 2
 """rows that a rank holds of each weight: different, so that a wrong packing shows"""
@@ -229,3 +231,93 @@ def test_vary_alike_sums_the_gradient_of_what_was_replicated():
     f = jax.shard_map(local, mesh=make_mesh({"a": 8}), in_specs=(P("a"), P()), out_specs=P("a"))
     x = np.arange(8, dtype=np.float32)
     assert jax.jit(jax.grad(lambda w: f(x, w).sum()))(jnp.ones(1)).tolist() == [28.0]
+
+
+# ------------------------------------------------------------------------------------------------ pipelines
+
+STEPS = (1, 2, 3, 5)
+
+
+def traced(steps: int, *, sends: bool, **how):
+    """What a pipeline does, in the order in which it runs, and what comes of it.
+
+    Messages tell which turn they are for and what the carry was when they were asked for; what leaves tells which turn
+    made it.
+    """
+    log = []
+
+    def note(event: str, *numbers) -> None:
+        io_callback(lambda *numbers: log.append((event, *map(int, numbers))), None, *numbers, ordered=True)
+
+    def fetch(carry, index):
+        note("fetch", index)
+        return jnp.int32(index), carry
+
+    def turn(carry, message, index):
+        note("turn", index)
+        return carry + 1, jnp.int32(index) if sends else (), (*message, carry)
+
+    def send(left, index):
+        note("send", index)
+        return left, jnp.int32(index)
+
+    run = jax.jit(lambda: pipelined(turn, fetch, send if sends else None, jnp.int32(0), steps, **how))
+    carry, homes, ys = jax.device_get(run())
+    jax.effects_barrier()
+    return log, carry, homes, ys
+
+
+def desired_log(steps: int, *, sends: bool, ahead: bool) -> list[tuple[str, int]]:
+    """Ahead: while turn i runs, the message of i + 1 is on its way, and what i - 1 made."""
+    log = [("fetch", 0)] if ahead else []
+    for i in range(steps):
+        before = [("fetch", i + 1)] * (i + 1 < steps) + [("send", i - 1)] * (sends and i > 0)
+        after = [("send", i)] * sends
+        log += [*before, ("turn", i)] if ahead else [("fetch", i), ("turn", i), *after]
+    return log + [("send", steps - 1)] * (sends and ahead)
+
+
+@pytest.mark.parametrize("sends", [False, True], ids=["keeps", "sends"])
+@pytest.mark.parametrize(("remote", "unroll"), [(True, False), (True, True), (False, False), (False, True)])
+@pytest.mark.parametrize("steps", STEPS)
+def test_a_message_and_what_leaves_are_under_way_while_a_turn_runs(steps, remote, unroll, sends):
+    ahead = remote or unroll
+    log, carry, homes, (messages, carry_when_asked, carries) = traced(steps, sends=sends, remote=remote, unroll=unroll)
+    assert log == desired_log(steps, sends=sends, ahead=ahead)
+    turns = list(range(steps))
+    assert carry == steps
+    assert messages.tolist() == carries.tolist() == turns
+    assert carry_when_asked.tolist() == ([max(0, i - 1) for i in turns] if ahead else turns)
+    assert [home.tolist() for home in homes] == ([turns, turns] if sends else [])
+
+
+# ------------------------------------------------------------------------------------------------ zeros
+
+FIRSTS = {
+    "float32": [1.5, -1.5, -0.0, np.nan, -np.nan, np.inf, -np.inf, np.finfo(np.float32).tiny],
+    "bfloat16": [-1.5, -np.nan, -np.inf],
+    "int32": [0, 7, -1, -(2**31), 2**31 - 1],
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+@pytest.mark.parametrize(("like", "first"), [(like, first) for like, firsts in FIRSTS.items() for first in firsts])
+def test_zeros_are_zero_whatever_they_are_like(like, first, dtype):
+    out = zeros((2, 3), dtype, like=jnp.full((2, 2), first, like))
+    assert (out.shape, out.dtype) == ((2, 3), jnp.dtype(dtype))
+    assert not np.asarray(out).view(f"uint{8 * out.dtype.itemsize}").any()  # nor is there a -0.0
+
+
+def test_zeros_are_made_of_what_they_are_like():
+    """Else a compiler makes them once and keeps them; and they vary as a loop's carry must."""
+
+    def local(x):
+        carry, _ = lax.scan(lambda carry, _: (carry + x, None), zeros((2,), jnp.float32, like=x), None, length=3)
+        return carry
+
+    f = jax.jit(jax.shard_map(local, mesh=make_mesh({"a": 8}), in_specs=P("a"), out_specs=P("a")))
+    assert f(jnp.ones(16)).tolist() == [3.0] * 16
+    made = jax.make_jaxpr(lambda x: zeros((2,), jnp.float32, like=x))(jnp.ones(2))
+    assert not isinstance(made.jaxpr.outvars[0], jax.extend.core.Literal)
+    text = jax.jit(lambda x: zeros((2,), jnp.float32, like=x)).lower(jnp.ones(2)).compile().as_text()
+    assert "shift-right-logical" in text, "the compiler has found out that they are constant"

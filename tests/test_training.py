@@ -234,6 +234,35 @@ def test_any_layout_restores_a_checkpoint_bitwise(case, config, saved, tmp_path)
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moments_of_either_dtype_are_restored_in_the_dtype_of_the_run(dtype, config, tmp_path):
+    """Bitwise under the same configuration; under the other, rounded or widened."""
+
+    def with_moments(dtype):
+        optimizer = dataclasses.replace(config.optimizer, moments_dtype=dtype)
+        return dataclasses.replace(config, optimizer=optimizer, layout="single", mesh="")
+
+    program, state, _, _ = run(with_moments(dtype), 2)
+    checkpoints = Checkpoints(tmp_path / "moments", program, with_moments(dtype), "digest")
+    checkpoints.save(state, 2)
+    checkpoints.close()
+    for other in ("float32", "bfloat16"):
+        there = make_program(with_moments(other), placed(with_moments(other)))
+        restored = Checkpoints(tmp_path / "moments", there, with_moments(other), "digest").restore(2)
+        cast = jax.tree.map(lambda array, like: array.astype(like.dtype), state, there.abstract_state)
+        assert same(logical(there, restored), logical(there, cast))
+        wide = {array.dtype for array in jax.tree.leaves(restored.opt_state) if array.ndim}
+        assert wide == {np.dtype(other)}
+
+
+def test_moments_in_bfloat16_hardly_change_the_losses(config, single_losses):
+    narrow = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, moments_dtype="bfloat16"))
+    losses = run(narrow, 8)[2]
+    wide = single_losses(config)[0][: len(losses)]
+    np.testing.assert_allclose(losses, wide, rtol=1e-2)
+    assert abs(losses[-1] / wide[-1] - 1) > LOSS_TOLERANCE
+
+
 def test_checkpoint_of_another_model_is_refused_by_field(config, saved, tmp_path):
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=96))
     checkpoints = Checkpoints(tmp_path / "checkpoints", make_program(other, placed(other)), other, "digest")

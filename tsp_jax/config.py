@@ -218,6 +218,8 @@ class OptimizerConfig:
     """largest global norm of the gradient"""
     zero1: bool = False
     """shard the optimizer state over the data axis too"""
+    moments_dtype: DType = "float32"
+    """dtype in which both moments wait from step to step; they are updated in float32 whatever it is"""
 
     def __post_init__(self):
         _check_values("optimizer.", self)
@@ -228,6 +230,12 @@ class OptimizerConfig:
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1); use 0.9")
+            if self.moments_dtype == "bfloat16" and getattr(self, name) > 1 - 2**-8:
+                # bfloat16 rounds by up to 2^-8: a moment that shrinks by less in a step never shrinks.
+                raise ConfigError(
+                    f"optimizer.{name}={getattr(self, name)} is too slow for optimizer.moments_dtype=bfloat16; "
+                    f"use optimizer.{name}=0.99, or float32"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -104,7 +104,7 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dic
     buckets = 1 if layout.whole_weights else config.stream.attention_buckets
     in_flight = max((2 * heads.kv + heads.query) * heads.dim / buckets, 3 * model.d_ff / _mlp_buckets(config, layout))
     return {
-        "state": (layers + tables) / shards * 4 * (1 + 2 / replicas),
+        "state": (layers + tables) / shards * (4 + 2 * ITEMSIZE[config.optimizer.moments_dtype] / replicas),
         "gradients": waiting + tables * 4 / shards,
         "residuals": residuals,
         "activations": _ACTIVATIONS * activation,

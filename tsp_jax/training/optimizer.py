@@ -1,6 +1,9 @@
 """AdamW with warm-up, cosine decay and global-norm clipping."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import optax
 
 from tsp_jax.config import OptimizerConfig
@@ -28,10 +31,24 @@ def decay_mask(params: dict) -> dict:
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The gradient transformation of a run. On global arrays the norm that clips is global too."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            make_schedule(config, steps),
-            b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decay_mask,
-        ),
+    adamw = optax.adamw(
+        make_schedule(config, steps),
+        b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decay_mask,
     )  # fmt: skip
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), keep_state_in(config.moments_dtype, adamw))
+
+
+def keep_state_in(dtype: Any, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, whose state of floats waits from step to step in `dtype` and is computed in float32.
+
+    optax itself can narrow the first moment alone.
+    """
+
+    def cast(state: Any, dtype: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def update(updates, state, params=None):
+        updates, state = inner.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)

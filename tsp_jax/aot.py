@@ -102,16 +102,15 @@ def full_weights(config: Config, placement: Placement) -> tuple[FullWeight, ...]
     heads = placement.head_slots(model.num_heads, model.num_kv_heads, model.head_dim)
     query, kv = heads.query * heads.dim, heads.kv * heads.dim
     rows = {
-        ("tsp/attention", "heads"): (query + 2 * kv, query),
-        ("tsp/mlp", "mlp"): (3 * model.d_ff,),
-        ("tsp/embed", "vocab"): (model.vocab_size,),
-        ("tsp/loss", "vocab"): (model.vocab_size,),
+        ("tsp/attention/queries", "heads"): query,
+        ("tsp/attention/keys_values", "heads"): 2 * kv,
+        ("tsp/attention/out", "heads"): query,
+        ("tsp/mlp", "mlp"): 3 * model.d_ff,
+        ("tsp/embed", "vocab"): model.vocab_size,
+        ("tsp/loss", "vocab"): model.vocab_size,
     }
     return tuple(
-        FullWeight(scope, n * model.d_model)
-        for (scope, dim), whole in rows.items()
-        if getattr(layout, dim)
-        for n in whole
+        FullWeight(scope, whole * model.d_model) for (scope, dim), whole in rows.items() if getattr(layout, dim)
     )
 
 

@@ -219,11 +219,12 @@ def _in_forward(x_BtD, weights, norms, positions_Bt, static: Projections):
 
         return static.queries.put(q_BtNH, piece, made(chunk)), None
 
-    def run(body, carry, shard, how: HeadStream):
-        return fold(body, carry, shard, axes=how.axes, stream=how.stream, dtype=dtype)[0]
+    def run(name: str, body, carry, shard, how: HeadStream):
+        with jax.named_scope(name):
+            return fold(body, carry, shard, axes=how.axes, stream=how.stream, dtype=dtype)[0]
 
-    kv = run(kv_body, (empty(static.kv_heads), empty(static.kv_heads)), (w_k, w_v), static.keys_values)
-    q_BtNH = run(query_body, empty(static.query_heads), (w_q,), static.queries)
+    kv = run("keys_values", kv_body, (empty(static.kv_heads), empty(static.kv_heads)), (w_k, w_v), static.keys_values)
+    q_BtNH = run("queries", query_body, empty(static.query_heads), (w_q,), static.queries)
     return (q_BtNH, *kv), (x_BtD, weights, norms, positions_Bt)
 
 
@@ -285,15 +286,16 @@ def _in_backward(static: Projections, residuals, cotangents):
         dx_BtD, _, (dwk, dwv, dnorm) = over_tokens(chunk, dx_BtD, read, tokens=how.stream.tokens)
         return (dx_BtD, _add(dnorm_H, dnorm)), (static.all_heads(dwk), static.all_heads(dwv)), None
 
-    def run(body, carry, shard, how: HeadStream):
-        return fold_with_grads(body, carry, shard, axes=how.axes, stream=how.stream, dtype=x_BtD.dtype)[:2]
+    def run(name: str, body, carry, shard, how: HeadStream):
+        with jax.named_scope(name):
+            return fold_with_grads(body, carry, shard, axes=how.axes, stream=how.stream, dtype=x_BtD.dtype)[:2]
 
     def none(norm_H):
         return None if norm_H is None else zeros(norm_H.shape, norm_H.dtype, like=norm_H)
 
     dx_BtD = zeros(x_BtD.shape, jnp.float32, like=dq_BtNH)
-    (dx_BtD, dnorm_q), dw_q = run(query_body, (dx_BtD, none(norms.q_H)), (w_q,), static.queries)
-    (dx_BtD, dnorm_k), dw_kv = run(kv_body, (dx_BtD, none(norms.k_H)), (w_k, w_v), static.keys_values)
+    (dx_BtD, dnorm_q), dw_q = run("queries", query_body, (dx_BtD, none(norms.q_H)), (w_q,), static.queries)
+    (dx_BtD, dnorm_k), dw_kv = run("keys_values", kv_body, (dx_BtD, none(norms.k_H)), (w_k, w_v), static.keys_values)
     return dx_BtD.astype(x_BtD.dtype), (*dw_q, *dw_kv), HeadNorms(dnorm_q, dnorm_k), None
 
 
@@ -331,7 +333,8 @@ def _out_forward(out_BtNH, wo_nHD, static: Projections):
         return over_tokens(chunk, y_BtD, how.take(out_BtNH, piece), tokens=how.stream.tokens)[0], None
 
     y_BtD = zeros((*out_BtNH.shape[:2], wo_nHD.shape[-1]), jnp.float32, like=out_BtNH)
-    y_BtD, _ = fold(body, y_BtD, (wo_nHD,), axes=how.axes, stream=how.stream, dtype=out_BtNH.dtype)
+    with jax.named_scope("out"):
+        y_BtD, _ = fold(body, y_BtD, (wo_nHD,), axes=how.axes, stream=how.stream, dtype=out_BtNH.dtype)
     return y_BtD.astype(out_BtNH.dtype), (out_BtNH, wo_nHD)
 
 
@@ -349,9 +352,10 @@ def _out_backward(static: Projections, residuals, dy_BtD):
         return how.put(dout_BtNH, piece, dout_Btp), grads, None
 
     dout_BtNH = zeros(out_BtNH.shape, dtype, like=dy_BtD)
-    dout_BtNH, (dwo_nHD,), _ = fold_with_grads(
-        body, dout_BtNH, (wo_nHD,), axes=how.axes, stream=how.stream, dtype=dtype
-    )
+    with jax.named_scope("out"):
+        dout_BtNH, (dwo_nHD,), _ = fold_with_grads(
+            body, dout_BtNH, (wo_nHD,), axes=how.axes, stream=how.stream, dtype=dtype
+        )
     return dout_BtNH, dwo_nHD
 
 

@@ -2,15 +2,18 @@
 
 import dataclasses
 import functools
+import io
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests.helpers import BF16_TOLERANCE, F32_TOLERANCE, assert_trees_near, packed_batch
 from tests.test_targets import installed
 from tsp_jax.aot import compile_step
 from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
+from tsp_jax.inspect.render import show
 from tsp_jax.layout import place
 from tsp_jax.targets import HARDWARE, parse_target
 from tsp_jax.training.step import make_program
@@ -56,6 +59,12 @@ def test_training_steps_are_those_of_full_remat():
     np.testing.assert_allclose(losses, desired_losses, rtol=F32_TOLERANCE)
 
 
+def shown(report) -> str:
+    out = Console(width=150, file=io.StringIO())
+    show(report, out)
+    return out.file.getvalue()
+
+
 @functools.cache
 def on_target(name: str, remat: str):
     config = dataclasses.replace(CONFIG, remat=remat, mesh="data=1,tsp=8")
@@ -70,6 +79,8 @@ def test_layers_inputs_wait_in_the_memory_of_the_host(name):
     assert full.peak.host_bytes == full.timeline.host_s == 0
     assert offloaded.peak.host_bytes == RESIDUALS
     assert offloaded.timeline.host_s == pytest.approx(2 * RESIDUALS / HARDWARE[name].host_bandwidth)
+    assert "in the host's memory" in shown(offloaded)
+    assert "host" not in shown(full).split("assumed")[0]
     assert offloaded.peak.by_kind["residual"] <= full.peak.by_kind["residual"] - RESIDUALS * 3 / 5
 
 

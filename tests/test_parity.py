@@ -86,11 +86,8 @@ def _matrix():
             yield layout, model, Setting(movement, (number // 2 + turn) % 2 == 1, remat)
 
 
-OFFLOADED = [
-    ("tsp8", "multi_head", Setting("gather", False, "offload")),
-    ("mix2_4", "grouped", Setting("activations", True, "offload")),
-]
-CASES = list(dict.fromkeys([*_matrix(), *(("tsp4", "grouped", setting) for setting in SETTINGS), *OFFLOADED]))
+OFFLOADED = ("mix2_4", "grouped", Setting("activations", False, "offload"))
+CASES = list(dict.fromkeys([*_matrix(), *(("tsp4", "grouped", setting) for setting in SETTINGS), OFFLOADED]))
 
 
 def make_model(model: str, placement: Placement, setting: Setting) -> Transformer:

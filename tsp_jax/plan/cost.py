@@ -84,7 +84,7 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dic
 
     Parts: `state` (float32 weights and two moments), `residuals` that forward leaves for backward on the device,
     `gradients` that wait for the update and do not fit where residuals were (full remat puts them there), and of what
-    comes and goes `activations`, `keys_values`, `weights` in flight. Source of the terms: arXiv 2604.26294, section III;
+    comes and goes `activations`, `keys_values`, `weights` in flight. Source of the terms: arXiv 2604.26294, sec. III;
     the number of arrays alive at once is counted, see above.
     """
     s, model = _Sizes(config, layout, sizes), config.model

@@ -137,7 +137,7 @@ def test_traffic_with_shared_and_padded_heads_equals_the_closed_form(case):
     check_traffic(GROUPED, case)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", "full", "offload"])
 def test_traffic_of_each_remat_policy_equals_the_closed_form(remat):
     check_traffic(dataclasses.replace(CONFIG, remat=remat), "tsp4")
 

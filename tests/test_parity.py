@@ -90,7 +90,8 @@ def _matrix():
 
 UNEVEN = [("mix2_3", "odd_heads_tied", SETTINGS[0]), ("mix3_2", "thirds", SETTINGS[1])]
 """tensor ranks that neither divide the KV heads nor are divided by them"""
-CASES = list(dict.fromkeys([*_matrix(), *(("tsp4", "grouped", setting) for setting in SETTINGS), *UNEVEN]))
+OFFLOADED = ("mix2_4", "grouped", Setting("activations", False, "offload"))
+CASES = list(dict.fromkeys([*_matrix(), *(("tsp4", "grouped", setting) for setting in SETTINGS), *UNEVEN, OFFLOADED]))
 
 
 def make_model(model: str, placement: Placement, setting: Setting) -> Transformer:

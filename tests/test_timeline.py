@@ -178,6 +178,39 @@ def test_host_copies_have_a_queue_of_their_own(computed, exposed):
     assert result.step_s == max(28, computed)
 
 
+SLOTS = "f32[10,6]{1,0:S(5)}"
+PUT_AND_TAKE = f"""%put (a: f32[10,6], b: f32[1,6], c: s32[]) -> f32[10,6] {{
+  %a = {SLOTS} parameter(0)
+  %b = f32[1,6] parameter(1)
+  %c = s32[] parameter(2)
+  ROOT %u = {SLOTS} dynamic-update-slice(%a, %b, %c, %c)
+}}
+
+%take (d: f32[10,6], e: s32[]) -> f32[1,6] {{
+  %d = {SLOTS} parameter(0)
+  %e = s32[] parameter(1)
+  ROOT %s = f32[1,6] dynamic-slice(%d, %e, %e), dynamic_slice_sizes={{1,6}}
+}}
+"""
+
+
+def test_of_slots_in_the_host_a_started_fusion_copies_one():
+    """As XLA offloads what a scan keeps: six numbers there and six back, 4 bytes each."""
+    put = f"%f = (({SLOTS}, f32[1,6], s32[]), {SLOTS}, u32[]) fusion-start({SLOTS} %x.a, f32[1,6] %x.b, s32[] %x.c)"
+    take = f"%g = (({SLOTS}, s32[]), f32[1,6], u32[]) fusion-start(%f-done, s32[] %x.c)"
+    put, take = f"{put}, kind=kLoop, calls=%put", f"{take}, kind=kLoop, calls=%take"
+    entry = lines(
+        put,
+        kernel("k", 16),
+        f"%f-done = {SLOTS} fusion-done(%f)",
+        take,
+        kernel("m", 40),
+        "%g-done = f32[1,6] fusion-done(%g)",
+    )
+    result = run(entry, PUT_AND_TAKE)
+    assert (result.host_s, result.exposed_host_s, result.compute_s) == (48, 8, 56)
+
+
 def test_copies_to_the_host_that_are_not_started_block():
     result = run(lines("%c = f32[6]{0:S(5)} copy(f32[6] %p.c)", kernel("k", 16)))
     assert (result.step_s, result.compute_s, result.exposed_host_s) == (64, 40, 24)

@@ -14,7 +14,7 @@ Activation = Literal["silu", "gelu"]
 AttentionMovement = Literal["auto", "gather", "broadcast", "activations"]
 Movement = Literal["auto", "gather", "ring", "activations"]
 Order = Literal["zigzag", "contiguous"]
-Remat = Literal["none", "full", "save_attention"]
+Remat = Literal["none", "full", "save_attention", "offload"]
 DType = Literal["float32", "bfloat16"]
 Kernel = Literal["auto", "xla", "fused"]
 RopeKind = Literal["none", "linear", "llama3"]
@@ -329,7 +329,8 @@ class Config:
     grad_dtype: DType = "float32"
     """dtype in which the layers' gradients wait for the update; micro-batches are summed in float32 whatever it is"""
     remat: Remat = "full"
-    """what backward recomputes: none, full (all but the residual stream), save_attention (all but attention)"""
+    """what backward recomputes: none, full (all but the residual stream), save_attention (all but attention), offload
+    (as full, and the residual stream waits in the host's memory)"""
     z_loss: float = 0.0
     """weight of the squared log-partition in the loss"""
     seed: int = 0

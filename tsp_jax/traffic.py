@@ -123,14 +123,14 @@ def attention_traffic(
     keys_values = 2 * cut.batch * cut.seq_len * used_heads * heads.dim * cut.item * exchanged
     again = 0 if remat == "none" else 1
     # Under full remat queries, keys and values are made once more, after the MLP's backward.
-    twice = 1 if remat == "full" else 0
+    twice = 1 if remat in ("full", "offload") else 0
     into_passes, out_passes = (1, 1) if forward else (2 + again + twice, 2 + again)
     # x here, y home; in backward x, dy here, dx home, and of forward x, y again
     activations = 2 if forward else 5 + 2 * again + twice
     return {
         "weights": (into_passes * into + out_passes * out) * cut.item,
         "weight_grads": 0 if forward else (into + out) * cut.grad_item,
-        "keys_values": keys_values if forward else (3 if remat == "full" else 2) * keys_values,
+        "keys_values": keys_values if forward else (2 + twice) * keys_values,
         "key_value_grads": 0 if forward else keys_values,
         "activations": activations * cut.moved(d_model) * cut.item if moved else 0,
         # forward, recomputation, and of dx

@@ -100,7 +100,7 @@ class Costs:
 
     def _fusion_traffic(self, computation: Computation, i: Instruction, callee: Computation) -> Cost:
         written, updated = _written(self.module, callee, callee.root)
-        results = leaves(i.shape)
+        results = _results(i)
         if len(results) != len(written):  # a root that is no tuple of arrays
             written = [leaf.bytes for leaf in results]
         read = _read_shares(self.module, callee, updated)
@@ -136,15 +136,20 @@ def _plain_traffic(computation: Computation, i: Instruction) -> list[tuple[Shape
         return []
     if i.base in ("copy", "send", "recv") and i.phase == "start":  # (destination, source, context)
         return [(shape, shape.bytes) for shape in results[:2]]
-    if i.phase == "start" and not isinstance(i.shape, Shape):  # ((operands), results, context)
-        results = leaves(i.shape[1]) if len(i.shape) > 1 else ()
-    made = [(shape, float(shape.bytes)) for shape in results]
+    made = [(shape, float(shape.bytes)) for shape in _results(i)]
     if i.base in _PARTIAL and arrays:
         return made + [(arrays[0][0], made[0][1])] + [(s, s.bytes) for some in arrays[1:] for s in some]
     if i.base in _IN_PLACE and len(arrays) > 1:
         return _in_place_traffic(i, arrays)
     unique = {operand.name: some for operand, some in zip(operands, arrays, strict=True)}
     return made + [(shape, shape.bytes) for some in unique.values() for shape in some]
+
+
+def _results(i: Instruction) -> Sequence[Shape]:
+    """Arrays of the result; a start's value is ((operands), results, context)."""
+    if i.phase == "start" and not isinstance(i.shape, Shape):
+        return leaves(i.shape[1]) if len(i.shape) > 1 else ()
+    return leaves(i.shape)
 
 
 def _in_place_traffic(i: Instruction, arrays: Sequence[tuple[Shape, ...]]) -> list[tuple[Shape, float]]:

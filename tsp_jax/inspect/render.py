@@ -51,6 +51,8 @@ def _memory(report: Report) -> Table:
     table.add_section()
     for kind, value in report.peak.by_kind.items():
         table.add_row(f"{kind} at the peak (by the text)", gb(value))
+    if report.peak.host_bytes:
+        table.add_row("in the host's memory, at most", gb(report.peak.host_bytes))
     return table
 
 
@@ -104,6 +106,8 @@ def _timeline(report: Report) -> Table:
         f"exposed communication ({report.exposed_fraction:.0%} of it)": t.exposed_comm_s,
         f"matrix products alone ({t.flops / 1e15:.1f} PFLOP)": t.matmul_s,
     }
+    if t.host_s:
+        rows |= {"copies to and from the host": t.host_s, "exposed copies to and from the host": t.exposed_host_s}
     for name, value in rows.items():
         table.add_row(name, seconds(value), f"{value / t.step_s:.0%}" if t.step_s else "")
     if t.matmul_ratio:

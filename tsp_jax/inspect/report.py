@@ -76,6 +76,7 @@ class Report:
             **account,
             "peak_bytes": self.peak_bytes,
             "live_peak_bytes": self.peak.bytes,
+            "host_bytes": self.peak.host_bytes,
             "by_kind": dict(self.peak.by_kind),
             "peak_at": self.peak.at,
             "largest": largest,
@@ -89,7 +90,7 @@ class Report:
     def _timeline_json(self) -> dict[str, Any] | None:
         if self.timeline is None:
             return None
-        names = ("step_s", "compute_s", "comm_s", "exposed_comm_s", "matmul_s", "host_s", "flops")
+        names = ("step_s", "compute_s", "comm_s", "exposed_comm_s", "matmul_s", "host_s", "exposed_host_s", "flops")
         return {
             **{name: getattr(self.timeline, name) for name in names},
             "matmul_ratio": self.timeline.matmul_ratio,

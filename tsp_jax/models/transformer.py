@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from tsp_jax.config import ModelConfig, Remat, StreamConfig
 from tsp_jax.layout import Placement
@@ -21,7 +22,11 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "save_attention": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
-}
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_input"],
+        offload_src="device", offload_dst="pinned_host",
+    ),
+}  # fmt: skip
 
 
 def rematerialise(layer: Callable, remat: Remat) -> Callable:
@@ -143,7 +148,9 @@ class Transformer(nnx.Module):
 
             def turn(x_BTD, scanned):
                 params, sinks = scanned
-                return layer(params if sinks is None else divert_grads(params, sinks), x_BTD, tokens), None
+                params = params if sinks is None else divert_grads(params, sinks)
+                run = lean_layer if self.remat == "offload" else layer
+                return run(params, checkpoint_name(x_BTD, "layer_input"), tokens), None
 
             x_BTD, _ = lax.scan(rematerialise(turn, self.remat), x_BTD, (params, grad_sinks))
         return self.final_norm(x_BTD)

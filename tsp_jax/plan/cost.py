@@ -80,12 +80,12 @@ _ACTIVATIONS, _KEY_VALUES = 8, 3
 
 
 def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Peak bytes on one device of a training step (accumulate = 1, remat full or save_attention), by part.
+    """Peak bytes on one device of a training step (accumulate = 1, any remat but none), by part.
 
-    Parts: `state` (float32 weights and two moments), `residuals` that forward leaves for backward, `gradients` that
-    wait for the update and do not fit where residuals were (full remat puts them there), and of what comes and goes
-    `activations`, `keys_values`, `weights` in flight. Source of the terms: arXiv 2604.26294, section III; the number of
-    arrays alive at once is counted, see above.
+    Parts: `state` (float32 weights and two moments), `residuals` that forward leaves for backward on the device,
+    `gradients` that wait for the update and do not fit where residuals were (full remat puts them there), and of what
+    comes and goes `activations`, `keys_values`, `weights` in flight. Source of the terms: arXiv 2604.26294, sec. III;
+    the number of arrays alive at once is counted, see above.
     """
     s, model = _Sizes(config, layout, sizes), config.model
     cut, heads, shards = s.cut, s.heads, s.cut.folded * s.cut.tensor
@@ -95,7 +95,8 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dic
     replicas = math.prod(sizes[name] for name in layout.batch) if config.optimizer.zero1 else 1
     activation = cut.tokens * model.d_model * s.item
     outputs = cut.tokens * heads.query * heads.dim / cut.tensor * s.item
-    residuals = model.num_layers * (activation + (outputs if config.remat == "save_attention" else 0))
+    kept = {"offload": 0.0, "save_attention": activation + outputs}.get(config.remat, activation)
+    residuals = model.num_layers * kept
     waiting = layers * ITEMSIZE[config.grad_dtype] / shards
     if config.remat == "full":
         waiting = max(0.0, waiting - residuals)

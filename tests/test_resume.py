@@ -20,6 +20,7 @@ from tsp_jax.training.checkpoint import Checkpoints, saved_steps
 from tsp_jax.training.data import Batches, prefetch
 from tsp_jax.training.metrics import MetricsFile, read_metrics
 from tsp_jax.training.preemption import SIGNALS, Agreement, StopSignals
+from tsp_jax.training.run import Run
 
 make_program = compile_once(loop.make_program)
 
@@ -109,8 +110,8 @@ class Killer:
 
 
 PHASES = {
-    "step": lambda killer: killer.before(loop._Run, "_log", lambda unseen: unseen and unseen[0] == 7),
-    "evaluation": lambda killer: killer.before(loop._Run, "_evaluate", lambda _, step: step == 10),
+    "step": lambda killer: killer.before(Run, "_log", lambda unseen: unseen and unseen[0] == 7),
+    "evaluation": lambda killer: killer.before(Run, "_evaluate", lambda _, step: step == 10),
     "save in flight": lambda killer: killer.before(Checkpoints, "_commit", lambda _, step, __: step == 8, rest_s=1),
     "waiting for data": lambda killer: killer.before(Batches, "place", lambda step, _: step == 9, 1, 1),
 }

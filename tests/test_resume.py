@@ -46,7 +46,7 @@ def everything(config) -> tuple:
     return numbers(Path(config.workdir)), [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.soak)])
 def whole(request, tmp_path_factory):
     """An uninterrupted run with a checkpoint of every step, and an evaluation of every fifth."""
     folder = tmp_path_factory.mktemp("whole")

@@ -69,12 +69,13 @@ EVERY_STEP = [pytest.param(step, marks=() if step in QUICK else pytest.mark.soak
 
 
 @pytest.mark.parametrize("step", EVERY_STEP)
-def test_resuming_at_any_step_is_bitwise(step, whole, moved):
+def test_resuming_at_any_step_is_bitwise(step, whole, moved, capsys):
     original, folder = Path(whole[0].workdir), Path(moved.workdir)
     shutil.copytree(original / "checkpoints" / str(step), folder / "checkpoints" / str(step))
     shutil.copy(original / "metrics.jsonl", folder)
     data = dataclasses.replace(moved.data, prefetch=1 + step % 4)
     loop.train(dataclasses.replace(moved, data=data), "resumed")
+    assert f"restored step {step} " in capsys.readouterr().out
     assert everything(moved) == whole[1]
 
 
@@ -119,7 +120,7 @@ PHASES = {
 
 @pytest.mark.parametrize("whole", ["float32"], indirect=True)
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_signal_saves_at_most_a_step_later_and_nothing_is_lost(phase, whole, moved):
+def test_a_signal_saves_at_most_a_step_later_and_nothing_is_lost(phase, whole, moved, capsys):
     config = dataclasses.replace(moved, checkpoint_every=4)
     with pytest.MonkeyPatch.context() as patch:
         killer = Killer(patch)
@@ -131,6 +132,7 @@ def test_a_signal_saves_at_most_a_step_later_and_nothing_is_lost(phase, whole, m
     assert killer.steps_then <= newest <= killer.steps_then + 1
     assert [line["step"] for line in numbers(Path(config.workdir)) if "loss" in line] == list(range(1, newest + 1))
     loop.train(config, "again")
+    assert f"restored step {newest} " in capsys.readouterr().out
     assert everything(config) == whole[1]
 
 

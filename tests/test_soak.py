@@ -83,7 +83,9 @@ def test_a_run_killed_twenty_times_is_the_run_that_was_not(tmp_path):
             time.sleep(rng.uniform(0, 0.05))
         assert process.poll() is None, "it should be running when it is killed"
         process.kill()
-        process.communicate()
+        out, _ = process.communicate()
+        if kill not in early and resumed_from and resumed_from[-1]:
+            assert f"restored step {resumed_from[-1]} " in out
         steps = saved_steps(workdir / "checkpoints")
         resumed_from.append(steps[-1] if steps else 0)
         assert not any(find_damage(workdir / "checkpoints" / str(step)) for step in steps), "an unreadable checkpoint"

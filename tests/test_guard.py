@@ -10,16 +10,15 @@ import numpy as np
 import optax
 import pytest
 
-from tests.runs import small_config
+from tests.runs import compile_once, small_config
 from tsp_jax.config import FaultsConfig, OptimizerConfig
 from tsp_jax.errors import BAD_NUMBERS, RunStopped
 from tsp_jax.layout import place
 from tsp_jax.training import loop
-from tsp_jax.training.checkpoint import saved_steps
+from tsp_jax.training.checkpoint import Checkpoints, saved_steps
 from tsp_jax.training.guard import NumbersWatch, all_finite, is_skipped, update_if_finite
 from tsp_jax.training.metrics import MetricsFile, read_metrics
 from tsp_jax.training.optimizer import make_optimizer
-from tsp_jax.training.step import make_program
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -128,29 +127,62 @@ def test_numbers_that_are_not_finite_are_null_in_the_metrics(tmp_path):
 # ------------------------------------------------------------------------------------------------ in a whole run
 
 
-def poison(monkeypatch, steps: range):
-    """Makes the loss and gradients of some steps not finite: those of a batch with a label that has no logit."""
-    make = loop.make_program
+compiled_once = compile_once(loop.make_program)
 
-    def poisoned(config, placement):
-        program = make(config, placement)
-        step = program.step.__wrapped__
 
-        def poisoned_step(state, batch):
-            bad = jnp.isin(state.step, jnp.asarray(steps, jnp.int32))
-            broken = state.params["final_norm"]["scale"] * jnp.where(bad, jnp.nan, 1.0)
-            new, metrics = step(state._replace(params={**state.params, "final_norm": {"scale": broken}}), batch)
-            scale = jnp.where(bad, state.params["final_norm"]["scale"], new.params["final_norm"]["scale"])
-            return new._replace(params={**new.params, "final_norm": {"scale": scale}}), metrics
+def with_scale(state, scale):
+    return state._replace(params={**state.params, "final_norm": {"scale": scale}})
 
-        return dataclasses.replace(program, step=jax.jit(poisoned_step, donate_argnums=0))
 
-    monkeypatch.setattr(loop, "make_program", poisoned)
+class Faulty:
+    """A compiled step that does something else in some steps."""
+
+    def __init__(self, step, steps, fault):
+        self.step, self.steps, self.fault = step, steps, fault
+
+    def lower(self, *abstract):
+        self.compiled = self.step.lower(*abstract).compile()
+        return self
+
+    def compile(self):
+        return self
+
+    def __call__(self, state, batch):
+        return (self.fault if int(state.step) in self.steps else Faulty.none)(self.compiled, state, batch)
+
+    def __getattr__(self, name):
+        return getattr(self.compiled, name)
+
+    @staticmethod
+    def none(step, state, batch):
+        return step(state, batch)
+
+    @staticmethod
+    def not_finite(step, state, batch):
+        """One parameter is NaN for a step, so that loss and gradients are."""
+        scale = jnp.copy(state.params["final_norm"]["scale"])
+        new, metrics = step(with_scale(state, scale * jnp.nan), batch)
+        return with_scale(new, scale), metrics
+
+    @staticmethod
+    def overflow(step, state, batch):
+        """An update overflows, where loss and gradient are finite."""
+        new, metrics = step(state, batch)
+        return with_scale(new, new.params["final_norm"]["scale"] * jnp.inf), metrics
+
+
+def break_steps(monkeypatch, steps, fault) -> None:
+    def make(config, placement):
+        program = compiled_once(config, placement)
+        return dataclasses.replace(program, step=Faulty(program.step, steps, fault))
+
+    monkeypatch.setattr(loop, "make_program", make)
+    monkeypatch.setattr(loop, "plot_losses", lambda lines, path: True)
 
 
 def test_a_run_skips_bad_steps_counts_them_and_learns_on(tmp_path, monkeypatch, capsys):
-    poison(monkeypatch, range(5, 7))
-    summary = loop.train(small_config(tmp_path, checkpoint_every=1, keep_checkpoints=30), "bad")
+    break_steps(monkeypatch, range(5, 7), Faulty.not_finite)
+    summary = loop.train(small_config(tmp_path), "bad")
     lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in lines if is_skipped(line)] == [6, 7]
     assert summary["skipped_steps"] == 2
@@ -159,22 +191,21 @@ def test_a_run_skips_bad_steps_counts_them_and_learns_on(tmp_path, monkeypatch, 
 
 
 def test_too_many_bad_steps_stop_the_run_and_no_checkpoint_has_them(tmp_path, monkeypatch):
-    poison(monkeypatch, range(5, 20))
+    break_steps(monkeypatch, range(5, 20), Faulty.not_finite)
     config = small_config(tmp_path, checkpoint_every=1, keep_checkpoints=30, faults=FaultsConfig(skip_limit=4))
     with pytest.raises(RunStopped, match=r"4 steps in a row.*step 9"):
         loop.train(config, "bad")
-    program = make_program(config, place("single", data=1))
-    checkpoints = loop.Checkpoints(tmp_path / "run" / "checkpoints", program, config, "")
+    checkpoints = Checkpoints(
+        tmp_path / "run" / "checkpoints", compiled_once(config, place("single", data=1)), config, ""
+    )
     assert max(saved_steps(checkpoints.folder)) >= 5
     for step in saved_steps(checkpoints.folder):
         assert all_finite(checkpoints.restore(step))
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
-    """Whatever made it so: here the update overflows where loss and gradient are finite."""
-    monkeypatch.setattr("tsp_jax.training.step.update_if_finite", lambda loss, norm, new, old: jax.tree.map(
-        lambda x: x * jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else x, new))  # fmt: skip
-    with pytest.raises(RunStopped, match="the state of step 1 is not finite") as stopped:
+    break_steps(monkeypatch, [1], Faulty.overflow)
+    with pytest.raises(RunStopped, match="the state of step 2 is not finite") as stopped:
         loop.train(small_config(tmp_path, checkpoint_every=1), "bad")
     assert stopped.value.code == BAD_NUMBERS
-    assert saved_steps(tmp_path / "run" / "checkpoints") == []
+    assert saved_steps(tmp_path / "run" / "checkpoints") == [1]

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -72,12 +74,12 @@ def test_losses_equal_one_process_and_data_is_disjoint_and_complete(count, tmp_p
 
 SLOW = """
 import time
-from tsp_jax.training import loop
-log = loop._Run._log
+from tsp_jax.training.run import Run
+log = Run._log
 def slow(self, unseen):
     time.sleep(0.3)
     return log(self, unseen)
-loop._Run._log = slow
+Run._log = slow
 """
 
 
@@ -103,8 +105,38 @@ def test_a_signal_to_one_process_saves_and_ends_all(rank, two):
     processes, workdir, errors = two(SLOW)
     processes[rank].send_signal(signal.SIGTERM)
     assert finish(processes, 60) == [PREEMPTED] * 2, errors()
-    steps = [line["step"] for line in numbers(workdir) if "loss" in line]
-    assert steps == list(range(1, saved_steps(workdir / "checkpoints")[-1] + 1))
+    (*_, before, newest) = saved_steps(workdir / "checkpoints")
+    assert [line["step"] for line in numbers(workdir) if "loss" in line] == list(range(1, newest + 1))
+    # and all of them resume, from the one before where the newest is damaged
+    (victim,) = (workdir / "checkpoints" / str(newest) / "state").glob("manifest.ocdbt")
+    victim.write_bytes(victim.read_bytes()[:-1])
+    processes = start_processes(2, workdir.parent / "config.py", f"--steps={newest + 3}")
+    assert finish(processes, 200) == [0, 0], errors()
+    assert [line["step"] for line in numbers(workdir) if "loss" in line] == list(range(1, newest + 4))
+    assert any(f"checkpoint {newest} is damaged: state/manifest.ocdbt" in err for err in errors())
+    assert (workdir / "checkpoints" / f"{newest}.damaged").exists()
+    assert before < newest
+
+
+@pytest.mark.soak
+def test_the_local_launcher_passes_signals_on_and_ends_as_its_processes_do(tmp_path):
+    config = config_of(tmp_path, steps=1000, cpu_devices=2, checkpoint_every=50)
+    path = write_config(config, tmp_path / "config.py", SLOW)
+    command = [sys.executable, str(ROOT / "scripts" / "train_processes.py"), "2", str(path)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    launcher = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics, deadline = Path(config.workdir) / "metrics.jsonl", time.monotonic() + 200
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        time.sleep(0.1)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(60) == PREEMPTED
+    assert saved_steps(Path(config.workdir) / "checkpoints") == [len(numbers(Path(config.workdir)))]
+
+
+def test_the_local_launcher_wants_a_number():
+    command = [sys.executable, str(ROOT / "scripts" / "train_processes.py"), "tiny"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
 @pytest.mark.soak
@@ -119,13 +151,13 @@ def test_where_one_process_is_killed_the_other_exits(rank, two):
 
 STUCK = """
 import time, jax
-from tsp_jax.training import loop
-log = loop._Run._log
+from tsp_jax.training.run import Run
+log = Run._log
 def stuck(self, unseen):
     if unseen and unseen[0] == 8 and jax.process_index() == 1:
         time.sleep(1000)
     return log(self, unseen)
-loop._Run._log = stuck
+Run._log = stuck
 """
 
 

@@ -20,6 +20,7 @@ from tsp_jax.training.checkpoint import Checkpoints, saved_steps
 from tsp_jax.training.data import Batches, prefetch
 from tsp_jax.training.metrics import MetricsFile, read_metrics
 from tsp_jax.training.preemption import SIGNALS, Agreement, StopSignals
+from tsp_jax.training.run import Run
 
 make_program = compile_once(loop.make_program)
 
@@ -45,7 +46,7 @@ def everything(config) -> tuple:
     return numbers(Path(config.workdir)), [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.soak)])
 def whole(request, tmp_path_factory):
     """An uninterrupted run with a checkpoint of every step, and an evaluation of every fifth."""
     folder = tmp_path_factory.mktemp("whole")
@@ -68,12 +69,13 @@ EVERY_STEP = [pytest.param(step, marks=() if step in QUICK else pytest.mark.soak
 
 
 @pytest.mark.parametrize("step", EVERY_STEP)
-def test_resuming_at_any_step_is_bitwise(step, whole, moved):
+def test_resuming_at_any_step_is_bitwise(step, whole, moved, capsys):
     original, folder = Path(whole[0].workdir), Path(moved.workdir)
     shutil.copytree(original / "checkpoints" / str(step), folder / "checkpoints" / str(step))
     shutil.copy(original / "metrics.jsonl", folder)
     data = dataclasses.replace(moved.data, prefetch=1 + step % 4)
     loop.train(dataclasses.replace(moved, data=data), "resumed")
+    assert f"restored step {step} " in capsys.readouterr().out
     assert everything(moved) == whole[1]
 
 
@@ -109,8 +111,8 @@ class Killer:
 
 
 PHASES = {
-    "step": lambda killer: killer.before(loop._Run, "_log", lambda unseen: unseen and unseen[0] == 7),
-    "evaluation": lambda killer: killer.before(loop._Run, "_evaluate", lambda _, step: step == 10),
+    "step": lambda killer: killer.before(Run, "_log", lambda unseen: unseen and unseen[0] == 7),
+    "evaluation": lambda killer: killer.before(Run, "_evaluate", lambda _, step: step == 10),
     "save in flight": lambda killer: killer.before(Checkpoints, "_commit", lambda _, step, __: step == 8, rest_s=1),
     "waiting for data": lambda killer: killer.before(Batches, "place", lambda step, _: step == 9, 1, 1),
 }
@@ -118,7 +120,7 @@ PHASES = {
 
 @pytest.mark.parametrize("whole", ["float32"], indirect=True)
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_signal_saves_at_most_a_step_later_and_nothing_is_lost(phase, whole, moved):
+def test_a_signal_saves_at_most_a_step_later_and_nothing_is_lost(phase, whole, moved, capsys):
     config = dataclasses.replace(moved, checkpoint_every=4)
     with pytest.MonkeyPatch.context() as patch:
         killer = Killer(patch)
@@ -130,6 +132,7 @@ def test_a_signal_saves_at_most_a_step_later_and_nothing_is_lost(phase, whole, m
     assert killer.steps_then <= newest <= killer.steps_then + 1
     assert [line["step"] for line in numbers(Path(config.workdir)) if "loss" in line] == list(range(1, newest + 1))
     loop.train(config, "again")
+    assert f"restored step {newest} " in capsys.readouterr().out
     assert everything(config) == whole[1]
 
 

@@ -25,6 +25,7 @@ from tsp_jax.training.checkpoint import Checkpoints, saved_steps
 from tsp_jax.training.corpus import load_corpus
 from tsp_jax.training.data import Batches
 from tsp_jax.training.manifest import find_damage
+from tsp_jax.training.run import Run
 
 pytestmark = pytest.mark.soak
 make_program = compile_once(loop.make_program)
@@ -82,7 +83,9 @@ def test_a_run_killed_twenty_times_is_the_run_that_was_not(tmp_path):
             time.sleep(rng.uniform(0, 0.05))
         assert process.poll() is None, "it should be running when it is killed"
         process.kill()
-        process.communicate()
+        out, _ = process.communicate()
+        if kill not in early and resumed_from and resumed_from[-1]:
+            assert f"restored step {resumed_from[-1]} " in out
         steps = saved_steps(workdir / "checkpoints")
         resumed_from.append(steps[-1] if steps else 0)
         assert not any(find_damage(workdir / "checkpoints" / str(step)) for step in steps), "an unreadable checkpoint"
@@ -167,7 +170,7 @@ def test_a_full_disk_is_reported_and_loses_nothing(policy, tmp_path, capsys, mon
         config = small_config(
             tmp_path, workdir=str(disk / "run"), checkpoint_every=5, faults=FaultsConfig(failed_save=policy)
         )
-        log, ballast = loop._Run._log, disk / "ballast"
+        log, ballast = Run._log, disk / "ballast"
 
         def fill(run, unseen):
             if unseen and unseen[0] == 8:
@@ -181,7 +184,7 @@ def test_a_full_disk_is_reported_and_loses_nothing(policy, tmp_path, capsys, mon
                 ballast.unlink()
             return log(run, unseen)
 
-        monkeypatch.setattr(loop._Run, "_log", fill)
+        monkeypatch.setattr(Run, "_log", fill)
         checkpoints = disk / "run" / "checkpoints"
         if policy == "stop":
             with pytest.raises(RunStopped, match=r"checkpoint 10 could not be saved.*the newest is 5") as stopped:
@@ -204,7 +207,7 @@ def test_a_disk_that_becomes_read_only_is_reported_and_loses_nothing(tmp_path, c
     """From step 8 to step 16 of 20."""
     config = small_config(tmp_path, checkpoint_every=5)
     (tmp_path / "run").mkdir()
-    log = loop._Run._log
+    log = Run._log
 
     def remount(run, unseen):
         if unseen and unseen[0] in (8, 16):
@@ -214,7 +217,7 @@ def test_a_disk_that_becomes_read_only_is_reported_and_loses_nothing(tmp_path, c
         return log(run, unseen)
 
     with small_disk(tmp_path / "run" / "checkpoints", "8m") as checkpoints:
-        monkeypatch.setattr(loop._Run, "_log", remount)
+        monkeypatch.setattr(Run, "_log", remount)
         loop.train(config, "disk")
         assert saved_steps(checkpoints) == [5, 20]
         assert not any(find_damage(checkpoints / str(step)) for step in (5, 20))

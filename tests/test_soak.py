@@ -58,9 +58,15 @@ def final(config) -> list:
 # ------------------------------------------------------------------------------------------------ kill -9
 
 
-def wait_for(process: subprocess.Popen, metrics: Path, step: int) -> None:
-    """Returns when the metrics have a step, or the process has ended."""
-    while process.poll() is None and f'"step": {step}, "loss"' not in (metrics.read_text() if metrics.exists() else ""):
+def inode(path: Path) -> int:
+    return path.stat().st_ino if path.exists() else 0
+
+
+def wait_for(process: subprocess.Popen, metrics: Path, step: int, before: int) -> None:
+    """Returns when this process has begun its own metrics file and the file has a step, or the process has ended."""
+    while process.poll() is None:
+        if inode(metrics) != before and f'"step": {step}, "loss"' in metrics.read_text():
+            return
         time.sleep(0.005)
 
 
@@ -75,11 +81,12 @@ def test_a_run_killed_twenty_times_is_the_run_that_was_not(tmp_path):
     early = set(rng.sample(range(KILLS), 5))
     resumed_from = []
     for kill, step in enumerate(moments):
+        before = inode(workdir / "metrics.jsonl")
         process = start_train(path)
         if kill in early:
             time.sleep(rng.uniform(0.5, 8))
         else:
-            wait_for(process, workdir / "metrics.jsonl", step)
+            wait_for(process, workdir / "metrics.jsonl", step, before)
             time.sleep(rng.uniform(0, 0.05))
         assert process.poll() is None, "it should be running when it is killed"
         process.kill()

@@ -41,9 +41,11 @@ class Run:
         """Steps `start` to the end. A step's numbers are fetched while the next one runs."""
         self.signals.protect()
         stop_agreed, unseen, done = Agreement(self.signals), None, start
-        if start and self._due(start, self.config.eval_every) and start not in self.metrics.evaluations:
-            self._evaluate(state, start)  # which a signal had cut short
-        for step, batch in self._batches(start):
+        batches = self._batches(start)
+        cut_short = start and self._due(start, self.config.eval_every) and start not in self.metrics.evaluations
+        if cut_short and not self._evaluate(state, start):
+            batches = iter(())
+        for step, batch in batches:
             state, numbers = self.compiled(state, batch)
             self._log(unseen)
             unseen, done = (step + 1, numbers), step + 1

@@ -12,7 +12,7 @@ config = Config(
     ),
     stream=StreamConfig(
         attention_movement="gather",
-        attention_buckets=2,
+        attention_buckets=4,
         exchange_buckets=16,
         mlp_buckets=8,
         vocab_buckets=8,

@@ -119,8 +119,7 @@ def test_embedding_does_not_depend_on_tokens_at_a_time(layout, tokens):
     [
         ("tsp2", "multi_head", Stream(tokens=6), 4),
         ("tsp8", "multi_head", Stream(tokens=4), 2),
-        ("mix2_4", "one_kv_head_a_rank", Stream(tokens=8), 100),
-        ("partial2_4", "shared_kv_heads", Stream("activations", tokens=8), 2),
+        ("partial2_4", "shared_kv_heads", Stream("activations", tokens=8), 100),
     ],
 )
 def test_attention_does_not_depend_on_tokens_or_heads_at_a_time(layout, heads, stream, exchange_buckets):

@@ -30,7 +30,15 @@ ROOT = Path(__file__).parent.parent
 CPU = parse_target("cpu:8")
 CONFIG = Config(
     model=ModelConfig(vocab_size=64, d_model=32, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=8, d_ff=64),
-    stream=StreamConfig(attention_buckets=1, mlp_buckets=2, vocab_buckets=2, query_block=16, key_block=16),
+    stream=StreamConfig(
+        attention_movement="gather",
+        mlp_movement="gather",
+        attention_buckets=1,
+        mlp_buckets=2,
+        vocab_buckets=2,
+        query_block=16,
+        key_block=16,
+    ),
     optimizer=OptimizerConfig(warmup_steps=1),
     layout="tsp",
     mesh="data=1,tsp=8",

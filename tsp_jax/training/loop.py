@@ -5,6 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from tsp_jax.compiler import compiler_options

@@ -74,7 +74,7 @@ class _Compiled:
     def _compiled(self):
         return self._lowered().compile()
 
-    def compile(self):
+    def compile(self, options=None):
         return self._compiled
 
 

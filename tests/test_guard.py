@@ -144,7 +144,7 @@ class Faulty:
         self.compiled = self.step.lower(*abstract).compile()
         return self
 
-    def compile(self):
+    def compile(self, options=None):
         return self
 
     def __call__(self, state, batch):

@@ -214,6 +214,17 @@ def messages(config: Config, case: str, op: str) -> dict[str, float]:
     return dict(counts)
 
 
+RINGS = dataclasses.replace(RING, stream=dataclasses.replace(RING.stream, mlp_movement="rings", vocab_movement="rings"))
+
+
+def test_rings_move_as_much_as_a_ring():
+    layout, sizes = CASES["tsp3"]
+    expected = step_traffic(RINGS, layout, {"data": 1, **sizes})
+    for op in ("mlp", "embed", "loss"):
+        moved = traffic(RINGS, "tsp3")[op]
+        assert sum(moved.values()) == pytest.approx(sum(expected[op].values()), rel=1e-6)
+
+
 @pytest.mark.parametrize("config", [RING, UNROLLED_RING], ids=["scanned", "unrolled"])
 @pytest.mark.parametrize(("case", "ranks"), [("tsp4", 4), ("tsp3", 3)])
 def test_ring_is_one_hop_less_than_ranks_for_each_pass(config, case, ranks):

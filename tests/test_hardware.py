@@ -15,11 +15,11 @@ from tsp_jax.hardware import (
     TPU_TOPOLOGIES,
     Hardware,
     collective_seconds,
-    coprime_strides,
     fastest_streaming,
     link_model,
     streaming_seconds,
 )
+from tsp_jax.layout import coprime_strides
 
 GATHERS = [op for op in COLLECTIVES if op != "collective-permute"]
 BYTES = 7e9

@@ -28,13 +28,15 @@ from tsp_jax.ops.stream import Stream
 B, S, D, F, V = 2, 48, 20, 120, 72
 LARGE_LOGITS_TOLERANCE = 1e-3
 """relative; a logit of 500 is known to 5e-5, and so is the logarithm of its probability"""
-ALL_MOVEMENTS = ("gather", "ring", "broadcast", "activations")
+ALL_MOVEMENTS = ("gather", "ring", "rings", "broadcast", "activations")
 # tsp8 and tsp3 stand for a single folded axis, the others each for a role of axes, or for roles together.
 LAYOUTS = ("single", "tp8", "tp2_sp4", "tsp2", "tsp3", "tsp8", "data2_tsp4", "mix2_4", "two_axes2_4", "partial2_4")
 STREAMS = [
     *((layout, "gather", index % 2 == 1) for index, layout in enumerate(LAYOUTS)),
     *((layout, "ring", index % 2 == 0) for index, layout in enumerate(LAYOUTS[3:])),
     *((layout, "activations", index % 2 == 1) for index, layout in enumerate(LAYOUTS[4:])),
+    ("tsp8", "rings", False),
+    ("two_axes2_4", "rings", True),
     ("tsp8", "gather", False),
     ("tsp8", "ring", False),
     ("tsp8", "activations", True),

@@ -18,7 +18,9 @@ from tsp_jax.ops.stream import Stream, fold, fold_with_grads, pipelined, vary_al
 ROWS, BUCKETS, D = (6, 12), 3, 2
 """rows that a rank holds of each weight: different, so that a wrong packing shows"""
 MESHES = {"no_axes": {}, "1": {"a": 1}, "2": {"a": 2}, "3": {"a": 3}, "8": {"a": 8}, "2x4": {"a": 2, "b": 4}}
-MOVEMENTS = ("gather", "ring", "broadcast")
+MOVEMENTS = ("gather", "ring", "rings", "broadcast")
+RINGS = {1: 1, 2: 1, 3: 2, 8: 3}
+"""ranks -> rings that part six rows: as many as strides that lead through all ranks, where these divide six"""
 BF16_TOLERANCE = 2**-6
 """relative; a sum over 8 ranks of bfloat16s, each rounded to 8 bits, up to three times on its way"""
 
@@ -36,7 +38,8 @@ def num_ranks(mesh: str) -> int:
 def num_pieces(stream: Stream, mesh: str) -> int:
     if stream.movement == "gather" or not MESHES[mesh]:
         return stream.buckets
-    return num_ranks(mesh) * (stream.buckets if stream.movement == "broadcast" else 1)
+    parts = {"broadcast": stream.buckets, "ring": 1, "rings": RINGS[num_ranks(mesh)]}
+    return num_ranks(mesh) * parts[stream.movement]
 
 
 def weights(mesh: str) -> tuple[np.ndarray, ...]:

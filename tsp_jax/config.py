@@ -12,7 +12,7 @@ from tsp_jax.errors import ConfigError
 
 Activation = Literal["silu", "gelu"]
 AttentionMovement = Literal["auto", "gather", "broadcast", "activations"]
-Movement = Literal["auto", "gather", "ring", "activations"]
+Movement = Literal["auto", "gather", "ring", "rings", "activations"]
 Order = Literal["zigzag", "contiguous"]
 Remat = Literal["none", "full", "save_attention", "offload"]
 DType = Literal["float32", "bfloat16"]
@@ -149,7 +149,7 @@ class StreamConfig:
     """pieces that KV heads are cut into, as keys and values of one are exchanged while another attends"""
     mlp_movement: Movement = "auto"
     """gather: one slice of every rank's columns at a time; ring: one rank's columns at a time (the paper's);
-    activations and auto as for attention"""
+    rings: parts of them, by rings of different strides; activations and auto as for attention"""
     mlp_buckets: int = 4
     """pieces that a rank's FFN columns are cut into (gather)"""
     vocab_movement: Movement = "auto"

@@ -219,16 +219,12 @@ def link_model(hardware: Hardware) -> str:
     return f"links: {inside}; {hardware.node_bandwidth / 1e9:g} GB/s a device between nodes of {hardware.node_size}"
 
 
-def coprime_strides(ranks: int) -> tuple[int, ...]:
-    """Strides whose hops lead through all ranks and back: rings that share no link of a full mesh."""
-    return tuple(stride for stride in range(1, ranks) if math.gcd(stride, ranks) == 1)
-
-
 def streaming_seconds(hardware: Hardware, shard_bytes: float, ranks: int) -> dict[str, float]:
     """How long the links are busy while the shards of all ranks pass by all ranks once, by movement.
 
     `gather`: all-gathers, whatever the buckets. `ring`: each shard in `ranks` - 1 hops. `rings`: each shard in as many
-    parts as there are `coprime_strides`, which travel at once; as fast as a gather where they need all links.
+    parts as there are strides coprime with the ranks, which travel at once; as fast as a gather where they need all
+    links.
 
     Args:
       hardware: rates; the ranks are consecutive devices of one node.
@@ -245,7 +241,8 @@ def streaming_seconds(hardware: Hardware, shard_bytes: float, ranks: int) -> dic
     hops = [(rank, (rank + 1) % ranks) for rank in group]
     gather = collective_seconds(hardware, "all-gather", received, [group])
     ring = (ranks - 1) * collective_seconds(hardware, "collective-permute", shard_bytes, hops)
-    return {"gather": gather, "ring": ring, "rings": max(gather, ring / len(coprime_strides(ranks)))}
+    rings = sum(math.gcd(stride, ranks) == 1 for stride in range(1, ranks))
+    return {"gather": gather, "ring": ring, "rings": max(gather, ring / rings)}
 
 
 def fastest_streaming(hardware: Hardware, ranks: int) -> str:

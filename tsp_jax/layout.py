@@ -273,6 +273,11 @@ def largest_divisor(value: int, at_most: int) -> int:
     return next(d for d in range(min(value, at_most), 0, -1) if value % d == 0)
 
 
+def coprime_strides(ranks: int) -> tuple[int, ...]:
+    """Strides whose hops lead through all ranks and back: rings that share no link of a full mesh."""
+    return tuple(stride for stride in range(1, ranks) if math.gcd(stride, ranks) == 1)
+
+
 def check_divides(field: str, value: int, ranks: int, axes: AxisNames, why: str = "") -> None:
     """Raises ConfigError, with the next value that works, where `ranks` do not divide a field's value."""
     if value % ranks:

@@ -6,18 +6,22 @@ packed into one message; the op says what a piece does to the tokens, this modul
 gather: piece b is slice b of every rank's shard, by all_gather; gradients return by reduce-scatter. On a full mesh or
   a switch it uses every link, and no piece waits for another.
 ring: the shards themselves travel from rank to rank by ppermute, R - 1 hops; gradients travel with them.
+rings: parts of the shards travel by rings of different strides, over different links at once.
 broadcast: slice b of one rank's shard at a time, by a tree of ppermutes; gradients are summed up the same tree.
 
 R is the number of ranks on the folded axes, D the trailing dimension of every weight.
 Source: Shyam, Golubeva, Anthony, arXiv 2604.26294 (ring and broadcast); gather is ours.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from tsp_jax.layout import coprime_strides, largest_divisor
 
 Carry = Any
 Arrays = tuple[jax.Array, ...]
@@ -27,7 +31,7 @@ class Stream(NamedTuple):
     """How an op's weights travel; hashable, so that it can be static."""
 
     movement: str = "gather"
-    """gather, ring or broadcast"""
+    """gather, ring, rings or broadcast; or activations, which `tsp_jax.ops.tokens` moves"""
     buckets: int = 1
     """pieces that a rank's shard is cut into (gather, broadcast)"""
     unroll: bool = False
@@ -155,7 +159,7 @@ def fold_with_grads(
 
 
 def _run(step, carry, shard, axes, stream, dtype, sends: bool):
-    if stream.movement == "ring" and axes:
+    if stream.movement in ("ring", "rings") and axes:
         return _ring(step, carry, shard, axes, stream, dtype)
     carrier = _Broadcast if stream.movement == "broadcast" and axes else _Gather
     return _buckets(step, carry, carrier(shard, axes, stream, dtype), stream, sends)
@@ -385,48 +389,55 @@ def _tree_reduce(message: jax.Array, axes: tuple[str, ...], root: int, ranks: in
 
 
 def _ring(step, carry: Carry, shard: Arrays, axes: tuple[str, ...], stream: Stream, dtype: Any):
-    """At turn i this rank holds the shard of rank me - i.
+    """At turn i this rank holds, of each part of the shards, the one of rank me - i x the part's stride.
 
-    A shard's gradient starts at the first rank that it visits, and is at home after as many hops as the shard made;
-    what the owner itself adds waits there.
+    A ring has one part and stride 1; of several rings each has its own part and stride, so that their messages take
+    different links. A part's gradient starts at the first rank that it visits, and is at home after as many hops as the
+    part made; what the owner itself adds waits there.
     """
     ranks, me = lax.axis_size(axes), lax.axis_index(axes)
-    rows = [array.shape[0] for array in shard]
-    pairs = [(rank, (rank + 1) % ranks) for rank in range(ranks)]
+    strides = coprime_strides(ranks) if stream.movement == "rings" and ranks > 1 else (1,)
+    count = largest_divisor(math.gcd(*(array.shape[0] for array in shard)), len(strides))
+    parts = [[array.reshape(count, -1, array.shape[-1])[k] for array in shard] for k in range(count)]
+    rows = [array.shape[0] for array in parts[0]]
+    routes = [[(rank, (rank + stride) % ranks) for rank in range(ranks)] for stride in strides[:count]]
 
-    def hop(message):
+    def hop(messages):
         with jax.named_scope("ring"):
-            return lax.ppermute(message, axes, pairs)
+            return tuple(lax.ppermute(message, axes, route) for message, route in zip(messages, routes, strict=True))
 
-    def turn(carry, message, index):
-        piece = Piece(_unpack(message, rows), index, (me - index) % ranks, 1, 0)
-        carry, grads, y = step(carry, piece)
-        return carry, _pack_grads(grads, 1, stream.grad_dtype)[0] if grads else None, y
+    def turn(carry, messages, index):
+        packed, ys = [], []
+        for k, (message, stride) in enumerate(zip(messages, strides, strict=False)):
+            piece = Piece(_unpack(message, rows), index * count + k, (me - index * stride) % ranks, 1, k)
+            carry, grads, y = step(carry, piece)
+            packed += [_pack_grads(grads, 1, stream.grad_dtype)[0]] if grads else []
+            ys.append(_one(y))
+        return carry, tuple(packed), _joined(ys)
 
-    def visit(carry, message, travelling, index):
-        carry, grads, y = turn(carry, message, index)
-        return carry, None if grads is None else hop(travelling + grads), y
+    def visit(carry, messages, travelling, index):
+        carry, grads, y = turn(carry, messages, index)
+        return carry, hop(tuple(map(jnp.add, travelling, grads))) if grads else (), y
 
     def scan_visit(state, index):
-        carry, message, travelling = state
-        message = hop(message)
-        carry, travelling, y = visit(carry, message, travelling, index)
-        return (carry, message, travelling), y
+        carry, messages, travelling = state
+        messages = hop(messages)
+        carry, travelling, y = visit(carry, messages, travelling, index)
+        return (carry, messages, travelling), y
 
-    message = _pack(shard, dtype)
-    ahead = hop(message) if stream.unroll and ranks > 1 else message
-    carry, own, y = turn(carry, message, 0)
-    travelling = None if own is None else jnp.zeros_like(own)
+    messages = tuple(_pack(part, dtype) for part in parts)
+    ahead = hop(messages) if stream.unroll and ranks > 1 else messages
+    carry, own, y = turn(carry, messages, 0)
+    travelling, ys = tuple(map(jnp.zeros_like, own)), [y]
     if stream.unroll:
-        ys = [y]
         for index in range(1, ranks):
-            message, ahead = ahead, hop(ahead) if index < ranks - 1 else ahead
-            carry, travelling, y = visit(carry, message, travelling, index)
+            messages, ahead = ahead, hop(ahead) if index < ranks - 1 else ahead
+            carry, travelling, y = visit(carry, messages, travelling, index)
             ys.append(y)
-        ys = jax.tree.map(lambda *y: jnp.stack(y), *ys)
     else:
-        (carry, _, travelling), later = lax.scan(scan_visit, (carry, message, travelling), jnp.arange(1, ranks))
-        ys = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), y, later)
-    if own is None or travelling is None:
-        return carry, (), ys
-    return carry, _like(_unpack(own + travelling, rows), shard), ys
+        (carry, _, travelling), later = lax.scan(scan_visit, (carry, messages, travelling), jnp.arange(1, ranks))
+        ys.append(jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), later))
+    if not own:
+        return carry, (), _joined(ys)
+    homes = [_unpack(mine + grads, rows) for mine, grads in zip(own, travelling, strict=True)]
+    return carry, _like([jnp.concatenate(arrays) for arrays in zip(*homes, strict=True)], shard), _joined(ys)

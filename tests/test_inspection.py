@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tests.helpers import place_case
+from tests.test_targets import installed
 from tsp_jax import inspect
 from tsp_jax.aot import compile_step, place_on
 from tsp_jax.cli import load_config
@@ -124,7 +124,7 @@ def test_a_chunk_of_a_prompt_holds_less_and_fetches_what_came_before():
 
 
 @pytest.mark.soak
-@pytest.mark.skipif(importlib.util.find_spec("jax_plugins.xla_rocm7") is None, reason="no compiler for MI300X")
+@pytest.mark.skipif(not installed("rocm"), reason="no compiler for MI300X")
 @pytest.mark.parametrize(("kv_heads", "most"), [(32, 96e9), (8, 40e9)])
 def test_a_million_tokens_are_served_from_one_node(kv_heads, most):
     """Prefilled at once, with the paper's model; less in chunks; and a decoded token moves what its form says."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import tyro
 
-from configs import llama_7b
 from tsp_jax.aot import compile_step
+from tsp_jax.cli import load_config
 from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
 from tsp_jax.inspect import collectives, parse
@@ -35,7 +35,7 @@ class Args:
     """B"""
     csv: str = ""
     """file for the table"""
-    config: Config = llama_7b.config
+    config: Config = dataclasses.field(default_factory=lambda: load_config("llama_7b"))
 
 
 def received(config: Config, target) -> dict[str, float]:

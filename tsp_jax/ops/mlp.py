@@ -13,8 +13,8 @@ from jax import lax
 from tsp_jax.layout import Axes
 from tsp_jax.ops.chunks import over_tokens
 from tsp_jax.ops.linear import matmul, matmul_t, outer
-from tsp_jax.ops.stream import Arrays, Piece, Stream, custom_vjp, fold, fold_with_grads, vary_alike, zeros
-from tsp_jax.ops.tokens import add, fold_tokens, held, like, moves_tokens
+from tsp_jax.ops.stream import Arrays, Piece, Stream, custom_vjp, fold, fold_with_grads, like, vary_alike, zeros
+from tsp_jax.ops.tokens import add, fold_tokens, held, moves_tokens
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=True)}
 

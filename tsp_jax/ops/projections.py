@@ -10,7 +10,7 @@ Dims: B batch, t this device's tokens, D model, N query heads and K KV heads of 
 one piece, H head, p columns of a piece; nH and kH: this device's rows of Wq and Wk.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from tsp_jax.ops.linear import matmul, matmul_t, outer
 from tsp_jax.ops.norm import rms_norm
 from tsp_jax.ops.rope import rope
 from tsp_jax.ops.stream import Piece, Stream, custom_vjp, fold, fold_with_grads, zeros
+from tsp_jax.ops.tokens import add
 
 
 class AttentionWeights(NamedTuple):
@@ -250,10 +251,6 @@ def _product_vjp(x_BtD, w_pD, drows_Btp) -> tuple[jax.Array, jax.Array]:
     return matmul(drows_Btp, w_pD), outer(drows_Btp, x_BtD)
 
 
-def _add(total: Any, more: Any) -> Any:
-    return jax.tree.map(jnp.add, total, more)
-
-
 def _in_backward(static: Projections, residuals, cotangents):
     x_BtD, (w_q, w_k, w_v), norms, positions_Bt = residuals
     dq_BtNH, dk_BtKH, dv_BtKH = cotangents
@@ -269,7 +266,7 @@ def _in_backward(static: Projections, residuals, cotangents):
         dx_BtD, dnorm_H = carry
         read = x_BtD, positions_Bt, static.queries.take(dq_BtNH, piece)
         dx_BtD, _, (dw, dnorm) = over_tokens(chunk, dx_BtD, read, tokens=how.stream.tokens)
-        return (dx_BtD, _add(dnorm_H, dnorm)), (dw,), None
+        return (dx_BtD, add(dnorm_H, dnorm)), (dw,), None
 
     def kv_body(carry, piece: Piece):
         wk_pD, wv_pD = (static.my_heads(w) for w in piece.arrays)
@@ -284,7 +281,7 @@ def _in_backward(static: Projections, residuals, cotangents):
         dx_BtD, dnorm_H = carry
         read = x_BtD, positions_Bt, how.take(dk_BtKH, piece), how.take(dv_BtKH, piece)
         dx_BtD, _, (dwk, dwv, dnorm) = over_tokens(chunk, dx_BtD, read, tokens=how.stream.tokens)
-        return (dx_BtD, _add(dnorm_H, dnorm)), (static.all_heads(dwk), static.all_heads(dwv)), None
+        return (dx_BtD, add(dnorm_H, dnorm)), (static.all_heads(dwk), static.all_heads(dwv)), None
 
     def run(name: str, body, carry, shard, how: HeadStream):
         with jax.named_scope(name):

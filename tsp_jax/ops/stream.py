@@ -187,7 +187,8 @@ def _pack_grads(grads: Arrays, ranks: int, dtype: Any) -> jax.Array:
     return _pack([grad.reshape(ranks, -1, grad.shape[-1]) for grad in grads], dtype)
 
 
-def _like(arrays: Sequence[jax.Array], shard: Arrays) -> Arrays:
+def like(arrays: Sequence[jax.Array], shard: Arrays) -> Arrays:
+    """Arrays in the dtypes of what they are the gradients of."""
     return tuple(array.astype(own.dtype) for array, own in zip(arrays, shard, strict=True))
 
 
@@ -218,7 +219,7 @@ class _Gather:
 
     def outgoing(self, grads: Arrays) -> jax.Array | Arrays:
         """The message of a piece's gradients."""
-        return _pack_grads(grads, self.ranks, self.grad_dtype) if self.axes else _like(grads, self.shard)
+        return _pack_grads(grads, self.ranks, self.grad_dtype) if self.axes else like(grads, self.shard)
 
     def home(self, message: Any, index) -> Arrays:
         """A piece's gradients -> this rank's share of their sum, each [rows, D]."""
@@ -227,7 +228,7 @@ class _Gather:
             return message
         with jax.named_scope("scatter"):
             mine = lax.optimization_barrier(lax.psum_scatter(message, self.axes))  # see scatter_sequence
-            return _like(_unpack(mine, self.rows), self.shard)
+            return like(_unpack(mine, self.rows), self.shard)
 
     def collect(self, homes: Arrays) -> Arrays:
         """Stacked homes, each [steps, rows, D] -> like the shard."""
@@ -258,7 +259,7 @@ class _Broadcast(_Gather):
         with jax.named_scope("reduce"):
             total = _tree_reduce(message, self.axes, root, self.ranks)
             mine = jnp.where(lax.axis_index(self.axes) == root, total, jnp.zeros_like(total))
-        return _like(_unpack(mine, self.rows), self.shard)
+        return like(_unpack(mine, self.rows), self.shard)
 
     def collect(self, homes: Arrays) -> Arrays:
         # Of a bucket's R homes all but one are zero on this rank.
@@ -440,4 +441,4 @@ def _ring(step, carry: Carry, shard: Arrays, axes: tuple[str, ...], stream: Stre
     if not own:
         return carry, (), _joined(ys)
     homes = [_unpack(mine + grads, rows) for mine, grads in zip(own, travelling, strict=True)]
-    return carry, _like([jnp.concatenate(arrays) for arrays in zip(*homes, strict=True)], shard), _joined(ys)
+    return carry, like([jnp.concatenate(arrays) for arrays in zip(*homes, strict=True)], shard), _joined(ys)

@@ -140,11 +140,6 @@ def add(total: Any, more: Any) -> Any:
     return jax.tree.map(jnp.add, total, more)
 
 
-def like(grads: Arrays, weights: Arrays) -> Arrays:
-    """Gradients in the dtypes of what they are the gradients of."""
-    return tuple(grad.astype(weight.dtype) for grad, weight in zip(grads, weights, strict=True))
-
-
 def held(weights: Arrays, dtype: Any) -> Arrays:
     """Resident weights in the compute dtype."""
     return tuple(weight.astype(dtype) for weight in weights)

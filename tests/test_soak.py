@@ -84,7 +84,9 @@ def test_a_run_killed_twenty_times_is_the_run_that_was_not(tmp_path):
         before = inode(workdir / "metrics.jsonl")
         process = start_train(path)
         if kill in early:
-            time.sleep(rng.uniform(0.5, 8))
+            late = time.monotonic() + rng.uniform(0.5, 8)
+            while time.monotonic() < late and inode(workdir / "metrics.jsonl") == before:  # a quick machine steps soon
+                time.sleep(0.005)
         else:
             wait_for(process, workdir / "metrics.jsonl", step, before)
             time.sleep(rng.uniform(0, 0.05))

@@ -220,6 +220,19 @@ def test_a_fusion_fills_in_place_too():
     assert large(found).scope == "jit(f)/jvp()/while/body/fill"
 
 
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_several_fill_it_in_turn(count):
+    """The last hands over to what the first of the next turn reads."""
+    lines = FILL.splitlines(keepends=True)
+    k = next(k for k, line in enumerate(lines) if "%written" in line)
+    links = [f"%part.{n}" for n in range(count - 1)]
+    for old, new in zip(["%stack", *links], [*links, "%written"], strict=True):
+        lines.insert(k, f"  {new} = f32[8,1024]{{1,0}} dynamic-update-slice({old}, %row, %n, %zero)\n")
+        k += 1
+    del lines[k]
+    assert peak(stacked("".join(lines))).bytes == pytest.approx((8 + 1 + 2) * K, abs=64)
+
+
 def test_memory_between_old_and_new_carry_is_free():
     """A carry that dies early in the body and is made again late leaves room between."""
     fill = FILL.replace("custom-call(%old)", "custom-call(%small)").replace(

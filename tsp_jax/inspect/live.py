@@ -149,10 +149,11 @@ def _bytes(shape: Shape) -> int:
     return dataclasses.replace(shape, dims=tuple(padded)).bytes
 
 
-def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def _joined(spans: Iterable[tuple[int, int]], gap: int = 1) -> list[tuple[int, int]]:
+    """Spans whose distance is at most `gap` made one; 1: one follows the other, 0: they share a moment."""
     joined: list[tuple[int, int]] = []
     for first, last in sorted(spans):
-        if joined and first <= joined[-1][1] + 1:
+        if joined and first <= joined[-1][1] + gap:
             joined[-1] = (joined[-1][0], max(joined[-1][1], last))
         else:
             joined.append((first, last))
@@ -183,7 +184,7 @@ def _groups(walk: Walk) -> list[_Group]:
         a, b = operand.root(), result.root()
         if a is b:
             continue
-        before, after = (_joined((v.start, v.end) for v in members[root]) for root in (a, b))
+        before, after = (_joined(((v.start, v.end) for v in members[root]), gap=0) for root in (a, b))
         # In a loop the last of several writers hands over to what the first one reads.
         moments = {at for at, *pair in walk.in_place if {value.root() for value in pair} == {a, b}}
         if a not in walk.resident and _meet_only_at(before, after, moments):

@@ -34,6 +34,7 @@ class _Leaf(NamedTuple):
     first: int
     """row of the slot"""
     rows: int
+    """0: a vector, which waits beside the slots"""
 
 
 class _Slots(NamedTuple):
@@ -58,7 +59,9 @@ class _Slots(NamedTuple):
 
         leaves, first = [], 0
         for spec, grad in zip(jax.tree.leaves(specs), jax.tree.leaves(grads), strict=True):
-            leaves.append(leaf(PartitionSpec(*spec[1:]), grad.shape[1:], grad.dtype, first))
+            found = leaf(PartitionSpec(*spec[1:]), grad.shape[1:], grad.dtype, first)
+            # One row out of every slot: the TPU's compiler copies all slots to an order that suits it.
+            leaves.append(found if grad.ndim > 2 else found._replace(rows=0))
             first += leaves[-1].rows
         x_spec = placement.layout.spec("batch", "sequence", None)
         x = leaf(x_spec, x_BTD.shape, x_BTD.dtype, 0)
@@ -68,6 +71,10 @@ class _Slots(NamedTuple):
     def rows(self) -> int:
         """In a slot, on one device."""
         return max(self.x.rows, sum(leaf.rows for leaf in self.grads))
+
+    @property
+    def _wide(self) -> list[_Leaf]:
+        return [leaf for leaf in self.grads if leaf.rows]
 
     @property
     def _spec(self) -> PartitionSpec:
@@ -101,25 +108,29 @@ class _Slots(NamedTuple):
 
         return self._run(read, (self._spec, PartitionSpec()), self.x.spec)(slots, index)
 
-    def put_grads(self, slots: jax.Array, index: jax.Array, grads: Params) -> jax.Array:
-        """`slots` with the gradients of a layer in the place of its input."""
+    def put_grads(self, slots: jax.Array, index: jax.Array, grads: Params) -> tuple[jax.Array, list[jax.Array]]:
+        """`slots` with the gradients of a layer in the place of its input, and those of its vectors."""
 
         def put(slots, index, *grads):
-            for leaf, grad in zip(self.grads, grads, strict=True):
+            for leaf, grad in zip(self._wide, grads, strict=True):
                 slots = lax.dynamic_update_slice(slots, _to_rows(grad, leaf, slots), (index, leaf.first, 0))
             return slots
 
-        specs = (self._spec, PartitionSpec(), *(leaf.spec for leaf in self.grads))
-        return self._run(put, specs, self._spec)(slots, index, *jax.tree.leaves(grads))
+        leaves = list(zip(self.grads, jax.tree.leaves(grads), strict=True))
+        specs = (self._spec, PartitionSpec(), *(leaf.spec for leaf in self._wide))
+        slots = self._run(put, specs, self._spec)(slots, index, *(grad for leaf, grad in leaves if leaf.rows))
+        return slots, [grad.astype(leaf.dtype) for leaf, grad in leaves if not leaf.rows]
 
-    def grads_like(self, slots: jax.Array, grads: Params) -> Params:
-        """The gradients of all layers, [L, ...]."""
+    def grads_like(self, slots: jax.Array, vectors: list[jax.Array], grads: Params) -> Params:
+        """The gradients of all layers, [L, ...], from the slots and from vectors [L, ...]."""
 
         def read(slots):
-            return tuple(_from_rows(slots[:, leaf.first : leaf.first + leaf.rows], leaf) for leaf in self.grads)
+            return tuple(_from_rows(slots[:, leaf.first : leaf.first + leaf.rows], leaf) for leaf in self._wide)
 
-        specs = tuple(PartitionSpec(None, *leaf.spec) for leaf in self.grads)
-        return jax.tree.unflatten(jax.tree.structure(grads), self._run(read, self._spec, specs)(slots))
+        specs = tuple(PartitionSpec(None, *leaf.spec) for leaf in self._wide)
+        wide, narrow = iter(self._run(read, self._spec, specs)(slots)), iter(vectors)
+        leaves = [next(wide if leaf.rows else narrow) for leaf in self.grads]
+        return jax.tree.unflatten(jax.tree.structure(grads), leaves)
 
 
 def _to_rows(array: jax.Array, leaf: _Leaf, slots: jax.Array) -> jax.Array:
@@ -188,11 +199,12 @@ def _backward(layer: Layer, slots: _Slots, residuals, dy_BTD):
         _, vjp = jax.vjp(lambda params, x: layer(params, x, aux), params, slots.input(kept, index))
         # The barrier holds everything that reads the input before what overwrites it: without it both are kept.
         dparams, dx_BTD = lax.optimization_barrier(vjp(dx_BTD))
-        return (dx_BTD, slots.put_grads(kept, index, dparams)), None
+        kept, vectors = slots.put_grads(kept, index, dparams)
+        return (dx_BTD, kept), vectors
 
     layers = jnp.arange(slots.num_layers), params
-    (dx_BTD, kept), _ = lax.scan(turn, (dy_BTD, kept), layers, reverse=True)
-    grads = slots.grads_like(kept, params)
+    (dx_BTD, kept), vectors = lax.scan(turn, (dy_BTD, kept), layers, reverse=True)
+    grads = slots.grads_like(kept, vectors, params)
     return (dx_BTD, None, grads, None) if sinks is not None else (dx_BTD, grads, None, None)
 
 

@@ -13,7 +13,8 @@ from jax.experimental import io_callback
 from jax.sharding import PartitionSpec as P
 
 from tsp_jax.layout import largest_divisor, make_mesh
-from tsp_jax.ops.stream import Stream, fold, fold_with_grads, pipelined, vary_alike, zeros
+from tsp_jax.ops.pipeline import pipelined
+from tsp_jax.ops.stream import Stream, fold, fold_with_grads, vary_alike, zeros
 
 ROWS, BUCKETS, D = (6, 12), 3, 2
 """rows that a rank holds of each weight: different, so that a wrong packing shows"""

@@ -20,6 +20,7 @@ from tsp_jax.layout import Axes, largest_divisor
 from tsp_jax.ops import kernels
 from tsp_jax.ops.kernels.blockwise import Blocks, Tokens, block_size
 from tsp_jax.ops.moved_projections import Moved, moved_in, moved_out
+from tsp_jax.ops.pipeline import pipelined
 from tsp_jax.ops.projections import (
     AttentionConfig,
     AttentionWeights,
@@ -29,7 +30,7 @@ from tsp_jax.ops.projections import (
     project_out,
 )
 from tsp_jax.ops.sequence import gather_sequence, scatter_sequence
-from tsp_jax.ops.stream import Stream, custom_vjp, pipelined, vary_alike, zeros
+from tsp_jax.ops.stream import Stream, custom_vjp, vary_alike, zeros
 from tsp_jax.ops.tokens import moves_tokens
 
 SAVED_NAMES = ("attention_out", "attention_lse")

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.layout import coprime_strides, largest_divisor
+from tsp_jax.ops.pipeline import Carry, joined, one, pipelined
 
-Carry = Any
 Arrays = tuple[jax.Array, ...]
 
 
@@ -282,86 +282,6 @@ def _buckets(step, carry: Carry, carrier: _Gather, stream: Stream, sends: bool):
     return carry, carrier.collect(homes) if sends else (), ys
 
 
-def pipelined(
-    turn: Callable[[Carry, Any, Any], tuple[Carry, Any, Any]],
-    fetch: Callable[[Carry, Any], Any],
-    send: Callable[[Any, Any], Any] | None,
-    carry: Carry,
-    steps: int,
-    *,
-    remote: bool,
-    unroll: bool = False,
-) -> tuple[Carry, Any, Any]:
-    """A loop in which the next turn's message arrives, and what the last turn made leaves, while a turn runs.
-
-    Args:
-      turn: (carry, message, index) -> (carry, what leaves, y).
-      fetch: (carry, index) -> message of turn `index`; asked for before turn `index` - 1 has changed the carry.
-      send: (what leaves, index of the turn that made it) -> what comes of it; None: nothing leaves.
-      carry: initial value.
-      steps: number of turns.
-      remote: messages go to and come from other ranks; else each is made when it is used, and none is held.
-      unroll: no loop; indices are ints.
-
-    Returns:
-      (carry, what came of sending, ys), the latter two stacked.
-
-    Keeps: two messages, and two of what leaves.
-    """
-    last = steps - 1
-    done = send or (lambda leaving, index: ())
-
-    def local_turn(carry, index):
-        carry, leaving, y = turn(carry, fetch(carry, index), index)
-        return carry, (done(leaving, index), y)
-
-    def ahead_turn(state, index):
-        carry, message, left = state
-        ahead = fetch(carry, index + 1)
-        home = done(left, index - 1)
-        carry, leaving, y = turn(carry, message, index)
-        return (carry, ahead, leaving), (home, y)
-
-    if unroll or last == 0:
-        return _unrolled(turn, fetch, done, carry, steps)
-    if not remote:
-        carry, (homes, ys) = lax.scan(local_turn, carry, jnp.arange(steps))
-        return carry, homes, ys
-    message, left, ys = fetch(carry, 0), (), []
-    if send:  # the first turn has nothing to send
-        ahead = fetch(carry, 1)
-        carry, left, y = turn(carry, message, 0)
-        message, ys = ahead, [_one(y)]
-    homes = []
-    if (first := len(ys)) < last:
-        (carry, message, left), (homes, more) = lax.scan(ahead_turn, (carry, message, left), jnp.arange(first, last))
-        homes, ys = [homes], [*ys, more]
-    home = done(left, last - 1)
-    carry, left, y = turn(carry, message, last)
-    homes = [*homes, _one(home), _one(done(left, last))] if send else homes
-    return carry, _joined(homes) if send else (), _joined([*ys, _one(y)])
-
-
-def _unrolled(turn, fetch, done, carry: Carry, steps: int):
-    message, leaving, homes, ys = fetch(carry, 0), None, [], []
-    for index in range(steps):
-        ahead = fetch(carry, index + 1) if index < steps - 1 else message
-        if index:
-            homes.append(_one(done(leaving, index - 1)))
-        carry, leaving, y = turn(carry, message, index)
-        message = ahead
-        ys.append(_one(y))
-    return carry, _joined([*homes, _one(done(leaving, steps - 1))]), _joined(ys)
-
-
-def _one(tree: Any) -> Any:
-    return jax.tree.map(lambda array: array[None], tree)
-
-
-def _joined(stacks: list[Any]) -> Any:
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
-
-
 def _rounds(ranks: int, root: int, axes: tuple[str, ...]):
     """Rounds of a binomial tree: pairs (from, to), and whether this rank receives."""
     me = (lax.axis_index(axes) - root) % ranks
@@ -413,8 +333,8 @@ def _ring(step, carry: Carry, shard: Arrays, axes: tuple[str, ...], stream: Stre
             piece = Piece(_unpack(message, rows), index * count + k, (me - index * stride) % ranks, 1, k)
             carry, grads, y = step(carry, piece)
             packed += [_pack_grads(grads, 1, stream.grad_dtype)[0]] if grads else []
-            ys.append(_one(y))
-        return carry, tuple(packed), _joined(ys)
+            ys.append(one(y))
+        return carry, tuple(packed), joined(ys)
 
     def visit(carry, messages, travelling, index):
         carry, grads, y = turn(carry, messages, index)
@@ -439,6 +359,6 @@ def _ring(step, carry: Carry, shard: Arrays, axes: tuple[str, ...], stream: Stre
         (carry, _, travelling), later = lax.scan(scan_visit, (carry, messages, travelling), jnp.arange(1, ranks))
         ys.append(jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), later))
     if not own:
-        return carry, (), _joined(ys)
+        return carry, (), joined(ys)
     homes = [_unpack(mine + grads, rows) for mine, grads in zip(own, travelling, strict=True)]
-    return carry, like([jnp.concatenate(arrays) for arrays in zip(*homes, strict=True)], shard), _joined(ys)
+    return carry, like([jnp.concatenate(arrays) for arrays in zip(*homes, strict=True)], shard), joined(ys)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.layout import largest_divisor
-from tsp_jax.ops.stream import Arrays, Carry, Piece, Stream
+from tsp_jax.ops.pipeline import Carry, pipelined
+from tsp_jax.ops.stream import Arrays, Piece, Stream
 
 
 def moves_tokens(folded: tuple[str, ...], stream: Stream) -> bool:
@@ -52,45 +53,19 @@ def fold_tokens(
     Moves: (R - 1) / R of all ranks' tokens for each of `arrive` (all-gather) and of the partials (reduce-scatter).
     """
     pieces = _Pieces(arrive, here, axes, stream.token_buckets)
-    last, unroll = pieces.number - 1, stream.unroll
 
     def turn(carry, arrived: Arrays, index):
         return body(carry, arrived, pieces.local(index))
 
-    def ahead_turn(state, index):
-        carry, arrived, partial = state
-        ahead, home = pieces.fetch(index + 1), pieces.send_home(partial)
-        carry, partial, kept = turn(carry, arrived, index)
-        return (carry, ahead, partial), (home, kept)
-
-    if last == 0:
-        carry, partial, kept = turn(carry, pieces.fetch(0), 0)
-        return carry, _joined([_stacked(pieces.send_home(partial))], 1), _joined([_stacked(kept)], pieces.ranks)
-    arrived = pieces.fetch(0)
-    ahead = pieces.fetch(1, after=arrived)
-    carry, partial, kept = turn(carry, arrived, 0)
-    homes, kepts, state = [], [_stacked(kept)], (carry, ahead, partial)
-    for index in range(1, last) if unroll else ():
-        state, out = ahead_turn(state, index)
-        homes.append(_stacked(out[0]))
-        kepts.append(_stacked(out[1]))
-    if last > 1 and not unroll:
-        state, (home, kept) = lax.scan(ahead_turn, state, jnp.arange(1, last))
-        homes.append(home)
-        kepts.append(kept)
-    carry, arrived, partial = state
-    home = pieces.send_home(partial)
-    carry, partial, kept = turn(carry, arrived, last)
-    homes += [_stacked(home), _stacked(pieces.send_home(partial, after=home))]
-    return carry, _joined(homes, 1), _joined([*kepts, _stacked(kept)], pieces.ranks)
+    carry, home, kept = pipelined(
+        turn, lambda _, index: pieces.fetch(index), lambda partial, _: pieces.send_home(partial), carry, pieces.number,
+        remote=True, unroll=stream.unroll,
+    )  # fmt: skip
+    return carry, _in_order(home, 1), _in_order(kept, pieces.ranks)
 
 
 class _Pieces:
-    """Cuts and moves tokens.
-
-    Of two messages that are to follow each other (`after`) the compiler would else make one, so that what needs the
-    first waits for both.
-    """
+    """Cuts and moves tokens."""
 
     def __init__(self, arrive: Arrays, here: Arrays, axes: tuple[str, ...], buckets: int):
         self.axes, self.ranks = axes, lax.axis_size(axes)
@@ -99,10 +74,9 @@ class _Pieces:
         self.arrive = tuple(a.reshape(a.shape[0], self.number, -1, *a.shape[2:]) for a in arrive)
         self.here = tuple(a.reshape(a.shape[0], self.ranks, self.number, -1, *a.shape[2:]) for a in here)
 
-    def fetch(self, index, after: Arrays = ()) -> Arrays:
+    def fetch(self, index) -> Arrays:
         """All ranks' tokens of a piece."""
-        arrive = lax.optimization_barrier((self.arrive, after))[0] if after else self.arrive
-        mine = (lax.dynamic_index_in_dim(a, index, axis=1, keepdims=False) for a in arrive)
+        mine = (lax.dynamic_index_in_dim(a, index, axis=1, keepdims=False) for a in self.arrive)
         with jax.named_scope("gather_tokens"):
             return tuple(lax.all_gather(a, self.axes, axis=1, tiled=True) for a in mine)
 
@@ -111,28 +85,22 @@ class _Pieces:
         mine = (lax.dynamic_index_in_dim(a, index, axis=2, keepdims=False) for a in self.here)
         return tuple(a.reshape(a.shape[0], -1, *a.shape[3:]) for a in mine)
 
-    def send_home(self, partial: Arrays, after: Arrays = ()) -> Arrays:
+    def send_home(self, partial: Arrays) -> Arrays:
         """This rank's tokens of the sum over ranks."""
-        partial = lax.optimization_barrier((partial, after))[0] if after else partial
         with jax.named_scope("scatter_tokens"):
             home = (lax.psum_scatter(a, self.axes, scatter_dimension=1, tiled=True) for a in partial)
             return tuple(lax.optimization_barrier(a) for a in home)  # see scatter_sequence
 
 
-def _stacked(arrays: Arrays) -> Arrays:
-    return tuple(array[None] for array in arrays)
+def _in_order(pieces: Arrays, ranks: int) -> Arrays:
+    """Each array [pieces, B, ranks p, ...] -> [B, ranks t, ...], ranks in order."""
 
-
-def _joined(parts: list[Arrays], ranks: int) -> Arrays:
-    """Pieces, each array [pieces, B, ranks p, ...] -> [B, ranks t, ...], ranks in order."""
-
-    def join(*arrays: jax.Array) -> jax.Array:
-        stacked = jnp.concatenate(arrays)
+    def join(stacked: jax.Array) -> jax.Array:
         pieces, batch, tokens, *rest = stacked.shape
         cut = stacked.reshape(pieces, batch, ranks, tokens // ranks, *rest)
         return jnp.moveaxis(cut, 0, 2).reshape(batch, -1, *rest)
 
-    return jax.tree.map(join, *parts)
+    return tuple(join(stacked) for stacked in pieces)
 
 
 def add(total: Any, more: Any) -> Any:

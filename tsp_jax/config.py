@@ -136,26 +136,28 @@ class StreamConfig:
     A movement of `activations` leaves an op's weights where they are: it sees the tokens of all folded ranks, and its
     partial outputs are summed and dealt back. `auto` takes whichever of gather and activations receives fewer bytes.
 
-    Numbers of buckets are upper bounds: each op uses the largest divisor of its local dimension that does not exceed
-    them, so that one configuration serves every mesh. Layouts with `Layout.whole_weights` use one bucket.
+    Numbers of buckets are of a whole dimension: what tensor axes shard is cut already, and a rank's shard is cut into
+    as many fewer, so that a piece is as large on every layout. They are upper bounds: each op uses the largest divisor
+    of its local dimension that does not exceed its share, so that one configuration serves every mesh. Layouts with
+    `Layout.whole_weights` move weights in one piece.
     """
 
     attention_movement: AttentionMovement = "auto"
     """gather: one slice of every rank's heads at a time; broadcast: one rank's heads at a time (the paper's);
     activations: a slice of every rank's tokens at a time; auto: gather or activations, whichever is fewer bytes"""
     attention_buckets: int = 4
-    """pieces that a rank's heads are cut into, as their weights travel"""
+    """pieces that heads are cut into, as their weights travel: each one slice of every folded rank's"""
     exchange_buckets: int = 4
     """pieces that KV heads are cut into, as keys and values of one are exchanged while another attends"""
     mlp_movement: Movement = "auto"
     """gather: one slice of every rank's columns at a time; ring: one rank's columns at a time (the paper's);
     rings: parts of them, by rings of different strides; activations and auto as for attention"""
     mlp_buckets: int = 4
-    """pieces that a rank's FFN columns are cut into (gather)"""
+    """pieces that FFN columns are cut into (gather)"""
     vocab_movement: Movement = "auto"
     """movement of embedding rows and output head"""
     vocab_buckets: int = 8
-    """pieces that a rank's vocabulary rows are cut into (gather)"""
+    """pieces that vocabulary rows are cut into (gather)"""
     token_buckets: int = 8
     """pieces that a rank's tokens are cut into, as they move instead of weights (activations)"""
     tokens: int = 4096

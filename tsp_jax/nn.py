@@ -36,13 +36,15 @@ def _cut(placement: Placement, dim: str, shape: Sequence[int], dtype: jnp.dtype,
     )  # fmt: skip
 
 
-def stream_of(config: StreamConfig, movement: str, buckets: int, rows: int, placement: Placement) -> Stream:
-    """The stream of an op whose shard has `rows` rows; whole weights at once if the layout says so."""
-    if placement.layout.whole_weights:
-        movement, buckets = "gather", 1
-    return Stream(
-        movement, largest_divisor(rows, buckets), config.unroll, config.grad_dtype, config.tokens, config.token_buckets
-    )
+def stream_of(config: StreamConfig, movement: str, pieces: int, placement: Placement) -> Stream:
+    """The stream of an op; whole weights are gathered, whatever the configuration says."""
+    movement = "gather" if placement.layout.whole_weights else movement
+    return Stream(movement, pieces, config.unroll, config.grad_dtype, config.tokens, config.token_buckets)
+
+
+def _pieces(placement: Placement, dim: str, buckets: int, rows: int) -> int:
+    """That a shard of `rows` rows is cut into."""
+    return largest_divisor(rows, placement.layout.pieces(dim, buckets, placement.mesh.shape))
 
 
 def _shard_rows(name: str, value: int, dim: str, placement: Placement) -> int:
@@ -140,15 +142,15 @@ class Attention(nnx.Module):
         heads = placement.head_slots(num_heads, num_kv_heads, head_dim)
         self.placement, self.dtype, self.heads = placement, jnp.dtype(dtype), heads
         self.remat: Remat = remat
-        self.stream = stream_of(stream, stream.attention_movement, 1, 1, placement)
+        self.stream = stream_of(stream, stream.attention_movement, 1, placement)
         self.config = attention_op.AttentionConfig(
             kv_slots=heads.kv,
             head_dim=head_dim,
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             norm_eps=norm_eps,
-            buckets=1 if placement.layout.whole_weights else stream.attention_buckets,
-            exchange_buckets=stream.exchange_buckets,
+            buckets=placement.layout.pieces("heads", stream.attention_buckets, placement.mesh.shape),
+            exchange_buckets=placement.layout.share("heads", stream.exchange_buckets, placement.mesh.shape),
             blocks=Blocks(stream.query_block, stream.key_block),
             arch=kernels.choose(stream.kernel, placement.mesh, head_dim, dtype),
         )
@@ -249,7 +251,8 @@ class MLP(nnx.Module):
     ):
         rows = _shard_rows("d_ff", d_ff, "mlp", placement)
         self.placement, self.dtype, self.activation = placement, jnp.dtype(dtype), activation
-        self.stream = stream_of(stream, stream.mlp_movement, stream.mlp_buckets, rows, placement)
+        pieces = _pieces(placement, "mlp", stream.mlp_buckets, rows)
+        self.stream = stream_of(stream, stream.mlp_movement, pieces, placement)
 
         def columns(std: float) -> nnx.Param:
             value = _weight(rngs.params(), (d_ff, d_model), std)
@@ -305,7 +308,8 @@ class Embed(nnx.Module):
     ):
         rows = _shard_rows("vocab_size", vocab_size, "vocab", placement)
         self.placement, self.dtype = placement, jnp.dtype(dtype)
-        self.stream = stream_of(stream, stream.vocab_movement, stream.vocab_buckets, rows, placement)
+        pieces = _pieces(placement, "vocab", stream.vocab_buckets, rows)
+        self.stream = stream_of(stream, stream.vocab_movement, pieces, placement)
         value = _weight(rngs.params(), (vocab_size, d_model), init_std)
         self.table = nnx.Param(value, out_sharding=placement.layout.spec("vocab", None), mesh=placement.mesh)
 

@@ -101,9 +101,12 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dic
     if config.remat == "full":
         waiting = max(0.0, waiting - residuals)
     kv_heads = max(1, heads.kv / cut.tensor)
-    exchanged = kv_heads / largest_divisor(int(kv_heads), config.stream.exchange_buckets)
-    buckets = 1 if layout.whole_weights else config.stream.attention_buckets
-    in_flight = max((2 * heads.kv + heads.query) * heads.dim / buckets, 3 * model.d_ff / _mlp_buckets(config, layout))
+    stream, exchanges = config.stream, layout.share("heads", config.stream.exchange_buckets, sizes)
+    exchanged = kv_heads / largest_divisor(int(kv_heads), exchanges)
+    in_flight = max(
+        (2 * heads.kv + heads.query) * heads.dim / layout.pieces("heads", stream.attention_buckets, sizes),
+        3 * model.d_ff / layout.pieces("mlp", stream.mlp_buckets, sizes),
+    )
     return {
         "state": (layers + tables) / shards * (4 + 2 * ITEMSIZE[config.optimizer.moments_dtype] / replicas),
         "gradients": waiting + tables * 4 / shards,
@@ -112,7 +115,3 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dic
         "keys_values": _KEY_VALUES * 2 * cut.batch * config.seq_len * exchanged * heads.dim * s.item,
         "weights": in_flight * model.d_model / cut.tensor * (2 * s.item + s.grad_item),
     }
-
-
-def _mlp_buckets(config: Config, layout: Layout) -> int:
-    return 1 if layout.whole_weights else config.stream.mlp_buckets

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from tsp_jax.layout import Placement
@@ -34,7 +35,6 @@ class _Leaf(NamedTuple):
     first: int
     """row of the slot"""
     rows: int
-    """0: a vector, which waits beside the slots"""
 
 
 class _Slots(NamedTuple):
@@ -59,9 +59,7 @@ class _Slots(NamedTuple):
 
         leaves, first = [], 0
         for spec, grad in zip(jax.tree.leaves(specs), jax.tree.leaves(grads), strict=True):
-            found = leaf(PartitionSpec(*spec[1:]), grad.shape[1:], grad.dtype, first)
-            # One row out of every slot: the TPU's compiler copies all slots to an order that suits it.
-            leaves.append(found if grad.ndim > 2 else found._replace(rows=0))
+            leaves.append(leaf(PartitionSpec(*spec[1:]), grad.shape[1:], grad.dtype, first))
             first += leaves[-1].rows
         x_spec = placement.layout.spec("batch", "sequence", None)
         x = leaf(x_spec, x_BTD.shape, x_BTD.dtype, 0)
@@ -71,10 +69,6 @@ class _Slots(NamedTuple):
     def rows(self) -> int:
         """In a slot, on one device."""
         return max(self.x.rows, sum(leaf.rows for leaf in self.grads))
-
-    @property
-    def _wide(self) -> list[_Leaf]:
-        return [leaf for leaf in self.grads if leaf.rows]
 
     @property
     def _spec(self) -> PartitionSpec:
@@ -95,7 +89,7 @@ class _Slots(NamedTuple):
         """`slots` with the input of a layer."""
 
         def put(slots, index, x_BtD):
-            return lax.dynamic_update_slice(slots, _to_rows(x_BtD, self.x, slots), (index, 0, 0))
+            return _in_order(lax.dynamic_update_slice(slots, _to_rows(x_BtD, self.x, slots), (index, 0, 0)))
 
         return self._run(put, (self._spec, PartitionSpec(), self.x.spec), self._spec)(slots, index, x_BTD)
 
@@ -108,29 +102,33 @@ class _Slots(NamedTuple):
 
         return self._run(read, (self._spec, PartitionSpec()), self.x.spec)(slots, index)
 
-    def put_grads(self, slots: jax.Array, index: jax.Array, grads: Params) -> tuple[jax.Array, list[jax.Array]]:
-        """`slots` with the gradients of a layer in the place of its input, and those of its vectors."""
+    def put_grads(self, slots: jax.Array, index: jax.Array, grads: Params) -> jax.Array:
+        """`slots` with the gradients of a layer in the place of its input."""
 
         def put(slots, index, *grads):
-            for leaf, grad in zip(self._wide, grads, strict=True):
+            for leaf, grad in zip(self.grads, grads, strict=True):
                 slots = lax.dynamic_update_slice(slots, _to_rows(grad, leaf, slots), (index, leaf.first, 0))
-            return slots
+            return _in_order(slots)
 
-        leaves = list(zip(self.grads, jax.tree.leaves(grads), strict=True))
-        specs = (self._spec, PartitionSpec(), *(leaf.spec for leaf in self._wide))
-        slots = self._run(put, specs, self._spec)(slots, index, *(grad for leaf, grad in leaves if leaf.rows))
-        return slots, [grad.astype(leaf.dtype) for leaf, grad in leaves if not leaf.rows]
+        specs = (self._spec, PartitionSpec(), *(leaf.spec for leaf in self.grads))
+        return self._run(put, specs, self._spec)(slots, index, *jax.tree.leaves(grads))
 
-    def grads_like(self, slots: jax.Array, vectors: list[jax.Array], grads: Params) -> Params:
-        """The gradients of all layers, [L, ...], from the slots and from vectors [L, ...]."""
+    def grads_like(self, slots: jax.Array, grads: Params) -> Params:
+        """The gradients of all layers, [L, ...]."""
 
         def read(slots):
-            return tuple(_from_rows(slots[:, leaf.first : leaf.first + leaf.rows], leaf) for leaf in self._wide)
+            return tuple(_from_rows(slots[:, leaf.first : leaf.first + leaf.rows], leaf) for leaf in self.grads)
 
-        specs = tuple(PartitionSpec(None, *leaf.spec) for leaf in self._wide)
-        wide, narrow = iter(self._run(read, self._spec, specs)(slots)), iter(vectors)
-        leaves = [next(wide if leaf.rows else narrow) for leaf in self.grads]
-        return jax.tree.unflatten(jax.tree.structure(grads), leaves)
+        specs = tuple(PartitionSpec(None, *leaf.spec) for leaf in self.grads)
+        return jax.tree.unflatten(jax.tree.structure(grads), self._run(read, self._spec, specs)(slots))
+
+
+def _in_order(rows: jax.Array) -> jax.Array:
+    """[n, rows, D] in that order in memory.
+
+    Where what reads or writes a slot likes another order, the TPU's compiler would else copy all slots to it.
+    """
+    return with_layout_constraint(rows, Layout(major_to_minor=(0, 1, 2)))
 
 
 def _to_rows(array: jax.Array, leaf: _Leaf, slots: jax.Array) -> jax.Array:
@@ -147,7 +145,7 @@ def _to_rows(array: jax.Array, leaf: _Leaf, slots: jax.Array) -> jax.Array:
 
 def _from_rows(rows: jax.Array, leaf: _Leaf) -> jax.Array:
     """Inverse of `_to_rows`, of several layers: [n, rows, D] -> [n, ...]."""
-    wider = leaf.dtype.itemsize // rows.dtype.itemsize
+    rows, wider = _in_order(rows), leaf.dtype.itemsize // rows.dtype.itemsize
     cut = rows.reshape(rows.shape[0], -1, wider) if wider > 1 else rows
     flat = lax.bitcast_convert_type(cut, leaf.dtype).reshape(rows.shape[0], -1)
     return flat[:, : math.prod(leaf.shape)].reshape(rows.shape[0], *leaf.shape)
@@ -199,12 +197,11 @@ def _backward(layer: Layer, slots: _Slots, residuals, dy_BTD):
         _, vjp = jax.vjp(lambda params, x: layer(params, x, aux), params, slots.input(kept, index))
         # The barrier holds everything that reads the input before what overwrites it: without it both are kept.
         dparams, dx_BTD = lax.optimization_barrier(vjp(dx_BTD))
-        kept, vectors = slots.put_grads(kept, index, dparams)
-        return (dx_BTD, kept), vectors
+        return (dx_BTD, slots.put_grads(kept, index, dparams)), None
 
     layers = jnp.arange(slots.num_layers), params
-    (dx_BTD, kept), vectors = lax.scan(turn, (dy_BTD, kept), layers, reverse=True)
-    grads = slots.grads_like(kept, vectors, params)
+    (dx_BTD, kept), _ = lax.scan(turn, (dy_BTD, kept), layers, reverse=True)
+    grads = slots.grads_like(kept, params)
     return (dx_BTD, None, grads, None) if sinks is not None else (dx_BTD, grads, None, None)
 
 

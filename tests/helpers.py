@@ -1,5 +1,6 @@
 """What several test files share: layouts to test, packed batches, relative errors."""
 
+import chex
 import jax
 import numpy as np
 
@@ -96,6 +97,7 @@ def relative_error(actual, desired) -> float:
 
 def assert_trees_near(actual, desired, tolerance: float) -> None:
     """Every leaf has a relative error within the tolerance (which not-a-number never is)."""
+    chex.assert_trees_all_equal_structs(actual, desired)
     errors = jax.tree.map(relative_error, jax.device_get(actual), jax.device_get(desired))
     far = {
         jax.tree_util.keystr(path): error

@@ -3,6 +3,7 @@
 import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -289,7 +290,7 @@ def check_poisoned_keys(case: Case, skipped: np.ndarray, queries: Tokens | None 
     q, k, v, dout = case.arrays()
     clean = jitted_run(q, k, v, dout, queries, keys, case.blocks)
     poisoned = jitted_run(q, poison(k, skipped), poison(v, skipped), dout, queries, keys, case.blocks)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(poisoned), jax.device_get(clean))
+    chex.assert_trees_all_equal(poisoned, clean)
     assert not np.asarray(poisoned[2][1])[:, skipped].any()
 
 
@@ -308,7 +309,7 @@ def test_query_blocks_before_every_key_are_not_visited_backward():
     )  # fmt: skip
     clean = run_backward(q, dout_BTKGH=dout)
     poisoned = run_backward(poison(q, early), dout_BTKGH=poison(dout, early))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(poisoned), jax.device_get(clean))
+    chex.assert_trees_all_equal(poisoned, clean)
 
 
 @pytest.mark.parametrize("in_backward", [False, True])

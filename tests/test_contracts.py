@@ -4,7 +4,6 @@ import dataclasses
 from collections import defaultdict
 from functools import cache
 
-import jax
 import pytest
 
 from tests.helpers import LAYOUT_CASES, MIX, UNUSUAL_CASES
@@ -13,6 +12,8 @@ from tsp_jax.inspect import buffers, collectives, parse
 from tsp_jax.layout import Layout, place
 from tsp_jax.plan.cost import forward_traffic, movements, step_traffic
 from tsp_jax.training.step import make_program
+
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 MODEL = ModelConfig(vocab_size=192, d_model=40, num_layers=3, num_heads=16, num_kv_heads=16, head_dim=8, d_ff=192)
 CONFIG = Config(
@@ -56,14 +57,6 @@ CASES = LAYOUT_CASES | {
     "mix4_2": (MIX, {"model": 4, "tsp": 2}),
     **UNUSUAL_CASES,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def optax_promotes():
-    """optax raises floats to integer powers."""
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
-    yield
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 SEPARATE = {"xla_disable_hlo_passes": "cpu-all-reduce-combiner,cse"}

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,7 +151,7 @@ def test_keys_after_every_query_are_not_visited(rank):
     q, k, v, dout = case.arrays()
     clean = jax.device_get(jitted_run(q, k, v, dout, queries, keys, tiles=tiles))
     poisoned = jax.device_get(jitted_run(q, poison(k, later), poison(v, later), dout, queries, keys, tiles=tiles))
-    jax.tree.map(np.testing.assert_array_equal, poisoned, clean)
+    chex.assert_trees_all_equal(poisoned, clean)
     assert not clean[2][1][:, later].any()
 
 
@@ -162,7 +163,7 @@ def test_queries_before_every_key_are_not_visited_backward():
     keys = Tokens(*(array[:, late] for array in queries))
     clean = jax.device_get(jitted_run(q, k[:, late], v[:, late], dout, queries, keys))
     poisoned = jax.device_get(jitted_run(poison(q, early), k[:, late], v[:, late], poison(dout, early), queries, keys))
-    jax.tree.map(np.testing.assert_array_equal, poisoned[2], clean[2])
+    chex.assert_trees_all_equal(poisoned[2], clean[2])
 
 
 # ------------------------------------------------------------------------------------------------ declared products

@@ -20,13 +20,7 @@ from tsp_jax.training.guard import NumbersWatch, all_finite, is_skipped, update_
 from tsp_jax.training.metrics import MetricsFile, read_metrics
 from tsp_jax.training.optimizer import make_optimizer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def optax_promotes():
-    """optax raises floats to integer powers."""
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
-    yield
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 @pytest.mark.parametrize("loss", [1.0, math.nan, math.inf])

@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import chex
 import gguf
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def save(folder: Path, config: ModelConfig = LLAMA, layout: str = "single", **kw
 
 
 def assert_same(actual, desired) -> None:
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(actual), jax.device_get(desired))
+    chex.assert_trees_all_equal(actual, desired)
 
 
 # ------------------------------------------------------------------------------------------------ in and out

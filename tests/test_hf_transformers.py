@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,9 +188,7 @@ def test_example_of_the_readme_runs_as_it_stands(smollm2, tmp_path):
     print(done.stdout)
     assert len(done.stdout) > 100
     copy = hf.load_params(tmp_path / "models" / "copy", hf.read_config(smollm2), place_case("tsp4"))
-    jax.tree.map(
-        np.testing.assert_array_equal, copy, hf.load_params(smollm2, hf.read_config(smollm2), place_case("tsp4"))
-    )
+    chex.assert_trees_all_equal(copy, hf.load_params(smollm2, hf.read_config(smollm2), place_case("tsp4")))
 
 
 def test_smollm2_answers_a_question(transformers, smollm2, theirs):

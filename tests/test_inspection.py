@@ -26,6 +26,8 @@ from tsp_jax.plan.cost import step_memory
 from tsp_jax.plan.serving import cache_bytes, decode_traffic
 from tsp_jax.targets import parse_target, use_target
 
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
 ROOT = Path(__file__).parent.parent
 CPU = parse_target("cpu:8")
 CONFIG = Config(
@@ -52,14 +54,6 @@ JSON_FIELDS = {"argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "p
 COLLECTIVE_FIELDS = {"op", "axis", "scope", "count", "bytes", "is_async", "hidden_fraction"}
 TIMELINE_FIELDS = {"step_s", "compute_s", "comm_s", "exposed_comm_s", "flops"}
 FACTS = {"target", "num_devices", "layout", "mesh", "seq_len", "batch", "num_params", "compile_s"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def optax_promotes():
-    """optax raises floats to integer powers."""
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
-    yield
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,7 +103,7 @@ def test_tied_embeddings_have_no_head():
 @pytest.mark.parametrize("layout", [name for name in LAYOUT_CASES if name != "single"])
 def test_a_seed_gives_the_same_logical_parameters_under_every_layout(layout):
     actual, desired = (logical_params(nnx.state(make_model(name))) for name in (layout, "single"))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(actual), jax.device_get(desired))
+    chex.assert_trees_all_equal(actual, desired)
 
 
 def test_other_seeds_give_other_parameters():
@@ -129,7 +130,7 @@ def test_pad_then_unpad_is_the_identity(queries):
 def test_to_stored_is_the_inverse_of_to_logical():
     state = nnx.state(make_model("tsp8"))
     forms, params = stored_forms(state), nnx.to_pure_dict(state)
-    jax.tree.map(np.testing.assert_array_equal, to_stored(forms, to_logical(forms, params)), params)
+    chex.assert_trees_all_equal(to_stored(forms, to_logical(forms, params)), params)
 
 
 # ------------------------------------------------------------------------------------------------ a user's model

@@ -18,6 +18,8 @@ from tsp_jax.layout import place
 from tsp_jax.targets import HARDWARE, parse_target
 from tsp_jax.training.step import make_program
 
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
 CONFIG = Config(
     model=ModelConfig(vocab_size=160, d_model=64, num_layers=5, num_heads=8, num_kv_heads=8, head_dim=8, d_ff=160),
     stream=StreamConfig(attention_buckets=1, mlp_buckets=5, vocab_buckets=5, query_block=8, key_block=8, kernel="xla"),
@@ -28,14 +30,6 @@ CONFIG = Config(
 )
 RESIDUALS = 5 * 2 * 128 // 8 * 64 * 2
 """bytes of the inputs of all layers on one of eight devices, in bfloat16"""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def optax_promotes():
-    """optax raises floats to integer powers."""
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
-    yield
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def after_two_steps(config: Config):

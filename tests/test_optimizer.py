@@ -13,16 +13,10 @@ from tsp_jax.config import OptimizerConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.training.optimizer import make_optimizer, make_schedule
 
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
 STEPS, TOLERANCE = 6, 1e-5
 """relative; the formula below is computed in float64"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def optax_promotes():
-    """optax raises floats to integer powers."""
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
-    yield
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -21,16 +20,10 @@ from tsp_jax.errors import HUNG, PREEMPTED, ConfigError
 from tsp_jax.training import loop
 from tsp_jax.training.checkpoint import saved_steps
 
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
 LOSS_TOLERANCE = 1e-6
 """relative: the same program on the same mesh; only the library that sums is another"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def optax_promotes():
-    """optax raises floats to integer powers."""
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
-    yield
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def config_of(folder: Path, **changes):

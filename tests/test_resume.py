@@ -22,15 +22,9 @@ from tsp_jax.training.metrics import MetricsFile, read_metrics
 from tsp_jax.training.preemption import SIGNALS, Agreement, StopSignals
 from tsp_jax.training.run import Run
 
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
 make_program = compile_once(loop.make_program)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def optax_promotes():
-    """optax raises floats to integer powers."""
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
-    yield
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 @pytest.fixture(autouse=True)

@@ -27,18 +27,10 @@ from tsp_jax.training.data import Batches
 from tsp_jax.training.manifest import find_damage
 from tsp_jax.training.run import Run
 
-pytestmark = pytest.mark.soak
+pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("optax_promotes")]
 make_program = compile_once(loop.make_program)
 KILLS = 20
 DAMAGES = 100
-
-
-@pytest.fixture(scope="module", autouse=True)
-def optax_promotes():
-    """optax raises floats to integer powers."""
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
-    yield
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 @pytest.fixture(autouse=True)

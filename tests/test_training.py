@@ -21,16 +21,10 @@ from tsp_jax.training.loop import train
 from tsp_jax.training.metrics import read_metrics
 from tsp_jax.training.step import make_program
 
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
 LOSS_TOLERANCE = 1e-5
 """relative, per step: what the issue asks for; float32 sums in another order differ by about 1e-6"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def optax_promotes():
-    """optax raises floats to integer powers."""
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
-    yield
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 @pytest.fixture(scope="module")

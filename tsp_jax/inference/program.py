@@ -16,7 +16,7 @@ from tsp_jax.inference.cache import Cache, abstract_cache, empty_cache
 from tsp_jax.inference.forward import decode, decode_placement, prefill
 from tsp_jax.inspect.memory import memory_report
 from tsp_jax.layout import Placement, check_divides
-from tsp_jax.models.transformer import Transformer
+from tsp_jax.models.transformer import Transformer, functional
 from tsp_jax.nn import stored_forms
 
 WHOLE = StreamConfig(mlp_buckets=1, vocab_buckets=1)
@@ -148,14 +148,8 @@ def _model(config: Config, placement: Placement, stream: StreamConfig, params_dt
         )
 
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
-
-    def model_of(params: dict) -> Transformer:
-        state = jax.tree.map(lambda x: x, abstract)
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graphdef, state)
-
     params = jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(array.shape, params_dtype, sharding=array.sharding),
         nnx.to_pure_dict(abstract),
     )
-    return model_of, params, stored_forms(abstract)
+    return functional(graphdef, abstract), params, stored_forms(abstract)

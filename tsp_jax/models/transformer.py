@@ -4,7 +4,7 @@ Layers are stacked along a leading dimension and scanned, so that compile time d
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from tsp_jax.models.stack import run_layers
 from tsp_jax.nn import MLP, Attention, Embed, divert_grads, residual_std
 from tsp_jax.ops.attention import SAVED_NAMES
 
+M = TypeVar("M", bound=nnx.Module)
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -27,6 +28,17 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
         offload_src="device", offload_dst="pinned_host",
     ),
 }  # fmt: skip
+
+
+def functional(graphdef: nnx.GraphDef[M], state: nnx.State) -> Callable[[dict], M]:
+    """Parameters -> the module that `nnx.split` took apart, with these in the place of its own."""
+
+    def module_of(params: dict) -> M:
+        mine = jax.tree.map(lambda x: x, state)
+        nnx.replace_by_pure_dict(mine, params)
+        return nnx.merge(graphdef, mine)
+
+    return module_of
 
 
 def rematerialise(layer: Callable, remat: Remat) -> Callable:
@@ -127,10 +139,7 @@ class Transformer(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
         x_BTD, params, tokens = self.embed(tokens_BT), nnx.to_pure_dict(stacked), (positions_BT, segment_ids_BT)
 
-        def module(params) -> DecoderLayer:
-            state = jax.tree.map(lambda x: x, stacked)
-            nnx.replace_by_pure_dict(state, params)
-            return nnx.merge(graphdef, state)
+        module = functional(graphdef, stacked)
 
         def layer(params, x_BTD, tokens):
             return module(params)(x_BTD, *tokens)

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tsp_jax.config import Config
 from tsp_jax.layout import Placement
-from tsp_jax.models.transformer import Transformer
+from tsp_jax.models.transformer import Transformer, functional
 from tsp_jax.nn import AsStored, stored_forms
 from tsp_jax.training.data import Batch
 from tsp_jax.training.guard import update_if_finite
@@ -75,46 +75,19 @@ def make_program(config: Config, placement: Placement) -> TrainProgram:
         )  # fmt: skip
 
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(0)))
+    model_of = functional(graphdef, abstract)
     optimizer = make_optimizer(config.optimizer, config.steps)
     shardings, forms, moments = _state_trees(abstract, optimizer, placement, config.optimizer.zero1)
-    schedule = make_schedule(config.optimizer, config.steps)
-
-    def model_of(params: dict) -> Transformer:
-        state = jax.tree.map(lambda x: x, abstract)
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graphdef, state)
 
     def init() -> TrainState:
         params = nnx.to_pure_dict(nnx.state(make_model(config.seed)))
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    def loss(wanted: dict, params: dict, micro: Batch, num_labels: jax.Array):
-        sinks = wanted["layers"]
-        nll_BT, lse_BT = model_of({**wanted, "layers": params["layers"]}).token_losses(micro, sinks)
-        nll = nll_BT.sum() / num_labels
-        return nll + config.z_loss * (lse_BT * lse_BT).sum() / num_labels, nll
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        num_labels = (batch.labels >= 0).sum(dtype=jnp.float32)
-        gradient = jax.grad(loss, has_aux=True)
-        sinks = jax.tree.map(lambda p: jnp.zeros(p.shape, config.grad_dtype), state.params["layers"])
-        wanted = {**state.params, "layers": lax.with_sharding_constraint(sinks, shardings.params["layers"])}
-        num_labels_or_1 = jnp.maximum(num_labels, 1.0)
-        grads, nll = _accumulate(lambda micro: gradient(wanted, state.params, micro, num_labels_or_1), batch)
-        grads = lax.with_sharding_constraint(grads, moments)
-        grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        grad_norm = optax.tree.norm(grads)
-        params, opt_state = update_if_finite(nll, grad_norm, (params, opt_state), (state.params, state.opt_state))
-        params = lax.with_sharding_constraint(params, shardings.params)
-        metrics = StepMetrics(nll, grad_norm, schedule(state.step), num_labels)
-        return TrainState(state.step + 1, params, opt_state), metrics
-
     def evaluate(params: dict, batch: Batch):
         losses = model_of(params).token_losses(jax.tree.map(lambda x: x[0], batch))
         return losses.nll_Bt.sum(), (batch.labels >= 0).sum(dtype=jnp.float32)
 
+    step = _make_step(config, model_of, optimizer, shardings.params, moments)
     batch_sharding = NamedSharding(placement.mesh, PartitionSpec(None, *placement.layout.spec("batch", "sequence")))
     abstract_state = jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
@@ -128,6 +101,36 @@ def make_program(config: Config, placement: Placement) -> TrainProgram:
         forms=forms,
         batch_sharding=batch_sharding,
     )
+
+
+def _make_step(config: Config, model_of: Callable[[dict], Transformer], optimizer, shardings: dict, moments: dict):
+    """(state, batch) -> (state, metrics); shardings of the parameters, and of a moment, like them."""
+    schedule = make_schedule(config.optimizer, config.steps)
+
+    def loss(wanted: dict, params: dict, micro: Batch, num_labels: jax.Array):
+        sinks = wanted["layers"]
+        nll_BT, lse_BT = model_of({**wanted, "layers": params["layers"]}).token_losses(micro, sinks)
+        nll = nll_BT.sum() / num_labels
+        return nll + config.z_loss * (lse_BT * lse_BT).sum() / num_labels, nll
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        num_labels = (batch.labels >= 0).sum(dtype=jnp.float32)
+        gradient = jax.grad(loss, has_aux=True)
+        sinks = jax.tree.map(lambda p: jnp.zeros(p.shape, config.grad_dtype), state.params["layers"])
+        wanted = {**state.params, "layers": lax.with_sharding_constraint(sinks, shardings["layers"])}
+        num_labels_or_1 = jnp.maximum(num_labels, 1.0)
+        grads, nll = _accumulate(lambda micro: gradient(wanted, state.params, micro, num_labels_or_1), batch)
+        grads = lax.with_sharding_constraint(grads, moments)
+        grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        grad_norm = optax.tree.norm(grads)
+        params, opt_state = update_if_finite(nll, grad_norm, (params, opt_state), (state.params, state.opt_state))
+        params = lax.with_sharding_constraint(params, shardings)
+        metrics = StepMetrics(nll, grad_norm, schedule(state.step), num_labels)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return step
 
 
 def _accumulate(gradient: Callable[[Batch], tuple[dict, jax.Array]], batch: Batch) -> tuple[dict, jax.Array]:

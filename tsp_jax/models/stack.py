@@ -89,7 +89,7 @@ class _Slots(NamedTuple):
         """`slots` with the input of a layer."""
 
         def put(slots, index, x_BtD):
-            return _in_order(lax.dynamic_update_slice(slots, _to_rows(x_BtD, self.x, slots), (index, 0, 0)))
+            return _row_major(lax.dynamic_update_slice(slots, _to_rows(x_BtD, self.x, slots), (index, 0, 0)))
 
         return self._run(put, (self._spec, PartitionSpec(), self.x.spec), self._spec)(slots, index, x_BTD)
 
@@ -108,7 +108,7 @@ class _Slots(NamedTuple):
         def put(slots, index, *grads):
             for leaf, grad in zip(self.grads, grads, strict=True):
                 slots = lax.dynamic_update_slice(slots, _to_rows(grad, leaf, slots), (index, leaf.first, 0))
-            return _in_order(slots)
+            return _row_major(slots)
 
         specs = (self._spec, PartitionSpec(), *(leaf.spec for leaf in self.grads))
         return self._run(put, specs, self._spec)(slots, index, *jax.tree.leaves(grads))
@@ -123,7 +123,7 @@ class _Slots(NamedTuple):
         return jax.tree.unflatten(jax.tree.structure(grads), self._run(read, self._spec, specs)(slots))
 
 
-def _in_order(rows: jax.Array) -> jax.Array:
+def _row_major(rows: jax.Array) -> jax.Array:
     """[n, rows, D] in that order in memory.
 
     Where what reads or writes a slot likes another order, the TPU's compiler would else copy all slots to it.
@@ -145,7 +145,7 @@ def _to_rows(array: jax.Array, leaf: _Leaf, slots: jax.Array) -> jax.Array:
 
 def _from_rows(rows: jax.Array, leaf: _Leaf) -> jax.Array:
     """Inverse of `_to_rows`, of several layers: [n, rows, D] -> [n, ...]."""
-    rows, wider = _in_order(rows), leaf.dtype.itemsize // rows.dtype.itemsize
+    rows, wider = _row_major(rows), leaf.dtype.itemsize // rows.dtype.itemsize
     cut = rows.reshape(rows.shape[0], -1, wider) if wider > 1 else rows
     flat = lax.bitcast_convert_type(cut, leaf.dtype).reshape(rows.shape[0], -1)
     return flat[:, : math.prod(leaf.shape)].reshape(rows.shape[0], *leaf.shape)

@@ -22,7 +22,7 @@ import tyro
 
 from tsp_jax.layout import make_mesh
 from tsp_jax.ops import kernels
-from tsp_jax.ops.kernels.blockwise import Blocks, Tokens
+from tsp_jax.ops.kernels.xla import Blocks, Tokens
 from tsp_jax.training.data import sequence_order
 
 

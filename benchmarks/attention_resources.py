@@ -38,11 +38,11 @@ import msgpack
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from tsp_jax.hardware.targets import parse_target, use_target
 from tsp_jax.ops import kernels
-from tsp_jax.ops.kernels import fused
-from tsp_jax.ops.kernels.blockwise import Blocks, Tokens, delta
+from tsp_jax.ops.kernels import triton as fused
 from tsp_jax.ops.kernels.tiles import Tile, Tiles, tiles_of
-from tsp_jax.targets import parse_target, use_target
+from tsp_jax.ops.kernels.xla import Blocks, Tokens, delta
 
 NAMES = {"forward": "_forward_kernel", "dq": "_dq_kernel", "dkv": "_dkv_kernel"}
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import tyro
 
-from tsp_jax.aot import compile_step
-from tsp_jax.cli import load_config
 from tsp_jax.config import Config
+from tsp_jax.cost.training import movements
 from tsp_jax.errors import ConfigError
+from tsp_jax.hardware.targets import parse_target, use_target
 from tsp_jax.inspect import collectives, parse
 from tsp_jax.layout import get_layout, parse_mesh
-from tsp_jax.plan.cost import movements
-from tsp_jax.targets import parse_target, use_target
+from tsp_jax.tools.cli import load_config
+from tsp_jax.tools.compile import compile_step
 
 OPS = ("attention", "mlp", "embed", "loss")
 PINNED = ("gather", "activations")

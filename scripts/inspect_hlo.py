@@ -4,8 +4,8 @@ python scripts/inspect_hlo.py llama_7b --seq-len 131072 --batch 1 --layout tsp -
 python scripts/inspect_hlo.py OUT.hlo --target mi300x:8 --mesh data=1,tsp=8      # the text of a compiled program
 """
 
-from tsp_jax.cli import main
-from tsp_jax.inspection import StepOptions, TextOptions, inspect_step, inspect_text
+from tsp_jax.tools.cli import main
+from tsp_jax.tools.inspect import StepOptions, TextOptions, inspect_step, inspect_text
 
 if __name__ == "__main__":
     main(inspect_step, lambda config: StepOptions(config=config), text=(inspect_text, TextOptions()))

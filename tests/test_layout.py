@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from tests.helpers import LAYOUT_CASES, MIX, PARTIAL, TWO_AXES, place_case
+from tests.builders.arrays import LAYOUT_CASES, MIX, PARTIAL, TWO_AXES, place_case
 from tsp_jax.config import Config, DataConfig, ModelConfig
 from tsp_jax.errors import ConfigError
+from tsp_jax.heads import pad_heads
 from tsp_jax.layout import (
     LAYOUTS,
     WEIGHT_DIMS,
@@ -21,7 +22,6 @@ from tsp_jax.layout import (
     check_fits,
     get_layout,
     make_mesh,
-    pad_heads,
     parse_mesh,
     place,
 )

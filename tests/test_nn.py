@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from tests.helpers import (
+from tests.builders.arrays import (
     F32_TOLERANCE,
     LAYOUT_CASES,
     assert_trees_near,
@@ -24,9 +24,9 @@ from tests.helpers import (
 )
 from tsp_jax.config import ModelConfig, StreamConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.layout import pad_heads
+from tsp_jax.heads import HeadPadding, logical_params, pad_heads, paddings, to_logical, to_stored
 from tsp_jax.models.transformer import Transformer
-from tsp_jax.nn import MLP, Attention, Embed, HeadRows, logical_params, stored_forms, to_logical, to_stored
+from tsp_jax.nn import MLP, Attention, Embed
 from tsp_jax.ops import reference
 from tsp_jax.training.data import sequence_order
 
@@ -120,16 +120,16 @@ def test_layers_start_with_parameters_of_their_own():
 def test_pad_then_unpad_is_the_identity(queries):
     heads = pad_heads(N, K, H, 8)
     rows = normal(0, 2, (N if queries else K) * H, D)
-    form = HeadRows(heads, queries)
-    padded = form.pad(jnp.asarray(rows))
+    padding = HeadPadding(heads, queries)
+    padded = padding.pad(jnp.asarray(rows))
     assert padded.shape == (2, (heads.query if queries else heads.kv) * H, D)
-    np.testing.assert_array_equal(form.unpad(padded), rows)
+    np.testing.assert_array_equal(padding.unpad(padded), rows)
     assert np.count_nonzero(padded) == np.count_nonzero(rows)
 
 
 def test_to_stored_is_the_inverse_of_to_logical():
     state = nnx.state(make_model("tsp8"))
-    forms, params = stored_forms(state), nnx.to_pure_dict(state)
+    forms, params = paddings(state), nnx.to_pure_dict(state)
     chex.assert_trees_all_equal(to_stored(forms, to_logical(forms, params)), params)
 
 
@@ -211,7 +211,7 @@ def test_padded_heads_get_exactly_no_gradient(layout):
     graphdef, state = nnx.split(attention)
     x, cotangent = normal(0, B, S, D), normal(1, B, S, D)
     grads = jax.jit(jax.grad(lambda state: (nnx.merge(graphdef, state)(x) * cotangent).sum()))(state)
-    forms = stored_forms(state)
+    forms = paddings(state)
     for name in ("w_q", "w_k", "w_v", "w_o"):
         real = forms[name].pad(jnp.ones_like(forms[name].unpad(grads[name][...])))
         gradient = np.asarray(grads[name][...])
@@ -223,9 +223,9 @@ def test_padded_heads_get_exactly_no_gradient(layout):
 def test_padded_heads_change_nothing(noise):
     """Not even if what stands in their output rows were not zero."""
     attention = make_attention("tsp8")
-    form = HeadRows(attention.heads, True)
-    padding = 1 - form.pad(jnp.ones_like(form.unpad(attention.w_o[...])))
-    attention.w_o[...] += noise * padding
+    padding = HeadPadding(attention.heads, True)
+    no_head = 1 - padding.pad(jnp.ones_like(padding.unpad(attention.w_o[...])))
+    attention.w_o[...] += noise * no_head
     x = normal(0, B, S, D)
     weights = (logical_params(nnx.state(attention))[name] for name in ("w_q", "w_k", "w_v", "w_o"))
     positions = np.broadcast_to(np.arange(S, dtype=np.int32), (B, S))

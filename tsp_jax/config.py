@@ -11,8 +11,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from tsp_jax.errors import ConfigError
 
 Activation = Literal["silu", "gelu"]
-AttentionMovement = Literal["auto", "gather", "broadcast", "activations"]
-Movement = Literal["auto", "gather", "ring", "rings", "activations"]
+AttentionMovement = Literal["auto", "gather", "activations"]
+Movement = Literal["auto", "gather", "ring", "activations"]
 Order = Literal["zigzag", "contiguous"]
 Remat = Literal["none", "full", "save_attention", "offload"]
 DType = Literal["float32", "bfloat16"]
@@ -143,15 +143,15 @@ class StreamConfig:
     """
 
     attention_movement: AttentionMovement = "auto"
-    """gather: one slice of every rank's heads at a time; broadcast: one rank's heads at a time (the paper's);
-    activations: a slice of every rank's tokens at a time; auto: gather or activations, whichever is fewer bytes"""
+    """gather: one slice of every rank's heads at a time; activations: a slice of every rank's tokens at a time; auto:
+    whichever of the two receives fewer bytes"""
     attention_buckets: int = 4
     """pieces that heads are cut into, as their weights travel: each one slice of every folded rank's"""
     exchange_buckets: int = 4
     """pieces that KV heads are cut into, as keys and values of one are exchanged while another attends"""
     mlp_movement: Movement = "auto"
     """gather: one slice of every rank's columns at a time; ring: one rank's columns at a time (the paper's);
-    rings: parts of them, by rings of different strides; activations and auto as for attention"""
+    activations and auto as for attention"""
     mlp_buckets: int = 4
     """pieces that FFN columns are cut into (gather)"""
     vocab_movement: Movement = "auto"
@@ -162,8 +162,6 @@ class StreamConfig:
     """pieces that a rank's tokens are cut into, as they move instead of weights (activations)"""
     tokens: int = 4096
     """tokens that meet a piece of the weights at a time, at most: bounds what is made of a piece"""
-    unroll: bool = False
-    """unroll the loop over pieces, so that a scheduler may overlap their messages; False scans"""
     query_block: int = 512
     """query tokens in one block of blockwise attention"""
     key_block: int = 512

@@ -6,9 +6,7 @@ axes in Q exchange keys and values. TP, SP, TP+SP, FSDP+CP and TSP are rows of o
 """
 
 import dataclasses
-import itertools
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -142,10 +140,6 @@ class Placement:
         """NamedSharding of an array whose dimensions are these logical ones."""
         return NamedSharding(self.mesh, self.layout.spec(*dims))
 
-    def head_slots(self, num_heads: int, num_kv_heads: int, head_dim: int) -> "Heads":
-        """`pad_heads` for the ranks here."""
-        return pad_heads(num_heads, num_kv_heads, head_dim, *(self.mesh.shape[name] for name in self.layout.heads))
-
     def shard_map(self, fn, in_specs, out_specs):
         """`fn` run once per device, on its slices."""
         return jax.shard_map(fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
@@ -226,64 +220,9 @@ def place(layout: str | Layout, devices: Sequence[Any] | None = None, **sizes: i
     return Placement(layout, make_mesh(parse_mesh(text, layout, len(available)), devices))
 
 
-class Heads(NamedTuple):
-    """Slots for attention heads, padded so that every rank holds the same number.
-
-    Slot (k, g) is query head g of KV head k; real heads stand first along both. Rank p of R holds slots
-    [p, p + 1) * kv * group / R in row-major order; with fewer KV slots than ranks, several ranks share a KV head.
-    """
-
-    kv: int
-    """KV slots, real and padded"""
-    group: int
-    """query slots of each KV slot, real and padded"""
-    num_kv_heads: int
-    """K, real KV heads"""
-    real_group: int
-    """G = N / K, real query heads of a KV head"""
-    dim: int
-    """H, head size"""
-
-    @property
-    def query(self) -> int:
-        """Query slots."""
-        return self.kv * self.group
-
-    @property
-    def padded(self) -> bool:
-        """Whether any slot is not a real head."""
-        return (self.kv, self.group) != (self.num_kv_heads, self.real_group)
-
-
-def pad_heads(num_heads: int, num_kv_heads: int, head_dim: int, *axes: int) -> Heads:
-    """Fewest head slots that the ranks of mesh axes of these sizes, outermost first, can share evenly.
-
-    KV slots are a multiple of the ranks, or divide them (then each KV head's columns are stored in equal parts by the
-    ranks that share it). No ranks that an inner axis groups use parts of several KV heads.
-    """
-    ranks = math.prod(axes)
-    groups = list(itertools.accumulate(axes, operator.mul))
-
-    def can_share(kv: int) -> bool:
-        if kv % ranks and (ranks % kv or head_dim % (ranks // kv)):
-            return False
-        return all(kv % count == 0 or count % kv == 0 for count in groups)
-
-    kv = next(kv for kv in itertools.count(num_kv_heads) if can_share(kv))
-    real_group = num_heads // num_kv_heads
-    sharing = max(1, ranks // kv)
-    group = -(-real_group // sharing) * sharing
-    return Heads(kv=kv, group=group, num_kv_heads=num_kv_heads, real_group=real_group, dim=head_dim)
-
-
 def largest_divisor(value: int, at_most: int) -> int:
     """The largest divisor of `value` that does not exceed `at_most`."""
     return next(d for d in range(min(value, at_most), 0, -1) if value % d == 0)
-
-
-def coprime_strides(ranks: int) -> tuple[int, ...]:
-    """Strides whose hops lead through all ranks and back: rings that share no link of a full mesh."""
-    return tuple(stride for stride in range(1, ranks) if math.gcd(stride, ranks) == 1)
 
 
 def check_divides(field: str, value: int, ranks: int, axes: AxisNames, why: str = "") -> None:

@@ -5,7 +5,6 @@ Each layer holds ordinary global parameters with sharding metadata and runs its 
 stands first. Dims: B batch, T tokens, D model, N query heads, K KV heads, H head, F ffn, V vocabulary.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,16 +15,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tsp_jax.config import Activation, Remat, RopeScaling, StreamConfig
+from tsp_jax.cost.traffic import Cut, Traffic, attention_traffic, choose, embed_traffic, loss_traffic, mlp_traffic
 from tsp_jax.errors import ConfigError
-from tsp_jax.layout import Heads, Placement, check_divides, largest_divisor
-from tsp_jax.ops import attention as attention_op
+from tsp_jax.heads import HeadPadding, padded_heads
+from tsp_jax.layout import Placement, check_divides, largest_divisor
 from tsp_jax.ops import cross_entropy as cross_entropy_op
 from tsp_jax.ops import kernels
+from tsp_jax.ops.attention import train as attention_op
 from tsp_jax.ops.embedding import embed
-from tsp_jax.ops.kernels.blockwise import Blocks, Tokens
+from tsp_jax.ops.kernels.xla import Blocks, Tokens
 from tsp_jax.ops.mlp import mlp
 from tsp_jax.ops.stream import Stream
-from tsp_jax.traffic import Cut, Traffic, attention_traffic, choose, embed_traffic, loss_traffic, mlp_traffic
 
 
 def _cut(placement: Placement, dim: str, shape: Sequence[int], dtype: jnp.dtype, stream: Stream) -> Cut:
@@ -36,10 +36,10 @@ def _cut(placement: Placement, dim: str, shape: Sequence[int], dtype: jnp.dtype,
     )  # fmt: skip
 
 
-def stream_of(config: StreamConfig, movement: str, pieces: int, placement: Placement) -> Stream:
+def stream_of(config: StreamConfig, movement: str, buckets: int, placement: Placement) -> Stream:
     """The stream of an op; whole weights are gathered, whatever the configuration says."""
     movement = "gather" if placement.layout.whole_weights else movement
-    return Stream(movement, pieces, config.unroll, config.grad_dtype, config.tokens, config.token_buckets)
+    return Stream(movement, buckets, config.grad_dtype, config.tokens, config.token_buckets)
 
 
 def _pieces(placement: Placement, dim: str, buckets: int, rows: int) -> int:
@@ -60,37 +60,6 @@ def _check_tokens(shape: Sequence[int], placement: Placement) -> None:
 
 def _weight(key: jax.Array, shape: Sequence[int], std: float) -> jax.Array:
     return nnx.initializers.normal(std)(key, shape, jnp.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadRows:
-    """Rows of a projection over heads: logical (real heads only) or stored (padded slots)."""
-
-    heads: Heads
-    queries: bool
-    """query slots; else KV slots"""
-
-    @property
-    def padded(self) -> bool:
-        """Whether logical and stored rows differ."""
-        return self.heads.padded
-
-    def _cut(self, rows: jax.Array, kv: int, group: int) -> jax.Array:
-        return rows.reshape(*rows.shape[:-2], kv, group if self.queries else 1, self.heads.dim, rows.shape[-1])
-
-    def pad(self, rows: jax.Array) -> jax.Array:
-        """[..., logical rows, D] -> [..., stored rows, D], zeros in the slots of no head."""
-        heads = self.heads
-        cut = self._cut(rows, heads.num_kv_heads, heads.real_group)
-        more = (heads.kv - heads.num_kv_heads, heads.group - heads.real_group if self.queries else 0)
-        widths = [(0, 0)] * (cut.ndim - 4) + [(0, more[0]), (0, more[1]), (0, 0), (0, 0)]
-        return jnp.pad(cut, widths).reshape(*rows.shape[:-2], -1, rows.shape[-1])
-
-    def unpad(self, rows: jax.Array) -> jax.Array:
-        """[..., stored rows, D] -> [..., logical rows, D]."""
-        heads = self.heads
-        cut = self._cut(rows, heads.kv, heads.group)[..., : heads.num_kv_heads, : heads.real_group, :, :]
-        return cut.reshape(*rows.shape[:-2], -1, rows.shape[-1])
 
 
 class Attention(nnx.Module):
@@ -139,7 +108,7 @@ class Attention(nnx.Module):
         head_dim = head_dim or d_model // num_heads
         if num_heads % num_kv_heads:
             raise ConfigError(f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}; use a multiple")
-        heads = placement.head_slots(num_heads, num_kv_heads, head_dim)
+        heads = padded_heads(placement, num_heads, num_kv_heads, head_dim)
         self.placement, self.dtype, self.heads = placement, jnp.dtype(dtype), heads
         self.remat: Remat = remat
         self.stream = stream_of(stream, stream.attention_movement, 1, placement)
@@ -156,9 +125,11 @@ class Attention(nnx.Module):
         )
 
         def rows(count: int, queries: bool, std: float) -> nnx.Param:
-            form = HeadRows(heads, queries)
-            value = form.pad(_weight(rngs.params(), (count * head_dim, d_model), std))
-            return nnx.Param(value, out_sharding=placement.layout.spec("heads", None), mesh=placement.mesh, form=form)
+            padding = HeadPadding(heads, queries)
+            value = padding.pad(_weight(rngs.params(), (count * head_dim, d_model), std))
+            return nnx.Param(
+                value, out_sharding=placement.layout.spec("heads", None), mesh=placement.mesh, padding=padding
+            )
 
         self.w_q = rows(num_heads, True, init_std)
         self.w_k = rows(num_kv_heads, False, init_std)
@@ -195,7 +166,7 @@ class Attention(nnx.Module):
             norms = attention_op.HeadNorms(self.q_norm[...], self.k_norm[...])
         w_o = self.w_o[...]
         if self.heads.padded:  # a padded query slot of a real KV head has an output, and so a gradient, to be dropped
-            w_o *= HeadRows(self.heads, True).pad(jnp.ones((self._logical_rows(), 1), w_o.dtype))
+            w_o *= HeadPadding(self.heads, True).pad(jnp.ones((self._logical_rows(), 1), w_o.dtype))
         weights = attention_op.AttentionWeights(self.w_q[...], self.w_k[...], self.w_v[...], w_o)
 
         stream = self._stream(x_BTD.shape)
@@ -251,8 +222,8 @@ class MLP(nnx.Module):
     ):
         rows = _shard_rows("d_ff", d_ff, "mlp", placement)
         self.placement, self.dtype, self.activation = placement, jnp.dtype(dtype), activation
-        pieces = _pieces(placement, "mlp", stream.mlp_buckets, rows)
-        self.stream = stream_of(stream, stream.mlp_movement, pieces, placement)
+        buckets = _pieces(placement, "mlp", stream.mlp_buckets, rows)
+        self.stream = stream_of(stream, stream.mlp_movement, buckets, placement)
 
         def columns(std: float) -> nnx.Param:
             value = _weight(rngs.params(), (d_ff, d_model), std)
@@ -308,8 +279,8 @@ class Embed(nnx.Module):
     ):
         rows = _shard_rows("vocab_size", vocab_size, "vocab", placement)
         self.placement, self.dtype = placement, jnp.dtype(dtype)
-        pieces = _pieces(placement, "vocab", stream.vocab_buckets, rows)
-        self.stream = stream_of(stream, stream.vocab_movement, pieces, placement)
+        buckets = _pieces(placement, "vocab", stream.vocab_buckets, rows)
+        self.stream = stream_of(stream, stream.vocab_movement, buckets, placement)
         value = _weight(rngs.params(), (vocab_size, d_model), init_std)
         self.table = nnx.Param(value, out_sharding=placement.layout.spec("vocab", None), mesh=placement.mesh)
 
@@ -384,41 +355,3 @@ def _divert_backward(residuals, grads):
 
 
 divert_grads.defvjp(_divert_forward, _divert_backward)
-
-
-class AsStored:
-    """Arrays whose logical and stored forms are one: all but projections over padded heads."""
-
-    padded = False
-
-    def pad(self, array: jax.Array) -> jax.Array:
-        return array
-
-    def unpad(self, array: jax.Array) -> jax.Array:
-        return array
-
-
-def stored_forms(state: nnx.State) -> dict:
-    """Of each parameter, what turns its logical form (the same under every layout) into the stored one and back."""
-
-    def form(param: nnx.Variable) -> AsStored | HeadRows:
-        return param.get_metadata().get("form") or AsStored()
-
-    return nnx.to_pure_dict(
-        jax.tree.map(lambda param: param.replace(form(param)), state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    )
-
-
-def to_logical(forms: Any, stored: Any) -> Any:
-    """Global logical arrays of parameters (or of a tree like them)."""
-    return jax.tree.map(lambda form, array: form.unpad(array), forms, stored)
-
-
-def to_stored(forms: Any, logical: Any) -> Any:
-    """Inverse of `to_logical`; padding is zero."""
-    return jax.tree.map(lambda form, array: form.pad(array), forms, logical)
-
-
-def logical_params(state: nnx.State) -> dict:
-    """Global logical arrays of a model's parameters."""
-    return to_logical(stored_forms(state), nnx.to_pure_dict(state))

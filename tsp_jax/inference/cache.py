@@ -17,8 +17,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tsp_jax.config import ModelConfig
+from tsp_jax.heads import padded_heads
 from tsp_jax.layout import Placement
-from tsp_jax.ops.kv_cache import EMPTY, NO_TOKEN, KeyValues
+from tsp_jax.ops.attention.kv_cache import EMPTY, NO_TOKEN, KeyValues
 
 PAGE = 16
 """a rank's slots are a multiple of this"""
@@ -65,7 +66,7 @@ def abstract_cache(
       dtype: of keys and values.
     """
     tensor_shards = math.prod(placement.mesh.shape[name] for name in placement.layout.axes("heads").tensor)
-    heads = placement.head_slots(model.num_heads, model.num_kv_heads, model.head_dim)
+    heads = padded_heads(placement, model.num_heads, model.num_kv_heads, model.head_dim)
     page = PAGE * placement.size("sequence")
     slots = -(-capacity // page) * page
     array = (model.num_layers, batch, max(heads.kv, tensor_shards), slots, model.head_dim)

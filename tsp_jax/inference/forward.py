@@ -23,11 +23,11 @@ from tsp_jax.inference.cache import Cache, cache_specs
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer
 from tsp_jax.nn import Attention
-from tsp_jax.ops.decode_attention import decode_attention
-from tsp_jax.ops.kv_cache import EMPTY, NO_TOKEN, claim_slots, own_tokens, write_slots
+from tsp_jax.ops.attention.decode import decode_attention
+from tsp_jax.ops.attention.kv_cache import EMPTY, NO_TOKEN, claim_slots, own_tokens, write_slots
+from tsp_jax.ops.attention.prefill import prefill_attention
+from tsp_jax.ops.attention.projections import AttentionWeights, HeadNorms
 from tsp_jax.ops.linear import matmul_t
-from tsp_jax.ops.prefill_attention import prefill_attention
-from tsp_jax.ops.projections import AttentionWeights, HeadNorms
 
 REPLICATED = PartitionSpec()
 

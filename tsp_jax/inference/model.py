@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from tsp_jax.config import Config, DType, ModelConfig, StreamConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.inference.loop import OnToken, Stats, check_prompts, generate_tokens
+from tsp_jax.hf.config import read_json
+from tsp_jax.hf.tokenizer import Tokenizer, read_stop_tokens
+from tsp_jax.hf.weights import check_folder, load_params, read_config
+from tsp_jax.inference.batching import OnToken, Stats, check_prompts, generate_tokens
 from tsp_jax.inference.program import InferenceProgram, make_inference_program
 from tsp_jax.inference.sampling import Sampling
 from tsp_jax.layout import Placement, check_divides
-from tsp_jax.models.hf import check_folder, load_params, read_config
-from tsp_jax.models.hf_config import read_json
-from tsp_jax.models.hf_tokenizer import Tokenizer, read_stop_tokens
 
 Prompt = str | Sequence[int]
 CHUNK = 2048

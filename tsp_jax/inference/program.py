@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tsp_jax.compiler import compiler_options
 from tsp_jax.config import Config, StreamConfig
 from tsp_jax.errors import ConfigError
+from tsp_jax.hardware.compiler_options import compiler_options
+from tsp_jax.heads import paddings
 from tsp_jax.inference.cache import Cache, abstract_cache, empty_cache
 from tsp_jax.inference.forward import decode, decode_placement, prefill
 from tsp_jax.inspect.memory import memory_report
 from tsp_jax.layout import Placement, check_divides
 from tsp_jax.models.transformer import Transformer, functional
-from tsp_jax.nn import stored_forms
 
 WHOLE = StreamConfig(mlp_buckets=1, vocab_buckets=1)
 """where no weight moves, none is cut"""
@@ -44,8 +44,8 @@ class InferenceProgram:
     """parameters of training, in stored form, in the dtype of serving"""
     abstract_params: dict
     """shapes, dtypes and shardings, in stored form: those of training, but for the dtype"""
-    forms: dict
-    """of each parameter, how its stored form differs from the logical one"""
+    paddings: dict
+    """for each parameter, the object that pads its layout-independent array to the stored shape and back"""
     abstract_cache: Cache
     abstract_chunk: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
     """tokens and positions that prefill takes"""
@@ -89,7 +89,7 @@ def make_inference_program(
     """
     _check(placement, batch, capacity, chunk)
     dtype = jnp.dtype(config.compute_dtype)
-    model_of, abstract_params, forms = _model(config, placement, config.stream, params_dtype or dtype)
+    model_of, abstract_params, pads = _model(config, placement, config.stream, params_dtype or dtype)
     whole_model_of, _, _ = _model(config, decode_placement(placement), WHOLE, params_dtype or dtype)
     cache = abstract_cache(config.model, placement, batch=batch, capacity=max(capacity, chunk), dtype=dtype)
     replicated = NamedSharding(placement.mesh, PartitionSpec())
@@ -118,7 +118,7 @@ def make_inference_program(
         init_cache=jax.jit(lambda: empty_cache(cache), out_shardings=_shardings(cache)),
         cast_params=_cast_like(abstract_params),
         abstract_params=abstract_params,
-        forms=forms,
+        paddings=pads,
         abstract_cache=cache,
         abstract_chunk=(tokens, tokens),
         abstract_tokens=token,
@@ -149,7 +149,7 @@ def _check(placement: Placement, batch: int, capacity: int, chunk: int) -> None:
 
 
 def _model(config: Config, placement: Placement, stream: StreamConfig, params_dtype: jax.typing.DTypeLike):
-    """(params -> the model on a placement, abstract params, their forms)."""
+    """(params -> the model on a placement, abstract params, their paddings)."""
 
     def make() -> Transformer:
         return Transformer(
@@ -161,4 +161,4 @@ def _model(config: Config, placement: Placement, stream: StreamConfig, params_dt
         lambda array: jax.ShapeDtypeStruct(array.shape, params_dtype, sharding=array.sharding),
         nnx.to_pure_dict(abstract),
     )
-    return functional(graphdef, abstract), params, stored_forms(abstract)
+    return functional(graphdef, abstract), params, paddings(abstract)

@@ -3,10 +3,10 @@
 from rich.console import Console
 from rich.table import Table
 
-from tsp_jax.inspect.live import LiveBuffer
+from tsp_jax.inspect.collectives import Collective
+from tsp_jax.inspect.peak import LiveBuffer
 from tsp_jax.inspect.report import Report
 from tsp_jax.inspect.schedule import readable_scope
-from tsp_jax.inspect.traffic import Collective
 
 
 def show(report: Report, out: Console, *, largest: int = 12) -> None:

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tsp_jax.errors import ConfigError
-from tsp_jax.hardware import HARDWARE, Hardware
+from tsp_jax.hardware.devices import HARDWARE, Hardware
+from tsp_jax.inspect.collectives import Collective, collectives
 from tsp_jax.inspect.hlo import Module, Trips, parse
-from tsp_jax.inspect.live import Peak, peak
 from tsp_jax.inspect.memory import Memory, memory_report
+from tsp_jax.inspect.peak import Peak, peak
 from tsp_jax.inspect.timeline import Timeline, simulate
-from tsp_jax.inspect.traffic import Collective, collectives
 
 
 @dataclasses.dataclass(frozen=True)

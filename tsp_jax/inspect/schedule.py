@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from tsp_jax.hardware import Hardware, collective_seconds
-from tsp_jax.inspect.costs import Costs
+from tsp_jax.hardware.devices import Hardware
+from tsp_jax.hardware.links import collective_seconds
+from tsp_jax.inspect.collectives import chain, collectives, groups_of, is_collective
 from tsp_jax.inspect.hlo import Computation, Instruction, Module, Trips
-from tsp_jax.inspect.traffic import chain, collectives, groups_of, is_collective
+from tsp_jax.inspect.roofline import Costs
 
 Queue = Literal["compute", "links", "host"]
 

@@ -1,17 +1,19 @@
 """A compiled program on a piece of hardware: what a step takes, and which communication is exposed.
 
-The rules of the simulation are in `tsp_jax.inspect.queues`, what an instruction costs in `tsp_jax.inspect.costs`, the
-link model in `tsp_jax.hardware`. What all of it rests on comes with every result, as `Timeline.assumptions`.
+The rules of the simulation are in `tsp_jax.inspect.queues`, what an instruction costs in `tsp_jax.inspect.roofline`,
+the link model in `tsp_jax.hardware.links`. What all of it rests on comes with every result, as
+`Timeline.assumptions`.
 """
 
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable
 
-from tsp_jax.hardware import Hardware, link_model
-from tsp_jax.inspect.costs import declared_flops
+from tsp_jax.hardware.devices import Hardware
+from tsp_jax.hardware.links import link_model
 from tsp_jax.inspect.hlo import Module, Trips, declared_trips
 from tsp_jax.inspect.queues import Event, Run
+from tsp_jax.inspect.roofline import declared_flops
 from tsp_jax.inspect.schedule import Queue, Schedule, Task
 
 

@@ -14,9 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tsp_jax.config import ModelConfig, Remat, StreamConfig
 from tsp_jax.layout import Placement
-from tsp_jax.models.stack import run_layers
+from tsp_jax.models.remat import run_layers
 from tsp_jax.nn import MLP, Attention, Embed, divert_grads, residual_std
-from tsp_jax.ops.attention import SAVED_NAMES
+from tsp_jax.ops.attention.train import SAVED_NAMES
 
 M = TypeVar("M", bound=nnx.Module)
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {

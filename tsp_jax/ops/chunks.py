@@ -1,4 +1,4 @@
-"""Some tokens at a time: what an op makes of a piece of weights never has the size of all tokens.
+"""Some tokens at a time: what an op makes of a bucket of weights never has the size of all tokens.
 
 Dims: B batch, t this device's tokens, c tokens of a chunk.
 """
@@ -16,7 +16,7 @@ from tsp_jax.ops.stream import zeros
 Tree = Any
 
 
-def over_tokens(
+def over_chunks(
     body: Callable[[Tree, Tree], tuple[Tree, Tree, Tree]], updated_Bt: Tree, read_Bt: Tree, *, tokens: int
 ) -> tuple[Tree, Tree, Tree]:
     """Runs `body` on chunks of tokens, one after another.

@@ -1,7 +1,7 @@
 """Cross-entropy over a sharded vocabulary, without [B, T, V] logits in forward or backward.
 
 Dims: B batch, t this device's tokens, T those of all R folded ranks, D model, v this device's rows of the vocabulary, p
-the rows of one piece.
+the rows of one bucket.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.layout import Axes, AxisNames
-from tsp_jax.ops.chunks import over_tokens
+from tsp_jax.ops.chunks import over_chunks
 from tsp_jax.ops.embedding import local_ids
 from tsp_jax.ops.linear import matmul, matmul_t, outer
 from tsp_jax.ops.sequence import gather_sequence
-from tsp_jax.ops.stream import Piece, Stream, custom_vjp, fold, fold_with_grads, vary_alike, zeros
-from tsp_jax.ops.tokens import fold_tokens, moves_tokens, resident_piece
+from tsp_jax.ops.stationary import moves_tokens, over_gathered_tokens, resident_bucket
+from tsp_jax.ops.stream import Bucket, Stream, custom_vjp, over_buckets, over_buckets_with_grads, vary_alike, zeros
 
 Sums = tuple[jax.Array, jax.Array, jax.Array]
 """of a token, over the logits seen so far: their maximum, the sum of their exponentials relative to it, the label's"""
@@ -37,13 +37,13 @@ class TokenLosses(NamedTuple):
 def cross_entropy(
     x_BtD: jax.Array, table_vD: jax.Array, labels_Bt: jax.Array, *, axes: Axes = Axes(), stream: Stream = Stream()
 ) -> TokenLosses:
-    """``logsumexp(x table^T) - (x table^T)[label]``, by an online log-sum-exp over pieces of the vocabulary.
+    """``logsumexp(x table^T) - (x table^T)[label]``, by an online log-sum-exp over buckets of the vocabulary.
 
     Args:
       x_BtD: final hidden states, in the compute dtype.
       table_vD: this device's rows of the output head (or of a tied embedding).
       labels_Bt: next tokens, int32; negative: ignored.
-      axes: folded axes: pieces of the head move past tokens, or tokens past its rows; tensor axes: partial sums are
+      axes: folded axes: buckets of the head move past tokens, or tokens past its rows; tensor axes: partial sums are
         combined.
       stream: movement (gather, ring or activations) and buckets; v divisible by the buckets.
 
@@ -72,13 +72,13 @@ def _start(labels_Bt: jax.Array, like: jax.Array) -> Sums:
     return zero_Bt - jnp.inf, zero_Bt, zero_Bt
 
 
-def _visit(sums: Sums, x_BtD: jax.Array, labels_Bt: jax.Array, piece: Piece, rows: int) -> Sums:
-    """Sums with the logits of a piece (of shards of `rows` rows) in them."""
+def _visit(sums: Sums, x_BtD: jax.Array, labels_Bt: jax.Array, bucket: Bucket, rows: int) -> Sums:
+    """Sums with the logits of a bucket (of shards of `rows` rows) in them."""
     top_Bt, sum_Bt, label_Bt = sums
-    logits_Btp = matmul_t(x_BtD, piece.arrays[0])
+    logits_Btp = matmul_t(x_BtD, bucket.arrays[0])
     new_Bt = jnp.maximum(top_Bt, logits_Btp.max(axis=-1))
     sum_Bt = sum_Bt * jnp.exp(top_Bt - new_Bt) + jnp.exp(logits_Btp - new_Bt[..., None]).sum(axis=-1)
-    index_Bt, inside_Bt = piece.find(labels_Bt, rows)
+    index_Bt, inside_Bt = bucket.find(labels_Bt, rows)
     here_Bt = jnp.take_along_axis(logits_Btp, index_Bt[..., None], axis=-1)[..., 0]
     return new_Bt, sum_Bt, jnp.where(inside_Bt, here_Bt, label_Bt)
 
@@ -90,12 +90,17 @@ def _finish(sums: Sums) -> tuple[jax.Array, jax.Array]:
 
 
 def _visit_vjp(
-    x_BtD: jax.Array, labels_Bt: jax.Array, lse_Bt: jax.Array, cotangents: Sequence[jax.Array], piece: Piece, rows: int
+    x_BtD: jax.Array,
+    labels_Bt: jax.Array,
+    lse_Bt: jax.Array,
+    cotangents: Sequence[jax.Array],
+    bucket: Bucket,
+    rows: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """(dx, gradient of the piece), float32; lse_Bt is that of all pieces."""
+    """(dx, gradient of the bucket), float32; lse_Bt is that of all buckets."""
     dlse_Bt, dlabel_Bt = cotangents
-    table_pD = piece.arrays[0]
-    index_Bt, inside_Bt = piece.find(labels_Bt, rows)
+    table_pD = bucket.arrays[0]
+    index_Bt, inside_Bt = bucket.find(labels_Bt, rows)
     hit_Btp = jax.nn.one_hot(jnp.where(inside_Bt, index_Bt, -1), table_pD.shape[0], dtype=jnp.float32)
     p_Btp = jnp.exp(matmul_t(x_BtD, table_pD) - lse_Bt[..., None])
     dlogits_Btp = (dlse_Bt[..., None] * p_Btp + dlabel_Bt[..., None] * hit_Btp).astype(x_BtD.dtype)
@@ -111,15 +116,15 @@ def _streamed(x_BtD, table_vD, labels_Bt, folded, stream):
 
 
 def _streamed_forward(x_BtD, table_vD, labels_Bt, folded, stream):
-    def body(sums, piece: Piece):
+    def body(sums, bucket: Bucket):
         def chunk(sums, read):
             x_BcD, labels_Bc = read
-            return _visit(sums, x_BcD, labels_Bc, piece, table_vD.shape[0]), (), ()
+            return _visit(sums, x_BcD, labels_Bc, bucket, table_vD.shape[0]), (), ()
 
-        return over_tokens(chunk, sums, (x_BtD, labels_Bt), tokens=stream.tokens)[0], None
+        return over_chunks(chunk, sums, (x_BtD, labels_Bt), tokens=stream.tokens)[0], None
 
     sums = _start(labels_Bt, x_BtD)
-    sums, _ = fold(body, sums, (table_vD,), axes=folded, stream=stream, dtype=x_BtD.dtype)
+    sums, _ = over_buckets(body, sums, (table_vD,), axes=folded, stream=stream, dtype=x_BtD.dtype)
     lse_Bt, label_Bt = _finish(sums)
     return (lse_Bt, label_Bt), (x_BtD, table_vD, labels_Bt, lse_Bt)
 
@@ -127,18 +132,20 @@ def _streamed_forward(x_BtD, table_vD, labels_Bt, folded, stream):
 def _streamed_backward(folded, stream, residuals, cotangents):
     x_BtD, table_vD, labels_Bt, lse_Bt = residuals
 
-    def body(dx_BtD, piece: Piece):
+    def body(dx_BtD, bucket: Bucket):
         def chunk(dx_BcD, read):
             x_BcD, labels_Bc, lse_Bc, *cotangents = read
-            more_BcD, grad = _visit_vjp(x_BcD, labels_Bc, lse_Bc, cotangents, piece, table_vD.shape[0])
+            more_BcD, grad = _visit_vjp(x_BcD, labels_Bc, lse_Bc, cotangents, bucket, table_vD.shape[0])
             return dx_BcD + more_BcD, (), (grad,)
 
         read = x_BtD, labels_Bt, lse_Bt, *cotangents
-        dx_BtD, _, grads = over_tokens(chunk, dx_BtD, read, tokens=stream.tokens)
+        dx_BtD, _, grads = over_chunks(chunk, dx_BtD, read, tokens=stream.tokens)
         return dx_BtD, grads, None
 
     dx_BtD = zeros(x_BtD.shape, jnp.float32, like=x_BtD)
-    dx_BtD, (dtable_vD,), _ = fold_with_grads(body, dx_BtD, (table_vD,), axes=folded, stream=stream, dtype=x_BtD.dtype)
+    dx_BtD, (dtable_vD,), _ = over_buckets_with_grads(
+        body, dx_BtD, (table_vD,), axes=folded, stream=stream, dtype=x_BtD.dtype
+    )
     return dx_BtD.astype(x_BtD.dtype), dtable_vD, None
 
 
@@ -154,16 +161,16 @@ def _moved(x_BtD, table_vD, labels_Bt, folded, stream):
 
 
 def _moved_forward(x_BtD, table_vD, labels_Bt, folded, stream):
-    piece = resident_piece(table_vD, x_BtD.dtype)
+    bucket = resident_bucket(table_vD, x_BtD.dtype)
     (labels_BT,) = gather_sequence(labels_Bt, axes=folded)
     labels_BT -= lax.axis_index(folded) * table_vD.shape[0]
 
     def body(carry, arrived, here):
         (x_BpD,), (labels_Bp,) = arrived, here
-        sums = _visit(_start(labels_Bp, x_BpD), x_BpD, labels_Bp, piece, table_vD.shape[0])
+        sums = _visit(_start(labels_Bp, x_BpD), x_BpD, labels_Bp, bucket, table_vD.shape[0])
         return carry, (), _finish(sums)
 
-    _, _, parts_BT = fold_tokens(body, (), (x_BtD,), (labels_BT,), axes=folded, stream=stream)
+    _, _, parts_BT = over_gathered_tokens(body, (), (x_BtD,), (labels_BT,), axes=folded, stream=stream)
     lse_RBt, label_RBt = _deal(*parts_BT, axes=folded)
     lse_Bt = jax.nn.logsumexp(lse_RBt, axis=0)
     return (lse_Bt, label_RBt.sum(axis=0)), (x_BtD, table_vD, labels_BT, lse_Bt)
@@ -179,17 +186,17 @@ def _deal(*parts_BT: jax.Array, axes: AxisNames) -> tuple[jax.Array, ...]:
 
 def _moved_backward(folded, stream, residuals, cotangents):
     x_BtD, table_vD, labels_BT, lse_Bt = residuals
-    piece = resident_piece(table_vD, x_BtD.dtype)
+    bucket = resident_bucket(table_vD, x_BtD.dtype)
     told_BT = gather_sequence(lse_Bt, *cotangents, axes=folded)
 
     def body(dtable_vD, arrived, here):
         (x_BpD,), (labels_Bp, lse_Bp, *cotangents) = arrived, here
-        dx_BpD, grad = _visit_vjp(x_BpD, labels_Bp, lse_Bp, cotangents, piece, table_vD.shape[0])
+        dx_BpD, grad = _visit_vjp(x_BpD, labels_Bp, lse_Bp, cotangents, bucket, table_vD.shape[0])
         return dtable_vD + grad, (dx_BpD.astype(x_BtD.dtype),), ()
 
     dtable_vD = zeros(table_vD.shape, jnp.float32, like=x_BtD)
-    arrive, here = (lax.optimization_barrier(x_BtD),), (labels_BT, *told_BT)  # see fold_with_grads
-    dtable_vD, (dx_BtD,), _ = fold_tokens(body, dtable_vD, arrive, here, axes=folded, stream=stream)
+    arrive, here = (lax.optimization_barrier(x_BtD),), (labels_BT, *told_BT)  # see over_buckets_with_grads
+    dtable_vD, (dx_BtD,), _ = over_gathered_tokens(body, dtable_vD, arrive, here, axes=folded, stream=stream)
     return dx_BtD, dtable_vD.astype(table_vD.dtype), None
 
 

@@ -1,7 +1,7 @@
 """Rows of a vocabulary that may be sharded over the same axes as the tokens.
 
 Dims: B batch, t this device's tokens, T those of all folded ranks, D model, v this device's rows of the vocabulary, p
-the rows of one piece.
+the rows of one bucket.
 """
 
 import jax
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.layout import Axes
-from tsp_jax.ops.chunks import over_tokens
+from tsp_jax.ops.chunks import over_chunks
 from tsp_jax.ops.sequence import gather_sequence
-from tsp_jax.ops.stream import Piece, Stream, custom_vjp, fold, fold_with_grads, vary_alike, zeros
-from tsp_jax.ops.tokens import fold_tokens, moves_tokens, resident_piece
+from tsp_jax.ops.stationary import moves_tokens, over_gathered_tokens, resident_bucket
+from tsp_jax.ops.stream import Bucket, Stream, custom_vjp, over_buckets, over_buckets_with_grads, vary_alike, zeros
 
 
 def local_ids(ids_Bt: jax.Array, table_vD: jax.Array, axes: Axes) -> jax.Array:
@@ -36,9 +36,9 @@ def embed(
     Args:
       ids_Bt: token ids, int32; an id outside [0, V) gives zeros.
       table_vD: this device's rows.
-      axes: folded axes: table pieces move past tokens, or tokens past rows; tensor axes: partial rows are summed.
+      axes: folded axes: table buckets move past tokens, or tokens past rows; tensor axes: partial rows are summed.
       stream: movement (gather, ring or activations) and buckets; v divisible by the buckets.
-      dtype: of the result and of the pieces.
+      dtype: of the result and of the buckets.
 
     Returns:
       [B, t, D] in `dtype`.
@@ -54,17 +54,17 @@ def embed(
         return lax.psum(x_BtD, axes.tensor) if axes.tensor else x_BtD
 
 
-def _rows_or(x_BtD: jax.Array, ids_Bt: jax.Array, piece: Piece, rows: int) -> jax.Array:
-    """Rows of ids that are in a piece (of shards of `rows` rows), else x."""
-    index_Bt, inside_Bt = piece.find(ids_Bt, rows)
-    return jnp.where(inside_Bt[..., None], piece.arrays[0][index_Bt], x_BtD)
+def _rows_or(x_BtD: jax.Array, ids_Bt: jax.Array, bucket: Bucket, rows: int) -> jax.Array:
+    """Rows of ids that are in a bucket (of shards of `rows` rows), else x."""
+    index_Bt, inside_Bt = bucket.find(ids_Bt, rows)
+    return jnp.where(inside_Bt[..., None], bucket.arrays[0][index_Bt], x_BtD)
 
 
-def _rows_grad(dx_BtD: jax.Array, ids_Bt: jax.Array, piece: Piece, rows: int) -> jax.Array:
-    """Gradient of a piece's rows, float32."""
-    index_Bt, inside_Bt = piece.find(ids_Bt, rows)
+def _rows_grad(dx_BtD: jax.Array, ids_Bt: jax.Array, bucket: Bucket, rows: int) -> jax.Array:
+    """Gradient of a bucket's rows, float32."""
+    index_Bt, inside_Bt = bucket.find(ids_Bt, rows)
     rows_BtD = jnp.where(inside_Bt[..., None], dx_BtD.astype(jnp.float32), 0.0)
-    return zeros(piece.arrays[0].shape, jnp.float32, like=dx_BtD).at[index_Bt].add(rows_BtD)
+    return zeros(bucket.arrays[0].shape, jnp.float32, like=dx_BtD).at[index_Bt].add(rows_BtD)
 
 
 @custom_vjp(2, 3, 4)
@@ -73,25 +73,25 @@ def _streamed(ids_Bt, table_vD, folded, stream, dtype):
 
 
 def _streamed_forward(ids_Bt, table_vD, folded, stream, dtype):
-    def body(x_BtD, piece: Piece):
-        return _rows_or(x_BtD, ids_Bt, piece, table_vD.shape[0]), None
+    def body(x_BtD, bucket: Bucket):
+        return _rows_or(x_BtD, ids_Bt, bucket, table_vD.shape[0]), None
 
     x_BtD = zeros((*ids_Bt.shape, table_vD.shape[-1]), dtype, like=table_vD)
-    x_BtD, _ = fold(body, x_BtD, (table_vD,), axes=folded, stream=stream, dtype=dtype)
+    x_BtD, _ = over_buckets(body, x_BtD, (table_vD,), axes=folded, stream=stream, dtype=dtype)
     return x_BtD, (ids_Bt, table_vD)
 
 
 def _streamed_backward(folded, stream, dtype, residuals, dx_BtD):
     ids_Bt, table_vD = residuals
 
-    def body(carry, piece: Piece):
+    def body(carry, bucket: Bucket):
         def chunk(_, read):
             ids_Bc, dx_BcD = read
-            return (), (), (_rows_grad(dx_BcD, ids_Bc, piece, table_vD.shape[0]),)
+            return (), (), (_rows_grad(dx_BcD, ids_Bc, bucket, table_vD.shape[0]),)
 
-        return carry, over_tokens(chunk, (), (ids_Bt, dx_BtD), tokens=stream.tokens)[2], None
+        return carry, over_chunks(chunk, (), (ids_Bt, dx_BtD), tokens=stream.tokens)[2], None
 
-    _, (dtable_vD,), _ = fold_with_grads(body, (), (table_vD,), axes=folded, stream=stream, dtype=dtype)
+    _, (dtable_vD,), _ = over_buckets_with_grads(body, (), (table_vD,), axes=folded, stream=stream, dtype=dtype)
     return None, dtable_vD
 
 
@@ -104,29 +104,29 @@ def _moved(ids_Bt, table_vD, folded, stream, dtype):
 
 
 def _moved_forward(ids_Bt, table_vD, folded, stream, dtype):
-    piece = resident_piece(table_vD, dtype)
+    bucket = resident_bucket(table_vD, dtype)
     (ids_BT,) = gather_sequence(ids_Bt, axes=folded)
     ids_BT -= lax.axis_index(folded) * table_vD.shape[0]
 
     def body(carry, _, here):
         (ids_Bp,) = here
         zero_BpD = zeros((*ids_Bp.shape, table_vD.shape[-1]), dtype, like=table_vD)
-        return carry, (_rows_or(zero_BpD, ids_Bp, piece, table_vD.shape[0]),), ()
+        return carry, (_rows_or(zero_BpD, ids_Bp, bucket, table_vD.shape[0]),), ()
 
-    _, (x_BtD,), _ = fold_tokens(body, (), (), (ids_BT,), axes=folded, stream=stream)
+    _, (x_BtD,), _ = over_gathered_tokens(body, (), (), (ids_BT,), axes=folded, stream=stream)
     return x_BtD, (ids_BT, table_vD)
 
 
 def _moved_backward(folded, stream, dtype, residuals, dx_BtD):
     ids_BT, table_vD = residuals
-    piece = resident_piece(table_vD, dtype)
+    bucket = resident_bucket(table_vD, dtype)
 
     def body(dtable_vD, arrived, here):
         (dx_BpD,), (ids_Bp,) = arrived, here
-        return dtable_vD + _rows_grad(dx_BpD, ids_Bp, piece, table_vD.shape[0]), (), ()
+        return dtable_vD + _rows_grad(dx_BpD, ids_Bp, bucket, table_vD.shape[0]), (), ()
 
     dtable_vD = zeros(table_vD.shape, jnp.float32, like=dx_BtD)
-    dtable_vD, _, _ = fold_tokens(body, dtable_vD, (dx_BtD,), (ids_BT,), axes=folded, stream=stream)
+    dtable_vD, _, _ = over_gathered_tokens(body, dtable_vD, (dx_BtD,), (ids_BT,), axes=folded, stream=stream)
     return None, dtable_vD.astype(table_vD.dtype)
 
 

@@ -1,6 +1,6 @@
 """Gated MLP: streamed weights past tokens, or tokens past resident weights.
 
-Dims: B batch, t this device's tokens, D model, F ffn, f this device's columns, p the columns of one piece.
+Dims: B batch, t this device's tokens, D model, F ffn, f this device's columns, p the columns of one bucket.
 """
 
 from functools import partial
@@ -11,10 +11,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.layout import Axes
-from tsp_jax.ops.chunks import over_tokens
+from tsp_jax.ops.chunks import over_chunks
 from tsp_jax.ops.linear import matmul, matmul_t, outer
-from tsp_jax.ops.stream import Arrays, Piece, Stream, custom_vjp, fold, fold_with_grads, like, vary_alike, zeros
-from tsp_jax.ops.tokens import add, fold_tokens, held, moves_tokens
+from tsp_jax.ops.stationary import add, cast_all, moves_tokens, over_gathered_tokens
+from tsp_jax.ops.stream import (
+    Arrays,
+    Bucket,
+    Stream,
+    cast_like,
+    custom_vjp,
+    over_buckets,
+    over_buckets_with_grads,
+    vary_alike,
+    zeros,
+)
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=True)}
 
@@ -84,31 +94,31 @@ def _streamed(x_BtD, weights, folded, stream, activation):
 
 
 def _streamed_forward(x_BtD, weights, folded, stream, activation):
-    def body(y_BtD, piece: Piece):
+    def body(y_BtD, bucket: Bucket):
         def chunk(y_BcD, x_BcD):
-            return y_BcD + _partial(activation, x_BcD, piece.arrays), (), ()
+            return y_BcD + _partial(activation, x_BcD, bucket.arrays), (), ()
 
-        return over_tokens(chunk, y_BtD, x_BtD, tokens=stream.tokens)[0], None
+        return over_chunks(chunk, y_BtD, x_BtD, tokens=stream.tokens)[0], None
 
     y_BtD = zeros(x_BtD.shape, jnp.float32, like=x_BtD)
-    y_BtD, _ = fold(body, y_BtD, weights, axes=folded, stream=stream, dtype=x_BtD.dtype)
+    y_BtD, _ = over_buckets(body, y_BtD, weights, axes=folded, stream=stream, dtype=x_BtD.dtype)
     return y_BtD.astype(x_BtD.dtype), (x_BtD, weights)
 
 
 def _streamed_backward(folded, stream, activation, residuals, dy_BtD) -> tuple[Any, Any]:
     x_BtD, weights = residuals
 
-    def body(dx_BtD, piece: Piece):
+    def body(dx_BtD, bucket: Bucket):
         def chunk(dx_BcD, read):
             x_BcD, dy_BcD = read
-            more_BcD, grads = _partial_vjp(activation, x_BcD, dy_BcD, piece.arrays)
+            more_BcD, grads = _partial_vjp(activation, x_BcD, dy_BcD, bucket.arrays)
             return dx_BcD + more_BcD, (), grads
 
-        dx_BtD, _, grads = over_tokens(chunk, dx_BtD, (x_BtD, dy_BtD), tokens=stream.tokens)
+        dx_BtD, _, grads = over_chunks(chunk, dx_BtD, (x_BtD, dy_BtD), tokens=stream.tokens)
         return dx_BtD, grads, None
 
     dx_BtD = zeros(x_BtD.shape, jnp.float32, like=dy_BtD)
-    dx_BtD, grads, _ = fold_with_grads(body, dx_BtD, weights, axes=folded, stream=stream, dtype=x_BtD.dtype)
+    dx_BtD, grads, _ = over_buckets_with_grads(body, dx_BtD, weights, axes=folded, stream=stream, dtype=x_BtD.dtype)
     return dx_BtD.astype(x_BtD.dtype), grads
 
 
@@ -124,18 +134,18 @@ def _moved(x_BtD, weights, folded, stream, activation):
 
 
 def _moved_forward(x_BtD, weights, folded, stream, activation):
-    resident = held(weights, x_BtD.dtype)
+    resident = cast_all(weights, x_BtD.dtype)
 
     def body(carry, arrived, _):
         return carry, (_partial(activation, arrived[0], resident).astype(x_BtD.dtype),), ()
 
-    _, (y_BtD,), _ = fold_tokens(body, (), (x_BtD,), axes=folded, stream=stream)
+    _, (y_BtD,), _ = over_gathered_tokens(body, (), (x_BtD,), axes=folded, stream=stream)
     return y_BtD, (x_BtD, weights)
 
 
 def _moved_backward(folded, stream, activation, residuals, dy_BtD) -> tuple[Any, Any]:
     x_BtD, weights = residuals
-    resident = held(weights, x_BtD.dtype)
+    resident = cast_all(weights, x_BtD.dtype)
 
     def body(grads, arrived, _):
         x_BpD, dy_BpD = arrived
@@ -143,9 +153,9 @@ def _moved_backward(folded, stream, activation, residuals, dy_BtD) -> tuple[Any,
         return add(grads, more), (dx_BpD.astype(x_BtD.dtype),), ()
 
     grads = tuple(zeros(weight.shape, jnp.float32, like=x_BtD) for weight in weights)
-    arrive = lax.optimization_barrier((x_BtD, dy_BtD))  # see fold_with_grads
-    grads, (dx_BtD,), _ = fold_tokens(body, grads, arrive, axes=folded, stream=stream)
-    return dx_BtD, like(grads, weights)
+    arrive = lax.optimization_barrier((x_BtD, dy_BtD))  # see over_buckets_with_grads
+    grads, (dx_BtD,), _ = over_gathered_tokens(body, grads, arrive, axes=folded, stream=stream)
+    return dx_BtD, cast_like(grads, weights)
 
 
 _moved.defvjp(_moved_forward, _moved_backward)

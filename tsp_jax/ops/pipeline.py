@@ -18,7 +18,6 @@ def pipelined(
     steps: int,
     *,
     remote: bool,
-    unroll: bool = False,
 ) -> tuple[Carry, Any, Any]:
     """A loop in which the next turn's message arrives, and what the last turn made leaves, while a turn runs.
 
@@ -30,7 +29,6 @@ def pipelined(
       carry: initial value.
       steps: number of turns.
       remote: messages go to and come from other ranks; else each is made when it is used, and none is held.
-      unroll: no loop; indices are ints.
 
     Returns:
       (carry, what came of sending, ys), the latter two stacked.
@@ -51,8 +49,9 @@ def pipelined(
         carry, leaving, y = turn(carry, message, index)
         return (carry, ahead, leaving), (home, y)
 
-    if unroll or last == 0:
-        return _unrolled(turn, fetch, done, carry, steps)
+    if last == 0:
+        carry, (home, y) = local_turn(carry, 0)
+        return carry, one(home), one(y)
     if not remote:
         carry, (homes, ys) = lax.scan(local_turn, carry, jnp.arange(steps))
         return carry, homes, ys
@@ -69,18 +68,6 @@ def pipelined(
     carry, left, y = turn(carry, message, last)
     homes = [*homes, one(home), one(done(left, last))] if send else homes
     return carry, joined(homes) if send else (), joined([*ys, one(y)])
-
-
-def _unrolled(turn, fetch, done, carry: Carry, steps: int):
-    message, leaving, homes, ys = fetch(carry, 0), None, [], []
-    for index in range(steps):
-        ahead = fetch(carry, index + 1) if index < steps - 1 else message
-        if index:
-            homes.append(one(done(leaving, index - 1)))
-        carry, leaving, y = turn(carry, message, index)
-        message = ahead
-        ys.append(one(y))
-    return carry, joined([*homes, one(done(leaving, steps - 1))]), joined(ys)
 
 
 def one(tree: Any) -> Any:

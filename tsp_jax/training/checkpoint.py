@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tsp_jax.config import Config
 from tsp_jax.errors import NOT_SAVED, ConfigError, RunStopped
-from tsp_jax.nn import to_logical, to_stored
+from tsp_jax.heads import to_logical, to_stored
 from tsp_jax.training.distributed import from_writer, is_writer, of_every_process
 from tsp_jax.training.manifest import find_damage, write_manifest
 from tsp_jax.training.step import TrainProgram, TrainState
@@ -58,9 +58,9 @@ class Checkpoints:
     def __init__(self, folder: Path, program: TrainProgram, config: Config, data_digest: str, report: Callable = print):
         self.folder, self.config, self.data_digest, self.report = folder.absolute(), config, data_digest, report
         self._logical = _abstract_logical(program)
-        padded = any(form.padded for form in jax.tree.leaves(program.forms))
-        self._to_logical = _convert(to_logical, program.forms, self._logical) if padded else _same
-        self._to_stored = _convert(to_stored, program.forms, program.abstract_state) if padded else _same
+        padded = any(padding.padded for padding in jax.tree.leaves(program.paddings))
+        self._to_logical = _convert(to_logical, program.paddings, self._logical) if padded else _same
+        self._to_stored = _convert(to_stored, program.paddings, program.abstract_state) if padded else _same
         self._writer = _orbax()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tsp_commit")
         self._under_way: tuple[int, Future[None]] | None = None
@@ -220,13 +220,13 @@ def _same(state: TrainState) -> TrainState:
     return state
 
 
-def _convert(function: Callable, forms: TrainState, result: TrainState) -> Callable[[TrainState], TrainState]:
+def _convert(function: Callable, paddings: TrainState, result: TrainState) -> Callable[[TrainState], TrainState]:
     shardings = jax.tree.map(lambda array: array.sharding, result)
-    return jax.jit(partial(function, forms), out_shardings=shardings)
+    return jax.jit(partial(function, paddings), out_shardings=shardings)
 
 
 def _abstract_logical(program: TrainProgram) -> TrainState:
-    shapes = jax.eval_shape(partial(to_logical, program.forms), program.abstract_state)
+    shapes = jax.eval_shape(partial(to_logical, program.paddings), program.abstract_state)
     return jax.tree.map(_with_logical_sharding, shapes, program.abstract_state)
 
 

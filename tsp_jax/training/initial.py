@@ -8,8 +8,8 @@ import jax
 
 from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
+from tsp_jax.hf.weights import check_folder, load_params, read_config
 from tsp_jax.layout import Placement
-from tsp_jax.models.hf import check_folder, load_params, read_config
 from tsp_jax.training.checkpoint import saved_steps
 from tsp_jax.training.step import TrainProgram, TrainState
 

@@ -11,12 +11,12 @@ from tsp_jax.errors import BAD_NUMBERS, PREEMPTED, RunStopped
 from tsp_jax.training.checkpoint import Checkpoints
 from tsp_jax.training.data import prefetch
 from tsp_jax.training.distributed import report_once
-from tsp_jax.training.guard import NumbersWatch, all_finite
 from tsp_jax.training.metrics import MetricsFile, StepClock, TrainProgress
-from tsp_jax.training.preemption import Agreement, StopSignals
+from tsp_jax.training.safety.finite import NumbersWatch, all_finite
+from tsp_jax.training.safety.preemption import Agreement, StopSignals
+from tsp_jax.training.safety.watchdog import Watchdog
 from tsp_jax.training.setup import RunData
 from tsp_jax.training.step import StepMetrics, TrainProgram, TrainState
-from tsp_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass

@@ -12,12 +12,12 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tsp_jax.config import Config
+from tsp_jax.heads import NoPadding, paddings
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer, functional
-from tsp_jax.nn import AsStored, stored_forms
 from tsp_jax.training.data import Batch
-from tsp_jax.training.guard import update_if_finite
 from tsp_jax.training.optimizer import make_optimizer, make_schedule
+from tsp_jax.training.safety.finite import update_if_finite
 
 
 class TrainState(NamedTuple):
@@ -54,8 +54,8 @@ class TrainProgram:
     """jitted (params, batch [1, B, S]) -> (sum of nll, number of real labels)"""
     abstract_state: TrainState
     """shapes, dtypes and shardings"""
-    forms: TrainState
-    """of each array, how its stored form differs from the logical one"""
+    paddings: TrainState
+    """for each array, the object that pads its layout-independent array to the stored shape and back"""
     batch_sharding: NamedSharding
     """of [a, B / a, S]"""
 
@@ -77,7 +77,7 @@ def make_program(config: Config, placement: Placement) -> TrainProgram:
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(0)))
     model_of = functional(graphdef, abstract)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    shardings, forms, moments = _state_trees(abstract, optimizer, placement, config.optimizer.zero1)
+    shardings, pads, moments = _state_trees(abstract, optimizer, placement, config.optimizer.zero1)
 
     def init() -> TrainState:
         params = nnx.to_pure_dict(nnx.state(make_model(config.seed)))
@@ -98,7 +98,7 @@ def make_program(config: Config, placement: Placement) -> TrainProgram:
         step=jax.jit(step, donate_argnums=0, in_shardings=(shardings, batch_sharding), out_shardings=(shardings, None)),
         evaluate=jax.jit(evaluate, in_shardings=(shardings.params, batch_sharding)),
         abstract_state=abstract_state,
-        forms=forms,
+        paddings=pads,
         batch_sharding=batch_sharding,
     )
 
@@ -153,10 +153,10 @@ def _accumulate(gradient: Callable[[Batch], tuple[dict, jax.Array]], batch: Batc
 def _state_trees(
     abstract: nnx.State, optimizer, placement: Placement, zero1: bool
 ) -> tuple[TrainState, TrainState, dict]:
-    """Shardings and forms, each a TrainState, and the shardings of a moment, like the parameters."""
+    """Shardings and paddings, each a TrainState, and the shardings of a moment, like the parameters."""
     params = nnx.to_pure_dict(abstract)
     shardings = jax.tree.map(lambda array: array.sharding, params)
-    forms = stored_forms(abstract)
+    pads = paddings(abstract)
     moments = jax.tree.map(lambda p: _moment_sharding(p, placement) if zero1 else p.sharding, params)
     opt_state = jax.eval_shape(optimizer.init, params)
     replicated = NamedSharding(placement.mesh, PartitionSpec())
@@ -168,7 +168,7 @@ def _state_trees(
 
     return (
         TrainState(replicated, shardings, like_params(moments, replicated)),
-        TrainState(AsStored(), forms, like_params(forms, AsStored())),
+        TrainState(NoPadding(), pads, like_params(pads, NoPadding())),
         moments,
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 from tsp_jax.config import Config
 from tsp_jax.inspect import collectives, memory_report, parse
 from tsp_jax.layout import Placement
-from tsp_jax.training.guard import is_skipped
+from tsp_jax.training.safety.finite import is_skipped
 
 
 def summarise(config: Config, name: str, placement: Placement, compiled: Any, lines: list[dict]) -> dict:

@@ -10,7 +10,8 @@ from jax.sharding import AbstractMesh, Mesh
 
 from tsp_jax.config import Kernel
 from tsp_jax.errors import ConfigError
-from tsp_jax.ops.kernels import blockwise, fused
+from tsp_jax.ops.kernels import triton as fused
+from tsp_jax.ops.kernels import xla as blockwise
 from tsp_jax.ops.kernels.tiles import TILES, supports
 
 delta = blockwise.delta

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tsp_jax.ops.kernels.blockwise import Tokens, mean_visits
 from tsp_jax.ops.kernels.tiles import Tile
+from tsp_jax.ops.kernels.xla import Tokens, mean_visits
 
 MOST_ENTRIES = 1 << 22
 """of the lists of a kernel, for one row of the batch: 16 MiB"""

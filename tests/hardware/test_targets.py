@@ -1,0 +1,64 @@
+"""Targets: names, messages, and compiling for hardware where its compiler is installed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tests.builders.targets import installed
+from tsp_jax.errors import ConfigError
+from tsp_jax.hardware.targets import HARDWARE, parse_target
+from tsp_jax.inspect import report
+
+
+@pytest.mark.parametrize("text", ["mi300x:8", "h100:1024", "cpu:2"])
+def test_names_are_read_back(text):
+    assert str(parse_target(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("mi300:8", "mi300x:8"), ("mi300x", "mi300x:8"), ("h100:0", "h100:8"), ("v5p:x", "v5p:8"), ("", "cpu:8")],
+)
+def test_bad_targets_are_refused_with_one_that_works(text, words):
+    with pytest.raises(ConfigError, match=words):
+        parse_target(text)
+
+
+def test_cpu_devices_are_the_machines_own():
+    assert parse_target("cpu:4").devices() == jax.devices()[:4]
+    with pytest.raises(ConfigError, match="use cpu:8"):
+        parse_target("cpu:9").devices()
+
+
+@pytest.mark.parametrize("name", ["mi300x", "mi355x", "h100", "v5p"])
+def test_a_missing_compiler_is_a_line_with_its_command(name):
+    platform = HARDWARE[name].platform
+    if installed(platform):
+        pytest.skip("its compiler is installed")
+    with pytest.raises(ConfigError, match=rf'target={name}:8: .*pip install "tsp-jax\[aot-{platform}\]"'):
+        parse_target(f"{name}:8").devices()
+
+
+@pytest.mark.parametrize("name", ["mi300x", "mi355x", "h100", "v5p"])
+def test_programs_compile_for_absent_hardware(name):
+    if not installed(HARDWARE[name].platform):
+        pytest.skip("its compiler is not installed")
+    mesh = Mesh(np.array(parse_target(f"{name}:8").devices()), ("tsp",), axis_types=(AxisType.Auto,))
+    gather = jax.shard_map(
+        lambda x: jax.lax.all_gather(x, "tsp").sum(axis=0), mesh=mesh, in_specs=PartitionSpec("tsp"),
+        out_specs=PartitionSpec("tsp"),
+    )  # fmt: skip
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("tsp")))
+    result = report(jax.jit(gather).lower(x))
+    assert result.hardware == HARDWARE[name]
+    (found,) = result.collectives
+    assert found.op in ("all-gather", "all-reduce", "reduce-scatter")
+    assert found.axis == "tsp"
+
+
+def test_descriptions_carry_what_the_compiler_must_know():
+    assert "gfx942" in HARDWARE["mi300x"].description
+    assert "shared_memory_per_block: 65536" in HARDWARE["mi300x"].description
+    assert "cuda_compute_capability { major: 9 minor: 0 }" in HARDWARE["h100"].description

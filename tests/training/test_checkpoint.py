@@ -1,0 +1,244 @@
+"""Checkpoints survive what happens to disks: damage is found and named, a failed save harms nothing."""
+
+import dataclasses
+import gc
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.builders.runs import small_config
+from tsp_jax.config import FaultsConfig
+from tsp_jax.errors import NOT_SAVED, ConfigError, RunStopped
+from tsp_jax.layout import place
+from tsp_jax.training.checkpoint import Checkpoints, saved_steps, steps_to_drop
+from tsp_jax.training.manifest import MANIFEST, find_damage, write_manifest
+from tsp_jax.training.step import make_program
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    return make_program(small_config(tmp_path_factory.mktemp("program")), place("single", data=1))
+
+
+@pytest.fixture(scope="module")
+def states(program):
+    """step -> a state of its own."""
+    first = program.init()
+    return lambda step: jax.tree.map(lambda x: x + jnp.asarray(step, x.dtype), first)
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def open_folder(program, tmp_path, said):
+    def open_folder(**changes):
+        config = small_config(tmp_path, **changes)
+        return Checkpoints(tmp_path / "checkpoints", program, config, "digest", said.append)
+
+    return open_folder
+
+
+def same(a, b) -> bool:
+    pairs = zip(jax.tree.leaves(jax.device_get(a)), jax.tree.leaves(jax.device_get(b)), strict=True)
+    return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in pairs)
+
+
+# ------------------------------------------------------------------------------------------------ the manifest
+
+
+def flip_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES = {"a bit flipped": flip_bit, "truncated": truncate, "deleted": lambda path: path.unlink()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "state").mkdir(parents=True)
+    for name in ("state/one", "state/two", "meta.json"):
+        (folder / name).write_text(name * 100)
+    write_manifest(folder)
+    return folder
+
+
+def test_what_was_written_has_no_damage(folder):
+    assert find_damage(folder) is None
+
+
+@pytest.mark.parametrize("name", ["state/one", "state/two", "meta.json", MANIFEST])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_and_the_file_named(damage, name, folder):
+    DAMAGES[damage](folder / name)
+    if name == MANIFEST and damage == "a bit flipped":
+        assert find_damage(folder)  # by the digest or the name that it hit
+    else:
+        assert find_damage(folder).startswith(name)
+
+
+def test_every_part_of_the_files_is_somebodys(folder):
+    flip_bit(folder / "state" / "two")
+    assert sum(find_damage(folder, part, 3) is not None for part in range(3)) == 1
+
+
+@pytest.mark.parametrize("content", ["", "null", "[]", "{}", '{"sha256": {}}', '{"sha256": {"a": 3}}', "\xff\xfe"])
+def test_a_manifest_of_anything_else_is_damage(content, folder):
+    (folder / MANIFEST).write_text(content, encoding="latin-1")
+    assert find_damage(folder)
+
+
+# ------------------------------------------------------------------------------------------------ falling back
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_falls_back_to_the_newest_whole_one_and_names_the_file(damage, open_folder, states, said):
+    checkpoints = open_folder()
+    for step in (1, 2, 3):
+        checkpoints.save(states(step), step)
+    checkpoints.close(3)
+    victim = max((checkpoints.folder / "3").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    DAMAGES[damage](victim)
+    again = open_folder()
+    assert again.newest_whole() == 2
+    assert same(again.restore(2), states(2))
+    assert victim.relative_to(checkpoints.folder / "3").as_posix() in said[0]
+    assert "checkpoint 3 is damaged" in said[0]
+    assert saved_steps(checkpoints.folder) == [1, 2]
+    again.save(states(3), 3)
+    again.close(3)
+    assert open_folder().newest_whole() == 3
+
+
+def test_where_all_are_damaged_nothing_starts_afresh(open_folder, states):
+    checkpoints = open_folder()
+    checkpoints.save(states(1), 1)
+    checkpoints.close(1)
+    truncate(checkpoints.folder / "1" / "meta.json")
+    with pytest.raises(ConfigError, match="no checkpoint that is not damaged"):
+        open_folder().newest_whole()
+
+
+def test_nothing_saved_is_nothing_damaged(open_folder, said):
+    assert open_folder().newest_whole() is None
+    assert said == []
+
+
+# ------------------------------------------------------------------------------------------------ saving
+
+
+def test_a_save_holds_the_state_of_its_moment(open_folder, states):
+    """The step that follows overwrites the donated state while it is being written."""
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x * 0, state), donate_argnums=0)
+    checkpoints = open_folder()
+    state = states(1)
+    checkpoints.save(state, 1)
+    jax.block_until_ready(step(state))
+    checkpoints.close(1)
+    assert same(checkpoints.restore(1), states(1))
+
+
+def fail_to_save(checkpoints, states, step):
+    """A file is in the way of the folder."""
+    blocked = checkpoints.folder / f"{step}.partial"
+    blocked.write_text("")
+    checkpoints.save(states(step), step)
+    return blocked
+
+
+def test_a_failed_save_is_reported_never_latest_and_later_ones_work(open_folder, states, said):
+    checkpoints = open_folder()
+    checkpoints.save(states(1), 1)
+    checkpoints.wait()
+    fail_to_save(checkpoints, states, 2)
+    checkpoints.wait()
+    assert len(said) == 1
+    assert said[0].startswith("checkpoint 2 could not be saved")
+    assert open_folder().newest_whole() == 1
+    checkpoints.save(states(3), 3)
+    checkpoints.close(3)
+    assert open_folder().newest_whole() == 3
+    assert same(open_folder().restore(3), states(3))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's event loop, as it fails
+def test_a_folder_that_vanishes_during_a_save_costs_that_save_only(open_folder, states, said):
+    checkpoints = open_folder()
+    checkpoints.save(states(1), 1)
+    shutil.rmtree(checkpoints.folder, ignore_errors=True)
+    checkpoints.wait()
+    checkpoints.save(states(2), 2)
+    checkpoints.close(2)
+    assert open_folder().newest_whole() == 2
+    gc.collect()
+
+
+def test_a_failed_save_stops_a_run_that_wants_it(open_folder, states):
+    checkpoints = open_folder(faults=FaultsConfig(failed_save="stop"))
+    checkpoints.save(states(1), 1)
+    checkpoints.wait()
+    fail_to_save(checkpoints, states, 2)
+    with pytest.raises(RunStopped, match="checkpoint 2 could not be saved; the newest is 1") as stopped:
+        checkpoints.wait()
+    assert stopped.value.code == NOT_SAVED
+
+
+def test_a_run_that_ends_without_its_last_checkpoint_says_so(open_folder, states):
+    checkpoints = open_folder()
+    checkpoints.folder.mkdir()
+    fail_to_save(checkpoints, states, 2)
+    with pytest.raises(RunStopped, match="step 2, the last one, has no checkpoint; the newest is none"):
+        checkpoints.close(2)
+
+
+def test_half_written_folders_are_gone_after_the_next_start(open_folder, states):
+    checkpoints = open_folder()
+    checkpoints.save(states(1), 1)
+    checkpoints.close(1)
+    left = checkpoints.folder / "2.partial"
+    shutil.copytree(checkpoints.folder / "1", left)
+    assert open_folder().newest_whole() == 1
+    assert not left.exists()
+
+
+# ------------------------------------------------------------------------------------------------ keeping
+
+
+@pytest.mark.parametrize(
+    ("newest", "every", "kept"),
+    [(1, 0, [10]), (3, 0, [8, 9, 10]), (99, 0, list(range(1, 11))), (1, 4, [4, 8, 10]), (2, 3, [3, 6, 9, 10])],
+)
+def test_the_newest_and_every_nth_are_kept(newest, every, kept):
+    steps = range(1, 11)
+    assert sorted(set(steps) - set(steps_to_drop(steps, newest, every))) == kept
+
+
+def test_old_checkpoints_are_deleted_as_configured(open_folder, states):
+    checkpoints = open_folder(keep_checkpoints=2, keep_every=3)
+    for step in range(1, 8):
+        checkpoints.save(states(step), step)
+    checkpoints.close(7)
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["3", "6", "7"]
+    assert open_folder().newest_whole() == 7
+
+
+def test_another_models_checkpoint_is_refused(open_folder, states, program, tmp_path):
+    checkpoints = open_folder()
+    checkpoints.save(states(1), 1)
+    checkpoints.close(1)
+    other = small_config(tmp_path)
+    other = dataclasses.replace(other, model=dataclasses.replace(other.model, rope_theta=5.0))
+    with pytest.raises(ConfigError, match=r"model.rope_theta=5.0.*10000.0"):
+        Checkpoints(checkpoints.folder, program, other, "digest").check(1)

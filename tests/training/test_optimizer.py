@@ -1,0 +1,77 @@
+"""Moments that wait in bfloat16: what they become, and what is refused."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.builders.arrays import normal, relative_error
+from tsp_jax.config import OptimizerConfig
+from tsp_jax.errors import ConfigError
+from tsp_jax.training.optimizer import make_optimizer, make_schedule
+
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
+STEPS, TOLERANCE = 6, 1e-5
+"""relative; the formula below is computed in float64"""
+
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    return np.asarray(jnp.asarray(x, jnp.float32).astype(dtype), np.float64)
+
+
+def by_hand(config: OptimizerConfig, params: np.ndarray, grads: list[np.ndarray]) -> np.ndarray:
+    """AdamW of one matrix, moments rounded after each step."""
+    mu, nu, params = np.zeros_like(params), np.zeros_like(params), params.astype(np.float64)
+    schedule = make_schedule(config, 100)
+    for step, grad in enumerate(grads):
+        mu = config.b1 * mu + (1 - config.b1) * grad
+        nu = config.b2 * nu + (1 - config.b2) * grad.astype(np.float64) ** 2
+        direction = mu / (1 - config.b1 ** (step + 1)) / (np.sqrt(nu / (1 - config.b2 ** (step + 1))) + config.eps)
+        params = params - float(schedule(step)) * (direction + config.weight_decay * params)
+        mu, nu = rounded(mu, config.moments_dtype), rounded(nu, config.moments_dtype)
+    return params
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moments_are_updated_in_float32_and_rounded_once_a_step(dtype):
+    config = OptimizerConfig(warmup_steps=1, learning_rate=0.1, clip_norm=1e9, moments_dtype=dtype)
+    optimizer = make_optimizer(config, 100)
+    start = normal(0, 7, 5)
+    params = {"w": jnp.asarray(start)}
+    grads = [normal(1 + step, 7, 5) for step in range(STEPS)]
+    state = optimizer.init(params)
+    for grad in grads:
+        updates, state = jax.jit(optimizer.update)({"w": jnp.asarray(grad)}, state, params)
+        params = optax.apply_updates(params, updates)
+    moved = np.asarray(params["w"], np.float64) - start
+    assert relative_error(moved, by_hand(config, start, grads) - start) <= TOLERANCE
+    other = OptimizerConfig(**{**vars(config), "moments_dtype": "float32" if dtype == "bfloat16" else "bfloat16"})
+    assert relative_error(moved, by_hand(other, start, grads) - start) > 10 * TOLERANCE
+    kept = [leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert kept == [jnp.dtype(dtype)] * 2
+
+
+@pytest.mark.parametrize("name", ["b1", "b2"])
+def test_moments_too_slow_for_bfloat16_are_refused(name):
+    OptimizerConfig(**{name: 0.996}, moments_dtype="bfloat16")
+    OptimizerConfig(**{name: 0.999})
+    with pytest.raises(ConfigError, match=re.escape(f"optimizer.{name}=0.999 is too slow")) as error:
+        OptimizerConfig(**{name: 0.999}, moments_dtype="bfloat16")
+    assert f"use optimizer.{name}=0.99" in str(error.value)
+
+
+@pytest.mark.parametrize(("decay", "shrinks"), [(0.996, True), (0.9981, False)])
+def test_refused_moments_would_never_shrink(decay, shrinks):
+    """Without gradients; from numbers all over a binade."""
+    moments = jnp.linspace(1.0, 2.0, 200, endpoint=False, dtype=jnp.float32).astype(jnp.bfloat16)
+    after = (np.float32(decay) * moments.astype(jnp.float32)).astype(jnp.bfloat16)
+    assert bool((after < moments).all()) == shrinks
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(ConfigError, match=r"optimizer.moments_dtype=float16 is unknown; use one of float32, bfloat16"):
+        OptimizerConfig(moments_dtype="float16")  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,80 @@
+"""What serving moves and holds, from shapes alone; bytes as in `tsp_jax.cost.training`."""
+
+import math
+from collections.abc import Mapping
+
+from tsp_jax.config import Config
+from tsp_jax.cost.training import ITEMSIZE
+from tsp_jax.heads import pad_heads
+from tsp_jax.layout import AxisNames, Layout
+
+FLOAT32 = 4
+
+
+class _Sizes:
+    """Ranks by role, and one device's share of the sequences."""
+
+    def __init__(self, config: Config, layout: Layout, sizes: Mapping[str, int]):
+        model = config.model
+        self.folded, self.tensor, self.sequence = (_ranks(names, sizes) for names in layout.axes("heads"))
+        self.batch = config.batch // _ranks(layout.batch, sizes)
+        self.item = ITEMSIZE[config.compute_dtype]
+        shards = (sizes[name] for name in layout.heads)
+        self.heads = pad_heads(model.num_heads, model.num_kv_heads, model.head_dim, *shards)
+
+
+def _ranks(axes: AxisNames, sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes[name] for name in axes)
+
+
+def _gathered(nbytes: float, ranks: int) -> float:
+    return nbytes * (ranks - 1) / ranks
+
+
+def _summed(nbytes: float, ranks: int) -> float:
+    return 2 * _gathered(nbytes, ranks)
+
+
+def decode_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, dict[str, float]]:
+    """Bytes received per device in decoding one token of each of `config.batch` sequences, by op and kind.
+
+    Per layer O(B (D + N H)), and the logits once, B V: no weight moves, and no key. Kinds: `heads` gathered over folded
+    axes, `merges` of partial softmaxes over sequence axes, `sums` of partial outputs over weight axes, `logits`. Counts
+    of slots are left out.
+    """
+    s, model = _Sizes(config, layout, sizes), config.model
+    residual, vocab = s.batch * model.d_model * s.item, _ranks(layout.vocab, sizes)
+    return {
+        "attention": {kind: model.num_layers * n for kind, n in _attention(config, s).items()},
+        "mlp": {"sums": model.num_layers * _summed(residual, _ranks(layout.mlp, sizes))},
+        "embed": {"sums": _summed(residual, vocab)},
+        "logits": {"logits": _gathered(s.batch * model.vocab_size * FLOAT32, vocab)},
+    }
+
+
+def _attention(config: Config, s: _Sizes) -> dict[str, float]:
+    """Of one layer. All in float32: queries and keys are normalized and rotated after they are gathered."""
+    row = s.batch * s.heads.dim * FLOAT32
+    queries, keys_values = s.heads.query / s.tensor, 2 * s.heads.kv
+    if s.heads.kv < s.tensor:  # a KV head lies on several tensor shards: each gathers all KV heads
+        gathered = _gathered(keys_values * row, s.folded * s.tensor)
+    else:
+        gathered = _gathered(keys_values / s.tensor * row, s.folded)
+    lse = _gathered(s.sequence * s.batch * queries * FLOAT32, s.sequence)
+    outputs = _gathered(queries * row, s.folded) + _summed(queries / s.folded * row, s.sequence // s.folded)
+    return {
+        "heads": _gathered(queries * row, s.folded) + gathered,
+        "merges": lse + outputs,
+        "sums": _summed(s.batch * config.model.d_model * FLOAT32, s.folded * s.tensor),
+    }
+
+
+def cache_bytes(config: Config, layout: Layout, sizes: Mapping[str, int]) -> float:
+    """Of keys and values on one device: `config.batch` sequences of `config.seq_len` tokens, no page rounded up.
+
+    1 / R of all, R the ranks of sequence and tensor axes, except that a KV head which several tensor shards use is
+    there once for each of them.
+    """
+    s = _Sizes(config, layout, sizes)
+    kv_heads = max(1, s.heads.kv / s.tensor)
+    return 2 * config.model.num_layers * s.batch * config.seq_len / s.sequence * kv_heads * s.heads.dim * s.item

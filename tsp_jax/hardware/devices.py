@@ -1,0 +1,160 @@
+"""Kinds of device: what the data sheets say, what programs were seen to reach, and how devices are joined."""
+
+import dataclasses
+from typing import Any, Literal
+
+from tsp_jax.errors import ConfigError
+
+Links = Literal["host", "full_mesh", "switch", "torus"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One kind of device and how its like are joined. Rates are in units a second, per device and direction."""
+
+    name: str
+    platform: Literal["cpu", "rocm", "cuda", "tpu"]
+    memory_bytes: float
+    memory_bandwidth: float
+    """bytes/s"""
+    peak_flops: float
+    """dense bfloat16 operations/s"""
+    links: Links
+    num_links: int
+    """links of a device within a node (a torus: directions)"""
+    link_bandwidth: float
+    """bytes/s that one link sustains"""
+    node_size: int
+    """devices that these links join"""
+    node_bandwidth: float
+    """bytes/s of a device to other nodes"""
+    sustained_flops: float
+    """dense bfloat16 operations/s that matrix products of real programs reach"""
+    sustained_bandwidth: float
+    """bytes/s of main memory that real programs reach"""
+    host_bandwidth: float
+    """bytes/s between the device and its host's memory"""
+    source: str
+    attention_forward: float = 1.0
+    """share of sustained_flops that the fused attention kernel reaches; `attention_backward` likewise"""
+    attention_backward: float = 1.0
+    attention_source: str = "no fused kernel is known"
+    topology_kind: str = ""
+    """what devices of a topology call themselves, where that does not hold the name"""
+    description: str = ""
+    """the compiler's own description of the device (GPU): XLA's GpuTargetConfig as text"""
+
+    @property
+    def efficiency(self) -> dict[str, float]:
+        """Kind of kernel, as programs declare it -> share of sustained_flops that it reaches."""
+        return {"attention_forward": self.attention_forward, "attention_backward": self.attention_backward}
+
+    def with_attention(self, efficiency: float) -> "Hardware":
+        """The same with another share for attention, forward and backward.
+
+        Raises:
+          ConfigError: it is not in (0, 1].
+        """
+        if not 0 < efficiency <= 1:
+            raise ConfigError(f"attention_efficiency={efficiency} must be above 0 and at most 1; use 0.6")
+        source = "as the caller says"
+        return dataclasses.replace(
+            self, attention_forward=efficiency, attention_backward=efficiency, attention_source=source
+        )
+
+
+def _gpu(info: dict[str, Any], capability: str, platform: str, dnn: str, name: str) -> str:
+    fields = "\n".join(f"  {key}: {value}" for key, value in info.items())
+    return (
+        f"gpu_device_info {{\n{fields}\n  {capability}\n}}\n"
+        f'platform_name: "{platform}"\ndnn_version_info {{ {dnn} }}\ndevice_description_str: "{name}"\n'
+    )
+
+
+_BLOCK = {"threads_per_block_limit": 1024, "threads_per_core_limit": 2048, "fpus_per_core": 128}
+
+
+def _amd(gfx: str, cores: int, shared: int, clock_ghz: float, memory: int, bandwidth: int) -> str:
+    limits = {"block_dim_limit_x": 2147483647, "block_dim_limit_y": 65536, "block_dim_limit_z": 65536}
+    shared_memory = dict.fromkeys(
+        ("shared_memory_per_block", "shared_memory_per_core", "shared_memory_per_block_optin"), shared
+    )
+    registers = {"registers_per_core_limit": 131072, "registers_per_block_limit": 131072}
+    info = _BLOCK | limits | shared_memory | registers
+    info |= {"threads_per_warp": 64, "core_count": cores, "clock_rate_ghz": clock_ghz, "l2_cache_size": 4194304}
+    info |= {"memory_bandwidth": bandwidth, "device_memory_size": memory}
+    capability = f'rocm_compute_capability {{ gcn_arch_name: "{gfx}:sramecc+:xnack-" }}'
+    # Named by architecture: Pallas of jax 0.12 reads off the name of an absent device what it compiles for.
+    return _gpu(info, capability, "ROCM", "major: 1 minor: 3 patch: 0", gfx)
+
+
+_H100 = _BLOCK | {
+    "threads_per_warp": 32, "shared_memory_per_block": 49152, "shared_memory_per_core": 233472, "core_count": 132,
+    "block_dim_limit_x": 2147483647, "block_dim_limit_y": 65535, "block_dim_limit_z": 65535,
+    "memory_bandwidth": 3352320000000, "l2_cache_size": 52428800, "clock_rate_ghz": 1.98,
+    "device_memory_size": 85028765696, "shared_memory_per_block_optin": 232448,
+    "registers_per_core_limit": 65536, "registers_per_block_limit": 65536,
+}  # fmt: skip
+
+HARDWARE = {
+    hardware.name: hardware
+    for hardware in (
+        Hardware(
+            name="cpu", platform="cpu", memory_bytes=24e9, memory_bandwidth=20e9, peak_flops=1e11, links="host",
+            num_links=1, link_bandwidth=10e9, node_size=1 << 30, node_bandwidth=1e9,
+            sustained_flops=5e10, sustained_bandwidth=10e9, host_bandwidth=10e9,
+            source="placeholders of a small host: virtual devices share one memory",
+        ),
+        Hardware(
+            name="mi300x", platform="rocm", topology_kind="gfx942",
+            memory_bytes=192e9, memory_bandwidth=5.3e12, peak_flops=1307e12,
+            links="full_mesh", num_links=7, link_bandwidth=48e9, node_size=8, node_bandwidth=50e9,
+            sustained_flops=620e12, sustained_bandwidth=4.1e12, host_bandwidth=50e9,
+            source="AMD MI300X data sheet; usable xGMI rate from AMD's ROCm blog, March 2025 (64 GB/s raw); bf16 "
+            "products 620 TFLOP/s by SemiAnalysis, December 2024; memory as copies like BabelStream's reach "
+            "(4.0-4.3 TB/s); host link 0.8 of PCIe 5.0 x16: assumed, no measurement known",
+            attention_forward=0.7, attention_backward=0.45,
+            attention_source="forward: the share taken for MI355X; backward: the ratio taken for H100; both assumed, "
+            "no measurement of a Triton kernel on this device known",
+            description=_amd("gfx942", 304, 65536, 2.1, 206141652992, 5300000000000),
+        ),
+        Hardware(
+            name="mi355x", platform="rocm", topology_kind="gfx950",
+            memory_bytes=288e9, memory_bandwidth=8e12, peak_flops=2500e12,
+            links="full_mesh", num_links=7, link_bandwidth=58e9, node_size=8, node_bandwidth=50e9,
+            sustained_flops=1180e12, sustained_bandwidth=6.2e12, host_bandwidth=50e9,
+            source="AMD MI355X data sheet (xGMI 76.8 GB/s raw; usable rate scaled as on MI300X); sustained rates are "
+            "the share of the peak that MI300X reaches: assumed, no measurement known",
+            attention_forward=0.7, attention_backward=0.45,
+            attention_source="forward: Triton's kernel at 845 TFLOP/s, causal, 16 K tokens, heads of 128, in "
+            "a figure's data of HipKittens (arXiv 2511.08083), over an assumed sustained rate; backward: the ratio "
+            "taken for H100, assumed",
+            description=_amd("gfx950", 256, 163840, 2.4, 309220868096, 8000000000000),
+        ),
+        Hardware(
+            name="h100", platform="cuda", memory_bytes=80e9, memory_bandwidth=3.35e12, peak_flops=989e12,
+            links="switch", num_links=1, link_bandwidth=450e9, node_size=8, node_bandwidth=50e9,
+            sustained_flops=720e12, sustained_bandwidth=3.0e12, host_bandwidth=50e9,
+            source="NVIDIA H100 SXM data sheet; bf16 products about 720 TFLOP/s by SemiAnalysis, December 2024; memory "
+            "0.9 of the peak and host link 0.8 of PCIe 5.0 x16: assumed, no measurement known",
+            attention_forward=0.6, attention_backward=0.37,
+            attention_source="forward: Triton's kernel at 395 (FlashAttention-3, arXiv 2407.08608) to 477 TFLOP/s "
+            "(TorchBench, July 2024), 16 K tokens, heads of 128, causal or not is not said; backward: assumed, after "
+            "265 TFLOP/s of a Triton kernel in a TritonBench report that names no card",
+            description=_gpu(
+                _H100, "cuda_compute_capability { major: 9 minor: 0 }", "CUDA", "major: 9 minor: 10",
+                "NVIDIA H100 80GB HBM3",
+            ),
+        ),
+        Hardware(
+            name="v5p", platform="tpu", memory_bytes=95e9, memory_bandwidth=2.765e12, peak_flops=459e12,
+            links="torus", num_links=6, link_bandwidth=90e9, node_size=8960, node_bandwidth=25e9,
+            sustained_flops=367e12, sustained_bandwidth=2.5e12, host_bandwidth=16e9,
+            source="Google Cloud TPU v5p page (4,800 Gb/s of interconnect a chip, over six directions); products 0.8 "
+            "and memory 0.9 of the peak, host link of PCIe 3.0 x16: assumed, no measurement known",
+        ),
+    )
+}  # fmt: skip
+
+TPU_TOPOLOGIES = {4: "v5:2x2x1", 8: "v5:2x2x2", 16: "v5:2x2x4", 32: "v5:2x4x4", 64: "v5:4x4x4"}
+"""chips of a v5p slice -> its name, with the extents of its torus"""

@@ -1,0 +1,173 @@
+"""Hardware to compile for, present or not: ``cpu:8``, ``mi300x:8``, ``mi355x:8``, ``h100:8``, ``v5p:8``.
+
+A target's devices are the machine's own where it has them, and elsewhere those of a topology that the platform's
+compiler describes without any device. Programs compiled for a topology can be read, not run.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from tsp_jax.errors import ConfigError
+from tsp_jax.hardware.compiler_options import COMPILER_OPTIONS
+from tsp_jax.hardware.devices import HARDWARE, TPU_TOPOLOGIES, Hardware
+from tsp_jax.hardware.private_jax import hush_absent_plugins, register_rocm_plugin
+from tsp_jax.hardware.rocm_standins import load_rocm_libraries
+
+_STANDINS: set[str] = set()
+"""libraries of ROCm that this process has stand-ins for"""
+EXTRAS = {"rocm": "aot-rocm", "cuda": "aot-cuda", "tpu": "aot-tpu"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A number of devices of one kind."""
+
+    hardware: Hardware
+    num_devices: int
+
+    def __str__(self) -> str:
+        return f"{self.hardware.name}:{self.num_devices}"
+
+    def devices(self) -> list[Any]:
+        """Devices to build a mesh on: those present if they are enough, else those of a topology.
+
+        Raises:
+          ConfigError: the platform's compiler is not installed, or does not describe that many devices.
+        """
+        if self.hardware.platform == "cpu":
+            devices = jax.devices("cpu")
+            if len(devices) < self.num_devices:
+                raise ConfigError(f"target={self}: there are {len(devices)} CPU devices; use cpu:{len(devices)}")
+            return devices[: self.num_devices]
+        return self._present() or list(_TOPOLOGIES[self.hardware.platform](self))
+
+    def _present(self) -> list[Any]:
+        """The machine's own devices of this kind; empty if they are too few."""
+        if not is_present(self.hardware.platform):
+            return []
+        found = [d for d in jax.devices() if self.hardware.name in f"{d.platform} {d.device_kind}".lower()]
+        return found[: self.num_devices] if len(found) >= self.num_devices else []
+
+    def compiler_options(self) -> Mapping[str, Any]:
+        """What to pass to ``lowered.compile(...)``."""
+        return COMPILER_OPTIONS.get(self.hardware.platform, {})
+
+
+_DEVICE_FILES = {"rocm": ("/dev/kfd",), "cuda": ("/dev/nvidiactl",), "tpu": ("/dev/accel0", "/dev/vfio/0")}
+
+
+def is_present(platform: str) -> bool:
+    """Whether the machine has a device of a platform, found without starting it."""
+    return any(Path(file).exists() for file in _DEVICE_FILES.get(platform, ()))
+
+
+def use_target(target: Target) -> None:
+    """Sets JAX up for compiling for a target; must come before anything touches a device."""
+    if target.hardware.platform == "cpu":
+        jax.config.update("jax_num_cpu_devices", target.num_devices)
+        # See tsp_jax.tools.cli.use_devices.
+        jax.config.update("jax_enable_compilation_cache", False)
+    if not is_present(target.hardware.platform):
+        jax.config.update("jax_platforms", "cpu")
+        hush_absent_plugins()
+
+
+def parse_target(text: str, attention_efficiency: float = 0.0) -> Target:
+    """``mi300x:8`` -> Target.
+
+    Args:
+      text: name and number of devices.
+      attention_efficiency: instead of the hardware's own shares for attention; 0: those.
+
+    Raises:
+      ConfigError: one of them is not understood.
+    """
+    name, _, count = text.partition(":")
+    if name not in HARDWARE:
+        raise ConfigError(f"target={text} is unknown; use one of {', '.join(f'{known}:8' for known in HARDWARE)}")
+    if not count.isdecimal() or int(count) < 1:
+        raise ConfigError(f"target={text} does not say how many devices; use {name}:8")
+    hardware = HARDWARE[name]
+    return Target(hardware.with_attention(attention_efficiency) if attention_efficiency else hardware, int(count))
+
+
+def standins_note() -> str:
+    """What to tell a reader of a result that ROCm's libraries were stood in for; empty where they were not."""
+    return "compiled with stand-ins for ROCm's libraries: compile-only, nothing can run" if _STANDINS else ""
+
+
+def _package(target: Target, module: str) -> Path:
+    """Folder of an installed plugin."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # of a parent
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        extra = EXTRAS[target.hardware.platform]
+        raise ConfigError(f'target={target}: its compiler is not installed; use pip install "tsp-jax[{extra}]"')
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _gpu_topology(target: Target) -> Any:
+    hosts, rest = divmod(target.num_devices, target.hardware.node_size)
+    shape = f"1x{hosts}x{target.hardware.node_size}" if hosts and not rest else f"1x1x{target.num_devices}"
+    if hosts and rest:
+        raise ConfigError(f"target={target} is not whole nodes of 8; use {target.hardware.name}:{(hosts + 1) * 8}")
+    return topologies.get_topology_desc(
+        platform=target.hardware.platform, topology_name="", topology=shape, target_config=target.hardware.description
+    ).devices
+
+
+@functools.cache
+def _rocm(target: Target) -> Any:
+    _register_rocm(target)
+    return _gpu_topology(target)
+
+
+@functools.cache
+def _register_rocm_once(plugin: Path, runtime: Path) -> None:
+    library = plugin / "xla_rocm_plugin.so"
+    _STANDINS.update(load_rocm_libraries([library, *sorted(runtime.glob("*.so"))], cache_folder()))
+    register_rocm_plugin(library)
+
+
+def _register_rocm(target: Target) -> None:
+    _register_rocm_once(_package(target, "jax_plugins.xla_rocm7"), _package(target, "jax_rocm7_plugin"))
+
+
+@functools.cache
+def _cuda(target: Target) -> Any:
+    _package(target, "jax_plugins.xla_cuda12")
+    # Lets the plugin register where there is no driver.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    return _gpu_topology(target)
+
+
+@functools.cache
+def _tpu(target: Target) -> Any:
+    library = _package(target, "libtpu") / "libtpu.so"
+    if target.num_devices not in TPU_TOPOLOGIES:
+        raise ConfigError(f"target={target}: no such slice; use v5p: with one of {', '.join(map(str, TPU_TOPOLOGIES))}")
+    known = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-16", "TPU_WORKER_HOSTNAMES": "localhost"}
+    for name, value in (known | {"TPU_LIBRARY_PATH": str(library)}).items():
+        os.environ.setdefault(name, value)
+    bounds = {"chips_per_host_bounds": (2, 2, 1)}
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=TPU_TOPOLOGIES[target.num_devices], **bounds
+    ).devices
+
+
+_TOPOLOGIES = {"rocm": _rocm, "cuda": _cuda, "tpu": _tpu}
+
+
+def cache_folder() -> Path:
+    """Where built stand-ins are kept: ``$XDG_CACHE_HOME/tsp_jax`` or ``~/.cache/tsp_jax``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tsp_jax"

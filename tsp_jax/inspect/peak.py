@@ -1,0 +1,311 @@
+"""Which buffers are alive at the moment of peak memory of a compiled, scheduled program, from its text alone.
+
+Time. The schedule is one line: loops, branches and calls stand where they run, a loop's body once, branches one after
+another. A value lives from its maker to its last reader; one that leaves a computation lives to the computation's
+end, so that what a loop carries lives through the loop, and a value is dead between a loop's last use of its old self
+and the making of its new self.
+
+Memory. The text is one after scheduling and copy insertion, as ``compiled.as_text()`` is: where two values of a loop's
+state would be alive together, it holds a copy. Values that XLA must put in one place count once: views (tuples, their
+elements, bitcasts, the done half of an asynchronous pair, arguments and results of calls); a loop's initial state,
+parameter, root and result; a conditional's result and its branches' roots; donated parameters and the outputs that
+alias them. Values that XLA may put in one place do so if nothing else lives there meanwhile: a dynamic-update-slice or
+scatter (bare, or at the root of a fusion) writes into its operand; elementwise operations and fusions, sorts and
+all-reduces reuse an operand of equal size that dies there. Parameters live throughout, for they are the caller's;
+outputs live until the end. Constants below 1 MiB, scratch memory inside kernels, and what lies in other memory than
+the device's main one do not count. TPU's tile padding does. The allocator's fragmentation is not modelled: arguments +
+temporaries + outputs - aliased is the same or a little more on GPU and CPU, and a fifth more on TPU, whose own
+`peak_memory_in_bytes` is what is found here.
+"""
+
+import dataclasses
+import re
+from collections.abc import Collection, Iterable, Sequence
+
+from tsp_jax.inspect.hlo import Instruction, Module, Shape
+from tsp_jax.inspect.lifetimes import Value, Values, Walk, fusion_outputs, overwritten
+
+HOST = 5
+_LARGE_CONSTANT = 1 << 20
+_FILLERS = ("broadcast", "constant", "iota", "copy")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LiveBuffer:
+    """Memory that is in use at the moment of the peak, named after what its content is."""
+
+    bytes: int
+    """with TPU's tile padding"""
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+    """state, residual or transient; see `peak`"""
+    scope: str
+    """op_name of the maker; of a stacked buffer, that of the dynamic-update-slice which fills it"""
+    holds: str
+    """of a buffer that is filled by slices, the scope of what they hold; else empty"""
+    source: str
+    """file:line of the same, or empty"""
+    name: str
+    """of the instruction that makes it"""
+    opcode: str
+    computation: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Peak:
+    """The moment at which a program holds most memory."""
+
+    bytes: int
+    """on one device, in its main memory"""
+    at: str
+    """scope and name of the instruction that runs then"""
+    buffers: tuple[LiveBuffer, ...]
+    """the largest first"""
+    by_kind: dict[str, int]
+    """bytes of state, residual and transient buffers"""
+    host_bytes: int
+    """most that the program holds in the host's memory at any one moment"""
+
+
+def peak(module: Module) -> Peak:
+    """Finds the moment of peak memory and what is alive then.
+
+    Kinds, by the names that JAX gives (``jvp(`` without ``transpose(`` is forward, ``transpose(`` backward, and so is
+    what backward rematerialises):
+
+    state: parameters of the program, and outputs in their memory.
+    residual: an instruction of forward writes it, and one of backward reads it. In a program without any backward:
+      what is alive before and after the outermost loop that contains the peak.
+    transient: all else, gradients among them.
+
+    Args:
+        module: a parsed program.
+
+    Returns:
+        The first moment of most bytes. Of values that share memory at that moment, the last made is named.
+    """
+    walk = Walk(module)
+    groups = _groups(walk)
+    slots = _slots(walk, groups)
+    moment, total = _highest(slots, walk.now, host=False)
+    kinds = _Kinds(walk, moment)
+    group_of = {value.root(): group for group in groups for value in group.values}
+    found = []
+    for slot in slots:
+        alive = [group for group in slot if group.counts(host=False) and group.alive(moment)]
+        if alive:
+            found.append(_describe(walk, max(alive, key=lambda group: group.start), kinds, group_of))
+    found.sort(key=lambda buffer: -buffer.bytes)
+    now = walk.moments[moment]
+    return Peak(
+        bytes=total,
+        at=f"{_label(module, now)[0]} {now.name}".strip(),
+        buffers=tuple(found),
+        by_kind={k: sum(b.bytes for b in found if b.kind == k) for k in ("state", "residual", "transient")},
+        host_bytes=_highest(slots, walk.now, host=True)[1],
+    )
+
+
+class _Group:
+    """Values that must share memory, and when it is in use: disjoint spans, first to last, ends included."""
+
+    def __init__(self, values: Values, resident: bool, now: int):
+        self.values, self.resident = values, resident
+        self.spans = _joined((value.start, value.end) for value in values)
+        self.makers = [value.maker for value in values if value.maker]
+        self.start, self.end = self.spans[0][0], self.spans[-1][1]
+        self.shape = max((value.shape for value in values), key=_bytes)
+        self.bytes = _bytes(self.shape)
+        constant = bool(self.makers) and all(maker.opcode == "constant" for maker in self.makers)
+        if resident or constant:
+            self.spans = [(0, now)]
+        self.ignored = constant and self.bytes < _LARGE_CONSTANT
+
+    def counts(self, host: bool) -> bool:
+        return self.bytes > 0 and not self.ignored and _in_space(self.shape, host)
+
+    def alive(self, moment: int) -> bool:
+        return any(first <= moment <= last for first, last in self.spans)
+
+
+def _in_space(shape: Shape, host: bool) -> bool:
+    """Spaces above 0 are TPU's own (whose layouts are tiled) or the host's; GPU numbers kinds of device memory too."""
+    if host or shape.memory_space == HOST:
+        return host and shape.memory_space == HOST
+    return shape.memory_space == 0 or ":T(" not in shape.layout
+
+
+def _bytes(shape: Shape) -> int:
+    """Bytes with the padding of the first tile, such as {1,0:T(8,128)(2,1)}."""
+    tile = re.search(r":T\(([\d,]+)\)", shape.layout)
+    order = re.match(r"\{([\d,]*)", shape.layout)
+    if not tile or not order or not shape.dims:
+        return shape.bytes
+    sizes = [int(n) for n in tile[1].split(",")][::-1]
+    padded = list(shape.dims)
+    for dim, size in zip([int(n) for n in order[1].split(",")], sizes, strict=False):
+        padded[dim] = -(-padded[dim] // size) * size
+    return dataclasses.replace(shape, dims=tuple(padded)).bytes
+
+
+def _joined(spans: Iterable[tuple[int, int]], gap: int = 1) -> list[tuple[int, int]]:
+    """Spans whose distance is at most `gap` made one; 1: one follows the other, 0: they share a moment."""
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted(spans):
+        if joined and first <= joined[-1][1] + gap:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], last))
+        else:
+            joined.append((first, last))
+    return joined
+
+
+def _meet_only_at(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]], moments: Collection[int]) -> bool:
+    i = j = 0
+    while i < len(a) and j < len(b):
+        first, last = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
+        if first < last or (first == last and first not in moments):
+            return False
+        i, j = (i + 1, j) if a[i][1] < b[j][1] else (i, j + 1)
+    return True
+
+
+def _groups(walk: Walk) -> list[_Group]:
+    """Unites what instructions overwrite in place, where nothing reads the old content later."""
+
+    def collect() -> dict[Value, Values]:
+        members: dict[Value, Values] = {}
+        for value in walk.values:
+            members.setdefault(value.root(), []).append(value)
+        return members
+
+    members = collect()
+    for _, operand, result in walk.in_place:
+        a, b = operand.root(), result.root()
+        if a is b:
+            continue
+        before, after = (_joined(((v.start, v.end) for v in members[root]), gap=0) for root in (a, b))
+        # In a loop the last of several writers hands over to what the first one reads.
+        moments = {at for at, *pair in walk.in_place if {value.root() for value in pair} == {a, b}}
+        if a not in walk.resident and _meet_only_at(before, after, moments):
+            a.unite(b)
+            members[a.root()] = members[a] + members[b]
+    resident = {root.root() for root in walk.resident}
+    return [_Group(values, root in resident, walk.now) for root, values in collect().items()]
+
+
+def _slots(walk: Walk, groups: list[_Group]) -> list[list[_Group]]:
+    """Lets groups share memory where an operation may reuse a dying operand."""
+    slot_of = {value.root(): [group] for group in groups for value in group.values}
+    spans = {id(slot): slot[0].spans for slot in slot_of.values()}
+    taken: set[tuple[int, int]] = set()
+    for moment, operand, result in walk.reuse:
+        a, b = slot_of[operand.root()], slot_of[result.root()]
+        if a is b or (moment, id(b)) in taken:
+            continue
+        if not any(g.resident for g in (*a, *b)) and _meet_only_at(spans[id(a)], spans[id(b)], (moment,)):
+            spans[id(a)] = _joined([*spans[id(a)], *spans[id(b)]])
+            a += b
+            for group in b:
+                slot_of[group.values[0].root()] = a
+            taken.add((moment, id(a)))
+    return list({id(slot): slot for slot in slot_of.values()}.values())
+
+
+def _highest(slots: list[list[_Group]], end: int, *, host: bool) -> tuple[int, int]:
+    """(moment, bytes)"""
+    change = [0] * (end + 2)
+    for slot in slots:
+        groups = [group for group in slot if group.counts(host)]
+        size = max((group.bytes for group in groups), default=0)
+        for first, last in _joined(span for group in groups for span in group.spans):
+            change[first] += size
+            change[last + 1] -= size
+    best = moment = total = 0
+    for now, step in enumerate(change):
+        total += step
+        if total > best:
+            best, moment = total, now
+    return min(moment, end - 1), best
+
+
+# Names
+
+
+class _Kinds:
+    """Tells state, residual and transient groups apart."""
+
+    def __init__(self, walk: Walk, moment: int):
+        self.module = walk.module
+        self.has_backward = any("transpose(" in i.op_name for i in walk.moments)
+        self.loop = next(((a, b) for a, b in walk.loops if a <= moment <= b), None)
+
+    def of(self, group: _Group) -> str:
+        if group.resident:
+            return "state"
+        if not self.has_backward:
+            carried = self.loop and group.start < self.loop[0] and group.end > self.loop[1]
+            return "residual" if carried else "transient"
+        readers = [reader for value in group.values for reader in value.readers]
+        forward = any(self._phase(maker) == "forward" for maker in group.makers)
+        backward = any(self._phase(reader) == "backward" for reader in readers)
+        return "residual" if forward and backward else "transient"
+
+    def _phase(self, i: Instruction) -> str:
+        scope = _label(self.module, i)[0]
+        return "backward" if "transpose(" in scope else "forward" if "jvp(" in scope else ""
+
+
+def _label(module: Module, i: Instruction) -> tuple[str, str]:
+    """(scope, file:line) of an instruction.
+
+    A fusion without a name has those of what it writes; another instruction those of its first operand.
+    """
+    named = i
+    if not i.op_name and i.opcode == "fusion":
+        body = module.callee(i, "calls")
+        candidates = [*fusion_outputs(body), *reversed(body.instructions)]
+        named = next((inner for inner in candidates if inner.op_name), i)
+    while not named.op_name and (operands := module.computations[named.computation].operands(named)):
+        named = operands[0]
+    return named.op_name, f"{named.source_file}:{named.source_line}" if named.source_file else ""
+
+
+def _describe(walk: Walk, group: _Group, kinds: _Kinds, group_of: dict[Value, _Group]) -> LiveBuffer:
+    module = walk.module
+    maker = _telling_maker(module, group)
+    scope, source = _label(module, maker)
+    part = walk.written.get((maker.computation, maker.name)) if overwritten(module, maker) else None
+    return LiveBuffer(
+        bytes=group.bytes,
+        shape=group.shape.dims,
+        dtype=group.shape.dtype,
+        kind=kinds.of(group),
+        scope=scope,
+        holds=_label(module, _telling_maker(module, group_of[part.root()]))[0] if part else "",
+        source=source,
+        name=maker.name,
+        opcode=maker.opcode,
+        computation=maker.computation,
+    )
+
+
+def _telling_maker(module: Module, group: _Group) -> Instruction:
+    """A parameter; else what fills a buffer by slices; else the first that is no filling with zeros or copy."""
+
+    def rank(maker: Instruction) -> int:
+        if maker.opcode == "parameter":
+            return 0
+        if overwritten(module, maker):
+            return 1
+        outputs = fusion_outputs(module.callee(maker, "calls")) if maker.opcode == "fusion" else [maker]
+        fills = all(
+            o.opcode in _FILLERS or "AllocateBuffer" in o.attributes.get("custom_call_target", "") for o in outputs
+        )
+        return 3 if fills else 2
+
+    return min(group.makers, key=rank)
+
+
+def _fills(i: Instruction) -> bool:
+    return i.opcode in _FILLERS or "AllocateBuffer" in i.attributes.get("custom_call_target", "")

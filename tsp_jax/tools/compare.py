@@ -1,0 +1,153 @@
+"""`compare` as a command: options, table and chart."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from tsp_jax.config import Config
+from tsp_jax.errors import ConfigError
+from tsp_jax.hardware.devices import Hardware
+from tsp_jax.hardware.targets import Target, parse_target, standins_note, use_target
+from tsp_jax.inspect.render import console
+from tsp_jax.tools.compile import Step
+from tsp_jax.tools.inspect import check_writable
+from tsp_jax.tools.sweep import PAPER, Row, compare, write_csv, write_json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Layouts x sequence lengths on one target."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    target: str = "mi300x:8"
+    """devices to compile for, present or not: cpu:8, mi300x:8, mi355x:8, h100:8, v5p:8"""
+    layouts: str = ""
+    """such as tsp:8,tp:8,sp:8,tp_sp:2x4,fsdp_cp:8: sizes of the layout's own axes, data takes the rest; empty: these"""
+    seq_lens: str = ""
+    """tokens of a sequence, such as 16384,131072; empty: the configuration's"""
+    per_replica: int = 1
+    """sequences a replica"""
+    step: Step = "train"
+    """train, forward, prefill or decode"""
+    attention_efficiency: float = 0.0
+    """share of the sustained rate that the fused attention kernel is taken to reach; 0: as printed for the hardware"""
+    chunk: int = 0
+    """tokens of a prompt that one prefill takes; 0: all of them"""
+    json: str = ""
+    """file for the rows, as JSON"""
+    csv: str = ""
+    """file for the rows, as CSV"""
+    png: str = ""
+    """file for a chart (needs matplotlib)"""
+
+
+def run(name: str, options: CompareOptions) -> None:
+    """Compiles, prints the table, writes the files."""
+    target = parse_target(options.target, options.attention_efficiency)
+    check_writable(json=options.json, csv=options.csv, png=options.png)
+    draw = _drawer() if options.png else None
+    lengths = _lengths(options.seq_lens) or [options.config.seq_len]
+    layouts = [item.strip() for item in options.layouts.split(",") if item.strip()] or _layouts(target.num_devices)
+    if options.per_replica < 1:
+        raise ConfigError(f"per_replica={options.per_replica} must be positive; use 1")
+    use_target(target)
+    with Console(stderr=True).status("") as status:
+        rows = compare(
+            options.config, target, layouts, lengths,
+            batch=options.per_replica, step=options.step, chunk=options.chunk,
+            progress=lambda line: status.update(f"compiling {line}"),
+        )  # fmt: skip
+    _print(name, rows, target, options.step)
+    if options.chunk:
+        print("chunk: figures are of one chunk of the prompt, on average; attention to earlier ones is timed too low")
+    if options.csv:
+        write_csv(rows, Path(options.csv))
+    if options.json:
+        facts = {"config": name, "target": str(target), "step": options.step, "chunk": options.chunk}
+        facts |= {"jax": jax.__version__, "paper": PAPER}
+        write_json(rows, facts, Path(options.json))
+    if draw:
+        draw(rows, target, Path(options.png))
+
+
+def _layouts(devices: int) -> list[str]:
+    own = min(devices, 8)
+    two = [f"tp_sp:{n}x{own // n}" for n in (2, 4) if own % n == 0 and own // n > 1]
+    return [f"tsp:{own}", f"tp:{own}", f"sp:{own}", *two, f"fsdp_cp:{own}"]
+
+
+def _lengths(text: str) -> list[int]:
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    for item in items:
+        if not item.isdecimal() or not int(item):
+            raise ConfigError(f"seq_lens={text}: '{item}' is no number of tokens; use 16384,131072, for example")
+    return [int(item) for item in items]
+
+
+def _drawer():
+    try:
+        from tsp_jax.tools.chart import draw
+    except ImportError:
+        raise ConfigError('png: matplotlib is not installed; use pip install "tsp-jax[viz]"') from None
+    return draw
+
+
+def _print(name: str, rows: Sequence[Row], target: Target, step: str) -> None:
+    out = console()
+    heading = f"{name}, {step} step on {target}, compiled with jax {jax.__version__}"
+    out.print(f"{heading}, {standins_note()}" if standins_note() else heading, soft_wrap=True, highlight=False)
+    out.print(_table(rows, target.hardware), soft_wrap=True)
+    for row in rows:
+        if row.note:
+            out.print(f"{row.layout} at {row.seq_len}: {row.note}", soft_wrap=True, highlight=False, markup=False)
+    if any(row.paper_peak_gb for row in rows):
+        out.print(f"paper: peak GB a GPU, {PAPER}; TP+SP is its range over factorisations", soft_wrap=True)
+    out.print(
+        "step, exposed: simulated, see inspect_hlo.py for what that assumes; / matmul: step over its matrix "
+        "products alone, at the sustained rate; received: by one device in a step",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+
+
+def _gb(value: float | None) -> str:
+    """In GB; what a token of decoding moves is a few millionths of that."""
+    return "" if value is None else f"{value / 1e9:.{1 if value >= 5e7 else 4}f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
+def _table(rows: Sequence[Row], hardware: Hardware) -> Table:
+    table = Table(title=f"One device of {hardware.memory_bytes / 1e9:.0f} GB", title_justify="left")
+    table.add_column("layout")
+    columns = "tokens,peak GB,formula,paper,received GB,comm s,exposed,step s,/ matmul,tokens/s"
+    for column in (*columns.split(","), "largest tokens", "largest batch"):
+        table.add_column(column, justify="right")
+    last = rows[0].layout if rows else ""
+    for row in rows:
+        if row.layout != last:
+            table.add_section()
+            last = row.layout
+        table.add_row(*_cells(row), style="" if row.fits else "red")
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    if row.peak_bytes is None or row.step_s is None or row.comm_s is None or row.exposed_comm_s is None:
+        return [row.layout, str(row.seq_len), "does not compile"]
+    peak = _gb(row.peak_bytes) + ("" if row.fits else " (does not fit)")
+    exposed = f"{row.exposed_comm_s / row.comm_s:.0%}" if row.comm_s else "-"
+    return [
+        row.layout, str(row.seq_len), peak, _gb(row.predicted_bytes), row.paper_peak_gb, _gb(row.received_bytes),
+        _seconds(row.comm_s), exposed, _seconds(row.step_s),
+        f"{row.step_s / row.matmul_s:.2f}" if row.matmul_s else "-", f"{row.tokens_per_s:,.0f}",
+        "" if row.largest_seq_len is None else f"{row.largest_seq_len:,}",
+        "" if row.largest_batch is None else str(row.largest_batch),
+    ]  # fmt: skip

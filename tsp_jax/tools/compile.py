@@ -1,0 +1,165 @@
+"""Compile a step of a configuration ahead of time, for hardware that need not be there."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import jax
+
+from tsp_jax.config import Config
+from tsp_jax.errors import ConfigError
+from tsp_jax.hardware.targets import Target
+from tsp_jax.heads import padded_heads
+from tsp_jax.inference.program import InferenceProgram, make_inference_program
+from tsp_jax.inspect.report import FullWeight, Report, report
+from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh, place
+from tsp_jax.training.step import make_program
+
+Step = Literal["train", "forward", "prefill", "decode"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompiledStep:
+    """One program, compiled for a target, and what it was made from."""
+
+    config: Config
+    target: Target
+    placement: Placement
+    step: Step
+    compiled: Any
+    """jax.stages.Compiled"""
+    compile_s: float
+    """seconds of tracing, lowering and compiling"""
+
+    def report(self, *, record: bool = False) -> Report:
+        """What it holds, moves and should take."""
+        weights = full_weights(self.config, self.placement)
+        return report(self.compiled, target=self.target.hardware, full_weights=weights, record=record)
+
+    def facts(self) -> dict[str, Any]:
+        """What was compiled, for a report's JSON."""
+        return {
+            "target": str(self.target),
+            "num_devices": self.target.num_devices,
+            "layout": self.config.layout,
+            "mesh": dict(self.placement.mesh.shape),
+            "step": self.step,
+            "seq_len": self.config.seq_len,
+            "batch": self.config.batch,
+            "num_params": self.config.model.num_params,
+            "compile_s": round(self.compile_s, 2),
+            "jax": jax.__version__,
+        }
+
+
+def place_on(config: Config, target: Target) -> Placement:
+    """A configuration's layout on a target's devices, every one of them in use.
+
+    Raises:
+      ConfigError: layout, mesh, target and sizes do not go together, or the target's compiler is not installed.
+    """
+    layout = get_layout(config.layout)
+    sizes = parse_mesh(config.mesh, layout, target.num_devices)
+    devices = math.prod(sizes.values())
+    if devices != target.num_devices:
+        mesh = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ConfigError(
+            f"mesh={mesh} has {devices} devices, target={target} has {target.num_devices}; "
+            f"use --target {target.hardware.name}:{devices}"
+        )
+    check_fits(config, layout, sizes)
+    return place(layout, target.devices(), **sizes)
+
+
+def compile_step(config: Config, target: Target, step: Step = "train", chunk: int = 0) -> CompiledStep:
+    """Compiles one step; nothing runs.
+
+    Args:
+      config: its layout, mesh, batch and seq_len say what; `cpu_devices` is not looked at.
+      target: devices to compile for.
+      step: train (a whole optimizer step), forward (loss of a batch), prefill, decode (one token a sequence).
+      chunk: tokens of each prompt that one prefill takes; 0: all of them.
+
+    Raises:
+      ConfigError: as `place_on`, or the step is unknown, or takes no chunk of this size.
+    """
+    if step not in _LOWER:
+        raise ConfigError(f"step={step} is unknown; use one of {', '.join(get_args(Step))}")
+    check_chunk(config, step, chunk)
+    placement = place_on(config, target)
+    began = time.perf_counter()
+    compiled = _LOWER[step](config, placement, chunk).compile(dict(target.compiler_options()))
+    return CompiledStep(
+        config=config, target=target, placement=placement, step=step, compiled=compiled,
+        compile_s=time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def full_weights(config: Config, placement: Placement) -> tuple[FullWeight, ...]:
+    """What no device should gather at once: all rows of an op's message, as elements, by scope."""
+    model, layout = config.model, placement.layout
+    heads = padded_heads(placement, model.num_heads, model.num_kv_heads, model.head_dim)
+    query, kv = heads.query * heads.dim, heads.kv * heads.dim
+    rows = {
+        ("tsp/attention/queries", "heads"): query,
+        ("tsp/attention/keys_values", "heads"): 2 * kv,
+        ("tsp/attention/out", "heads"): query,
+        ("tsp/mlp", "mlp"): 3 * model.d_ff,
+        ("tsp/embed", "vocab"): model.vocab_size,
+        ("tsp/loss", "vocab"): model.vocab_size,
+    }
+    return tuple(
+        FullWeight(scope, whole * model.d_model) for (scope, dim), whole in rows.items() if getattr(layout, dim)
+    )
+
+
+def check_chunk(config: Config, step: Step, chunk: int) -> None:
+    """Raises ConfigError where a step takes no chunk of this size."""
+    if chunk and step != "prefill":
+        raise ConfigError(f"chunk={chunk} means nothing to step={step}; use --step prefill")
+    if not 0 <= chunk <= config.seq_len:
+        raise ConfigError(f"chunk={chunk} must be part of seq_len={config.seq_len}; use 0 for all of it")
+
+
+def tokens_of(config: Config, step: Step, chunk: int = 0) -> int:
+    """Tokens that one step processes, over all devices."""
+    return config.batch * (1 if step == "decode" else chunk or config.seq_len)
+
+
+def _lower_train(config: Config, placement: Placement, _: int) -> jax.stages.Lowered:
+    program = make_program(config, placement)
+    shape = (config.accumulate, config.batch // config.accumulate, config.seq_len)
+    return program.step.lower(program.abstract_state, program.abstract_batch(shape))
+
+
+def _lower_forward(config: Config, placement: Placement, _: int) -> jax.stages.Lowered:
+    program = make_program(config, placement)
+    return program.evaluate.lower(
+        program.abstract_state.params, program.abstract_batch((1, config.batch, config.seq_len))
+    )
+
+
+def _lower_prefill(config: Config, placement: Placement, chunk: int) -> jax.stages.Lowered:
+    """A chunk, or all, of a prompt of seq_len tokens."""
+    program = _serving(config, placement, chunk or config.seq_len)
+    return program.prefill.lower(program.abstract_params, program.abstract_cache, *program.abstract_chunk)
+
+
+def _lower_decode(config: Config, placement: Placement, _: int) -> jax.stages.Lowered:
+    """One token of each sequence, against a cache of seq_len tokens."""
+    program = _serving(config, placement, placement.size("sequence"))
+    return program.decode.lower(program.abstract_params, program.abstract_cache, program.abstract_tokens)
+
+
+def _serving(config: Config, placement: Placement, chunk: int) -> InferenceProgram:
+    return make_inference_program(config, placement, batch=config.batch, capacity=config.seq_len, chunk=chunk)
+
+
+_LOWER: Mapping[str, Callable[[Config, Placement, int], jax.stages.Lowered]] = {
+    "train": _lower_train,
+    "forward": _lower_forward,
+    "prefill": _lower_prefill,
+    "decode": _lower_decode,
+}

@@ -1,0 +1,119 @@
+"""`generate` as a command: options, the text as it comes, and what it took."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, TextIO
+
+import jax
+import tyro
+from jax.sharding import Mesh
+
+from tsp_jax.config import StreamConfig
+from tsp_jax.errors import ConfigError
+from tsp_jax.hf.tokenizer import Tokenizer
+from tsp_jax.inference import Model, Sampling, Stats, generate, load
+from tsp_jax.layout import Placement, get_layout, make_mesh, parse_mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """What to continue, how, and where."""
+
+    prompt: str = ""
+    """text to continue"""
+    prompt_file: str = ""
+    """file that holds it"""
+    chat: bool = False
+    """put the prompt into the model's chat template, as a user's message"""
+    max_new_tokens: int = 64
+    """tokens to write, unless a stop token comes first"""
+    stop: bool = True
+    """end at the model's stop tokens"""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
+    layout: str = "tsp"
+    """single, tp, sp, tp_sp, tsp or fsdp_cp"""
+    mesh: str = ""
+    """axis sizes, such as tsp=8; empty: every device on the layout's own axes"""
+    cpu_devices: int = 0
+    """run on this many virtual CPU devices; 0: on the devices there are"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of weights, activations and cache; auto: float32 if the folder says so, else bfloat16"""
+    capacity: int = 0
+    """tokens that the cache has room for; 0: prompt and continuation"""
+    chunk: int = 0
+    """tokens of the prompt that are prefilled at once, at most; 0: 2048"""
+    stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
+
+    def __post_init__(self):
+        if self.cpu_devices < 0:
+            raise ConfigError(f"cpu_devices={self.cpu_devices} must not be negative; use 0")
+
+
+def run(folder: str, options: GenerateOptions, out: TextIO | None = None, notes: TextIO | None = None) -> Stats:
+    """Writes the continuation to `out` (None: stdout) as it comes, then what it took to `notes` (None: stderr)."""
+    prompt, placement = _prompt(options), _place(options)
+    model = load(folder, placement, dtype=options.dtype, stream=options.stream)
+    assert model.tokenizer is not None
+    tokens = _encode(model.tokenizer, prompt, options.chat)
+    stats, decoder = Stats(), model.tokenizer.decoder()
+
+    def write(text: str) -> None:
+        print(text, end="", file=out, flush=True)
+
+    generate(
+        model, [tokens],
+        max_new_tokens=options.max_new_tokens, sampling=options.sampling,
+        stop_tokens=model.stop_tokens if options.stop else (),
+        capacity=options.capacity, chunk=options.chunk, stats=stats,
+        on_token=lambda _, token: write(decoder.step(token)),
+    )  # fmt: skip
+    write(decoder.finish() + "\n")
+    print(summary(model, stats), file=sys.stderr if notes is None else notes)
+    return stats
+
+
+def _prompt(options: GenerateOptions) -> str:
+    if bool(options.prompt) == bool(options.prompt_file):
+        given = "both prompt and prompt_file are given" if options.prompt else "prompt='' is empty"
+        raise ConfigError(f'{given}; use --prompt "some text" or --prompt-file FILE')
+    if options.prompt:
+        return options.prompt
+    try:
+        text = Path(options.prompt_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"prompt_file={options.prompt_file} cannot be read as text ({error}); use another") from None
+    if not text:
+        raise ConfigError(f"prompt_file={options.prompt_file} is empty; use a file that holds text")
+    return text
+
+
+def _place(options: GenerateOptions) -> Placement:
+    layout = get_layout(options.layout)
+    return Placement(layout, make_mesh(parse_mesh(options.mesh, layout, len(jax.devices()))))
+
+
+def _encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
+    return tokenizer.encode(tokenizer.chat(prompt), special=False) if chat else tokenizer.encode(prompt)
+
+
+def summary(model: Model, stats: Stats) -> str:
+    """Tokens a second of prefill and of decoding, and bytes of one device, in a line."""
+    mesh = ",".join(f"{axis}={size}" for axis, size in model.placement.mesh.shape.items())
+    decoded = f"{stats.decoded_tokens / stats.decode_s:,.1f} tokens/s" if stats.decoded_tokens else "nothing"
+    peak, source = peak_bytes(model)
+    size = f"{peak / 1e9:.2f} GB" if peak >= 1e9 else f"{peak / 1e6:.2f} MB"
+    return (
+        f"{model.placement.layout.name} ({mesh}): prefill {stats.prompt_tokens:,} tokens, "
+        f"{stats.prompt_tokens / stats.prefill_s:,.1f} tokens/s; decode {stats.new_tokens:,} tokens, {decoded}; "
+        f"peak {size} a device ({source})"
+    )
+
+
+def peak_bytes(model: Model) -> tuple[int, str]:
+    """(peak bytes on one device, who says so): the devices where they keep count, else the compiler."""
+    mesh = model.placement.mesh
+    counts = [device.memory_stats() or {} for device in mesh.local_devices] if isinstance(mesh, Mesh) else []
+    if counts and all("peak_bytes_in_use" in count for count in counts):
+        return max(count["peak_bytes_in_use"] for count in counts), "measured"
+    return max(program.peak_bytes for program in model.programs.values()), "compiled"

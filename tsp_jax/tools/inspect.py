@@ -1,0 +1,128 @@
+"""Inspect one compiled step, or the text of a compiled program: tables, JSON, trace and contracts."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from tsp_jax.config import Config
+from tsp_jax.errors import ConfigError
+from tsp_jax.hardware.targets import parse_target, standins_note, use_target
+from tsp_jax.inspect.expect import broken, parse_expectations
+from tsp_jax.inspect.render import console, show
+from tsp_jax.inspect.report import Report, report
+from tsp_jax.inspect.trace import write_trace
+from tsp_jax.layout import parse_sizes
+from tsp_jax.tools.compile import Step, compile_step
+
+BROKEN = 1
+"""exit code where a contract does not hold"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What to write, and what to hold the program to."""
+
+    json: str = ""
+    """file for everything found, as JSON"""
+    trace: str = ""
+    """file for the simulated timeline, .json or .json.gz, to open in ui.perfetto.dev"""
+    expect: str = ""
+    """contracts, such as no-full-weight,exposed<=0.1,peak<=24GB; a broken one exits with 1"""
+    largest: int = 12
+    """rows of each table"""
+    attention_efficiency: float = 0.0
+    """share of the sustained rate that the fused attention kernel is taken to reach; 0: as printed for the hardware"""
+
+    def check(self) -> None:
+        """Raises ConfigError where something could not be written or is not understood; call before long work."""
+        parse_expectations(self.expect)
+        check_writable(json=self.json, trace=self.trace)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """A configuration's step on a target."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    target: str = "cpu:8"
+    """devices to compile for, present or not: cpu:8, mi300x:8, mi355x:8, h100:8, v5p:8"""
+    step: Step = "train"
+    """train: a whole optimizer step; forward: the loss of a batch; prefill; decode: one token a sequence"""
+    chunk: int = 0
+    """tokens of a prompt that one prefill takes; 0: all of them"""
+    dump_hlo: str = ""
+    """file for the compiled program's text"""
+    outputs: Annotated[Outputs, tyro.conf.arg(name="")] = Outputs()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """The text of a compiled program."""
+
+    target: str = ""
+    """kind of devices it was compiled for; empty: no timeline"""
+    mesh: str = ""
+    """axis sizes in the order of devices, such as data=1,tsp=8; empty: axes are not named"""
+    outputs: Annotated[Outputs, tyro.conf.arg(name="")] = Outputs()
+
+
+def check_writable(**files: str) -> None:
+    """Raises ConfigError for a file whose folder does not exist."""
+    for field, file in files.items():
+        if file and (not Path(file).parent.is_dir() or Path(file).is_dir()):
+            raise ConfigError(f"{field}={file} cannot be written; use a file in a folder that exists")
+
+
+def inspect_step(name: str, options: StepOptions) -> int:
+    """Compiles a step and reports on it; returns the exit code."""
+    target = parse_target(options.target, options.outputs.attention_efficiency)
+    options.outputs.check()
+    check_writable(dump_hlo=options.dump_hlo)
+    use_target(target)
+    config, out = options.config, console()
+    with Console(stderr=True).status(f"compiling {name} for {target}"):
+        step = compile_step(config, target, options.step, options.chunk)
+    mesh = ",".join(f"{axis}={size}" for axis, size in step.placement.mesh.shape.items())
+    tokens = f"{options.chunk} of {config.seq_len}" if options.chunk else str(config.seq_len)
+    out.print(
+        f"{name}, {config.model.num_params / 1e9:.2f} B parameters, {options.step} step of {config.batch} x "
+        f"{tokens} tokens, layout {config.layout} on {target} ({mesh}), compiled in {step.compile_s:.1f} s",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+    if note := standins_note():
+        out.print(note, soft_wrap=True, highlight=False)
+    if options.dump_hlo:
+        Path(options.dump_hlo).write_text(step.compiled.as_text())
+    return _finish(step.report(record=bool(options.outputs.trace)), step.facts(), options.outputs, out)
+
+
+def inspect_text(file: str, options: TextOptions) -> int:
+    """Reports on a program's text; returns the exit code."""
+    options.outputs.check()
+    name = options.target if ":" in options.target else f"{options.target}:1"
+    target = parse_target(name, options.outputs.attention_efficiency) if options.target else None
+    try:
+        text = Path(file).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"file {file} cannot be read as text ({error}); use the text of a compiled program") from None
+    axes = parse_sizes(options.mesh) if options.mesh else None
+    found = report(text, target=target.hardware if target else None, mesh_axes=axes, record=bool(options.outputs.trace))
+    return _finish(found, {"file": file, "target": options.target, "mesh": axes}, options.outputs, console())
+
+
+def _finish(found: Report, facts: dict[str, Any], outputs: Outputs, out: Console) -> int:
+    show(found, out, largest=outputs.largest)
+    if outputs.json:
+        Path(outputs.json).write_text(json.dumps({**facts, **found.to_json()}, indent=1) + "\n")
+    if outputs.trace:
+        if found.timeline is None:
+            raise ConfigError("trace: there is no timeline without a target; use --target mi300x:8, for example")
+        write_trace(found.timeline, Path(outputs.trace))
+    failures = broken(found, parse_expectations(outputs.expect))
+    for line in failures:
+        out.print(f"broken: {line}", soft_wrap=True, highlight=False, markup=False)
+    return BROKEN if failures else 0

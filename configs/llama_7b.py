@@ -12,10 +12,6 @@ config = Config(
     ),
     stream=StreamConfig(
         attention_movement="gather",
-        attention_buckets=4,
-        exchange_buckets=16,
-        mlp_buckets=8,
-        vocab_buckets=8,
         query_block=1024,
         key_block=1024,
         kernel="auto",

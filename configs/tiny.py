@@ -17,7 +17,7 @@ config = Config(
         head_dim=24,
         d_ff=576,
     ),
-    stream=StreamConfig(attention_buckets=2, mlp_buckets=2, vocab_buckets=2, query_block=256, key_block=256),
+    stream=StreamConfig(query_block=256, key_block=256),
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
     layout="tsp",
     cpu_devices=8,

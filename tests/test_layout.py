@@ -65,23 +65,6 @@ def test_only_fsdp_cp_gathers_whole_weights():
 
 
 @pytest.mark.parametrize(
-    ("layout", "sizes", "share"),
-    [
-        ("single", {}, 8),
-        ("tp", {"model": 8}, 1),
-        ("tp", {"model": 16}, 1),
-        ("tp_sp", {"model": 2, "seq": 4}, 4),
-        ("sp", {"seq": 8}, 8),
-        ("tsp", {"tsp": 8}, 8),
-        ("fsdp_cp", {"tsp": 8}, 8),
-    ],
-)
-def test_tensor_axes_have_cut_their_share_of_the_buckets(layout, sizes, share):
-    assert LAYOUTS[layout].share("mlp", 8, sizes) == share
-    assert LAYOUTS[layout].pieces("mlp", 8, sizes) == (1 if layout == "fsdp_cp" else share)
-
-
-@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"heads": ("a", "a")}, "heads=('a', 'a') uses an axis twice"),

@@ -332,7 +332,7 @@ def test_programs_do_not_grow_with_depth(remat):
 
     def program(num_layers: int) -> str:
         config = dataclasses.replace(CONFIG, num_layers=num_layers)
-        stream = StreamConfig(attention_buckets=2)
+        stream = StreamConfig(bucket_mib=0.001)
         model = nnx.eval_shape(lambda: make_model("tsp2", config, remat=remat, stream=stream))
         graphdef, state = nnx.split(model)
         batch = packed_batch(B, S, V)

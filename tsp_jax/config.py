@@ -131,51 +131,37 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """How weights travel past tokens or tokens past weights, and the pieces that bound memory.
+    """What moves on folded axes, and the sizes that bound activation memory.
 
-    A movement of `activations` leaves an op's weights where they are: it sees the tokens of all folded ranks, and its
-    partial outputs are summed and dealt back. `auto` takes whichever of gather and activations receives fewer bytes.
-
-    Numbers of buckets are of a whole dimension: what tensor axes shard is cut already, and a rank's shard is cut into
-    as many fewer, so that a piece is as large on every layout. They are upper bounds: each op uses the largest divisor
-    of its local dimension that does not exceed its share, so that one configuration serves every mesh. Layouts with
-    `Layout.whole_weights` move weights in one piece.
+    Buckets and chunks are about as large on every layout and mesh: their counts follow from shapes. Layouts with
+    `Layout.whole_weights` send the weights of an op in one bucket.
     """
 
     attention_movement: AttentionMovement = "auto"
-    """gather: one slice of every rank's heads at a time; activations: a slice of every rank's tokens at a time; auto:
-    whichever of the two receives fewer bytes"""
-    attention_buckets: int = 4
-    """pieces that heads are cut into, as their weights travel: each one slice of every folded rank's"""
-    exchange_buckets: int = 4
-    """pieces that KV heads are cut into, as keys and values of one are exchanged while another attends"""
+    """gather: all-gather weights, one bucket of heads at a time; activations: leave weights where they are, all-gather
+    tokens and reduce-scatter outputs; auto: whichever of the two receives fewer bytes"""
     mlp_movement: Movement = "auto"
-    """gather: one slice of every rank's columns at a time; ring: one rank's columns at a time (the paper's);
-    activations and auto as for attention"""
-    mlp_buckets: int = 4
-    """pieces that FFN columns are cut into (gather)"""
+    """as attention_movement; ring: send weights from neighbour to neighbour, one rank's shard at a time (the paper)"""
     vocab_movement: Movement = "auto"
-    """movement of embedding rows and output head"""
-    vocab_buckets: int = 8
-    """pieces that vocabulary rows are cut into (gather)"""
-    token_buckets: int = 8
-    """pieces that a rank's tokens are cut into, as they move instead of weights (activations)"""
-    tokens: int = 4096
-    """tokens that meet a piece of the weights at a time, at most: bounds what is made of a piece"""
+    """as mlp_movement, for the embedding and the output head"""
+    bucket_mib: float = 64.0
+    """bucket size, about, in MiB: what a device receives at a time of weights, of keys and values, or of tokens; two
+    buckets are in memory at once"""
+    chunk_tokens: int = 4096
+    """chunk size: at most this many tokens are multiplied with a bucket at once; bounds activation memory"""
     query_block: int = 512
     """query tokens in one block of blockwise attention"""
     key_block: int = 512
     """key tokens in one block of blockwise attention"""
     grad_dtype: DType = "float32"
-    """dtype in which weight gradients travel to their owner"""
+    """dtype in which weight gradients are reduce-scattered"""
     kernel: Kernel = "auto"
     """attention on one device: xla runs everywhere; fused is for MI300X, MI355X and H100, and has not run on one yet;
     auto: fused there, for heads of at most 512 bytes, and xla elsewhere"""
 
     def __post_init__(self):
         _check_values("stream.", self)
-        buckets = ("attention_buckets", "exchange_buckets", "mlp_buckets", "vocab_buckets", "token_buckets", "tokens")
-        _positive("stream.", self, *buckets, "query_block", "key_block")
+        _positive("stream.", self, "bucket_mib", "chunk_tokens", "query_block", "key_block")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -68,14 +68,6 @@ class Layout:
             sequence=self.sequence,
         )
 
-    def share(self, dim: str, buckets: int, sizes: Mapping[str, int]) -> int:
-        """Of `buckets` that all of a weight's dimension is cut into, those of one tensor rank, at least one."""
-        return max(1, buckets // math.prod(sizes[name] for name in self.axes(dim).tensor))
-
-    def pieces(self, dim: str, buckets: int, sizes: Mapping[str, int]) -> int:
-        """As `share`, of weights: one where they are gathered whole."""
-        return 1 if self.whole_weights else self.share(dim, buckets, sizes)
-
     def spec(self, *dims: str | None) -> PartitionSpec:
         """PartitionSpec of an array whose dimensions are these logical ones (None: not sharded)."""
         return PartitionSpec(*((getattr(self, dim) or None) if dim else None for dim in dims))

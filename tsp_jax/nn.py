@@ -15,10 +15,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tsp_jax.config import Activation, Remat, RopeScaling, StreamConfig
-from tsp_jax.cost.traffic import Cut, Traffic, attention_traffic, choose, embed_traffic, loss_traffic, mlp_traffic
+from tsp_jax.cost.traffic import (
+    OpSharding,
+    Traffic,
+    attention_traffic,
+    choose_movement,
+    embed_traffic,
+    loss_traffic,
+    mlp_traffic,
+)
 from tsp_jax.errors import ConfigError
 from tsp_jax.heads import HeadPadding, padded_heads
-from tsp_jax.layout import Placement, check_divides, largest_divisor
+from tsp_jax.layout import Placement, check_divides
 from tsp_jax.ops import cross_entropy as cross_entropy_op
 from tsp_jax.ops import kernels
 from tsp_jax.ops.attention import train as attention_op
@@ -27,24 +35,42 @@ from tsp_jax.ops.kernels.xla import Blocks, Tokens
 from tsp_jax.ops.mlp import mlp
 from tsp_jax.ops.stream import Stream
 
+MIB = 1 << 20
+"""bytes"""
 
-def _cut(placement: Placement, dim: str, shape: Sequence[int], dtype: jnp.dtype, stream: Stream) -> Cut:
-    """How an op on tokens [B, T, ...] is cut."""
-    return Cut.of(
+
+def _sharding(placement: Placement, dim: str, shape: Sequence[int], dtype: jnp.dtype, stream: StreamConfig):
+    """The sharding of an op on tokens [B, T, ...] whose weights are sharded along `dim`."""
+    return OpSharding.of(
         placement.layout, placement.mesh.shape, dim, batch=shape[0], seq_len=shape[1],
-        item=dtype.itemsize, grad_item=jnp.dtype(stream.grad_dtype).itemsize,
+        itemsize=dtype.itemsize, grad_itemsize=jnp.dtype(stream.grad_dtype).itemsize,
     )  # fmt: skip
 
 
-def stream_of(config: StreamConfig, movement: str, buckets: int, placement: Placement) -> Stream:
-    """The stream of an op; whole weights are gathered, whatever the configuration says."""
-    movement = "gather" if placement.layout.whole_weights else movement
-    return Stream(movement, buckets, config.grad_dtype, config.tokens, config.token_buckets)
+def _make_stream(
+    placement: Placement, config: StreamConfig, movement: str, sharding: OpSharding, traffic: Callable[..., Traffic],
+    *, d_model: int, rows: int = 1, elements: int = 0,
+) -> Stream:  # fmt: skip
+    """What moves in an op, and in how many buckets of `config.bucket_mib`.
 
-
-def _pieces(placement: Placement, dim: str, buckets: int, rows: int) -> int:
-    """That a shard of `rows` rows is cut into."""
-    return largest_divisor(rows, placement.layout.pieces(dim, buckets, placement.mesh.shape))
+    Args:
+      placement: layout and mesh; its layout may ask for whole weights.
+      config: sizes and dtype of messages.
+      movement: of this op, from the configuration.
+      sharding: of this op.
+      traffic: movement -> bytes by kind, which `auto` compares.
+      d_model: D.
+      rows: rows of weights per device.
+      elements: of all ranks' weights.
+    """
+    whole, bucket_bytes = placement.layout.whole_weights, config.bucket_mib * MIB
+    return Stream(
+        movement="gather" if whole else choose_movement(movement, traffic),
+        buckets=1 if whole else sharding.weight_buckets(rows, elements, bucket_bytes),
+        grad_dtype=config.grad_dtype,
+        tokens=config.chunk_tokens,
+        token_buckets=sharding.token_buckets(d_model, bucket_bytes),
+    )
 
 
 def _shard_rows(name: str, value: int, dim: str, placement: Placement) -> int:
@@ -111,15 +137,13 @@ class Attention(nnx.Module):
         heads = padded_heads(placement, num_heads, num_kv_heads, head_dim)
         self.placement, self.dtype, self.heads = placement, jnp.dtype(dtype), heads
         self.remat: Remat = remat
-        self.stream = stream_of(stream, stream.attention_movement, 1, placement)
+        self.stream = stream
         self.config = attention_op.AttentionConfig(
             kv_slots=heads.kv,
             head_dim=head_dim,
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             norm_eps=norm_eps,
-            buckets=placement.layout.pieces("heads", stream.attention_buckets, placement.mesh.shape),
-            exchange_buckets=placement.layout.share("heads", stream.exchange_buckets, placement.mesh.shape),
             blocks=Blocks(stream.query_block, stream.key_block),
             arch=kernels.choose(stream.kernel, placement.mesh, head_dim, dtype),
         )
@@ -169,24 +193,35 @@ class Attention(nnx.Module):
             w_o *= HeadPadding(self.heads, True).pad(jnp.ones((self._logical_rows(), 1), w_o.dtype))
         weights = attention_op.AttentionWeights(self.w_q[...], self.w_k[...], self.w_v[...], w_o)
 
-        stream = self._stream(x_BTD.shape)
+        config, stream = self.configure(x_BTD.shape)
 
         def local(x_BtD, weights, tokens_Bt, norms):
-            return attention_op.attention(
-                x_BtD, weights, tokens_Bt, norms,
-                config=self.config, axes=layout.axes("heads"), stream=stream,
-            )  # fmt: skip
+            axes = layout.axes("heads")
+            return attention_op.attention(x_BtD, weights, tokens_Bt, norms, config=config, axes=axes, stream=stream)
 
         tokens, x_spec = layout.spec("batch", "sequence"), layout.spec("batch", "sequence", None)
         return self.placement.shard_map(
             local, in_specs=(x_spec, layout.spec("heads", None), tokens, layout.spec(None)), out_specs=x_spec
         )(x_BTD.astype(self.dtype), weights, Tokens(positions_BT, segment_ids_BT), norms)
 
-    def _stream(self, shape: Sequence[int]) -> Stream:
-        """With `auto` resolved for tokens [B, T, D]."""
-        cut = _cut(self.placement, "heads", shape, self.dtype, self.stream)
-        traffic = partial(attention_traffic, cut, heads=self.heads, d_model=shape[2], remat=self.remat)
-        return self.stream._replace(movement=choose(self.stream.movement, traffic))
+    def configure(self, shape: Sequence[int]) -> tuple[attention_op.AttentionConfig, Stream]:
+        """What moves for tokens [B, T, D]: `auto` resolved, and bucket counts from the bucket size."""
+        heads, d_model, bucket_bytes = self.heads, shape[2], self.stream.bucket_mib * MIB
+        sharding = _sharding(self.placement, "heads", shape, self.dtype, self.stream)
+        traffic = partial(attention_traffic, sharding, heads=heads, d_model=d_model, remat=self.remat)
+        movement = self.stream.attention_movement
+        stream = _make_stream(self.placement, self.stream, movement, sharding, traffic, d_model=d_model)
+
+        def buckets(num_heads: int, elements: int) -> int:
+            per_device = max(1, num_heads // (sharding.folded * sharding.tensor))
+            return sharding.weight_buckets(per_device, elements, bucket_bytes)
+
+        config = self.config._replace(exchange_buckets=sharding.exchange_buckets(heads, stream.movement, bucket_bytes))
+        if self.placement.layout.whole_weights:
+            return config, stream
+        query_elements, kv_elements = (n * heads.dim * d_model for n in (heads.query, 2 * heads.kv))
+        counts = buckets(heads.query, query_elements), buckets(heads.kv, kv_elements)
+        return config._replace(query_buckets=counts[0], kv_buckets=counts[1]), stream
 
     def _logical_rows(self) -> int:
         return self.heads.num_kv_heads * self.heads.real_group * self.heads.dim
@@ -220,10 +255,8 @@ class MLP(nnx.Module):
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
         rngs: nnx.Rngs,
     ):
-        rows = _shard_rows("d_ff", d_ff, "mlp", placement)
-        self.placement, self.dtype, self.activation = placement, jnp.dtype(dtype), activation
-        buckets = _pieces(placement, "mlp", stream.mlp_buckets, rows)
-        self.stream = stream_of(stream, stream.mlp_movement, buckets, placement)
+        self.rows = _shard_rows("d_ff", d_ff, "mlp", placement)
+        self.placement, self.dtype, self.activation, self.stream = placement, jnp.dtype(dtype), activation, stream
 
         def columns(std: float) -> nnx.Param:
             value = _weight(rngs.params(), (d_ff, d_model), std)
@@ -247,10 +280,14 @@ class MLP(nnx.Module):
         )
 
     def _stream(self, shape: Sequence[int]) -> Stream:
-        """With `auto` resolved for tokens [B, T, D]."""
-        cut = _cut(self.placement, "mlp", shape, self.dtype, self.stream)
-        traffic = partial(mlp_traffic, cut, d_model=shape[2], d_ff=self.w_up.shape[0])
-        return self.stream._replace(movement=choose(self.stream.movement, traffic))
+        """What moves for tokens [B, T, D]."""
+        sharding = _sharding(self.placement, "mlp", shape, self.dtype, self.stream)
+        d_ff, d_model = self.w_up.shape
+        return _make_stream(
+            self.placement, self.stream, self.stream.mlp_movement, sharding,
+            partial(mlp_traffic, sharding, d_model=d_model, d_ff=d_ff),
+            d_model=d_model, rows=self.rows, elements=3 * d_ff * d_model,
+        )  # fmt: skip
 
 
 class Embed(nnx.Module):
@@ -277,10 +314,8 @@ class Embed(nnx.Module):
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
         rngs: nnx.Rngs,
     ):
-        rows = _shard_rows("vocab_size", vocab_size, "vocab", placement)
-        self.placement, self.dtype = placement, jnp.dtype(dtype)
-        buckets = _pieces(placement, "vocab", stream.vocab_buckets, rows)
-        self.stream = stream_of(stream, stream.vocab_movement, buckets, placement)
+        self.rows = _shard_rows("vocab_size", vocab_size, "vocab", placement)
+        self.placement, self.dtype, self.stream = placement, jnp.dtype(dtype), stream
         value = _weight(rngs.params(), (vocab_size, d_model), init_std)
         self.table = nnx.Param(value, out_sharding=placement.layout.spec("vocab", None), mesh=placement.mesh)
 
@@ -320,11 +355,14 @@ class Embed(nnx.Module):
         )
 
     def _stream(self, shape: Sequence[int], traffic: Callable[..., Traffic]) -> Stream:
-        """With `auto` resolved for tokens [B, T] of an op that moves `traffic`."""
-        cut = _cut(self.placement, "vocab", shape, self.dtype, self.stream)
+        """What moves for tokens [B, T] in an op that receives `traffic`."""
+        sharding = _sharding(self.placement, "vocab", shape, self.dtype, self.stream)
         vocab_size, d_model = self.table.shape
-        traffic = partial(traffic, cut, d_model=d_model, vocab_size=vocab_size)
-        return self.stream._replace(movement=choose(self.stream.movement, traffic))
+        return _make_stream(
+            self.placement, self.stream, self.stream.vocab_movement, sharding,
+            partial(traffic, sharding, d_model=d_model, vocab_size=vocab_size),
+            d_model=d_model, rows=self.rows, elements=vocab_size * d_model,
+        )  # fmt: skip
 
 
 def residual_std(init_std: float, num_layers: int) -> float:

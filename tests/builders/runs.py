@@ -12,7 +12,7 @@ from typing import IO
 
 import numpy as np
 
-from tsp_jax.config import Config, DataConfig, FaultsConfig, ModelConfig, OptimizerConfig, StreamConfig
+from tsp_jax.config import Config, DataConfig, FaultsConfig, ModelConfig, OptimizerConfig
 from tsp_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,6 @@ def small_config(folder: Path, **changes) -> Config:
     """A run of twenty steps on one device, with everything it needs and writes in a folder."""
     config = Config(
         model=ModelConfig(vocab_size=264, d_model=24, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48),
-        stream=StreamConfig(attention_buckets=1, mlp_buckets=1, vocab_buckets=1),
         data=DataConfig(files=write_text(folder / "text"), cache_dir=str(folder / "cache")),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3),
         layout="single",

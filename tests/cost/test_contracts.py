@@ -22,10 +22,7 @@ CONFIG = Config(
         attention_movement="gather",
         mlp_movement="gather",
         vocab_movement="gather",
-        attention_buckets=4,
-        mlp_buckets=4,
-        vocab_buckets=4,
-        token_buckets=4,
+        bucket_mib=0.0075,  # two or more buckets in every op
         query_block=16,
         key_block=16,
     ),
@@ -218,10 +215,10 @@ def test_ring_moves_as_much_as_gathers():
 
 
 def test_buckets_are_messages():
-    """Each of the MLP's packed messages is one all-gather for a bucket."""
+    """Each bucket of the MLP's packed weights, 92,160 bytes in 12 buckets, is one all-gather."""
     assert messages(CONFIG, "tsp4", "mlp") == {
-        "all-gather": 2 * MODEL.num_layers * 4,
-        "reduce-scatter": MODEL.num_layers * 4,
+        "all-gather": 2 * MODEL.num_layers * 12,
+        "reduce-scatter": MODEL.num_layers * 12,
     }
 
 
@@ -239,9 +236,9 @@ SLIM = dataclasses.replace(
     batch=1,
     seq_len=64,
     model=ModelConfig(vocab_size=160, d_model=56, num_layers=2, num_heads=20, num_kv_heads=20, head_dim=8, d_ff=160),
-    stream=StreamConfig(attention_buckets=5, mlp_buckets=5, vocab_buckets=5, query_block=8, key_block=8),
+    stream=StreamConfig(bucket_mib=0.0035, query_block=8, key_block=8),
 )
-"""a model whose every full weight matrix has 160 x 56 elements, and whose pieces are a third of that"""
+"""a model whose every full weight matrix has 160 x 56 elements, and whose buckets are at most a third of that"""
 FULL_MATRIX = 160 * 56
 
 
@@ -282,11 +279,7 @@ def test_residual_is_found_where_it_is():
 
 @pytest.mark.parametrize("case", ["single", "tp8", "sp8", "tsp4"])
 def test_no_logits_of_all_tokens_and_the_whole_vocabulary(case):
-    vocabulary = dataclasses.replace(
-        SLIM,
-        model=dataclasses.replace(SLIM.model, vocab_size=400),
-        stream=dataclasses.replace(SLIM.stream, vocab_buckets=2),
-    )
+    vocabulary = dataclasses.replace(SLIM, model=dataclasses.replace(SLIM.model, vocab_size=400))
     module, _ = compiled_step(vocabulary, case)
     layout, sizes = CASES[case]
     tokens = SLIM.seq_len

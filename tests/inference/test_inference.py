@@ -37,7 +37,7 @@ MODELS = {
     "odd_heads": dataclasses.replace(MULTI_HEAD, num_heads=9, num_kv_heads=3, tie_embeddings=True, activation="gelu"),
     "thirds": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, head_dim=12),  # three ranks could share a KV head
 }
-STREAM = StreamConfig(attention_buckets=2, mlp_buckets=3, vocab_buckets=3)
+STREAM = StreamConfig(bucket_mib=0.004)
 BATCH, CAPACITY, CHUNK, STEPS = 4, 128, 48, 67
 LENGTHS = (1, 61, 13, 48)
 """of prompts: one token; more than a chunk, and with all steps every slot; neither even nor a multiple of any ranks; a

@@ -72,10 +72,7 @@ class Setting(NamedTuple):
             attention_movement="gather" if paper else self.movement,
             mlp_movement="ring" if paper else self.movement,
             vocab_movement="ring" if paper else self.movement,
-            attention_buckets=2,
-            mlp_buckets=3,
-            vocab_buckets=3,
-            token_buckets=3,
+            bucket_mib=0.008,  # two to three buckets in most ops
         )
 
     def __str__(self) -> str:

@@ -257,7 +257,9 @@ def attention_heads(heads: str, ranks: int) -> Heads:
 def sharded_attention(layout: str, heads: Heads, stream: Stream, buckets: int = 2, exchange_buckets: int = 1):
     placement = place_case(layout)
     spec = placement.layout.spec
-    config = AttentionConfig(heads.kv, HEAD_DIM, THETA, EPS, buckets, Blocks(5, 4), exchange_buckets=exchange_buckets)
+    config = AttentionConfig(
+        heads.kv, HEAD_DIM, THETA, EPS, buckets, buckets, Blocks(5, 4), exchange_buckets=exchange_buckets
+    )
 
     def local(x, weights, norms, tokens):
         axes = placement.layout.axes("heads")

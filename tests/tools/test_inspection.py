@@ -35,9 +35,7 @@ CONFIG = Config(
     stream=StreamConfig(
         attention_movement="gather",
         mlp_movement="gather",
-        attention_buckets=1,
-        mlp_buckets=2,
-        vocab_buckets=2,
+        bucket_mib=0.0045,
         query_block=16,
         key_block=16,
     ),
@@ -212,16 +210,15 @@ def test_units(found):
 
 
 def test_full_weight_in_one_message(found):
-    """One bucket is the whole weight: attention has one here, the MLP two."""
+    """One bucket is the whole weight: attention has one here, the MLP four."""
     (line,) = broken(found, parse_expectations("no-full-weight"))
     assert "tsp/attention" in line
 
 
 @pytest.mark.parametrize(("layout", "holds"), [("tsp", True), ("fsdp_cp", False)])
 def test_full_weight_by_layout(layout, holds):
-    stream = dataclasses.replace(CONFIG.stream, mlp_buckets=2, attention_buckets=4)
     heads = dataclasses.replace(CONFIG.model, num_layers=1, num_heads=16, num_kv_heads=16)
-    config = dataclasses.replace(CONFIG, stream=stream, model=heads, layout=layout)
+    config = dataclasses.replace(CONFIG, model=heads, layout=layout)
     report = compile_step(config, CPU, "forward").report()
     assert bool(broken(report, parse_expectations("no-full-weight"))) != holds
 

@@ -43,7 +43,7 @@ def config(text, tmp_path):
     """Nine query and three KV heads, so that most layouts pad."""
     return Config(
         model=ModelConfig(vocab_size=264, d_model=24, num_layers=2, num_heads=9, num_kv_heads=3, head_dim=8, d_ff=48),
-        stream=StreamConfig(attention_buckets=2, mlp_buckets=2, vocab_buckets=3),
+        stream=StreamConfig(bucket_mib=0.005),
         data=DataConfig(files=text, cache_dir=str(tmp_path / "cache")),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3),
         layout="tsp",

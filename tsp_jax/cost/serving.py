@@ -1,4 +1,4 @@
-"""What serving moves and holds, from shapes alone; bytes as in `tsp_jax.cost.training`."""
+"""What serving receives and holds per device, from shapes alone; bytes as in `tsp_jax.cost.training`."""
 
 import math
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from tsp_jax.layout import AxisNames, Layout
 FLOAT32 = 4
 
 
-class _Sizes:
-    """Ranks by role, and one device's share of the sequences."""
+class _Serving:
+    """Ranks by role, and the sequences of one device."""
 
     def __init__(self, config: Config, layout: Layout, sizes: Mapping[str, int]):
         model = config.model
@@ -36,13 +36,13 @@ def _summed(nbytes: float, ranks: int) -> float:
 
 
 def decode_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, dict[str, float]]:
-    """Bytes received per device in decoding one token of each of `config.batch` sequences, by op and kind.
+    """Bytes received per device while one token of each of `config.batch` sequences is decoded, by op and kind.
 
-    Per layer O(B (D + N H)), and the logits once, B V: no weight moves, and no key. Kinds: `heads` gathered over folded
-    axes, `merges` of partial softmaxes over sequence axes, `sums` of partial outputs over weight axes, `logits`. Counts
-    of slots are left out.
+    O(B (D + N H)) per layer, and the logits once, B V: neither weights nor keys and values move. Kinds: `heads`
+    all-gathered over folded axes, `merges` of partial softmaxes over sequence axes, `sums` of partial outputs over
+    weight axes, `logits`. Left out: counts of cache entries.
     """
-    s, model = _Sizes(config, layout, sizes), config.model
+    s, model = _Serving(config, layout, sizes), config.model
     residual, vocab = s.batch * model.d_model * s.item, _ranks(layout.vocab, sizes)
     return {
         "attention": {kind: model.num_layers * n for kind, n in _attention(config, s).items()},
@@ -52,11 +52,11 @@ def decode_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> 
     }
 
 
-def _attention(config: Config, s: _Sizes) -> dict[str, float]:
-    """Of one layer. All in float32: queries and keys are normalized and rotated after they are gathered."""
+def _attention(config: Config, s: _Serving) -> dict[str, float]:
+    """One layer, in float32: queries and keys are normalized and rotated after the all-gather."""
     row = s.batch * s.heads.dim * FLOAT32
     queries, keys_values = s.heads.query / s.tensor, 2 * s.heads.kv
-    if s.heads.kv < s.tensor:  # a KV head lies on several tensor shards: each gathers all KV heads
+    if s.heads.kv < s.tensor:  # several tensor shards hold parts of a KV head: each gathers all KV heads
         gathered = _gathered(keys_values * row, s.folded * s.tensor)
     else:
         gathered = _gathered(keys_values / s.tensor * row, s.folded)
@@ -70,11 +70,11 @@ def _attention(config: Config, s: _Sizes) -> dict[str, float]:
 
 
 def cache_bytes(config: Config, layout: Layout, sizes: Mapping[str, int]) -> float:
-    """Of keys and values on one device: `config.batch` sequences of `config.seq_len` tokens, no page rounded up.
+    """Bytes of keys and values per device: `config.batch` sequences of `config.seq_len` tokens, pages not rounded up.
 
-    1 / R of all, R the ranks of sequence and tensor axes, except that a KV head which several tensor shards use is
-    there once for each of them.
+    That is 1 / R of all, R the ranks of sequence and tensor axes; but a KV head that several tensor shards use is
+    stored once on each of them.
     """
-    s = _Sizes(config, layout, sizes)
+    s = _Serving(config, layout, sizes)
     kv_heads = max(1, s.heads.kv / s.tensor)
     return 2 * config.model.num_layers * s.batch * config.seq_len / s.sequence * kv_heads * s.heads.dim * s.item

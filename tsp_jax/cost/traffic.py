@@ -1,10 +1,10 @@
-"""Bytes that each op receives on a device, from shapes alone, and the movement that takes fewer.
+"""Bytes that each op receives per device, from shapes alone, and what follows: movements and bucket counts.
 
-With r ranks a gather, a scatter or an exchange of n bytes receives n (r - 1) / r, a sum twice that. On folded axes
-either weights move past tokens, or tokens past weights. Source of the terms: arXiv 2604.26294, section III, extended to
-every row of the layout table and to both movements.
+An all-gather, reduce-scatter or all-to-all of n bytes over r ranks receives n (r - 1) / r, an all-reduce twice that. On
+folded axes either weights move past tokens, or tokens past weights. Source of the terms: arXiv 2604.26294, section III,
+extended to every row of the layout table and to both movements.
 
-Dims: B batch, S all tokens, t this device's tokens, D model, F ffn, V vocabulary.
+Dims: B batch, S all tokens, t this device's tokens, D model, F ffn, V vocabulary, H head.
 """
 
 import dataclasses
@@ -16,36 +16,48 @@ from tsp_jax.heads import Heads
 from tsp_jax.layout import Layout
 
 INT32 = FLOAT32 = 4
+"""bytes"""
 Traffic = dict[str, float]
 """Kind -> bytes. `weights` and their `weight_grads` over folded axes, or `activations` in their place; `keys_values`
-and `key_value_grads` over sequence axes; `tensor_sums` over tensor axes; `replica_sums` of gradients over the rest.
-Positions and segments of tokens, gradients of norms, and scalars are left out: kilobytes."""
+and `key_value_grads` over sequence axes; `tensor_sums` over tensor axes; `replica_sums` of gradients over the axes that
+replicate a weight. Left out, being kilobytes: positions and segments of tokens, gradients of norms, scalars."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cut:
-    """How an op's weights and tokens are cut over ranks, and bytes of an element."""
+class OpSharding:
+    """How one op's weights and tokens are sharded, and the bytes of an element."""
 
     folded: int
-    """ranks by role"""
+    """ranks of the folded axes; `tensor`, `sequence` likewise"""
     tensor: int
     sequence: int
     replicas: int
-    """ranks that hold the same weights"""
+    """ranks that hold the same shard of a weight"""
     batch: int
-    """sequences of this device"""
+    """sequences on this device"""
     seq_len: int
     """S"""
-    item: int
-    """of the compute dtype"""
-    grad_item: int
-    """of the dtype in which weight gradients travel"""
+    itemsize: int
+    """bytes of an element in the compute dtype"""
+    grad_itemsize: int
+    """bytes of an element in the dtype in which weight gradients are sent"""
 
     @classmethod
     def of(
-        cls, layout: Layout, sizes: Mapping[str, int], dim: str, *, batch: int, seq_len: int, item: int, grad_item: int
-    ) -> "Cut":
-        """Of an op whose weights are cut along `dim` (heads, mlp or vocab), for `batch` sequences of all replicas."""
+        cls, layout: Layout, sizes: Mapping[str, int], dim: str, *, batch: int, seq_len: int, itemsize: int,
+        grad_itemsize: int,
+    ) -> "OpSharding":  # fmt: skip
+        """The sharding of an op whose weights are sharded along `dim` (heads, mlp or vocab).
+
+        Args:
+          layout: the row of the table.
+          sizes: mesh axis -> ranks.
+          dim: logical dimension of the op's weights.
+          batch: B, sequences over all devices.
+          seq_len: S.
+          itemsize: bytes of an element in the compute dtype.
+          grad_itemsize: bytes of an element in the dtype in which weight gradients are sent.
+        """
 
         def ranks(axes: tuple[str, ...]) -> int:
             return math.prod(sizes[name] for name in axes)
@@ -54,129 +66,178 @@ class Cut:
         copies = layout.batch + tuple(name for name in layout.sequence if name not in getattr(layout, dim))
         return cls(
             folded=folded, tensor=tensor, sequence=sequence, replicas=ranks(copies),
-            batch=batch // ranks(layout.batch), seq_len=seq_len, item=item, grad_item=grad_item,
+            batch=batch // ranks(layout.batch), seq_len=seq_len, itemsize=itemsize, grad_itemsize=grad_itemsize,
         )  # fmt: skip
 
     @property
     def tokens(self) -> int:
-        """B t."""
+        """Tokens on this device, B t."""
         return self.batch * self.seq_len // self.sequence
 
-    def streamed(self, elements: float) -> float:
-        """Elements of weights (of all ranks) that a device receives when they pass by once."""
-        return elements / self.tensor * _share(self.folded)
+    def weights_received(self, elements: float) -> float:
+        """Elements received while the weights of all ranks (`elements` of them) pass this device's tokens once."""
+        return elements / self.tensor * _others(self.folded)
 
-    def moved(self, per_token: float) -> float:
-        """Elements that a device receives when all folded ranks' tokens pass by once, or its own come home."""
+    def tokens_received(self, per_token: float) -> float:
+        """Elements received while all folded ranks' tokens pass once, or while their partial outputs return."""
         return self.tokens * per_token * (self.folded - 1)
 
-    def summed(self, elements: float, itemsize: int) -> float:
-        """Bytes of summing partial outputs over the tensor axes."""
-        return 2 * elements * itemsize * _share(self.tensor)
+    def tensor_sum_bytes(self, elements: float, itemsize: int) -> float:
+        """Bytes received in an all-reduce of partial outputs over the tensor axes."""
+        return 2 * elements * itemsize * _others(self.tensor)
 
-    def replica_sum(self, elements: float) -> float:
-        """Bytes of summing a weight's float32 gradient over the ranks that hold the same shard."""
-        return 2 * elements / (self.folded * self.tensor) * FLOAT32 * _share(self.replicas)
+    def replica_sum_bytes(self, elements: float) -> float:
+        """Bytes received in the all-reduce of a weight's float32 gradient over the ranks that replicate its shard."""
+        return 2 * elements / (self.folded * self.tensor) * FLOAT32 * _others(self.replicas)
+
+    def weight_buckets(self, rows: int, elements: float, bucket_bytes: float) -> int:
+        """In how many buckets an op's weights pass.
+
+        Args:
+          rows: per device, that may be split.
+          elements: of all ranks' weights.
+          bucket_bytes: wanted size of a bucket.
+        """
+        return num_buckets(rows, elements / self.tensor * self.itemsize, bucket_bytes)
+
+    def token_buckets(self, d_model: int, bucket_bytes: float) -> int:
+        """In how many buckets the tokens [B, t, D] of all folded ranks pass stationary weights."""
+        nbytes = self.folded * self.tokens * d_model * self.itemsize
+        return num_buckets(self.seq_len // self.sequence, nbytes, bucket_bytes)
+
+    def exchange_buckets(self, heads: Heads, movement: str, bucket_bytes: float) -> int:
+        """In how many buckets of KV heads the keys and values of the whole sequence are exchanged."""
+        kv_heads = max(1, heads.kv // (self.tensor * (self.folded if movement == "activations" else 1)))
+        nbytes = 2 * self.batch * self.seq_len * kv_heads * heads.dim * self.itemsize
+        return num_buckets(kv_heads, nbytes, bucket_bytes)
 
 
-def _share(ranks: int) -> float:
+def _others(ranks: int) -> float:
+    """The share of an array that other ranks hold."""
     return (ranks - 1) / ranks
 
 
-def choose(movement: str, traffic: Callable[[str], Traffic]) -> str:
-    """A movement, or of gather and activations that which moves fewer bytes, for `auto`.
+def choose_movement(movement: str, traffic: Callable[[str], Traffic]) -> str:
+    """Resolves `auto`: whichever of gather and activations receives fewer bytes.
 
     Args:
-      movement: of the configuration.
-      traffic: movement -> bytes.
+      movement: from the configuration; anything but auto is returned as given.
+      traffic: movement -> bytes by kind.
     """
     if movement != "auto":
         return movement
     return min(("gather", "activations"), key=lambda candidate: sum(traffic(candidate).values()))
 
 
+def num_buckets(rows: int, nbytes: float, bucket_bytes: float) -> int:
+    """How many buckets of about `bucket_bytes` an array of `nbytes` is sent in.
+
+    Args:
+      rows: rows per device; a bucket takes equally many of them from every rank.
+      nbytes: of the whole array that a device receives, all ranks' rows together.
+      bucket_bytes: wanted size of a bucket.
+
+    Returns:
+      The divisor of `rows` whose buckets are nearest to the wanted size by ratio.
+    """
+    wanted = max(1.0, nbytes / bucket_bytes)
+    divisors = (n for n in range(rows, 0, -1) if rows % n == 0)
+    return min(divisors, key=lambda n: max(n / wanted, wanted / n))
+
+
 # ------------------------------------------------------------------------------------------------ ops
 
 
 def attention_traffic(
-    cut: Cut, movement: str, *, heads: Heads, d_model: int, remat: Remat, forward: bool = False
+    sharding: OpSharding, movement: str, *, heads: Heads, d_model: int, remat: Remat, forward: bool = False
 ) -> Traffic:
-    """Of one layer's attention, forward and backward.
+    """One layer's attention, forward and backward.
 
     Args:
-      cut: of its heads.
-      movement: anything but activations moves weights.
-      heads: slots, padded ones too.
+      sharding: along heads.
+      movement: activations moves tokens; every other movement moves weights.
+      heads: padded heads.
       d_model: D.
-      remat: what backward repeats.
-      forward: without backward.
+      remat: which part of forward backward repeats.
+      forward: count the forward pass alone.
     """
-    moved = movement == "activations"
-    weight_ranks = cut.tensor * (cut.folded if moved else 1)
+    moves_tokens = movement == "activations"
+    weight_ranks = sharding.tensor * (sharding.folded if moves_tokens else 1)
     query, kv = heads.query * heads.dim * d_model, heads.kv * heads.dim * d_model
-    if heads.kv < weight_ranks:  # a KV head lies on several ranks: each gathers all KV heads
-        kv_weights = 2 * kv * _share(cut.folded * cut.tensor)
+    if heads.kv < weight_ranks:  # several ranks hold parts of a KV head: each gathers all KV heads
+        kv_weights = 2 * kv * _others(sharding.folded * sharding.tensor)
     else:
-        kv_weights = 0 if moved else cut.streamed(2 * kv)
-    into, out = kv_weights + (0 if moved else cut.streamed(query)), 0 if moved else cut.streamed(query)
+        kv_weights = 0 if moves_tokens else sharding.weights_received(2 * kv)
+    query_weights = 0 if moves_tokens else sharding.weights_received(query)
+    into, out = kv_weights + query_weights, query_weights
     used_heads = max(1, heads.kv // weight_ranks)
-    exchanged = _share(cut.sequence // cut.folded if moved else cut.sequence)
-    keys_values = 2 * cut.batch * cut.seq_len * used_heads * heads.dim * cut.item * exchanged
+    exchanged = _others(sharding.sequence // sharding.folded if moves_tokens else sharding.sequence)
+    keys_values = 2 * sharding.batch * sharding.seq_len * used_heads * heads.dim * sharding.itemsize * exchanged
     again = 0 if remat == "none" else 1
-    # Under full remat queries, keys and values are made once more, after the MLP's backward.
+    # Full remat projects queries, keys and values once more, after the MLP's backward.
     twice = 1 if remat in ("full", "offload") else 0
     into_passes, out_passes = (1, 1) if forward else (2 + again + twice, 2 + again)
-    # x here, y home; in backward x, dy here, dx home, and of forward x, y again
+    # Forward gathers x and scatters y; backward gathers x and dy and scatters dx, and repeats forward's.
     activations = 2 if forward else 5 + 2 * again + twice
+    received = sharding.tokens_received(d_model) * sharding.itemsize if moves_tokens else 0
+    outputs = sharding.tensor_sum_bytes(sharding.tokens * d_model, sharding.itemsize)
     return {
-        "weights": (into_passes * into + out_passes * out) * cut.item,
-        "weight_grads": 0 if forward else (into + out) * cut.grad_item,
+        "weights": (into_passes * into + out_passes * out) * sharding.itemsize,
+        "weight_grads": 0 if forward else (into + out) * sharding.grad_itemsize,
         "keys_values": keys_values if forward else (2 + twice) * keys_values,
         "key_value_grads": 0 if forward else keys_values,
-        "activations": activations * cut.moved(d_model) * cut.item if moved else 0,
-        # forward, recomputation, and of dx
-        "tensor_sums": (1 if forward else 2 + again) * cut.summed(cut.tokens * d_model, cut.item),
-        "replica_sums": 0 if forward else cut.replica_sum(2 * query + 2 * kv),
+        "activations": activations * received,
+        "tensor_sums": (1 if forward else 2 + again) * outputs,  # forward, its repetition, and dx
+        "replica_sums": 0 if forward else sharding.replica_sum_bytes(2 * query + 2 * kv),
     }
 
 
-def mlp_traffic(cut: Cut, movement: str, *, d_model: int, d_ff: int, forward: bool = False) -> Traffic:
-    """Of one layer's MLP, whatever is repeated of its forward: nothing needs it."""
-    activations = 2 if forward else 5  # x here, y home; in backward x, dy here, dx home
-    sums = (1 if forward else 2) * cut.summed(cut.tokens * d_model, cut.item)
-    return _rows(cut, movement, 3 * d_ff * d_model, activations * cut.moved(d_model) * cut.item, sums, forward)
+def mlp_traffic(sharding: OpSharding, movement: str, *, d_model: int, d_ff: int, forward: bool = False) -> Traffic:
+    """One layer's MLP. No remat policy repeats its forward: backward does not need the output."""
+    activations = 2 if forward else 5  # forward gathers x and scatters y; backward gathers x and dy and scatters dx
+    received = activations * sharding.tokens_received(d_model) * sharding.itemsize
+    sums = (1 if forward else 2) * sharding.tensor_sum_bytes(sharding.tokens * d_model, sharding.itemsize)
+    return _row_traffic(sharding, movement, 3 * d_ff * d_model, received, sums, forward)
 
 
-def embed_traffic(cut: Cut, movement: str, *, d_model: int, vocab_size: int, forward: bool = False) -> Traffic:
-    """Of the embedding."""
-    activations = cut.moved((1 if forward else 2) * d_model * cut.item + INT32)  # ids here, x home; dx here
-    sums = cut.summed(cut.tokens * d_model, cut.item)
-    return _rows(cut, movement, vocab_size * d_model, activations, sums, forward, again=False)
-
-
-def loss_traffic(cut: Cut, movement: str, *, d_model: int, vocab_size: int, forward: bool = False) -> Traffic:
-    """Of the output head and cross-entropy."""
-    # x and labels here, two partial sums home; in backward x, lse and two cotangents here, dx home
-    per_token = d_model * cut.item + INT32 + 2 * FLOAT32
-    if not forward:
-        per_token += 2 * d_model * cut.item + 3 * FLOAT32
-    # a token's label, maximum and sum, which labels are real, and dx
-    sums = 3 * cut.summed(cut.tokens, FLOAT32) + cut.summed(cut.tokens, INT32)
-    if not forward:
-        sums += cut.summed(cut.tokens * d_model, cut.item)
-    return _rows(cut, movement, vocab_size * d_model, cut.moved(per_token), sums, forward)
-
-
-def _rows(
-    cut: Cut, movement: str, weights: float, activations: float, sums: float, forward: bool, again: bool = True
+def embed_traffic(
+    sharding: OpSharding, movement: str, *, d_model: int, vocab_size: int, forward: bool = False
 ) -> Traffic:
-    """Of an op of `weights` elements, which pass once, and in backward `again`."""
-    moved = movement == "activations"
+    """The embedding."""
+    # Forward gathers ids and scatters x; backward gathers dx.
+    received = sharding.tokens_received((1 if forward else 2) * d_model * sharding.itemsize + INT32)
+    sums = sharding.tensor_sum_bytes(sharding.tokens * d_model, sharding.itemsize)
+    return _row_traffic(sharding, movement, vocab_size * d_model, received, sums, forward, again=False)
+
+
+def loss_traffic(
+    sharding: OpSharding, movement: str, *, d_model: int, vocab_size: int, forward: bool = False
+) -> Traffic:
+    """The output head and the cross-entropy."""
+    # Forward gathers x and labels and scatters two sums; backward gathers x, lse and two cotangents and scatters dx.
+    per_token = d_model * sharding.itemsize + INT32 + 2 * FLOAT32
+    if not forward:
+        per_token += 2 * d_model * sharding.itemsize + 3 * FLOAT32
+    # Per token a label's logit, a maximum and a sum, whether there is a label, and dx.
+    sums = 3 * sharding.tensor_sum_bytes(sharding.tokens, FLOAT32) + sharding.tensor_sum_bytes(sharding.tokens, INT32)
+    if not forward:
+        sums += sharding.tensor_sum_bytes(sharding.tokens * d_model, sharding.itemsize)
+    received = sharding.tokens_received(per_token)
+    return _row_traffic(sharding, movement, vocab_size * d_model, received, sums, forward)
+
+
+def _row_traffic(
+    sharding: OpSharding, movement: str, weights: float, activations: float, sums: float, forward: bool,
+    again: bool = True,
+) -> Traffic:  # fmt: skip
+    """An op of `weights` elements, which move once in forward, and once more in backward if `again`."""
+    moves_tokens = movement == "activations"
     passes = 1 if forward or not again else 2
+    received = 0 if moves_tokens else sharding.weights_received(weights)
     return {
-        "weights": 0 if moved else passes * cut.streamed(weights) * cut.item,
-        "weight_grads": 0 if moved or forward else cut.streamed(weights) * cut.grad_item,
-        "activations": activations if moved else 0,
+        "weights": passes * received * sharding.itemsize,
+        "weight_grads": 0 if forward else received * sharding.grad_itemsize,
+        "activations": activations if moves_tokens else 0,
         "tensor_sums": sums,
-        "replica_sums": 0 if forward else cut.replica_sum(weights),
+        "replica_sums": 0 if forward else sharding.replica_sum_bytes(weights),
     }

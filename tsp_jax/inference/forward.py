@@ -70,9 +70,10 @@ def prefill(
     used = (keys_BRc != EMPTY).sum(axis=-1, dtype=jnp.int32).max()
 
     def attend(module: Attention, x_BTD, kv, layer):
+        config, stream = module.configure(x_BTD.shape)
+
         def local(*args):
-            axes = layout.axes("heads")
-            return prefill_attention(*args, config=module.config, axes=axes, stream=module.stream)
+            return prefill_attention(*args, config=config, axes=layout.axes("heads"), stream=stream)
 
         rest = REPLICATED, tokens, tokens, layout.spec("batch", None), REPLICATED
         run = _sharded(local, placement, layout.spec("batch", "sequence", None), *rest)

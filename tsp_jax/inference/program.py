@@ -19,8 +19,8 @@ from tsp_jax.inspect.memory import memory_report
 from tsp_jax.layout import Placement, check_divides
 from tsp_jax.models.transformer import Transformer, functional
 
-WHOLE = StreamConfig(mlp_buckets=1, vocab_buckets=1)
-"""where no weight moves, none is cut"""
+ONE_BUCKET = StreamConfig(bucket_mib=1e9)
+"""for decoding, where no weights move: one bucket per op"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def make_inference_program(
     _check(placement, batch, capacity, chunk)
     dtype = jnp.dtype(config.compute_dtype)
     model_of, abstract_params, pads = _model(config, placement, config.stream, params_dtype or dtype)
-    whole_model_of, _, _ = _model(config, decode_placement(placement), WHOLE, params_dtype or dtype)
+    whole_model_of, _, _ = _model(config, decode_placement(placement), ONE_BUCKET, params_dtype or dtype)
     cache = abstract_cache(config.model, placement, batch=batch, capacity=max(capacity, chunk), dtype=dtype)
     replicated = NamedSharding(placement.mesh, PartitionSpec())
     tokens = jax.ShapeDtypeStruct((batch, chunk), jnp.int32, sharding=placement.sharding("batch", "sequence"))

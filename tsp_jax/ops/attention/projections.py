@@ -52,15 +52,16 @@ class AttentionConfig(NamedTuple):
     head_dim: int
     rope_theta: float
     norm_eps: float = 1e-6
-    buckets: int = 1
-    """buckets that a rank's heads are cut into, at most; the largest divisor that fits is used"""
+    query_buckets: int = 1
+    """buckets of a rank's query heads, at most: the largest divisor is used; `kv_buckets` likewise"""
+    kv_buckets: int = 1
     blocks: Blocks = Blocks(512, 512)
     """tokens in a block, about; no block is longer than half of this device's tokens (a zigzag chunk)"""
     rope_scaling: RopeScaling = RopeScaling()
     arch: str = ""
     """GPU that the fused kernel is compiled for; empty: the XLA kernel"""
     exchange_buckets: int = 1
-    """buckets that KV heads are cut into for attention over the sequence, likewise"""
+    """buckets of KV heads whose keys and values are exchanged at a time, likewise"""
 
 
 class HeadStream(NamedTuple):
@@ -120,14 +121,14 @@ class Projections(NamedTuple):
         def heads(names: tuple[str, ...], buckets: int, movement: str = stream.movement) -> HeadStream:
             return HeadStream(names, stream._replace(buckets=buckets, movement=movement), _size(names))
 
-        queries = heads(axes.folded, largest_divisor(query_slots, config.buckets))
+        queries = heads(axes.folded, largest_divisor(query_slots, config.query_buckets))
         shared = config.kv_slots < folded * tensor
         if shared:
             # A KV head on several tensor shards: each gathers all KV heads and takes its own.
             keys_values = heads((axes.tensor if config.kv_slots < tensor else ()) + axes.folded, 1, "gather")
         else:
             kv_slots = weights.k_kHD.shape[0] // head_dim
-            keys_values = heads(axes.folded, largest_divisor(kv_slots, config.buckets))
+            keys_values = heads(axes.folded, largest_divisor(kv_slots, config.kv_buckets))
         return cls(config, axes, queries, keys_values, query_slots * folded, max(1, config.kv_slots // tensor))
 
     @property

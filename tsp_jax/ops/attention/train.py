@@ -95,7 +95,9 @@ def _moved(x_BtD, weights, tokens_Bt: Tokens, norms: HeadNorms, config, axes: Ax
     tokens_BT = Tokens(*gather_sequence(*tokens_Bt, axes=axes.folded))
     roles = Axes(tensor=axes.tensor + axes.folded, sequence=tuple(a for a in axes.sequence if a not in axes.folded))
     groups = config.exchange_buckets if roles.sequence else 1  # nothing to exchange: all of this rank's heads at once
-    whole = config._replace(buckets=1, exchange_buckets=groups, blocks=blocks_of(config, x_BtD.shape[1]))
+    whole = config._replace(
+        query_buckets=1, kv_buckets=1, exchange_buckets=groups, blocks=blocks_of(config, x_BtD.shape[1])
+    )
     static = Projections.of(whole, roles, stream, weights)
     how = Moved(static, axes.folded, stream)
     q_BTnH, k_BTkH, v_BTkH = moved_in(x_BtD, weights[:3], norms, tokens_BT.positions, how)

@@ -1,7 +1,7 @@
-"""What a run is: frozen, keyword-only dataclasses. No arrays, no jax.
+"""The configuration of a run: frozen, keyword-only dataclasses. No arrays, no jax.
 
-Every field is a command-line flag of the scripts (``--model.d-model 512``). Values that no layout or machine could
-make right are refused here; whether a configuration fits a mesh is asked of `tsp_jax.layout.check_fits`.
+Every field is a command-line flag (``--model.d-model 512``). Values that are wrong on every layout and machine are
+refused here; `tsp_jax.layout.check_fits` refuses a configuration that does not fit its mesh.
 """
 
 import dataclasses
@@ -25,11 +25,14 @@ Spike = Literal["ignore", "report", "stop"]
 
 
 LARGEST = 2**31 - 1
-"""of any integer: what an index of 32 bits reaches"""
+"""the largest integer accepted: indices have 32 bits"""
 
 
 def _check_values(owner: str, config: object) -> None:
-    """Fields of a Literal type hold one of its values, also where no command line has checked; numbers are numbers."""
+    """Raises ConfigError unless Literal fields hold one of their values, and numbers are finite and small enough.
+
+    The command line checks Literal types already; this also covers configurations written in Python.
+    """
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if get_origin(hint) is Literal and value not in get_args(hint):
@@ -49,18 +52,19 @@ def _positive(owner: str, config: object, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are slowed down for contexts longer than a model was first trained on."""
+    """How rotary frequencies are scaled for contexts longer than those a model was first trained on."""
 
     kind: RopeKind = "none"
-    """linear: all by factor; llama3: low ones by factor, high ones not, those between smoothly"""
+    """linear: divide all frequencies by factor; llama3: divide low ones by factor, keep high ones,
+    interpolate between"""
     factor: float = 1.0
-    """frequencies are divided by this"""
+    """divisor of the scaled frequencies"""
     low_freq_factor: float = 1.0
-    """llama3: below this many turns in the original context a frequency is low"""
+    """llama3: a frequency with fewer periods than this in the original context is low"""
     high_freq_factor: float = 4.0
-    """llama3: above this many turns in the original context a frequency is high"""
+    """llama3: a frequency with more periods than this in the original context is high"""
     original_context: int = 8192
-    """llama3: tokens of the context first trained on (original_max_position_embeddings)"""
+    """llama3: context length of the first training, in tokens (original_max_position_embeddings)"""
 
     def __post_init__(self):
         owner = "model.rope_scaling."
@@ -75,10 +79,10 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder: Llama-like as it stands, Qwen3-like with ``qk_norm=True``."""
+    """A decoder-only transformer: Llama-like by default, Qwen3-like with ``qk_norm=True``."""
 
     vocab_size: int
-    """V, rows of the embedding"""
+    """V, vocabulary size"""
     d_model: int
     """D, width of the residual stream"""
     num_layers: int
@@ -88,11 +92,11 @@ class ModelConfig:
     num_kv_heads: int
     """K, key/value heads; divides num_heads"""
     head_dim: int
-    """H, size of one head; need not be D / N"""
+    """H, width of one head; need not be D / N"""
     d_ff: int
     """F, hidden width of the gated MLP"""
     activation: Activation = "silu"
-    """gate's activation: silu is SwiGLU, gelu is GeGLU"""
+    """activation of the gate: silu makes SwiGLU, gelu makes GeGLU"""
     qk_norm: bool = False
     """RMSNorm over each query and key head before RoPE (Qwen3)"""
     tie_embeddings: bool = False
@@ -100,11 +104,11 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     """base of the rotary frequencies"""
     rope_scaling: RopeScaling = RopeScaling()
-    """of the rotary frequencies, for long contexts"""
+    """scaling of the rotary frequencies for long contexts"""
     norm_eps: float = 1e-5
     """added to the mean square in every RMSNorm"""
     init_std: float = 0.02
-    """standard deviation of the initial weights; residual outputs get it over sqrt(2 L)"""
+    """standard deviation of initial weights; divided by sqrt(2 L) for projections into the residual stream"""
 
     def __post_init__(self):
         sizes = "vocab_size d_model num_layers num_heads num_kv_heads head_dim d_ff rope_theta norm_eps init_std"
@@ -122,7 +126,7 @@ class ModelConfig:
 
     @property
     def num_params(self) -> int:
-        """Parameters of the logical model (no head padding)."""
+        """Number of parameters, without padded heads."""
         heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.d_model
         layer = heads + 3 * self.d_ff * self.d_model + 2 * self.d_model + 2 * self.head_dim * self.qk_norm
         tables = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
@@ -156,7 +160,7 @@ class StreamConfig:
     grad_dtype: DType = "float32"
     """dtype in which weight gradients are reduce-scattered"""
     kernel: Kernel = "auto"
-    """attention on one device: xla runs everywhere; fused is for MI300X, MI355X and H100, and has not run on one yet;
+    """attention kernel: xla runs everywhere; fused is for MI300X, MI355X and H100, and has not run on one yet;
     auto: fused there, for heads of at most 512 bytes, and xla elsewhere"""
 
     def __post_init__(self):
@@ -286,7 +290,7 @@ class ClusterConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One training run. `configs/` holds one file for each."""
+    """One training run. Each file in `configs/` defines one."""
 
     model: ModelConfig
     stream: StreamConfig = StreamConfig()
@@ -297,42 +301,42 @@ class Config:
     layout: str = "tsp"
     """single, tp, sp, tp_sp, tsp or fsdp_cp"""
     mesh: str = ""
-    """axis sizes, such as data=1,tsp=8; empty: every device on the layout's own axes"""
+    """mesh axis sizes, such as data=1,tsp=8; empty: all devices on the layout's own axes"""
     cpu_devices: int = 0
-    """run on this many virtual CPU devices in each process; 0: on the devices there are"""
+    """number of virtual CPU devices per process; 0: use the devices that are present"""
     steps: int
-    """optimizer steps of the whole run; the learning rate's schedule ends here"""
+    """optimizer steps of the whole run, and the length of the learning-rate schedule"""
     init_from: str = ""
-    """Hugging Face folder of initial weights; empty: random"""
+    """Hugging Face folder with the initial weights; empty: random weights"""
     batch: int
-    """sequences in one optimizer step, over all replicas"""
+    """sequences per optimizer step, over all devices"""
     seq_len: int
-    """S, tokens in one sequence"""
+    """S, tokens per sequence"""
     accumulate: int = 1
-    """micro-batches that one step's batch is cut into"""
+    """micro-batches per step: the batch is split into this many, and their gradients are summed"""
     compute_dtype: DType = "bfloat16"
-    """dtype of activations and streamed weights; master weights are float32"""
+    """dtype of activations and of weights in buckets; master weights are float32"""
     grad_dtype: DType = "float32"
-    """dtype in which the layers' gradients wait for the update; micro-batches are summed in float32 whatever it is"""
+    """dtype in which the layers' gradients are stored until the update; micro-batches are always summed in float32"""
     remat: Remat = "full"
-    """what backward recomputes: none, full (all but the residual stream), save_attention (all but attention), offload
-    (as full, and the residual stream waits in the host's memory)"""
+    """what backward recomputes: none; full (everything but layer inputs); save_attention (as full, but attention
+    outputs are kept too); offload (as full, with layer inputs kept in the host's memory)"""
     z_loss: float = 0.0
-    """weight of the squared log-partition in the loss"""
+    """coefficient of the squared log-partition in the loss"""
     seed: int = 0
-    """of initial weights and of the order of data"""
+    """random seed of the initial weights and of the order of data"""
     workdir: str = "runs/default"
-    """metrics.jsonl, loss.png, checkpoints/ and config.json go here; a run found here is resumed"""
+    """folder for metrics.jsonl, loss.png, checkpoints/ and config.json; a run found there is resumed"""
     checkpoint_every: int = 0
     """steps between checkpoints; 0: only after the last step"""
     keep_checkpoints: int = 3
-    """newest checkpoints kept"""
+    """how many of the newest checkpoints to keep"""
     keep_every: int = 0
-    """checkpoints of steps that this divides are kept for ever; 0: none"""
+    """keep checkpoints of steps divisible by this for ever; 0: none"""
     eval_every: int = 0
-    """steps between evaluations on held-out files; 0: only after the last step"""
+    """steps between evaluations on held-out data; 0: only after the last step"""
     eval_batches: int = 8
-    """batches in one evaluation"""
+    """batches per evaluation"""
 
     def __post_init__(self):
         _check_values("", self)

@@ -1,4 +1,8 @@
-"""How heads are stored: the padded heads of a mesh, and arrays between their logical and their stored shape."""
+"""How heads are stored: padded, so that every rank holds equally many.
+
+The logical shape of a parameter has the real heads alone, and is the same under every layout; the stored shape has the
+padded heads of one mesh. Dims: N query heads, K KV heads, G = N / K, H head, D model, R ranks.
+"""
 
 import dataclasses
 import itertools
@@ -14,39 +18,46 @@ from tsp_jax.layout import Placement
 
 
 class Heads(NamedTuple):
-    """Slots for attention heads, padded so that every rank holds the same number.
+    """Attention heads, padded so that every rank holds equally many.
 
-    Slot (k, g) is query head g of KV head k; real heads stand first along both. Rank p of R holds slots
-    [p, p + 1) * kv * group / R in row-major order; with fewer KV slots than ranks, several ranks share a KV head.
+    Padded query head (k, g) is query head g of KV head k; real heads come first along both dimensions. In row-major
+    order rank p of R holds padded query heads p kv group / R up to (p + 1) kv group / R. If there are fewer padded KV
+    heads than ranks, several ranks share a KV head.
     """
 
     kv: int
-    """KV slots, real and padded"""
+    """number of padded KV heads, the real ones included"""
     group: int
-    """query slots of each KV slot, real and padded"""
+    """number of padded query heads per padded KV head, the real ones included"""
     num_kv_heads: int
-    """K, real KV heads"""
+    """K, number of real KV heads"""
     real_group: int
-    """G = N / K, real query heads of a KV head"""
+    """G = N / K, number of real query heads per KV head"""
     dim: int
-    """H, head size"""
+    """H, width of a head"""
 
     @property
     def query(self) -> int:
-        """Query slots."""
+        """Number of padded query heads, the real ones included."""
         return self.kv * self.group
 
     @property
     def padded(self) -> bool:
-        """Whether any slot is not a real head."""
+        """Whether there is any head that is not real."""
         return (self.kv, self.group) != (self.num_kv_heads, self.real_group)
 
 
 def pad_heads(num_heads: int, num_kv_heads: int, head_dim: int, *axes: int) -> Heads:
-    """Fewest head slots that the ranks of mesh axes of these sizes, outermost first, can share evenly.
+    """The fewest padded heads that the ranks of these mesh axes can share evenly.
 
-    KV slots are a multiple of the ranks, or divide them (then each KV head's columns are stored in equal parts by the
-    ranks that share it). No ranks that an inner axis groups use parts of several KV heads.
+    The number of padded KV heads is a multiple of the ranks, or divides them; then the ranks that share a KV head store
+    equal parts of its columns. A group of ranks along inner axes never uses parts of several KV heads.
+
+    Args:
+      num_heads: N.
+      num_kv_heads: K, a divisor of N.
+      head_dim: H.
+      *axes: sizes of the mesh axes that shard heads, outermost first.
     """
     ranks = math.prod(axes)
     groups = list(itertools.accumulate(axes, operator.mul))
@@ -71,33 +82,34 @@ def padded_heads(placement: Placement, num_heads: int, num_kv_heads: int, head_d
 
 @dataclasses.dataclass(frozen=True)
 class HeadPadding:
-    """Rows of a projection over heads: logical (real heads only) or stored (padded slots)."""
+    """Pads the rows of a projection over heads from the logical to the stored shape, and back."""
 
     heads: Heads
     queries: bool
-    """query slots; else KV slots"""
+    """whether the rows belong to query heads; else to KV heads"""
 
     @property
     def padded(self) -> bool:
-        """Whether logical and stored rows differ."""
+        """Whether the logical and the stored shape differ."""
         return self.heads.padded
 
-    def _cut(self, rows: jax.Array, kv: int, group: int) -> jax.Array:
+    def _by_head(self, rows: jax.Array, kv: int, group: int) -> jax.Array:
+        """[..., rows, D] -> [..., kv, group, H, D]."""
         return rows.reshape(*rows.shape[:-2], kv, group if self.queries else 1, self.heads.dim, rows.shape[-1])
 
     def pad(self, rows: jax.Array) -> jax.Array:
-        """[..., logical rows, D] -> [..., stored rows, D], zeros in the slots of no head."""
+        """[..., logical rows, D] -> [..., stored rows, D], with zeros for padded heads."""
         heads = self.heads
-        cut = self._cut(rows, heads.num_kv_heads, heads.real_group)
+        by_head = self._by_head(rows, heads.num_kv_heads, heads.real_group)
         more = (heads.kv - heads.num_kv_heads, heads.group - heads.real_group if self.queries else 0)
-        widths = [(0, 0)] * (cut.ndim - 4) + [(0, more[0]), (0, more[1]), (0, 0), (0, 0)]
-        return jnp.pad(cut, widths).reshape(*rows.shape[:-2], -1, rows.shape[-1])
+        widths = [(0, 0)] * (by_head.ndim - 4) + [(0, more[0]), (0, more[1]), (0, 0), (0, 0)]
+        return jnp.pad(by_head, widths).reshape(*rows.shape[:-2], -1, rows.shape[-1])
 
     def unpad(self, rows: jax.Array) -> jax.Array:
         """[..., stored rows, D] -> [..., logical rows, D]."""
         heads = self.heads
-        cut = self._cut(rows, heads.kv, heads.group)[..., : heads.num_kv_heads, : heads.real_group, :, :]
-        return cut.reshape(*rows.shape[:-2], -1, rows.shape[-1])
+        by_head = self._by_head(rows, heads.kv, heads.group)[..., : heads.num_kv_heads, : heads.real_group, :, :]
+        return by_head.reshape(*rows.shape[:-2], -1, rows.shape[-1])
 
 
 class NoPadding:
@@ -106,10 +118,10 @@ class NoPadding:
     padded = False
 
     def pad(self, array: jax.Array) -> jax.Array:
+        """The array itself."""
         return array
 
-    def unpad(self, array: jax.Array) -> jax.Array:
-        return array
+    unpad = pad
 
 
 def paddings(state: nnx.State) -> dict:

@@ -1,8 +1,8 @@
-"""Which mesh axes shard which logical dimension, and all that follows from it. The only home of axis names.
+"""The layout table: which mesh axes shard which logical dimension. Every axis name is defined here.
 
-Let W be the axes that shard a weight's dimension (heads, mlp, vocab) and Q those that shard the sequence. Then
-axes in W and Q are *folded*: weights move past tokens; axes in W alone are *tensor* axes: partial outputs are summed;
-axes in Q exchange keys and values. TP, SP, TP+SP, FSDP+CP and TSP are rows of one table.
+Let W be the axes that shard a weight's dimension (heads, mlp or vocab) and Q the axes that shard the sequence. Axes in
+both W and Q are *folded*: weights move past tokens. Axes in W alone are *tensor* axes: partial outputs are summed. Axes
+in Q exchange keys and values. TP, SP, TP+SP, FSDP+CP and TSP are rows of one table.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ WEIGHT_DIMS = ("heads", "mlp", "vocab")
 
 
 class Axes(NamedTuple):
-    """What one op does with each mesh axis; an empty tuple means nothing to do."""
+    """The role of each mesh axis in one op; an empty tuple if no axis has the role."""
 
     folded: AxisNames = ()
-    """shard weights and tokens: weights move past tokens"""
+    """shard both weights and tokens: weights move past tokens"""
     tensor: AxisNames = ()
-    """shard weights only: partial outputs are summed"""
+    """shard weights alone: partial outputs are summed"""
     sequence: AxisNames = ()
-    """shard tokens: keys and values are gathered over them"""
+    """shard the sequence: keys and values are all-gathered over them"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Layout:
     mlp: AxisNames = ()
     vocab: AxisNames = ()
     whole_weights: bool = False
-    """gather each op's weights at once instead of bucket by bucket (ZeRO-3 / FSDP over the context axis)"""
+    """all-gather each op's weights at once instead of bucket by bucket (ZeRO-3 / FSDP over the context axis)"""
 
     def __post_init__(self):
         tokens = self.batch + self.sequence
@@ -73,7 +73,7 @@ class Layout:
         return PartitionSpec(*((getattr(self, dim) or None) if dim else None for dim in dims))
 
     def without(self, axes: Sequence[str]) -> "Layout":
-        """The same table with some axes taken out."""
+        """The same layout without some axes."""
         dims = ("batch", "sequence", *WEIGHT_DIMS)
         return dataclasses.replace(self, **{dim: tuple(a for a in getattr(self, dim) if a not in axes) for dim in dims})
 
@@ -109,7 +109,7 @@ def get_layout(name: str) -> Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A layout on a mesh: sizes, specs and shardings of arrays, and the way to run per-device functions."""
+    """A layout on a mesh: sizes and shardings of arrays, and `shard_map` for per-device functions."""
 
     layout: Layout
     mesh: Mesh | AbstractMesh
@@ -121,11 +121,11 @@ class Placement:
                 f"mesh={dict(self.mesh.shape)} lacks {', '.join(sorted(missing))} of layout {self.layout.name}; "
                 f"use a mesh with {', '.join(self.layout.axis_names)}"
             )
-        # An axis of size 1 shards nothing; left in, it would still cost trivial collectives.
+        # An axis of size 1 shards nothing, but would still cost trivial collectives.
         object.__setattr__(self, "layout", self.layout.without([n for n, size in self.mesh.shape.items() if size == 1]))
 
     def size(self, dim: str) -> int:
-        """Shards of a logical dimension."""
+        """Number of shards of a logical dimension."""
         return math.prod(self.mesh.shape[name] for name in getattr(self.layout, dim))
 
     def sharding(self, *dims: str | None) -> NamedSharding:
@@ -133,14 +133,15 @@ class Placement:
         return NamedSharding(self.mesh, self.layout.spec(*dims))
 
     def shard_map(self, fn, in_specs, out_specs):
-        """`fn` run once per device, on its slices."""
+        """`jax.shard_map` of `fn` over the mesh: it runs once per device, on that device's shards."""
         return jax.shard_map(fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
 
 
 def parse_mesh(text: str, layout: Layout, num_devices: int) -> dict[str, int]:
-    """Axis sizes from ``data=1,tsp=8``; axes of the layout that are not named have size 1.
+    """Parses axis sizes such as ``data=1,tsp=8``; axes of the layout that are not named get size 1.
 
-    An empty text puts every device on the layout's own axes: all on one, or split as evenly as two allow.
+    An empty text puts all devices on the layout's own axes: on its only one, or over its two as evenly
+    as possible.
     """
     if not text:
         return _default_mesh(layout, num_devices)
@@ -154,7 +155,7 @@ def parse_mesh(text: str, layout: Layout, num_devices: int) -> dict[str, int]:
 
 
 def parse_sizes(text: str, example: str = "data=1,tsp=8") -> dict[str, int]:
-    """``data=1,tsp=8`` -> axis sizes in that order, whatever the axes."""
+    """Parses ``data=1,tsp=8`` into axis sizes in that order, for any axis names."""
     sizes: dict[str, int] = {}
     for item in text.split(","):
         name, _, size = item.partition("=")
@@ -183,7 +184,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
     Args:
       sizes: axis name -> size, outermost first.
-      devices: to choose from; all of `jax.devices()` if None.
+      devices: devices to use; all of `jax.devices()` if None.
 
     Raises:
       ConfigError: there are fewer devices than the mesh needs.
@@ -205,7 +206,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def place(layout: str | Layout, devices: Sequence[Any] | None = None, **sizes: int) -> Placement:
-    """A preset (or a layout of one's own) on a mesh: ``place("tsp", data=1, tsp=8)``."""
+    """A preset, or a layout of your own, on a mesh: ``place("tsp", data=1, tsp=8)``."""
     layout = get_layout(layout) if isinstance(layout, str) else layout
     text = ",".join(f"{name}={size}" for name, size in sizes.items())
     available = jax.devices() if devices is None else devices
@@ -218,7 +219,7 @@ def largest_divisor(value: int, at_most: int) -> int:
 
 
 def check_divides(field: str, value: int, ranks: int, axes: AxisNames, why: str = "") -> None:
-    """Raises ConfigError, with the next value that works, where `ranks` do not divide a field's value."""
+    """Raises ConfigError, with the next value that works, if `ranks` does not divide a field's value."""
     if value % ranks:
         use = -(-value // ranks) * ranks
         over = f" over {','.join(axes)}" if axes else ""
@@ -226,7 +227,7 @@ def check_divides(field: str, value: int, ranks: int, axes: AxisNames, why: str 
 
 
 def check_fits(config: Config, layout: Layout, sizes: Mapping[str, int]) -> None:
-    """Raises ConfigError, with a value that works, where a configuration cannot be cut for a mesh."""
+    """Raises ConfigError, with a value that works, if the sizes of a configuration do not divide over a mesh."""
 
     def shards(axes: AxisNames) -> int:
         return math.prod(sizes[name] for name in axes)

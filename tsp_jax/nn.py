@@ -1,8 +1,10 @@
-"""Flax NNX layers over global arrays: what users drop into a model of their own.
+"""Flax NNX layers over global arrays, to use in a model of your own.
 
-Each layer holds ordinary global parameters with sharding metadata and runs its op in one `jax.shard_map` on a
-`Placement` (a layout on a mesh). Weights are stored [rows, D], so that the dimension that is sharded and streamed
-stands first. Dims: B batch, T tokens, D model, N query heads, K KV heads, H head, F ffn, V vocabulary.
+Each layer holds ordinary global parameters with sharding metadata, and runs its op in one `jax.shard_map` on a
+`Placement` (a layout on a mesh). Weights are stored [rows, D]: the first dimension is the one that is sharded.
+
+Dims: B batch, T tokens, D model, N query heads, K KV heads, H head, F ffn, V vocabulary; lower case is this device's
+shard.
 """
 
 import math
@@ -91,7 +93,7 @@ def _weight(key: jax.Array, shape: Sequence[int], std: float) -> jax.Array:
 class Attention(nnx.Module):
     """Causal self-attention with grouped queries, RoPE, and optional q/k RMSNorm.
 
-    Heads that do not divide by the ranks are padded; padded slots are zero, get no gradient, and change nothing.
+    Heads that do not divide over the ranks are padded with zeros; padded heads get no gradient and change no result.
 
     Args:
       d_model: D.
@@ -99,14 +101,14 @@ class Attention(nnx.Module):
       num_kv_heads: K, a divisor of N; N if None.
       head_dim: H; D / N if None.
       placement: layout and mesh.
-      stream: movement, buckets and block sizes.
+      stream: movement, bucket and chunk size, kernel.
       rope_theta: base of the rotary frequencies.
-      rope_scaling: of those frequencies, for long contexts.
-      qk_norm: RMSNorm over each query and key head before RoPE.
-      norm_eps: of that norm.
-      remat: what the model around it computes again in backward; `auto` counts what moves again.
-      init_std: of the input projections.
-      out_std: of the output projection; init_std if None.
+      rope_scaling: scaling of those frequencies for long contexts.
+      qk_norm: whether to apply RMSNorm to each query and key head before RoPE.
+      norm_eps: epsilon of that norm.
+      remat: which part of this layer the model around it recomputes in backward; movement `auto` counts its bytes too.
+      init_std: standard deviation of the initial input projections.
+      out_std: the same for the output projection; init_std if None.
       dtype: compute dtype; parameters are float32.
       rngs: stream `params`.
     """
@@ -169,11 +171,11 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segment_ids_BT: jax.Array | None = None
     ) -> jax.Array:
-        """Attends within segments, to positions that are not later.
+        """Each token attends to the tokens of its segment whose positions are not later than its own.
 
         Args:
-          x_BTD: any float dtype.
-          positions_BT: int32; 0 to T - 1 if None. Any order of tokens over the sequence axis is legal.
+          x_BTD: input, any float dtype.
+          positions_BT: int32; 0 to T - 1 if None. Tokens may stand in any order over the sequence axes.
           segment_ids_BT: int32 document numbers; one document if None.
 
         Returns:
@@ -189,7 +191,7 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             norms = attention_op.HeadNorms(self.q_norm[...], self.k_norm[...])
         w_o = self.w_o[...]
-        if self.heads.padded:  # a padded query slot of a real KV head has an output, and so a gradient, to be dropped
+        if self.heads.padded:  # a padded query head of a real KV head has an output, and so a gradient, to drop
             w_o *= HeadPadding(self.heads, True).pad(jnp.ones((self._logical_rows(), 1), w_o.dtype))
         weights = attention_op.AttentionWeights(self.w_q[...], self.w_k[...], self.w_v[...], w_o)
 
@@ -234,10 +236,10 @@ class MLP(nnx.Module):
       d_model: D.
       d_ff: F, divisible by the shards of `mlp`.
       placement: layout and mesh.
-      stream: movement and buckets.
-      activation: of the gate.
-      init_std: of gate and up.
-      out_std: of down; init_std if None.
+      stream: movement, bucket and chunk size.
+      activation: activation of the gate.
+      init_std: standard deviation of the initial gate and up projections.
+      out_std: the same for the down projection; init_std if None.
       dtype: compute dtype; parameters are float32.
       rngs: stream `params`.
     """
@@ -291,14 +293,14 @@ class MLP(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """A vocabulary table: rows for tokens on the way in, logits and loss on the way out.
+    """A vocabulary table: an embedding of tokens, and an output head with its cross-entropy.
 
     Args:
       vocab_size: V, divisible by the shards of `vocab`.
       d_model: D.
       placement: layout and mesh.
-      stream: movement and buckets.
-      init_std: of the table.
+      stream: movement, bucket and chunk size.
+      init_std: standard deviation of the initial table.
       dtype: compute dtype; the table is float32.
       rngs: stream `params`.
     """
@@ -332,7 +334,7 @@ class Embed(nnx.Module):
         return self.placement.shard_map(local, in_specs=specs, out_specs=out_spec)(ids_BT, self.table[...])
 
     def cross_entropy(self, x_BTD: jax.Array, labels_BT: jax.Array) -> cross_entropy_op.TokenLosses:
-        """Loss of each token against the table as output head, without [B, T, V] logits.
+        """Cross-entropy of each token, with the table as output head, without [B, T, V] logits.
 
         Args:
           x_BTD: final hidden states.

@@ -1,4 +1,15 @@
-"""Tensor and sequence parallelism folded onto one mesh axis, for JAX."""
+"""Tensor and sequence parallelism folded onto one mesh axis, for JAX.
+
+config, layout, heads   what a run is; the layout table; how heads are stored
+ops                     per-device functions: streamed weights, attention, kernels
+nn, models              layers on global arrays; a decoder and its remat policies
+hf                      Hugging Face folders: configurations, weights, tokenizers
+training, inference     trainer, checkpoints, safety; KV cache, prefill, decode, sampling
+cost                    closed forms: bytes received, memory
+hardware                devices, links, targets, compilers without devices
+inspect                 compiled programs: memory, communication, simulated timeline
+tools                   bodies of the commands
+"""
 
 from tsp_jax import inference, nn
 from tsp_jax.config import Config, ModelConfig, StreamConfig

@@ -1,4 +1,4 @@
-"""The table, meshes, head slots, and errors that say what would work."""
+"""The layout table, meshes, and errors that name a value that works."""
 
 import dataclasses
 import re
@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 from tests.builders.arrays import LAYOUT_CASES, MIX, PARTIAL, TWO_AXES, place_case
 from tsp_jax.config import Config, DataConfig, ModelConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.heads import pad_heads
 from tsp_jax.layout import (
     LAYOUTS,
     WEIGHT_DIMS,
@@ -191,78 +190,6 @@ def test_shards_of_an_array_have_the_sizes_of_the_placement(name):
         array = jax.device_put(jax.numpy.zeros((24, 24)), placement.sharding(*dims))
         desired = tuple(24 // (placement.size(dim) if dim else 1) for dim in dims)
         assert {shard.data.shape for shard in array.addressable_shards} == {desired}
-
-
-# ------------------------------------------------------------------------------------------------ head slots
-
-
-@st.composite
-def head_numbers(draw):
-    """(num_heads, num_kv_heads, head_dim, ranks)"""
-    num_kv_heads, group = draw(st.integers(1, 12)), draw(st.integers(1, 9))
-    return num_kv_heads * group, num_kv_heads, 2 * draw(st.integers(1, 64)), draw(st.integers(1, 16))
-
-
-def _can_share(kv: int, group: int, head_dim: int, ranks: int) -> bool:
-    """Whether every rank gets whole query slots, all of the same KV slots, and equal parts of KV columns."""
-    if kv % ranks == 0:
-        return True
-    return ranks % kv == 0 and group % (ranks // kv) == 0 and head_dim % (ranks // kv) == 0
-
-
-@given(head_numbers())
-def test_every_rank_gets_as_many_slots(numbers):
-    heads = pad_heads(*numbers)
-    _, _, head_dim, ranks = numbers
-    assert heads.query % ranks == 0
-    assert heads.kv * head_dim % ranks == 0
-    assert _can_share(heads.kv, heads.group, head_dim, ranks)
-
-
-@given(head_numbers())
-def test_every_real_head_has_a_slot(numbers):
-    num_heads, num_kv_heads, head_dim, _ = numbers
-    heads = pad_heads(*numbers)
-    assert (heads.num_kv_heads, heads.real_group, heads.dim) == (num_kv_heads, num_heads // num_kv_heads, head_dim)
-    assert heads.kv >= num_kv_heads
-    assert heads.group >= heads.real_group
-    assert heads.padded == (heads.kv * heads.group > num_heads or heads.kv > num_kv_heads)
-
-
-@given(head_numbers())
-def test_no_other_slots_are_fewer(numbers):
-    num_heads, num_kv_heads, head_dim, ranks = numbers
-    heads = pad_heads(*numbers)
-    real_group = num_heads // num_kv_heads
-    fewest = min(
-        kv * group
-        for kv in range(num_kv_heads, num_kv_heads + ranks)
-        for group in range(real_group, real_group + ranks)
-        if _can_share(kv, group, head_dim, ranks)
-    )
-    assert heads.query == fewest
-
-
-@pytest.mark.parametrize(
-    ("numbers", "slots"),
-    [
-        ((32, 32, 128, 8), (32, 1)),
-        ((32, 8, 128, 8), (8, 4)),
-        ((32, 4, 128, 8), (4, 8)),
-        ((9, 3, 64, 4), (4, 3)),
-        ((9, 3, 64, 8), (4, 4)),
-        ((8, 1, 2, 8), (4, 8)),
-        ((14, 2, 64, 1), (2, 7)),
-        ((14, 2, 64), (2, 7)),
-        ((8, 2, 12, 6), (2, 6)),
-        ((8, 2, 12, 3, 2), (3, 4)),  # the second of three groups would need both KV heads
-        ((8, 2, 12, 2, 3), (2, 6)),
-        ((9, 3, 10, 2, 3), (6, 3)),
-    ],
-)
-def test_pad_heads(numbers, slots):
-    heads = pad_heads(*numbers)
-    assert (heads.kv, heads.group) == slots
 
 
 # ------------------------------------------------------------------------------------------------ check_fits

@@ -1,4 +1,4 @@
-"""Layers over global arrays: what users drop into a model of their own."""
+"""Layers over global arrays, in a decoder and in a model of one's own."""
 
 import dataclasses
 import functools
@@ -72,8 +72,8 @@ def test_every_parameter_has_a_partition_spec():
 
 def test_shapes_of_parameters():
     shapes = jax.tree.map(lambda array: array.shape, nnx.to_pure_dict(nnx.state(make_model("tsp8"))))
-    L, slots = CONFIG.num_layers, pad_heads(N, K, H, 8)
-    assert (slots.query, slots.kv) == (16, 4)
+    L, heads = CONFIG.num_layers, pad_heads(N, K, H, 8)
+    assert (heads.query, heads.kv) == (16, 4)
     assert shapes == {
         "embed": {"table": (V, D)},
         "head": {"table": (V, D)},
@@ -116,21 +116,10 @@ def test_layers_start_with_parameters_of_their_own():
     assert not np.array_equal(w_q[0], w_q[1])
 
 
-@pytest.mark.parametrize("queries", [True, False])
-def test_pad_then_unpad_is_the_identity(queries):
-    heads = pad_heads(N, K, H, 8)
-    rows = normal(0, 2, (N if queries else K) * H, D)
-    padding = HeadPadding(heads, queries)
-    padded = padding.pad(jnp.asarray(rows))
-    assert padded.shape == (2, (heads.query if queries else heads.kv) * H, D)
-    np.testing.assert_array_equal(padding.unpad(padded), rows)
-    assert np.count_nonzero(padded) == np.count_nonzero(rows)
-
-
 def test_to_stored_is_the_inverse_of_to_logical():
     state = nnx.state(make_model("tsp8"))
-    forms, params = paddings(state), nnx.to_pure_dict(state)
-    chex.assert_trees_all_equal(to_stored(forms, to_logical(forms, params)), params)
+    pads, params = paddings(state), nnx.to_pure_dict(state)
+    chex.assert_trees_all_equal(to_stored(pads, to_logical(pads, params)), params)
 
 
 # ------------------------------------------------------------------------------------------------ a user's model
@@ -211,9 +200,9 @@ def test_padded_heads_get_exactly_no_gradient(layout):
     graphdef, state = nnx.split(attention)
     x, cotangent = normal(0, B, S, D), normal(1, B, S, D)
     grads = jax.jit(jax.grad(lambda state: (nnx.merge(graphdef, state)(x) * cotangent).sum()))(state)
-    forms = paddings(state)
+    pads = paddings(state)
     for name in ("w_q", "w_k", "w_v", "w_o"):
-        real = forms[name].pad(jnp.ones_like(forms[name].unpad(grads[name][...])))
+        real = pads[name].pad(jnp.ones_like(pads[name].unpad(grads[name][...])))
         gradient = np.asarray(grads[name][...])
         assert not gradient[np.asarray(real) == 0].any()
         assert gradient[np.asarray(real) == 1].all()
@@ -221,7 +210,7 @@ def test_padded_heads_get_exactly_no_gradient(layout):
 
 @pytest.mark.parametrize("noise", [0.0, 1.0])
 def test_padded_heads_change_nothing(noise):
-    """Not even if what stands in their output rows were not zero."""
+    """Even if their rows of the output projection are not zero."""
     attention = make_attention("tsp8")
     padding = HeadPadding(attention.heads, True)
     no_head = 1 - padding.pad(jnp.ones_like(padding.unpad(attention.w_o[...])))
@@ -301,7 +290,7 @@ def _call(layer: str, shape: tuple[int, ...], layout: str = "data2_tsp4"):
         ((3, 48), "batch=3 is not divisible by 2 over data; use 4", (4, 48)),
     ],
 )
-def test_tokens_that_cannot_be_cut_are_refused_with_a_number_that_can(layer, shape, message, works):
+def test_tokens_that_do_not_divide_are_refused_with_a_number_that_does(layer, shape, message, works):
     with pytest.raises(ConfigError, match=re.escape(message)):
         _call(layer, shape)
     assert _call(layer, works).shape == (*works, D)
@@ -314,7 +303,7 @@ def test_tokens_that_cannot_be_cut_are_refused_with_a_number_that_can(layer, sha
         (lambda size, kwargs: Embed(size, D, **kwargs), "vocab_size=65 is not divisible by 8 over model,tsp; use 72"),
     ],
 )
-def test_weights_that_cannot_be_cut_are_refused_with_a_number_that_can(make, message):
+def test_weights_that_do_not_divide_are_refused_with_a_number_that_does(make, message):
     kwargs = {"placement": place_case("mix2_4"), "rngs": nnx.Rngs(0)}
     with pytest.raises(ConfigError, match=re.escape(message)):
         make(65, kwargs)
@@ -328,7 +317,7 @@ def test_query_heads_that_kv_heads_do_not_divide_are_refused():
 
 @pytest.mark.parametrize("remat", ["none", "full", "save_attention"])
 def test_programs_do_not_grow_with_depth(remat):
-    """Layers are scanned, so that depth costs no compile time: same text but for a number here and there."""
+    """Layers are scanned, so that depth costs no compile time: the same text except for some numbers."""
 
     def program(num_layers: int) -> str:
         config = dataclasses.replace(CONFIG, num_layers=num_layers)

@@ -28,7 +28,7 @@ from tsp_jax.hf.gguf import convert_gguf
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer
 from tsp_jax.ops.rope import frequencies
-from tsp_jax.training.initial import check_init_from, initial_state
+from tsp_jax.training.init_from import check_init_from, init_state
 from tsp_jax.training.step import make_program
 
 # No two of V, D, F, N H and K H are alike, nor what 8 ranks have of them.
@@ -369,7 +369,7 @@ def test_a_run_starts_from_given_weights(folder):
     placement = place_case("tsp4")
     config = run_config(folder)
     check_init_from(config, placement)
-    state = initial_state(config, make_program(config, placement), placement)
+    state = init_state(config, make_program(config, placement), placement)
     assert_same(state.params, place_params(LLAMA, placement))
     assert int(state.step) == 0
 

@@ -14,7 +14,7 @@ from tsp_jax.config import FaultsConfig
 from tsp_jax.errors import NOT_SAVED, ConfigError, RunStopped
 from tsp_jax.layout import place
 from tsp_jax.training.checkpoint import Checkpoints, saved_steps, steps_to_drop
-from tsp_jax.training.manifest import MANIFEST, find_damage, write_manifest
+from tsp_jax.training.checkpoint_manifest import MANIFEST, find_damage, write_manifest
 from tsp_jax.training.step import make_program
 
 

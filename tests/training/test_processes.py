@@ -17,7 +17,7 @@ from tests.builders.runs import ROOT, finish, numbers, small_config, start_proce
 from tsp_jax.config import ClusterConfig, FaultsConfig
 from tsp_jax.errors import HUNG, PREEMPTED, ConfigError
 from tsp_jax.tools import cli
-from tsp_jax.training import trainer as loop
+from tsp_jax.training import trainer
 from tsp_jax.training.checkpoint import saved_steps
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
@@ -47,7 +47,7 @@ Batches._read = recording
 def test_losses_equal_one_process_and_data_is_disjoint_and_complete(count, tmp_path):
     config = config_of(tmp_path, checkpoint_every=3, eval_every=3)
     alone = dataclasses.replace(config, workdir=str(tmp_path / "alone"))
-    loop.train(alone, "alone")
+    trainer.train(alone, "alone")
     many = dataclasses.replace(config, cpu_devices=4 // count)
     path = write_config(many, tmp_path / "config.py", RECORD.replace("FOLDER", str(tmp_path)))
     assert finish(start_processes(count, path), 280) == [0] * count, (tmp_path / "0.err").read_text()
@@ -67,12 +67,12 @@ def test_losses_equal_one_process_and_data_is_disjoint_and_complete(count, tmp_p
 
 SLOW = """
 import time
-from tsp_jax.training.run import Run
-log = Run._log
+from tsp_jax.training.trainer import TrainLoop
+log = TrainLoop._log
 def slow(self, unseen):
     time.sleep(0.3)
     return log(self, unseen)
-Run._log = slow
+TrainLoop._log = slow
 """
 
 
@@ -144,13 +144,13 @@ def test_where_one_process_is_killed_the_other_exits(rank, two):
 
 STUCK = """
 import time, jax
-from tsp_jax.training.run import Run
-log = Run._log
+from tsp_jax.training.trainer import TrainLoop
+log = TrainLoop._log
 def stuck(self, unseen):
     if unseen and unseen[0] == 8 and jax.process_index() == 1:
         time.sleep(1000)
     return log(self, unseen)
-Run._log = stuck
+TrainLoop._log = stuck
 """
 
 
@@ -162,7 +162,7 @@ def test_where_one_process_is_stuck_all_exit_with_stacks(two):
     for rank, err in enumerate(errors()):
         assert f"hang: process {rank} of 2" in err
         assert "most recent call first" in err
-        assert "loop.py" in err
+        assert "trainer.py" in err
     assert 'config.py", line' in errors()[1], "the line that is stuck"
 
 

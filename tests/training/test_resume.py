@@ -15,22 +15,22 @@ import pytest
 from tests.builders.runs import compile_once, finish, numbers, small_config, start_train, write_config
 from tsp_jax.errors import PREEMPTED, RunStopped
 from tsp_jax.layout import place
-from tsp_jax.training import trainer as loop
+from tsp_jax.training import trainer
 from tsp_jax.training.checkpoint import Checkpoints, saved_steps
 from tsp_jax.training.data import Batches, prefetch
 from tsp_jax.training.metrics import MetricsFile, read_metrics
-from tsp_jax.training.run import Run
 from tsp_jax.training.safety.preemption import SIGNALS, Agreement, StopSignals
+from tsp_jax.training.trainer import TrainLoop
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
 
-make_program = compile_once(loop.make_program)
+make_program = compile_once(trainer.make_program)
 
 
 @pytest.fixture(autouse=True)
 def programs(monkeypatch):
-    monkeypatch.setattr(loop, "make_program", make_program)
-    monkeypatch.setattr(loop, "plot_losses", lambda lines, path: True)
+    monkeypatch.setattr(trainer, "make_program", make_program)
+    monkeypatch.setattr(trainer, "plot_losses", lambda lines, path: True)
 
 
 def everything(config) -> tuple:
@@ -47,8 +47,8 @@ def whole(request, tmp_path_factory):
     changes = {"compute_dtype": request.param, "checkpoint_every": 1, "keep_checkpoints": 20, "eval_every": 5}
     config = small_config(folder, **changes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_program", make_program)
-        loop.train(config, "whole")
+        patch.setattr(trainer, "make_program", make_program)
+        trainer.train(config, "whole")
     return config, everything(config)
 
 
@@ -68,7 +68,7 @@ def test_resuming_at_any_step_is_bitwise(step, whole, moved, capsys):
     shutil.copytree(original / "checkpoints" / str(step), folder / "checkpoints" / str(step))
     shutil.copy(original / "metrics.jsonl", folder)
     data = dataclasses.replace(moved.data, prefetch=1 + step % 4)
-    loop.train(dataclasses.replace(moved, data=data), "resumed")
+    trainer.train(dataclasses.replace(moved, data=data), "resumed")
     assert f"restored step {step} " in capsys.readouterr().out
     assert everything(moved) == whole[1]
 
@@ -105,8 +105,8 @@ class Killer:
 
 
 PHASES = {
-    "step": lambda killer: killer.before(Run, "_log", lambda unseen: unseen and unseen[0] == 7),
-    "evaluation": lambda killer: killer.before(Run, "_evaluate", lambda _, step: step == 10),
+    "step": lambda killer: killer.before(TrainLoop, "_log", lambda unseen: unseen and unseen[0] == 7),
+    "evaluation": lambda killer: killer.before(TrainLoop, "_evaluate", lambda _, step: step == 10),
     "save in flight": lambda killer: killer.before(Checkpoints, "_commit", lambda _, step, __: step == 8, rest_s=1),
     "waiting for data": lambda killer: killer.before(Batches, "place", lambda step, _: step == 9, 1, 1),
 }
@@ -120,12 +120,12 @@ def test_a_signal_saves_at_most_a_step_later_and_nothing_is_lost(phase, whole, m
         killer = Killer(patch)
         PHASES[phase](killer)
         with pytest.raises(RunStopped, match="is saved, start again") as stopped:
-            loop.train(config, "signalled")
+            trainer.train(config, "signalled")
     assert stopped.value.code == PREEMPTED
     (*_, newest) = saved_steps(Path(config.workdir) / "checkpoints")
     assert killer.steps_then <= newest <= killer.steps_then + 1
     assert [line["step"] for line in numbers(Path(config.workdir)) if "loss" in line] == list(range(1, newest + 1))
-    loop.train(config, "again")
+    trainer.train(config, "again")
     assert f"restored step {newest} " in capsys.readouterr().out
     assert everything(config) == whole[1]
 

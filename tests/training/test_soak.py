@@ -20,23 +20,23 @@ from tsp_jax.config import FaultsConfig
 from tsp_jax.errors import NOT_SAVED, REFUSED, ConfigError, RunStopped
 from tsp_jax.heads import to_logical
 from tsp_jax.layout import place
-from tsp_jax.training import trainer as loop
+from tsp_jax.training import trainer
 from tsp_jax.training.checkpoint import Checkpoints, saved_steps
+from tsp_jax.training.checkpoint_manifest import find_damage
 from tsp_jax.training.corpus import load_corpus
 from tsp_jax.training.data import Batches
-from tsp_jax.training.manifest import find_damage
-from tsp_jax.training.run import Run
+from tsp_jax.training.trainer import TrainLoop
 
 pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("optax_promotes")]
-make_program = compile_once(loop.make_program)
+make_program = compile_once(trainer.make_program)
 KILLS = 20
 DAMAGES = 100
 
 
 @pytest.fixture(autouse=True)
 def programs(monkeypatch):
-    monkeypatch.setattr(loop, "make_program", make_program)
-    monkeypatch.setattr(loop, "plot_losses", lambda lines, path: True)
+    monkeypatch.setattr(trainer, "make_program", make_program)
+    monkeypatch.setattr(trainer, "plot_losses", lambda lines, path: True)
     yield
     gc.collect()  # what Orbax leaves behind when it fails is complained of here, where it is expected
 
@@ -171,7 +171,7 @@ def test_a_full_disk_is_reported_and_loses_nothing(policy, tmp_path, capsys, mon
         config = small_config(
             tmp_path, workdir=str(disk / "run"), checkpoint_every=5, faults=FaultsConfig(failed_save=policy)
         )
-        log, ballast = Run._log, disk / "ballast"
+        log, ballast = TrainLoop._log, disk / "ballast"
 
         def fill(run, unseen):
             if unseen and unseen[0] == 8:
@@ -185,15 +185,15 @@ def test_a_full_disk_is_reported_and_loses_nothing(policy, tmp_path, capsys, mon
                 ballast.unlink()
             return log(run, unseen)
 
-        monkeypatch.setattr(Run, "_log", fill)
+        monkeypatch.setattr(TrainLoop, "_log", fill)
         checkpoints = disk / "run" / "checkpoints"
         if policy == "stop":
             with pytest.raises(RunStopped, match=r"checkpoint 10 could not be saved.*the newest is 5") as stopped:
-                loop.train(config, "disk")
+                trainer.train(config, "disk")
             assert stopped.value.code == NOT_SAVED
             assert saved_steps(checkpoints) == [5]
         else:
-            loop.train(config, "disk")
+            trainer.train(config, "disk")
             assert saved_steps(checkpoints) == [5, 20]
             steps = [line["step"] for line in numbers(disk / "run") if "loss" in line]
             assert steps == list(range(1, 21)), "a line of the metrics is missing"
@@ -208,7 +208,7 @@ def test_a_disk_that_becomes_read_only_is_reported_and_loses_nothing(tmp_path, c
     """From step 8 to step 16 of 20."""
     config = small_config(tmp_path, checkpoint_every=5)
     (tmp_path / "run").mkdir()
-    log = Run._log
+    log = TrainLoop._log
 
     def remount(run, unseen):
         if unseen and unseen[0] in (8, 16):
@@ -218,8 +218,8 @@ def test_a_disk_that_becomes_read_only_is_reported_and_loses_nothing(tmp_path, c
         return log(run, unseen)
 
     with small_disk(tmp_path / "run" / "checkpoints", "8m") as checkpoints:
-        monkeypatch.setattr(Run, "_log", remount)
-        loop.train(config, "disk")
+        monkeypatch.setattr(TrainLoop, "_log", remount)
+        trainer.train(config, "disk")
         assert saved_steps(checkpoints) == [5, 20]
         assert not any(find_damage(checkpoints / str(step)) for step in (5, 20))
     said = capsys.readouterr().err
@@ -250,7 +250,7 @@ def test_devices_come_and_go_and_the_run_goes_on(tmp_path, monkeypatch):
 
     def steps_on(layout, mesh, start, stop, restore):
         placement = place(layout, **mesh)
-        program = loop.make_program(config, placement)
+        program = trainer.make_program(config, placement)
         data = Batches(
             corpus, batch=config.batch, seq_len=config.seq_len, seed=0, order="zigzag",
             sequence_shards=placement.size("sequence"), shuffle=True,
@@ -353,8 +353,8 @@ def test_sixty_bad_inputs_are_refused_within_seconds(tmp_path):
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(tmp_path):
     config = small_config(tmp_path, checkpoint_every=10)
-    loop.train(config, "first")
+    trainer.train(config, "first")
     for step in saved_steps(tmp_path / "run" / "checkpoints"):
         truncate(tmp_path / "run" / "checkpoints" / str(step) / "manifest.json", random.Random(0))
     with pytest.raises(ConfigError, match="no checkpoint that is not damaged"):
-        loop.train(config, "again")
+        trainer.train(config, "again")

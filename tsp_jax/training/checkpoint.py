@@ -22,8 +22,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tsp_jax.config import Config
 from tsp_jax.errors import NOT_SAVED, ConfigError, RunStopped
 from tsp_jax.heads import to_logical, to_stored
+from tsp_jax.training.checkpoint_manifest import find_damage, write_manifest
 from tsp_jax.training.distributed import from_writer, is_writer, of_every_process
-from tsp_jax.training.manifest import find_damage, write_manifest
 from tsp_jax.training.step import TrainProgram, TrainState
 
 CONTINUED = ("seed", "batch", "seq_len", "steps", "optimizer", "z_loss")

@@ -13,10 +13,10 @@ from typing import Generic, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from tsp_jax.config import Order
+from tsp_jax.config import Config, Order
 from tsp_jax.errors import ConfigError
 from tsp_jax.ops.cross_entropy import IGNORE
-from tsp_jax.training.corpus import Corpus
+from tsp_jax.training.corpus import Corpus, Split, load_corpus
 
 T = TypeVar("T")
 Array = TypeVar("Array")
@@ -153,6 +153,33 @@ class Batches:
             positions=(at - np.maximum(self._borders[document], first)).astype(np.int32),
             segment_ids=(document - first_document + 1).astype(np.int32),
         )
+
+
+class Splits(NamedTuple):
+    """Batches of both splits of a run's corpus."""
+
+    train: Batches
+    held_out: Batches
+    digest: str
+    """of the training split"""
+
+
+def load_splits(config: Config, sequence_shards: int) -> Splits:
+    """Reads the corpus of a run, or finds it in the cache; shuffles the training split.
+
+    Raises:
+      ConfigError: as `load_corpus` and `Batches`.
+    """
+
+    def batches(split: Split, shuffle: bool) -> tuple[Corpus, Batches]:
+        corpus = load_corpus(config.data, config.model.vocab_size, split)
+        return corpus, Batches(
+            corpus, batch=config.batch, seq_len=config.seq_len, seed=config.seed, order=config.data.order,
+            sequence_shards=sequence_shards, shuffle=shuffle,
+        )  # fmt: skip
+
+    corpus, train = batches("train", shuffle=True)
+    return Splits(train, batches("heldout", shuffle=False)[1], corpus.digest)
 
 
 def sequence_order(seq_len: int, shards: int, order: Order) -> np.ndarray:

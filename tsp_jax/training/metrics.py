@@ -15,7 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tsp_jax.config import Config
+from tsp_jax.inspect import collectives, memory_report, parse
+from tsp_jax.layout import Placement
 from tsp_jax.training.distributed import is_writer, write_whole
+from tsp_jax.training.safety.finite import is_skipped
 
 
 class MetricsFile:
@@ -167,8 +171,38 @@ def plot_losses(metrics: list[dict], path: Path) -> bool:
     return True
 
 
+def summarize(config: Config, name: str, placement: Placement, compiled: Any, lines: list[dict]) -> dict:
+    """The summary of a complete run: last losses, median speed, memory and communication of the compiled step.
+
+    Args:
+      config: what was trained.
+      name: of the configuration.
+      placement: layout and mesh.
+      compiled: the step, a jax.stages.Compiled.
+      lines: all lines of the metrics file.
+
+    Returns:
+      The content of summary.json.
+    """
+    steps = [line for line in lines if "loss" in line]
+    received = collectives(parse(compiled.as_text()), dict(placement.mesh.shape))
+    return {
+        "config": name,
+        "layout": placement.layout.name,
+        "mesh": ",".join(f"{axis}={size}" for axis, size in placement.mesh.shape.items()),
+        "step": steps[-1]["step"],
+        "loss": next((line["loss"] for line in reversed(steps) if not is_skipped(line)), math.nan),
+        "eval_loss": next(line["eval_loss"] for line in reversed(lines) if "eval_loss" in line),
+        "skipped_steps": sum(map(is_skipped, steps)),
+        "tokens_per_s": float(np.median([line["tokens_per_s"] for line in steps])),
+        "peak_bytes": memory_report(compiled).peak_bytes,
+        "bytes_per_step": int(sum(collective.total_bytes for collective in received)),
+        "num_params": config.model.num_params,
+    }
+
+
 def print_summary(summary: dict, console: Console) -> None:
-    """The closing table of a run."""
+    """Prints the summary of a run as a table."""
     table = Table(title=f"{summary['config']} · {summary['layout']} · {summary['mesh']}", show_header=False)
     rows = {
         "steps": f"{summary['step']:,}",

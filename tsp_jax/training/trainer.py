@@ -1,39 +1,51 @@
-"""Train: what a run is made of, from its configuration to its summary."""
+"""Training: `train` trains or resumes a configuration; `TrainLoop` steps, logs, evaluates and saves."""
 
 import contextlib
 import dataclasses
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
 
 from tsp_jax.config import Config
-from tsp_jax.errors import RunStopped
+from tsp_jax.errors import BAD_NUMBERS, PREEMPTED, ConfigError, RunStopped
 from tsp_jax.hardware.compiler_options import compiler_options
+from tsp_jax.layout import Placement, check_fits, get_layout, make_mesh, parse_mesh
 from tsp_jax.training.checkpoint import Checkpoints
-from tsp_jax.training.distributed import is_writer, report, write_whole
-from tsp_jax.training.initial import check_init_from, initial_state
-from tsp_jax.training.metrics import MetricsFile, TrainProgress, plot_losses, print_summary, read_metrics
-from tsp_jax.training.run import Run
-from tsp_jax.training.safety.preemption import StopSignals
+from tsp_jax.training.data import Splits, load_splits, prefetch
+from tsp_jax.training.distributed import is_writer, report, report_once, write_whole
+from tsp_jax.training.init_from import check_init_from, init_state
+from tsp_jax.training.metrics import (
+    MetricsFile,
+    StepClock,
+    TrainProgress,
+    plot_losses,
+    print_summary,
+    read_metrics,
+    summarize,
+)
+from tsp_jax.training.optimizer import make_schedule
+from tsp_jax.training.safety.finite import NumbersWatch, all_finite
+from tsp_jax.training.safety.preemption import Agreement, StopSignals
 from tsp_jax.training.safety.watchdog import Watchdog
-from tsp_jax.training.setup import describe, load_data, open_workdir, place_run
-from tsp_jax.training.step import make_program
-from tsp_jax.training.summary import summarise
+from tsp_jax.training.step import StepMetrics, TrainProgram, TrainState, make_program
 
 
 def train(config: Config, name: str = "run") -> dict:
-    """Trains, or resumes, the run of a configuration. With several processes, each makes this call.
+    """Trains or resumes a configuration. With several processes, each of them makes this call.
 
-    Everything that can be refused is refused before anything compiles or is written.
+    Everything that can be refused is refused before anything is compiled or written.
 
     Returns:
-      The summary (see `print_summary`); {} on processes that do not write.
+      The summary (`summarize`); {} on processes other than the writer.
 
     Raises:
       ConfigError: the configuration does not fit the machine, the data or the working directory.
-      RunStopped: the run ended early: a signal, bad numbers, or a checkpoint that could not be saved.
+      RunStopped: training ended early: a signal, bad numbers, or a checkpoint that could not be saved.
     """
     with StopSignals() as signals:
         return _train(config, name, signals)
@@ -42,11 +54,12 @@ def train(config: Config, name: str = "run") -> dict:
 def _train(config: Config, name: str, signals: StopSignals) -> dict:
     console = Console(quiet=not is_writer())
     placement = place_run(config)
+    make_schedule(config.optimizer, config.steps)  # refuses a warm-up longer than the run
     check_init_from(config, placement)
-    data = load_data(config, placement)
+    splits = load_splits(config, placement.size("sequence"))
     workdir = open_workdir(config)
     program = make_program(config, placement)
-    checkpoints = Checkpoints(workdir / "checkpoints", program, config, data.digest, report)
+    checkpoints = Checkpoints(workdir / "checkpoints", program, config, splits.digest, report)
     start = checkpoints.newest_whole() or 0
     for difference in checkpoints.check(start) if start else []:
         console.print(f"resuming with a difference: {difference}", highlight=False, soft_wrap=True)
@@ -54,30 +67,79 @@ def _train(config: Config, name: str, signals: StopSignals) -> dict:
         return _already_complete(config, start, console)
 
     write_whole(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
-    with console.status("compiling the training step"):
-        shape = (config.accumulate, config.batch // config.accumulate, config.seq_len)
-        lowered = program.step.lower(program.abstract_state, program.abstract_batch(shape))
-        compiled = lowered.compile(compiler_options(jax.devices()[0]))
-    console.print(
-        f"restored step {start}" if start else "starting afresh", f"on {describe(placement)}", highlight=False
-    )
+    compiled = _compile(config, program, console)
+    origin = f"restored step {start}" if start else "starting afresh"
+    console.print(f"{origin} on {describe(placement)}", highlight=False)
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(contextlib.closing(MetricsFile(workdir / "metrics.jsonl", start, report)))
         progress = stack.enter_context(TrainProgress(start, config.steps, console))
         watchdog = stack.enter_context(Watchdog(config.faults.hang_s))
-        state = checkpoints.restore(start) if start else initial_state(config, program, placement)
-        run = Run(config, program, compiled, data, metrics, checkpoints, progress, signals, watchdog)
+        state = checkpoints.restore(start) if start else init_state(config, program, placement)
+        loop = TrainLoop(config, program, compiled, splits, metrics, checkpoints, progress, signals, watchdog)
         try:
-            run.go(state, start)
+            loop.run(state, start)
         except RunStopped:
-            checkpoints.wait()  # what is being saved is whole, whatever came after
+            checkpoints.wait()  # a save in progress is completed
             raise
-    if not is_writer():
-        return {}
-    lines = read_metrics(metrics.path)
+    return _finish(config, name, placement, compiled, console) if is_writer() else {}
+
+
+# ------------------------------------------------------------------------------------------------ before and after
+
+
+def place_run(config: Config) -> Placement:
+    """Places a configuration's layout on the devices of all processes.
+
+    Raises:
+      ConfigError: a size does not divide, or a process has no device in the mesh.
+    """
+    layout = get_layout(config.layout)
+    sizes = parse_mesh(config.mesh, layout, jax.device_count())
+    check_fits(config, layout, sizes)
+    mesh = make_mesh(sizes)
+    idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
+    if idle:
+        raise ConfigError(
+            f"mesh={config.mesh} leaves processes {sorted(idle)} without a device; "
+            f"use a mesh of all {jax.device_count()} devices, or fewer processes"
+        )
+    return Placement(layout, mesh)
+
+
+def describe(placement: Placement) -> str:
+    """``tsp, data=1 x tsp=8, cpu``, and the number of processes if there are several."""
+    mesh = " x ".join(f"{name}={size}" for name, size in placement.mesh.shape.items())
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{placement.layout.name}, {mesh}, {jax.devices()[0].device_kind}{processes}"
+
+
+def open_workdir(config: Config) -> Path:
+    """Makes the working directory if it is missing, and checks that it can be written."""
+    workdir = Path(config.workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".writable.{jax.process_index()}.{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"workdir={workdir} cannot be written ({error.strerror}); use --workdir runs/NAME") from error
+    return workdir
+
+
+def _compile(config: Config, program: TrainProgram, console: Console) -> jax.stages.Compiled:
+    with console.status("compiling the training step"):
+        shape = (config.accumulate, config.batch // config.accumulate, config.seq_len)
+        lowered = program.step.lower(program.abstract_state, program.abstract_batch(shape))
+        return lowered.compile(compiler_options(jax.devices()[0]))
+
+
+def _finish(config: Config, name: str, placement: Placement, compiled: Any, console: Console) -> dict:
+    """Writes loss.png and summary.json, and prints the summary."""
+    workdir = Path(config.workdir)
+    lines = read_metrics(workdir / "metrics.jsonl")
     if not plot_losses(lines, workdir / "loss.png"):
         console.print('no loss.png: pip install "tsp-jax[viz]" brings matplotlib', highlight=False, soft_wrap=True)
-    summary = summarise(config, name, placement, compiled, lines)
+    summary = summarize(config, name, placement, compiled, lines)
     write_whole(workdir / "summary.json", json.dumps(summary, indent=1))
     print_summary(summary, console)
     return summary
@@ -89,3 +151,107 @@ def _already_complete(config: Config, step: int, console: Console) -> dict:
     summary = json.loads((Path(config.workdir) / "summary.json").read_text())
     print_summary(summary, console)
     return summary
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+
+@dataclasses.dataclass
+class TrainLoop:
+    """The steps of one run, after everything is compiled and restored."""
+
+    config: Config
+    program: TrainProgram
+    compiled: Any
+    splits: Splits
+    metrics: MetricsFile
+    checkpoints: Checkpoints
+    progress: TrainProgress
+    signals: StopSignals
+    watchdog: Watchdog
+
+    def __post_init__(self):
+        self.clock = StepClock()
+        self.numbers = NumbersWatch(self.config.faults, self.metrics.earlier_steps(), report_once)
+
+    def run(self, state: TrainState, start: int) -> None:
+        """Runs steps `start` to the last. A step's metrics are fetched while the next step runs.
+
+        Raises:
+          RunStopped: a signal, bad numbers, or a checkpoint that could not be saved.
+        """
+        self.signals.protect()
+        stop_agreed, pending, done = Agreement(self.signals), None, start
+        batches = self._batches(start)
+        missing = start and self._due(start, self.config.eval_every) and start not in self.metrics.evaluations
+        if missing and not self._evaluate(state, start):
+            batches = iter(())
+        for step, batch in batches:
+            state, step_metrics = self.compiled(state, batch)
+            self._log(pending)
+            pending, done = (step + 1, step_metrics), step + 1
+            stop = stop_agreed()
+            evaluate, save = self._due(done, self.config.eval_every), self._due(done, self.config.checkpoint_every)
+            if evaluate or save or stop:
+                self._log(pending)
+                pending = None
+                if evaluate:
+                    stop |= not self._evaluate(state, done)
+                if save or stop:
+                    self._save(state, done)
+                self.clock.skip()
+            self.checkpoints.poll()
+            if stop:
+                break
+        self._log(pending)
+        if done > start and self.checkpoints.last != done:
+            self._save(state, done)
+        self.checkpoints.close(done)
+        if done < self.config.steps or done not in self.metrics.evaluations:
+            raise RunStopped(f"asked to; step {done} of {self.config.steps} is saved, start again to go on", PREEMPTED)
+
+    def _due(self, done: int, every: int) -> bool:
+        return done == self.config.steps or (every > 0 and done % every == 0)
+
+    def _batches(self, start: int) -> Iterator:
+        def make(step: int):
+            return self.splits.train.place(step, self.program.batch_sharding, accumulate=self.config.accumulate)
+
+        # Several processes must agree on the step, so a signal must not interrupt only one of them.
+        interrupt = self.signals.requested if jax.process_count() == 1 else None
+        return prefetch(make, start, self.config.steps, self.config.data.prefetch, interrupt)
+
+    def _log(self, pending: tuple[int, StepMetrics] | None) -> None:
+        """Writes, shows and checks the metrics of a step; waits until the step is done."""
+        if pending is None:
+            return
+        step, step_metrics = pending
+        values = {name: float(value) for name, value in step_metrics._asdict().items()}
+        self.watchdog.pet(f"step {step}")
+        line = {"step": step, **values, "tokens_per_s": self.clock.rate(self.config.batch * self.config.seq_len)}
+        self.metrics.write(line)
+        self.progress.show(line)
+        self.numbers.see(line)
+
+    def _evaluate(self, state: TrainState, step: int) -> bool:
+        """Writes the held-out loss; returns False if a signal interrupted it (a resumed run evaluates again)."""
+        total = count = 0.0
+        held_out = self.splits.held_out
+        for index in range(min(self.config.eval_batches, max(1, held_out.num_windows // self.config.batch))):
+            if jax.process_count() == 1 and self.signals.asked:
+                return False
+            batch = held_out.place(index, self.program.batch_sharding, accumulate=1)
+            nll, labels = self.program.evaluate(state.params, batch)
+            total, count = total + float(nll), count + float(labels)
+            self.watchdog.pet(f"batch {index} of the evaluation at step {step}")
+        loss = total / max(count, 1.0)
+        self.metrics.write({"step": step, "eval_loss": loss})
+        self.progress.say(f"step {step}: held-out loss {loss:.4f} nats/token")
+        return True
+
+    def _save(self, state: TrainState, step: int) -> None:
+        if not all_finite(state):
+            raise RunStopped(f"the state of step {step} is not finite; it was not saved", BAD_NUMBERS)
+        self.metrics.sync()
+        self.checkpoints.save(state, step)
+        self.watchdog.pet(f"the start of saving step {step}")

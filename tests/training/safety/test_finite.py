@@ -14,7 +14,7 @@ from tests.builders.runs import compile_once, small_config
 from tsp_jax.config import FaultsConfig, OptimizerConfig
 from tsp_jax.errors import BAD_NUMBERS, RunStopped
 from tsp_jax.layout import place
-from tsp_jax.training import trainer as loop
+from tsp_jax.training import trainer
 from tsp_jax.training.checkpoint import Checkpoints, saved_steps
 from tsp_jax.training.metrics import MetricsFile, read_metrics
 from tsp_jax.training.optimizer import make_optimizer
@@ -121,7 +121,7 @@ def test_numbers_that_are_not_finite_are_null_in_the_metrics(tmp_path):
 # ------------------------------------------------------------------------------------------------ in a whole run
 
 
-compiled_once = compile_once(loop.make_program)
+compiled_once = compile_once(trainer.make_program)
 
 
 def with_scale(state, scale):
@@ -170,13 +170,13 @@ def break_steps(monkeypatch, steps, fault) -> None:
         program = compiled_once(config, placement)
         return dataclasses.replace(program, step=Faulty(program.step, steps, fault))
 
-    monkeypatch.setattr(loop, "make_program", make)
-    monkeypatch.setattr(loop, "plot_losses", lambda lines, path: True)
+    monkeypatch.setattr(trainer, "make_program", make)
+    monkeypatch.setattr(trainer, "plot_losses", lambda lines, path: True)
 
 
 def test_a_run_skips_bad_steps_counts_them_and_learns_on(tmp_path, monkeypatch, capsys):
     break_steps(monkeypatch, range(5, 7), Faulty.not_finite)
-    summary = loop.train(small_config(tmp_path), "bad")
+    summary = trainer.train(small_config(tmp_path), "bad")
     lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in lines if is_skipped(line)] == [6, 7]
     assert summary["skipped_steps"] == 2
@@ -188,7 +188,7 @@ def test_too_many_bad_steps_stop_the_run_and_no_checkpoint_has_them(tmp_path, mo
     break_steps(monkeypatch, range(5, 20), Faulty.not_finite)
     config = small_config(tmp_path, checkpoint_every=1, keep_checkpoints=30, faults=FaultsConfig(skip_limit=4))
     with pytest.raises(RunStopped, match=r"4 steps in a row.*step 9"):
-        loop.train(config, "bad")
+        trainer.train(config, "bad")
     checkpoints = Checkpoints(
         tmp_path / "run" / "checkpoints", compiled_once(config, place("single", data=1)), config, ""
     )
@@ -200,6 +200,6 @@ def test_too_many_bad_steps_stop_the_run_and_no_checkpoint_has_them(tmp_path, mo
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
     break_steps(monkeypatch, [1], Faulty.overflow)
     with pytest.raises(RunStopped, match="the state of step 2 is not finite") as stopped:
-        loop.train(small_config(tmp_path, checkpoint_every=1), "bad")
+        trainer.train(small_config(tmp_path, checkpoint_every=1), "bad")
     assert stopped.value.code == BAD_NUMBERS
     assert saved_steps(tmp_path / "run" / "checkpoints") == [1]

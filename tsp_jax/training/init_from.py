@@ -32,7 +32,7 @@ def check_init_from(config: Config, placement: Placement) -> None:
     check_folder(config.init_from, config.model, placement)
 
 
-def initial_state(config: Config, program: TrainProgram, placement: Placement) -> TrainState:
+def init_state(config: Config, program: TrainProgram, placement: Placement) -> TrainState:
     """A fresh state, its weights from `init_from` if there is one."""
     state = program.init()
     if not config.init_from:

@@ -21,7 +21,6 @@ RopeKind = Literal["none", "linear", "llama3"]
 Launcher = Literal["none", "slurm", "ompi", "mpi4py", "k8s", "explicit"]
 ProcessPer = Literal["gpu", "host"]
 FailedSave = Literal["continue", "stop"]
-Spike = Literal["ignore", "report", "stop"]
 
 
 LARGEST = 2**31 - 1
@@ -230,29 +229,21 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FaultsConfig:
-    """What happens when something goes wrong; docs/reliability.md has the whole story."""
+    """Reactions to faults (docs/reliability.md)."""
 
     failed_save: FailedSave = "continue"
-    """a checkpoint that could not be saved: report it and go on to the next, or stop (exit code 78)"""
+    """if a checkpoint cannot be saved: continue training and report it, or stop with exit code 78"""
     hang_s: float = 1800.0
-    """where no step ends in this many seconds, dump every thread's stack and exit with 76; 0: wait for ever"""
+    """if no step ends within this many seconds, print the stack of every thread and exit with code 76; 0: never"""
     skip_limit: int = 10
-    """stop (exit code 77) after this many steps in a row whose loss or gradient is not finite; each is skipped"""
-    spike: Spike = "report"
-    """a loss far above the losses before it: ignore it, report it, or stop (exit code 77)"""
-    spike_sigmas: float = 6.0
-    """a spike is this many standard deviations above the mean of spike_window losses"""
-    spike_window: int = 100
-    """steps before, that a loss is compared with; until there are as many nothing is a spike"""
+    """stop with exit code 77 after this many consecutive steps with a non-finite loss or gradient (each is skipped)"""
 
     def __post_init__(self):
         owner = "faults."
         _check_values(owner, self)
-        _positive(owner, self, "skip_limit", "spike_sigmas")
+        _positive(owner, self, "skip_limit")
         if not self.hang_s >= 0:
             raise ConfigError(f"{owner}hang_s={self.hang_s} must not be negative; use 0")
-        if self.spike_window < 2:
-            raise ConfigError(f"{owner}spike_window={self.spike_window} is too few for a deviation; use 100")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ PREEMPTED = 75
 HUNG = 76
 """no step ended within its deadline"""
 BAD_NUMBERS = 77
-"""too many steps with numbers that are not finite, or a spike"""
+"""too many steps with a loss or gradient that is not finite"""
 NOT_SAVED = 78
 """a checkpoint could not be saved"""
 

@@ -315,7 +315,6 @@ def test_sixty_bad_inputs_are_refused_within_seconds(tmp_path):
             "faults.failed-save": ("maybe",),
             "faults.hang-s": ("-1", "inf"),
             "faults.skip-limit": ("0",),
-            "faults.spike-window": ("1",),
             "cluster.process-id": ("1",),
             "cluster.launcher": ("pbs", "explicit"),
             "keep-every": ("-1",),

@@ -172,7 +172,7 @@ class TrainLoop:
 
     def __post_init__(self):
         self.clock = StepClock()
-        self.numbers = NumbersWatch(self.config.faults, self.metrics.earlier_steps(), report_once)
+        self.numbers = NumbersWatch(self.config.faults.skip_limit, self.metrics.earlier_steps(), report_once)
 
     def run(self, state: TrainState, start: int) -> None:
         """Runs steps `start` to the last. A step's metrics are fetched while the next step runs.

@@ -18,7 +18,7 @@ from tsp_jax.training import trainer
 from tsp_jax.training.checkpoint import Checkpoints, saved_steps
 from tsp_jax.training.metrics import MetricsFile, read_metrics
 from tsp_jax.training.optimizer import make_optimizer
-from tsp_jax.training.safety.finite import NumbersWatch, all_finite, is_skipped, update_if_finite
+from tsp_jax.training.safety.finite import SPIKE_WINDOW, NumbersWatch, all_finite, is_skipped, update_if_finite
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
 
@@ -74,7 +74,7 @@ def line(step: int, loss: float, grad_norm: float = 1.0) -> dict:
 
 def test_skipped_steps_in_a_row_stop_and_a_good_one_between_does_not():
     said = []
-    watch = NumbersWatch(FaultsConfig(skip_limit=3), [], said.append)
+    watch = NumbersWatch(3, [], said.append)
     for step, loss in enumerate([math.nan, math.nan, 1.0, math.inf, math.nan], start=1):
         watch.see(line(step, loss))
     assert len(said) == 4
@@ -85,29 +85,33 @@ def test_skipped_steps_in_a_row_stop_and_a_good_one_between_does_not():
 
 def test_a_resumed_run_goes_on_counting():
     said = []
-    watch = NumbersWatch(FaultsConfig(skip_limit=3), [line(1, 1.0), line(2, None), line(3, None)], said.append)
+    watch = NumbersWatch(3, [line(1, 1.0), line(2, None), line(3, None)], said.append)
     assert said == []
     with pytest.raises(RunStopped, match="3 steps in a row"):
         watch.see(line(4, math.nan))
 
 
-@pytest.mark.parametrize(("policy", "stops", "reports"), [("ignore", 0, 0), ("report", 0, 1), ("stop", 1, 1)])
-def test_a_spike_of_ten_sigma(policy, stops, reports):
-    losses = 2.0 + 0.1 * np.random.default_rng(0).normal(size=50)
+@pytest.mark.parametrize(("sigmas", "reports"), [(5.9, 0), (10.0, 1)])
+def test_a_spike_is_reported(sigmas, reports):
+    losses = 2.0 + 0.1 * np.random.default_rng(0).normal(size=SPIKE_WINDOW)
+    spike = float(np.mean(losses) + sigmas * np.std(losses))
     said = []
-    watch = NumbersWatch(FaultsConfig(spike=policy, spike_window=50), [], said.append)
+    resumed = NumbersWatch(10, map(line, range(1, SPIKE_WINDOW + 1), losses), said.append)
+    watch = NumbersWatch(10, [], said.append)
     for step, loss in enumerate(losses, start=1):
         watch.see(line(step, loss))
-    watch.see(line(51, np.mean(losses) + 5.9 * np.std(losses)))
-    assert said == [], "5.9 sigma are none"
-    watch = NumbersWatch(FaultsConfig(spike=policy, spike_window=50), map(line, range(50), losses), said.append)
-    try:
-        watch.see(line(51, np.mean(losses) + 10 * np.std(losses)))
-        stopped = 0
-    except RunStopped as error:
-        stopped = error.code
-    assert stopped == stops * BAD_NUMBERS
-    assert len(said) == reports
+    assert said == []
+    for each in (watch, resumed):
+        each.see(line(SPIKE_WINDOW + 1, spike))
+    assert len(said) == 2 * reports
+    assert all(text.startswith(f"loss spike at step {SPIKE_WINDOW + 1}: ") for text in said)
+
+
+def test_nothing_is_a_spike_before_the_window_is_full():
+    said = []
+    watch = NumbersWatch(10, map(line, range(1, SPIKE_WINDOW), [2.0] * (SPIKE_WINDOW - 1)), said.append)
+    watch.see(line(SPIKE_WINDOW, 100.0))
+    assert said == []
 
 
 def test_numbers_that_are_not_finite_are_null_in_the_metrics(tmp_path):

@@ -1,4 +1,4 @@
-"""Numbers that are not finite, or not plausible: a step that has them changes nothing, many of them stop the run."""
+"""Numbers that are not finite: a step with such a loss or gradient is skipped, and many in a row stop the run."""
 
 import math
 from collections import deque
@@ -9,17 +9,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tsp_jax.config import FaultsConfig
 from tsp_jax.errors import BAD_NUMBERS, RunStopped
 
 T = TypeVar("T")
 
+SPIKE_SIGMAS = 6.0
+"""a loss this many standard deviations above the mean of earlier losses is reported"""
+SPIKE_WINDOW = 100
+"""number of earlier losses that a loss is compared with"""
+
 
 def update_if_finite(loss: jax.Array, grad_norm: jax.Array, new: T, old: T) -> T:
-    """`new` where loss and gradient are finite, else `old`; integers (counts of steps) are always those of `new`.
+    """Selects the updated state if loss and gradient are finite, else the old one.
 
-    The norm is finite only if every gradient is. A choice between old and new of one array costs no second copy: the
-    result takes the place of the old one, which the step donates.
+    Only floating-point arrays are selected; the others (step counts) are always the new ones. The norm is finite only
+    if every gradient is. Selecting needs no second copy: the result is written into the old array, which is donated.
+
+    Args:
+      loss: [] float.
+      grad_norm: [] float, global norm of the gradient.
+      new: tree of updated arrays.
+      old: tree of the arrays before the update.
+
+    Returns:
+      A tree like `new`.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -30,74 +43,67 @@ def update_if_finite(loss: jax.Array, grad_norm: jax.Array, new: T, old: T) -> T
 
 
 def is_skipped(line: dict[str, Any]) -> bool:
-    """Whether `update_if_finite` kept the old state in a step, from its line of metrics (null is not finite)."""
+    """Whether `update_if_finite` kept the old state in a step, given its line of metrics (null: not finite)."""
     return not all(line[name] is not None and math.isfinite(line[name]) for name in ("loss", "grad_norm"))
 
 
 @jax.jit
 def all_finite(state: Any) -> jax.Array:
-    """[] bool: whether every floating-point number of a state is finite."""
+    """Whether every floating-point number of a state is finite, [] bool."""
     floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]))
 
 
 class NumbersWatch:
-    """Looks at every step's numbers, on the host.
+    """Checks the metrics of every step, on the host: counts skipped steps, reports spikes of the loss.
 
     Args:
-      faults: what is too much.
-      earlier: lines of metrics before the first step that it will see, so that a resumed run goes on counting.
-      report: told, in a line, of each skipped step and each spike.
+      skip_limit: number of consecutive skipped steps that stops the run.
+      earlier: lines of metrics before the first step to check, so that a resumed run continues the counts.
+      report: called with one line about each skipped step and each spike.
     """
 
-    def __init__(self, faults: FaultsConfig, earlier: Iterable[dict], report: Callable[[str], Any]):
-        self.faults = faults
-        self.in_a_row = 0
-        self.losses: deque[float] = deque(maxlen=faults.spike_window)
+    def __init__(self, skip_limit: int, earlier: Iterable[dict], report: Callable[[str], Any]):
+        self.skip_limit = skip_limit
+        self.consecutive = 0
+        self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self.report = lambda text: None
         for line in earlier:
             self._count(line)
         self.report = report
 
     def see(self, line: dict) -> None:
-        """The numbers of a step.
+        """Checks the metrics of a step.
 
         Raises:
-          RunStopped: too many steps in a row were skipped; or a spike, if `faults.spike` is "stop".
+          RunStopped: too many consecutive steps were skipped.
         """
-        spike = self._count(line)
-        if self.in_a_row >= self.faults.skip_limit:
+        self._count(line)
+        if self.consecutive >= self.skip_limit:
             raise RunStopped(
-                f"{self.in_a_row} steps in a row without finite loss and gradient, the last is step {line['step']}; "
-                "their updates were skipped and no checkpoint has them",
+                f"{self.consecutive} steps in a row without finite loss and gradient, the last is step {line['step']}; "
+                "their updates were skipped and are in no checkpoint",
                 BAD_NUMBERS,
             )
-        if spike and self.faults.spike == "stop":
-            raise RunStopped(f"{spike}; the newest checkpoint is from before it", BAD_NUMBERS)
 
-    def _count(self, line: dict) -> str:
-        """Takes a line in; returns what to say of a spike, else ""."""
+    def _count(self, line: dict) -> None:
         if is_skipped(line):
-            self.in_a_row += 1
+            self.consecutive += 1
             self.report(
                 f"step {line['step']} is skipped: loss {line['loss']}, gradient norm {line['grad_norm']} "
-                f"({self.in_a_row} in a row)"
+                f"({self.consecutive} in a row)"
             )
-            return ""
-        self.in_a_row = 0
-        spike = self._spike(line) if self.faults.spike != "ignore" else ""
+            return
+        self.consecutive = 0
+        self._report_spike(line)
         self.losses.append(line["loss"])
-        if spike:
-            self.report(spike)
-        return spike
 
-    def _spike(self, line: dict) -> str:
-        if len(self.losses) < self.faults.spike_window:
-            return ""
+    def _report_spike(self, line: dict) -> None:
+        if len(self.losses) < SPIKE_WINDOW:
+            return
         mean, deviation = np.mean(self.losses), np.std(self.losses)
-        if not line["loss"] > mean + self.faults.spike_sigmas * deviation:
-            return ""
-        return (
-            f"step {line['step']} has a spike: loss {line['loss']:.4f}, where the {len(self.losses)} before have "
-            f"{mean:.4f} +- {deviation:.4f}"
-        )
+        if line["loss"] > mean + SPIKE_SIGMAS * deviation:
+            self.report(
+                f"loss spike at step {line['step']}: {line['loss']:.4f}; the {SPIKE_WINDOW} losses before it are "
+                f"{mean:.4f} +- {deviation:.4f}"
+            )

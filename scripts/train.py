@@ -4,4 +4,4 @@ from tsp_jax.tools.cli import main
 from tsp_jax.training.trainer import train
 
 if __name__ == "__main__":
-    main(lambda name, config: train(config, name))
+    main(lambda name, config, optimizer: train(config, name, optimizer))

@@ -81,12 +81,12 @@ def compile_once(make):
     """`make_program`, whose programs of like configurations are compiled once for all the runs of a test file."""
     programs = {}
 
-    def make_or_find(config: Config, placement):
+    def make_or_find(config: Config, placement, optimizer=None):
         neutral = {"workdir": "w", "checkpoint_every": 0, "keep_checkpoints": 1, "keep_every": 0, "eval_every": 0}
         other = {"faults": FaultsConfig(), "data": DataConfig()}
-        key = repr(dataclasses.replace(config, **neutral, **other)), repr(placement)
+        key = repr(dataclasses.replace(config, **neutral, **other)), repr(placement), optimizer
         if key not in programs:
-            program = make(config, placement)
+            program = make(config, placement, optimizer)
             programs[key] = dataclasses.replace(program, step=_Compiled(program.step))
         return programs[key]
 

@@ -47,7 +47,7 @@ def refuse(text, tmp_path, monkeypatch, capsys):
         base = ["train.py", "tiny", *SMALL, "--data.files", text, "--data.cache-dir", str(tmp_path / "cache")]
         monkeypatch.setattr(sys, "argv", [*base, "--workdir", str(workdir), *flags])
         with pytest.raises(SystemExit) as stopped:
-            cli.main(lambda name, config: loop.train(config, name))
+            cli.main(lambda name, config, optimizer: loop.train(config, name, optimizer))
         assert stopped.value.code == 2
         assert not workdir.exists(), "nothing should be written"
         out, err = capsys.readouterr()
@@ -138,7 +138,7 @@ def test_good_flags_reach_the_program(refuse, tmp_path):
 
 
 def test_every_field_is_a_flag():
-    name, config = cli.parse(["tiny", "--optimizer.b2", "0.9", "--stream.mlp-movement", "ring", "--seed", "5"])
+    name, config, _ = cli.parse(["tiny", "--optimizer.b2", "0.9", "--stream.mlp-movement", "ring", "--seed", "5"])
     assert (name, config.optimizer.b2, config.stream.mlp_movement, config.seed) == ("tiny", 0.9, "ring", 5)
 
 

@@ -108,7 +108,7 @@ def outcome(flags: list[str], files: str, cache: str, workdir: Path) -> str:
         contextlib.redirect_stderr(err),
     ):
         try:
-            cli.main(lambda name, config: loop.train(config, name))
+            cli.main(lambda name, config, optimizer: loop.train(config, name, optimizer))
         except Compiled:
             return ""
         except SystemExit as stopped:

@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
+import optax
 import tyro
 
 from tsp_jax.config import Config
 from tsp_jax.errors import REFUSED, ConfigError, RunStopped
 from tsp_jax.hardware.private_jax import hush_absent_plugins
 from tsp_jax.training.distributed import join_cluster
+from tsp_jax.training.optimizer import check_unused_flags
 
 T = TypeVar("T")
+Optimizer = optax.GradientTransformation | None
+"""of the user's own, from a configuration file"""
 _FOLDERS = [
     parent / "configs" for parent in (Path(__file__).resolve().parents[2], Path(sys.argv[0]).resolve().parents[1])
 ]
@@ -28,11 +32,11 @@ CONFIGS = next(filter(Path.is_dir, _FOLDERS), _FOLDERS[0])
 
 
 def main(
-    script: Callable[[str, Any], Any],
+    script: Callable[[str, Any, Optimizer], Any],
     options: Callable[[Config], Any] = lambda config: config,
     text: tuple[Callable[[str, Any], Any], Any] | None = None,
 ) -> None:
-    """Runs ``script(name, options)`` on the command line ``CONFIG [--flag value ...]``.
+    """Runs ``script(name, options, optimizer)`` on the command line ``CONFIG [--flag value ...]``.
 
     Args:
       script: what to run; an int that it returns is the exit code.
@@ -44,11 +48,11 @@ def main(
     with errors_in_a_line():
         if text and arguments and arguments[0].endswith((".hlo", ".txt")):
             sys.exit(text[0](*first_argument(text[1])))
-        name, parsed = parse(arguments, options)
+        name, parsed, optimizer = parse(arguments, options)
         if isinstance(parsed, Config):
             use_devices(parsed.cpu_devices)
             join_cluster(parsed.cluster)
-        code = script(name, parsed)
+        code = script(name, parsed, optimizer)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -95,8 +99,10 @@ def first_argument(default: T, what: str = "file") -> tuple[str, T]:
     return arguments[0], parse_flags(default, arguments[1:], prog=f"{sys.argv[0]} {arguments[0]}")
 
 
-def parse(arguments: Sequence[str], options: Callable[[Config], Any] = lambda config: config) -> tuple[str, Any]:
-    """(name, options) from ``CONFIG [--flag value ...]``."""
+def parse(
+    arguments: Sequence[str], options: Callable[[Config], Any] = lambda config: config
+) -> tuple[str, Any, Optimizer]:
+    """(name, options, optimizer of the file) from ``CONFIG [--flag value ...]``."""
     known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.py")))
     if not arguments or arguments[0].startswith("-"):
         if arguments and arguments[0] in ("-h", "--help"):
@@ -105,12 +111,19 @@ def parse(arguments: Sequence[str], options: Callable[[Config], Any] = lambda co
             )
             sys.exit(0)
         raise ConfigError(f"a configuration comes first; use one of {known}, or the path of a .py file")
-    default = options(load_config(arguments[0]))
-    return Path(arguments[0]).stem, parse_flags(default, arguments[1:], prog=f"{sys.argv[0]} {arguments[0]}")
+    config, optimizer = load_config_file(arguments[0])
+    parsed = parse_flags(options(config), arguments[1:], prog=f"{sys.argv[0]} {arguments[0]}")
+    check_unused_flags(optimizer, config.optimizer, getattr(parsed, "config", parsed).optimizer)
+    return Path(arguments[0]).stem, parsed, optimizer
 
 
 def load_config(name: str) -> Config:
     """`config` of ``configs/NAME.py``, or of a path that ends in .py."""
+    return load_config_file(name)[0]
+
+
+def load_config_file(name: str) -> tuple[Config, Optimizer]:
+    """(`config`, `optimizer` or None) of ``configs/NAME.py``, or of a path that ends in .py."""
     path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
     if not path.is_file():
         known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.py")))
@@ -122,7 +135,7 @@ def load_config(name: str) -> Config:
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise ConfigError(f"configuration {name} defines no `config`; use config = tsp_jax.config.Config(...)")
-    return config
+    return config, getattr(module, "optimizer", None)
 
 
 def parse_flags(default: T, flags: Sequence[str], prog: str) -> T:

@@ -15,7 +15,7 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.targets import Target, parse_target, standins_note, use_target
 from tsp_jax.inspect.render import console
-from tsp_jax.tools.compile import Step
+from tsp_jax.tools.compile import Optimizer, Step
 from tsp_jax.tools.inspect import check_writable
 from tsp_jax.tools.sweep import PAPER, Row, compare, write_csv, write_json
 
@@ -47,7 +47,7 @@ class CompareOptions:
     """file for a chart (needs matplotlib)"""
 
 
-def run(name: str, options: CompareOptions) -> None:
+def run(name: str, options: CompareOptions, optimizer: Optimizer = None) -> None:
     """Compiles, prints the table, writes the files."""
     target = parse_target(options.target, options.attention_efficiency)
     check_writable(json=options.json, csv=options.csv, png=options.png)
@@ -61,6 +61,7 @@ def run(name: str, options: CompareOptions) -> None:
         rows = compare(
             options.config, target, layouts, lengths,
             batch=options.per_replica, step=options.step, chunk=options.chunk,
+            optimizer=optimizer,
             progress=lambda line: status.update(f"compiling {line}"),
         )  # fmt: skip
     _print(name, rows, target, options.step)

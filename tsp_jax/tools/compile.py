@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import jax
+import optax
 
 from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
@@ -17,6 +18,7 @@ from tsp_jax.inspect.report import FullWeight, Report, report
 from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh, place
 from tsp_jax.training.step import make_program
 
+Optimizer = optax.GradientTransformation | None
 Step = Literal["train", "forward", "prefill", "decode"]
 
 
@@ -73,7 +75,9 @@ def place_on(config: Config, target: Target) -> Placement:
     return place(layout, target.devices(), **sizes)
 
 
-def compile_step(config: Config, target: Target, step: Step = "train", chunk: int = 0) -> CompiledStep:
+def compile_step(
+    config: Config, target: Target, step: Step = "train", chunk: int = 0, optimizer: Optimizer = None
+) -> CompiledStep:
     """Compiles one step; nothing runs.
 
     Args:
@@ -81,6 +85,7 @@ def compile_step(config: Config, target: Target, step: Step = "train", chunk: in
       target: devices to compile for.
       step: train (a whole optimizer step), forward (loss of a batch), prefill, decode (one token a sequence).
       chunk: tokens of each prompt that one prefill takes; 0: all of them.
+      optimizer: the user's own, for train; None: AdamW from `config.optimizer`.
 
     Raises:
       ConfigError: as `place_on`, or the step is unknown, or takes no chunk of this size.
@@ -90,7 +95,7 @@ def compile_step(config: Config, target: Target, step: Step = "train", chunk: in
     check_chunk(config, step, chunk)
     placement = place_on(config, target)
     began = time.perf_counter()
-    compiled = _LOWER[step](config, placement, chunk).compile(dict(target.compiler_options()))
+    compiled = _LOWER[step](config, placement, chunk, optimizer).compile(dict(target.compiler_options()))
     return CompiledStep(
         config=config, target=target, placement=placement, step=step, compiled=compiled,
         compile_s=time.perf_counter() - began,
@@ -128,26 +133,26 @@ def tokens_of(config: Config, step: Step, chunk: int = 0) -> int:
     return config.batch * (1 if step == "decode" else chunk or config.seq_len)
 
 
-def _lower_train(config: Config, placement: Placement, _: int) -> jax.stages.Lowered:
-    program = make_program(config, placement)
+def _lower_train(config: Config, placement: Placement, _: int, optimizer: Optimizer) -> jax.stages.Lowered:
+    program = make_program(config, placement, optimizer)
     shape = (config.accumulate, config.batch // config.accumulate, config.seq_len)
     return program.step.lower(program.abstract_state, program.abstract_batch(shape))
 
 
-def _lower_forward(config: Config, placement: Placement, _: int) -> jax.stages.Lowered:
+def _lower_forward(config: Config, placement: Placement, *_: object) -> jax.stages.Lowered:
     program = make_program(config, placement)
     return program.evaluate.lower(
         program.abstract_state.params, program.abstract_batch((1, config.batch, config.seq_len))
     )
 
 
-def _lower_prefill(config: Config, placement: Placement, chunk: int) -> jax.stages.Lowered:
+def _lower_prefill(config: Config, placement: Placement, chunk: int, _: Optimizer) -> jax.stages.Lowered:
     """A chunk, or all, of a prompt of seq_len tokens."""
     program = _serving(config, placement, chunk or config.seq_len)
     return program.prefill.lower(program.abstract_params, program.abstract_cache, *program.abstract_chunk)
 
 
-def _lower_decode(config: Config, placement: Placement, _: int) -> jax.stages.Lowered:
+def _lower_decode(config: Config, placement: Placement, *_: object) -> jax.stages.Lowered:
     """One token of each sequence, against a cache of seq_len tokens."""
     program = _serving(config, placement, placement.size("sequence"))
     return program.decode.lower(program.abstract_params, program.abstract_cache, program.abstract_tokens)
@@ -157,7 +162,7 @@ def _serving(config: Config, placement: Placement, chunk: int) -> InferenceProgr
     return make_inference_program(config, placement, batch=config.batch, capacity=config.seq_len, chunk=chunk)
 
 
-_LOWER: Mapping[str, Callable[[Config, Placement, int], jax.stages.Lowered]] = {
+_LOWER: Mapping[str, Callable[[Config, Placement, int, Optimizer], jax.stages.Lowered]] = {
     "train": _lower_train,
     "forward": _lower_forward,
     "prefill": _lower_prefill,

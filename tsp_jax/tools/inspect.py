@@ -16,7 +16,7 @@ from tsp_jax.inspect.render import console, show
 from tsp_jax.inspect.report import Report, report
 from tsp_jax.inspect.trace import write_trace
 from tsp_jax.layout import parse_sizes
-from tsp_jax.tools.compile import Step, compile_step
+from tsp_jax.tools.compile import Optimizer, Step, compile_step
 
 BROKEN = 1
 """exit code where a contract does not hold"""
@@ -77,7 +77,7 @@ def check_writable(**files: str) -> None:
             raise ConfigError(f"{field}={file} cannot be written; use a file in a folder that exists")
 
 
-def inspect_step(name: str, options: StepOptions) -> int:
+def inspect_step(name: str, options: StepOptions, optimizer: Optimizer = None) -> int:
     """Compiles a step and reports on it; returns the exit code."""
     target = parse_target(options.target, options.outputs.attention_efficiency)
     options.outputs.check()
@@ -85,7 +85,7 @@ def inspect_step(name: str, options: StepOptions) -> int:
     use_target(target)
     config, out = options.config, console()
     with Console(stderr=True).status(f"compiling {name} for {target}"):
-        step = compile_step(config, target, options.step, options.chunk)
+        step = compile_step(config, target, options.step, options.chunk, optimizer)
     mesh = ",".join(f"{axis}={size}" for axis, size in step.placement.mesh.shape.items())
     tokens = f"{options.chunk} of {config.seq_len}" if options.chunk else str(config.seq_len)
     out.print(

@@ -13,7 +13,7 @@ from tsp_jax.cost.training import step_memory
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import Target
 from tsp_jax.layout import Layout, get_layout, parse_sizes
-from tsp_jax.tools.compile import Step, check_chunk, compile_step, place_on, tokens_of
+from tsp_jax.tools.compile import Optimizer, Step, check_chunk, compile_step, place_on, tokens_of
 
 PAPER = "Shyam, Golubeva, Anthony, arXiv 2604.26294"
 _PAPER_MODEL = ModelConfig(
@@ -100,6 +100,7 @@ def compare(
     batch: int = 1,
     step: Step = "train",
     chunk: int = 0,
+    optimizer: Optimizer = None,
     progress: Callable[[str], object] = lambda _: None,
 ) -> list[Row]:
     """Compiles every layout at every length and reads the programs. What cannot be compiled is a row that says why.
@@ -112,6 +113,7 @@ def compare(
       batch: sequences a replica.
       step: what to compile.
       chunk: tokens of each prompt that one prefill takes; 0: all of them.
+      optimizer: the user's own; None: AdamW from `config.optimizer`.
       progress: called with a line before each program.
 
     Raises:
@@ -125,14 +127,14 @@ def compare(
     rows = []
     for number, (name, job) in enumerate(zip(names, jobs, strict=True), start=1):
         progress(f"{number} of {len(jobs)}: {name} at {job.seq_len} tokens")
-        rows.append(_row(name, job, target, step, chunk))
+        rows.append(_row(name, job, target, step, chunk, optimizer))
     return rows
 
 
-def _row(name: str, config: Config, target: Target, step: Step, chunk: int) -> Row:
+def _row(name: str, config: Config, target: Target, step: Step, chunk: int, optimizer: Optimizer) -> Row:
     row = Row(layout=name, mesh=config.mesh, seq_len=config.seq_len, batch=config.batch)
     try:
-        compiled = compile_step(config, target, step, chunk)
+        compiled = compile_step(config, target, step, chunk, optimizer)
     except Exception as error:  # compilers refuse programs in many ways; the other rows are still wanted
         if isinstance(error, ConfigError):
             raise

@@ -77,7 +77,11 @@ class Checkpoints:
         """Copies the state and writes it in the background; first waits for the save before, which may have failed."""
         self.wait()
         self.last = step
-        meta = {"config": dataclasses.asdict(self.config), "data": {"step": step, "digest": self.data_digest}}
+        meta = {
+            "config": dataclasses.asdict(self.config),
+            "data": {"step": step, "digest": self.data_digest},
+            "opt_state": self._opt_state_shapes(),
+        }
         failed: Future[None] = Future()
         try:
             # Orbax has copied the state when this returns; the next step may overwrite it.
@@ -185,7 +189,7 @@ class Checkpoints:
           Differences that do not prevent resuming, a line each.
 
         Raises:
-          ConfigError: it is a checkpoint of another model.
+          ConfigError: it is a checkpoint of another model or optimizer.
         """
         meta = json.loads((self.folder / str(step) / "meta.json").read_text())
         here, there = json.loads(json.dumps(dataclasses.asdict(self.config))), meta["config"]
@@ -195,6 +199,7 @@ class Checkpoints:
                     f"model.{field}={here['model'].get(field)}: the checkpoint in workdir={self.config.workdir} has "
                     f"model.{field}={value}; use that, or another --workdir"
                 )
+        self._check_opt_state(meta.get("opt_state", {}))
         changed = [f"{f}={here[f]}, was {there[f]}" for f in CONTINUED if here[f] != there.get(f)]
         if meta["data"]["digest"] != self.data_digest:
             changed.append("the training text is not the one that the checkpoint was trained on")
@@ -203,6 +208,21 @@ class Checkpoints:
     def restore(self, step: int) -> TrainState:
         """The state of a step, in this run's layout."""
         return self._to_stored(self._writer.restore(self.folder / str(step) / "state", self._logical))
+
+    def _opt_state_shapes(self) -> dict[str, list[int]]:
+        """Path -> shape of each array of the optimizer."""
+        leaves = jax.tree_util.tree_leaves_with_path(self._logical.opt_state)
+        return {jax.tree_util.keystr(path): list(leaf.shape) for path, leaf in leaves}
+
+    def _check_opt_state(self, saved: dict[str, list[int]]) -> None:
+        here = self._opt_state_shapes()
+        for name in {**saved, **here} if saved else ():  # earlier versions did not save it
+            if saved.get(name) != here.get(name):
+                raise ConfigError(
+                    f"optimizer: its state has {name}={here.get(name)}, the checkpoint in workdir="
+                    f"{self.config.workdir} has {name}={saved.get(name)}; use the optimizer that it was trained with, "
+                    "or another --workdir"
+                )
 
     def _set_aside(self, step: int) -> None:
         aside = self.folder / f"{step}.damaged"

@@ -1,5 +1,7 @@
-"""AdamW with warm-up, cosine decay and global-norm clipping."""
+"""The optimizer of a run: AdamW from an OptimizerConfig, or an optax transformation of the user's own."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +12,9 @@ from tsp_jax.config import OptimizerConfig
 from tsp_jax.errors import ConfigError
 
 NOT_DECAYED = ("scale", "q_norm", "k_norm")
-"""parameters that weight decay leaves alone"""
+"""names of parameters without weight decay"""
+ALWAYS_USED = ("zero1",)
+"""fields of OptimizerConfig that apply to the user's own optimizer too"""
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -25,12 +29,12 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: dict) -> dict:
-    """Which parameters weight decay applies to."""
+    """True for each parameter that weight decay applies to."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The gradient transformation of a run. On global arrays the norm that clips is global too."""
+    """AdamW after global-norm clipping. Arrays are global, so the norm is the same under every layout."""
     adamw = optax.adamw(
         make_schedule(config, steps),
         b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decay_mask,
@@ -39,9 +43,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def keep_state_in(dtype: Any, inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner`, whose state of floats waits from step to step in `dtype` and is computed in float32.
+    """Stores the floating-point state of `inner` in `dtype` between steps; updates are computed in float32.
 
-    optax itself can narrow the first moment alone.
+    optax itself can store only the first moment in a narrower dtype.
     """
 
     def cast(state: Any, dtype: Any) -> Any:
@@ -52,3 +56,60 @@ def keep_state_in(dtype: Any, inner: optax.GradientTransformation) -> optax.Grad
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
+
+
+# ------------------------------------------------------------------------------------------------ the user's own
+
+
+def check_optimizer(config: OptimizerConfig, steps: int, own: object) -> None:
+    """Raises ConfigError if the user's own optimizer has a wrong type or, without one, if warm-up is too long."""
+    if own is None:
+        make_schedule(config, steps)
+    elif not isinstance(own, optax.GradientTransformation):
+        raise ConfigError(
+            f"optimizer is of type {type(own).__name__}, not an optax.GradientTransformation; "
+            "use optimizer = optax.chain(...), or Config(optimizer=OptimizerConfig(...)) for AdamW"
+        )
+
+
+def choose_optimizer(
+    config: OptimizerConfig, steps: int, own: optax.GradientTransformation | None
+) -> tuple[optax.GradientTransformation, Callable[[Any, Any], jax.typing.ArrayLike]]:
+    """Returns the user's own optimizer if there is one, else AdamW, and how to read its learning rate.
+
+    Returns:
+      (optimizer, function from (steps done before, updated state of the optimizer) to the learning rate of a step).
+    """
+    check_optimizer(config, steps, own)
+    if own is not None:
+        return own, lambda step, opt_state: injected_learning_rate(opt_state)
+    schedule = make_schedule(config, steps)
+    return make_optimizer(config, steps), lambda step, opt_state: schedule(step)
+
+
+def injected_learning_rate(opt_state: Any) -> jax.typing.ArrayLike:
+    """``learning_rate`` of optax.inject_hyperparams; NaN (null in the metrics) unless there is exactly one."""
+    found = optax.tree_utils.tree_get_all_with_path(
+        opt_state, "learning_rate", filtering=lambda path, value: isinstance(value, jax.Array)
+    )
+    return found[0][1] if len(found) == 1 else jnp.nan
+
+
+def check_unused_flags(own: object, in_file: OptimizerConfig, with_flags: OptimizerConfig) -> None:
+    """Refuses flags of OptimizerConfig that the user's own optimizer would ignore.
+
+    Args:
+      own: the optimizer that the configuration file defines, or None.
+      in_file: the configuration file's OptimizerConfig.
+      with_flags: the same after flags were applied.
+
+    Raises:
+      ConfigError: a flag changed a field that is not used.
+    """
+    for field in dataclasses.fields(OptimizerConfig) if own is not None else ():
+        value = getattr(with_flags, field.name)
+        if field.name not in ALWAYS_USED and value != getattr(in_file, field.name):
+            raise ConfigError(
+                f"optimizer.{field.name}={value} has no effect: the configuration file defines its own optimizer; "
+                f"leave out --optimizer.{field.name.replace('_', '-')} and change `optimizer` in the file"
+            )

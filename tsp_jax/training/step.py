@@ -16,7 +16,7 @@ from tsp_jax.heads import NoPadding, paddings
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer, functional
 from tsp_jax.training.data import Batch
-from tsp_jax.training.optimizer import make_optimizer, make_schedule
+from tsp_jax.training.optimizer import choose_optimizer
 from tsp_jax.training.safety.finite import update_if_finite
 
 
@@ -38,6 +38,7 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array
     """global norm before clipping"""
     learning_rate: jax.typing.ArrayLike
+    """NaN if the user's own optimizer does not tell it (`injected_learning_rate`)"""
     tokens: jax.Array
     """real labels in the batch"""
 
@@ -65,8 +66,19 @@ class TrainProgram:
         return Batch(array, array, array, array)
 
 
-def make_program(config: Config, placement: Placement) -> TrainProgram:
-    """Builds the functions of a training run on a placement; compiles nothing."""
+def make_program(
+    config: Config, placement: Placement, optimizer: optax.GradientTransformation | None = None
+) -> TrainProgram:
+    """Builds the functions of a training run; compiles nothing.
+
+    Args:
+      config: model, batch, dtypes and the rest.
+      placement: layout and mesh.
+      optimizer: the user's own; None: AdamW from `config.optimizer`.
+
+    Raises:
+      ConfigError: `optimizer` is not an optax.GradientTransformation.
+    """
 
     def make_model(seed: int | jax.Array) -> Transformer:
         return Transformer(
@@ -76,18 +88,18 @@ def make_program(config: Config, placement: Placement) -> TrainProgram:
 
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(0)))
     model_of = functional(graphdef, abstract)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    shardings, pads, moments = _state_trees(abstract, optimizer, placement, config.optimizer.zero1)
+    chosen, learning_rate = choose_optimizer(config.optimizer, config.steps, optimizer)
+    shardings, pads, moments = _state_trees(abstract, chosen, placement, config.optimizer.zero1)
 
     def init() -> TrainState:
         params = nnx.to_pure_dict(nnx.state(make_model(config.seed)))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, chosen.init(params))
 
     def evaluate(params: dict, batch: Batch):
         losses = model_of(params).token_losses(jax.tree.map(lambda x: x[0], batch))
         return losses.nll_Bt.sum(), (batch.labels >= 0).sum(dtype=jnp.float32)
 
-    step = _make_step(config, model_of, optimizer, shardings.params, moments)
+    step = _make_step(config, model_of, chosen, learning_rate, shardings.params, moments)
     batch_sharding = NamedSharding(placement.mesh, PartitionSpec(None, *placement.layout.spec("batch", "sequence")))
     abstract_state = jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
@@ -103,9 +115,24 @@ def make_program(config: Config, placement: Placement) -> TrainProgram:
     )
 
 
-def _make_step(config: Config, model_of: Callable[[dict], Transformer], optimizer, shardings: dict, moments: dict):
-    """(state, batch) -> (state, metrics); shardings of the parameters, and of a moment, like them."""
-    schedule = make_schedule(config.optimizer, config.steps)
+def _make_step(
+    config: Config,
+    model_of: Callable[[dict], Transformer],
+    optimizer: optax.GradientTransformation,
+    learning_rate: Callable[[Any, Any], jax.typing.ArrayLike],
+    shardings: dict,
+    moments: dict,
+):
+    """Returns the function (state, batch) -> (state, metrics).
+
+    Args:
+      config: loss and dtypes.
+      model_of: parameters -> the model that has them.
+      optimizer: of the step.
+      learning_rate: (steps done before, updated optimizer state) -> the learning rate to report.
+      shardings: of the parameters.
+      moments: shardings of a moment of each parameter.
+    """
 
     def loss(wanted: dict, params: dict, micro: Batch, num_labels: jax.Array):
         sinks = wanted["layers"]
@@ -127,7 +154,7 @@ def _make_step(config: Config, model_of: Callable[[dict], Transformer], optimize
         grad_norm = optax.tree.norm(grads)
         params, opt_state = update_if_finite(nll, grad_norm, (params, opt_state), (state.params, state.opt_state))
         params = lax.with_sharding_constraint(params, shardings)
-        metrics = StepMetrics(nll, grad_norm, schedule(state.step), num_labels)
+        metrics = StepMetrics(nll, grad_norm, learning_rate(state.step, opt_state), num_labels)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
@@ -151,20 +178,33 @@ def _accumulate(gradient: Callable[[Batch], tuple[dict, jax.Array]], batch: Batc
 
 
 def _state_trees(
-    abstract: nnx.State, optimizer, placement: Placement, zero1: bool
+    abstract: nnx.State, optimizer: optax.GradientTransformation, placement: Placement, zero1: bool
 ) -> tuple[TrainState, TrainState, dict]:
-    """Shardings and paddings, each a TrainState, and the shardings of a moment, like the parameters."""
+    """Describes the state.
+
+    An array of the optimizer that belongs to a parameter and has its shape is sharded and padded like the parameter;
+    any other one (counts, factored moments) is replicated and not padded.
+
+    Returns:
+      (shardings, paddings, shardings of a moment of each parameter).
+    """
     params = nnx.to_pure_dict(abstract)
-    shardings = jax.tree.map(lambda array: array.sharding, params)
+    shardings = jax.tree.map(lambda param: param.sharding, params)
     pads = paddings(abstract)
-    moments = jax.tree.map(lambda p: _moment_sharding(p, placement) if zero1 else p.sharding, params)
+    moments = jax.tree.map(lambda param: _moment_sharding(param, placement) if zero1 else param.sharding, params)
     opt_state = jax.eval_shape(optimizer.init, params)
     replicated = NamedSharding(placement.mesh, PartitionSpec())
 
-    def like_params(tree, other):
+    def like_params(tree: dict, other: Any) -> Any:
+        def choose(array, param, leaf):
+            if isinstance(array, optax.MaskedNode):  # a parameter that optax.masked leaves out
+                return array
+            return leaf if array.shape == param.shape else other
+
         return optax.tree_map_params(
-            optimizer, lambda _, leaf: leaf, opt_state, tree, transform_non_params=lambda _: other
-        )
+            optimizer, choose, opt_state, params, tree,
+            transform_non_params=lambda _: other, is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+        )  # fmt: skip
 
     return (
         TrainState(replicated, shardings, like_params(moments, replicated)),
@@ -174,7 +214,7 @@ def _state_trees(
 
 
 def _moment_sharding(param: jax.ShapeDtypeStruct, placement: Placement) -> NamedSharding:
-    """ZeRO-1: the parameter's sharding, and the batch axes on the first dimension that they divide and no axis has."""
+    """ZeRO-1: the parameter's sharding, with the batch axes on the last unsharded dim that they divide."""
     spec = [*param.sharding.spec, *[None] * (param.ndim - len(param.sharding.spec))]
     for dim in reversed(range(param.ndim)):
         if spec[dim] is None and param.shape[dim] % placement.size("batch") == 0:

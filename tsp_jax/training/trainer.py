@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from rich.console import Console
 
 from tsp_jax.config import Config
@@ -28,17 +29,22 @@ from tsp_jax.training.metrics import (
     read_metrics,
     summarize,
 )
-from tsp_jax.training.optimizer import make_schedule
+from tsp_jax.training.optimizer import check_optimizer
 from tsp_jax.training.safety.finite import NumbersWatch, all_finite
 from tsp_jax.training.safety.preemption import Agreement, StopSignals
 from tsp_jax.training.safety.watchdog import Watchdog
 from tsp_jax.training.step import StepMetrics, TrainProgram, TrainState, make_program
 
 
-def train(config: Config, name: str = "run") -> dict:
+def train(config: Config, name: str = "run", optimizer: optax.GradientTransformation | None = None) -> dict:
     """Trains or resumes a configuration. With several processes, each of them makes this call.
 
     Everything that can be refused is refused before anything is compiled or written.
+
+    Args:
+      config: what to train.
+      name: of the configuration, for the summary.
+      optimizer: the user's own; None: AdamW from `config.optimizer`. Its schedule does not follow `config.steps`.
 
     Returns:
       The summary (`summarize`); {} on processes other than the writer.
@@ -48,17 +54,17 @@ def train(config: Config, name: str = "run") -> dict:
       RunStopped: training ended early: a signal, bad numbers, or a checkpoint that could not be saved.
     """
     with StopSignals() as signals:
-        return _train(config, name, signals)
+        return _train(config, name, optimizer, signals)
 
 
-def _train(config: Config, name: str, signals: StopSignals) -> dict:
+def _train(config: Config, name: str, optimizer: optax.GradientTransformation | None, signals: StopSignals) -> dict:
     console = Console(quiet=not is_writer())
     placement = place_run(config)
-    make_schedule(config.optimizer, config.steps)  # refuses a warm-up longer than the run
+    check_optimizer(config.optimizer, config.steps, optimizer)
     check_init_from(config, placement)
     splits = load_splits(config, placement.size("sequence"))
     workdir = open_workdir(config)
-    program = make_program(config, placement)
+    program = make_program(config, placement, optimizer)
     checkpoints = Checkpoints(workdir / "checkpoints", program, config, splits.digest, report)
     start = checkpoints.newest_whole() or 0
     for difference in checkpoints.check(start) if start else []:

@@ -170,8 +170,8 @@ class Faulty:
 
 
 def break_steps(monkeypatch, steps, fault) -> None:
-    def make(config, placement):
-        program = compiled_once(config, placement)
+    def make(config, placement, optimizer=None):
+        program = compiled_once(config, placement, optimizer)
         return dataclasses.replace(program, step=Faulty(program.step, steps, fault))
 
     monkeypatch.setattr(trainer, "make_program", make)

@@ -1,6 +1,6 @@
 """Train in processes on this machine's CPU (gloo): ``python scripts/train_processes.py 2 tiny --cpu-devices 4``.
 
-The first number is how many; the rest goes to train.py in each. Exits with the first exit code that is not 0.
+The first argument is the number of processes; each runs train.py with the others. Exits with the first nonzero code.
 """
 
 import signal
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Starts the processes, passes signals on, waits for all."""
+    """Starts the processes, forwards signals, waits for all."""
     if len(sys.argv) < 3 or not sys.argv[1].isdecimal() or int(sys.argv[1]) < 1:
         print(f"error: usage: {sys.argv[0]} PROCESSES CONFIG [--flag value ...]", file=sys.stderr)
         return 2
@@ -22,7 +22,7 @@ def main() -> int:
     cluster = ["--cluster.launcher", "explicit", "--cluster.coordinator", f"localhost:{port}"]
     cluster += ["--cluster.num-processes", str(count), "--cluster.process-id"]
     train = [sys.executable, str(Path(__file__).with_name("train.py")), *sys.argv[2:], *cluster]
-    # in sessions of their own: Ctrl-C must not reach them a second time from the terminal
+    # in sessions of their own, so that Ctrl-C does not reach them a second time from the terminal
     processes = [subprocess.Popen([*train, str(rank)], start_new_session=True) for rank in range(count)]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: [process.send_signal(number) for process in processes])

@@ -169,16 +169,16 @@ class StreamConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which text, and how it is cut into sequences."""
+    """Training text and its order."""
 
     files: str = ""
     """glob of text files, or of .npy files of token ids; empty: the Python standard library's sources"""
     cache_dir: str = ""
-    """where tokenized corpora are kept; empty: $XDG_CACHE_HOME/tsp_jax or ~/.cache/tsp_jax"""
+    """folder of tokenized text; empty: $XDG_CACHE_HOME/tsp_jax or ~/.cache/tsp_jax"""
     order: Order = "zigzag"
-    """order of tokens over the ranks: zigzag balances causal attention"""
+    """order of tokens over the ranks of a sequence: contiguous, or zigzag, which balances causal attention"""
     prefetch: int = 2
-    """batches prepared ahead on the host"""
+    """number of batches that the host prepares ahead"""
 
     def __post_init__(self):
         _check_values("data.", self)
@@ -187,28 +187,31 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, warm-up and cosine decay, global-norm clipping."""
+    """AdamW with warm-up, cosine decay and global-norm clipping.
+
+    A configuration file that defines `optimizer`, an optax.GradientTransformation, uses only `zero1` of these fields.
+    """
 
     learning_rate: float = 3e-4
     """peak learning rate"""
     warmup_steps: int = 100
-    """steps of linear warm-up from 0"""
+    """number of steps of linear warm-up from 0"""
     final_fraction: float = 0.1
     """learning rate after the last step, as a fraction of the peak"""
     b1: float = 0.9
-    """decay of the first moment"""
+    """decay rate of the first moment"""
     b2: float = 0.95
-    """decay of the second moment"""
+    """decay rate of the second moment"""
     eps: float = 1e-8
-    """added to the root of the second moment"""
+    """added to the square root of the second moment"""
     weight_decay: float = 0.1
-    """decoupled weight decay of matrices (not of norm scales)"""
+    """decoupled weight decay; not applied to norm scales"""
     clip_norm: float = 1.0
-    """largest global norm of the gradient"""
+    """gradients with a larger global norm are scaled down to it"""
     zero1: bool = False
-    """shard the optimizer state over the data axis too"""
+    """ZeRO-1: also shard the optimizer state over the data axis"""
     moments_dtype: DType = "float32"
-    """dtype in which both moments wait from step to step; they are updated in float32 whatever it is"""
+    """dtype in which both moments are stored between steps; updates are computed in float32"""
 
     def __post_init__(self):
         _check_values("optimizer.", self)
@@ -248,22 +251,22 @@ class FaultsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """How the processes of a run find each other."""
+    """The processes of a run and how they connect."""
 
     launcher: Launcher = "none"
-    """none: one process; slurm, ompi, mpi4py, k8s: as that launcher's environment says; explicit: the fields below"""
+    """none: one process; slurm, ompi, mpi4py, k8s: from that launcher's environment; explicit: from the fields below"""
     coordinator: str = ""
-    """HOST:PORT of process 0; empty: as the launcher says"""
+    """HOST:PORT of process 0; empty: from the launcher"""
     num_processes: int = 1
-    """explicit: processes of the run"""
+    """explicit: number of processes of the run"""
     process_id: int = 0
-    """explicit: this one's number, from 0"""
+    """explicit: index of this process, from 0"""
     process_per: ProcessPer = "gpu"
-    """slurm and ompi: one process for each GPU, or one for each host with all of its GPUs"""
+    """slurm and ompi: one process per GPU, or one per host with all its GPUs"""
     start_s: int = 300
-    """seconds that processes wait for each other at the start"""
+    """seconds that processes wait for the others at the start"""
     heartbeat_s: int = 100
-    """seconds without a sign of life after which a process counts as dead, and the others exit"""
+    """seconds without a heartbeat after which a process counts as dead and the others exit"""
 
     def __post_init__(self):
         owner = "cluster."

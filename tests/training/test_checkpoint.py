@@ -112,14 +112,14 @@ def test_damage_falls_back_to_the_newest_whole_one_and_names_the_file(damage, op
     victim = max((checkpoints.folder / "3").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
     DAMAGES[damage](victim)
     again = open_folder()
-    assert again.newest_whole() == 2
+    assert again.newest_undamaged() == 2
     assert same(again.restore(2), states(2))
     assert victim.relative_to(checkpoints.folder / "3").as_posix() in said[0]
     assert "checkpoint 3 is damaged" in said[0]
     assert saved_steps(checkpoints.folder) == [1, 2]
     again.save(states(3), 3)
     again.close(3)
-    assert open_folder().newest_whole() == 3
+    assert open_folder().newest_undamaged() == 3
 
 
 def test_where_all_are_damaged_nothing_starts_afresh(open_folder, states):
@@ -128,11 +128,11 @@ def test_where_all_are_damaged_nothing_starts_afresh(open_folder, states):
     checkpoints.close(1)
     truncate(checkpoints.folder / "1" / "meta.json")
     with pytest.raises(ConfigError, match="no checkpoint that is not damaged"):
-        open_folder().newest_whole()
+        open_folder().newest_undamaged()
 
 
 def test_nothing_saved_is_nothing_damaged(open_folder, said):
-    assert open_folder().newest_whole() is None
+    assert open_folder().newest_undamaged() is None
     assert said == []
 
 
@@ -166,10 +166,10 @@ def test_a_failed_save_is_reported_never_latest_and_later_ones_work(open_folder,
     checkpoints.wait()
     assert len(said) == 1
     assert said[0].startswith("checkpoint 2 could not be saved")
-    assert open_folder().newest_whole() == 1
+    assert open_folder().newest_undamaged() == 1
     checkpoints.save(states(3), 3)
     checkpoints.close(3)
-    assert open_folder().newest_whole() == 3
+    assert open_folder().newest_undamaged() == 3
     assert same(open_folder().restore(3), states(3))
 
 
@@ -181,7 +181,7 @@ def test_a_folder_that_vanishes_during_a_save_costs_that_save_only(open_folder, 
     checkpoints.wait()
     checkpoints.save(states(2), 2)
     checkpoints.close(2)
-    assert open_folder().newest_whole() == 2
+    assert open_folder().newest_undamaged() == 2
     gc.collect()
 
 
@@ -209,7 +209,7 @@ def test_half_written_folders_are_gone_after_the_next_start(open_folder, states)
     checkpoints.close(1)
     left = checkpoints.folder / "2.partial"
     shutil.copytree(checkpoints.folder / "1", left)
-    assert open_folder().newest_whole() == 1
+    assert open_folder().newest_undamaged() == 1
     assert not left.exists()
 
 
@@ -231,7 +231,7 @@ def test_old_checkpoints_are_deleted_as_configured(open_folder, states):
         checkpoints.save(states(step), step)
     checkpoints.close(7)
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["3", "6", "7"]
-    assert open_folder().newest_whole() == 7
+    assert open_folder().newest_undamaged() == 7
 
 
 def test_another_models_checkpoint_is_refused(open_folder, states, program, tmp_path):

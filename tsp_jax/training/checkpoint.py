@@ -1,8 +1,8 @@
-"""Checkpoints of global logical arrays: one saved under any layout and mesh is restored under any other.
+"""Checkpoints of global, unpadded arrays: saved under any layout and mesh, restored under any other.
 
-``checkpoints/STEP/`` holds ``state/`` (Orbax), ``meta.json`` and ``manifest.json``. It is written in the background as
-``STEP.partial`` and renamed when it is whole, so a folder whose name is a number is a checkpoint that was whole; what
-happened to it since, the manifest tells. Whatever is found damaged is renamed to ``STEP.damaged`` and never used.
+``checkpoints/STEP/`` has ``state/`` (Orbax), ``meta.json`` and ``manifest.json``. It is written in the background as
+``STEP.partial`` and renamed when it is complete, so a folder whose name is a number was once a complete checkpoint. The
+manifest detects damage since then. A damaged checkpoint is renamed to ``STEP.damaged`` and never used.
 """
 
 import dataclasses
@@ -23,23 +23,23 @@ from tsp_jax.config import Config
 from tsp_jax.errors import NOT_SAVED, ConfigError, RunStopped
 from tsp_jax.heads import to_logical, to_stored
 from tsp_jax.training.checkpoint_manifest import find_damage, write_manifest
-from tsp_jax.training.distributed import from_writer, is_writer, of_every_process
+from tsp_jax.training.distributed import broadcast_from_writer, gather_from_all, is_writer
 from tsp_jax.training.step import TrainProgram, TrainState
 
 CONTINUED = ("seed", "batch", "seq_len", "steps", "optimizer", "z_loss")
-"""fields that a resumed run should share with the one that saved, for losses to go on as if nothing had happened"""
+"""fields of Config that change the losses of a resumed run; a difference is reported"""
 
 SAVE_TIMEOUT_S = 1200
-"""after this many seconds a save that goes on in the background counts as failed"""
+"""seconds after which a save in the background counts as failed"""
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, oldest first, damaged or not."""
+    """Returns the steps of the checkpoints in a folder, oldest first, damaged or not."""
     return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal())
 
 
 def steps_to_drop(steps: Iterable[int], newest: int, every: int) -> list[int]:
-    """Which steps to delete: all but the newest few, and those that `every` divides (0: none)."""
+    """Returns the steps to delete: all except the `newest` last ones and multiples of `every` (0: no multiples)."""
     old = sorted(steps)[:-newest]
     return [step for step in old if not (every and step % every == 0)]
 
@@ -48,11 +48,11 @@ class Checkpoints:
     """The checkpoints of one working directory. Every process of a run makes the same calls.
 
     Args:
-      folder: made with the first checkpoint.
-      program: what the state looks like here.
-      config: saved with each checkpoint; its model is compared on restore.
-      data_digest: of the training text; a run resumed on another text says so.
-      report: told, in a line each, what is damaged and what could not be saved.
+      folder: folder of the checkpoints; made with the first one.
+      program: describes the state under this run's layout.
+      config: saved with each checkpoint, and compared before a restore.
+      data_digest: SHA-256 of the training split; saved and compared too.
+      report: called with one line about each damaged checkpoint and each failed save.
     """
 
     def __init__(self, folder: Path, program: TrainProgram, config: Config, data_digest: str, report: Callable = print):
@@ -63,10 +63,10 @@ class Checkpoints:
         self._to_stored = _convert(to_stored, program.paddings, program.abstract_state) if padded else _same
         self._writer = _orbax()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tsp_commit")
-        self._under_way: tuple[int, Future[None]] | None = None
+        self._current: tuple[int, Future[None]] | None = None
         self.last: int | None = None
-        """the last step that was given to save, or found whole"""
-        self._whole: int | None = None
+        """the last step that was saved or found undamaged"""
+        self._last_undamaged: int | None = None
         if is_writer():
             for left in self.folder.glob("*.partial"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -74,7 +74,7 @@ class Checkpoints:
     # -------------------------------------------------------------------------------------------- saving
 
     def save(self, state: TrainState, step: int) -> None:
-        """Copies the state and writes it in the background; first waits for the save before, which may have failed."""
+        """Copies the state and writes it in the background. First waits for the previous save, as `wait` does."""
         self.wait()
         self.last = step
         meta = {
@@ -86,31 +86,31 @@ class Checkpoints:
         try:
             # Orbax has copied the state when this returns; the next step may overwrite it.
             self._writer.save(self._partial(step) / "state", self._to_logical(state))
-            self._under_way = step, self._pool.submit(self._commit, self._writer, step, json.dumps(meta, indent=1))
+            self._current = step, self._pool.submit(self._commit, self._writer, step, json.dumps(meta, indent=1))
         except (OSError, RuntimeError, ValueError) as error:
             failed.set_exception(error)
-            self._under_way = step, failed
+            self._current = step, failed
 
     def poll(self) -> None:
-        """Reports a save that has failed, as soon as that is known.
+        """Reports a failed save, as soon as the failure is known; does not wait.
 
         Raises:
-          RunStopped: it has, and `faults.failed_save` is "stop".
+          RunStopped: a save failed and `faults.failed_save` is "stop".
         """
-        if self._under_way and self._under_way[1].done():
+        if self._current and self._current[1].done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the save under way is whole, or reports that it failed; raises what `poll` does."""
-        if not self._under_way:
+        """Waits until the current save is complete, or reports that it failed; raises what `poll` raises."""
+        if not self._current:
             return
-        step, future = self._under_way
-        self._under_way = None
+        step, future = self._current
+        self._current = None
         error = future.exception()
         if error is None:
-            self._whole = step
+            self._last_undamaged = step
             return
-        self._writer = _orbax()  # the old one may hold on to what failed
+        self._writer = _orbax()  # the old one may keep raising the error
         if is_writer():
             shutil.rmtree(self._partial(step), ignore_errors=True)
         self.report(f"checkpoint {step} could not be saved: {' '.join(str(error).split())[:300]}")
@@ -118,14 +118,17 @@ class Checkpoints:
             raise RunStopped(f"checkpoint {step} could not be saved; {self._resume_from()}", NOT_SAVED)
 
     def close(self, last: int = 0) -> None:
-        """Waits for what is under way, and ends.
+        """Waits for the current save and releases the thread.
+
+        Args:
+          last: the last step of the run, which must have a checkpoint; 0: none is needed.
 
         Raises:
-          RunStopped: the step `last`, with which the run ends, has no whole checkpoint (0 needs none).
+          RunStopped: step `last` has no undamaged checkpoint.
         """
         self.wait()
         self._pool.shutdown()
-        if last and self._whole != last:
+        if last and self._last_undamaged != last:
             raise RunStopped(f"step {last}, the last one, has no checkpoint; {self._resume_from()}", NOT_SAVED)
         if is_writer():
             self._drop_old()
@@ -143,7 +146,7 @@ class Checkpoints:
     def _drop_old(self) -> None:
         steps = saved_steps(self.folder)
         for step in steps_to_drop(steps, self.config.keep_checkpoints, self.config.keep_every):
-            # renamed first: what is half deleted must not look like a checkpoint
+            # renamed first: a partly deleted folder must not look like a checkpoint
             doomed = (self.folder / str(step)).rename(self._partial(step))
             shutil.rmtree(doomed, ignore_errors=True)
 
@@ -155,22 +158,25 @@ class Checkpoints:
 
     # -------------------------------------------------------------------------------------------- restoring
 
-    def newest_whole(self) -> int | None:
-        """The step of the newest checkpoint whose every file is as it was written; None if nothing was ever saved.
+    def newest_undamaged(self) -> int | None:
+        """Finds the newest checkpoint whose files are all undamaged.
 
-        Damaged ones are reported by file, and renamed out of the way. The files of a checkpoint are dealt over the
-        processes.
+        Damaged checkpoints are reported with the name of the file and renamed to ``STEP.damaged``. The files are
+        divided among the processes.
+
+        Returns:
+          Its step, or None if there are no checkpoints.
 
         Raises:
-          ConfigError: there are checkpoints, and all are damaged.
+          ConfigError: there are checkpoints and all are damaged.
         """
         damaged = 0
-        while (step := from_writer(max(saved_steps(self.folder), default=-1))) >= 0:
+        while (step := broadcast_from_writer(max(saved_steps(self.folder), default=-1))) >= 0:
             damage = find_damage(self.folder / str(step), jax.process_index(), jax.process_count())
             if damage:
                 self.report(f"checkpoint {step} is damaged: {damage}; trying the one before")
-            if not any(of_every_process(damage is not None)):
-                self.last = self._whole = step
+            if not any(gather_from_all(damage is not None)):
+                self.last = self._last_undamaged = step
                 return step
             damaged += 1
             if is_writer():
@@ -183,10 +189,10 @@ class Checkpoints:
         return None
 
     def check(self, step: int) -> list[str]:
-        """Compares a checkpoint's run with this one.
+        """Compares the configuration and data of a checkpoint with those of this run.
 
         Returns:
-          Differences that do not prevent resuming, a line each.
+          One line about each difference that does not prevent resuming.
 
         Raises:
           ConfigError: it is a checkpoint of another model or optimizer.
@@ -206,7 +212,7 @@ class Checkpoints:
         return changed
 
     def restore(self, step: int) -> TrainState:
-        """The state of a step, in this run's layout."""
+        """Restores the state of a step, in this run's layout."""
         return self._to_stored(self._writer.restore(self.folder / str(step) / "state", self._logical))
 
     def _opt_state_shapes(self) -> dict[str, list[int]]:
@@ -231,7 +237,7 @@ class Checkpoints:
 
 
 def _orbax() -> ocp.StandardCheckpointer:
-    # Were folders made in the background, threads would wait for one that cannot be made until the timeout.
+    # If folders were made in the background, threads would wait until the timeout for one that cannot be made.
     options = ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT_S, create_directories_asynchronously=False)
     return ocp.StandardCheckpointer(async_options=options)
 
@@ -251,7 +257,7 @@ def _abstract_logical(program: TrainProgram) -> TrainState:
 
 
 def _with_logical_sharding(logical: jax.ShapeDtypeStruct, stored: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The stored array's sharding where the logical shape allows it, else replicated along that dimension."""
+    """The logical array with the stored array's sharding, but replicated along dims that do not divide."""
     mesh, spec = stored.sharding.mesh, stored.sharding.spec
 
     def fits(dim: int, names: Any) -> bool:

@@ -1,4 +1,4 @@
-"""SHA-256 of every file of a checkpoint: written before it is committed, compared before it is restored."""
+"""The manifest of a checkpoint: SHA-256 of every file, written before the commit and verified before a restore."""
 
 import hashlib
 import json
@@ -8,11 +8,11 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 THREADS = 8
-"""files hashed at a time; hashing leaves Python's lock alone"""
+"""number of files hashed at a time; hashing releases Python's lock"""
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes ``manifest.json``: of every file below a folder, its digest; returns when the disk has it."""
+    """Writes ``manifest.json``, the SHA-256 of every file below a folder; returns after it is on disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(THREADS) as pool:
         digests = pool.map(_sha256, files)
@@ -24,12 +24,15 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """The first damaged file of a folder and what is wrong with it, or None.
+    """Verifies the files of a folder against its manifest.
 
     Args:
-      folder: with a manifest.
-      part: which share of the files is read.
-      parts: into which the files are dealt; the manifest itself is read in each.
+      folder: a checkpoint.
+      part: index of the part of the files that is verified.
+      parts: number of parts that the files are divided into; the manifest itself is read for each part.
+
+    Returns:
+      The first damaged file and what is wrong with it, or None.
     """
     try:
         listing = json.loads((folder / MANIFEST).read_text())["sha256"].items()

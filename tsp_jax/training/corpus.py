@@ -1,8 +1,8 @@
 """Text or token files -> one memory-mapped array of token ids for each split, built once and then cached.
 
-Every file is a document. About one file in `HELD_OUT` is held out, chosen by a hash of its path below the glob's
-fixed part, so that adding files moves no other file from one split to the other. Where the hash leaves a split empty
-the last file is held out; of a single file, the last ``max(1, tokens // HELD_OUT)`` tokens.
+Every file is a document. About one file in `HELD_OUT` is held out. It is chosen by a hash of its path relative to the
+fixed part of the glob, so that adding files moves no other file to the other split. If the hash leaves a split empty,
+the last file is held out; of a single file, the last ``max(1, tokens // HELD_OUT)`` tokens are held out.
 """
 
 import contextlib
@@ -30,52 +30,52 @@ HELD_OUT = 50
 """one document in this many is held out"""
 
 _FORMAT_VERSION = 1
-_CHUNK = 1 << 22  # tokens in memory at a time while building
+_CHUNK = 1 << 22  # number of tokens in memory at a time while a corpus is built
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
 
 class ByteTokenizer:
-    """Text as its UTF-8 bytes: token id = byte."""
+    """Encodes text as its UTF-8 bytes: a token id is a byte."""
 
     vocab_size = 256
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """[n] uint8. A character that UTF-8 cannot hold (a lone surrogate) becomes ``?``."""
+        """Text -> [n] uint8. A character that UTF-8 cannot encode (a lone surrogate) becomes ``?``."""
         return np.frombuffer(text.encode(errors="replace") if isinstance(text, str) else text, np.uint8)
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
-        """Text of [n] integer ids. Ids that are no byte, which a larger vocabulary can sample, are left out."""
+        """[n] integer ids -> text. Ids above 255, which a larger vocabulary can sample, are left out."""
         ids = np.asarray(ids, np.int64)
         return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode(errors="replace")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """One split: documents end to end in one stream of tokens."""
+    """One split: its documents concatenated to one array of tokens."""
 
     tokens: np.ndarray
-    """[tokens] uint8, uint16 or uint32, read from disk where it is touched"""
+    """[tokens] uint8, uint16 or uint32; memory-mapped"""
     starts: np.ndarray
-    """[documents] int64: where each document starts in tokens; strictly increasing from 0"""
+    """[documents] int64: index of the first token of each document; strictly increasing from 0"""
     name: str
-    """which split of which files, for messages"""
+    """split and files, for messages"""
     digest: str
-    """SHA-256 of tokens and starts: equal on every host of a run and whenever it is resumed"""
+    """SHA-256 of tokens and starts: the same on every host, and when a run is resumed"""
 
 
 def load_corpus(data: DataConfig, vocab_size: int, split: Split) -> Corpus:
-    """The corpus that ``data`` names, tokenized now if the cache does not hold it.
+    """Loads one split of a corpus from the cache; tokenizes the files first if they are not cached.
 
-    Two processes may build the same corpus at once: each writes a folder of its own, and the first to rename it wins.
+    Several processes may build the same corpus at once: each writes its own folder, and the first to rename it wins.
 
     Args:
-        data: which files, and where the cache is.
-        vocab_size: ids of either split must be below it.
-        split: "train" or "heldout".
+      data: the files, and the cache folder.
+      vocab_size: upper bound of the token ids of both splits.
+      split: "train" or "heldout".
 
     Raises:
-        ConfigError: the files are missing, empty, unreadable or not token ids; an id is not below ``vocab_size``; the
-            cache cannot be written.
+      ConfigError: the files are missing, empty, unreadable or not token ids; an id is not below `vocab_size`; the
+        cache cannot be written.
     """
     root, sources = _find_sources(data)
     cache = _cache_dir(data)
@@ -116,13 +116,13 @@ class _Source(NamedTuple):
 class _Document(NamedTuple):
     path: Path
     name: str
-    start: int  # first token of the file that belongs to the document
+    start: int  # the document is tokens [start, stop) of the file
     stop: int
     max_id: int
 
 
 def _find_sources(data: DataConfig) -> tuple[Path, list[_Source]]:
-    """The folder that names are relative to, and the regular files, sorted by name."""
+    """Returns (folder that names are relative to, regular files sorted by name)."""
     if data.files:
         pattern = os.path.abspath(os.path.expanduser(data.files))
         fixed = pattern
@@ -156,7 +156,7 @@ def _find_sources(data: DataConfig) -> tuple[Path, list[_Source]]:
 
 
 def _digest_sources(root: Path, sources: list[_Source]) -> str:
-    """Names the cache folder. The root counts because archives can give every file one and the same mtime."""
+    """Name of the cache folder. Includes the root, because an archive may give all its files the same mtime."""
     listing = [_FORMAT_VERSION, str(root), [source[1:] for source in sources]]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:32]
 
@@ -167,7 +167,7 @@ def _cache_dir(data: DataConfig) -> Path:
 
 
 def _build(folder: Path, sources: list[_Source], data: DataConfig) -> None:
-    """Write both splits into a folder of this process's own, then rename it to ``folder``."""
+    """Writes both splits to a folder of this process, then renames it to `folder`."""
     measured = (_measure(data, source) for source in sources)
     documents = [document for document in measured if document.stop]
     splits = _split_documents(data, documents)
@@ -194,14 +194,14 @@ def _build(folder: Path, sources: list[_Source], data: DataConfig) -> None:
 
 
 def _split_documents(data: DataConfig, documents: list[_Document]) -> dict[Split, list[_Document]]:
-    """The rule on top of this file. Neither split comes out empty."""
+    """Applies the rule at the top of this file. Neither split is empty."""
     total = sum(document.stop for document in documents)
     if total < 2:
         raise ConfigError(f"data.files={data.files!r} matches files with {total} tokens in all; use 2 or more")
     if len(documents) == 1:
         (whole,) = documents
-        cut = whole.stop - max(1, whole.stop // HELD_OUT)
-        return {"train": [whole._replace(stop=cut)], "heldout": [whole._replace(start=cut)]}
+        border = whole.stop - max(1, whole.stop // HELD_OUT)
+        return {"train": [whole._replace(stop=border)], "heldout": [whole._replace(start=border)]}
     digests = [hashlib.sha256(os.fsencode(document.name)).digest() for document in documents]
     is_held = [int.from_bytes(digest, "big") % HELD_OUT == 0 for digest in digests]
     if len(set(is_held)) == 1:
@@ -213,7 +213,7 @@ def _split_documents(data: DataConfig, documents: list[_Document]) -> dict[Split
 
 
 def _measure(data: DataConfig, source: _Source) -> _Document:
-    """Length and largest id of a file; refuses what are not token ids."""
+    """Reads length and largest id of a file; refuses arrays that are not token ids."""
     length = source.size
     if source.path.suffix == ".npy":
         array = _map_npy(data, source.path)
@@ -229,13 +229,13 @@ def _measure(data: DataConfig, source: _Source) -> _Document:
 
 
 def _write_split(data: DataConfig, folder: Path, split: Split, documents: list[_Document], dtype: np.dtype) -> str:
-    """Stream the documents into one .npy, save their starts, return the digest of both."""
+    """Writes the documents to one .npy file and their starts to another; returns the SHA-256 of both."""
     lengths = np.array([document.stop - document.start for document in documents], np.int64)
     starts = np.cumsum(lengths) - lengths
     np.save(folder / f"{split}_starts.npy", starts)
     digest = hashlib.sha256(starts.tobytes())
     header = {"descr": dtype.str, "fortran_order": False, "shape": (int(lengths.sum()),)}
-    # plain writes, because a full disk under a writable memory map kills the process instead of raising
+    # Plain writes: a full disk under a writable memory map kills the process instead of raising an error.
     with open(folder / f"{split}.npy", "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for document in documents:
@@ -247,7 +247,7 @@ def _write_split(data: DataConfig, folder: Path, split: Split, documents: list[_
 
 
 def _chunks(data: DataConfig, document: _Document) -> Iterator[np.ndarray]:
-    """The document's tokens, at most _CHUNK at a time."""
+    """Yields the tokens of a document, at most _CHUNK at a time."""
     for start in range(document.start, document.stop, _CHUNK):
         count = min(_CHUNK, document.stop - start)
         if document.path.suffix == ".npy":

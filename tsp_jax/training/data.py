@@ -1,6 +1,6 @@
-"""Batches as a pure function of the step: which tokens, in which order, on which device.
+"""Batches as a pure function of the step, and their placement on devices.
 
-Dims: B sequences of a batch, S tokens of a sequence, R ranks of the sequence; lower case is this device's slice.
+Dims: B batch (sequences), S sequence length (tokens), R ranks of the sequence axes.
 """
 
 import functools
@@ -23,22 +23,34 @@ Array = TypeVar("Array")
 
 
 class Batch(NamedTuple, Generic[Array]):
-    """Four arrays [B, S] (or [micro-batches, B / micro-batches, S]) int32, all in one order of tokens."""
+    """Four arrays [B, S] or [micro-batches, B / micro-batches, S], int32, with their tokens in the same order."""
 
     tokens: Array
     labels: Array
-    """next token of the same document; `IGNORE` where the document ends"""
+    """the next token of the same document; `IGNORE` for the last one"""
     positions: Array
-    """distance from the start of the document, or of the sequence where that comes later"""
+    """distance from the start of the document, or from the start of the sequence if that is nearer"""
     segment_ids: Array
-    """1, 2, 3, ...: which document of the sequence"""
+    """number of the document within the sequence: 1, 2, 3, ..."""
 
 
 class Batches:
-    """Sequences cut from a corpus, by step. The step is the whole state, so resuming means asking for it.
+    """Batches of a corpus by step. There is no state besides the step, so a resumed run asks for the next one.
 
-    Window w holds tokens ``[w S, (w + 1) S)`` of the corpus's stream; the rest, shorter than S, is never used. Step s
-    takes samples ``[s B, (s + 1) B)`` of an endless stream of epochs, each of which holds every window once.
+    Window w is tokens ``[w S, (w + 1) S)`` of the corpus; a remainder shorter than S is never used. The epochs follow
+    one another, each has every window once, and step s takes windows ``[s B, (s + 1) B)`` of that endless sequence.
+
+    Args:
+      corpus: one split.
+      batch: B, sequences per step.
+      seq_len: S, tokens per sequence.
+      seed: seed of the order of windows.
+      order: order of tokens over the ranks of the sequence axes.
+      sequence_shards: R, number of ranks that a sequence is sharded over.
+      shuffle: permute the windows anew in every epoch; otherwise they are in the order of the corpus.
+
+    Raises:
+      ConfigError: `seq_len` is not a multiple of what the ranks need, or the corpus is shorter than one sequence.
     """
 
     def __init__(
@@ -52,20 +64,6 @@ class Batches:
         sequence_shards: int,
         shuffle: bool,
     ):
-        """Check that the corpus and the sequence can be cut so.
-
-        Args:
-            corpus: one split.
-            batch: B, sequences of one step.
-            seq_len: S, tokens of a sequence.
-            seed: of the order of windows.
-            order: order of tokens over the ranks of the sequence.
-            sequence_shards: R, ranks that a sequence is cut over.
-            shuffle: a new permutation of the windows in every epoch; else the corpus's own order.
-
-        Raises:
-            ConfigError: ``seq_len`` cannot be cut over the ranks, or the corpus is shorter than one sequence.
-        """
         num_tokens = len(corpus.tokens)
         if num_tokens < seq_len:
             multiple = _seq_len_multiple(sequence_shards, order)
@@ -75,31 +73,31 @@ class Batches:
                 f"use {f'seq_len={fitting} or ' if fitting else ''}more text"
             )
         self.order = sequence_order(seq_len, sequence_shards, order)
-        """[S] int64: the token that stands at each place of a placed array"""
+        """[S] int64: index of the token at each position of a placed array"""
         self.num_windows = num_tokens // seq_len
-        """sequences in one epoch"""
+        """number of sequences in one epoch"""
         self._tokens = corpus.tokens
         self._borders = np.append(corpus.starts, num_tokens)  # document d is tokens [borders[d], borders[d + 1])
         self._batch, self._seq_len, self._seed, self._shuffle = batch, seq_len, seed, shuffle
 
     def at(self, step: int) -> Batch[np.ndarray]:
-        """The batch of a step, [B, S], tokens in their natural order."""
+        """Returns the batch of a step, [B, S], with tokens in natural order."""
         return self._read(self._windows(step), np.arange(self._seq_len))
 
     def place(
         self, step: int, sharding: jax.sharding.NamedSharding, *, accumulate: int | None = None
     ) -> Batch[jax.Array]:
-        """The batch of a step as global arrays, tokens in `order`.
+        """Returns the batch of a step as global arrays, with tokens in `order`.
 
-        Each process reads only the rows and columns that its own devices hold, and those once.
+        Each process reads only the shards of its own devices, each of them once.
 
         Args:
-            step: which batch.
-            sharding: of [B, S], or of [accumulate, B / accumulate, S] if ``accumulate`` is given.
-            accumulate: micro-batches, as a leading dimension: consecutive runs of the rows.
+          step: number of the step.
+          sharding: sharding of [B, S], or of [accumulate, B / accumulate, S] if `accumulate` is given.
+          accumulate: number of micro-batches; each takes consecutive rows.
 
         Raises:
-            ConfigError: B is not a multiple of ``accumulate``.
+          ConfigError: B is not a multiple of `accumulate`.
         """
         windows = self._windows(step)
         if accumulate is not None:
@@ -111,7 +109,7 @@ class Batches:
             windows = windows.reshape(accumulate, -1)
         shape = (*windows.shape, self._seq_len)
 
-        @functools.cache  # lives as long as this call: one reading for four fields and for devices with equal slices
+        @functools.cache  # for this call only: four fields and devices with equal shards share one read
         def read(*bounds: tuple[int, int, int]) -> Batch[np.ndarray]:
             *rows, columns = (slice(*bound) for bound in bounds)
             return self._read(windows[tuple(rows)], self.order[columns])
@@ -183,13 +181,18 @@ def load_splits(config: Config, sequence_shards: int) -> Splits:
 
 
 def sequence_order(seq_len: int, shards: int, order: Order) -> np.ndarray:
-    """[S] int64: the token that stands at each place of an array whose slice p belongs to rank p.
+    """Order of tokens in an array that is sharded over R ranks: [S] int64, the index of the token at each position.
 
-    "contiguous" is the natural order. "zigzag" cuts the sequence in 2 R chunks and gives rank p chunks p and
-    2 R - 1 - p, so that under a causal mask every rank attends to equally many keys.
+    "contiguous" is the natural order. "zigzag" splits the sequence into 2 R chunks and gives rank p the chunks p and
+    2 R - 1 - p, so that under a causal mask every rank attends to the same number of keys.
+
+    Args:
+      seq_len: S.
+      shards: R.
+      order: "contiguous" or "zigzag".
 
     Raises:
-        ConfigError: S is not a multiple of R (contiguous) or 2 R (zigzag; one rank takes any S).
+      ConfigError: S is not a multiple of R (contiguous) or of 2 R (zigzag; one rank takes any S).
     """
     multiple = _seq_len_multiple(shards, order)
     if seq_len % multiple:
@@ -207,11 +210,17 @@ def sequence_order(seq_len: int, shards: int, order: Order) -> np.ndarray:
 def prefetch(
     make: Callable[[int], T], start: int, stop: int, depth: int, interrupt: Future | None = None
 ) -> Generator[tuple[int, T], None, None]:
-    """Yield ``(step, make(step))`` for steps from ``start`` to ``stop``, at most ``depth`` of them made ahead.
+    """Yields ``(step, make(step))`` for each step, prepared by one thread, in order.
 
-    One thread makes them, in order, so what is yielded does not depend on ``depth``. An exception in ``make`` is
-    raised here when its step is due. Closing the generator ends the thread. Once ``interrupt`` is done the generator
-    waits for nothing: it ends where a step is not ready, and leaves the thread to what it may hang in.
+    An exception of `make` is raised when its step is due. Closing the generator ends the thread.
+
+    Args:
+      make: makes the item of a step.
+      start: first step.
+      stop: one after the last step.
+      depth: number of items prepared ahead at most.
+      interrupt: once it is done the generator ends at the first step that is not ready, without waiting for the thread
+        (which may hang).
     """
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tsp_prefetch")
     pending: deque[tuple[int, Future[T]]] = deque()
@@ -238,7 +247,7 @@ def _seq_len_multiple(shards: int, order: Order) -> int:
 
 @functools.lru_cache(maxsize=2)  # an epoch and the next
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """[size] int64. From the generator's raw bits, which unlike its methods are the same in every numpy release."""
+    """A permutation, [size] int64, made of raw random bits, which are the same in every release of numpy."""
     bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(size)
     permutation = np.argsort(bits, kind="stable")
     permutation.flags.writeable = False

@@ -1,7 +1,4 @@
-"""Many processes: how they find each other, and the few things that they must agree on.
-
-Sizes and ranks are `jax.process_count` and `jax.process_index`. Process 0 is the one that writes.
-"""
+"""Several processes: how they connect, exchange integers, and report. Process 0 is the writer."""
 
 import sys
 from pathlib import Path
@@ -14,21 +11,21 @@ from tsp_jax.config import ClusterConfig
 from tsp_jax.errors import ConfigError
 
 SHUTDOWN_S = 60
-"""seconds that a process which leaves waits for the others to leave"""
+"""seconds that a process waits at exit for the others to exit"""
 
 
 def join_cluster(cluster: ClusterConfig) -> None:
-    """Connects this process with the others of the run, if it has any; must come before anything touches a device.
+    """Connects this process to the others of the run, if there are any. Call it before anything uses a device.
 
     Raises:
-      ConfigError: the launcher's environment is not there, or the others do not answer.
+      ConfigError: the launcher's environment variables are missing, or the other processes do not answer.
     """
     if cluster.launcher == "none":
         return
-    # Ours does the same for SIGINT too, and in every phase; JAX's would take SIGTERM from it.
+    # StopSignals handles SIGTERM and SIGINT in every phase; JAX's service would take SIGTERM away from it.
     jax.config.update("jax_enable_preemption_service", False)
     explicit = cluster.launcher == "explicit"
-    # an empty list restricts nothing; None asks Slurm and Open MPI for one device a process
+    # []: all devices of the host; None: one device per process, from Slurm's or Open MPI's environment
     local = [] if explicit or cluster.process_per == "host" else None
     try:
         jax.distributed.initialize(
@@ -51,22 +48,22 @@ def join_cluster(cluster: ClusterConfig) -> None:
 
 
 def is_writer() -> bool:
-    """Whether this process is the one that writes."""
+    """Whether this process is the writer."""
     return jax.process_index() == 0
 
 
-def from_writer(value: int) -> int:
-    """The writer's value, on every process."""
+def broadcast_from_writer(value: int) -> int:
+    """Returns the writer's value on every process."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def of_every_process(value: int) -> list[int]:
-    """Every process's value, in order of processes."""
+def gather_from_all(value: int) -> list[int]:
+    """Returns the values of all processes, by process index."""
     return [int(each) for each in np.ravel(multihost_utils.process_allgather(np.int32(value)))]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is at every moment either the old or the new one; the writer does, the others do not."""
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file atomically; does nothing on processes other than the writer."""
     if is_writer():
         temporary = path.with_name(f"{path.name}.tmp")
         temporary.write_text(text)
@@ -74,12 +71,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def report(text: str) -> None:
-    """A warning, on stderr, with the number of the process where there are several."""
+    """Prints a warning to stderr, with the process index if there are several processes."""
     who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
     print(f"warning: {who}{text}", file=sys.stderr, flush=True)
 
 
 def report_once(text: str) -> None:
-    """A warning about what every process sees; the writer says it."""
+    """Prints a warning that all processes would print; only the writer does."""
     if is_writer():
         report(text)

@@ -1,4 +1,4 @@
-"""The state that a run starts from: random weights, or those of a Hugging Face folder."""
+"""The initial state of a run: random weights, or those of a Hugging Face folder (`init_from`)."""
 
 import dataclasses
 from pathlib import Path
@@ -14,11 +14,11 @@ from tsp_jax.training.checkpoint import saved_steps
 from tsp_jax.training.step import TrainProgram, TrainState
 
 FREE = ("init_std",)
-"""fields of a model that given weights do not settle"""
+"""fields of ModelConfig that a folder of weights does not determine"""
 
 
 def check_init_from(config: Config, placement: Placement) -> None:
-    """Raises ConfigError where `init_from` holds no weights of the configured model; a run to resume needs none."""
+    """Raises ConfigError if `init_from` has no weights of the configured model. A run that is resumed needs none."""
     if not config.init_from or saved_steps(Path(config.workdir) / "checkpoints"):
         return
     here, there = (_fields(model) for model in (config.model, read_config(config.init_from)))
@@ -33,16 +33,16 @@ def check_init_from(config: Config, placement: Placement) -> None:
 
 
 def init_state(config: Config, program: TrainProgram, placement: Placement) -> TrainState:
-    """A fresh state, its weights from `init_from` if there is one."""
+    """Returns the state of step 0, with the weights of `init_from` if it is set."""
     state = program.init()
     if not config.init_from:
         return state
-    jax.tree.map(lambda random: random.delete(), state.params)  # so that both are not held at once
+    jax.tree.map(lambda random: random.delete(), state.params)  # so that not both are in memory
     return state._replace(params=load_params(config.init_from, config.model, placement))
 
 
 def _fields(model: Any, owner: str = "") -> dict[str, Any]:
-    """Dotted names and values."""
+    """Dotted name -> value of each field."""
     fields = {}
     for field in dataclasses.fields(model):
         value = getattr(model, field.name)

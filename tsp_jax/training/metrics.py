@@ -1,4 +1,4 @@
-"""What a run says of itself: a JSON line a step, a progress bar, a loss curve, a closing table."""
+"""Metrics of a run: JSON lines, progress bar, loss curve, and the summary at the end."""
 
 import contextlib
 import json
@@ -18,19 +18,20 @@ from rich.table import Table
 from tsp_jax.config import Config
 from tsp_jax.inspect import collectives, memory_report, parse
 from tsp_jax.layout import Placement
-from tsp_jax.training.distributed import is_writer, write_whole
+from tsp_jax.training.distributed import is_writer, write_atomically
 from tsp_jax.training.safety.finite import is_skipped
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one line a step or evaluation. Numbers that are not finite are null.
+    """``metrics.jsonl``: one line per step or evaluation. Numbers that are not finite are null.
 
-    Lines later than the step resumed from are dropped. What a full disk refuses is kept, and written when it can be.
+    Lines later than the step resumed from are dropped. Lines that a full disk rejects are kept in memory until they can
+    be written.
 
     Args:
-      path: where.
-      resume_step: the step resumed from.
-      report: told, in a line, of what cannot be written.
+      path: the file.
+      resume_step: the step resumed from; 0 for a new run.
+      report: called with one line if the file cannot be written.
     """
 
     def __init__(self, path: Path, resume_step: int, report: Callable[[str], Any] = print):
@@ -38,8 +39,8 @@ class MetricsFile:
         self.earlier = [line for line in self._lines() if line["step"] <= resume_step]
         """lines up to the step resumed from"""
         self.evaluations = {line["step"] for line in self.earlier if "eval_loss" in line}
-        """steps after which there was an evaluation"""
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in self.earlier))
+        """steps that have an evaluation"""
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.earlier))
         self._pending, self._fails = b"", False
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND) if is_writer() else None
 
@@ -47,11 +48,11 @@ class MetricsFile:
         return read_metrics(self.path) if self.path.exists() else []
 
     def earlier_steps(self) -> list[dict]:
-        """Lines of steps up to the one resumed from."""
+        """Returns the lines of training steps up to the one resumed from."""
         return [line for line in self.earlier if "loss" in line]
 
     def write(self, line: dict) -> None:
-        """Appends a line, `step` first; only the writer does."""
+        """Appends a line; does nothing on processes other than the writer."""
         if "eval_loss" in line:
             self.evaluations.add(line["step"])
         if self._file is None:
@@ -64,13 +65,13 @@ class MetricsFile:
             self._fails = False
         except OSError as error:
             if not self._fails:
-                self.report(f"{self.path} cannot be written ({error.strerror}); its lines wait in memory")
+                self.report(f"{self.path} cannot be written ({error.strerror}); its lines are kept in memory")
             self._fails = True
 
     def sync(self) -> None:
-        """Returns when the disk has all lines, so that none is older than the checkpoint that is written next."""
+        """Flushes all lines to disk, so that a checkpoint written afterwards has no step without its line."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # a disk that cannot take them has been reported by `write`
+            with contextlib.suppress(OSError):  # `write` has reported it
                 os.fsync(self._file)
 
     def close(self) -> None:
@@ -80,7 +81,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All whole lines of a metrics file; a last line cut short by a crash is left out."""
+    """Reads the complete lines of a metrics file; skips a last line that a crash left incomplete."""
     lines = []
     for text in path.read_text().splitlines():
         try:
@@ -91,27 +92,27 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 class StepClock:
-    """Tokens per second between the moments at which steps were known to be done."""
+    """Measures tokens per second from the times at which steps were known to be done."""
 
     def __init__(self):
         self.last = time.perf_counter()
 
     def rate(self, tokens: float) -> float:
-        """Tokens over the seconds since the last call."""
+        """Returns `tokens` divided by the seconds since the last call."""
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         return tokens / seconds
 
     def skip(self) -> None:
-        """Leaves out what was done since the last call (evaluation, checkpoints)."""
+        """Excludes the time since the last call (evaluation, checkpoints)."""
         self.last = time.perf_counter()
 
 
 class TrainProgress:
-    """A rich progress bar on a terminal; elsewhere a line now and then."""
+    """A progress bar on a terminal; otherwise about `LINES` lines per run."""
 
     LINES = 20
-    """lines of a whole run where there is no terminal"""
+    """number of lines per run without a terminal"""
 
     def __init__(self, start: int, steps: int, console: Console):
         self.console, self.steps, self.every = console, steps, max(1, steps // self.LINES)
@@ -131,7 +132,7 @@ class TrainProgress:
         self.bar.stop()
 
     def show(self, line: dict) -> None:
-        """A finished step."""
+        """Shows the metrics of a step."""
         step = line["step"]
         text = f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"
         self.bar.update(self.task, completed=step, text=text)
@@ -140,12 +141,12 @@ class TrainProgress:
             print(f"step {step}/{self.steps}  {text}  {left:.0f} s left", file=sys.stdout, flush=True)
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Prints a line above the bar."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
 
 def plot_losses(metrics: list[dict], path: Path) -> bool:
-    """Training loss (and its running mean) and held-out loss by step, as a PNG; False without matplotlib."""
+    """Plots training loss, its running mean and held-out loss by step; returns False if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:

@@ -1,4 +1,4 @@
-"""One optimizer step as a jitted function over global arrays, and the shardings of all that it touches."""
+"""One optimizer step as a jitted function of global arrays, and the shardings of state and batch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,47 +21,47 @@ from tsp_jax.training.safety.finite import update_if_finite
 
 
 class TrainState(NamedTuple):
-    """All that a run carries from step to step."""
+    """The state of a run between steps."""
 
     step: Any
-    """[] int32, optimizer steps done"""
+    """[] int32, number of steps done"""
     params: Any
-    """float32 master weights, in stored form"""
+    """float32 master weights, padded to their stored shapes"""
     opt_state: Any
 
 
 class StepMetrics(NamedTuple):
-    """Scalars of one step."""
+    """Metrics of one step, scalars."""
 
     loss: jax.Array
-    """mean negative log-likelihood of the real labels, nats"""
+    """mean negative log-likelihood over the labels, nats per token"""
     grad_norm: jax.Array
-    """global norm before clipping"""
+    """global norm of the gradient before clipping"""
     learning_rate: jax.typing.ArrayLike
     """NaN if the user's own optimizer does not tell it (`injected_learning_rate`)"""
     tokens: jax.Array
-    """real labels in the batch"""
+    """number of labels in the batch (tokens that have one)"""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainProgram:
-    """The functions of a run, not yet compiled, and the trees that describe its state."""
+    """The functions of a run, jitted but not compiled, and trees that describe its state."""
 
     init: Callable[[], TrainState]
-    """a fresh state, made where it belongs"""
+    """() -> the state of step 0, sharded"""
     step: Any
     """jitted (state, batch [a, B / a, S]) -> (state, StepMetrics); donates the state"""
     evaluate: Any
-    """jitted (params, batch [1, B, S]) -> (sum of nll, number of real labels)"""
+    """jitted (params, batch [1, B, S]) -> (sum of negative log-likelihoods, number of labels)"""
     abstract_state: TrainState
     """shapes, dtypes and shardings"""
     paddings: TrainState
     """for each array, the object that pads its layout-independent array to the stored shape and back"""
     batch_sharding: NamedSharding
-    """of [a, B / a, S]"""
+    """sharding of a batch [a, B / a, S], a: micro-batches"""
 
     def abstract_batch(self, shape: tuple[int, int, int]) -> Batch:
-        """Shapes of a batch, to compile for."""
+        """Returns an abstract batch, to compile for."""
         array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
         return Batch(array, array, array, array)
 

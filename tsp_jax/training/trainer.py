@@ -18,7 +18,7 @@ from tsp_jax.hardware.compiler_options import compiler_options
 from tsp_jax.layout import Placement, check_fits, get_layout, make_mesh, parse_mesh
 from tsp_jax.training.checkpoint import Checkpoints
 from tsp_jax.training.data import Splits, load_splits, prefetch
-from tsp_jax.training.distributed import is_writer, report, report_once, write_whole
+from tsp_jax.training.distributed import is_writer, report, report_once, write_atomically
 from tsp_jax.training.init_from import check_init_from, init_state
 from tsp_jax.training.metrics import (
     MetricsFile,
@@ -66,13 +66,13 @@ def _train(config: Config, name: str, optimizer: optax.GradientTransformation | 
     workdir = open_workdir(config)
     program = make_program(config, placement, optimizer)
     checkpoints = Checkpoints(workdir / "checkpoints", program, config, splits.digest, report)
-    start = checkpoints.newest_whole() or 0
+    start = checkpoints.newest_undamaged() or 0
     for difference in checkpoints.check(start) if start else []:
         console.print(f"resuming with a difference: {difference}", highlight=False, soft_wrap=True)
     if start >= config.steps and (workdir / "summary.json").exists():
         return _already_complete(config, start, console)
 
-    write_whole(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+    write_atomically(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     compiled = _compile(config, program, console)
     origin = f"restored step {start}" if start else "starting afresh"
     console.print(f"{origin} on {describe(placement)}", highlight=False)
@@ -146,7 +146,7 @@ def _finish(config: Config, name: str, placement: Placement, compiled: Any, cons
     if not plot_losses(lines, workdir / "loss.png"):
         console.print('no loss.png: pip install "tsp-jax[viz]" brings matplotlib', highlight=False, soft_wrap=True)
     summary = summarize(config, name, placement, compiled, lines)
-    write_whole(workdir / "summary.json", json.dumps(summary, indent=1))
+    write_atomically(workdir / "summary.json", json.dumps(summary, indent=1))
     print_summary(summary, console)
     return summary
 
@@ -214,7 +214,7 @@ class TrainLoop:
             self._save(state, done)
         self.checkpoints.close(done)
         if done < self.config.steps or done not in self.metrics.evaluations:
-            raise RunStopped(f"asked to; step {done} of {self.config.steps} is saved, start again to go on", PREEMPTED)
+            raise RunStopped(f"by a signal; step {done} of {self.config.steps} is saved; start again", PREEMPTED)
 
     def _due(self, done: int, every: int) -> bool:
         return done == self.config.steps or (every > 0 and done % every == 0)

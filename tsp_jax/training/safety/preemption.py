@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: save and leave, at most one step later; a second one leaves at once."""
+"""SIGTERM and SIGINT: the run saves and exits, at most one step later; a second signal exits at once."""
 
 import contextlib
 import os
@@ -19,15 +19,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """Catches the signals while it is entered.
+    """Context manager that catches the signals.
 
     A thread reads them from the pipe that Python's C handler writes to, because a Python handler has to wait for the
-    main thread, which may be compiling for minutes. Outside the main thread of a process it catches nothing.
+    main thread, which may be compiling for minutes. Entered outside the main thread it catches nothing.
     """
 
     def __init__(self):
         self.requested: Future[int] = Future()
-        """done once a signal came; wait for it along with other futures"""
+        """done after a signal; can be waited for together with other futures"""
         self._noticed = self._protected = False
         self._lock = threading.Lock()
         self._exits = contextlib.ExitStack()
@@ -39,7 +39,9 @@ class StopSignals:
         pipe.setblocking(False)
         thread = threading.Thread(target=self._read, args=(reader,), name="tsp_signals", daemon=True)
         thread.start()
-        self._exits.callback(lambda: (pipe.close(), thread.join(), reader.close()))  # last, when nothing writes to it
+        self._exits.callback(
+            lambda: (pipe.close(), thread.join(), reader.close())
+        )  # last, when nothing writes to the pipe
         before = signal.set_wakeup_fd(pipe.fileno(), warn_on_full_buffer=False)
         self._exits.callback(signal.set_wakeup_fd, before)
         for number in SIGNALS:
@@ -51,16 +53,16 @@ class StopSignals:
 
     @property
     def asked(self) -> bool:
-        """Whether a signal came."""
+        """Whether a signal was received."""
         return self._noticed or self.requested.done()
 
     def protect(self) -> None:
-        """From now on there are steps to save: a signal is a request. Before, it ends the process at once."""
+        """From now on a signal is a request to save and exit. Before, it ends the process at once: nothing to save."""
         with self._lock:
             self._protected = True
 
     def _notice(self, *_) -> None:
-        self._noticed = True  # the main thread need not wait for the other one to have its turn
+        self._noticed = True  # the main thread need not wait until the other thread runs
 
     def _read(self, reader: socket.socket) -> None:
         while received := reader.recv(1):
@@ -72,16 +74,16 @@ class StopSignals:
                 if not self._protected:
                     _leave(f"{name} before the first step: nothing to save", PREEMPTED)
                 if self.requested.done():
-                    _leave(f"second signal ({name}): left at once, without saving", 128 + number)
-                print(f"{name}: saving, then leaving; once more leaves at once", file=sys.stderr, flush=True)
+                    _leave(f"second signal ({name}): exited at once, without saving", 128 + number)
+                print(f"{name}: saving, then exiting; a second signal exits at once", file=sys.stderr, flush=True)
                 self.requested.set_result(number)
 
 
 class Agreement:
-    """Whether any process was asked to stop, told to all of them at the same step.
+    """Tells all processes at the same step whether any of them was asked to stop.
 
-    With one process that is its own signal. With several, each step brings one integer a device to a sum, whose result
-    is read a step later, when it is there, so that nothing waits for it.
+    With several processes each step starts a maximum over one integer per device. Its result is read a step later, so
+    that nothing waits for it.
     """
 
     def __init__(self, signals: StopSignals):
@@ -93,7 +95,7 @@ class Agreement:
             self._any = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def __call__(self) -> bool:
-        """Call once after each step."""
+        """Returns whether to stop; call it once after each step."""
         asked = self.signals.asked
         if jax.process_count() == 1:
             return asked

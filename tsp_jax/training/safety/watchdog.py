@@ -1,4 +1,4 @@
-"""A run that stops moving says where, and ends."""
+"""Ends a run that hangs, and prints where it hangs."""
 
 import faulthandler
 import os
@@ -11,19 +11,19 @@ import jax
 from tsp_jax.errors import HUNG
 
 LINGER_S = 2.0
-"""many processes: seconds between a process's stacks and its end, for those that wait for it to print theirs"""
+"""several processes: seconds from printing the stacks to the exit, so that the others can print theirs"""
 
 
-_STDERR = 2  # the descriptor: whatever sys.stderr is, it may have none
+_STDERR = 2  # file descriptor; sys.stderr may have none
 
 
 class Watchdog:
-    """While entered: if `pet` is not called for some seconds, writes every thread's stack to stderr and exits with 76.
+    """Context manager: if `pet` is not called in time, prints the stack of every thread and exits with code 76.
 
-    Each process has its own, so those that wait for a stuck one leave too.
+    Each process has its own watchdog, so processes that wait for one that hangs exit too.
 
     Args:
-      deadline_s: the seconds; 0: never.
+      deadline_s: seconds allowed between two calls of `pet`; 0: any number.
     """
 
     def __init__(self, deadline_s: float):
@@ -45,10 +45,14 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def pet(self, what: str) -> None:
-        """Something was done, `what`: there is another deadline from now on."""
+        """Restarts the deadline.
+
+        Args:
+          what: what was done last, for the message.
+        """
         self._last, self._what = time.monotonic(), what
         if self.deadline_s:
-            # from C, with exit code 1, in case something hangs and keeps Python's lock
+            # from C, with exit code 1, in case something hangs while it holds Python's lock
             faulthandler.dump_traceback_later(self.deadline_s + LINGER_S + 1, exit=True, file=_STDERR)
 
     def _watch(self) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.builders.cli import BAD, SMALL
 from tests.builders.runs import ROOT, compile_once, finish, numbers, small_config, start_train, write_config
 from tsp_jax.config import FaultsConfig
 from tsp_jax.errors import NOT_SAVED, REFUSED, ConfigError, RunStopped
@@ -287,8 +288,6 @@ def test_devices_come_and_go_and_the_run_goes_on(tmp_path, monkeypatch):
 
 def test_sixty_bad_inputs_are_refused_within_seconds(tmp_path):
     """As processes: exit code 2, one line, under 5 s of processor time, nothing compiled, nothing written."""
-    from tests.tools.test_cli import BAD, SMALL  # the flags that other tests run in this process
-
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("for line in text: print(line)\n" * 300)
     extra = {

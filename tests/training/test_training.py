@@ -10,10 +10,12 @@ import jax
 import numpy as np
 import pytest
 
+from tests.builders.runs import compile_once, numbers, write_text
 from tsp_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, StreamConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.heads import to_logical
 from tsp_jax.layout import LAYOUTS, place
+from tsp_jax.training import trainer
 from tsp_jax.training.checkpoint import Checkpoints
 from tsp_jax.training.corpus import load_corpus
 from tsp_jax.training.data import Batches, sequence_order
@@ -30,12 +32,7 @@ LOSS_TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """A glob of 60 small documents."""
-    folder = tmp_path_factory.mktemp("text")
-    words = ["def", "return", "import", "self", "value", "for", "in", "range", "yield", "lambda", "class"]
-    rng = np.random.default_rng(0)
-    for number in range(60):
-        (folder / f"{number:02}.txt").write_text(" ".join(rng.choice(words, 60)))
-    return str(folder / "*.txt")
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture
@@ -278,7 +275,15 @@ def test_resuming_with_other_data_or_seed_says_so(config, saved, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole_run(text, tmp_path_factory):
+def compiled_once():
+    """Runs of like configurations share one compiled step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "make_program", compile_once(make_program))
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole_run(text, tmp_path_factory, compiled_once):
     """A run of eight steps with a checkpoint after every second."""
     folder = tmp_path_factory.mktemp("whole")
     config = Config(
@@ -333,11 +338,6 @@ def test_resuming_is_bitwise(step, whole_run, tmp_path):
     shutil.copy(original / "metrics.jsonl", tmp_path)  # with lines of steps that are to be done again
     resumed = dataclasses.replace(config, workdir=str(tmp_path), data=dataclasses.replace(config.data, prefetch=1))
     train(resumed, "small")
-
-    def numbers(folder):
-        return [
-            {k: v for k, v in line.items() if k != "tokens_per_s"} for line in read_metrics(folder / "metrics.jsonl")
-        ]
 
     assert numbers(tmp_path) == numbers(original)
     program = make_program(config, place("tsp", data=2, tsp=4))

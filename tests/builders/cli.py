@@ -1,0 +1,36 @@
+"""Command lines: flags that make a configuration small, and flags that are refused."""
+
+SIZES = {"d-model": 16, "num-layers": 1, "num-heads": 4, "num-kv-heads": 2, "head-dim": 4, "d-ff": 48}
+RUN = {"seq-len": 96, "batch": 4, "optimizer.warmup-steps": 1, "eval-batches": 1}
+SMALL = [f"--model.{name}={value}" for name, value in SIZES.items()] + [f"--{name}={RUN[name]}" for name in RUN]
+"""makes any configuration small"""
+
+BAD = {
+    "unknown layout": (["--layout", "tps"], ["layout=tps", "tp_sp"]),
+    "unknown axis": (["--mesh", "model=2"], ["'model'", "tsp"]),
+    "axis without size": (["--mesh", "tsp"], ["'tsp'", "axis=size"]),
+    "axis of size zero": (["--mesh", "tsp=0"], ["tsp=0", "axis=size"]),
+    "axis twice": (["--mesh", "tsp=2,tsp=2"], ["twice"]),
+    "mesh larger than the devices": (
+        ["--mesh", "tsp=16", "--seq-len", "192"],
+        ["16", "there are 8", "--cpu-devices 16"],
+    ),
+    "indivisible sequence": (["--seq-len", "100"], ["seq_len=100", "use 112"]),
+    "indivisible ffn": (["--model.d-ff", "50"], ["model.d_ff=50", "use 56"]),
+    "indivisible vocabulary": (["--model.vocab-size", "300"], ["model.vocab_size=300", "use 304"]),
+    "indivisible batch": (["--mesh", "data=4,tsp=2", "--batch", "6"], ["batch=6", "use 8"]),
+    "indivisible micro-batch": (["--accumulate", "3"], ["batch=4", "accumulate=3", "use 6"]),
+    "heads": (["--model.num-heads", "5"], ["model.num_heads=5", "model.num_heads=6"]),
+    "odd head size": (["--model.head-dim", "5"], ["model.head_dim=5", "model.head_dim=6"]),
+    "negative": (["--batch", "-1"], ["batch=-1", "use 1"]),
+    "not a number": (["--steps", "many"], ["--steps", "many"]),
+    "missing value": (["--steps"], ["--steps"]),
+    "unknown flag": (["--stpes", "3"], ["--stpes", "--steps"]),
+    "unknown choice": (["--remat", "some"], ["some", "save_attention"]),
+    "warm-up longer than the run": (["--steps", "10", "--optimizer.warmup-steps", "10"], ["optimizer.warmup_steps=10"]),
+    "no such files": (["--data.files", "nowhere/*.txt"], ["data.files", "nowhere"]),
+    "empty workdir": (["--workdir", ""], ["workdir=''"]),
+    "sequence longer than the text": (["--seq-len", "96000"], ["seq_len=96000"]),
+    "small vocabulary": (["--model.vocab-size", "96"], ["model.vocab_size=96", "token id", "use model.vocab_size="]),
+}
+"""name -> (flags, words of the line that refuses them)"""

@@ -1,0 +1,323 @@
+"""Corpora: the tokenizer, the two splits, the cache, and files that are refused."""
+
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tsp_jax.config import DataConfig
+from tsp_jax.errors import ConfigError
+from tsp_jax.training import corpus as corpus_module
+from tsp_jax.training.corpus import SPLITS, ByteTokenizer, Corpus, load_corpus
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataConfig:
+    """A glob of text files, none there yet."""
+    return DataConfig(files=str(tmp_path / "text" / "**" / "*.txt"), cache_dir=str(tmp_path / "cache"))
+
+
+def write_files(folder: Path, contents: dict[str, bytes]) -> None:
+    for name, content in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def write_many(folder: Path, count: int) -> dict[str, bytes]:
+    contents = {f"part{i % 3}/file{i:03}.txt": f"file {i} holds this.".encode() * (i % 4) for i in range(count)}
+    write_files(folder, contents)
+    return contents
+
+
+def documents_of(corpus: Corpus) -> list[bytes]:
+    return [part.astype(np.uint8).tobytes() for part in np.split(corpus.tokens, corpus.starts[1:])]
+
+
+# --- tokenizer
+
+
+def test_bytes_round_trip():
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode("naïve → 文")
+    assert ids.dtype == np.uint8
+    assert tokenizer.decode(ids) == "naïve → 文"
+    np.testing.assert_array_equal(tokenizer.encode(b"\xff\x00"), [255, 0])
+
+
+def test_decode_leaves_out_what_is_no_byte():
+    assert ByteTokenizer().decode([104, 256, 105, -1, 70_000, 33]) == "hi!"
+    assert ByteTokenizer().decode(np.array([104, 0xFF])) == "h\N{REPLACEMENT CHARACTER}"
+
+
+# --- corpus
+
+
+def test_files_become_documents_in_path_order(data: DataConfig, tmp_path: Path):
+    contents = write_many(tmp_path / "text", 200)
+    splits = {split: load_corpus(data, 256, split) for split in SPLITS}
+    held = set(documents_of(splits["heldout"]))
+    expected = [content for _, content in sorted(contents.items()) if content and content not in held]
+    assert documents_of(splits["train"]) == expected
+    assert splits["train"].tokens.dtype == np.uint8
+    assert splits["train"].starts.dtype == np.int64
+
+
+def test_held_out_files_are_few_and_disjoint_from_train(data: DataConfig, tmp_path: Path):
+    contents = write_many(tmp_path / "text", 400)
+    train, held = (documents_of(load_corpus(data, 256, split)) for split in SPLITS)
+    assert sorted(train + held) == sorted(filter(None, contents.values()))
+    assert not set(train) & set(held)
+    assert 1 <= len(held) <= 18  # 300 files with text, one in 50
+
+
+def test_new_files_leave_the_others_in_their_split(data: DataConfig, tmp_path: Path):
+    contents = write_many(tmp_path / "text", 200)
+    before = set(documents_of(load_corpus(data, 256, "heldout")))
+    write_many(tmp_path / "text", 300)
+    after = set(documents_of(load_corpus(data, 256, "heldout")))
+    assert after & set(contents.values()) == before
+
+
+def test_last_file_is_held_out_when_the_hash_takes_none(data: DataConfig, tmp_path: Path):
+    write_files(tmp_path / "text", {"b.txt": b"second", "a.txt": b"first", "c.txt": b"third", "d.txt": b""})
+    assert documents_of(load_corpus(data, 256, "train")) == [b"first", b"second"]
+    assert documents_of(load_corpus(data, 256, "heldout")) == [b"third"]
+
+
+def test_last_file_is_held_out_when_the_hash_takes_all(data: DataConfig, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "HELD_OUT", 1)
+    write_files(tmp_path / "text", {"a.txt": b"first", "b.txt": b"second"})
+    assert documents_of(load_corpus(data, 256, "train")) == [b"first"]
+
+
+@pytest.mark.parametrize(("length", "held"), [(2, 1), (99, 1), (1000, 20)])
+def test_one_file_gives_its_end_to_heldout(data: DataConfig, tmp_path: Path, length: int, held: int):
+    content = bytes(range(250)) * 4
+    write_files(tmp_path / "text", {"only.txt": content[:length]})
+    assert documents_of(load_corpus(data, 256, "train")) == [content[: length - held]]
+    assert documents_of(load_corpus(data, 256, "heldout")) == [content[length - held : length]]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "npy"])
+def test_files_longer_than_a_chunk_are_read_whole(tmp_path: Path, monkeypatch, suffix: str):
+    monkeypatch.setattr(corpus_module, "_CHUNK", 7)
+    content = np.arange(100, 200, dtype=np.uint8)
+    if suffix == "txt":
+        content.tofile(tmp_path / "only.txt")
+    else:
+        np.save(tmp_path / "only.npy", content.astype(np.int64))
+    data = DataConfig(files=str(tmp_path / f"only.{suffix}"), cache_dir=str(tmp_path / "cache"))
+    parts = [load_corpus(data, 256, split).tokens for split in SPLITS]
+    np.testing.assert_array_equal(np.concatenate(parts), content)
+    assert [len(part) for part in parts] == [98, 2]
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(255, np.uint8), (256, np.uint16), (70_000, np.uint32)])
+def test_token_files_keep_their_ids_in_the_smallest_dtype(tmp_path: Path, largest: int, dtype: type):
+    np.save(tmp_path / "a.npy", np.array([3, 1, largest], np.int64))
+    np.save(tmp_path / "b.npy", np.array([2, 2], np.int16))
+    np.save(tmp_path / "empty.npy", np.array([], np.int32))
+    data = DataConfig(files=str(tmp_path / "*.npy"), cache_dir=str(tmp_path / "cache"))
+    train = load_corpus(data, largest + 1, "train")
+    assert train.tokens.dtype == dtype
+    np.testing.assert_array_equal(train.tokens, [3, 1, largest])
+    np.testing.assert_array_equal(load_corpus(data, largest + 1, "heldout").tokens, [2, 2])
+
+
+def test_default_corpus_is_the_standard_library(tmp_path: Path, monkeypatch):
+    library = tmp_path / "lib"
+    kept = {"abc.py": b"import io", "json/decoder.py": b"import re", "readme.txt": b"not Python"}
+    left_out = {"site-packages/x.py": b"x", "json/__pycache__/y.py": b"y", "dist-packages/z.py": b"z"}
+    write_files(library, kept | left_out)
+    monkeypatch.setattr(sysconfig, "get_path", {"stdlib": str(library)}.__getitem__)
+    data = DataConfig(cache_dir=str(tmp_path / "cache"))
+    documents = [documents_of(load_corpus(data, 256, split)) for split in SPLITS]
+    assert documents == [[b"import io"], [b"import re"]]
+
+
+def test_cache_is_where_xdg_says(tmp_path: Path, monkeypatch):
+    write_files(tmp_path, {"a.txt": b"first", "b.txt": b"second"})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    load_corpus(DataConfig(files=str(tmp_path / "*.txt")), 256, "train")
+    assert len(list((tmp_path / "xdg" / "tsp_jax").glob("*/train.npy"))) == 1
+
+
+def test_a_cached_corpus_is_not_read_again(data: DataConfig, tmp_path: Path, monkeypatch):
+    write_many(tmp_path / "text", 20)
+    built = load_corpus(data, 256, "train")
+    monkeypatch.setattr(np, "fromfile", None)
+    loaded = load_corpus(data, 256, "train")
+    np.testing.assert_array_equal(loaded.tokens, built.tokens)
+    assert loaded.digest == built.digest
+
+
+def test_a_changed_file_is_read_again(data: DataConfig, tmp_path: Path):
+    write_files(tmp_path / "text", {"a.txt": b"first", "b.txt": b"second"})
+    before = load_corpus(data, 256, "train")
+    write_files(tmp_path / "text", {"a.txt": b"again"})
+    os.utime(tmp_path / "text" / "a.txt", (1, 1))  # in case the clock did not move on between the writes
+    after = load_corpus(data, 256, "train")
+    assert documents_of(after) == [b"again"]
+    assert after.digest != before.digest
+
+
+def test_digest_depends_on_content_alone(tmp_path: Path):
+    digests = []
+    for folder in ("here", "there"):
+        write_files(tmp_path / folder, {"a.txt": b"first", "b.txt": b"second"})
+        data = DataConfig(files=str(tmp_path / folder / "*.txt"), cache_dir=str(tmp_path / "cache"))
+        digests.append(load_corpus(data, 256, "train").digest)
+    assert digests[0] == digests[1]
+
+
+def test_an_interrupted_build_leaves_nothing(data: DataConfig, tmp_path: Path, monkeypatch):
+    write_many(tmp_path / "text", 20)
+    save = np.save
+
+    def interrupted(path: Path, array: np.ndarray) -> None:
+        save(path, array)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(np, "save", interrupted)
+        load_corpus(data, 256, "train")
+    assert not list((tmp_path / "cache").iterdir())
+    assert len(load_corpus(data, 256, "train").tokens)
+
+
+def test_two_builds_at_once_both_succeed(data: DataConfig, tmp_path: Path, monkeypatch):
+    write_many(tmp_path / "text", 20)
+    rename = os.rename
+
+    def after_another_process(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        load_corpus(data, 256, "train")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", after_another_process)
+    assert len(load_corpus(data, 256, "train").tokens)
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert (folder / "corpus.json").is_file()
+
+
+# --- bad input
+
+
+def expect_refusal(data: DataConfig, *parts: str, vocab_size: int = 256) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_corpus(data, vocab_size, "train")
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_refuses_a_glob_without_files(data: DataConfig):
+    expect_refusal(data, f"data.files={data.files!r} matches no file", "use data.files=")
+
+
+def test_refuses_a_folder_and_says_which_glob_to_use(tmp_path: Path):
+    write_files(tmp_path / "text", {"a.txt": b"first"})
+    data = DataConfig(files=str(tmp_path / "text"), cache_dir=str(tmp_path))
+    expect_refusal(data, "matches no file", f"use data.files={tmp_path / 'text' / '**' / '*.txt'}")
+
+
+def test_ignores_folders_among_the_matches(data: DataConfig, tmp_path: Path):
+    write_files(tmp_path / "text", {"a.txt": b"first", "b.txt": b"second", "folder.txt/x.bin": b"no"})
+    assert documents_of(load_corpus(data, 256, "train")) == [b"first"]
+
+
+@pytest.mark.parametrize("contents", [(b"", b""), (b"x", b"")])
+def test_refuses_files_without_tokens_for_two_splits(data: DataConfig, tmp_path: Path, contents: tuple[bytes, bytes]):
+    write_files(tmp_path / "text", {"a.txt": contents[0], "b.txt": contents[1]})
+    expect_refusal(data, "data.files=", f"{len(contents[0])} tokens in all; use 2 or more")
+
+
+def test_refuses_a_dangling_link(data: DataConfig, tmp_path: Path):
+    write_files(tmp_path / "text", {"a.txt": b"first"})
+    (tmp_path / "text" / "b.txt").symlink_to(tmp_path / "nowhere")
+    expect_refusal(data, "data.files=", "b.txt, which cannot be read (No such file", "narrower glob")
+
+
+def test_refuses_a_file_that_may_not_be_read(data: DataConfig, tmp_path: Path, monkeypatch):
+    write_files(tmp_path / "text", {"a.txt": b"first", "b.txt": b"second"})
+
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")  # chmod would not stop a test that root runs
+
+    monkeypatch.setattr(np, "fromfile", denied)
+    expect_refusal(data, "a.txt, which cannot be read (Permission denied)", "make it readable")
+
+
+def test_refuses_a_file_that_shrinks_while_read(data: DataConfig, tmp_path: Path, monkeypatch):
+    write_files(tmp_path / "text", {"a.txt": b"first", "b.txt": b"second"})
+    read = np.fromfile
+    monkeypatch.setattr(np, "fromfile", lambda *args, **kwargs: read(*args, **kwargs)[:-1])
+    expect_refusal(data, "a.txt changed while it was read; run again")
+
+
+@pytest.mark.parametrize(
+    ("array", "what"),
+    [
+        (np.zeros((2, 3), np.int32), "is int32 [2, 3]"),
+        (np.zeros(3, np.float32), "is float32 [3]"),
+        (np.zeros(3, bool), "is bool [3]"),
+        (np.array([4, -1, 2]), "holds -1"),
+        (np.array([4, 2**32]), f"holds {2**32}"),
+        (np.array([None]), "is not a whole .npy array"),
+    ],
+    ids=["matrix", "float", "bool", "negative", "large", "object"],
+)
+def test_refuses_arrays_that_are_no_token_ids(tmp_path: Path, array: np.ndarray, what: str):
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    data = DataConfig(files=str(tmp_path / "*.npy"), cache_dir=str(tmp_path / "cache"))
+    expect_refusal(data, "data.files=", f"a.npy {what}", "one dimension of integers from 0")
+
+
+@pytest.mark.parametrize("content", [b"", b"text, not an array"])
+def test_refuses_npy_files_that_are_no_arrays(tmp_path: Path, content: bytes):
+    write_files(tmp_path, {"a.npy": content})
+    data = DataConfig(files=str(tmp_path / "*.npy"), cache_dir=str(tmp_path / "cache"))
+    expect_refusal(data, "a.npy is not a whole .npy array")
+
+
+def test_refuses_text_and_token_files_together(tmp_path: Path):
+    write_files(tmp_path, {"a.txt": b"text"})
+    np.save(tmp_path / "b.npy", np.arange(3))
+    data = DataConfig(files=str(tmp_path / "[ab].*"), cache_dir=str(tmp_path / "cache"))
+    expect_refusal(data, "both text and token ids", "a glob of one kind")
+
+
+def test_refuses_a_vocabulary_without_room_for_text(data: DataConfig, tmp_path: Path):
+    write_files(tmp_path / "text", {"a.txt": b"first", "b.txt": b"\xfe"})
+    expect_refusal(
+        data, "model.vocab_size=200 is too small for token id 254 in", "b.txt; use model.vocab_size=256", vocab_size=200
+    )
+    assert len(load_corpus(data, 255, "train").tokens)
+
+
+def test_refuses_a_vocabulary_without_room_for_ids_of_either_split(tmp_path: Path):
+    for name, ids in (("a", [1, 2]), ("b", [3, 1000])):
+        np.save(tmp_path / f"{name}.npy", np.array(ids))
+    data = DataConfig(files=str(tmp_path / "*.npy"), cache_dir=str(tmp_path / "cache"))
+    expect_refusal(data, "token id 1000 in", "b.npy; use model.vocab_size=1001", vocab_size=1000)
+
+
+def test_refuses_a_cache_that_cannot_be_written(data: DataConfig, tmp_path: Path):
+    write_files(tmp_path / "text", {"a.txt": b"first", "b.txt": b"second"})
+    write_files(tmp_path, {"cache": b"a file stands where the folder should"})
+    expect_refusal(data, f"data.cache_dir={data.cache_dir!r} cannot be written", "use data.cache_dir=")
+
+
+def test_refuses_a_damaged_cache(data: DataConfig, tmp_path: Path):
+    write_files(tmp_path / "text", {"a.txt": b"first", "b.txt": b"second"})
+    load_corpus(data, 256, "train")
+    (tokens,) = (tmp_path / "cache").glob("*/train.npy")
+    tokens.write_bytes(b"")
+    expect_refusal(data, "damaged corpus; delete", str(tokens.parent))
+    shutil.rmtree(tokens.parent)
+    assert len(load_corpus(data, 256, "train").tokens)

@@ -54,7 +54,7 @@ def chunked(tokens: int, *, batch: int = B, length: int = T, updated_dtype=jnp.f
     label = np.arange(batch * length, dtype=np.int32).reshape(batch, length) % 7
     x, grad = normal(0, batch, length, D), normal(1, batch, length, D)
     y = jnp.asarray(normal(2, batch, length, D), updated_dtype)
-    run = jax.jit(lambda y, x, label, grad: over_chunks(body, {"y": y}, (x, (label, grad)), tokens=tokens))
+    run = jax.jit(lambda y, x, label, grad: over_chunks(body, {"y": y}, (x, (label, grad)), chunk_tokens=tokens))
     return jax.device_get(run(y, x, label, grad)), sizes
 
 
@@ -98,28 +98,28 @@ over_token_counts = pytest.mark.parametrize(
 @over_token_counts
 def test_mlp_does_not_depend_on_tokens_at_a_time(layout, tokens):
     actual = compiled_value_and_grads(
-        sharded_mlp(layout, Stream(buckets=5, tokens=tokens)), activations(4), *mlp_args()
+        sharded_mlp(layout, Stream(buckets=5, chunk_tokens=tokens)), activations(4), *mlp_args()
     )
     assert_trees_near(actual, desired_mlp("silu"), F32_TOLERANCE)
 
 
 @over_token_counts
 def test_loss_does_not_depend_on_tokens_at_a_time(layout, tokens):
-    f = sharded_cross_entropy(layout, Stream(buckets=3, tokens=tokens))
+    f = sharded_cross_entropy(layout, Stream(buckets=3, chunk_tokens=tokens))
     assert_trees_near(compiled_value_and_grads(f, CE_COTANGENTS, *ce_args()), desired_cross_entropy(), F32_TOLERANCE)
 
 
 @pytest.mark.parametrize(("layout", "tokens"), [("single", 7), ("tsp8", 4)])
 def test_embedding_does_not_depend_on_tokens_at_a_time(layout, tokens):
-    check_embedding(sharded_embed(layout, Stream(buckets=3, tokens=tokens)), ids())
+    check_embedding(sharded_embed(layout, Stream(buckets=3, chunk_tokens=tokens)), ids())
 
 
 @pytest.mark.parametrize(
     ("layout", "heads", "stream", "exchange_buckets"),
     [
-        ("tsp2", "multi_head", Stream(tokens=6), 4),
-        ("tsp8", "multi_head", Stream(tokens=4), 2),
-        ("partial2_4", "shared_kv_heads", Stream("activations", tokens=8), 100),
+        ("tsp2", "multi_head", Stream(chunk_tokens=6), 4),
+        ("tsp8", "multi_head", Stream(chunk_tokens=4), 2),
+        ("partial2_4", "shared_kv_heads", Stream("activations", chunk_tokens=8), 100),
     ],
 )
 def test_attention_does_not_depend_on_tokens_or_heads_at_a_time(layout, heads, stream, exchange_buckets):
@@ -148,7 +148,7 @@ def holds(shapes: set[tuple[int, ...]], tokens: int, columns: int) -> bool:
 @functools.cache
 def shapes_of(op: str, tokens: int) -> set[tuple[int, ...]]:
     """Of value and gradients."""
-    x, stream = normal(0, 1, LENGTH, WIDTH), Stream(tokens=tokens)
+    x, stream = normal(0, 1, LENGTH, WIDTH), Stream(chunk_tokens=tokens)
     if op == "mlp":
         weights = [normal(seed, FFN, WIDTH) for seed in (1, 2, 3)]
         return arrays_of(jax.grad(lambda *args: mlp(*args, stream=stream).sum(), (0, 1, 2, 3)), x, *weights)

@@ -73,7 +73,7 @@ def places(bucket, number: int) -> jax.Array:
     """Rows of the gathered weight that a bucket's rows are, as `Bucket` documents."""
     rows = bucket.arrays[number].shape[0] // bucket.num_ranks
     i = jnp.arange(bucket.num_ranks * rows)
-    return (bucket.first_rank + i // rows) * ROWS[number] + bucket.slice_index * rows + i % rows
+    return (bucket.first_rank + i // rows) * ROWS[number] + bucket.index_in_shard * rows + i % rows
 
 
 @over_meshes
@@ -107,7 +107,7 @@ def test_find_finds_every_row_in_one_piece(stream, mesh):
     wanted = jnp.arange(-ROWS[0], (ranks + 1) * ROWS[0])  # those outside of the weight are in no bucket
 
     def body(carry, bucket):
-        index, inside = bucket.find(wanted, ROWS[0])
+        index, inside = bucket.find(wanted)
         found = jnp.where(inside[:, None], bucket.arrays[0][index], 0.0)
         return (carry[0] + found, carry[1] + inside.astype(jnp.float32)), None
 

@@ -70,7 +70,7 @@ def _make_stream(
         movement="gather" if whole else choose_movement(movement, traffic),
         buckets=1 if whole else sharding.weight_buckets(rows, elements, bucket_bytes),
         grad_dtype=config.grad_dtype,
-        tokens=config.chunk_tokens,
+        chunk_tokens=config.chunk_tokens,
         token_buckets=sharding.token_buckets(d_model, bucket_bytes),
     )
 

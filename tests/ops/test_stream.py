@@ -1,4 +1,4 @@
-"""Every bucket arrives where it should, once, and its gradient comes home."""
+"""Every bucket is visited once by every rank, and its gradient is reduced to its owner."""
 
 import functools
 
@@ -9,19 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
-from jax.experimental import io_callback
 from jax.sharding import PartitionSpec as P
 
 from tsp_jax.layout import largest_divisor, make_mesh
-from tsp_jax.ops.pipeline import pipelined
 from tsp_jax.ops.stream import Stream, over_buckets, over_buckets_with_grads, vary_alike, zeros
 
 ROWS, BUCKETS, D = (6, 12), 3, 2
-"""rows that a rank holds of each weight: different, so that a wrong packing shows"""
+"""rows of each weight per rank: different, so that wrong packing shows"""
 MESHES = {"no_axes": {}, "1": {"a": 1}, "2": {"a": 2}, "3": {"a": 3}, "8": {"a": 8}, "2x4": {"a": 2, "b": 4}}
 MOVEMENTS = ("gather", "ring")
 BF16_TOLERANCE = 2**-6
-"""relative; a sum over 8 ranks of bfloat16s, each rounded to 8 bits, up to three times on its way"""
+"""relative; a sum over 8 ranks of bfloat16s, each rounded to 8 bits, up to three times"""
 
 over_meshes = pytest.mark.parametrize("mesh", MESHES)
 over_streams = pytest.mark.parametrize(
@@ -33,7 +31,7 @@ def num_ranks(mesh: str) -> int:
     return int(np.prod(list(MESHES[mesh].values())))
 
 
-def num_pieces(stream: Stream, mesh: str) -> int:
+def num_buckets(stream: Stream, mesh: str) -> int:
     if stream.movement == "gather" or not MESHES[mesh]:
         return stream.buckets
     return num_ranks(mesh)
@@ -60,7 +58,7 @@ def on_mesh(mesh: str, local, *arrays, out_specs):
 
 
 def weigh(axes, arrays):
-    """Each times 1 + this device's rank: what no two devices agree on."""
+    """Each times 1 + this device's rank, so that no two devices have the same."""
     weight = 1.0 + jax.lax.axis_index(axes).astype(jnp.float32) if axes else jnp.float32(1)
     return tuple(weight * array for array in arrays)
 
@@ -73,7 +71,7 @@ def places(bucket, number: int) -> jax.Array:
     """Rows of the gathered weight that a bucket's rows are, as `Bucket` documents."""
     rows = bucket.arrays[number].shape[0] // bucket.num_ranks
     i = jnp.arange(bucket.num_ranks * rows)
-    return (bucket.first_rank + i // rows) * ROWS[number] + bucket.slice_index * rows + i % rows
+    return (bucket.first_rank + i // rows) * ROWS[number] + bucket.index_in_shard * rows + i % rows
 
 
 @over_meshes
@@ -102,12 +100,12 @@ def test_every_row_is_visited_once_in_its_place(stream, mesh):
 
 @over_meshes
 @over_streams
-def test_find_finds_every_row_in_one_piece(stream, mesh):
+def test_find_finds_every_row_in_one_bucket(stream, mesh):
     ranks = num_ranks(mesh)
     wanted = jnp.arange(-ROWS[0], (ranks + 1) * ROWS[0])  # those outside of the weight are in no bucket
 
     def body(carry, bucket):
-        index, inside = bucket.find(wanted, ROWS[0])
+        index, inside = bucket.find(wanted)
         found = jnp.where(inside[:, None], bucket.arrays[0][index], 0.0)
         return (carry[0] + found, carry[1] + inside.astype(jnp.float32)), None
 
@@ -126,7 +124,7 @@ def test_find_finds_every_row_in_one_piece(stream, mesh):
 
 @over_meshes
 @over_streams
-def test_gradients_come_home_summed_over_ranks(stream, mesh):
+def test_gradients_are_summed_over_ranks_in_their_owner(stream, mesh):
     ranks = num_ranks(mesh)
 
     def local(shard, axes):
@@ -142,7 +140,7 @@ def test_gradients_come_home_summed_over_ranks(stream, mesh):
 
 @over_meshes
 @over_streams
-def test_outputs_are_stacked_in_the_order_of_pieces(stream, mesh):
+def test_outputs_are_stacked_in_the_order_of_buckets(stream, mesh):
     def body(carry, bucket):
         return carry + 1, (bucket.index * jnp.int32(1), carry)
 
@@ -151,10 +149,10 @@ def test_outputs_are_stacked_in_the_order_of_pieces(stream, mesh):
         _, ys = over_buckets(body, carry, shard, axes=axes, stream=stream, dtype=jnp.float32)
         return tuple(vary_alike(shard[0], y)[1][None] for y in ys)
 
-    indices, turns = on_mesh(mesh, local, *weights(mesh), out_specs=(0, 0))
-    buckets = np.broadcast_to(np.arange(num_pieces(stream, mesh)), indices.shape)
+    indices, steps = on_mesh(mesh, local, *weights(mesh), out_specs=(0, 0))
+    buckets = np.broadcast_to(np.arange(num_buckets(stream, mesh)), indices.shape)
     np.testing.assert_array_equal(indices, buckets)
-    np.testing.assert_array_equal(turns, buckets)
+    np.testing.assert_array_equal(steps, buckets)
 
 
 @over_streams
@@ -181,7 +179,7 @@ def test_the_carry_and_outputs_of_backward_are_those_of_forward(stream):
 
 @pytest.mark.parametrize("grad_dtype", ["float32", "bfloat16"])
 @over_streams
-def test_gradients_have_the_dtype_of_the_shard_and_travel_in_grad_dtype(stream, grad_dtype):
+def test_gradients_have_the_dtype_of_the_shard_and_are_sent_in_grad_dtype(stream, grad_dtype):
     stream = stream._replace(grad_dtype=grad_dtype)
     full = tuple(1 + np.random.default_rng(0).random(array.shape, np.float32) for array in weights("8"))
 
@@ -201,7 +199,7 @@ def test_gradients_have_the_dtype_of_the_shard_and_travel_in_grad_dtype(stream, 
 
 
 @over_streams
-def test_pieces_are_in_the_compute_dtype(stream):
+def test_buckets_are_in_the_compute_dtype(stream):
     seen = []
 
     def body(carry, bucket):
@@ -225,7 +223,7 @@ def test_largest_divisor(value, at_most):
     assert largest_divisor(value, at_most) == max(d for d in divisors(value) if d <= at_most)
 
 
-def test_vary_alike_sums_the_gradient_of_what_was_replicated():
+def test_vary_alike_sums_the_gradients_of_replicated_arrays():
     def local(x, w):
         x, w = vary_alike(x, w)
         return x * w
@@ -233,64 +231,6 @@ def test_vary_alike_sums_the_gradient_of_what_was_replicated():
     f = jax.shard_map(local, mesh=make_mesh({"a": 8}), in_specs=(P("a"), P()), out_specs=P("a"))
     x = np.arange(8, dtype=np.float32)
     assert jax.jit(jax.grad(lambda w: f(x, w).sum()))(jnp.ones(1)).tolist() == [28.0]
-
-
-# ------------------------------------------------------------------------------------------------ pipelines
-
-STEPS = (1, 2, 3, 5)
-
-
-def traced(steps: int, *, sends: bool, **how):
-    """What a pipeline does, in the order in which it runs, and what comes of it.
-
-    Messages tell which turn they are for and what the carry was when they were asked for; what leaves tells which turn
-    made it.
-    """
-    log = []
-
-    def note(event: str, *numbers) -> None:
-        io_callback(lambda *numbers: log.append((event, *map(int, numbers))), None, *numbers, ordered=True)
-
-    def fetch(carry, index):
-        note("fetch", index)
-        return jnp.int32(index), carry
-
-    def turn(carry, message, index):
-        note("turn", index)
-        return carry + 1, jnp.int32(index) if sends else (), (*message, carry)
-
-    def send(left, index):
-        note("send", index)
-        return left, jnp.int32(index)
-
-    run = jax.jit(lambda: pipelined(turn, fetch, send if sends else None, jnp.int32(0), steps, **how))
-    carry, homes, ys = jax.device_get(run())
-    jax.effects_barrier()
-    return log, carry, homes, ys
-
-
-def desired_log(steps: int, *, sends: bool, ahead: bool) -> list[tuple[str, int]]:
-    """Ahead: while turn i runs, the message of i + 1 is on its way, and what i - 1 made."""
-    log = [("fetch", 0)] if ahead else []
-    for i in range(steps):
-        before = [("fetch", i + 1)] * (i + 1 < steps) + [("send", i - 1)] * (sends and i > 0)
-        after = [("send", i)] * sends
-        log += [*before, ("turn", i)] if ahead else [("fetch", i), ("turn", i), *after]
-    return log + [("send", steps - 1)] * (sends and ahead)
-
-
-@pytest.mark.parametrize("sends", [False, True], ids=["keeps", "sends"])
-@pytest.mark.parametrize("remote", [True, False], ids=["remote", "local"])
-@pytest.mark.parametrize("steps", STEPS)
-def test_a_message_and_what_leaves_are_under_way_while_a_turn_runs(steps, remote, sends):
-    ahead = remote and steps > 1
-    log, carry, homes, (messages, carry_when_asked, carries) = traced(steps, sends=sends, remote=remote)
-    assert log == desired_log(steps, sends=sends, ahead=ahead)
-    turns = list(range(steps))
-    assert carry == steps
-    assert messages.tolist() == carries.tolist() == turns
-    assert carry_when_asked.tolist() == ([max(0, i - 1) for i in turns] if ahead else turns)
-    assert [home.tolist() for home in homes] == ([turns, turns] if sends else [])
 
 
 # ------------------------------------------------------------------------------------------------ zeros
@@ -304,13 +244,13 @@ FIRSTS = {
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
 @pytest.mark.parametrize(("like", "first"), [(like, first) for like, firsts in FIRSTS.items() for first in firsts])
-def test_zeros_are_zero_whatever_they_are_like(like, first, dtype):
+def test_zeros_are_zero_for_every_value_of_like(like, first, dtype):
     out = zeros((2, 3), dtype, like=jnp.full((2, 2), first, like))
     assert (out.shape, out.dtype) == ((2, 3), jnp.dtype(dtype))
     assert not np.asarray(out).view(f"uint{8 * out.dtype.itemsize}").any()  # nor is there a -0.0
 
 
-def test_zeros_are_made_of_what_they_are_like():
+def test_zeros_depend_on_like():
     """Else a compiler makes them once and keeps them; and they vary as a loop's carry must."""
 
     def local(x):

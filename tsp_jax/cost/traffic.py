@@ -204,8 +204,8 @@ def embed_traffic(
     sharding: OpSharding, movement: str, *, d_model: int, vocab_size: int, forward: bool = False
 ) -> Traffic:
     """The embedding."""
-    # Forward gathers ids and scatters x; backward gathers dx.
-    received = sharding.tokens_received((1 if forward else 2) * d_model * sharding.itemsize + INT32)
+    # Forward gathers ids and scatters x; backward gathers ids and dx.
+    received = sharding.tokens_received((1 if forward else 2) * (d_model * sharding.itemsize + INT32))
     sums = sharding.tensor_sum_bytes(sharding.tokens * d_model, sharding.itemsize)
     return _row_traffic(sharding, movement, vocab_size * d_model, received, sums, forward, again=False)
 
@@ -214,10 +214,11 @@ def loss_traffic(
     sharding: OpSharding, movement: str, *, d_model: int, vocab_size: int, forward: bool = False
 ) -> Traffic:
     """The output head and the cross-entropy."""
-    # Forward gathers x and labels and scatters two sums; backward gathers x, lse and two cotangents and scatters dx.
+    # Forward gathers x and labels and exchanges two sums; backward gathers x, labels, lse and two cotangents and
+    # scatters dx.
     per_token = d_model * sharding.itemsize + INT32 + 2 * FLOAT32
     if not forward:
-        per_token += 2 * d_model * sharding.itemsize + 3 * FLOAT32
+        per_token += 2 * d_model * sharding.itemsize + INT32 + 3 * FLOAT32
     # Per token a label's logit, a maximum and a sum, whether there is a label, and dx.
     sums = 3 * sharding.tensor_sum_bytes(sharding.tokens, FLOAT32) + sharding.tensor_sum_bytes(sharding.tokens, INT32)
     if not forward:

@@ -1,7 +1,9 @@
 """Cross-entropy over a sharded vocabulary, without [B, T, V] logits in forward or backward.
 
-Dims: B batch, t this device's tokens, T those of all R folded ranks, D model, v this device's rows of the vocabulary, p
-the rows of one bucket.
+Not a `rowwise` op: partial results of buckets are merged by an online log-sum-exp rather than summed.
+
+Dims: B batch, t this device's tokens, c tokens of a chunk, u tokens of one bucket of all R folded ranks, S tokens of
+all sequence ranks, D model, V vocabulary, v this device's rows of it, p rows of one bucket.
 """
 
 from collections.abc import Sequence
@@ -15,14 +17,13 @@ from tsp_jax.layout import Axes, AxisNames
 from tsp_jax.ops.chunks import over_chunks
 from tsp_jax.ops.embedding import local_ids
 from tsp_jax.ops.linear import matmul, matmul_t, outer
-from tsp_jax.ops.sequence import gather_sequence
 from tsp_jax.ops.stationary import moves_tokens, over_gathered_tokens, resident_bucket
 from tsp_jax.ops.stream import Bucket, Stream, custom_vjp, over_buckets, over_buckets_with_grads, vary_alike, zeros
 
 Sums = tuple[jax.Array, jax.Array, jax.Array]
-"""of a token, over the logits seen so far: their maximum, the sum of their exponentials relative to it, the label's"""
+"""per token, over the logits so far: their maximum, the sum of their exponentials relative to it, the label's logit"""
 IGNORE = -1
-"""label of a token that has none"""
+"""label of a token without a label"""
 
 
 class TokenLosses(NamedTuple):
@@ -31,7 +32,7 @@ class TokenLosses(NamedTuple):
     nll_Bt: jax.Array
     """negative log-likelihood of the label, nats"""
     lse_Bt: jax.Array
-    """log-partition of the logits (its square is the z-loss)"""
+    """log-sum-exp of the logits (its square is the z-loss)"""
 
 
 def cross_entropy(
@@ -39,25 +40,31 @@ def cross_entropy(
 ) -> TokenLosses:
     """``logsumexp(x table^T) - (x table^T)[label]``, by an online log-sum-exp over buckets of the vocabulary.
 
+        forward:  z = x table^T    lse = logsumexp(z)    nll = lse - z[label]
+        dgrad:    dz = dlse softmax(z) + dz_label onehot(label)    dx = dz table
+        wgrad:    dtable = dz^T x
+
     Args:
       x_BtD: final hidden states, in the compute dtype.
-      table_vD: this device's rows of the output head (or of a tied embedding).
+      table_vD: this device's rows of the output head (or of a tied embedding), any float dtype.
       labels_Bt: next tokens, int32; negative: ignored.
       axes: folded axes: buckets of the head move past tokens, or tokens past its rows; tensor axes: partial sums are
         combined.
-      stream: movement (gather, ring or activations) and buckets; v divisible by the buckets.
+      stream: movement (gather, ring or activations), buckets and chunks; v divisible by the buckets.
 
-    Moves: forward V D (R - 1) / R; backward the same again and as many gradients. Or activations: forward B S D
-      (R - 1) / R, backward twice that (x, dx), and six numbers a token: its label, two partial sums, and what backward
-      tells of it. Over tensor axes all-reduces of [B, t] float32 (two sums, a maximum), and backward one of [B, t, D].
-    Keeps: its inputs and one float32 a token (activations: also the labels of all tokens).
+    Returns:
+      `TokenLosses`, each [B, t].
+
+    Moves: forward all-gathers of V D (R - 1) / R elements; backward the same again, and reduce-scatters of as many
+      gradients. Or activations: forward an all-gather of x, B S D (R - 1) / R elements; backward an all-gather of x and
+      a reduce-scatter of dx; and seven numbers per token: its label twice, two partial sums, lse and two cotangents.
+      Over tensor axes all-reduces of [B, t] float32 (two sums, a maximum), and one of [B, t, D] backward.
+    Keeps: its inputs and one float32 per token.
     Source: online softmax, Milakov and Gimelshein, arXiv 1805.02867.
     """
     with jax.named_scope("tsp/loss"):
         x_BtD, table_vD, labels_Bt = vary_alike(x_BtD, table_vD, labels_Bt)
-        local_Bt = local_ids(labels_Bt, table_vD, axes)
-        run = _moved if moves_tokens(axes.folded, stream) else _streamed
-        lse_Bt, label_Bt = run(x_BtD, table_vD, local_Bt, axes.folded, stream)
+        lse_Bt, label_Bt = _local_sums(x_BtD, table_vD, local_ids(labels_Bt, table_vD, axes), axes.folded, stream)
         if axes.tensor:
             top_Bt = lax.pmax(lax.stop_gradient(lse_Bt), axes.tensor)
             lse_Bt = top_Bt + jnp.log(lax.psum(jnp.exp(lse_Bt - top_Bt), axes.tensor))
@@ -67,137 +74,132 @@ def cross_entropy(
         return TokenLosses(jnp.where(real_Bt, lse_Bt - label_Bt, 0.0), jnp.where(real_Bt, lse_Bt, 0.0))
 
 
-def _start(labels_Bt: jax.Array, like: jax.Array) -> Sums:
+@custom_vjp(3, 4)
+def _local_sums(x_BtD, table_vD, labels_Bt, folded, stream):
+    """(log-sum-exp, logit of the label) over the rows of all folded ranks."""
+    return _forward(x_BtD, table_vD, labels_Bt, folded, stream)[0]
+
+
+def _forward(x_BtD, table_vD, labels_Bt, folded, stream):
+    forward = _tokens_forward if moves_tokens(folded, stream) else _weights_forward
+    lse_Bt, label_Bt = forward(x_BtD, table_vD, labels_Bt, folded, stream)
+    return (lse_Bt, label_Bt), (x_BtD, table_vD, labels_Bt, lse_Bt)
+
+
+def _backward(folded, stream, residuals, cotangents):
+    backward = _tokens_backward if moves_tokens(folded, stream) else _weights_backward
+    x_BtD, table_vD, labels_Bt, lse_Bt = residuals
+    dx_BtD, dtable_vD = backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, folded, stream)
+    return dx_BtD.astype(x_BtD.dtype), dtable_vD.astype(table_vD.dtype), None
+
+
+_local_sums.defvjp(_forward, _backward)
+
+
+# ------------------------------------------------------------------------------------------------ one bucket
+
+
+def _no_logits(labels_Bt: jax.Array, like: jax.Array) -> Sums:
     zero_Bt = zeros(labels_Bt.shape, jnp.float32, like=like)
     return zero_Bt - jnp.inf, zero_Bt, zero_Bt
 
 
-def _visit(sums: Sums, x_BtD: jax.Array, labels_Bt: jax.Array, bucket: Bucket, rows: int) -> Sums:
-    """Sums with the logits of a bucket (of shards of `rows` rows) in them."""
-    top_Bt, sum_Bt, label_Bt = sums
+def _add_logits(sums: Sums, x_BtD: jax.Array, labels_Bt: jax.Array, bucket: Bucket) -> Sums:
+    """`sums` with the logits of a bucket added."""
+    max_Bt, sum_Bt, label_Bt = sums
     logits_Btp = matmul_t(x_BtD, bucket.arrays[0])
-    new_Bt = jnp.maximum(top_Bt, logits_Btp.max(axis=-1))
-    sum_Bt = sum_Bt * jnp.exp(top_Bt - new_Bt) + jnp.exp(logits_Btp - new_Bt[..., None]).sum(axis=-1)
-    index_Bt, inside_Bt = bucket.find(labels_Bt, rows)
-    here_Bt = jnp.take_along_axis(logits_Btp, index_Bt[..., None], axis=-1)[..., 0]
-    return new_Bt, sum_Bt, jnp.where(inside_Bt, here_Bt, label_Bt)
+    new_max_Bt = jnp.maximum(max_Bt, logits_Btp.max(axis=-1))
+    sum_Bt = sum_Bt * jnp.exp(max_Bt - new_max_Bt) + jnp.exp(logits_Btp - new_max_Bt[..., None]).sum(axis=-1)
+    index_Bt, inside_Bt = bucket.find(labels_Bt)
+    found_Bt = jnp.take_along_axis(logits_Btp, index_Bt[..., None], axis=-1)[..., 0]
+    return new_max_Bt, sum_Bt, jnp.where(inside_Bt, found_Bt, label_Bt)
 
 
 def _finish(sums: Sums) -> tuple[jax.Array, jax.Array]:
-    """(log-partition, logit of the label)."""
-    top_Bt, sum_Bt, label_Bt = sums
-    return top_Bt + jnp.log(sum_Bt), label_Bt
+    """(log-sum-exp, logit of the label)."""
+    max_Bt, sum_Bt, label_Bt = sums
+    return max_Bt + jnp.log(sum_Bt), label_Bt
 
 
-def _visit_vjp(
-    x_BtD: jax.Array,
-    labels_Bt: jax.Array,
-    lse_Bt: jax.Array,
-    cotangents: Sequence[jax.Array],
-    bucket: Bucket,
-    rows: int,
+def _bucket_vjp(
+    x_BtD: jax.Array, labels_Bt: jax.Array, lse_Bt: jax.Array, cotangents: Sequence[jax.Array], bucket: Bucket
 ) -> tuple[jax.Array, jax.Array]:
-    """(dx, gradient of the bucket), float32; lse_Bt is that of all buckets."""
+    """(dx, gradient of the bucket), float32; lse_Bt is over all buckets."""
     dlse_Bt, dlabel_Bt = cotangents
     table_pD = bucket.arrays[0]
-    index_Bt, inside_Bt = bucket.find(labels_Bt, rows)
-    hit_Btp = jax.nn.one_hot(jnp.where(inside_Bt, index_Bt, -1), table_pD.shape[0], dtype=jnp.float32)
-    p_Btp = jnp.exp(matmul_t(x_BtD, table_pD) - lse_Bt[..., None])
-    dlogits_Btp = (dlse_Bt[..., None] * p_Btp + dlabel_Bt[..., None] * hit_Btp).astype(x_BtD.dtype)
+    index_Bt, inside_Bt = bucket.find(labels_Bt)
+    onehot_Btp = jax.nn.one_hot(jnp.where(inside_Bt, index_Bt, -1), table_pD.shape[0], dtype=jnp.float32)
+    softmax_Btp = jnp.exp(matmul_t(x_BtD, table_pD) - lse_Bt[..., None])
+    dlogits_Btp = (dlse_Bt[..., None] * softmax_Btp + dlabel_Bt[..., None] * onehot_Btp).astype(x_BtD.dtype)
     return matmul(dlogits_Btp, table_pD), outer(dlogits_Btp, x_BtD)
 
 
-# ------------------------------------------------------------------------------------------------ weights move
+# ------------------------------------------------------------------------------------------------ weights past tokens
 
 
-@custom_vjp(3, 4)
-def _streamed(x_BtD, table_vD, labels_Bt, folded, stream):
-    return _streamed_forward(x_BtD, table_vD, labels_Bt, folded, stream)[0]
-
-
-def _streamed_forward(x_BtD, table_vD, labels_Bt, folded, stream):
+def _weights_forward(x_BtD, table_vD, labels_Bt, folded, stream):
     def body(sums, bucket: Bucket):
         def chunk(sums, read):
             x_BcD, labels_Bc = read
-            return _visit(sums, x_BcD, labels_Bc, bucket, table_vD.shape[0]), (), ()
+            return _add_logits(sums, x_BcD, labels_Bc, bucket), (), ()
 
-        return over_chunks(chunk, sums, (x_BtD, labels_Bt), tokens=stream.tokens)[0], None
+        return over_chunks(chunk, sums, (x_BtD, labels_Bt), chunk_tokens=stream.chunk_tokens)[0], None
 
-    sums = _start(labels_Bt, x_BtD)
+    sums = _no_logits(labels_Bt, x_BtD)
     sums, _ = over_buckets(body, sums, (table_vD,), axes=folded, stream=stream, dtype=x_BtD.dtype)
-    lse_Bt, label_Bt = _finish(sums)
-    return (lse_Bt, label_Bt), (x_BtD, table_vD, labels_Bt, lse_Bt)
+    return _finish(sums)
 
 
-def _streamed_backward(folded, stream, residuals, cotangents):
-    x_BtD, table_vD, labels_Bt, lse_Bt = residuals
-
+def _weights_backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, folded, stream):
     def body(dx_BtD, bucket: Bucket):
         def chunk(dx_BcD, read):
             x_BcD, labels_Bc, lse_Bc, *cotangents = read
-            more_BcD, grad = _visit_vjp(x_BcD, labels_Bc, lse_Bc, cotangents, bucket, table_vD.shape[0])
+            more_BcD, grad = _bucket_vjp(x_BcD, labels_Bc, lse_Bc, cotangents, bucket)
             return dx_BcD + more_BcD, (), (grad,)
 
         read = x_BtD, labels_Bt, lse_Bt, *cotangents
-        dx_BtD, _, grads = over_chunks(chunk, dx_BtD, read, tokens=stream.tokens)
+        dx_BtD, _, grads = over_chunks(chunk, dx_BtD, read, chunk_tokens=stream.chunk_tokens)
         return dx_BtD, grads, None
 
     dx_BtD = zeros(x_BtD.shape, jnp.float32, like=x_BtD)
     dx_BtD, (dtable_vD,), _ = over_buckets_with_grads(
         body, dx_BtD, (table_vD,), axes=folded, stream=stream, dtype=x_BtD.dtype
     )
-    return dx_BtD.astype(x_BtD.dtype), dtable_vD, None
+    return dx_BtD, dtable_vD
 
 
-_streamed.defvjp(_streamed_forward, _streamed_backward)
+# ------------------------------------------------------------------------------------------------ tokens past weights
 
 
-# ------------------------------------------------------------------------------------------------ tokens move
+def _tokens_forward(x_BtD, table_vD, labels_Bt, folded, stream):
+    bucket = resident_bucket((table_vD,), folded, x_BtD.dtype)
+
+    def body(carry, gathered, _):
+        x_BuD, labels_Bu = gathered
+        return carry, (), _finish(_add_logits(_no_logits(labels_Bu, x_BuD), x_BuD, labels_Bu, bucket))
+
+    _, _, sums_BT = over_gathered_tokens(body, (), (x_BtD, labels_Bt), axes=folded, stream=stream)
+    lse_RBt, label_RBt = _exchange(*sums_BT, axes=folded)
+    return jax.nn.logsumexp(lse_RBt, axis=0), label_RBt.sum(axis=0)
 
 
-@custom_vjp(3, 4)
-def _moved(x_BtD, table_vD, labels_Bt, folded, stream):
-    return _moved_forward(x_BtD, table_vD, labels_Bt, folded, stream)[0]
-
-
-def _moved_forward(x_BtD, table_vD, labels_Bt, folded, stream):
-    bucket = resident_bucket(table_vD, x_BtD.dtype)
-    (labels_BT,) = gather_sequence(labels_Bt, axes=folded)
-    labels_BT -= lax.axis_index(folded) * table_vD.shape[0]
-
-    def body(carry, arrived, here):
-        (x_BpD,), (labels_Bp,) = arrived, here
-        sums = _visit(_start(labels_Bp, x_BpD), x_BpD, labels_Bp, bucket, table_vD.shape[0])
-        return carry, (), _finish(sums)
-
-    _, _, parts_BT = over_gathered_tokens(body, (), (x_BtD,), (labels_BT,), axes=folded, stream=stream)
-    lse_RBt, label_RBt = _deal(*parts_BT, axes=folded)
-    lse_Bt = jax.nn.logsumexp(lse_RBt, axis=0)
-    return (lse_Bt, label_RBt.sum(axis=0)), (x_BtD, table_vD, labels_BT, lse_Bt)
-
-
-def _deal(*parts_BT: jax.Array, axes: AxisNames) -> tuple[jax.Array, ...]:
-    """What each rank knows of all tokens -> what all ranks know of this rank's, each [R, B, t]."""
-    with jax.named_scope("deal_tokens"):
-        message = jnp.stack(parts_BT, axis=1)
+def _exchange(*arrays_BT: jax.Array, axes: AxisNames) -> tuple[jax.Array, ...]:
+    """This rank's results for the tokens of all ranks -> all ranks' results for this rank's tokens, each [R, B, t]."""
+    with jax.named_scope("exchange_tokens"):
+        message = jnp.stack(arrays_BT, axis=1)
         mine = lax.all_to_all(message, axes, split_axis=2, concat_axis=2, tiled=True)
         return tuple(mine.reshape(*mine.shape[:2], lax.axis_size(axes), -1).transpose(1, 2, 0, 3))
 
 
-def _moved_backward(folded, stream, residuals, cotangents):
-    x_BtD, table_vD, labels_BT, lse_Bt = residuals
-    bucket = resident_bucket(table_vD, x_BtD.dtype)
-    told_BT = gather_sequence(lse_Bt, *cotangents, axes=folded)
+def _tokens_backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, folded, stream):
+    bucket = resident_bucket((table_vD,), folded, x_BtD.dtype)
 
-    def body(dtable_vD, arrived, here):
-        (x_BpD,), (labels_Bp, lse_Bp, *cotangents) = arrived, here
-        dx_BpD, grad = _visit_vjp(x_BpD, labels_Bp, lse_Bp, cotangents, bucket, table_vD.shape[0])
-        return dtable_vD + grad, (dx_BpD.astype(x_BtD.dtype),), ()
+    def body(dtable_vD, gathered, _):
+        x_BuD, labels_Bu, lse_Bu, *cotangents = gathered
+        dx_BuD, grad = _bucket_vjp(x_BuD, labels_Bu, lse_Bu, cotangents, bucket)
+        return dtable_vD + grad, (dx_BuD.astype(x_BtD.dtype),), ()
 
     dtable_vD = zeros(table_vD.shape, jnp.float32, like=x_BtD)
-    arrive, here = (lax.optimization_barrier(x_BtD),), (labels_BT, *told_BT)  # see over_buckets_with_grads
-    dtable_vD, (dx_BtD,), _ = over_gathered_tokens(body, dtable_vD, arrive, here, axes=folded, stream=stream)
-    return dx_BtD, dtable_vD.astype(table_vD.dtype), None
-
-
-_moved.defvjp(_moved_forward, _moved_backward)
+    tokens = lax.optimization_barrier(x_BtD), labels_Bt, lse_Bt, *cotangents  # see over_buckets_with_grads
+    dtable_vD, (dx_BtD,), _ = over_gathered_tokens(body, dtable_vD, tokens, axes=folded, stream=stream)
+    return dx_BtD, dtable_vD

@@ -1,4 +1,7 @@
-"""Products with weights stored [rows, D]; operands in the compute dtype, sums and results in float32."""
+"""Products with weights stored [rows, D]: operands in the compute dtype, accumulation and results in float32.
+
+Dims: B batch, t tokens, D model, p rows of a weight.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -6,7 +6,15 @@ from jax import lax
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """``x / sqrt(mean(x^2) + eps) * scale`` over the last dimension, computed in float32, in x's dtype.
+    """``x / sqrt(mean(x^2) + eps) * scale`` over the last dimension.
+
+    Args:
+      x: [..., D], any float dtype; the norm is computed in float32.
+      scale: [D].
+      eps: added to the mean square.
+
+    Returns:
+      [..., D] in x's dtype.
 
     Source: Zhang and Sennrich, arXiv 1910.07467.
     """

@@ -1,4 +1,4 @@
-"""A loop whose messages travel while it works: what every streamed op runs on."""
+"""A software-pipelined loop that overlaps communication with computation. Every streamed op runs on it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,70 +11,73 @@ Carry = Any
 
 
 def pipelined(
-    turn: Callable[[Carry, Any, Any], tuple[Carry, Any, Any]],
+    step: Callable[[Carry, Any, Any], tuple[Carry, Any, Any]],
     fetch: Callable[[Carry, Any], Any],
     send: Callable[[Any, Any], Any] | None,
     carry: Carry,
-    steps: int,
+    num_steps: int,
     *,
     remote: bool,
 ) -> tuple[Carry, Any, Any]:
-    """A loop in which the next turn's message arrives, and what the last turn made leaves, while a turn runs.
+    """A loop in which step i overlaps with fetching the message of step i + 1 and sending the result of step i - 1.
 
     Args:
-      turn: (carry, message, index) -> (carry, what leaves, y).
-      fetch: (carry, index) -> message of turn `index`; asked for before turn `index` - 1 has changed the carry.
-      send: (what leaves, index of the turn that made it) -> what comes of it; None: nothing leaves, and turns return
-        () for it.
+      step: (carry, message, index) -> (carry, result to send, y).
+      fetch: (carry, index) -> message of step `index`. It is called before step `index` - 1 changes the carry.
+      send: (result, index of its step) -> what this device receives for it; None: nothing is sent, and steps return ()
+        as the result.
       carry: initial value.
-      steps: number of turns.
-      remote: messages go to and come from other ranks; else each is made when it is used, and none is held.
+      num_steps: number of steps.
+      remote: `fetch` and `send` communicate. If False, each step fetches its own message just before it runs, and no
+        message is buffered.
 
     Returns:
-      (carry, what came of sending, ys), the latter two stacked.
+      (carry, received, ys): what `send` returned and the ys, each stacked over steps.
 
-    Keeps: two messages, and two of what leaves.
+    Keeps: two messages and two results at a time.
     """
-    last = steps - 1
-    done = send or (lambda leaving, index: ())
+    last = num_steps - 1
+    receive = send or (lambda result, index: ())
 
-    def local_turn(carry, index):
-        carry, leaving, y = turn(carry, fetch(carry, index), index)
-        return carry, (done(leaving, index), y)
+    def local_step(carry, index):
+        carry, result, y = step(carry, fetch(carry, index), index)
+        return carry, (receive(result, index), y)
 
-    def ahead_turn(state, index):
-        carry, message, left = state
-        ahead = fetch(carry, index + 1)
-        home = done(left, index - 1)
-        carry, leaving, y = turn(carry, message, index)
-        return (carry, ahead, leaving), (home, y)
+    def overlapped_step(state, index):
+        carry, message, previous = state
+        following = fetch(carry, index + 1)
+        received = receive(previous, index - 1)
+        carry, result, y = step(carry, message, index)
+        return (carry, following, result), (received, y)
 
     if last == 0:
-        carry, (home, y) = local_turn(carry, 0)
-        return carry, one(home), one(y)
+        carry, (received, y) = local_step(carry, 0)
+        return carry, stack_of_one(received), stack_of_one(y)
     if not remote:
-        carry, (homes, ys) = lax.scan(local_turn, carry, jnp.arange(steps))
-        return carry, homes, ys
-    message, left, ys = fetch(carry, 0), (), []
-    if send:  # the first turn has nothing to send
-        ahead = fetch(carry, 1)
-        carry, left, y = turn(carry, message, 0)
-        message, ys = ahead, [one(y)]
-    homes = []
+        carry, (received, ys) = lax.scan(local_step, carry, jnp.arange(num_steps))
+        return carry, received, ys
+    message, result, ys = fetch(carry, 0), (), []
+    if send:  # step 0 has no previous result to send
+        following = fetch(carry, 1)
+        carry, result, y = step(carry, message, 0)
+        message, ys = following, [stack_of_one(y)]
+    received = []
     if (first := len(ys)) < last:
-        (carry, message, left), (homes, more) = lax.scan(ahead_turn, (carry, message, left), jnp.arange(first, last))
-        homes, ys = [homes], [*ys, more]
-    home = done(left, last - 1)
-    carry, left, y = turn(carry, message, last)
-    homes = [*homes, one(home), one(done(left, last))] if send else homes
-    return carry, joined(homes) if send else (), joined([*ys, one(y)])
+        state = carry, message, result
+        (carry, message, result), (received_in_loop, more) = lax.scan(overlapped_step, state, jnp.arange(first, last))
+        received, ys = [received_in_loop], [*ys, more]
+    next_to_last = receive(result, last - 1)
+    carry, result, y = step(carry, message, last)
+    if send:
+        received = [*received, stack_of_one(next_to_last), stack_of_one(receive(result, last))]
+    return carry, concatenated(received) if send else (), concatenated([*ys, stack_of_one(y)])
 
 
-def one(tree: Any) -> Any:
-    """A stack of one."""
+def stack_of_one(tree: Any) -> Any:
+    """Each array [...] -> [1, ...]."""
     return jax.tree.map(lambda array: array[None], tree)
 
 
-def joined(stacks: list[Any]) -> Any:
-    """Stacks, one after another."""
+def concatenated(stacks: list[Any]) -> Any:
+    """Trees of stacks [n, ...], one after another."""
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)

@@ -1,7 +1,9 @@
-"""The unsharded mathematics, plain: the executable specification of every op. Slow, and right by inspection.
+"""The executable specification: every op without sharding, in plain JAX. Slow, and correct by inspection.
 
-Weights are logical (no padding) and stored as everywhere, [rows, D]. Dims: B batch, T tokens, D model, F ffn, N query
-heads, K KV heads, G = N / K, H head, V vocabulary.
+Weights are logical (no padded heads), stored [rows, D] as everywhere.
+
+Dims: B batch, T tokens (queries), S key tokens, D model, F ffn, N query heads, K KV heads, G = N / K, H head,
+V vocabulary.
 """
 
 import jax
@@ -18,7 +20,7 @@ def mlp(x_BTD, w_gate_FD, w_up_FD, w_down_FD, activation="silu"):
 
 
 def softmax_attention(q_BTKGH, k_BSKH, v_BSKH, q_positions, k_positions, q_segments, k_segments):
-    """(out, lse) with every score written out."""
+    """(out, lse) from the full matrix of scores."""
     s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH) / jnp.sqrt(jnp.float32(q_BTKGH.shape[-1]))
     causal_BTS = k_positions[:, None, :] <= q_positions[:, :, None]
     allowed_BTS = causal_BTS & (k_segments[:, None, :] == q_segments[:, :, None])
@@ -31,7 +33,7 @@ def attention(
     x_BTD, wq_NHD, wk_KHD, wv_KHD, wo_NHD, positions, segments,
     *, head_dim, theta, scaling=NO_SCALING, norms=None, eps=1e-6,
 ):  # fmt: skip
-    """Causal self-attention within segments; `norms`: q/k RMSNorm scales or None; `scaling`: of RoPE."""
+    """Causal self-attention within segments; `norms`: q/k RMSNorm scales or None; `scaling`: RoPE scaling."""
     B, T, _ = x_BTD.shape
     q, k, v = ((x_BTD @ w.T).reshape(B, T, -1, head_dim) for w in (wq_NHD, wk_KHD, wv_KHD))
     if norms is not None:
@@ -43,13 +45,13 @@ def attention(
 
 
 def embed(ids_BT, table_VD):
-    """Rows of a table; an id outside gives zeros."""
+    """``table[ids]``; an id outside [0, V) gives zeros."""
     inside = (ids_BT >= 0) & (ids_BT < table_VD.shape[0])
     return jnp.where(inside[..., None], table_VD[jnp.where(inside, ids_BT, 0)], 0.0)
 
 
 def cross_entropy(x_BTD, table_VD, labels_BT):
-    """(nll, lse) of each token, 0 where the label is negative."""
+    """(nll, lse) per token, 0 where the label is negative."""
     logits_BTV = x_BTD @ table_VD.T
     lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     label_BT = jnp.take_along_axis(logits_BTV, jnp.maximum(labels_BT, 0)[..., None], axis=-1)[..., 0]
@@ -57,10 +59,10 @@ def cross_entropy(x_BTD, table_VD, labels_BT):
 
 
 def decoder_loss(params, tokens, labels, positions, segments, *, config, z_loss=0.0):
-    """Mean loss of a decoder over its real labels.
+    """Mean loss of a decoder over tokens whose label is not ignored.
 
     Args:
-      params: logical parameters as `tsp_jax.models.transformer.logical_params` gives them, layers stacked [L, ...].
+      params: logical parameters as `tsp_jax.models.transformer.logical_params` returns them, layers stacked [L, ...].
       tokens, labels, positions, segments: [B, T] int32.
       config: `tsp_jax.config.ModelConfig`.
     """

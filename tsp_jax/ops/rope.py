@@ -1,4 +1,7 @@
-"""Rotary position embedding, halves rotated against each other (the Llama and Qwen convention)."""
+"""Rotary position embedding that pairs element i with i + H/2 (the Llama and Qwen convention).
+
+Dims: B batch, t this device's tokens, N heads, H head, h = H/2.
+"""
 
 import math
 
@@ -11,16 +14,18 @@ NO_SCALING = RopeScaling()
 
 
 def rope(x_BtNH: jax.Array, positions_Bt: jax.Array, theta: float, scaling: RopeScaling = NO_SCALING) -> jax.Array:
-    """Rotates pairs (i, i + H/2) of each head by ``position * frequency_i``.
+    """Rotates the pair (i, i + H/2) of each head by ``a = position * frequency_i``.
+
+        forward:  y_i = x_i cos(a) - x_j sin(a)    y_j = x_j cos(a) + x_i sin(a)    with j = i + H/2
 
     Args:
       x_BtNH: queries or keys, any float dtype; the rotation is computed in float32.
       positions_Bt: int32 positions, in any order.
       theta: base of the frequencies.
-      scaling: of the frequencies.
+      scaling: scaling of the frequencies for longer contexts.
 
     Returns:
-      Like `x_BtNH`.
+      [B, t, N, H] in x's dtype.
 
     Source: Su et al., arXiv 2104.09864.
     """
@@ -32,18 +37,18 @@ def rope(x_BtNH: jax.Array, positions_Bt: jax.Array, theta: float, scaling: Rope
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling = NO_SCALING) -> jax.Array:
-    """``theta^(-2i/H)`` radians a token, [H/2] float32, scaled.
+    """``theta^(-2i/H)`` radians per token, [H/2] float32, scaled.
 
-    Llama 3 keeps a share ``s`` of each frequency and divides the rest by the factor; ``s`` goes from 0 to 1 as the
-    turns that the frequency makes in the original context go from the low to the high bound.
+    Llama 3 multiplies each frequency by ``s + (1 - s) / factor``. ``s`` rises from 0 to 1 as the number of rotations
+    that the frequency makes in the original context rises from `low_freq_factor` to `high_freq_factor`.
     """
     half = head_dim // 2
     frequency_h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if scaling.kind == "linear":
         return frequency_h / scaling.factor
     if scaling.kind == "llama3":
-        turns_h = frequency_h * (scaling.original_context / (2 * math.pi))
+        rotations_h = frequency_h * (scaling.original_context / (2 * math.pi))
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept_h = jnp.clip((turns_h - low) / (high - low), 0.0, 1.0)
-        return frequency_h * (kept_h + (1.0 - kept_h) / scaling.factor)
+        s_h = jnp.clip((rotations_h - low) / (high - low), 0.0, 1.0)
+        return frequency_h * (s_h + (1.0 - s_h) / scaling.factor)
     return frequency_h

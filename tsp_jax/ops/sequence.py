@@ -1,15 +1,18 @@
-"""Keys and values past the ranks that share a sequence, and their gradients back."""
+"""Gather arrays of tokens over the axes that shard the sequence, and scatter their gradients.
+
+Dims: B batch, t this device's tokens, S tokens of all R ranks.
+"""
 
 import jax
 from jax import lax
 
 
 def gather_sequence(*arrays_Bt: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
-    """Each [B, t, ...] -> [B, S, ...], ranks in order.
+    """All-gathers each array [B, t, ...] -> [B, S, ...], ranks in order.
 
-    A message an array: with B = 1 what arrives is the result, with nothing to cut or to turn.
+    Arrays are not packed into one message: with B = 1 an all-gather's output then is the result, without a copy.
 
-    Moves: an all-gather for each array, (R - 1) / R of the gathered bytes.
+    Moves: one all-gather per array, (R - 1) / R of the gathered bytes.
     """
     if not axes:
         return arrays_Bt
@@ -18,14 +21,14 @@ def gather_sequence(*arrays_Bt: jax.Array, axes: tuple[str, ...]) -> tuple[jax.A
 
 
 def scatter_sequence(*arrays_BS: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
-    """Transpose of `gather_sequence`: each [B, S, ...] -> [B, t, ...], summed over ranks.
+    """Reduce-scatters each array [B, S, ...] -> [B, t, ...], summed over ranks: the transpose of `gather_sequence`.
 
-    Moves: a reduce-scatter for each array, (R - 1) / R of the full-sequence bytes.
+    Moves: one reduce-scatter per array, (R - 1) / R of its bytes.
     """
     if not axes:
         return arrays_BS
     with jax.named_scope("scatter_sequence"):
         mine = [lax.psum_scatter(array, axes, scatter_dimension=1, tiled=True) for array in arrays_BS]
-        # TPU's compiler takes the scatter apart into a sum and a slice. Without the barrier the slice is merged into
-        # each reader, and the whole sum is kept for them.
+        # The TPU compiler splits the reduce-scatter into an all-reduce and a slice. Without the barrier it fuses the
+        # slice into each consumer, and keeps the whole sum for them.
         return tuple(lax.optimization_barrier(mine))

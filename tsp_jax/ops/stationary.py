@@ -1,9 +1,10 @@
-"""Move tokens past stationary weights, and reduce-scatter the partial outputs: the other half of `stream`.
+"""Move tokens past stationary weights and reduce-scatter the partial outputs: the counterpart of `stream`.
 
-A folded axis shards weights and tokens. `stream` moves weights past tokens. Here each rank keeps its weights and sees
-the tokens of all ranks, one bucket at a time: an all-gather of slice i of every rank's tokens. The product with the
-rank's own weights is a partial output, which a reduce-scatter sums over ranks and returns to the tokens' owners. A
-weight gradient sums over tokens that the rank has gathered itself, so gradients are not communicated.
+A folded axis shards both weights and tokens. `stream` moves weights past tokens. Here each rank keeps its weights and
+processes the tokens of all ranks, one bucket of tokens at a time: it all-gathers bucket i of every rank's tokens and
+multiplies them with its own weights. A reduce-scatter sums these partial outputs over ranks and returns each to the
+rank that owns its tokens. A rank computes the gradient of its own weights from all tokens, so weight gradients are not
+communicated.
 
 Dims: B batch, t this device's tokens, R ranks of the folded axes, p tokens of a bucket per rank.
 """
@@ -26,85 +27,91 @@ def moves_tokens(folded: tuple[str, ...], stream: Stream) -> bool:
 
 
 def over_gathered_tokens(
-    body: Callable[[Carry, Arrays, Arrays], tuple[Carry, Arrays, Arrays]],
+    body: Callable[[Carry, Arrays, Arrays], tuple[Carry, Any, Any]],
     carry: Carry,
-    arrive: Arrays,
-    here: Arrays = (),
+    sharded: Arrays,
+    gathered: Arrays = (),
     *,
     axes: tuple[str, ...],
     stream: Stream,
-) -> tuple[Carry, Arrays, Arrays]:
+) -> tuple[Carry, Any, Any]:
     """Folds `body` over buckets of all ranks' tokens.
 
-    While a bucket is used, the next one is on its way here and the partial outputs of the last on their way home.
+    While a bucket is used, the next bucket is gathered and the partial outputs of the previous one are scattered.
 
     Args:
-      body: (carry, arrived, here) -> (carry, partial, kept); each a tuple of arrays [B, R p, ...], ranks in order.
+      body: (carry, bucket of `sharded`, bucket of `gathered`) -> (carry, partial, local). Buckets are tuples of arrays
+        [B, R p, ...], ranks in order; partial and local are trees of such arrays.
       carry: initial value.
-      arrive: this rank's tokens, each [B, t, ...]; gathered a bucket at a time.
-      here: what this rank has of all ranks' tokens already, each [B, R t, ...], ranks in order.
+      sharded: arrays of this rank's tokens, each [B, t, ...]; all-gathered one bucket at a time.
+      gathered: arrays of all ranks' tokens that this rank already has, each [B, R t, ...], ranks in order.
       axes: folded mesh axes, at least one.
       stream: `token_buckets`; the largest divisor of t that fits is used.
 
     Returns:
-      (carry, home, kept): home, each [B, t, ...], are this rank's tokens of the partials' sums over ranks; kept, each
-      [B, R t, ...], stay where they were made.
+      (carry, reduced, local): reduced, each [B, t, ...], are the partials summed over ranks, for this rank's tokens;
+      local, each [B, R t, ...], are the outputs of `body` that are not communicated.
 
-    Moves: (R - 1) / R of all ranks' tokens for each of `arrive` (all-gather) and of the partials (reduce-scatter).
+    Moves: (R - 1) / R of all ranks' tokens for each array of `sharded` (all-gather) and of partial (reduce-scatter), in
+      `token_buckets` messages each.
     """
-    buckets = _Pieces(arrive, here, axes, stream.token_buckets)
+    buckets = _TokenBuckets(sharded, gathered, axes, stream.token_buckets)
 
-    def turn(carry, arrived: Arrays, index):
-        return body(carry, arrived, buckets.local(index))
+    def step(carry, sharded: Arrays, index):
+        return body(carry, sharded, buckets.local(index))
 
-    carry, home, kept = pipelined(
-        turn,
-        lambda _, index: buckets.fetch(index),
-        lambda partial, _: buckets.send_home(partial),
+    carry, reduced, local = pipelined(
+        step,
+        lambda _, index: buckets.gather(index),
+        lambda partial, _: buckets.scatter(partial),
         carry,
         buckets.number,
         remote=True,
     )
-    return carry, _in_order(home, 1), _in_order(kept, buckets.ranks)
+    return carry, _in_order(reduced, 1), _in_order(local, buckets.ranks)
 
 
-class _Pieces:
-    """Cuts and moves tokens."""
+class _TokenBuckets:
+    """Splits tokens into buckets and communicates them."""
 
-    def __init__(self, arrive: Arrays, here: Arrays, axes: tuple[str, ...], buckets: int):
+    def __init__(self, sharded: Arrays, gathered: Arrays, axes: tuple[str, ...], buckets: int):
         self.axes, self.ranks = axes, lax.axis_size(axes)
-        tokens = arrive[0].shape[1] if arrive else here[0].shape[1] // self.ranks
+        tokens = sharded[0].shape[1] if sharded else gathered[0].shape[1] // self.ranks
         self.number = largest_divisor(tokens, buckets)
-        self.arrive = tuple(a.reshape(a.shape[0], self.number, -1, *a.shape[2:]) for a in arrive)
-        self.here = tuple(a.reshape(a.shape[0], self.ranks, self.number, -1, *a.shape[2:]) for a in here)
+        self.sharded = tuple(a.reshape(a.shape[0], self.number, -1, *a.shape[2:]) for a in sharded)
+        self.gathered = tuple(a.reshape(a.shape[0], self.ranks, self.number, -1, *a.shape[2:]) for a in gathered)
 
-    def fetch(self, index) -> Arrays:
-        """All ranks' tokens of a bucket."""
-        mine = (lax.dynamic_index_in_dim(a, index, axis=1, keepdims=False) for a in self.arrive)
+    def gather(self, index) -> Arrays:
+        """All ranks' tokens of a bucket, of the sharded arrays."""
+        mine = (lax.dynamic_index_in_dim(a, index, axis=1, keepdims=False) for a in self.sharded)
         with jax.named_scope("gather_tokens"):
             return tuple(lax.all_gather(a, self.axes, axis=1, tiled=True) for a in mine)
 
     def local(self, index) -> Arrays:
-        """What is here of a bucket."""
-        mine = (lax.dynamic_index_in_dim(a, index, axis=2, keepdims=False) for a in self.here)
+        """All ranks' tokens of a bucket, of the arrays that this rank already has."""
+        mine = (lax.dynamic_index_in_dim(a, index, axis=2, keepdims=False) for a in self.gathered)
         return tuple(a.reshape(a.shape[0], -1, *a.shape[3:]) for a in mine)
 
-    def send_home(self, partial: Arrays) -> Arrays:
-        """This rank's tokens of the sum over ranks."""
+    def scatter(self, partial: Any) -> Any:
+        """Sums over ranks, for this rank's tokens."""
+
+        def reduced(array: jax.Array) -> jax.Array:
+            mine = lax.psum_scatter(array, self.axes, scatter_dimension=1, tiled=True)
+            return lax.optimization_barrier(mine)  # see scatter_sequence
+
         with jax.named_scope("scatter_tokens"):
-            home = (lax.psum_scatter(a, self.axes, scatter_dimension=1, tiled=True) for a in partial)
-            return tuple(lax.optimization_barrier(a) for a in home)  # see scatter_sequence
+            return jax.tree.map(reduced, partial)
 
 
-def _in_order(buckets: Arrays, ranks: int) -> Arrays:
+def _in_order(stacks: Any, ranks: int) -> Any:
     """Each array [buckets, B, ranks p, ...] -> [B, ranks t, ...], ranks in order."""
 
     def join(stacked: jax.Array) -> jax.Array:
         buckets, batch, tokens, *rest = stacked.shape
-        cut = stacked.reshape(buckets, batch, ranks, tokens // ranks, *rest)
-        return jnp.moveaxis(cut, 0, 2).reshape(batch, -1, *rest)
+        by_rank = stacked.reshape(buckets, batch, ranks, tokens // ranks, *rest)
+        return jnp.moveaxis(by_rank, 0, 2).reshape(batch, -1, *rest)
 
-    return tuple(join(stacked) for stacked in buckets)
+    return jax.tree.map(join, stacks)
 
 
 def add(total: Any, more: Any) -> Any:
@@ -117,6 +124,6 @@ def cast_all(weights: Arrays, dtype: Any) -> Arrays:
     return tuple(weight.astype(dtype) for weight in weights)
 
 
-def resident_bucket(weight: jax.Array, dtype: Any) -> Bucket:
-    """This rank's shard as the one bucket there is."""
-    return Bucket(cast_all((weight,), dtype), 0, 0, 1, 0)
+def resident_bucket(weights: Arrays, axes: tuple[str, ...], dtype: Any) -> Bucket:
+    """This rank's whole shard of weights sharded over `axes`, as one bucket."""
+    return Bucket(cast_all(weights, dtype), index=0, first_rank=lax.axis_index(axes), num_ranks=1)

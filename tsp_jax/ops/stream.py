@@ -1,13 +1,13 @@
-"""Move weight shards past resident tokens, and weight gradients home.
+"""Move weight shards past resident tokens, and reduce weight gradients to the ranks that own them.
 
-Every streamed op is a fold over *buckets* of its weights. A bucket is some rows of every array of the op's shard, all
-packed into one message; the op says what a bucket does to the tokens, this module how buckets travel:
+Every streamed op is a fold over *buckets* of its weights. A bucket holds some rows of each of the op's weights, packed
+into one message. The op says what it does with a bucket; this module communicates buckets, with one of two movements:
 
-gather: bucket b is slice b of every rank's shard, by all_gather; gradients return by reduce-scatter. On a full mesh or
-  a switch it uses every link, and no bucket waits for another.
-ring: the shards themselves travel from rank to rank by ppermute, R - 1 hops; gradients travel with them.
+gather: bucket b holds the b-th part of every rank's shard, by all-gather; gradients return by reduce-scatter. On a full
+  mesh or a switch it uses every link, and no bucket waits for another.
+ring: a bucket is one rank's whole shard. Shards go from rank to rank by ppermute, R - 1 hops, as do their gradients.
 
-R is the number of ranks on the folded axes, D the trailing dimension of every weight.
+Dims: R ranks of the folded axes, D trailing dimension of every weight.
 Source: Shyam, Golubeva, Anthony, arXiv 2604.26294 (ring); gather is ours.
 """
 
@@ -18,62 +18,65 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tsp_jax.ops.pipeline import Carry, joined, one, pipelined
+from tsp_jax.ops.pipeline import Carry, concatenated, pipelined, stack_of_one
 
 Arrays = tuple[jax.Array, ...]
 
 
 class Stream(NamedTuple):
-    """How an op's weights travel; hashable, so that it can be static."""
+    """How an op communicates over its folded axes. Static, so hashable. Counts refer to one device's shard."""
 
     movement: str = "gather"
-    """gather or ring; or activations, which `tsp_jax.ops.stationary` moves"""
+    """gather or ring move weights past tokens; activations moves tokens past weights (`tsp_jax.ops.stationary`)"""
     buckets: int = 1
-    """buckets that a rank's shard is cut into (gather)"""
+    """buckets that a device's shard of the weights is split into (gather)"""
     grad_dtype: str = "float32"
-    """dtype in which weight gradients travel"""
-    tokens: int = 1 << 30
-    """tokens that meet a bucket at a time, at most"""
+    """dtype in which weight gradients are communicated"""
+    chunk_tokens: int = 1 << 30
+    """chunk size: at most this many tokens are multiplied with a bucket at once; bounds activation memory"""
     token_buckets: int = 1
-    """buckets that a rank's tokens are cut into, at most, where they move instead of weights"""
+    """buckets that a device's tokens are split into, at most (activations)"""
 
 
 class Bucket(NamedTuple):
-    """What has arrived: rows of each weight, and whose they are.
+    """Some rows of each weight, from one or more ranks' shards.
 
-    Row i of an array is row ``slice_index * rows + i % rows`` of the shard of rank ``first_rank + i // rows``.
+    With ``rows = array.shape[0] // num_ranks``, row i of an array is row ``index_in_shard * rows + i % rows`` of the
+    shard of rank ``first_rank + i // rows``.
     """
 
     arrays: Arrays
     """each [num_ranks * rows, D], in the compute dtype"""
     index: Any
-    """number of this bucket in the fold"""
+    """step of the fold"""
     first_rank: Any
     num_ranks: int
-    slice_index: Any
+    index_in_shard: Any = 0
+    buckets_per_shard: int = 1
 
-    def find(self, row: jax.Array, rows_per_rank: int) -> tuple[jax.Array, jax.Array]:
-        """Where a row of the gathered weight (ranks in order) stands in this bucket.
+    def find(self, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Position of a row of the first weight, gathered with ranks in order, in this bucket.
 
         Returns:
-          (index, inside): index is legal where inside is true.
+          (index, inside): whether the row is in this bucket, and its index; 0 if it is not.
         """
         rows = self.arrays[0].shape[0] // self.num_ranks
-        rank, offset = row // rows_per_rank - self.first_rank, row % rows_per_rank
-        inside = (rank >= 0) & (rank < self.num_ranks) & (offset // rows == self.slice_index)
+        shard_rows = rows * self.buckets_per_shard
+        rank, offset = row // shard_rows - self.first_rank, row % shard_rows
+        inside = (rank >= 0) & (rank < self.num_ranks) & (offset // rows == self.index_in_shard)
         return jnp.where(inside, rank * rows + offset % rows, 0), inside
 
 
-def custom_vjp(*static: int) -> Callable[[Callable], Any]:
+def custom_vjp(*static_argnums: int) -> Callable[[Callable], Any]:
     """`jax.custom_vjp` for a function whose arguments at these positions are static."""
-    return lambda function: jax.custom_vjp(function, nondiff_argnums=static)
+    return lambda function: jax.custom_vjp(function, nondiff_argnums=static_argnums)
 
 
 def vary_alike(*arrays: jax.Array) -> list[jax.Array]:
     """Marks arrays as varying over every mesh axis that any of them varies over.
 
-    The transpose of the mark is a psum over the axes that were added: how gradients of replicated weights, and of
-    activations that a tensor axis replicates, become whole.
+    The transpose of the mark is a psum over the added axes. It sums the gradients of weights that are replicated over
+    token axes, and of activations that are replicated over tensor axes.
     """
     axes = frozenset[str]().union(*(jax.typeof(array).mat.varying for array in arrays))
     return [_vary(array, axes) for array in arrays]
@@ -85,10 +88,10 @@ def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
 
 
 def zeros(shape: Sequence[int], dtype: Any, like: jax.Array) -> jax.Array:
-    """Zeros that vary over the mesh axes that `like` varies over (loop carries must not change in that).
+    """Zeros that vary over the same mesh axes as `like`, as the initial value of a loop's carry must.
 
-    They are made after `like`. Zeros that depend on no array are made once by the compiler, outside of all loops, kept
-    as long as the program runs, and copied to each place that wants them.
+    They depend on `like`. The compiler makes constant zeros once, outside of all loops, keeps them as long as the
+    program runs, and copies them to each use.
     """
     bits = jnp.dtype(f"uint{8 * like.dtype.itemsize}")
     first = lax.bitcast_convert_type(like[(0,) * like.ndim], bits)
@@ -105,21 +108,20 @@ def over_buckets(
     stream: Stream,
     dtype: Any,
 ) -> tuple[Carry, Any]:
-    """Folds `body` over all buckets of a sharded group of weights.
+    """Folds `body` over all buckets of a group of sharded weights.
 
     Args:
       body: (carry, bucket) -> (carry, y).
       carry: initial value.
       shard: this rank's rows of each weight, each [rows, D]; rows divisible by `stream.buckets`.
-      axes: folded mesh axes; empty: no messages, the buckets are the shard's own buckets.
+      axes: folded mesh axes; empty: no communication, the buckets are those of this device's shard.
       stream: movement and buckets.
-      dtype: buckets are cast to it before they travel, slice by slice.
+      dtype: compute dtype; each bucket is cast to it before it is sent.
 
     Returns:
       (carry, ys): ys stacked [buckets, ...] in the order of buckets.
 
-    Moves: (R - 1) / R of all rows x D x itemsize(dtype), in `buckets` all-gathers or R - 1
-      collective-permutes.
+    Moves: (R - 1) / R of all ranks' rows x D x itemsize(dtype), in `buckets` all-gathers or R - 1 collective-permutes.
     Keeps: nothing.
     """
 
@@ -127,7 +129,7 @@ def over_buckets(
         carry, y = body(carry, bucket)
         return carry, (), y
 
-    carry, _, ys = _run(step, carry, shard, axes, stream, dtype, sends=False)
+    carry, _, ys = _fold(step, carry, shard, axes, stream, dtype, sends=False)
     return carry, ys
 
 
@@ -140,22 +142,25 @@ def over_buckets_with_grads(
     stream: Stream,
     dtype: Any,
 ) -> tuple[Carry, Arrays, Any]:
-    """As `fold`, for backward: `body` also returns the gradient of each of the bucket's arrays.
+    """`over_buckets` for backward: `body` also returns the gradient of each of the bucket's arrays.
+
+    Args:
+      body: (carry, bucket) -> (carry, gradients, y).
+      carry, shard, axes, stream, dtype: as in `over_buckets`.
 
     Returns:
-      (carry, grads, ys): grads like `shard`, summed over the ranks that the buckets visited, in the shard's dtype.
+      (carry, grads, ys): grads have the shapes and dtypes of `shard`, summed over ranks.
 
-    Moves: the weights as in `fold`, and as many bytes of gradients in `stream.grad_dtype` (in a ring, as
-      many messages).
+    Moves: the weights as in `over_buckets`, and as many gradient elements in `stream.grad_dtype`, by reduce-scatters or
+      collective-permutes.
     """
     # Without a barrier the compiler may find that rematerialised forward has fetched the same buckets, and keep them.
-    return _run(body, carry, lax.optimization_barrier(shard), axes, stream, dtype, sends=True)
+    return _fold(body, carry, lax.optimization_barrier(shard), axes, stream, dtype, sends=True)
 
 
-def _run(step, carry, shard, axes, stream, dtype, sends: bool):
-    if stream.movement == "ring" and axes:
-        return _ring(step, carry, shard, axes, stream, dtype, sends)
-    return _buckets(step, carry, _Gather(shard, axes, stream, dtype), sends)
+def _fold(step, carry, shard, axes, stream, dtype, sends: bool):
+    fold = _ring if stream.movement == "ring" and axes else _gather
+    return fold(step, carry, shard, axes, stream, dtype, sends)
 
 
 # ------------------------------------------------------------------------------------------------ packing
@@ -181,75 +186,77 @@ def _pack_grads(grads: Arrays, ranks: int, dtype: Any) -> jax.Array:
 
 
 def cast_like(arrays: Sequence[jax.Array], shard: Arrays) -> Arrays:
-    """Arrays in the dtypes of what they are the gradients of."""
+    """Gradients in the dtypes of the arrays that they belong to."""
     return tuple(array.astype(own.dtype) for array, own in zip(arrays, shard, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------ buckets
+# ------------------------------------------------------------------------------------------------ gather
 
 
-class _Gather:
-    """Slice b of every rank's shard."""
+class _ShardBuckets:
+    """Splits shards into buckets, gathers a bucket and reduce-scatters its gradients."""
 
     def __init__(self, shard: Arrays, axes: tuple[str, ...], stream: Stream, dtype: Any):
         self.shard, self.axes, self.dtype, self.grad_dtype = shard, axes, dtype, stream.grad_dtype
         self.ranks = lax.axis_size(axes) if axes else 1
-        self.buckets = stream.buckets
-        self.slices = [array.reshape(self.buckets, -1, array.shape[-1]) for array in shard]
-        self.rows = [array.shape[1] for array in self.slices]
+        self.number = stream.buckets
+        self.split = [array.reshape(self.number, -1, array.shape[-1]) for array in shard]
+        self.rows = [array.shape[1] for array in self.split]
 
-    def _slice(self, bucket) -> jax.Array:
-        return _pack([lax.dynamic_index_in_dim(s, bucket, keepdims=False) for s in self.slices], self.dtype)
-
-    def fetch(self, index) -> jax.Array:
+    def gather(self, index) -> jax.Array:
         """The message of bucket `index`."""
         with jax.named_scope("gather"):
-            message = self._slice(index)
+            mine = [lax.dynamic_index_in_dim(array, index, keepdims=False) for array in self.split]
+            message = _pack(mine, self.dtype)
             return lax.all_gather(message, self.axes) if self.axes else message
 
     def bucket(self, message: jax.Array, index) -> Bucket:
-        return Bucket(_unpack(message, self.rows), index, 0, self.ranks, index)
+        return Bucket(_unpack(message, self.rows), index, 0, self.ranks, index, self.number)
 
-    def outgoing(self, grads: Arrays) -> jax.Array | Arrays:
+    def pack_grads(self, grads: Arrays) -> jax.Array | Arrays:
         """The message of a bucket's gradients."""
         return _pack_grads(grads, self.ranks, self.grad_dtype) if self.axes else cast_like(grads, self.shard)
 
-    def home(self, message: Any, index) -> Arrays:
-        """A bucket's gradients -> this rank's share of their sum, each [rows, D]."""
-        del index
+    def scatter(self, message: Any) -> Arrays:
+        """The message of a bucket's gradients -> this rank's part of their sum over ranks, each [rows, D]."""
         if not self.axes:
             return message
         with jax.named_scope("scatter"):
             mine = lax.optimization_barrier(lax.psum_scatter(message, self.axes))  # see scatter_sequence
             return cast_like(_unpack(mine, self.rows), self.shard)
 
-    def collect(self, homes: Arrays) -> Arrays:
-        """Stacked homes, each [steps, rows, D] -> like the shard."""
-        return tuple(home.reshape(own.shape) for home, own in zip(homes, self.shard, strict=True))
+    def join(self, reduced: Arrays) -> Arrays:
+        """Stacks of buckets, each [buckets, rows, D] -> like the shard."""
+        return tuple(stack.reshape(own.shape) for stack, own in zip(reduced, self.shard, strict=True))
 
 
-def _buckets(step, carry: Carry, carrier: _Gather, sends: bool):
-    """Each bucket is under way while the one before it is used, and its gradients while the one after it is."""
+def _gather(step, carry: Carry, shard: Arrays, axes: tuple[str, ...], stream: Stream, dtype: Any, sends: bool):
+    """While a bucket is used, the next bucket is gathered and the gradients of the previous one are scattered."""
+    buckets = _ShardBuckets(shard, axes, stream, dtype)
 
-    def turn(carry, message, index):
-        carry, grads, y = step(carry, carrier.bucket(message, index))
-        return carry, carrier.outgoing(grads) if grads else (), y
+    def use(carry, message, index):
+        carry, grads, y = step(carry, buckets.bucket(message, index))
+        return carry, buckets.pack_grads(grads) if grads else (), y
 
-    carry, homes, ys = pipelined(
-        turn, lambda _, index: carrier.fetch(index), carrier.home if sends else None, carry, carrier.buckets,
-        remote=bool(carrier.axes),
-    )  # fmt: skip
-    return carry, carrier.collect(homes) if sends else (), ys
+    carry, reduced, ys = pipelined(
+        use,
+        lambda _, index: buckets.gather(index),
+        (lambda message, _: buckets.scatter(message)) if sends else None,
+        carry,
+        buckets.number,
+        remote=bool(axes),
+    )
+    return carry, buckets.join(reduced) if sends else (), ys
 
 
 # ------------------------------------------------------------------------------------------------ ring
 
 
 def _ring(step, carry: Carry, shard: Arrays, axes: tuple[str, ...], stream: Stream, dtype: Any, sends: bool):
-    """In iteration i this rank holds the shard of rank me - i.
+    """In step i this rank uses the shard of rank me - i.
 
-    A shard's gradient starts at the first rank that the shard visits, and reaches its owner after as many hops as the
-    shard made; the owner adds its own part there.
+    The sum of a shard's gradients starts at the next rank, follows the shard around the ring, and reaches the owner
+    with the last hop; the owner then adds its own gradient.
     """
     ranks, me = lax.axis_size(axes), lax.axis_index(axes)
     rows = [array.shape[0] for array in shard]
@@ -259,21 +266,21 @@ def _ring(step, carry: Carry, shard: Arrays, axes: tuple[str, ...], stream: Stre
         with jax.named_scope("ring"):
             return lax.ppermute(message, axes, route)
 
-    def visit(carry, message, index):
-        bucket = Bucket(_unpack(message, rows), index, (me - index) % ranks, 1, 0)
+    def use(carry, message, index):
+        bucket = Bucket(_unpack(message, rows), index, (me - index) % ranks, 1)
         carry, grads, y = step(carry, bucket)
         return carry, _pack_grads(grads, 1, stream.grad_dtype)[0] if sends else (), y
 
-    def scan_visit(state, index):
-        carry, message, travelling = state
+    def scan_step(state, index):
+        carry, message, grad_sum = state
         message = hop(message)
-        carry, grads, y = visit(carry, message, index)
-        travelling = hop(jax.tree.map(jnp.add, travelling, grads)) if sends else ()
-        return (carry, message, travelling), y
+        carry, grads, y = use(carry, message, index)
+        grad_sum = hop(jax.tree.map(jnp.add, grad_sum, grads)) if sends else ()
+        return (carry, message, grad_sum), y
 
     message = _pack(shard, dtype)
-    carry, own, y = visit(carry, message, 0)
-    state = carry, message, jax.tree.map(jnp.zeros_like, own)
-    (carry, _, travelling), later = lax.scan(scan_visit, state, jnp.arange(1, ranks))
-    ys = joined([one(y), later])
-    return carry, cast_like(_unpack(own + travelling, rows), shard) if sends else (), ys
+    carry, own_grads, y = use(carry, message, 0)
+    state = carry, message, jax.tree.map(jnp.zeros_like, own_grads)
+    (carry, _, grad_sum), ys = lax.scan(scan_step, state, jnp.arange(1, ranks))
+    ys = concatenated([stack_of_one(y), ys])
+    return carry, cast_like(_unpack(own_grads + grad_sum, rows), shard) if sends else (), ys

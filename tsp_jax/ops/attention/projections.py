@@ -87,7 +87,7 @@ class HeadStream(NamedTuple):
             return heads_BtNH.reshape(*heads_BtNH.shape[:2], -1)
         cut = self._cut(heads_BtNH, bucket)
         mine = lax.dynamic_index_in_dim(cut, bucket.first_rank // bucket.num_ranks, axis=2, keepdims=False)
-        mine = lax.dynamic_index_in_dim(mine, bucket.slice_index, axis=3, keepdims=False)
+        mine = lax.dynamic_index_in_dim(mine, bucket.index_in_shard, axis=3, keepdims=False)
         return mine.reshape(*heads_BtNH.shape[:2], -1)
 
     def put(self, heads_BtNH: jax.Array, bucket: Bucket, mine_BtnH: jax.Array) -> jax.Array:
@@ -96,7 +96,7 @@ class HeadStream(NamedTuple):
             return mine_BtnH.reshape(heads_BtNH.shape).astype(heads_BtNH.dtype)
         cut = self._cut(heads_BtNH, bucket)
         mine = mine_BtnH.reshape(*cut.shape[:2], 1, cut.shape[3], 1, *cut.shape[5:]).astype(cut.dtype)
-        start = (0, 0, bucket.first_rank // bucket.num_ranks, 0, bucket.slice_index, 0, 0)
+        start = (0, 0, bucket.first_rank // bucket.num_ranks, 0, bucket.index_in_shard, 0, 0)
         return lax.dynamic_update_slice(cut, mine, start).reshape(heads_BtNH.shape)
 
 
@@ -203,7 +203,7 @@ def _in_forward(x_BtD, weights, norms, positions_Bt, static: Projections):
         return zeros((*x_BtD.shape[:2], heads, config.head_dim), dtype, like=x_BtD)
 
     def made(chunk):
-        return over_chunks(chunk, (), (x_BtD, positions_Bt), tokens=how.stream.tokens)[1]
+        return over_chunks(chunk, (), (x_BtD, positions_Bt), chunk_tokens=how.stream.chunk_tokens)[1]
 
     def kv_body(carry, bucket: Bucket):
         wk_pD, wv_pD = (static.my_heads(w) for w in bucket.arrays)
@@ -267,7 +267,7 @@ def _in_backward(static: Projections, residuals, cotangents):
 
         dx_BtD, dnorm_H = carry
         read = x_BtD, positions_Bt, static.queries.take(dq_BtNH, bucket)
-        dx_BtD, _, (dw, dnorm) = over_chunks(chunk, dx_BtD, read, tokens=how.stream.tokens)
+        dx_BtD, _, (dw, dnorm) = over_chunks(chunk, dx_BtD, read, chunk_tokens=how.stream.chunk_tokens)
         return (dx_BtD, add(dnorm_H, dnorm)), (dw,), None
 
     def kv_body(carry, bucket: Bucket):
@@ -282,7 +282,7 @@ def _in_backward(static: Projections, residuals, cotangents):
 
         dx_BtD, dnorm_H = carry
         read = x_BtD, positions_Bt, how.take(dk_BtKH, bucket), how.take(dv_BtKH, bucket)
-        dx_BtD, _, (dwk, dwv, dnorm) = over_chunks(chunk, dx_BtD, read, tokens=how.stream.tokens)
+        dx_BtD, _, (dwk, dwv, dnorm) = over_chunks(chunk, dx_BtD, read, chunk_tokens=how.stream.chunk_tokens)
         return (dx_BtD, add(dnorm_H, dnorm)), (static.all_heads(dwk), static.all_heads(dwv)), None
 
     def run(name: str, body, carry, shard, how: HeadStream):
@@ -329,7 +329,7 @@ def _out_forward(out_BtNH, wo_nHD, static: Projections):
         def chunk(y_BcD, out_Bcp):
             return y_BcD + matmul(out_Bcp, bucket.arrays[0]), (), ()
 
-        return over_chunks(chunk, y_BtD, how.take(out_BtNH, bucket), tokens=how.stream.tokens)[0], None
+        return over_chunks(chunk, y_BtD, how.take(out_BtNH, bucket), chunk_tokens=how.stream.chunk_tokens)[0], None
 
     y_BtD = zeros((*out_BtNH.shape[:2], wo_nHD.shape[-1]), jnp.float32, like=out_BtNH)
     with jax.named_scope("out"):
@@ -347,7 +347,7 @@ def _out_backward(static: Projections, residuals, dy_BtD):
             return (), matmul_t(dy_BcD, bucket.arrays[0]).astype(dtype), (outer(out_Bcp, dy_BcD),)
 
         read = how.take(out_BtNH, bucket), dy_BtD
-        _, dout_Btp, grads = over_chunks(chunk, (), read, tokens=how.stream.tokens)
+        _, dout_Btp, grads = over_chunks(chunk, (), read, chunk_tokens=how.stream.chunk_tokens)
         return how.put(dout_BtNH, bucket, dout_Btp), grads, None
 
     dout_BtNH = zeros(out_BtNH.shape, dtype, like=dy_BtD)

@@ -1,0 +1,88 @@
+"""Cross-entropy under its layouts and movements, value and every gradient, against the reference."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.builders.arrays import BF16_TOLERANCE, F32_TOLERANCE, assert_trees_near, normal, place_case
+from tests.builders.ops import B, D, S, V, activations, compiled_value_and_grads, ids, over_streams
+from tsp_jax.ops import reference
+from tsp_jax.ops.cross_entropy import cross_entropy
+from tsp_jax.ops.stream import Stream
+
+LARGE_LOGITS_TOLERANCE = 1e-3
+"""relative; a logit of 500 is known to 5e-5, and so is the logarithm of its probability"""
+
+
+def sharded_cross_entropy(layout: str, stream: Stream):
+    placement = place_case(layout)
+    spec = placement.layout.spec
+    tokens = spec("batch", "sequence")
+
+    def local(x, table, labels):
+        return tuple(cross_entropy(x, table, labels, axes=placement.layout.axes("vocab"), stream=stream))
+
+    f = placement.shard_map(local, (spec("batch", "sequence", None), spec("vocab", None), tokens), (tokens, tokens))
+    return lambda x, table: f(x, table, some_ignored())
+
+
+CE_COTANGENTS = normal(6, B, S), normal(7, B, S)
+"""of the negative log-likelihood, and of the log-partition (as the z-loss has it)"""
+
+
+def ce_args(dtype=jnp.float32, std: float = 0.3):
+    return jnp.asarray(activations(0), dtype), normal(5, V, D, std=std)
+
+
+@functools.cache
+def desired_cross_entropy(std: float = 0.3):
+    def f(x, table):
+        return reference.cross_entropy(x, table, some_ignored())
+
+    return compiled_value_and_grads(f, CE_COTANGENTS, *ce_args(std=std))
+
+
+def some_ignored() -> np.ndarray:
+    labels = ids()
+    labels[:, ::5] = -1
+    return labels
+
+
+@over_streams
+def test_cross_entropy(layout, movement):
+    f = sharded_cross_entropy(layout, Stream(movement, 3))
+    actual = compiled_value_and_grads(f, CE_COTANGENTS, *ce_args())
+    assert_trees_near(actual, desired_cross_entropy(), F32_TOLERANCE)
+
+
+@pytest.mark.parametrize(("layout", "chunk_tokens"), [("single", 7), ("mix2_4", 12), ("tsp8", 1)])
+def test_cross_entropy_does_not_depend_on_chunks(layout, chunk_tokens):
+    f = sharded_cross_entropy(layout, Stream(buckets=3, chunk_tokens=chunk_tokens))
+    assert_trees_near(compiled_value_and_grads(f, CE_COTANGENTS, *ce_args()), desired_cross_entropy(), F32_TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", ["single", "mix2_4"])
+def test_ignored_labels_have_no_loss_and_no_gradient(layout):
+    f = sharded_cross_entropy(layout, Stream(buckets=3))
+    out, (dx, _) = compiled_value_and_grads(f, CE_COTANGENTS, *ce_args())
+    ignored = some_ignored() < 0
+    for array in (*out, dx):
+        assert not array[ignored].any()
+        assert array[~ignored].all()
+
+
+@pytest.mark.parametrize("layout", ["single", "mix2_4"])
+def test_cross_entropy_of_large_logits(layout):
+    f = sharded_cross_entropy(layout, Stream(buckets=3))
+    out, grads = compiled_value_and_grads(f, CE_COTANGENTS, *ce_args(std=40.0))  # logits in the hundreds
+    assert_trees_near((out, grads), desired_cross_entropy(40.0), LARGE_LOGITS_TOLERANCE)
+
+
+def test_cross_entropy_in_bfloat16_is_near_float32():
+    f = sharded_cross_entropy("tsp8", Stream(buckets=3))
+    actual = compiled_value_and_grads(f, CE_COTANGENTS, *ce_args(jnp.bfloat16))
+    assert [array.dtype for array in jax.tree.leaves(actual)] == [*(jnp.float32,) * 2, jnp.bfloat16, jnp.float32]
+    assert_trees_near(actual, desired_cross_entropy(), BF16_TOLERANCE)

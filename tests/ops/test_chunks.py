@@ -26,7 +26,7 @@ from tests.ops.test_ops import (
     sharded_embed,
     sharded_mlp,
 )
-from tsp_jax.inspect import buffers, parse
+from tsp_jax.inspect import list_buffers, parse
 from tsp_jax.ops.chunks import over_chunks
 from tsp_jax.ops.cross_entropy import cross_entropy
 from tsp_jax.ops.mlp import mlp
@@ -137,7 +137,7 @@ LENGTH, FFN, VOCAB, WIDTH, CHUNK = 64, 112, 176, 8, 16
 
 def arrays_of(f, *args) -> set[tuple[int, ...]]:
     """Shapes of all arrays that a compiled function makes."""
-    return {b.shape for b in buffers(parse(jax.jit(f).lower(*args).compile().as_text()))}
+    return {b.shape for b in list_buffers(parse(jax.jit(f).lower(*args).compile().as_text()))}
 
 
 def holds(shapes: set[tuple[int, ...]], tokens: int, columns: int) -> bool:

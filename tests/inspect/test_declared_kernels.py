@@ -64,12 +64,12 @@ def test_declared_kernels_count_in_fusions():
     )
     result = simulated(lines("%f = f32[4] fusion(f32[8] %p.f), kind=kCustom, calls=%body"), body, hardware=HALF)
     assert (result.flops, result.step_s) == (600, 1200)
-    assert "attention_forward at 0.5" in " ".join(result.assumptions)
+    assert "attention_forward 0.5" in " ".join(result.assumptions)
 
 
 def test_shares_and_their_source_are_among_the_assumptions():
     text = " ".join(simulated(lines(fused("a")), hardware=HALF).assumptions)
-    assert "declare their matrix products, each array read once: attention_forward at 0.5 of the rate above" in text
+    assert "read each array once and reach these shares of the rate above: attention_forward 0.5" in text
     assert "source of these shares: a test" in text
     assert "traffic alone" not in text
     assert "source of these shares" not in " ".join(simulated(lines(kernel("k", 8))).assumptions)

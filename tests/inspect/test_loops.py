@@ -93,7 +93,7 @@ def test_a_loop_runs_as_often_as_it_declares():
     result = simulated(lines(instruction), bodies, unknown_trips=4)
     assert result.step_s == 2.5 * (4 * 16 + 8)
     text = " ".join(result.assumptions)
-    assert "on average: 2.5" in text
+    assert "mean number of trips that they declare: 2.5" in text
     assert "run 4 times: inner" in text
 
 

@@ -32,7 +32,7 @@ class Quantity:
 def _largest_buffer(report: Report) -> str:
     made = next((b for b in report.peak.buffers if b.kind != "state"), None)
     if made is None:
-        return "arguments alone"
+        return "no buffer beside the state"
     where = f" at {made.source}" if made.source else ""
     shape = ",".join(map(str, made.shape))
     return f"largest buffer beside the state: {made.dtype}[{shape}], {format_bytes(made.bytes)}, {made.scope}{where}"
@@ -44,7 +44,7 @@ def _most_exposed(report: Report) -> str:
     if found is None:
         return "no collective"
     of = f"{format_seconds(found.exposed_s)} of its {format_seconds(found.seconds)}"
-    return f"most exposed: {found.task.op} {found.task.name}, {of} in {found.count:g} runs, {found.task.scope}"
+    return f"most exposed: {found.task.op} {found.task.name}, {of} in {found.count:g} executions, {found.task.scope}"
 
 
 def _most_traffic(report: Report) -> str:

@@ -142,33 +142,47 @@ def _totals(schedule: Schedule, simulation: Simulation, queue: Queue) -> tuple[T
 def _assumptions(
     module: Module, hardware: Hardware, unknown_trips: Trips, kernels: Iterable[TaskTotal]
 ) -> tuple[str, ...]:
-    rates = (
+    return (
         f"{hardware.name}: {hardware.sustained_flops / 1e12:g} TFLOP/s in matrix products, "
-        f"{hardware.sustained_bandwidth / 1e12:g} TB/s of memory, {hardware.host_bandwidth / 1e9:g} GB/s to the host"
+        f"{hardware.sustained_bandwidth / 1e12:g} TB/s of memory, {hardware.host_bandwidth / 1e9:g} GB/s to the host",
+        f"source of these rates: {hardware.source}",
+        link_model(hardware),
+        "links have no latency, kernels no launch cost; communication does not slow down computation",
+        "a kernel takes the longer of its matrix products and its memory traffic; other arithmetic is free",
+        "caches keep nothing between kernels; copies within the device run one after another with the kernels",
+        *_loop_assumptions(module, unknown_trips),
+        *_kernel_assumptions(module, hardware, kernels),
     )
+
+
+def _loop_assumptions(module: Module, unknown_trips: Trips) -> list[str]:
+    """Trips of data-dependent loops."""
     loops = [i for i, _ in module.walk(unknown_trips) if i.opcode == "while" and module.trip_count(i) is None]
     declared = sorted({trips for loop in loops if (trips := declared_trips(loop)) is not None})
     unknown = [loop.name for loop in loops if declared_trips(loop) is None]
+    lines = []
+    if declared:
+        numbers = ", ".join(map(str, declared))
+        lines.append(f"data-dependent loops run the mean number of trips that they declare: {numbers}")
+    if unknown:
+        times = "as often as the caller says" if callable(unknown_trips) else f"{unknown_trips:g} times"
+        lines.append(f"data-dependent loops that declare no trips run {times}: {', '.join(unknown)}")
+    return lines
+
+
+def _kernel_assumptions(module: Module, hardware: Hardware, kernels: Iterable[TaskTotal]) -> list[str]:
+    """Rates of kernels that the text does not describe."""
     calls = {i.name for i, _ in module.walk() if i.opcode == "custom-call"}
     opaque = sorted({t.task.op for t in kernels if t.task.name in calls and not t.task.flops})
     kinds = sorted({d.kind for d in map(declared_flops, (i for i, _ in module.walk(fusions=True))) if d})
-    lines = [
-        rates,
-        f"source: {hardware.source}",
-        link_model(hardware),
-        "no latency of links, no launch cost of kernels, no contention between compute and communication",
-        "a kernel takes the longer of its matrix products and its memory traffic; other arithmetic is free",
-        "caches keep nothing from one kernel to the next; copies within the device take their turn among the kernels",
-    ]
-    if declared:
-        lines.append(f"data-dependent loops run as often as they declare on average: {', '.join(map(str, declared))}")
-    if unknown:
-        times = "as the caller says" if callable(unknown_trips) else f"{unknown_trips:g} times"
-        lines.append(f"data-dependent loops that declare nothing run {times}: {', '.join(unknown)}")
+    lines = []
     if kinds:
-        shares = ", ".join(f"{kind} at {hardware.efficiency.get(kind, 1.0):g} of the rate above" for kind in kinds)
-        lines.append(f"kernels that declare their matrix products, each array read once: {shares}")
+        shares = ", ".join(f"{kind} {hardware.efficiency.get(kind, 1.0):g}" for kind in kinds)
+        rule = (
+            "kernels that declare their matrix products read each array once and reach these shares of the rate above"
+        )
+        lines.append(f"{rule}: {shares}")
         lines.append(f"source of these shares: {hardware.attention_source}")
     if opaque:
-        lines.append(f"kernels known by their memory traffic alone: {', '.join(opaque)}")
-    return tuple(lines)
+        lines.append(f"other custom kernels count by their memory traffic alone: {', '.join(opaque)}")
+    return lines

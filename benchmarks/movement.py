@@ -15,7 +15,7 @@ from tsp_jax.config import Config
 from tsp_jax.cost.training import movements
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import parse_target, use_target
-from tsp_jax.inspect import collectives, parse
+from tsp_jax.inspect import list_collectives, parse
 from tsp_jax.layout import get_layout, parse_mesh
 from tsp_jax.tools.cli import load_config
 from tsp_jax.tools.compile import compile_step
@@ -42,7 +42,7 @@ def received(config: Config, target) -> dict[str, float]:
     """Op -> bytes that one device receives in a compiled step; their `total`, messages that the compiler merged from
     several ops' and sums of gradients among them; and `peak` bytes."""
     step = compile_step(config, target)
-    found = collectives(parse(step.compiled.as_text()), dict(step.placement.mesh.shape))
+    found = list_collectives(parse(step.compiled.as_text()), dict(step.placement.mesh.shape))
     totals = {op: sum(c.total_bytes for c in found if f"tsp/{op}" in c.scope) for op in OPS}
     totals["total"] = sum(c.total_bytes for c in found)
     memory = step.compiled.memory_analysis()

@@ -9,7 +9,7 @@ import pytest
 from tests.builders.arrays import LAYOUT_CASES, MIX, UNUSUAL_CASES
 from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
 from tsp_jax.cost.training import forward_traffic, movements, step_traffic
-from tsp_jax.inspect import buffers, collectives, parse
+from tsp_jax.inspect import list_buffers, list_collectives, parse
 from tsp_jax.layout import Layout, place
 from tsp_jax.training.step import make_program
 
@@ -89,7 +89,7 @@ def traffic(config: Config, case: str, forward: bool = False) -> dict[str, dict[
     layout, _ = CASES[case]
     module, mesh = compiled_step(config, case, forward)
     totals = {op: defaultdict(float) for op in ("attention", "mlp", "embed", "loss")}
-    for collective in collectives(module, mesh):
+    for collective in list_collectives(module, mesh):
         for op, kinds in totals.items():
             if f"tsp/{op}" in collective.scope:
                 kinds[kind_of(collective, layout)] += collective.total_bytes
@@ -194,7 +194,7 @@ def messages(config: Config, case: str, op: str) -> dict[str, float]:
     """How often each kind of collective runs in an op, in one step."""
     module, mesh = compiled_step(config, case)
     counts = defaultdict(float)
-    for collective in collectives(module, mesh):
+    for collective in list_collectives(module, mesh):
         if f"tsp/{op}" in collective.scope and "_sequence" not in collective.scope:
             counts[collective.op] += collective.count
     return dict(counts)
@@ -209,7 +209,7 @@ def test_ring_is_one_hop_less_than_ranks_for_each_pass(case, ranks):
 def test_ring_moves_as_much_as_gathers():
     layout, sizes = CASES["tsp4"]
     module, mesh = compiled_step(RING, "tsp4")
-    found = [c for c in collectives(module, mesh) if "tsp/mlp" in c.scope]
+    found = [c for c in list_collectives(module, mesh) if "tsp/mlp" in c.scope]
     expected = step_traffic(CONFIG, layout, {"data": 1, **sizes})["mlp"]
     assert sum(c.total_bytes for c in found) == expected["weights"] + expected["weight_grads"]
 
@@ -244,7 +244,7 @@ FULL_MATRIX = 160 * 56
 
 def big_buffers(config: Config, case: str) -> list:
     module, _ = compiled_step(config, case)
-    return [buffer for buffer in buffers(module) if buffer.bytes >= 4 * FULL_MATRIX]
+    return [buffer for buffer in list_buffers(module) if buffer.bytes >= 4 * FULL_MATRIX]
 
 
 @pytest.mark.parametrize(
@@ -268,13 +268,13 @@ def test_whole_weights_do_make_such_buffers():
 def test_no_full_sequence_residual(case):
     """Nothing has both the whole sequence and the model dimension."""
     module, _ = compiled_step(SLIM, case)
-    found = [b for b in buffers(module) if SLIM.seq_len in b.shape and SLIM.model.d_model in b.shape]
+    found = [b for b in list_buffers(module) if SLIM.seq_len in b.shape and SLIM.model.d_model in b.shape]
     assert found == []
 
 
 def test_residual_is_found_where_it_is():
     module, _ = compiled_step(SLIM, "tp8")
-    assert any(SLIM.seq_len in b.shape and SLIM.model.d_model in b.shape for b in buffers(module))
+    assert any(SLIM.seq_len in b.shape and SLIM.model.d_model in b.shape for b in list_buffers(module))
 
 
 @pytest.mark.parametrize("case", ["single", "tp8", "sp8", "tsp4"])
@@ -285,10 +285,10 @@ def test_no_logits_of_all_tokens_and_the_whole_vocabulary(case):
     tokens = SLIM.seq_len
     for axis in layout.sequence:
         tokens //= sizes[axis]
-    assert [b for b in buffers(module) if 400 in b.shape and tokens in b.shape] == []
+    assert [b for b in list_buffers(module) if 400 in b.shape and tokens in b.shape] == []
 
 
 def test_no_square_of_scores():
     """Blockwise attention: nothing has two dimensions of a rank's queries and all keys."""
     module, _ = compiled_step(SLIM, "tsp4")
-    assert [b for b in buffers(module) if b.shape and {16, 64} <= set(b.shape[-2:])] == []
+    assert [b for b in list_buffers(module) if b.shape and {16, 64} <= set(b.shape[-2:])] == []

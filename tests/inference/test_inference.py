@@ -19,7 +19,7 @@ from tsp_jax.inference import Sampling, Stats, generate_tokens, make_inference_p
 from tsp_jax.inference.batching import prefill_prompts
 from tsp_jax.inference.cache import PAGE, deal
 from tsp_jax.inference.sampling import filter_top_k, filter_top_p, row_keys
-from tsp_jax.inspect import buffers, collectives, memory_report, parse
+from tsp_jax.inspect import compiled_memory, list_buffers, list_collectives, parse
 from tsp_jax.ops import kernels, reference
 from tsp_jax.ops.attention.kv_cache import EMPTY, NO_TOKEN
 from tsp_jax.ops.norm import rms_norm
@@ -325,7 +325,7 @@ def test_decode_moves_what_its_closed_form_says(case, model):
     """To the byte, by op; the form knows neither weights nor the length of the cache."""
     placement = place_case(case)
     sizes = dict.fromkeys(placement.layout.axis_names, 1) | dict(placement.mesh.shape)
-    moved = collectives(parse(compiled(case, "decode", model).as_text()), dict(placement.mesh.shape))
+    moved = list_collectives(parse(compiled(case, "decode", model).as_text()), dict(placement.mesh.shape))
     found = dict.fromkeys(("attention", "mlp", "embed", "logits"), 0.0)
     for c in moved:
         found[next((op for op in found if f"tsp/{op}" in c.scope), "logits")] += c.total_bytes
@@ -360,7 +360,7 @@ def test_what_decode_moves_is_linear_in_activations(case):
 def test_decode_moves_activations_alone(case):
     """The least weight shard has 16 * 8 / 8 * 56 elements; activations of a layer, about B (2 D + 4 N H)."""
     module = parse(compiled(case, "decode").as_text())
-    moved = collectives(module, dict(place_case(case).mesh.shape))
+    moved = list_collectives(module, dict(place_case(case).mesh.shape))
     heads = WIDE.num_heads * WIDE.head_dim
     assert max(c.elements for c in moved) <= BATCH * max(2 * WIDE.d_model, WIDE.vocab_size, 3 * heads)
     layers = [c for c in moved if "attention" in c.scope or "mlp" in c.scope]
@@ -373,13 +373,13 @@ def test_decode_moves_activations_alone(case):
 def test_prefill_does_move_weights():
     """The contract above can fail."""
     module = parse(compiled("tsp4", "prefill").as_text())
-    assert any("all-gather" in c.op and "mlp" in c.scope for c in collectives(module, {"data": 1, "tsp": 4}))
+    assert any("all-gather" in c.op and "mlp" in c.scope for c in list_collectives(module, {"data": 1, "tsp": 4}))
 
 
 @pytest.mark.parametrize("step", ["prefill", "decode"])
 def test_the_cache_is_written_where_it_lies(step):
     """Its memory is the result's, and no temporary is as large as all layers of it."""
-    memory = memory_report(compiled("tsp4", step))
+    memory = compiled_memory(compiled("tsp4", step))
     cache = program_of("tsp4", "wide").abstract_cache.key_values
     total = sum(4 * math.prod(array.sharding.shard_shape(array.shape)) for array in cache)
     assert memory.alias_bytes >= total
@@ -400,14 +400,14 @@ def test_a_cache_that_was_given_away_is_gone():
 def test_decode_makes_no_copy_of_the_weights():
     module = parse(compiled("tsp4", "decode").as_text())
     shard = WIDE.d_ff // 4 * WIDE.d_model
-    found = [b for b in buffers(module) if b.opcode != "parameter" and "mlp" in b.scope and b.bytes > 4 * shard]
+    found = [b for b in list_buffers(module) if b.opcode != "parameter" and "mlp" in b.scope and b.bytes > 4 * shard]
     assert found == []
 
 
 def test_prefill_gathers_a_bucket_of_heads_at_a_time():
     """Keys and values of a quarter of the heads, a message each, and never of the whole capacity."""
     module = parse(compiled("tsp4", "prefill").as_text())
-    gathers = [c for c in collectives(module, {"data": 1, "tsp": 4}) if "gather_sequence" in c.scope]
+    gathers = [c for c in list_collectives(module, {"data": 1, "tsp": 4}) if "gather_sequence" in c.scope]
     assert [c.elements for c in gathers] == 2 * [BATCH * CHUNK * WIDE.num_heads // 4 * WIDE.head_dim * 3 // 4]
 
 

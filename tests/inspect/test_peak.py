@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 
 from tsp_jax import inspect
-from tsp_jax.inspect.peak import peak
+from tsp_jax.inspect import find_peak
 
 K = 1024 * 4  # bytes of f32[1024]
 
@@ -49,28 +49,28 @@ LINE = """
 
 
 def test_straight_line():
-    found = peak(module(LINE))
+    found = find_peak(module(LINE))
     assert found.bytes == 3 * K  # the parameter, an operand, a result
     assert found.at == "b"
     assert names(found) == ["a", "b", "x"]
 
 
 def test_a_late_reader_keeps_a_buffer():
-    assert peak(module(LINE.replace("custom-call(%c)", "custom-call(%c, %a)"))).bytes == 4 * K
+    assert find_peak(module(LINE.replace("custom-call(%c)", "custom-call(%c, %a)"))).bytes == 4 * K
 
 
 def test_elementwise_work_reuses_a_dying_operand():
     text = LINE.replace("%b = $ custom-call(%a)", "%b = $ negate(%a)").replace(
         "%c = $ custom-call", "%c = $ exponential"
     )
-    assert peak(module(text)).bytes == 3 * K  # at a's maker there are only two, at d's three
+    assert find_peak(module(text)).bytes == 3 * K  # at a's maker there are only two, at d's three
     text = text.replace("ROOT %d = $ custom-call(%c)", "ROOT %d = $ tanh(%c)")
-    assert peak(module(text)).bytes == 2 * K
-    assert peak(module(text.replace("tanh(%c)", "add(%c, %a)"))).bytes == 3 * K  # a is read later: not overwritten
+    assert find_peak(module(text)).bytes == 2 * K
+    assert find_peak(module(text.replace("tanh(%c)", "add(%c, %a)"))).bytes == 3 * K  # a is read later: not overwritten
 
 
 def test_parameters_are_not_reused():
-    assert peak(module("\n  %x = $ parameter(0)\n  ROOT %y = $ negate(%x)\n")).bytes == 2 * K
+    assert find_peak(module("\n  %x = $ parameter(0)\n  ROOT %y = $ negate(%x)\n")).bytes == 2 * K
 
 
 @pytest.mark.parametrize(("inner", "expected"), [("negate(%p)", 2), ("reverse(%p), dimensions={0}", 3)])
@@ -81,7 +81,7 @@ def test_fusions_reuse_only_what_they_read_in_order(inner, expected):
   %a = $ custom-call(%x), custom_call_target="f"
   ROOT %b = $ fusion(%a), kind=kLoop, calls=%fused
 """
-    assert peak(module(entry, fused)).bytes == expected * K
+    assert find_peak(module(entry, fused)).bytes == expected * K
 
 
 def test_views_are_no_buffers():
@@ -94,7 +94,7 @@ def test_views_are_no_buffers():
   %v = f32[32,32]{1,0} bitcast(%g)
   ROOT %w = f32[32,32]{1,0} custom-call(%v), custom_call_target="f"
 """
-    found = peak(module(entry))
+    found = find_peak(module(entry))
     assert found.bytes == 3 * K
     assert found.at == "w"  # the view keeps what it shows alive
 
@@ -123,22 +123,22 @@ def test_slices_are_written_in_place_unless_the_old_array_is_read_later(write, r
   {write}
   ROOT %y = f32[] custom-call({reader}), custom_call_target="f"
 """
-    assert peak(module(entry, fused)).bytes == pytest.approx((1 + 8 * stacks) * K, abs=64)
+    assert find_peak(module(entry, fused)).bytes == pytest.approx((1 + 8 * stacks) * K, abs=64)
 
 
 def test_small_constants_do_not_count_and_large_ones_do():
     def entry(n):
         return f"\n  %x = $ parameter(0)\n  %c = f32[{n}]{{0}} constant({{...}})\n  ROOT %y = $ negate(%x)\n"
 
-    assert peak(module(entry(16))).bytes == 2 * K
-    assert peak(module(entry(1 << 19))).bytes == 2 * K + 4 * (1 << 19)
+    assert find_peak(module(entry(16))).bytes == 2 * K
+    assert find_peak(module(entry(1 << 19))).bytes == 2 * K + 4 * (1 << 19)
 
 
 def test_donated_parameter():
     entry = "\n  %x = $ parameter(0)\n  %y = $ parameter(1)\n  ROOT %z = $ add(%x, %y)\n"
     donated = ", input_output_alias={ {}: (0, {}, may-alias) }"
-    assert peak(module(entry)).bytes == 3 * K
-    found = peak(module(entry, header=donated))
+    assert find_peak(module(entry)).bytes == 3 * K
+    found = find_peak(module(entry, header=donated))
     assert found.bytes == 2 * K
     assert found.by_kind == {"state": 2 * K, "residual": 0, "transient": 0}
 
@@ -184,13 +184,13 @@ def large(found):
 
 
 def test_loop_state_is_one_buffer_and_is_filled_in_place():
-    found = peak(stacked())
+    found = find_peak(stacked())
     assert found.bytes == pytest.approx((8 + 1 + 2) * K, abs=64)  # stack, parameter, old and new carry; counters
     assert names(found) == ["new", "old", "written", "x"]
 
 
 def test_a_stack_is_named_after_what_fills_it():
-    buffer = large(peak(stacked()))
+    buffer = large(find_peak(stacked()))
     assert buffer.scope == "jit(f)/jvp()/while/body/dynamic_update_slice"
     assert buffer.holds == "jit(f)/jvp()/while/body/layer"
     assert (buffer.source, buffer.name, buffer.computation) == ("model.py:7", "written", "body")
@@ -215,7 +215,7 @@ def test_a_fusion_fills_in_place_too():
         "  %written = f32[8,1024]{1,0} get-tuple-element(%both), index=0\n"
     )
     condition, body, call = loop("%init", "".join(inside), STATE)
-    found = peak(module(STACK.replace("WHILE", call), fused, condition, body))
+    found = find_peak(module(STACK.replace("WHILE", call), fused, condition, body))
     assert found.bytes == pytest.approx(11 * K, abs=64)
     assert large(found).scope == "jit(f)/jvp()/while/body/fill"
 
@@ -230,7 +230,7 @@ def test_several_fill_it_in_turn(count):
         lines.insert(k, f"  {new} = f32[8,1024]{{1,0}} dynamic-update-slice({old}, %row, %n, %zero)\n")
         k += 1
     del lines[k]
-    assert peak(stacked("".join(lines))).bytes == pytest.approx((8 + 1 + 2) * K, abs=64)
+    assert find_peak(stacked("".join(lines))).bytes == pytest.approx((8 + 1 + 2) * K, abs=64)
 
 
 def test_memory_between_old_and_new_carry_is_free():
@@ -241,7 +241,7 @@ def test_memory_between_old_and_new_carry_is_free():
         '  %wide = $ custom-call(%small), custom_call_target="f"\n'
         '  %seen = f32[] custom-call(%wide), custom_call_target="f"\n',
     )
-    assert peak(stacked(fill)).bytes == pytest.approx((8 + 1 + 1) * K, abs=64)
+    assert find_peak(stacked(fill)).bytes == pytest.approx((8 + 1 + 1) * K, abs=64)
 
 
 def test_nested_loops_add_to_what_is_alive_outside():
@@ -273,7 +273,7 @@ def test_nested_loops_add_to_what_is_alive_outside():
 WHILE  ROOT %y = $ get-tuple-element(%while), index=1
 """
     condition, body, call = loop("%init", fill, state)
-    found = peak(module(entry.replace("WHILE", call), condition, inner, body))
+    found = find_peak(module(entry.replace("WHILE", call), condition, inner, body))
     assert found.bytes == pytest.approx((1 + 2 + 1 + 4) * K, abs=64)  # parameter, across, carry, scratch
     assert found.at in ("scratch", "w.2")
 
@@ -293,7 +293,7 @@ def test_of_branches_the_largest_counts():
   %a = $ custom-call(%x), custom_call_target="f"
   ROOT %y = $ conditional(%which, %a, %a), true_computation=%one, false_computation=%two
 """
-    found = peak(module(entry, branch("one", 6), branch("two", 3)))
+    found = find_peak(module(entry, branch("one", 6), branch("two", 3)))
     assert found.bytes == pytest.approx((1 + 1 + 6 + 1) * K, abs=64)
     assert "t.one" in names(found)
     assert "t.two" not in names(found)
@@ -313,7 +313,7 @@ GATHER = """
 
 
 def test_a_gather_under_way_holds_operand_and_result_once():
-    found = peak(module(GATHER))
+    found = find_peak(module(GATHER))
     assert found.bytes == (1 + 1 + 8 + 2) * K
     assert names(found) == ["a", "other", "start", "x"]
 
@@ -327,7 +327,7 @@ def test_a_wrapped_collective():
     text = GATHER.replace("($, f32[8,1024]{1,0}) all-gather-start(%a), replica_groups={}, dimensions={0}", "WRAPPED")
     text = text.replace("WRAPPED", "(($), f32[8,1024]{1,0}, u32[]) async-start(%a), calls=%wrapped")
     text = text.replace("all-gather-done(%start)", "async-done(%start), calls=%wrapped")
-    found = peak(module(text, wrapped))
+    found = find_peak(module(text, wrapped))
     assert found.bytes == pytest.approx((1 + 1 + 8 + 2) * K, abs=64)
     assert names(found) == ["a", "g", "other", "x"]
 
@@ -339,7 +339,7 @@ def test_other_memories_do_not_count_and_tiles_pad():
   %s = f32[1024,8]{1,0:T(8,128)S(1)} custom-call(%h), custom_call_target="f"
   ROOT %y = f32[] custom-call(%s), custom_call_target="f"
 """
-    found = peak(module(entry))
+    found = find_peak(module(entry))
     assert found.bytes == 1024 * 128 * 4 + 4
     assert found.host_bytes == 1024 * 128 * 4
 
@@ -348,12 +348,12 @@ def test_other_memories_do_not_count_and_tiles_pad():
 
 
 def test_residuals_are_made_forward_and_read_backward():
-    assert large(peak(stacked())).kind == "residual"
+    assert large(find_peak(stacked())).kind == "residual"
     unread = STACK.replace("transpose(jvp())/read", "jvp()/read").replace("  %i =", BACKWARD + "  %i =")
-    assert large(peak(stacked(entry=unread))).kind == "transient"
+    assert large(find_peak(stacked(entry=unread))).kind == "transient"
     backward = FILL.replace("jvp()", "transpose(jvp())")
     zeros = STACK.replace("jit(f)/jvp()/broadcast", "jit(f)/transpose(jvp())/broadcast")
-    assert large(peak(stacked(backward, zeros))).kind == "transient"
+    assert large(find_peak(stacked(backward, zeros))).kind == "transient"
 
 
 BACKWARD = '  %back = f32[] custom-call(%x), custom_call_target="f", metadata={op_name="transpose(jvp())/mul"}\n'
@@ -367,14 +367,14 @@ def test_without_backward_residuals_are_what_crosses_the_outermost_loop():
     entry = (
         nameless(STACK).replace("  %i = s32[] constant(0)\n", crossing).replace("call(%kept)", "call(%kept, %cross)")
     )
-    kinds = {buffer.name: buffer.kind for buffer in peak(stacked(nameless(FILL), entry)).buffers}
+    kinds = {buffer.name: buffer.kind for buffer in find_peak(stacked(nameless(FILL), entry)).buffers}
     assert (kinds["x"], kinds["cross"], kinds["written"]) == ("state", "residual", "residual")
     entry = entry.replace("call(%kept, %cross)", "call(%cross)")
-    assert {b.name: b.kind for b in peak(stacked(nameless(FILL), entry)).buffers}["cross"] == "residual"
+    assert {b.name: b.kind for b in find_peak(stacked(nameless(FILL), entry)).buffers}["cross"] == "residual"
 
 
 def test_by_kind_adds_up():
-    found = peak(stacked())
+    found = find_peak(stacked())
     assert sum(found.by_kind.values()) == found.bytes == sum(buffer.bytes for buffer in found.buffers)
     assert [b.bytes for b in found.buffers] == sorted((b.bytes for b in found.buffers), reverse=True)
 
@@ -395,8 +395,8 @@ def test_against_the_compiler(donate):
 
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 256, 256), (1024, 256))]
     compiled = jax.jit(step, donate_argnums=donate).lower(*shapes).compile()
-    found = peak(inspect.parse(compiled.as_text()))
-    assert found.bytes == pytest.approx(inspect.memory_report(compiled).peak_bytes, rel=0.05)
+    found = find_peak(inspect.parse(compiled.as_text()))
+    assert found.bytes == pytest.approx(inspect.compiled_memory(compiled).peak_bytes, rel=0.05)
     assert found.buffers[0].shape == (8, 1024, 256)  # one input of each layer
     assert found.buffers[0].kind == "residual"
     assert found.by_kind["state"] == 4 * (8 * 256 * 256 + 1024 * 256)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from tests.builders.arrays import F32_TOLERANCE, assert_trees_near, normal, place_case
 from tests.builders.targets import installed
 from tsp_jax.hardware.targets import parse_target
-from tsp_jax.inspect import buffers, memory_report, parse
+from tsp_jax.inspect import compiled_memory, list_buffers, parse
 from tsp_jax.layout import Placement, place
 from tsp_jax.models.remat import run_layers
 from tsp_jax.ops.mlp import mlp
@@ -182,7 +182,7 @@ def compiled_update(plain: bool):
 def stacked_in_loops(compiled) -> set[tuple[int, ...]]:
     """Shapes of arrays of all layers that the loops over layers fill."""
     module = parse(compiled.as_text())
-    found = [b for b in buffers(module) if b.computation != module.entry.name]
+    found = [b for b in list_buffers(module) if b.computation != module.entry.name]
     return {b.shape for b in found if b.shape[:1] == (DEEP,)}
 
 
@@ -197,7 +197,7 @@ def test_a_scan_of_checkpoints_does_have_such_memory():
 
 def test_slots_save_the_memory_of_gradients():
     """Those of a scan are float32 until the loop ends, for autodiff gives them the dtype of the parameters."""
-    slots, plain = (memory_report(compiled_update(plain)).temp_bytes for plain in (False, True))
+    slots, plain = (compiled_memory(compiled_update(plain)).temp_bytes for plain in (False, True))
     assert slots <= plain - DEEP * (3 * F // 8 + 1) * D * 4
 
 
@@ -213,6 +213,6 @@ def test_no_reader_of_one_row_has_all_slots_copied():
         return jax.tree.map(lambda p, grad: p - grad.astype(jnp.float32), params, grads), dx
 
     module = parse(jax.jit(step, donate_argnums=1).lower(*arrays).compile().as_text())
-    made = {(b.opcode, b.shape) for b in buffers(module)}
+    made = {(b.opcode, b.shape) for b in list_buffers(module)}
     assert ("copy", (DEEP, ROWS, D)) not in made
     assert (DEEP, ROWS, D) in {shape for _, shape in made}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.builders.arrays import F32_TOLERANCE, assert_trees_near, normal
-from tsp_jax.inspect import buffers, parse
+from tsp_jax.inspect import list_buffers, parse
 from tsp_jax.ops.chunks import over_chunks
 from tsp_jax.ops.cross_entropy import cross_entropy
 from tsp_jax.ops.mlp import mlp
@@ -77,7 +77,7 @@ LENGTH, FFN, VOCAB, WIDTH, CHUNK = 64, 112, 176, 8, 16
 
 def arrays_of(f, *args) -> set[tuple[int, ...]]:
     """Shapes of all arrays of a compiled function."""
-    return {b.shape for b in buffers(parse(jax.jit(f).lower(*args).compile().as_text()))}
+    return {b.shape for b in list_buffers(parse(jax.jit(f).lower(*args).compile().as_text()))}
 
 
 def holds(shapes: set[tuple[int, ...]], tokens: int, columns: int) -> bool:

@@ -22,7 +22,7 @@ from tsp_jax.hf import weights as hf
 from tsp_jax.hf.files import SINGLE
 from tsp_jax.hf.tokenizer import Tokenizer as Text
 from tsp_jax.hf.tokenizer import read_stop_tokens
-from tsp_jax.inspect import memory_report
+from tsp_jax.inspect import compiled_memory
 from tsp_jax.tools.generate import GenerateOptions, run
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
@@ -192,7 +192,7 @@ def test_text_comes_as_it_is_written(folder, model):
 def test_peak_is_that_of_the_larger_program(model):
     inference.generate(model, [PROMPT], max_new_tokens=12)
     program = next(iter(model.programs.values()))
-    peaks = [memory_report(step).peak_bytes for step in (program.prefill, program.decode)]
+    peaks = [compiled_memory(step).peak_bytes for step in (program.prefill, program.decode)]
     weights = sum(array.nbytes for array in jax.tree.leaves(model.params)) / 8
     assert program.peak_bytes == max(peaks) > weights
 

@@ -1,32 +1,32 @@
-"""What each platform's compiler is told, each option with the measurement that speaks for it."""
+"""Compiler options for each platform, each with the measurement that justifies it."""
 
 from collections.abc import Mapping
 from typing import Any
 
 _OVERLAP = {
-    # ROCm's compiler of jax 0.10 hides no latency unless asked to; later ones do, and take the option all the same.
+    # ROCm's compiler of jax 0.10 overlaps nothing without this option; later ones do by default, and accept it.
     "xla_gpu_enable_latency_hiding_scheduler": True,
-    # At most one collective may be under way at a time unless more are allowed, and of a bucket's keys and values one
-    # is left with nothing to hide it: 48 % of communication is exposed with one, 0.3 % with four (llama_7b, 128 K,
-    # mi300x:8, fused attention), for 0.07 GB; on h100:8 42 % and 8 %, for 0.12 GB.
+    # The default is one collective in flight at a time, so either the keys or the values of a bucket overlap with
+    # nothing: 48 % of communication is exposed with one, 0.3 % with four (llama_7b, 128 K, mi300x:8, fused attention),
+    # for 0.07 GB more; on h100:8 42 % and 8 %, for 0.12 GB more.
     "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
-    # Pieces are sized to be messages. Combined, the last piece's gradients of the MLP wait for the first ones of
-    # attention, and 5 % of communication is exposed instead of 3 %, for 0.02 GB more (the same step, mi300x:8).
+    # Buckets have the size of a good message. If they are combined, gradients of the MLP's last bucket wait for the
+    # first ones of attention: 5 % of communication is exposed instead of 3 %, for 0.02 GB more (same step, mi300x:8).
     "xla_gpu_all_gather_combine_threshold_bytes": 0,
     "xla_gpu_reduce_scatter_combine_threshold_bytes": 0,
 }
 COMPILER_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "rocm": _OVERLAP,
     "cuda": _OVERLAP,
-    # Less search for speed: a 7B step of 128 K tokens compiles in 17 s instead of 46 s, and peaks at 22.2 GB instead of
-    # 23.6 GB (v5p:8, jax 0.10.2). What it costs in run time is not known.
+    # Less optimization effort: a 7B step of 128 K tokens compiles in 17 s instead of 46 s, and its peak memory is
+    # 22.2 GB instead of 23.6 GB (v5p:8, jax 0.10.2). The cost in run time is not known.
     "tpu": {"exec_time_optimization_effort": -1.0},
 }
-"""By platform (rocm, cuda, tpu; the CPU's is told nothing). Every name is known to jax 0.10 to 0.12."""
+"""platform (rocm, cuda, tpu; none for CPU) -> options; jax 0.10 to 0.12 know all of them"""
 
 
 def compiler_options(device: Any) -> dict[str, Any]:
-    """What to pass to ``lowered.compile(...)`` for a device that is there, a `jax.Device`."""
+    """Options for ``lowered.compile(...)`` on a present `jax.Device`."""
     platform = device.platform
     if platform == "gpu":
         platform = "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"

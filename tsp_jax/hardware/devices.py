@@ -1,4 +1,4 @@
-"""Kinds of device: what the data sheets say, what programs were seen to reach, and how devices are joined."""
+"""Facts about devices: data sheets, rates that real programs reach, and the links between devices."""
 
 import dataclasses
 from typing import Any, Literal
@@ -10,7 +10,7 @@ Links = Literal["host", "full_mesh", "switch", "torus"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One kind of device and how its like are joined. Rates are in units a second, per device and direction."""
+    """One kind of device and its links. Rates are per second, per device and per direction."""
 
     name: str
     platform: Literal["cpu", "rocm", "cuda", "tpu"]
@@ -25,9 +25,9 @@ class Hardware:
     link_bandwidth: float
     """bytes/s that one link sustains"""
     node_size: int
-    """devices that these links join"""
+    """devices connected by these links"""
     node_bandwidth: float
-    """bytes/s of a device to other nodes"""
+    """bytes/s between a device and other nodes"""
     sustained_flops: float
     """dense bfloat16 operations/s that matrix products of real programs reach"""
     sustained_bandwidth: float
@@ -40,17 +40,17 @@ class Hardware:
     attention_backward: float = 1.0
     attention_source: str = "no fused kernel is known"
     topology_kind: str = ""
-    """what devices of a topology call themselves, where that does not hold the name"""
+    """`device_kind` of a topology's devices, if it does not contain the name"""
     description: str = ""
     """the compiler's own description of the device (GPU): XLA's GpuTargetConfig as text"""
 
     @property
     def efficiency(self) -> dict[str, float]:
-        """Kind of kernel, as programs declare it -> share of sustained_flops that it reaches."""
+        """Kind of kernel, as programs declare it -> share of sustained_flops that the kernel reaches."""
         return {"attention_forward": self.attention_forward, "attention_backward": self.attention_backward}
 
     def with_attention(self, efficiency: float) -> "Hardware":
-        """The same with another share for attention, forward and backward.
+        """A copy with another share for the attention kernels, forward and backward.
 
         Raises:
           ConfigError: it is not in (0, 1].
@@ -157,4 +157,4 @@ HARDWARE = {
 }  # fmt: skip
 
 TPU_TOPOLOGIES = {4: "v5:2x2x1", 8: "v5:2x2x2", 16: "v5:2x2x4", 32: "v5:2x4x4", 64: "v5:4x4x4"}
-"""chips of a v5p slice -> its name, with the extents of its torus"""
+"""number of chips of a v5p slice -> its name, with the extents of its torus"""

@@ -1,4 +1,4 @@
-"""How long a collective keeps the links busy, from bandwidth alone: no latency, no contention with other work."""
+"""Link model: time of a collective from bandwidth alone, without latency or contention with other work."""
 
 import itertools
 import math
@@ -18,25 +18,25 @@ COLLECTIVES = (
 
 
 def collective_seconds(hardware: Hardware, op: str, received_bytes: float, groups: Sequence[Sequence[int]]) -> float:
-    """How long a collective keeps the links busy, from bandwidth alone; the slowest group or pair decides.
+    """Time that a collective keeps the links busy, from bandwidth alone; the slowest group or pair counts.
 
-    Within a node of a full mesh, g devices use g - 1 links of each at once, a permute one link. Behind a switch a
-    device has one link for everything. In a torus a device uses its links along every dimension in which it has another
-    member, two of a dimension longer than 2 (slices are taken to wrap around), a permute one.
+    Within a node. Full mesh: a device in a group of g uses g - 1 links at once, in a permute one. Switch: a device has
+    one link. Torus: a device uses its links along every dimension in which the group has another member, two along a
+    dimension longer than 2 (slices are assumed to wrap around), in a permute one.
 
-    Across nodes, m of the g members being in a node: of what a gather or scatter moves, (g - m) / (g - 1) comes from
-    other nodes, once a node, over m network cards; it is passed on within the node while more comes in, so that the
-    slower of the two counts. An all-to-all has nothing to pass on: each card carries all that its device gets.
+    Across nodes. If m of the g members share a node, (g - m) / (g - 1) of the bytes come from other nodes. In a gather
+    or scatter they enter the node once, over m network cards, and are passed on over the links while more come in, so
+    the slower of the two counts. In an all-to-all, each device's card carries all that the device receives.
 
     Args:
       hardware: rates.
       op: one of `COLLECTIVES`.
-      received_bytes: per device, as `tsp_jax.inspect.collectives` counts them.
-      groups: device numbers of each group; of a permute the (source, target) pairs. Nodes are `node_size` consecutive
+      received_bytes: per device, as `tsp_jax.inspect.list_collectives` counts them.
+      groups: device numbers of each group; for a permute the (source, target) pairs. A node is `node_size` consecutive
         devices.
 
     Raises:
-      ConfigError: the op is unknown, or so many devices form no known slice of a torus.
+      ConfigError: the op is unknown, or no known slice of a torus has so many devices.
     """
     if op not in COLLECTIVES:
         raise ConfigError(f"op={op} is no collective; use one of {', '.join(COLLECTIVES)}")
@@ -47,15 +47,15 @@ def collective_seconds(hardware: Hardware, op: str, received_bytes: float, group
 
 
 def link_model(hardware: Hardware) -> str:
-    """The rules of `collective_seconds` for one kind of device, in a line."""
+    """The rules of `collective_seconds` for one kind of device, in one line."""
     rate = f"{hardware.link_bandwidth / 1e9:g} GB/s"
     inside = {
-        "host": f"{rate} for everything",
-        "switch": f"one link of {rate} a device for everything",
-        "full_mesh": f"{rate} a link, g - 1 links of a device in a group of g, one in a permute",
-        "torus": f"{rate} a link, those along the dimensions of a group, which wrap around; one in a permute",
+        "host": f"{rate} shared by all transfers",
+        "switch": f"one link of {rate} per device",
+        "full_mesh": f"{rate} per link; a device in a group of g uses g - 1 links, in a permute one",
+        "torus": f"{rate} per link; a device uses the links along its group's dimensions (wrapped), in a permute one",
     }[hardware.links]
-    return f"links: {inside}; {hardware.node_bandwidth / 1e9:g} GB/s a device between nodes of {hardware.node_size}"
+    return f"links: {inside}; {hardware.node_bandwidth / 1e9:g} GB/s per device between nodes of {hardware.node_size}"
 
 
 def _pair_seconds(hardware: Hardware, received: float, source: int, target: int) -> float:
@@ -80,7 +80,7 @@ def _group_seconds(hardware: Hardware, op: str, received: float, group: Sequence
 
 
 def _inside_bandwidth(hardware: Hardware, members: Sequence[int], extents: Sequence[int]) -> float:
-    """bytes/s that the worst placed member receives from the others of its node."""
+    """bytes/s that the member with fewest links receives from the others of its node."""
     links = 1
     if hardware.links == "full_mesh":
         links = min(len(members) - 1, hardware.num_links)
@@ -98,12 +98,12 @@ def _torus_links(place: Sequence[int], places: Sequence[Sequence[int]], extents:
 
 
 def _place(device: int, extents: Sequence[int]) -> tuple[int, ...]:
-    """Coordinates of a device whose number counts row by row."""
+    """Coordinates of a device, whose numbers are in row-major order."""
     return tuple(device // math.prod(extents[k + 1 :]) % extent for k, extent in enumerate(extents))
 
 
 def _extents(groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Extents of the smallest slice that holds all devices."""
+    """Extents of the smallest slice that has all the devices."""
     devices = max(itertools.chain.from_iterable(groups), default=0) + 1
     size = min((size for size in TPU_TOPOLOGIES if size >= devices), default=None)
     if size is None:

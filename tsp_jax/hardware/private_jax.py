@@ -1,4 +1,4 @@
-"""The one place that touches private names of JAX, each with why no public one will do."""
+"""The only module that uses private names of JAX, each with the reason why no public name will do."""
 
 import logging
 from pathlib import Path
@@ -14,7 +14,7 @@ def register_rocm_plugin(library: Path) -> None:
 
 
 def hush_absent_plugins() -> None:
-    """Drops the traceback that JAX logs for each installed plugin whose hardware is absent: here that is no error."""
+    """Drops the traceback that JAX logs for each installed plugin whose hardware is absent, which is no error here."""
     logger = logging.getLogger(xla_bridge.__name__)
     if _not_about_plugins not in logger.filters:
         logger.addFilter(_not_about_plugins)

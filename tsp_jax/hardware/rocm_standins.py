@@ -1,8 +1,8 @@
 """Link-time stand-ins for ROCm's shared libraries, so that its compiler loads where ROCm is not installed.
 
-JAX's ROCm plugin links against libraries that compilation never calls. For each that is missing, a shared object of
-that name is built which defines the symbols that the plugin wants, under the versions that it asks for; every function
-returns an error code. They serve to compile, never to run. Needs gcc and binutils.
+JAX's ROCm plugin links against libraries that compilation never calls. For each missing one, a shared object of that
+name is built that defines the symbols and symbol versions that the plugin needs; every function returns an error code.
+Programs can be compiled with them, never run. Building needs gcc and binutils.
 """
 
 import ctypes
@@ -23,14 +23,14 @@ TOOLS = ("gcc", "nm", "readelf")
 
 
 def load_rocm_libraries(plugin_libraries: list[Path], cache: Path) -> set[str]:
-    """Loads what the plugin's libraries need: ROCm's own where it is installed, stand-ins elsewhere.
+    """Loads the libraries that the plugin needs: ROCm's own if installed, else stand-ins.
 
     Args:
       plugin_libraries: shared objects of the JAX ROCm plugin.
-      cache: folder that stand-ins are built into, once for each version of the plugin.
+      cache: folder for the stand-ins, which are built once for each version of the plugin.
 
     Returns:
-      the names of those that were stood in for.
+      Names of the libraries that stand-ins replace.
 
     Raises:
       ConfigError: a tool to build them with is missing.
@@ -68,7 +68,7 @@ def _loads(soname: str) -> bool:
 
 
 def _symbols(libraries: list[Path], missing: list[str]) -> dict[str, dict[str, str]]:
-    """Of each missing library: symbol -> version (empty: none)."""
+    """missing library -> its symbols -> their versions (empty: none)"""
     owners: dict[str, str] = {}
     wanted: dict[str, str] = {}
     for library in libraries:
@@ -88,7 +88,7 @@ def _symbols(libraries: list[Path], missing: list[str]) -> dict[str, dict[str, s
     for name, version in wanted.items():
         if name in provided or name.startswith(("Py", "_Py")) or (version and version not in owners):
             continue
-        # Symbols without a version are looked for in every library; which one has them does not matter.
+        # The loader looks for symbols without a version in every library, so any one may define them.
         symbols[owners.get(version, missing[0])][name] = version
     return symbols
 
@@ -105,14 +105,14 @@ def _provided() -> frozenset[str]:
 def _build(libraries: list[Path], missing: list[str], folder: Path) -> None:
     for tool in TOOLS:
         if not shutil.which(tool):
-            raise ConfigError(f"{tool} is missing, and builds stand-ins for ROCm; install gcc and binutils, or ROCm")
+            raise ConfigError(f"{tool} is missing, which builds stand-ins for ROCm; install gcc and binutils, or ROCm")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         built = Path(scratch, "built")
         built.mkdir()
         for soname, symbols in _symbols(libraries, missing).items():
             _compile(soname, symbols, Path(scratch), built / soname)
-        if not folder.exists():  # another process may have been faster
+        if not folder.exists():  # another process may have built them meanwhile
             os.rename(built, folder)
 
 

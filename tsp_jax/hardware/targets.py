@@ -1,7 +1,7 @@
 """Hardware to compile for, present or not: ``cpu:8``, ``mi300x:8``, ``mi355x:8``, ``h100:8``, ``v5p:8``.
 
-A target's devices are the machine's own where it has them, and elsewhere those of a topology that the platform's
-compiler describes without any device. Programs compiled for a topology can be read, not run.
+A target's devices are the machine's own if it has enough of them, else those of a topology that the platform's compiler
+describes without any device. A program compiled for a topology can be inspected, but not run.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from tsp_jax.hardware.private_jax import hush_absent_plugins, register_rocm_plug
 from tsp_jax.hardware.rocm_standins import load_rocm_libraries
 
 _STANDINS: set[str] = set()
-"""libraries of ROCm that this process has stand-ins for"""
+"""ROCm libraries that stand-ins replace in this process"""
 EXTRAS = {"rocm": "aot-rocm", "cuda": "aot-cuda", "tpu": "aot-tpu"}
 
 
@@ -37,10 +37,10 @@ class Target:
         return f"{self.hardware.name}:{self.num_devices}"
 
     def devices(self) -> list[Any]:
-        """Devices to build a mesh on: those present if they are enough, else those of a topology.
+        """Devices for a mesh: those of the machine if there are enough, else those of a topology.
 
         Raises:
-          ConfigError: the platform's compiler is not installed, or does not describe that many devices.
+          ConfigError: the platform's compiler is not installed, or knows no topology of that many devices.
         """
         if self.hardware.platform == "cpu":
             devices = jax.devices("cpu")
@@ -50,14 +50,14 @@ class Target:
         return self._present() or list(_TOPOLOGIES[self.hardware.platform](self))
 
     def _present(self) -> list[Any]:
-        """The machine's own devices of this kind; empty if they are too few."""
+        """The machine's own devices of this kind; empty if there are too few."""
         if not is_present(self.hardware.platform):
             return []
         found = [d for d in jax.devices() if self.hardware.name in f"{d.platform} {d.device_kind}".lower()]
         return found[: self.num_devices] if len(found) >= self.num_devices else []
 
     def compiler_options(self) -> Mapping[str, Any]:
-        """What to pass to ``lowered.compile(...)``."""
+        """Options for ``lowered.compile(...)``."""
         return COMPILER_OPTIONS.get(self.hardware.platform, {})
 
 
@@ -65,12 +65,12 @@ _DEVICE_FILES = {"rocm": ("/dev/kfd",), "cuda": ("/dev/nvidiactl",), "tpu": ("/d
 
 
 def is_present(platform: str) -> bool:
-    """Whether the machine has a device of a platform, found without starting it."""
+    """Whether the machine has a device of a platform, from its device files: no runtime starts."""
     return any(Path(file).exists() for file in _DEVICE_FILES.get(platform, ()))
 
 
 def use_target(target: Target) -> None:
-    """Sets JAX up for compiling for a target; must come before anything touches a device."""
+    """Sets JAX up to compile for a target; call it before anything else uses a device."""
     if target.hardware.platform == "cpu":
         jax.config.update("jax_num_cpu_devices", target.num_devices)
         # See tsp_jax.tools.cli.use_devices.
@@ -85,10 +85,10 @@ def parse_target(text: str, attention_efficiency: float = 0.0) -> Target:
 
     Args:
       text: name and number of devices.
-      attention_efficiency: instead of the hardware's own shares for attention; 0: those.
+      attention_efficiency: share of the sustained rate that attention kernels reach; 0: the hardware's own shares.
 
     Raises:
-      ConfigError: one of them is not understood.
+      ConfigError: the name is unknown, or the number or share is out of range.
     """
     name, _, count = text.partition(":")
     if name not in HARDWARE:
@@ -100,12 +100,12 @@ def parse_target(text: str, attention_efficiency: float = 0.0) -> Target:
 
 
 def standins_note() -> str:
-    """What to tell a reader of a result that ROCm's libraries were stood in for; empty where they were not."""
+    """Note for results that were compiled with stand-ins for ROCm's libraries; empty without stand-ins."""
     return "compiled with stand-ins for ROCm's libraries: compile-only, nothing can run" if _STANDINS else ""
 
 
 def _package(target: Target, module: str) -> Path:
-    """Folder of an installed plugin."""
+    """Folder of an installed compiler plugin."""
     try:
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:  # of a parent
@@ -146,7 +146,7 @@ def _register_rocm(target: Target) -> None:
 @functools.cache
 def _cuda(target: Target) -> Any:
     _package(target, "jax_plugins.xla_cuda12")
-    # Lets the plugin register where there is no driver.
+    # Lets the plugin register on a machine without a driver.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     return _gpu_topology(target)
 
@@ -169,5 +169,5 @@ _TOPOLOGIES = {"rocm": _rocm, "cuda": _cuda, "tpu": _tpu}
 
 
 def cache_folder() -> Path:
-    """Where built stand-ins are kept: ``$XDG_CACHE_HOME/tsp_jax`` or ``~/.cache/tsp_jax``."""
+    """Folder of built stand-ins: ``$XDG_CACHE_HOME/tsp_jax`` or ``~/.cache/tsp_jax``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tsp_jax"

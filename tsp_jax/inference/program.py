@@ -15,7 +15,7 @@ from tsp_jax.hardware.compiler_options import compiler_options
 from tsp_jax.heads import paddings
 from tsp_jax.inference.cache import Cache, abstract_cache, empty_cache
 from tsp_jax.inference.forward import decode, decode_placement, prefill
-from tsp_jax.inspect.memory import memory_report
+from tsp_jax.inspect.memory import compiled_memory
 from tsp_jax.layout import Placement, check_divides
 from tsp_jax.models.transformer import Transformer, functional
 
@@ -61,7 +61,7 @@ class InferenceProgram:
         options = compiler_options(jax.devices()[0])
         prefill = self.prefill.lower(*given, *self.abstract_chunk).compile(options)
         decode = self.decode.lower(*given, self.abstract_tokens).compile(options)
-        peak = max(memory_report(compiled).peak_bytes for compiled in (prefill, decode))
+        peak = max(compiled_memory(compiled).peak_bytes for compiled in (prefill, decode))
         return dataclasses.replace(self, prefill=prefill, decode=decode, peak_bytes=peak)
 
 

@@ -1,10 +1,22 @@
-"""Reads what compiled programs do: their text as a tree, what they move, what they hold. Knows no model."""
+"""Reads compiled programs: memory, communication, and a simulated timeline. Knows no model.
 
-from tsp_jax.inspect.collectives import Collective, Total, collectives, replica_groups, summary
-from tsp_jax.inspect.hlo import Computation, Instruction, Module, Shape, leaves, nbytes, parse
-from tsp_jax.inspect.memory import Buffer, Memory, buffers, largest, memory_report
-from tsp_jax.inspect.peak import LiveBuffer, Peak, peak
-from tsp_jax.inspect.report import FullWeight, Report, report
+`report` is the door for users. What it is made of:
+
+shapes, instructions, module, parser: the text as a tree, with opcodes (tables), trips (of loops) and scopes (names).
+collectives, groups: communication. memory, lifetimes, peak: memory.
+flops, roofline, schedule, queues, timeline, trace: cost of instructions, and the simulation.
+program_report, render, expect, units: the report, printed, and contracts on it.
+"""
+
+from tsp_jax.inspect.collectives import Collective, Total, list_collectives, total_by_op
+from tsp_jax.inspect.groups import replica_groups
+from tsp_jax.inspect.instructions import Computation, Instruction
+from tsp_jax.inspect.memory import Buffer, Memory, compiled_memory, largest_buffers, list_buffers
+from tsp_jax.inspect.module import Module
+from tsp_jax.inspect.parser import parse
+from tsp_jax.inspect.peak import LiveBuffer, Peak, find_peak
+from tsp_jax.inspect.program_report import FullWeight, Report, report
+from tsp_jax.inspect.shapes import Shape, leaves, nbytes
 from tsp_jax.inspect.timeline import Timeline, simulate
 from tsp_jax.inspect.trace import write_trace
 
@@ -22,17 +34,17 @@ __all__ = [
     "Shape",
     "Timeline",
     "Total",
-    "buffers",
-    "collectives",
-    "largest",
+    "compiled_memory",
+    "find_peak",
+    "largest_buffers",
     "leaves",
-    "memory_report",
+    "list_buffers",
+    "list_collectives",
     "nbytes",
     "parse",
-    "peak",
     "replica_groups",
     "report",
     "simulate",
-    "summary",
+    "total_by_op",
     "write_trace",
 ]

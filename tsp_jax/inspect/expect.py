@@ -1,12 +1,13 @@
-"""Contracts on a compiled program, such as ``no-full-weight,exposed<=0.1,peak<=24GB``."""
+"""Contracts that a compiled program must keep, such as ``no-full-weight,exposed<=0.1,peak<=24GB``."""
 
 import dataclasses
 import re
 from collections.abc import Callable
 
 from tsp_jax.errors import ConfigError
-from tsp_jax.inspect.hlo import leaves
-from tsp_jax.inspect.report import Report
+from tsp_jax.inspect.program_report import Report
+from tsp_jax.inspect.shapes import leaves
+from tsp_jax.inspect.units import format_bytes, format_seconds
 
 _UNITS = {"": 1.0, "%": 1e-2, "s": 1.0, "ms": 1e-3, "us": 1e-6, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _UNITS |= {"kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
@@ -19,22 +20,22 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """Something to bound from above."""
+    """A figure of a report that a contract bounds from above."""
 
     kind: str
     """bytes, share or time"""
     read: Callable[[Report], float]
     culprit: Callable[[Report], str]
-    """what is most to blame"""
+    """names the buffer or collective that contributes most"""
 
 
 def _largest_buffer(report: Report) -> str:
     made = next((b for b in report.peak.buffers if b.kind != "state"), None)
     if made is None:
-        return "arguments alone"
+        return "no buffer beside the state"
     where = f" at {made.source}" if made.source else ""
     shape = ",".join(map(str, made.shape))
-    return f"largest buffer beside the state: {made.dtype}[{shape}], {_show(made.bytes, 'bytes')}, {made.scope}{where}"
+    return f"largest buffer beside the state: {made.dtype}[{shape}], {format_bytes(made.bytes)}, {made.scope}{where}"
 
 
 def _most_exposed(report: Report) -> str:
@@ -42,17 +43,17 @@ def _most_exposed(report: Report) -> str:
     found = max(report.timeline.collectives, key=lambda total: total.exposed_s, default=None)
     if found is None:
         return "no collective"
-    of = f"{_show(found.exposed_s, 'time')} of its {_show(found.seconds, 'time')}"
-    return f"most exposed: {found.task.op} {found.task.name}, {of} in {found.count:g} runs, {found.task.scope}"
+    of = f"{format_seconds(found.exposed_s)} of its {format_seconds(found.seconds)}"
+    return f"most exposed: {found.task.op} {found.task.name}, {of} in {found.count:g} executions, {found.task.scope}"
 
 
 def _most_traffic(report: Report) -> str:
     found = max(report.collectives, key=lambda c: c.total_bytes, default=None)
-    return f"most: {found.op} over {found.axis}, {_show(found.total_bytes, 'bytes')}, {found.scope}" if found else ""
+    return f"most: {found.op} over {found.axis}, {format_bytes(found.total_bytes)}, {found.scope}" if found else ""
 
 
 def _timeline(report: Report, name: str) -> float:
-    report.exposed_fraction  # noqa: B018  raises where there is no timeline
+    report.exposed_fraction  # noqa: B018  raises if there is no timeline
     return getattr(report.timeline, name)
 
 
@@ -69,7 +70,7 @@ ABSENCES = ("no-full-weight", "no-sync-collective")
 
 @dataclasses.dataclass(frozen=True)
 class Expectation:
-    """One clause: an upper bound, or something that must not be there."""
+    """One clause: an upper bound, or a name from `ABSENCES`."""
 
     text: str
     name: str
@@ -80,7 +81,7 @@ def parse_expectations(text: str) -> list[Expectation]:
     """Reads a comma-separated list of clauses.
 
     Raises:
-        ConfigError: a clause is not understood.
+      ConfigError: a clause is not understood.
     """
     return [_clause(item.strip()) for item in text.split(",") if item.strip()]
 
@@ -99,7 +100,7 @@ def _clause(item: str) -> Expectation:
 
 
 def broken(report: Report, expectations: list[Expectation]) -> list[str]:
-    """A line for each clause that does not hold, naming what broke it."""
+    """A line for each clause that does not hold, with the buffer or collective that breaks it."""
     return [line for e in expectations if (line := _broken(report, e))]
 
 
@@ -133,6 +134,5 @@ def _full_weight(report: Report) -> str:
 
 
 def _show(value: float, kind: str) -> str:
-    if kind == "bytes":
-        return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.2f} MB"
-    return f"{value:.1%}" if kind == "share" else f"{value * 1e3:.3g} ms"
+    """A figure with its unit; see `Quantity.kind`."""
+    return {"bytes": format_bytes, "share": "{:.1%}".format, "time": format_seconds}[kind](value)

@@ -1,30 +1,22 @@
-"""Every array of a scheduled program on one time line, and which of them may or must share memory.
+"""Lifetimes of every array of a scheduled program, and which arrays must or may share memory.
 
-See `tsp_jax.inspect.peak` for the rules; this module walks the schedule by them.
+The rules are in `tsp_jax.inspect.peak`; this module applies them while it walks the schedule.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 
-from tsp_jax.inspect.hlo import Computation, Instruction, Module, Shape, leaves
-
-_VIEWS = ("bitcast", "opt-barrier", "optimization-barrier", "add-dependency", "domain", "after-all")
-_IN_PLACE = ("dynamic-update-slice", "scatter")
-_ELEMENTWISE = frozenset(
-    re.findall(
-        r"[\w\-]+",
-        """abs add and atan2 bitcast-convert cbrt ceil clamp compare complex convert cosine divide erf exponential
-        exponential-minus-one floor imag is-finite log log-plus-one logistic maximum minimum multiply negate not or
-        popcnt power real reduce-precision remainder round-nearest-afz round-nearest-even rsqrt select shift-left
-        shift-right-arithmetic shift-right-logical sign sine sqrt stochastic-convert subtract tan tanh xor""",
-    )
-)
+from tsp_jax.inspect.instructions import Computation, Instruction
+from tsp_jax.inspect.module import Module
+from tsp_jax.inspect.opcodes import ALIASES, ELEMENTWISE, IN_PLACE, POINT_TO_POINT
+from tsp_jax.inspect.parser import parse_aliases
+from tsp_jax.inspect.shapes import Shape, leaves
 
 
 class Value:
-    """An array from its maker (None: a loop's or branch's state, made elsewhere) to its last reader.
+    """An array, and its lifetime from the moment it is made to its last use.
 
-    `parent` leads to the one value that stands for all that must be in one place.
+    `maker` is None for the state of a loop or branch, whose content other instructions make. Values that must share
+    memory form a tree (union-find) by their `parent`; its root stands for all of them.
     """
 
     __slots__ = ("end", "maker", "parent", "readers", "shape", "start")
@@ -35,14 +27,14 @@ class Value:
         self.parent: Value = self
 
     def root(self) -> "Value":
-        """The value that stands for all that share this one's memory."""
+        """The value that stands for all values that share memory with this one."""
         value = self
         while value.parent is not value:
             value.parent = value = value.parent.parent
         return value
 
     def unite(self, other: "Value") -> None:
-        """Puts two values, and all that share their memory, in one place."""
+        """Lets two values, and all that share memory with either, share memory."""
         other.root().parent = self.root()
 
 
@@ -50,19 +42,20 @@ Values = list[Value]
 
 
 class Walk:
-    """Every value of a program, on one time line: moment n is when instruction `moments[n]` runs."""
+    """Every value of a program. Moment n is when instruction `moments[n]` runs."""
 
     def __init__(self, module: Module):
         self.module = module
         self.moments: list[Instruction] = []
         self.values: Values = []
         self.loops: list[tuple[int, int]] = []
-        """outermost loops, first and last moment"""
+        """(first, last) moment of each outermost loop"""
         self.in_place: list[tuple[int, Value, Value]] = []
+        """(moment, operand, result) of instructions that overwrite part of an operand"""
         self.reuse: list[tuple[int, Value, Value]] = []
-        """(moment, operand, result)"""
+        """(moment, operand, result) of instructions that may write their result over an operand that dies"""
         self.written: dict[tuple[str, str], Value] = {}
-        """(computation, name) of an instruction that overwrites a part of its operand -> what it writes there"""
+        """(computation, name) of an instruction that overwrites part of an operand -> the value that it writes"""
         self._depth = 0
         entry = module.entry
         parameters = sorted((i for i in entry.instructions if i.opcode == "parameter"), key=lambda i: int(i.literal))
@@ -111,7 +104,7 @@ class Walk:
             shape = computation.operands(i)[0].shape
             first = _leaf_index(shape, (int(i.attributes["index"]),))
             return flat[first : first + len(leaves(i.shape))]
-        if i.opcode in _VIEWS:
+        if i.opcode in ALIASES:
             return operands[0] if operands else []
         if i.phase in ("update", "done"):
             return self._finished(computation, i, flat)
@@ -153,7 +146,7 @@ class Walk:
         return results
 
     def _started(self, i: Instruction, operands: Values, results: Values) -> Values:
-        """A start's values: (operands, results, contexts)."""
+        """Values of the start of an asynchronous instruction: (operands, results, contexts)."""
         rest = leaves(i.shape)[len(operands) + len(results) :]
         return [*operands, *results, *(self._new(leaf, i) for leaf in rest)]
 
@@ -161,7 +154,7 @@ class Walk:
         start = computation.operands(i)[0]
         self._read(started, i)
         count = len(leaves(i.shape))
-        if i.phase == "update" or len(started) == count or start.base in ("copy", "send", "recv"):
+        if i.phase == "update" or len(started) == count or start.base in POINT_TO_POINT:
             return started[:count]
         skipped = sum(len(leaves(operand.shape)) for operand in computation.operands(start))
         while start.phase == "update":
@@ -181,7 +174,7 @@ class Walk:
             results = [self._new(leaf, i) for leaf in shapes[len(flat) :]]
             return [*flat, *results]
         results = [self._new(leaf, i) for leaf in shapes]
-        for output, number, within in _declared_aliases(i):
+        for output, number, within in parse_aliases(i.attributes.get("output_to_operand_aliasing", "")):
             operand = operands[number][within[0] if within else 0]
             operand.unite(results[_leaf_index(i.shape, output)])
         one = {number: values[0] for number, values in enumerate(operands) if len(values) == 1}
@@ -194,7 +187,7 @@ class Walk:
 
 
 def _leaf_index(shape: object, index: Sequence[int]) -> int:
-    """Position among the leaves of a nested shape of the first leaf below `index`."""
+    """Position of the first leaf below `index`, among all leaves of a nested shape."""
     position = 0
     for k in index:
         assert isinstance(shape, tuple)
@@ -203,29 +196,16 @@ def _leaf_index(shape: object, index: Sequence[int]) -> int:
     return position
 
 
-def _declared_aliases(i: Instruction) -> list[tuple[list[int], int, list[int]]]:
-    text = i.attributes.get("output_to_operand_aliasing", "")
-    found = re.findall(r"\{([\d, ]*)\}:\s*\((\d+),\s*\{([\d, ]*)\}", text)
-    return [(_numbers(output), int(operand), _numbers(within)) for output, operand, within in found]
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", text)]
-
-
-# Sharing
-
-
 def overwritten(module: Module, i: Instruction) -> list[tuple[int, int]]:
-    """(leaf of the result, operand) that the instruction overwrites."""
-    if i.opcode in _IN_PLACE:
+    """(leaf of the result, operand) for each operand that an instruction overwrites in part."""
+    if i.opcode in IN_PLACE:
         return [(0, 0)]
     if i.opcode != "fusion":
         return []
     body = module.callee(i, "calls")
     pairs = []
     for k, writer in enumerate(fusion_outputs(body)):
-        if writer.opcode in _IN_PLACE:
+        if writer.opcode in IN_PLACE:
             target = _through_bitcasts(body, body.operands(writer)[0])
             if target.opcode == "parameter":
                 pairs.append((k, int(target.literal)))
@@ -233,6 +213,7 @@ def overwritten(module: Module, i: Instruction) -> list[tuple[int, int]]:
 
 
 def fusion_outputs(body: Computation) -> list[Instruction]:
+    """The instructions that make a fusion's results."""
     root = body.root
     outputs = body.operands(root) if root.opcode == "tuple" else (root,)
     return [_through_bitcasts(body, output) for output in outputs]
@@ -245,10 +226,10 @@ def _through_bitcasts(body: Computation, i: Instruction) -> Instruction:
 
 
 def _reusable(module: Module, i: Instruction) -> list[tuple[int, int]]:
-    """(leaf of the result, operand) that may share memory: same size, read and written in the same order."""
+    """(leaf of the result, operand) that may share memory: of equal size, read and written in the same order."""
     results = leaves(i.shape)
     operands = [leaves(operand.shape) for operand in module.computations[i.computation].operands(i)]
-    if i.opcode in _ELEMENTWISE:
+    if i.opcode in ELEMENTWISE:
         pairs = [(0, n) for n in range(len(operands))]
     elif i.opcode in ("sort", "all-reduce", "all-reduce-start"):
         pairs = [(n, n) for n in range(min(len(operands), len(results)))]
@@ -278,7 +259,7 @@ def _reusable_in_fusion(body: Computation) -> list[tuple[int, int]]:
 def _only_output(
     parameter: Instruction, users: dict[str, list[Instruction]], places: dict[str, int], root: Instruction
 ) -> int | None:
-    """The output that elementwise operations alone, and no other output, make of a parameter."""
+    """The one output that depends on a parameter, if it does so by elementwise operations alone."""
     found, seen, todo = set(), {parameter.name}, [parameter]
     while todo:
         i = todo.pop()
@@ -288,7 +269,7 @@ def _only_output(
             if user is root and root.opcode == "tuple":
                 continue
             over = user.opcode == "dynamic-update-slice" and user.operands[0] == i.name
-            if not over and user.opcode not in _ELEMENTWISE and user.opcode != "bitcast":
+            if not over and user.opcode not in ELEMENTWISE and user.opcode != "bitcast":
                 return None
             if user.name not in seen:
                 seen.add(user.name)

@@ -1,26 +1,25 @@
-"""What a compiled program holds: the arrays it makes, and the compiler's account of its memory."""
+"""Arrays that a compiled program makes, and its memory use as the compiler reports it."""
 
 import dataclasses
 from typing import Any
 
 from tsp_jax.errors import ConfigError
-from tsp_jax.inspect.hlo import Instruction, Module, Shape, ShapeTree, leaves
-
-# Other names for an array that an instruction elsewhere makes, or that is no array of the device.
-_VIEWS = ("tuple", "get-tuple-element", "bitcast", "opt-barrier", "add-dependency", "after-all", "domain")
-_CALLERS = ("while", "conditional", "call", "async")
+from tsp_jax.inspect.instructions import Instruction
+from tsp_jax.inspect.module import Module
+from tsp_jax.inspect.opcodes import ALIASES, CONTROL_FLOW, POINT_TO_POINT, TUPLES
+from tsp_jax.inspect.shapes import Shape, ShapeTree, leaves
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Buffer:
-    """An array that an instruction makes, one device's slice of it."""
+    """An array that an instruction makes, on one device."""
 
     shape: tuple[int, ...]
     dtype: str
     bytes: int
     """without tile padding"""
     memory_space: int
-    """0 main memory; on TPU 1 on-chip, 5 the host's"""
+    """0 main memory; on TPU 1 on-chip, 5 the host's memory"""
     scope: str
     """op_name: named scopes and the primitive"""
     opcode: str
@@ -31,7 +30,7 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes on one device."""
+    """Bytes on one device, as the compiler reports them (no measurement)."""
 
     argument_bytes: int
     output_bytes: int
@@ -41,17 +40,17 @@ class Memory:
 
     @property
     def peak_bytes(self) -> int:
-        """Arguments + temporaries + outputs - aliased. Compilers' own peaks may leave out the bodies of scans."""
+        """Arguments + temporaries + outputs - aliased; the compiler's own peak may leave out the bodies of scans."""
         return self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes
 
 
-def buffers(module: Module) -> list[Buffer]:
-    """Every array that an instruction outside fusions makes, whether or not it shares its memory with another.
+def list_buffers(module: Module) -> list[Buffer]:
+    """Every array that an instruction outside fusions makes, the arguments of the program included.
 
-    Left out are other names for the same array: tuples and their elements, bitcasts, the parameters and results of
-    loops, branches and calls, and the done half of asynchronous pairs. The arguments of the program are in. A loop's
-    arrays appear once, whatever its trips. Two arrays of the list may never be alive together, so that their sum says
-    nothing; what the list can show is that an array is *not* there.
+    Left out are other names of the same array: tuples and their elements, bitcasts, parameters and results of loops,
+    branches and calls, and the done of an asynchronous instruction. An array of a loop is listed once, whatever the
+    trips. Arrays of the list may share memory or never be alive together, so their sum means nothing. The list serves
+    to show that an array is never made.
     """
     return [
         Buffer(
@@ -72,19 +71,19 @@ def buffers(module: Module) -> list[Buffer]:
     ]
 
 
-def largest(module: Module, n: int = 10) -> list[Buffer]:
+def largest_buffers(module: Module, n: int = 10) -> list[Buffer]:
     """The n largest buffers, the largest first."""
-    return sorted(buffers(module), key=lambda buffer: -buffer.bytes)[:n]
+    return sorted(list_buffers(module), key=lambda buffer: -buffer.bytes)[:n]
 
 
-def memory_report(compiled: Any) -> Memory:
-    """The compiler's account of one device's memory.
+def compiled_memory(compiled: Any) -> Memory:
+    """Memory of one device, as the compiler reports it.
 
     Args:
-        compiled: what ``jax.jit(f).lower(...).compile()`` returned.
+      compiled: what ``jax.jit(f).lower(...).compile()`` returned.
 
     Raises:
-        ConfigError: the compiler gives no account.
+      ConfigError: the compiler reports none.
     """
     stats = compiled.memory_analysis()
     if stats is None:
@@ -98,11 +97,11 @@ def memory_report(compiled: Any) -> Memory:
 
 
 def _made(i: Instruction) -> ShapeTree:
-    """The part of an instruction's shape that is new arrays."""
-    if i.opcode in _VIEWS or i.base in _CALLERS or i.phase in ("update", "done"):
+    """The part of an instruction's shape that holds new arrays."""
+    if i.opcode in TUPLES | ALIASES or i.base in CONTROL_FLOW or i.phase in ("update", "done"):
         return ()
     if i.phase != "start" or isinstance(i.shape, Shape) or i.base == "all-reduce":
         return i.shape
-    if i.base in ("copy", "send", "recv"):  # (destination, source, context)
+    if i.base in POINT_TO_POINT:  # (destination, source, context)
         return i.shape[:1]
     return i.shape[1:2]  # (operands, results, contexts)

@@ -1,51 +1,52 @@
-"""Which buffers are alive at the moment of peak memory of a compiled, scheduled program, from its text alone.
+"""Peak memory of a compiled, scheduled program and the buffers alive at that moment, from its text alone.
 
-Time. The schedule is one line: loops, branches and calls stand where they run, a loop's body once, branches one after
-another. A value lives from its maker to its last reader; one that leaves a computation lives to the computation's
-end, so that what a loop carries lives through the loop, and a value is dead between a loop's last use of its old self
-and the making of its new self.
+Time. The schedule is one sequence: loops, branches and calls stand where they run, the body of a loop once, branches
+one after another. A value lives from the instruction that makes it to the last one that reads it. A value that a
+computation returns lives to the end of that computation, so a loop's state lives as long as the loop. Inside the body
+an element of the state is dead between the last use of its old value and the making of its new one.
 
-Memory. The text is one after scheduling and copy insertion, as ``compiled.as_text()`` is: where two values of a loop's
-state would be alive together, it holds a copy. Values that XLA must put in one place count once: views (tuples, their
-elements, bitcasts, the done half of an asynchronous pair, arguments and results of calls); a loop's initial state,
-parameter, root and result; a conditional's result and its branches' roots; donated parameters and the outputs that
-alias them. Values that XLA may put in one place do so if nothing else lives there meanwhile: a dynamic-update-slice or
-scatter (bare, or at the root of a fusion) writes into its operand; elementwise operations and fusions, sorts and
-all-reduces reuse an operand of equal size that dies there. Parameters live throughout, for they are the caller's;
-outputs live until the end. Constants below 1 MiB, scratch memory inside kernels, and what lies in other memory than
-the device's main one do not count. TPU's tile padding does. The allocator's fragmentation is not modelled: arguments +
-temporaries + outputs - aliased is the same or a little more on GPU and CPU, and a fifth more on TPU, whose own
-`peak_memory_in_bytes` is what is found here.
+Memory. The text is the one after scheduling and copy insertion, as ``compiled.as_text()`` returns it: it has a copy
+where two values of a loop's state would be alive together. Values that XLA must keep in one buffer count once: aliases
+(tuples, their elements, bitcasts, the done of an asynchronous instruction, arguments and results of calls); a loop's
+initial state, parameter, root and result; the result of a conditional and the roots of its branches; donated
+parameters and the outputs that reuse them. Values that XLA may keep in one buffer do so if nothing else lives there
+meanwhile: a dynamic-update-slice or scatter (alone, or at the root of a fusion) writes into its operand; elementwise
+operations and fusions, sorts and all-reduces reuse an operand of equal size that dies there. Parameters live
+throughout, for they belong to the caller; outputs live to the end. Not counted are constants below 1 MiB, scratch
+memory inside kernels, and arrays outside the device's main memory. TPU's tile padding is counted. Fragmentation by the
+allocator is not modelled: arguments + temporaries + outputs - aliased is the same or a little more on GPU and CPU, and
+a fifth more on TPU, whose own `peak_memory_in_bytes` equals the figure of this module.
 """
 
 import dataclasses
 import re
 from collections.abc import Collection, Iterable, Sequence
 
-from tsp_jax.inspect.hlo import Instruction, Module, Shape
+from tsp_jax.inspect.instructions import Instruction
 from tsp_jax.inspect.lifetimes import Value, Values, Walk, fusion_outputs, overwritten
+from tsp_jax.inspect.module import Module
+from tsp_jax.inspect.opcodes import ALLOCATE, FILLERS
+from tsp_jax.inspect.shapes import HOST_MEMORY_SPACE, Shape
 
-HOST = 5
 _LARGE_CONSTANT = 1 << 20
-_FILLERS = ("broadcast", "constant", "iota", "copy")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LiveBuffer:
-    """Memory that is in use at the moment of the peak, named after what its content is."""
+    """A buffer that is alive at the moment of peak memory, named after its content."""
 
     bytes: int
     """with TPU's tile padding"""
     shape: tuple[int, ...]
     dtype: str
     kind: str
-    """state, residual or transient; see `peak`"""
+    """state, residual or transient; see `find_peak`"""
     scope: str
-    """op_name of the maker; of a stacked buffer, that of the dynamic-update-slice which fills it"""
+    """op_name of the instruction that makes it; for a stacked buffer, of the dynamic-update-slice that fills it"""
     holds: str
-    """of a buffer that is filled by slices, the scope of what they hold; else empty"""
+    """for a buffer that is filled slice by slice, the scope of the slices; else empty"""
     source: str
-    """file:line of the same, or empty"""
+    """file:line of the instruction that makes it, or empty"""
     name: str
     """of the instruction that makes it"""
     opcode: str
@@ -54,36 +55,36 @@ class LiveBuffer:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Peak:
-    """The moment at which a program holds most memory."""
+    """The moment at which a program needs most memory, as read from its text."""
 
     bytes: int
     """on one device, in its main memory"""
     at: str
-    """scope and name of the instruction that runs then"""
+    """scope and name of the instruction that runs at that moment"""
     buffers: tuple[LiveBuffer, ...]
     """the largest first"""
     by_kind: dict[str, int]
     """bytes of state, residual and transient buffers"""
     host_bytes: int
-    """most that the program holds in the host's memory at any one moment"""
+    """peak of what the program keeps in the host's memory, at another moment perhaps"""
 
 
-def peak(module: Module) -> Peak:
-    """Finds the moment of peak memory and what is alive then.
+def find_peak(module: Module) -> Peak:
+    """Finds the moment of peak memory and the buffers that are alive then.
 
-    Kinds, by the names that JAX gives (``jvp(`` without ``transpose(`` is forward, ``transpose(`` backward, and so is
-    what backward rematerialises):
+    The kind of a buffer follows from the names that JAX gives (``jvp(`` without ``transpose(`` is the forward pass;
+    ``transpose(`` is the backward pass, rematerialization included):
 
-    state: parameters of the program, and outputs in their memory.
-    residual: an instruction of forward writes it, and one of backward reads it. In a program without any backward:
-      what is alive before and after the outermost loop that contains the peak.
-    transient: all else, gradients among them.
+    state: parameters of the program, and outputs that reuse their memory.
+    residual: written in the forward pass and read in the backward pass. In a program without a backward pass: alive
+      before and after the outermost loop that contains the peak.
+    transient: everything else, gradients included.
 
     Args:
-        module: a parsed program.
+      module: a parsed program.
 
     Returns:
-        The first moment of most bytes. Of values that share memory at that moment, the last made is named.
+      The first moment of most bytes. If several values share a buffer, the one made last gives its name.
     """
     walk = Walk(module)
     groups = _groups(walk)
@@ -108,7 +109,7 @@ def peak(module: Module) -> Peak:
 
 
 class _Group:
-    """Values that must share memory, and when it is in use: disjoint spans, first to last, ends included."""
+    """Values that must share memory, and the spans of moments (first, last), ends included, when it is in use."""
 
     def __init__(self, values: Values, resident: bool, now: int):
         self.values, self.resident = values, resident
@@ -130,14 +131,18 @@ class _Group:
 
 
 def _in_space(shape: Shape, host: bool) -> bool:
-    """Spaces above 0 are TPU's own (whose layouts are tiled) or the host's; GPU numbers kinds of device memory too."""
-    if host or shape.memory_space == HOST:
-        return host and shape.memory_space == HOST
+    """Whether an array lies in the host's memory, or else in the device's main memory.
+
+    Spaces above 0 are TPU's on-chip memories (known by their tiled layouts) or the host's; GPU uses them for kinds of
+    main memory.
+    """
+    if host or shape.memory_space == HOST_MEMORY_SPACE:
+        return host and shape.memory_space == HOST_MEMORY_SPACE
     return shape.memory_space == 0 or ":T(" not in shape.layout
 
 
 def _bytes(shape: Shape) -> int:
-    """Bytes with the padding of the first tile, such as {1,0:T(8,128)(2,1)}."""
+    """Bytes with padding to the first tile of a layout such as {1,0:T(8,128)(2,1)}."""
     tile = re.search(r":T\(([\d,]+)\)", shape.layout)
     order = re.match(r"\{([\d,]*)", shape.layout)
     if not tile or not order or not shape.dims:
@@ -150,7 +155,7 @@ def _bytes(shape: Shape) -> int:
 
 
 def _joined(spans: Iterable[tuple[int, int]], gap: int = 1) -> list[tuple[int, int]]:
-    """Spans whose distance is at most `gap` made one; 1: one follows the other, 0: they share a moment."""
+    """Merges spans that share a moment (gap 0), or that also follow each other directly (gap 1)."""
     joined: list[tuple[int, int]] = []
     for first, last in sorted(spans):
         if joined and first <= joined[-1][1] + gap:
@@ -161,6 +166,7 @@ def _joined(spans: Iterable[tuple[int, int]], gap: int = 1) -> list[tuple[int, i
 
 
 def _meet_only_at(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]], moments: Collection[int]) -> bool:
+    """Whether two lists of spans overlap in nothing but single moments among `moments`."""
     i = j = 0
     while i < len(a) and j < len(b):
         first, last = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
@@ -171,7 +177,7 @@ def _meet_only_at(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]], mo
 
 
 def _groups(walk: Walk) -> list[_Group]:
-    """Unites what instructions overwrite in place, where nothing reads the old content later."""
+    """Groups values that share memory. An update happens in place if nothing reads the old content later."""
 
     def collect() -> dict[Value, Values]:
         members: dict[Value, Values] = {}
@@ -185,7 +191,7 @@ def _groups(walk: Walk) -> list[_Group]:
         if a is b:
             continue
         before, after = (_joined(((v.start, v.end) for v in members[root]), gap=0) for root in (a, b))
-        # In a loop the last of several writers hands over to what the first one reads.
+        # In a loop, the result of the last of several updates is the operand of the first.
         moments = {at for at, *pair in walk.in_place if {value.root() for value in pair} == {a, b}}
         if a not in walk.resident and _meet_only_at(before, after, moments):
             a.unite(b)
@@ -195,7 +201,7 @@ def _groups(walk: Walk) -> list[_Group]:
 
 
 def _slots(walk: Walk, groups: list[_Group]) -> list[list[_Group]]:
-    """Lets groups share memory where an operation may reuse a dying operand."""
+    """Puts groups into one slot of memory where an operation may reuse an operand that dies."""
     slot_of = {value.root(): [group] for group in groups for value in group.values}
     spans = {id(slot): slot[0].spans for slot in slot_of.values()}
     taken: set[tuple[int, int]] = set()
@@ -213,7 +219,7 @@ def _slots(walk: Walk, groups: list[_Group]) -> list[list[_Group]]:
 
 
 def _highest(slots: list[list[_Group]], end: int, *, host: bool) -> tuple[int, int]:
-    """(moment, bytes)"""
+    """(moment of most bytes, those bytes)"""
     change = [0] * (end + 2)
     for slot in slots:
         groups = [group for group in slot if group.counts(host)]
@@ -229,11 +235,8 @@ def _highest(slots: list[list[_Group]], end: int, *, host: bool) -> tuple[int, i
     return min(moment, end - 1), best
 
 
-# Names
-
-
 class _Kinds:
-    """Tells state, residual and transient groups apart."""
+    """Classifies groups as state, residual or transient."""
 
     def __init__(self, walk: Walk, moment: int):
         self.module = walk.module
@@ -259,7 +262,7 @@ class _Kinds:
 def _label(module: Module, i: Instruction) -> tuple[str, str]:
     """(scope, file:line) of an instruction.
 
-    A fusion without a name has those of what it writes; another instruction those of its first operand.
+    A fusion without a name takes those of its results, another instruction those of its first operand.
     """
     named = i
     if not i.op_name and i.opcode == "fusion":
@@ -273,7 +276,7 @@ def _label(module: Module, i: Instruction) -> tuple[str, str]:
 
 def _describe(walk: Walk, group: _Group, kinds: _Kinds, group_of: dict[Value, _Group]) -> LiveBuffer:
     module = walk.module
-    maker = _telling_maker(module, group)
+    maker = _naming_maker(module, group)
     scope, source = _label(module, maker)
     part = walk.written.get((maker.computation, maker.name)) if overwritten(module, maker) else None
     return LiveBuffer(
@@ -282,7 +285,7 @@ def _describe(walk: Walk, group: _Group, kinds: _Kinds, group_of: dict[Value, _G
         dtype=group.shape.dtype,
         kind=kinds.of(group),
         scope=scope,
-        holds=_label(module, _telling_maker(module, group_of[part.root()]))[0] if part else "",
+        holds=_label(module, _naming_maker(module, group_of[part.root()]))[0] if part else "",
         source=source,
         name=maker.name,
         opcode=maker.opcode,
@@ -290,8 +293,12 @@ def _describe(walk: Walk, group: _Group, kinds: _Kinds, group_of: dict[Value, _G
     )
 
 
-def _telling_maker(module: Module, group: _Group) -> Instruction:
-    """A parameter; else what fills a buffer by slices; else the first that is no filling with zeros or copy."""
+def _naming_maker(module: Module, group: _Group) -> Instruction:
+    """The instruction to name a group after.
+
+    A parameter; else an update that fills the buffer slice by slice; else the first one that does more than copy or
+    fill with a constant.
+    """
 
     def rank(maker: Instruction) -> int:
         if maker.opcode == "parameter":
@@ -299,13 +306,10 @@ def _telling_maker(module: Module, group: _Group) -> Instruction:
         if overwritten(module, maker):
             return 1
         outputs = fusion_outputs(module.callee(maker, "calls")) if maker.opcode == "fusion" else [maker]
-        fills = all(
-            o.opcode in _FILLERS or "AllocateBuffer" in o.attributes.get("custom_call_target", "") for o in outputs
-        )
-        return 3 if fills else 2
+        return 3 if all(map(_fills, outputs)) else 2
 
     return min(group.makers, key=rank)
 
 
 def _fills(i: Instruction) -> bool:
-    return i.opcode in _FILLERS or "AllocateBuffer" in i.attributes.get("custom_call_target", "")
+    return i.opcode in FILLERS or ALLOCATE in i.custom_call_target

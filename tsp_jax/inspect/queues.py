@@ -1,26 +1,25 @@
-"""Going through a schedule: three queues, what is under way on them, and what compute waits for.
+"""Simulation of a schedule: three queues, the work in flight on them, and the time that compute waits.
 
-Kernels follow one another on the compute queue. What blocks waits for compute and its own queue and keeps both. What is
-started begins when it is issued and what was started before it has ended; where the program waits for its end, compute
-stands still, and that is its exposed time.
+Kernels run one after another on the compute queue. A blocking step waits for compute and for its own queue, and keeps
+both busy. Asynchronous work begins when it has been issued and all earlier work of its queue has ended. Where the
+program waits for its end, the compute queue stands idle: that is exposed time.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from tsp_jax.inspect.hlo import Computation
+from tsp_jax.inspect.instructions import Computation
 from tsp_jax.inspect.schedule import Queue, Schedule, Step, Task
 
 _SETTLED = 1e-11
-"""seconds by which the state after two rounds of a loop may differ and count as the same: rounding of sums"""
-
+"""seconds; states of the queues that differ by less are equal, as sums are rounded"""
 
 Amounts = defaultdict[str, float]
 
 
 class Event(NamedTuple):
-    """A slice of a timeline."""
+    """A span of time on one queue."""
 
     track: Queue
     name: str
@@ -28,11 +27,11 @@ class Event(NamedTuple):
     seconds: float
     task: Task | None
     exposed: bool = False
-    """compute stands still, waiting"""
+    """the compute queue waits for the task"""
 
 
 class _Pending(NamedTuple):
-    """Something started and not yet waited for."""
+    """Work that was started and not yet waited for."""
 
     key: str
     base: str
@@ -42,29 +41,29 @@ class _Pending(NamedTuple):
     end: float
 
 
-class Run:
-    """State of the queues: until when each is taken, and what has been started; what has run so far."""
+class Simulation:
+    """State of the queues (until when each is busy, and the work in flight), and totals of what has run so far."""
 
     def __init__(
-        self, schedule: Schedule, record: bool = False, summaries: dict[str, tuple[float, Amounts]] | None = None
+        self, schedule: Schedule, record: bool = False, compute_loops: dict[str, tuple[float, Amounts]] | None = None
     ):
         self.schedule, self.record = schedule, record
         self.now: dict[Queue, float] = {"compute": 0.0, "links": 0.0, "host": 0.0}
         self.pending: list[_Pending] = []
-        self.runs: Amounts = defaultdict(float)
-        """times that each task ran"""
+        self.executions: Amounts = defaultdict(float)
+        """task -> number of executions"""
         self.exposed: Amounts = defaultdict(float)
-        """seconds that compute waited for each task"""
+        """task -> seconds that the compute queue waited for it"""
         self.events: list[Event] = []
-        self._summaries = summaries if summaries is not None else {}
+        self._compute_loops = compute_loops if compute_loops is not None else {}
 
-    def computation(self, computation: Computation) -> None:
-        """Goes through a computation's schedule."""
+    def run(self, computation: Computation) -> None:
+        """Simulates the steps of a computation."""
         for step in self.schedule.steps(computation):
             if step.kind == "run":
                 self._note("compute", self.now["compute"], step.seconds, self.schedule.tasks[step.task])
                 self.now["compute"] += step.seconds
-                self.runs[step.task] += 1
+                self.executions[step.task] += 1
             elif step.kind in ("start", "block"):
                 self._start(step)
             elif step.kind == "wait":
@@ -75,10 +74,10 @@ class Run:
                 self._branch(step.callees)
             else:
                 for callee in step.callees:
-                    self.computation(callee)
+                    self.run(callee)
 
     def wait_for_all(self) -> None:
-        """The program ends when all that it started has ended."""
+        """Ends the program: it lasts until all work that it started has ended."""
         for task in list(self.pending):
             self._stall(task)
 
@@ -86,7 +85,7 @@ class Run:
         begin = max(self.now["compute"], self.now[step.queue])
         self.now[step.queue] = begin + step.seconds
         self._note(step.queue, begin, step.seconds, self.schedule.tasks[step.task])
-        self.runs[step.task] += 1
+        self.executions[step.task] += 1
         self.pending.append(_Pending(step.key, step.instruction.base, step.queue, step.task, self.now[step.queue]))
         if step.kind == "block":
             self._stall(self.pending[-1])
@@ -118,38 +117,36 @@ class Run:
         if self.record:
             self.events.append(Event(track, name or (task.name if task else ""), start, seconds, task, exposed))
 
-    # Loops and branches
-
     def _loop(self, step: Step) -> None:
-        """Round by round until the queues stand to each other as a round before: from there every round is alike."""
+        """Simulates iterations until the state of the queues repeats; all later iterations take the same time."""
         body, condition = step.callees
         if all(map(self.schedule.compute_only, step.callees)):
-            seconds, runs = self._summary(step)
+            seconds, runs = self._compute_loop(step)
             self._note("compute", self.now["compute"], seconds, self._whole(step, seconds, runs))
             self.now["compute"] += seconds
             self._add(runs, 1)
             return
-        rounds, state = round(step.trips), self._state()
-        for done in range(1, rounds + 1):
-            begin, (runs, exposed) = self.now["compute"], (self.runs, self.exposed)
-            self.runs, self.exposed = defaultdict(float), defaultdict(float)
-            self.computation(condition)
-            self.computation(body)
-            of_round, waits = self.runs, self.exposed
-            self.runs, self.exposed = runs, exposed
+        iterations, state = round(step.trips), self._state()
+        for done in range(1, iterations + 1):
+            begin, (runs, exposed) = self.now["compute"], (self.executions, self.exposed)
+            self.executions, self.exposed = defaultdict(float), defaultdict(float)
+            self.run(condition)
+            self.run(body)
+            iteration, waits = self.executions, self.exposed
+            self.executions, self.exposed = runs, exposed
             before, state = state, self._state()
             alike = not self.record and _same(before, state)
-            times = rounds - done + 1 if alike else 1
-            self._add(of_round, times, waits)
-            name = f"{self.schedule.label(step.instruction)} round {done} of {rounds}"
+            times = iterations - done + 1 if alike else 1
+            self._add(iteration, times, waits)
+            name = f"{self.schedule.label(step.instruction)} iteration {done} of {iterations}"
             self._note("compute", begin, self.now["compute"] - begin, name=name)
             if alike:
                 self._shift((times - 1) * (self.now["compute"] - begin))
                 break
-        self.computation(condition)
+        self.run(condition)
 
     def _whole(self, step: Step, seconds: float, runs: Amounts) -> Task | None:
-        """A loop without communication as one task."""
+        """A loop without communication as one task of a recorded timeline."""
         if not self.record:
             return None
         tasks, i = self.schedule.tasks, step.instruction
@@ -158,7 +155,7 @@ class Run:
         return Task(name=i.name, op="while", scope=i.op_name, label=label, queue="compute", seconds=seconds, **sizes)
 
     def _add(self, runs: Amounts, times: float, waits: Mapping[str, float] | None = None) -> None:
-        for total, part in ((self.runs, runs), (self.exposed, waits or {})):
+        for total, part in ((self.executions, runs), (self.exposed, waits or {})):
             for name, value in part.items():
                 total[name] += value * times
 
@@ -167,33 +164,33 @@ class Run:
         self.pending = [task._replace(end=task.end + seconds) for task in self.pending]
 
     def _state(self) -> list[tuple[str, float]]:
-        """How long other queues and what is under way last beyond compute; all that a next round depends on."""
+        """How long each queue and all work in flight last beyond compute: what the next iteration depends on."""
         ends = [*self.now.items(), *((task.task, task.end) for task in self.pending)]
         return [(name, max(0.0, end - self.now["compute"])) for name, end in ends]
 
     def _branch(self, branches: Iterable[Computation]) -> None:
-        """Takes the branch that ends last."""
+        """Simulates the branch that ends last."""
         options = []
         for branch in branches:
-            trial = Run(self.schedule, summaries=self._summaries)
+            trial = Simulation(self.schedule, compute_loops=self._compute_loops)
             trial.now, trial.pending = dict(self.now), list(self.pending)
-            trial.computation(branch)
+            trial.run(branch)
             options.append((trial.now["compute"], trial.now["links"], trial.now["host"], len(options), branch))
         if options:
-            self.computation(max(options)[-1])
+            self.run(max(options)[-1])
 
-    def _summary(self, step: Step) -> tuple[float, Amounts]:
-        """(seconds, runs) of a loop that is compute alone."""
-        if step.task not in self._summaries:
-            body, condition = (Run(self.schedule, summaries=self._summaries) for _ in range(2))
-            body.computation(step.callees[0])
-            condition.computation(step.callees[1])
-            total = Run(self.schedule, summaries=self._summaries)
-            total._add(body.runs, step.trips)
-            total._add(condition.runs, step.trips + 1)
+    def _compute_loop(self, step: Step) -> tuple[float, Amounts]:
+        """(seconds, executions of each task) of a loop that stays on the compute queue."""
+        if step.task not in self._compute_loops:
+            body, condition = (Simulation(self.schedule, compute_loops=self._compute_loops) for _ in range(2))
+            body.run(step.callees[0])
+            condition.run(step.callees[1])
+            total = Simulation(self.schedule, compute_loops=self._compute_loops)
+            total._add(body.executions, step.trips)
+            total._add(condition.executions, step.trips + 1)
             seconds = step.trips * body.now["compute"] + (step.trips + 1) * condition.now["compute"]
-            self._summaries[step.task] = seconds, total.runs
-        return self._summaries[step.task]
+            self._compute_loops[step.task] = seconds, total.executions
+        return self._compute_loops[step.task]
 
 
 def _same(a: list[tuple[str, float]], b: list[tuple[str, float]]) -> bool:

@@ -1,16 +1,17 @@
-"""A report as tables for a terminal."""
+"""Prints a report as tables."""
 
 from rich.console import Console
 from rich.table import Table
 
 from tsp_jax.inspect.collectives import Collective
 from tsp_jax.inspect.peak import LiveBuffer
-from tsp_jax.inspect.report import Report
-from tsp_jax.inspect.schedule import readable_scope
+from tsp_jax.inspect.program_report import Report
+from tsp_jax.inspect.scopes import readable_scope
+from tsp_jax.inspect.units import format_bytes, format_seconds
 
 
 def show(report: Report, out: Console, *, largest: int = 12) -> None:
-    """Prints memory, the largest live buffers, traffic and timeline of one device."""
+    """Prints memory, the largest buffers at the peak, communication and timeline of one device."""
     out.print(_memory(report))
     out.print(_buffers(report, largest))
     if report.collectives:
@@ -22,66 +23,66 @@ def show(report: Report, out: Console, *, largest: int = 12) -> None:
 
 
 def console() -> Console:
-    """The terminal; where output goes elsewhere, wide enough for the tables."""
+    """A console for the tables; output that goes elsewhere than to a terminal is 150 columns wide."""
     plain = Console()
     return plain if plain.is_terminal else Console(width=150)
 
 
-def gb(value: float) -> str:
-    """Bytes as GB, small ones as MB."""
-    return f"{value / 1e9:.2f} GB" if abs(value) >= 1e8 else f"{value / 1e6:.2f} MB"
-
-
-def seconds(value: float) -> str:
-    """Seconds, or milliseconds."""
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms"
+_KINDS = {
+    "state": "state (arguments of the program) at the peak, from the text",
+    "residual": "residuals (forward to backward) at the peak, from the text",
+    "transient": "everything else at the peak, from the text",
+}
 
 
 def _memory(report: Report) -> Table:
-    table = Table(title="Memory of one device", title_justify="left")
+    title = "Memory of one device, " + ("compiled" if report.memory else "from the text of the program")
+    table = Table(title=title, title_justify="left")
     for name in ("part", "bytes"):
         table.add_column(name, justify="right" if name == "bytes" else "left")
     if report.memory:
         m = report.memory
         parts = {"arguments": m.argument_bytes, "outputs": m.output_bytes, "aliased": -m.alias_bytes}
         for name, value in (parts | {"temporaries": m.temp_bytes}).items():
-            table.add_row(name, gb(value))
+            table.add_row(name, format_bytes(value))
         table.add_section()
-    table.add_row("peak", gb(report.peak_bytes), style="bold")
+    table.add_row("peak memory", format_bytes(report.peak_bytes), style="bold")
     table.add_section()
     for kind, value in report.peak.by_kind.items():
-        table.add_row(f"{kind} at the peak (by the text)", gb(value))
+        table.add_row(_KINDS[kind], format_bytes(value))
     if report.peak.host_bytes:
-        table.add_row("in the host's memory, at most", gb(report.peak.host_bytes))
+        table.add_row("peak in the host's memory", format_bytes(report.peak.host_bytes))
     return table
 
 
 def _buffers(report: Report, largest: int) -> Table:
-    table = Table(title=f"Largest of {len(report.peak.buffers)} buffers alive at the peak", title_justify="left")
+    title = f"Largest of {len(report.peak.buffers)} buffers alive at the peak, from the text of the program"
+    table = Table(title=title, title_justify="left")
     for name in ("bytes", "array", "kind", "made by", "source"):
         table.add_column(name, justify="right" if name == "bytes" else "left", overflow="fold")
     for b in report.peak.buffers[:largest]:
         source = "/".join(b.source.split("/")[-2:])
         shape = ",".join(map(str, b.shape))
-        table.add_row(gb(b.bytes), f"{b.dtype}\\[{shape}]", b.kind, _maker(b), source)
+        table.add_row(format_bytes(b.bytes), f"{b.dtype}\\[{shape}]", b.kind, _maker(b), source)
     return table
 
 
 def _maker(b: LiveBuffer) -> str:
-    """A parameter's own name, else the scope."""
+    """The name of a parameter; the scope of other buffers."""
     return b.scope if b.opcode == "parameter" else readable_scope(b.scope)
 
 
 def _traffic(report: Report, largest: int) -> Table:
     total = sum(c.total_bytes for c in report.collectives)
-    table = Table(title=f"Received by one device in a step: {gb(total)}", title_justify="left")
-    for name in ("bytes", "op", "axis", "runs", "each", "async", "hidden", "scope"):
-        table.add_column(name, justify="right" if name in ("bytes", "runs", "each", "hidden") else "left")
+    title = f"Communication of one device in a step, compiled: receives {format_bytes(total)}"
+    table = Table(title=title, title_justify="left")
+    for name in ("received", "op", "axis", "count", "each", "async", "overlapped", "scope"):
+        table.add_column(name, justify="right" if name in ("received", "count", "each", "overlapped") else "left")
     found = sorted(report.collectives, key=lambda c: -c.total_bytes)
     for c in found[:largest]:
         table.add_row(*_traffic_row(report, c))
     if rest := found[largest:]:
-        table.add_row(gb(sum(c.total_bytes for c in rest)), f"{len(rest)} more")
+        table.add_row(format_bytes(sum(c.total_bytes for c in rest)), f"{len(rest)} more")
     return table
 
 
@@ -89,13 +90,22 @@ def _traffic_row(report: Report, c: Collective) -> list[str]:
     hidden = report.hidden_fraction(c)
     share = "" if hidden is None else f"{hidden:.0%}"
     yes = "yes" if c.is_async else "no"
-    return [gb(c.total_bytes), c.op, c.axis, f"{c.count:g}", gb(c.bytes), yes, share, readable_scope(c.scope)]
+    return [
+        format_bytes(c.total_bytes),
+        c.op,
+        c.axis,
+        f"{c.count:g}",
+        format_bytes(c.bytes),
+        yes,
+        share,
+        readable_scope(c.scope),
+    ]
 
 
 def _timeline(report: Report) -> Table:
     t = report.timeline
     assert t is not None
-    table = Table(title="Timeline of a step, simulated", title_justify="left")
+    table = Table(title="Time of a step, simulated", title_justify="left")
     table.add_column("part")
     table.add_column("time", justify="right")
     table.add_column("share of the step", justify="right")
@@ -103,16 +113,20 @@ def _timeline(report: Report) -> Table:
         "step": t.step_s,
         "computation": t.compute_s,
         "communication": t.comm_s,
-        f"exposed communication ({report.exposed_fraction:.0%} of it)": t.exposed_comm_s,
+        f"exposed communication ({report.exposed_fraction:.0%} of communication)": t.exposed_comm_s,
         f"matrix products alone ({t.flops / 1e15:.1f} PFLOP)": t.matmul_s,
     }
     if t.host_s:
         rows |= {"copies to and from the host": t.host_s, "exposed copies to and from the host": t.exposed_host_s}
     for name, value in rows.items():
-        table.add_row(name, seconds(value), f"{value / t.step_s:.0%}" if t.step_s else "")
+        table.add_row(name, format_seconds(value), _share(value, t.step_s))
     if t.matmul_ratio:
         table.add_row("step over matrix products alone", f"{t.matmul_ratio:.2f} x")
     table.add_section()
-    for scope, value in sorted(t.by_scope.items(), key=lambda item: -item[1])[:8]:
-        table.add_row(f"computation of {scope}", seconds(value), f"{value / t.step_s:.0%}" if t.step_s else "")
+    for scope, value in list(t.by_scope.items())[:8]:
+        table.add_row(f"computation of {scope}", format_seconds(value), _share(value, t.step_s))
     return table
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.0%}" if whole else ""

@@ -1,50 +1,45 @@
-"""A compiled program's instructions as steps of a schedule: what keeps which queue busy, and for how long.
+"""A compiled program's instructions as steps of a schedule: which queue each keeps busy, and for how long.
 
-Queues: compute; links, between devices; host, copies to and from the host's memory. Compute is where the program is
-issued from; the others run what it starts, first in, first out.
+There are three queues: compute; links, between devices; and host, for copies to and from the host's memory. The compute
+queue issues all work; the other two run what it starts, first in, first out.
 """
 
 import dataclasses
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.links import collective_seconds
-from tsp_jax.inspect.collectives import chain, collectives, groups_of, is_collective
-from tsp_jax.inspect.hlo import Computation, Instruction, Module, Trips
+from tsp_jax.inspect.collectives import fused_phase, is_collective, list_collectives
+from tsp_jax.inspect.groups import groups_of
+from tsp_jax.inspect.instructions import Computation, Instruction
+from tsp_jax.inspect.module import Module, Trips
 from tsp_jax.inspect.roofline import Costs
+from tsp_jax.inspect.scopes import readable_scope
 
 Queue = Literal["compute", "links", "host"]
-
-
-_STRUCTURE = re.compile(
-    r"while|body|cond|closed_call|shard_map|checkpoint|rematted_computation|scan|pjit|branch_\d+_fun|"
-    r"(jit|jvp|transpose|vmap|pjit|checkpoint|custom_jvp_call|custom_vjp_call)\(.*\)|custom_[jv][jv]p_call|.*->.*|"
-    r"mean_\w+\[.*\]|"
-)
 
 
 class Step(NamedTuple):
     """A part of a schedule."""
 
     kind: Literal["run", "block", "start", "wait", "loop", "branch", "call"]
-    """run: on compute; block: on compute and another queue at once; start and wait: for something on another queue"""
+    """run: on compute; block: on another queue, while compute waits; start, wait: of work on another queue"""
     instruction: Instruction
     task: str = ""
-    """name of what runs or starts"""
+    """name of the task that runs or starts"""
     queue: Queue = "compute"
     seconds: float = 0.0
     key: str = ""
-    """by which a wait finds what was started; "" if the start is out of sight, in an earlier round of a loop"""
+    """by which a wait finds its start; "" if the start belongs to an earlier iteration of a loop"""
     callees: tuple[Computation, ...] = ()
-    """(body, condition) of a loop, branches, what a call calls"""
+    """(body, condition) of a loop, the branches of a conditional, the computations of a call"""
     trips: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Something that keeps a queue busy: a kernel, a collective or a host copy."""
+    """Work that keeps a queue busy: a kernel, a collective or a host copy."""
 
     name: str
     """of the instruction"""
@@ -52,47 +47,18 @@ class Task:
     scope: str
     """op_name: named scopes and the primitive"""
     label: str
-    """the scope, readable; see `readable_scope`"""
+    """`readable_scope` of the scope"""
     queue: Queue
     seconds: float
-    """each time"""
+    """per execution"""
     bytes: float
-    """each time: of main memory, received over links, or of host memory"""
+    """per execution: of main memory, received over links, or of host memory"""
     flops: float = 0.0
-    """each time, of matrix products"""
-
-
-def readable_scope(op_name: str, callers: Sequence[str] = (), depth: int = 4) -> str:
-    """``jit(f)/transpose(jvp())/while/body/tsp/mlp/gather/all_gather`` -> ``backward tsp/mlp/gather``.
-
-    Left out are the primitive and what transformations and control flow add; of instructions that the compiler merged,
-    the first speaks. What is computed again for the backward pass is ``recompute``. Outside of differentiation there is
-    no such word.
-
-    Args:
-        op_name: of the instruction.
-        callers: op_names of the loops around it, innermost first. Functions that are called twice keep the names of one
-            call, so that the outermost loop knows best which pass it is.
-        depth: names kept.
-    """
-    *parts, _ = re.sub(r"\(([^():]*):.*", r"\1", op_name.partition(";")[0]).split("/")
-    names = [part for part in parts if not _STRUCTURE.fullmatch(part)]
-    start = names.index("tsp") if "tsp" in names else 0
-    return _pass(op_name, callers) + ("/".join(names[start : start + depth]) or "other")
-
-
-def _pass(op_name: str, callers: Sequence[str]) -> str:
-    for name in (*reversed(callers), op_name):
-        if "transpose(" in name:
-            again = any("rematted_computation" in each for each in (op_name, *callers))
-            return "recompute " if again else "backward "
-        if "jvp(" in name:
-            return "forward "
-    return ""
+    """per execution, of matrix products"""
 
 
 class Schedule:
-    """Steps of a module's computations on a piece of hardware, each worked out once."""
+    """Steps of a module's computations on given hardware, each computed once."""
 
     def __init__(self, module: Module, hardware: Hardware, unknown_trips: Trips = 1):
         self.module, self.hardware, self._unknown_trips = module, hardware, unknown_trips
@@ -100,7 +66,7 @@ class Schedule:
         self._costs = Costs(module, on_chip=hardware.platform == "tpu", efficiency=hardware.efficiency)
         self._steps: dict[str, list[Step]] = {}
         self._compute_only: dict[str, bool] = {}
-        found = collectives(module, unknown_trips=unknown_trips)
+        found = list_collectives(module, unknown_trips=unknown_trips)
         self._callers = {
             name: i
             for c in module.computations.values()
@@ -111,14 +77,14 @@ class Schedule:
         self._collectives = {(c.computation, c.name): c for c in found}
 
     def steps(self, computation: Computation) -> list[Step]:
-        """What takes time, in schedule order."""
+        """The steps of a computation that take time, in schedule order."""
         if computation.name not in self._steps:
             parts = (self._parts(computation, i) for i in computation.instructions)
             self._steps[computation.name] = [step for part in parts for step in part]
         return self._steps[computation.name]
 
     def compute_only(self, computation: Computation) -> bool:
-        """Whether nothing that a computation runs touches another queue than compute."""
+        """Whether everything that a computation runs stays on the compute queue."""
         if computation.name not in self._compute_only:
             self._compute_only[computation.name] = all(
                 step.queue == "compute" and all(map(self.compute_only, step.callees))
@@ -147,19 +113,21 @@ class Schedule:
             inside = [each for c in self.module.called(i, "calls") for each in c.instructions]
         kind = "start" if i.phase == "start" and self._queue(i) != "compute" else "block"
         yield from self._kernel(i, kind)
-        yield from self._moves(inside, kind, i.name)
+        yield from self._communication(inside, kind, i.name)
 
     def _fusion(self, i: Instruction) -> Iterator[Step]:
         callee = self.module.callee(i, "calls")
-        phase, number = chain(callee)
+        phase, number = fused_phase(callee)
         if phase == "done":
             yield Step("wait", i, queue="links", key=f"chain {number}")
         yield from self._kernel(i, "block")
         if phase in ("", "start"):
-            yield from self._moves(callee.instructions, "start" if phase else "block", f"chain {number}")
+            yield from self._communication(callee.instructions, "start" if phase else "block", f"chain {number}")
 
-    def _moves(self, instructions: Iterable[Instruction], kind: Literal["start", "block"], key: str) -> Iterator[Step]:
-        """The collectives among some instructions."""
+    def _communication(
+        self, instructions: Iterable[Instruction], kind: Literal["start", "block"], key: str
+    ) -> Iterator[Step]:
+        """Steps of the collectives among some instructions."""
         for i in instructions:
             c = self._collectives.get((i.computation, i.name))
             if c is not None:
@@ -167,7 +135,7 @@ class Schedule:
                 yield self._busy(kind, i, "links", seconds, op=c.op, scope=c.scope, bytes=c.bytes, key=key)
 
     def _kernel(self, i: Instruction, kind: Literal["start", "block"]) -> Iterator[Step]:
-        cost, op = self._costs.of(i), i.attributes.get("custom_call_target", "").strip('"') or i.opcode
+        cost, op = self._costs.of(i), i.custom_call_target or i.opcode
         seconds = max(cost.work / self.hardware.sustained_flops, cost.bytes / self.hardware.sustained_bandwidth)
         if seconds and not (kind == "start" and cost.host_bytes):
             yield self._busy("run", i, "compute", seconds, op=op, bytes=cost.bytes, flops=cost.flops)
@@ -188,7 +156,7 @@ class Schedule:
         flops: float = 0.0,
         key: str = "",
     ) -> Step:
-        """A step, and its task."""
+        """A step; its task is added to `tasks`."""
         name = i.name + " (host)" * (queue == "host")
         scope = scope or i.op_name
         self.tasks[name] = Task(
@@ -198,7 +166,7 @@ class Schedule:
         return Step(kind, i, name, queue, seconds, key)
 
     def label(self, i: Instruction, scope: str = "") -> str:
-        """Readable scope; of an instruction without a scope that of the loop around it."""
+        """Readable scope; an instruction without a scope takes that of the loop around it."""
         callers, caller = [], self._callers.get(i.computation)
         while caller is not None:
             callers.append(caller.op_name)
@@ -207,7 +175,7 @@ class Schedule:
         return readable_scope(scope or i.op_name or f"{around}/", callers)
 
     def _queue(self, start: Instruction) -> Queue:
-        """Where an instruction's work is done. GPU writes collectives that block as a start and a done as well."""
+        """The queue that does an instruction's work. GPU also writes collectives that block as a start and a done."""
         if is_collective(start):
             c = self._collectives.get((start.computation, start.name))
             return "links" if c and c.is_async else "compute"
@@ -220,7 +188,7 @@ class Schedule:
         start = next(iter(computation.operands(i)), None)
         while start is not None and start.phase == "update":
             start = next(iter(computation.operands(start)), None)
-        if start is None or start.phase != "start":  # of an earlier round of a loop
+        if start is None or start.phase != "start":  # it belongs to an earlier iteration of a loop
             yield Step("wait", i, queue="links" if is_collective(i) or i.base == "async" else "host")
         elif (queue := self._queue(start)) != "compute":
             yield Step("wait", i, queue=queue, key=start.name)

@@ -1,8 +1,7 @@
-"""A compiled program on a piece of hardware: what a step takes, and which communication is exposed.
+"""Simulated timeline of a compiled program on given hardware: time of a step, and which communication is exposed.
 
-The rules of the simulation are in `tsp_jax.inspect.queues`, what an instruction costs in `tsp_jax.inspect.roofline`,
-the link model in `tsp_jax.hardware.links`. What all of it rests on comes with every result, as
-`Timeline.assumptions`.
+`tsp_jax.inspect.queues` has the rules of the simulation, `tsp_jax.inspect.roofline` the cost of an instruction,
+`tsp_jax.hardware.links` the link model. Every result states its assumptions, as `Timeline.assumptions`.
 """
 
 import dataclasses
@@ -11,64 +10,65 @@ from collections.abc import Iterable
 
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.links import link_model
-from tsp_jax.inspect.hlo import Module, Trips, declared_trips
-from tsp_jax.inspect.queues import Event, Run
-from tsp_jax.inspect.roofline import declared_flops
+from tsp_jax.inspect.module import Module, Trips
+from tsp_jax.inspect.queues import Event, Simulation
 from tsp_jax.inspect.schedule import Queue, Schedule, Task
+from tsp_jax.inspect.scopes import declared_flops, declared_trips
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TaskTotal:
-    """A task over a whole step."""
+    """All executions of a task in a step."""
 
     task: Task
     count: float
-    """times it runs"""
+    """number of executions"""
     exposed_s: float = 0.0
-    """of all times together"""
+    """of all executions together"""
 
     @property
     def seconds(self) -> float:
-        """Of all times together."""
+        """Of all executions together."""
         return self.count * self.task.seconds
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """One execution of a program on one device. step_s = compute_s + exposed_comm_s + exposed_host_s."""
+    """Simulated execution of a program on one device. step_s = compute_s + exposed_comm_s + exposed_host_s."""
 
     step_s: float
     compute_s: float
-    """compute is busy with kernels"""
+    """time that the compute queue runs kernels"""
     comm_s: float
-    """links are busy with collectives"""
+    """time that the links are busy with collectives"""
     exposed_comm_s: float
-    """compute stands still because of collectives"""
+    """time that the compute queue waits for collectives"""
     host_s: float
-    """the link to the host is busy"""
+    """time that the link to the host is busy"""
     exposed_host_s: float
+    """time that the compute queue waits for copies to and from the host"""
     flops: float
     """of matrix products"""
     matmul_s: float
-    """flops at the sustained rate: what no schedule goes below"""
+    """flops at the sustained rate: a lower bound of every schedule"""
     kernels: tuple[TaskTotal, ...]
-    """what runs on compute, the longest first"""
+    """tasks of the compute queue, the longest first"""
     collectives: tuple[TaskTotal, ...]
-    """what runs on links, the longest first"""
+    """tasks of the links, the longest first"""
     assumptions: tuple[str, ...]
-    """print them with the results"""
+    """to be printed with the results"""
     events: tuple[Event, ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def matmul_ratio(self) -> float | None:
-        """The step over its matrix products alone; None without any."""
+        """Time of the step over the time of its matrix products alone; None without matrix products."""
         return self.step_s / self.matmul_s if self.matmul_s else None
 
     @property
     def hidden_fraction(self) -> dict[str, float]:
-        """Share of a collective's time that compute does not wait for, by instruction, over all times it runs.
+        """Instruction name -> share of the collective's time that overlaps with computation, over all executions.
 
-        0 also where compute waits longer than the collective takes, because others were started before it.
+        It is also 0 if the compute queue waits longer than the collective takes, because others were started earlier.
         """
         return {
             total.task.name: max(0.0, 1.0 - total.exposed_s / total.seconds) if total.seconds else 1.0
@@ -77,12 +77,12 @@ class Timeline:
 
     @property
     def by_scope(self) -> dict[str, float]:
-        """Seconds of compute by named scope, the longest first; see `Task.label`."""
+        """Named scope (`Task.label`) -> seconds of kernels, the longest first."""
         return _by_scope((total.task.label, total.seconds) for total in self.kernels)
 
     @property
     def exposed_by_scope(self) -> dict[str, float]:
-        """Seconds that compute waits for collectives, by named scope, the longest first."""
+        """Named scope -> seconds that the compute queue waits for collectives, the longest first."""
         return _by_scope((total.task.label, total.exposed_s) for total in self.collectives)
 
 
@@ -94,25 +94,26 @@ def _by_scope(parts: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 def simulate(module: Module, hardware: Hardware, *, unknown_trips: Trips = 1, record: bool = False) -> Timeline:
-    """Runs a scheduled program in the mind.
+    """Simulates one execution of a scheduled program.
 
     Args:
-        module: a parsed program; device numbers and groups are those of its text.
-        hardware: rates and links, of the platform that the program was compiled for.
-        unknown_trips: trips of data-dependent loops that declare none; see `Module.executions`.
-        record: keep events for `tsp_jax.inspect.trace`. Loops with communication are then gone through round by round.
+      module: a parsed program; device numbers and groups are those of its text.
+      hardware: rates and links, of the platform that the program was compiled for.
+      unknown_trips: trips of data-dependent loops that declare none; see `Module.executions`.
+      record: keep events for `tsp_jax.inspect.trace`; loops with communication are then simulated iteration by
+        iteration.
 
     Returns:
-        Totals, and what they rest on.
+      Totals, and the assumptions behind them.
     """
     schedule = Schedule(module, hardware, unknown_trips)
-    run = Run(schedule, record)
-    run.computation(module.entry)
-    run.wait_for_all()
-    compute, links, host = (_totals(schedule, run, queue) for queue in ("compute", "links", "host"))
+    simulation = Simulation(schedule, record)
+    simulation.run(module.entry)
+    simulation.wait_for_all()
+    compute, links, host = (_totals(schedule, simulation, queue) for queue in ("compute", "links", "host"))
     flops = sum(total.count * total.task.flops for total in compute)
     return Timeline(
-        step_s=run.now["compute"],
+        step_s=simulation.now["compute"],
         compute_s=sum(total.seconds for total in compute),
         comm_s=sum(total.seconds for total in links),
         exposed_comm_s=sum(total.exposed_s for total in links),
@@ -123,15 +124,17 @@ def simulate(module: Module, hardware: Hardware, *, unknown_trips: Trips = 1, re
         kernels=compute,
         collectives=links,
         assumptions=_assumptions(module, hardware, unknown_trips, compute),
-        events=tuple(run.events),
+        events=tuple(simulation.events),
     )
 
 
-def _totals(schedule: Schedule, run: Run, queue: Queue) -> tuple[TaskTotal, ...]:
-    """What ran on a queue, the longest first."""
-    tasks = ((schedule.tasks[name], count) for name, count in run.runs.items())
+def _totals(schedule: Schedule, simulation: Simulation, queue: Queue) -> tuple[TaskTotal, ...]:
+    """Tasks that ran on a queue, the longest first."""
+    tasks = ((schedule.tasks[name], count) for name, count in simulation.executions.items())
     totals = (
-        TaskTotal(task=task, count=n, exposed_s=run.exposed[task.name]) for task, n in tasks if task.queue == queue
+        TaskTotal(task=task, count=n, exposed_s=simulation.exposed[task.name])
+        for task, n in tasks
+        if task.queue == queue
     )
     return tuple(sorted(totals, key=lambda total: -total.seconds))
 
@@ -139,33 +142,47 @@ def _totals(schedule: Schedule, run: Run, queue: Queue) -> tuple[TaskTotal, ...]
 def _assumptions(
     module: Module, hardware: Hardware, unknown_trips: Trips, kernels: Iterable[TaskTotal]
 ) -> tuple[str, ...]:
-    rates = (
+    return (
         f"{hardware.name}: {hardware.sustained_flops / 1e12:g} TFLOP/s in matrix products, "
-        f"{hardware.sustained_bandwidth / 1e12:g} TB/s of memory, {hardware.host_bandwidth / 1e9:g} GB/s to the host"
+        f"{hardware.sustained_bandwidth / 1e12:g} TB/s of memory, {hardware.host_bandwidth / 1e9:g} GB/s to the host",
+        f"source of these rates: {hardware.source}",
+        link_model(hardware),
+        "links have no latency, kernels no launch cost; communication does not slow down computation",
+        "a kernel takes the longer of its matrix products and its memory traffic; other arithmetic is free",
+        "caches keep nothing between kernels; copies within the device run one after another with the kernels",
+        *_loop_assumptions(module, unknown_trips),
+        *_kernel_assumptions(module, hardware, kernels),
     )
+
+
+def _loop_assumptions(module: Module, unknown_trips: Trips) -> list[str]:
+    """Trips of data-dependent loops."""
     loops = [i for i, _ in module.walk(unknown_trips) if i.opcode == "while" and module.trip_count(i) is None]
     declared = sorted({trips for loop in loops if (trips := declared_trips(loop)) is not None})
     unknown = [loop.name for loop in loops if declared_trips(loop) is None]
+    lines = []
+    if declared:
+        numbers = ", ".join(map(str, declared))
+        lines.append(f"data-dependent loops run the mean number of trips that they declare: {numbers}")
+    if unknown:
+        times = "as often as the caller says" if callable(unknown_trips) else f"{unknown_trips:g} times"
+        lines.append(f"data-dependent loops that declare no trips run {times}: {', '.join(unknown)}")
+    return lines
+
+
+def _kernel_assumptions(module: Module, hardware: Hardware, kernels: Iterable[TaskTotal]) -> list[str]:
+    """Rates of kernels that the text does not describe."""
     calls = {i.name for i, _ in module.walk() if i.opcode == "custom-call"}
     opaque = sorted({t.task.op for t in kernels if t.task.name in calls and not t.task.flops})
     kinds = sorted({d.kind for d in map(declared_flops, (i for i, _ in module.walk(fusions=True))) if d})
-    lines = [
-        rates,
-        f"source: {hardware.source}",
-        link_model(hardware),
-        "no latency of links, no launch cost of kernels, no contention between compute and communication",
-        "a kernel takes the longer of its matrix products and its memory traffic; other arithmetic is free",
-        "caches keep nothing from one kernel to the next; copies within the device take their turn among the kernels",
-    ]
-    if declared:
-        lines.append(f"data-dependent loops run as often as they declare on average: {', '.join(map(str, declared))}")
-    if unknown:
-        times = "as the caller says" if callable(unknown_trips) else f"{unknown_trips:g} times"
-        lines.append(f"data-dependent loops that declare nothing run {times}: {', '.join(unknown)}")
+    lines = []
     if kinds:
-        shares = ", ".join(f"{kind} at {hardware.efficiency.get(kind, 1.0):g} of the rate above" for kind in kinds)
-        lines.append(f"kernels that declare their matrix products, each array read once: {shares}")
+        shares = ", ".join(f"{kind} {hardware.efficiency.get(kind, 1.0):g}" for kind in kinds)
+        rule = (
+            "kernels that declare their matrix products read each array once and reach these shares of the rate above"
+        )
+        lines.append(f"{rule}: {shares}")
         lines.append(f"source of these shares: {hardware.attention_source}")
     if opaque:
-        lines.append(f"kernels known by their memory traffic alone: {', '.join(opaque)}")
-    return tuple(lines)
+        lines.append(f"other custom kernels count by their memory traffic alone: {', '.join(opaque)}")
+    return lines

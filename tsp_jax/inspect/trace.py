@@ -1,8 +1,9 @@
 """A timeline as a trace file that ui.perfetto.dev and chrome://tracing open.
 
-Format: Chrome's trace events, as the "Trace Event Format" document of the Chromium project describes them. One process,
-the device; threads compute, links and host. Where compute waits, its thread has a slice "exposed: ...", with an arrow
-from what it waits for. Rounds of a loop enclose what runs in them; a loop without communication is one slice.
+Format: Chrome's trace events, as in the "Trace Event Format" document of the Chromium project. The device is the
+process; compute, links and host are its threads. Where compute waits, its thread has a slice "exposed: ...", and an
+arrow comes from the task that it waits for. An iteration of a loop encloses what runs in it; a loop without
+communication is one slice.
 """
 
 import gzip
@@ -23,7 +24,7 @@ def write_trace(timeline: Timeline, path: str | Path) -> None:
     """Writes a recorded timeline as JSON, gzipped if the name ends in .gz.
 
     Raises:
-        ConfigError: the timeline has no events.
+      ConfigError: the timeline has no events.
     """
     if not timeline.events:
         raise ConfigError("timeline has no events to write; use simulate(..., record=True)")
@@ -37,19 +38,19 @@ def _trace_events(timeline: Timeline) -> Iterator[dict[str, Any]]:
     for name, number in _THREADS.items():
         yield {"ph": "M", "pid": 0, "tid": number, "name": "thread_name", "args": {"name": name}}
         yield {"ph": "M", "pid": 0, "tid": number, "name": "thread_sort_index", "args": {"sort_index": number}}
-    moving: dict[str, Event] = {}
+    in_flight: dict[str, Event] = {}
     for number, event in enumerate(timeline.events):
         begin, end = _microseconds(event.start_s), _microseconds(event.start_s + event.seconds)
         slice_ = {"ph": "X", "pid": 0, "tid": _THREADS[event.track], "ts": begin, "dur": round(end - begin, 3)}
         yield slice_ | {"name": _name(event)} | ({"args": _details(event.task)} if event.task else {})
         if event.track != "compute":
-            moving[event.name] = event
-        elif event.exposed and event.name in moving:
-            yield from _arrow(number, moving[event.name], event)
+            in_flight[event.name] = event
+        elif event.exposed and event.name in in_flight:
+            yield from _arrow(number, in_flight[event.name], event)
 
 
 def _microseconds(seconds: float) -> float:
-    """To the nanosecond, so that ends of slices within slices do not cross by rounding."""
+    """Rounded to the nanosecond, so that nested slices still nest."""
     return round(seconds * 1e6, 3)
 
 

@@ -14,7 +14,7 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import Target
 from tsp_jax.heads import padded_heads
 from tsp_jax.inference.program import InferenceProgram, make_inference_program
-from tsp_jax.inspect.report import FullWeight, Report, report
+from tsp_jax.inspect import FullWeight, Report, report
 from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh, place
 from tsp_jax.training.step import make_program
 

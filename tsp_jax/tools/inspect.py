@@ -11,9 +11,9 @@ from rich.console import Console
 from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import parse_target, standins_note, use_target
+from tsp_jax.inspect import Report, report
 from tsp_jax.inspect.expect import broken, parse_expectations
 from tsp_jax.inspect.render import console, show
-from tsp_jax.inspect.report import Report, report
 from tsp_jax.inspect.trace import write_trace
 from tsp_jax.layout import parse_sizes
 from tsp_jax.tools.compile import Optimizer, Step, compile_step

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tsp_jax.config import Config
-from tsp_jax.inspect import collectives, memory_report, parse
+from tsp_jax.inspect import compiled_memory, list_collectives, parse
 from tsp_jax.layout import Placement
 from tsp_jax.training.distributed import is_writer, write_atomically
 from tsp_jax.training.safety.finite import is_skipped
@@ -186,7 +186,7 @@ def summarize(config: Config, name: str, placement: Placement, compiled: Any, li
       The content of summary.json.
     """
     steps = [line for line in lines if "loss" in line]
-    received = collectives(parse(compiled.as_text()), dict(placement.mesh.shape))
+    received = list_collectives(parse(compiled.as_text()), dict(placement.mesh.shape))
     return {
         "config": name,
         "layout": placement.layout.name,
@@ -196,7 +196,7 @@ def summarize(config: Config, name: str, placement: Placement, compiled: Any, li
         "eval_loss": next(line["eval_loss"] for line in reversed(lines) if "eval_loss" in line),
         "skipped_steps": sum(map(is_skipped, steps)),
         "tokens_per_s": float(np.median([line["tokens_per_s"] for line in steps])),
-        "peak_bytes": memory_report(compiled).peak_bytes,
+        "peak_bytes": compiled_memory(compiled).peak_bytes,
         "bytes_per_step": int(sum(collective.total_bytes for collective in received)),
         "num_params": config.model.num_params,
     }

@@ -16,7 +16,7 @@ from tests.ops.kernels.test_xla import Case, S, poison, run_reference, run_refer
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import HARDWARE, Target
 from tsp_jax.inspect import parse
-from tsp_jax.inspect.roofline import declared_flops
+from tsp_jax.inspect.scopes import declared_flops
 from tsp_jax.ops import kernels
 from tsp_jax.ops.kernels import triton as fused
 from tsp_jax.ops.kernels import visits

@@ -1,4 +1,4 @@
-"""Everything about one compiled program: what it holds, what it moves, how long a step should take."""
+"""Report on one compiled program: its memory, its communication and a simulated timeline."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,62 +6,63 @@ from typing import Any
 
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import HARDWARE, Hardware
-from tsp_jax.inspect.collectives import Collective, collectives
-from tsp_jax.inspect.hlo import Module, Trips, parse
-from tsp_jax.inspect.memory import Memory, memory_report
-from tsp_jax.inspect.peak import Peak, peak
+from tsp_jax.inspect.collectives import Collective, list_collectives
+from tsp_jax.inspect.memory import Memory, compiled_memory
+from tsp_jax.inspect.module import Module, Trips
+from tsp_jax.inspect.parser import parse
+from tsp_jax.inspect.peak import Peak, find_peak
 from tsp_jax.inspect.timeline import Timeline, simulate
 
 
 @dataclasses.dataclass(frozen=True)
 class FullWeight:
-    """A weight that is sharded, and should not be gathered whole."""
+    """A sharded weight that no device should gather in full."""
 
     scope: str
-    """of the op that it belongs to; empty: any"""
+    """of the op that uses it; empty: any"""
     elements: int
-    """of the whole matrix"""
+    """of the unsharded matrix"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `report` found, for one device."""
+    """What `report` found for one device. Nothing is measured: memory is compiled, times are simulated."""
 
     module: Module
     mesh: dict[str, int] | None
     """axis -> size; None: unknown"""
     memory: Memory | None
-    """the compiler's account; None where only text was given"""
+    """as the compiler reports it; None if only text was given"""
     peak: Peak
     """buffers alive at the peak, read from the text"""
     collectives: list[Collective]
     timeline: Timeline | None
-    """None where the hardware is not known"""
+    """simulated; None if the hardware is not known"""
     hardware: Hardware | None
     full_weights: tuple[FullWeight, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
-        """By the compiler's account if there is one, else from the text."""
+        """Peak memory as the compiler reports it; as read from the text if only text was given."""
         return self.memory.peak_bytes if self.memory else self.peak.bytes
 
     @property
     def exposed_fraction(self) -> float:
-        """Of the communication time, what no computation hides; 0 without communication.
+        """Share of the communication time that does not overlap with computation; 0 without communication.
 
         Raises:
-            ConfigError: there is no timeline.
+          ConfigError: there is no timeline.
         """
         if self.timeline is None:
             raise ConfigError(f"no timeline without a target; use target={next(iter(HARDWARE))}:8, for example")
         return self.timeline.exposed_comm_s / self.timeline.comm_s if self.timeline.comm_s else 0.0
 
     def hidden_fraction(self, collective: Collective) -> float | None:
-        """Of one collective's time, what computation hides; None without a timeline."""
+        """Share of a collective's time that overlaps with computation; None without a timeline."""
         return self.timeline.hidden_fraction.get(collective.name) if self.timeline else None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers and strings."""
+        """The report as plain numbers and strings."""
         return {
             "memory": self._memory_json(),
             "collectives": [self._collective_json(c) for c in self.collectives],
@@ -70,10 +71,10 @@ class Report:
 
     def _memory_json(self) -> dict[str, Any]:
         names = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes")
-        account = {name: getattr(self.memory, name, None) for name in names}
+        compiled = {name: getattr(self.memory, name, None) for name in names}
         largest = [dataclasses.asdict(buffer) for buffer in self.peak.buffers[:20]]
         return {
-            **account,
+            **compiled,
             "peak_bytes": self.peak_bytes,
             "live_peak_bytes": self.peak.bytes,
             "host_bytes": self.peak.host_bytes,
@@ -109,18 +110,19 @@ def report(
     unknown_trips: Trips = 1,
     record: bool = False,
 ) -> Report:
-    """Reads a compiled program.
+    """Reports the memory, communication and simulated timeline of a compiled program.
 
     Args:
-        program: what ``jax.jit(f).lower(...)`` or its ``.compile()`` returned, or the text of a compiled program.
-        target: hardware for the timeline, or its name, such as mi300x or mi300x:8; None: the program's own devices.
-        mesh_axes: axis name -> size; None: the mesh of the program's arguments.
-        full_weights: what the contract no-full-weight is about; None: the sharded matrices among the arguments.
-        unknown_trips: trips of data-dependent loops that the program does not declare; see `Module.executions`.
-        record: keep the timeline's events, to write a trace.
+      program: what ``jax.jit(f).lower(...)`` or its ``.compile()`` returned, or the text of a compiled program.
+      target: hardware for the timeline, or its name, such as mi300x or mi300x:8; None: the program's own devices.
+      mesh_axes: axis name -> size; None: the mesh of the program's arguments.
+      full_weights: weights that the contract no-full-weight forbids to gather; None: the sharded matrices among the
+        arguments.
+      unknown_trips: trips of data-dependent loops that declare none; see `Module.executions`.
+      record: keep the timeline's events, to write a trace.
 
     Raises:
-        ConfigError: the text is no compiled HLO, or mesh or target do not fit it.
+      ConfigError: the text is no compiled HLO, or mesh or target do not fit it.
     """
     if hasattr(program, "compile"):
         program = program.compile()
@@ -135,9 +137,9 @@ def report(
     return Report(
         module=module,
         mesh=axes,
-        memory=None if is_text else memory_report(program),
-        peak=peak(module),
-        collectives=collectives(module, axes, unknown_trips=unknown_trips),
+        memory=None if is_text else compiled_memory(program),
+        peak=find_peak(module),
+        collectives=list_collectives(module, axes, unknown_trips=unknown_trips),
         timeline=timeline,
         hardware=hardware,
         full_weights=tuple(full_weights),
@@ -153,12 +155,13 @@ def _arguments(compiled: Any) -> list[tuple[Any, Any]]:
 
 
 def _mesh_of(compiled: Any) -> Any:
-    """The largest mesh that an argument lies on."""
+    """The largest mesh among those of the arguments."""
     meshes = [sharding.mesh for _, sharding in _arguments(compiled) if hasattr(sharding, "mesh")]
     return max(meshes, key=lambda mesh: mesh.size, default=None)
 
 
 def _sharded_matrices(compiled: Any) -> tuple[FullWeight, ...]:
+    """The matrices among the arguments whose last two dims are sharded."""
     matrices = {
         aval.shape[-2] * aval.shape[-1]
         for aval, sharding in _arguments(compiled)

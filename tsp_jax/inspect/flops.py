@@ -1,0 +1,61 @@
+"""Floating-point operations of matrix products, from the shapes and dimension numbers of the text."""
+
+import math
+import re
+
+from tsp_jax.inspect.instructions import Computation, Instruction
+from tsp_jax.inspect.shapes import Shape, leaves
+
+
+def product_flops(computation: Computation, i: Instruction) -> float:
+    """Operations of an instruction that is a matrix product, a multiply-add counting as two; 0 for others."""
+    operands = [leaves(operand.shape) for operand in computation.operands(i)]
+    if len(operands) < 2 or not operands[0] or not operands[1]:
+        return 0.0
+    left, right, result = operands[0][0], operands[1][0], leaves(i.shape)[0]
+    if i.opcode in ("dot", "scaled-dot", "ragged-dot"):
+        return _product(left, result, i.attributes.get("lhs_contracting_dims", ""))
+    if i.opcode == "custom-call" and re.search("gemm|matmul", i.custom_call_target):
+        dims = re.search(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]', i.backend_config)
+        return _product(left, result, dims[1]) if dims else 0.0
+    if i.opcode == "convolution":
+        return _convolution(left, right, result, i.attributes)
+    return 0.0
+
+
+def _ints(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"-?\d+", text)]
+
+
+def _product(left: Shape, result: Shape, contracting: str) -> float:
+    return 2.0 * result.size * math.prod(left.dims[k] for k in _ints(contracting))
+
+
+def _convolution(left: Shape, right: Shape, result: Shape, attributes: dict[str, str]) -> float:
+    """Operations where the window lies on the array and not on its padding: TPU writes batched products as windows."""
+    inputs, kernel, outputs = re.split("_|->", attributes["dim_labels"])
+    sides = dict(re.findall(r"(\w+)=([\dx_\-]+)", attributes.get("window", "")))
+    batch = left.dims[inputs.index("b")] // int(attributes.get("batch_group_count", 1))
+    total = 2.0 * batch * right.dims[kernel.index("i")] * result.dims[outputs.index("f")]
+    for n in range(len(inputs) - 2):
+        k = inputs.index(str(n)), kernel.index(str(n)), outputs.index(str(n))
+        total *= _hits(left.dims[k[0]], right.dims[k[1]], result.dims[k[2]], n, sides)
+    return total
+
+
+def _hits(size: int, window: int, out: int, n: int, sides: dict[str, str]) -> int:
+    """Pairs of an output position and a window position that lie on an element, along spatial dimension n."""
+
+    def side(name: str, otherwise: int) -> int:
+        return _ints(sides[name].split("x")[n])[0] if name in sides else otherwise
+
+    stride, low, spread, gap = side("stride", 1), side("pad", 0), side("lhs_dilate", 1), side("rhs_dilate", 1)
+    hits, reach = 0, (size - 1) * spread
+    period = spread // math.gcd(stride, spread)
+    for k in range(window):
+        first = max(0, -((k * gap - low) // stride))  # the first output position whose element is not before the array
+        last = min(out - 1, (reach + low - k * gap) // stride)
+        places = (o for o in range(first, min(first + period, last + 1)) if (o * stride + k * gap - low) % spread == 0)
+        start = next(places, None)
+        hits += 0 if start is None else (last - start) // period + 1
+    return hits

@@ -1,0 +1,126 @@
+"""Groups of devices: how HLO writes which devices exchange data, and which mesh axes those are."""
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from tsp_jax.inspect.instructions import Instruction
+from tsp_jax.inspect.module import Module
+
+UNKNOWN_AXIS = "?"
+
+Groups = list[tuple[int, ...]]
+"""device numbers of each group, or (source, target) pairs of a permute"""
+
+
+def groups_of(module: Module, i: Instruction) -> Groups:
+    """Device numbers of each group of a collective; for a permute the (source, target) pairs."""
+    if i.base == "collective-permute":
+        return _brace_groups(i.attributes.get("source_target_pairs", ""))
+    text = i.attributes.get("replica_groups", "{}")
+    if "device_ids" in i.attributes:  # the parser reads the second half of a mesh's groups as an attribute of its own
+        text += f", device_ids={i.attributes['device_ids']}"
+    return replica_groups(text, module.num_devices)
+
+
+def replica_groups(text: str, devices: int) -> Groups:
+    """Groups of device numbers from any of HLO's three notations; empty if the text is none of them.
+
+    The notations are ``{{0,1},{2,3}}`` (``{}`` means all devices), ``[groups,size]<=[dims]T(permutation)``, and
+    ``mesh['a'=2,'b'=4] {'b'}``. The last may give the order of the devices in the mesh: ``mesh['a'=4,'b'=2],
+    device_ids=([2,4]T(1,0)) {'b'}`` or ``device_ids=(1,0,...)``.
+    """
+    if re.fullmatch(r"\{\s*\}", text):
+        return [tuple(range(devices))]
+    if text.startswith("{"):
+        return _brace_groups(text)
+    if iota := re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        (_, size), dims = _ints(iota[1])[-2:], _ints(iota[2])
+        order = _transposed(dims, _ints(iota[3]) if iota[3] else range(len(dims)))
+        return [tuple(order[k : k + size]) for k in range(0, len(order), size)]
+    if mesh := re.fullmatch(r"mesh\[([^\]]*)\](?:,\s*device_ids=\((.*)\))?\s*\{([^}]*)\}", text):
+        return [tuple(_device(place, mesh[2]) for place in group) for group in _mesh_groups(mesh[1], mesh[3])]
+    return []
+
+
+def axis_of_groups(groups: Groups, mesh_axes: Mapping[str, int] | None, devices: int) -> str:
+    """The axes along which coordinates differ within a group; ? unless the groups are exactly those of these axes."""
+    if mesh_axes is None or not groups:
+        return UNKNOWN_AXIS
+    names, sizes = list(mesh_axes), list(mesh_axes.values())
+    first = [_coordinates(device, sizes) for device in groups[0]]
+    axes = [k for k, values in enumerate(zip(*first, strict=True)) if len(set(values)) > 1]
+    outside = [k for k in range(len(sizes)) if k not in axes]
+    order = _transposed(sizes, outside + axes)
+    size = math.prod(sizes[k] for k in axes)
+    expected = {frozenset(order[k : k + size]) for k in range(0, devices, size)}
+    return ",".join(names[k] for k in axes) if expected == {frozenset(g) for g in groups} else UNKNOWN_AXIS
+
+
+def axis_of_pairs(pairs: Groups, mesh_axes: Mapping[str, int] | None) -> tuple[str, int]:
+    """(axes along which a permute sends, number of devices that its messages connect)."""
+    if mesh_axes is None:
+        return UNKNOWN_AXIS, _largest_component(pairs)
+    sizes = list(mesh_axes.values())
+    axes = {
+        k
+        for source, target in pairs
+        for k, (a, b) in enumerate(zip(_coordinates(source, sizes), _coordinates(target, sizes), strict=True))
+        if a != b
+    }
+    return ",".join(list(mesh_axes)[k] for k in sorted(axes)), math.prod(sizes[k] for k in axes)
+
+
+def _device(place: int, order: str | None) -> int:
+    """The device at a place of a mesh whose devices are in the given order; None: in the order of their numbers."""
+    if order is None:
+        return place
+    if iota := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order):
+        dims = _ints(iota[1])
+        return _transposed(dims, _ints(iota[2]) if iota[2] else range(len(dims)))[place]
+    return _ints(order)[place]
+
+
+def _ints(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def _brace_groups(text: str) -> Groups:
+    return [tuple(_ints(group)) for group in re.findall(r"\{([\d, ]+)\}", text)]
+
+
+def _transposed(dims: Sequence[int], permutation: Sequence[int]) -> list[int]:
+    """0, 1, ... as an array of shape `dims`, transposed, in row-major order."""
+    strides = [math.prod(dims[k + 1 :]) for k in range(len(dims))]
+    ranges = [range(0, dims[k] * strides[k], strides[k]) for k in permutation]
+    return [sum(place) for place in itertools.product(*ranges)]
+
+
+def _mesh_groups(mesh: str, axes: str) -> Groups:
+    """Groups over named axes, or over a part of one: 'x':(2)4 splits x into 2 x 4 x the rest and takes the 4."""
+    sizes = {name: int(size) for name, size in re.findall(r"'?([\w.\-]+)'?=(\d+)", mesh)}
+    parts = {name: (int(p), int(s)) for name, p, s in re.findall(r"'?([\w.\-]+)'?:\((\d+)\)(\d+)", axes)}
+    chosen = re.findall(r"'?([\w.\-]+)'?(?::\(\d+\)\d+)?\s*(?:,|$)", axes)
+    dims, inside = [], []
+    for name, size in sizes.items():
+        before, part = parts.get(name, (1, size))
+        inside += [len(dims) + 1] if name in chosen else []
+        dims += [before, part, size // (before * part)]
+    outside = [k for k in range(len(dims)) if k not in inside]
+    size = math.prod(dims[k] for k in inside)
+    order = _transposed(dims, outside + inside)
+    return [tuple(order[k : k + size]) for k in range(0, len(order), size)]
+
+
+def _coordinates(device: int, sizes: Sequence[int]) -> list[int]:
+    return [device // math.prod(sizes[k + 1 :]) % size for k, size in enumerate(sizes)]
+
+
+def _largest_component(pairs: Groups) -> int:
+    """Size of the largest set of devices that the messages connect."""
+    members: dict[int, set[int]] = {}
+    for source, target in pairs:
+        joined = members.get(source, {source}) | members.get(target, {target})
+        members.update(dict.fromkeys(joined, joined))
+    return max(map(len, members.values()), default=1)

@@ -1,0 +1,97 @@
+"""Instructions of a compiled program, and the computations that they form."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from tsp_jax.errors import ConfigError
+from tsp_jax.inspect.opcodes import PHASE
+from tsp_jax.inspect.shapes import ShapeTree
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Instruction:
+    """One line of a computation. Names are without ``%``."""
+
+    name: str
+    opcode: str
+    shape: ShapeTree
+    operands: tuple[str, ...]
+    literal: str
+    """value of a constant, number of a parameter"""
+    called: dict[str, tuple[str, ...]]
+    """role (body, condition, to_apply, calls, branch_computations) -> names of computations"""
+    attributes: dict[str, str]
+    """every attribute, as text"""
+    op_name: str
+    """scope and primitive, such as jit(step)/while/body/tsp/mlp/bucket/dot_general"""
+    source_file: str
+    source_line: int
+    computation: str
+    """name of the computation that holds it"""
+    is_root: bool
+
+    @property
+    def base(self) -> str:
+        """The opcode without the -start, -update or -done of an asynchronous instruction."""
+        match = PHASE.fullmatch(self.opcode)
+        return match[1] if match else self.opcode
+
+    @property
+    def phase(self) -> str:
+        """start, update or done for a part of an asynchronous instruction, else empty."""
+        match = PHASE.fullmatch(self.opcode)
+        return match[2] if match else ""
+
+    @property
+    def backend_config(self) -> str:
+        """The compiler's own annotation, as text."""
+        return self.attributes.get("backend_config", "")
+
+    @property
+    def custom_call_target(self) -> str:
+        """Which kernel a custom call runs; empty for other instructions."""
+        return self.attributes.get("custom_call_target", "").strip('"')
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Computation:
+    """Instructions in schedule order."""
+
+    name: str
+    instructions: tuple[Instruction, ...]
+    by_name: dict[str, Instruction] = dataclasses.field(repr=False)
+
+    @property
+    def root(self) -> Instruction:
+        """The instruction that makes the computation's result."""
+        return next((i for i in self.instructions if i.is_root), self.instructions[-1])
+
+    def operands(self, instruction: Instruction) -> tuple[Instruction, ...]:
+        """The instructions that make an instruction's operands."""
+        return tuple(self.by_name[name] for name in instruction.operands if name in self.by_name)
+
+
+Computations = Mapping[str, Computation]
+
+
+def called(computations: Computations, instruction: Instruction, *roles: str) -> tuple[Computation, ...]:
+    """The computations that an instruction calls in the given roles.
+
+    Raises:
+      ConfigError: one of them is not among `computations`.
+    """
+    names = [name for role in roles for name in instruction.called.get(role, ())]
+    if missing := [name for name in names if name not in computations]:
+        raise ConfigError(f"HLO text calls computation {missing[0]}, which it lacks; pass the complete text")
+    return tuple(computations[name] for name in names)
+
+
+def callee(computations: Computations, instruction: Instruction, *roles: str) -> Computation:
+    """The first computation that an instruction calls in the given roles.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if not (found := called(computations, instruction, *roles)):
+        raise ConfigError(f"{instruction.opcode} {instruction.name} lacks its {roles[0]}; pass the complete HLO text")
+    return found[0]

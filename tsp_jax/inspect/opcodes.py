@@ -1,0 +1,54 @@
+"""Tables of HLO opcodes: one place for what several readers must know about an instruction's kind."""
+
+import re
+
+COLLECTIVES = {
+    "all-gather": "all-gather",
+    "all-reduce": "all-reduce",
+    "reduce-scatter": "reduce-scatter",
+    "collective-permute": "collective-permute",
+    "all-to-all": "all-to-all",
+    "ragged-all-to-all": "all-to-all",
+    "collective-broadcast": "collective-broadcast",
+}
+"""opcode -> the collective that it is counted as"""
+
+TUPLES = frozenset(("tuple", "get-tuple-element"))
+ALIASES = frozenset(("bitcast", "opt-barrier", "add-dependency", "after-all", "domain"))
+"""the result is the operand's memory under another name"""
+CONTROL_FLOW = frozenset(("while", "conditional", "call", "async"))
+"""the result is made by the instructions of the computations that are called"""
+NO_KERNEL = TUPLES | ALIASES | {"parameter", "constant", "while", "conditional", "partition-id", "replica-id"}
+"""launch no kernel of their own, so cost nothing"""
+
+POINT_TO_POINT = frozenset(("copy", "send", "recv"))
+"""the start of an asynchronous one returns (destination, source, context), of other opcodes (operands, results, ...)"""
+SCALAR_FORWARDING = frozenset(
+    ("copy", "bitcast", "convert", "reshape", "broadcast", "copy-start", "copy-done", "opt-barrier")
+)
+"""a scalar passes through them with its value unchanged"""
+SLICES = frozenset(("slice", "dynamic-slice", "gather"))
+"""read only as many elements of their first operand as they return"""
+IN_PLACE = frozenset(("dynamic-update-slice", "scatter"))
+"""may overwrite part of their first operand"""
+FILLERS = frozenset(("broadcast", "constant", "iota", "copy"))
+"""give a buffer its first content, which says little about what the buffer is for"""
+ELEMENTWISE = frozenset(
+    re.findall(
+        r"[\w\-]+",
+        """abs add and atan2 bitcast-convert cbrt ceil clamp compare complex convert cosine divide erf exponential
+        exponential-minus-one floor imag is-finite log log-plus-one logistic maximum minimum multiply negate not or
+        popcnt power real reduce-precision remainder round-nearest-afz round-nearest-even rsqrt select shift-left
+        shift-right-arithmetic shift-right-logical sign sine sqrt stochastic-convert subtract tan tanh xor""",
+    )
+)
+
+PHASE = re.compile(r"(.+)-(start|update|done)")
+"""the parts of an asynchronous instruction"""
+
+# Targets of custom calls.
+ALLOCATE = "AllocateBuffer"
+ASYNC_START = "AsyncCollectiveStart"
+ASYNC_DONE = "AsyncCollectiveDone"
+NO_TRAFFIC_CALLS = (ALLOCATE, ASYNC_START, ASYNC_DONE)
+"""custom calls that read and write nothing themselves"""

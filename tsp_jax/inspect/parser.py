@@ -1,0 +1,216 @@
+"""Parses the text of compiled, scheduled HLO.
+
+Reads ``jax.jit(f).lower(...).compile().as_text()`` of XLA's CPU, CUDA, ROCm and TPU compilers, from a live program or
+from a file. Pure Python. Unknown opcodes and attributes are kept as text.
+"""
+
+import re
+from collections.abc import Mapping
+
+from tsp_jax.errors import ConfigError
+from tsp_jax.inspect.instructions import Computation, Instruction
+from tsp_jax.inspect.module import Module
+from tsp_jax.inspect.shapes import Shape, ShapeTree
+
+_ROLES = ("body", "condition", "to_apply", "calls", "branch_computations", "called_computations")
+_SOURCE_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
+_WITHOUT_OPERANDS = ("constant", "parameter", "iota")
+
+_STRUCTURE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[()\[\]{},\n"]', re.DOTALL)
+_ARRAY = re.compile(r"([a-z]\w*)\[([^\]\n]*)\](\{[^{}\n]*\})?")
+_INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
+_OPCODE = re.compile(r"\s*([\w\-]+)\(")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
+_BODY_END = re.compile(r"\s*\}[^\n]*\n")
+_NAME = re.compile(r"[\w.\-]+")
+_STRING = r'"([^"\\]*(?:\\.[^"\\]*)*)"'
+
+Sources = Mapping[str, tuple[str, int]]
+"""stack_frame_id -> (file, line)"""
+
+
+def parse(text: str | None) -> Module:
+    """Parses one compiled module.
+
+    Args:
+      text: what ``compiled.as_text()`` returned. None, which some compilers return, is refused like other text.
+
+    Returns:
+      The module.
+
+    Raises:
+      ConfigError: the text is no HLO, is incomplete, or holds more than one module.
+    """
+    text = re.sub(r"/\*index=\d+\*/", "", (text or "").lstrip()) + "\n"
+    if not text.startswith("HloModule "):
+        raise ConfigError(f"text starts with {text[:30].strip()!r}, not with HloModule; pass compiled.as_text()")
+    header, pos = _split(text, len("HloModule "), "\n", "the header")
+    attributes = _attributes(header[1:])
+    computations, entry = _computations(text, pos)
+    if entry is None:
+        raise _incomplete("the module: it has no ENTRY computation")
+    return Module(
+        name=header[0].lstrip("%"),
+        entry=entry,
+        computations=computations,
+        num_partitions=int(attributes.get("num_partitions", 1)),
+        replica_count=int(attributes.get("replica_count", 1)),
+        input_output_alias=parse_aliases(attributes.get("input_output_alias", "")),
+        attributes=attributes,
+    )
+
+
+def _computations(text: str, pos: int) -> tuple[dict[str, Computation], Computation | None]:
+    """(all computations by name, the entry), from the position after the header."""
+    computations: dict[str, Computation] = {}
+    entry = None
+    tables: dict[str, dict[str, str]] = {table: {} for table in _SOURCE_TABLES}
+    table, sources = {}, {}
+    while pos < len(text):
+        end = text.index("\n", pos) + 1
+        line = text[pos:end].strip()
+        if match := _COMPUTATION.match(line):
+            sources = sources or _sources(tables)
+            computation, end = _computation(text, end, match[2], sources)
+            computations[computation.name] = computation
+            entry = computation if match[1] else entry
+        elif line.startswith(("%", "ENTRY")):
+            raise _incomplete(f"computation {line[:40]}")
+        elif line.startswith("HloModule "):
+            raise ConfigError("text holds more than one HloModule; parse them one by one")
+        elif line in tables:
+            table = tables[line]
+        else:
+            number, _, row = line.partition(" ")
+            table[number] = row
+        pos = end
+    return computations, entry
+
+
+def _computation(text: str, pos: int, name: str, sources: Sources) -> tuple[Computation, int]:
+    instructions = []
+    while not (end := _BODY_END.match(text, pos)):
+        match = _INSTRUCTION.match(text, pos)
+        if not match:
+            raise _incomplete(f"computation {name}")
+        instruction, pos = _instruction(text, match, name, sources)
+        instructions.append(instruction)
+    return Computation(name, tuple(instructions), {i.name: i for i in instructions}), end.end()
+
+
+def _instruction(text: str, match: re.Match, computation: str, sources: Sources) -> tuple[Instruction, int]:
+    where = f"instruction {match[2]}"
+    shape, pos = _shape(text, match.end(), where)
+    opcode = _OPCODE.match(text, pos)
+    if not opcode:
+        raise _incomplete(where)
+    inner, pos = _split(text, opcode.end(), ")", where)
+    rest, pos = _split(text, pos, "\n", where)
+    attributes = _attributes(rest)
+    literal = opcode[1] in _WITHOUT_OPERANDS
+    op_name, file, line = _metadata(attributes.get("metadata", ""), sources)
+    instruction = Instruction(
+        name=match[2],
+        opcode=opcode[1],
+        shape=shape,
+        operands=() if literal else tuple(_NAME.findall(part)[-1] for part in inner if _NAME.search(part)),
+        literal=", ".join(inner) if literal else "",
+        called=_called(attributes),
+        attributes=attributes,
+        op_name=op_name,
+        source_file=file,
+        source_line=line,
+        computation=computation,
+        is_root=bool(match[1]),
+    )
+    return instruction, pos
+
+
+def _shape(text: str, pos: int, where: str) -> tuple[ShapeTree, int]:
+    if match := _ARRAY.match(text, pos):
+        dims = (dim.strip().removeprefix("<=") for dim in match[2].split(",") if dim.strip())
+        try:
+            return Shape(match[1], tuple(int(dim) for dim in dims), match[3] or ""), match.end()
+        except ValueError:
+            raise ConfigError(f"HLO text has shape {match[0]} in {where}; dimensions must be numbers") from None
+    if text.startswith("b(", pos):  # a buffer, which holds one array
+        shape, pos = _shape(text, pos + 2, where)
+        return shape, pos + 1
+    if not text.startswith("(", pos):
+        raise _incomplete(where)
+    parts, pos = [], pos + 1
+    while not text.startswith(")", pos):
+        part, pos = _shape(text, pos, where)
+        parts.append(part)
+        while text[pos : pos + 1] in (",", " "):
+            pos += 1
+    return tuple(parts), pos + 1
+
+
+def _split(text: str, pos: int, end: str, where: str) -> tuple[list[str], int]:
+    """Comma-separated parts from `pos` to the first `end` outside all brackets, and the position after that."""
+    depth, start, parts = 0, pos, []
+    for match in _STRUCTURE.finditer(text, pos):
+        token = match.group()
+        if not depth and token in (end, ","):
+            parts.append(text[start : match.start()].strip())
+            start = match.end()
+            if token == end:
+                return [part for part in parts if part], start
+        elif token in ("(", "[", "{"):
+            depth += 1
+        elif token in (")", "]", "}"):
+            depth -= 1
+        if depth < 0 or token == '"':
+            break
+    raise _incomplete(where)
+
+
+def _incomplete(where: str) -> ConfigError:
+    return ConfigError(f"HLO text has unbalanced brackets or ends early in {where}; pass all of compiled.as_text()")
+
+
+def _attributes(parts: list[str]) -> dict[str, str]:
+    pairs = (part.partition("=") for part in parts)
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _called(attributes: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    found = {role: tuple(_NAME.findall(attributes[role])) for role in _ROLES if role in attributes}
+    if "true_computation" in attributes:
+        names = attributes["true_computation"] + " " + attributes.get("false_computation", "")
+        found["branch_computations"] = tuple(_NAME.findall(names))
+    return found
+
+
+def _metadata(text: str, sources: Sources) -> tuple[str, str, int]:
+    """(op_name, source file, source line) of an instruction."""
+    op_name, file, line = (
+        re.search(p, text) for p in (f"op_name={_STRING}", f"source_file={_STRING}", r"source_line=(\d+)")
+    )
+    frame = re.search(r"stack_frame_id=(\d+)", text)
+    source = sources.get(frame[1], ("", 0)) if frame else ("", 0)
+    name = op_name[1].replace('\\"', '"').replace("\\'", "'") if op_name else ""
+    return name, file[1] if file else source[0], int(line[1]) if line else source[1]
+
+
+def _sources(tables: dict[str, dict[str, str]]) -> dict[str, tuple[str, int]]:
+    """stack_frame_id -> (file, line) of the innermost frame."""
+    places, found = {}, {}
+    for number, row in tables["FileLocations"].items():
+        file, line = re.search(r"file_name_id=(\d+)", row), re.search(r"\bline=(\d+)", row)
+        places[number] = (tables["FileNames"].get(file[1], "").strip('"') if file else "", int(line[1]) if line else 0)
+    for number, row in tables["StackFrames"].items():
+        place = re.search(r"file_location_id=(\d+)", row)
+        found[number] = places.get(place[1], ("", 0)) if place else ("", 0)
+    return found
+
+
+def parse_aliases(text: str) -> tuple[tuple[tuple[int, ...], int, tuple[int, ...]], ...]:
+    """(index of an output, number of the argument whose memory it reuses, index within the argument) of each alias."""
+    found = re.findall(r"\{([\d, ]*)\}:\s*\((\d+),\s*\{([\d, ]*)\}", text)
+    return tuple((_digits(output), int(number), _digits(within)) for output, number, within in found)
+
+
+def _digits(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", text))

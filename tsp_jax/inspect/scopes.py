@@ -1,0 +1,82 @@
+"""What the named scopes of a program tell: a readable label, trips of loops, operations of kernels."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tsp_jax.errors import ConfigError
+from tsp_jax.inspect.instructions import Instruction
+
+_ADDED_BY_JAX = re.compile(
+    r"while|body|cond|closed_call|shard_map|checkpoint|rematted_computation|scan|pjit|branch_\d+_fun|"
+    r"(jit|jvp|transpose|vmap|pjit|checkpoint|custom_jvp_call|custom_vjp_call)\(.*\)|custom_[jv][jv]p_call|.*->.*|"
+    r"mean_\w+\[.*\]|"
+)
+_DECLARED_TRIPS = re.compile(r"(?:^|[/(])mean_trips\[([\d.e+\-]+)\]\)*/while$")
+_DECLARED_FLOPS = re.compile(r"(?:^|[/(])mean_flops\[(\w+)=([\d.e+\-]+)\]\)*/[^/]+$")
+
+
+class DeclaredFlops(NamedTuple):
+    """Operations that a program declares for a kernel: the mean over its executions."""
+
+    kind: str
+    """of kernel; see `tsp_jax.hardware.devices.Hardware.efficiency`"""
+    flops: float
+
+
+def readable_scope(op_name: str, callers: Sequence[str] = (), depth: int = 4) -> str:
+    """``jit(f)/transpose(jvp())/while/body/tsp/mlp/gather/all_gather`` -> ``backward tsp/mlp/gather``.
+
+    The label starts with the pass: forward, backward, or recompute (rematerialization for the backward pass); programs
+    without differentiation have no such word. The primitive, transformations and control flow are left out. Where the
+    compiler merged several instructions, the first one's name counts.
+
+    Args:
+      op_name: of the instruction.
+      callers: op_names of the loops around it, innermost first. A function that is called twice has the names of only
+        one call, so the outermost loop tells the pass most reliably.
+      depth: number of names kept.
+    """
+    *parts, _ = re.sub(r"\(([^():]*):.*", r"\1", op_name.partition(";")[0]).split("/")
+    names = [part for part in parts if not _ADDED_BY_JAX.fullmatch(part)]
+    start = names.index("tsp") if "tsp" in names else 0
+    return _pass(op_name, callers) + ("/".join(names[start : start + depth]) or "other")
+
+
+def _pass(op_name: str, callers: Sequence[str]) -> str:
+    for name in (*reversed(callers), op_name):
+        if "transpose(" in name:
+            again = any("rematted_computation" in each for each in (op_name, *callers))
+            return "recompute " if again else "backward "
+        if "jvp(" in name:
+            return "forward "
+    return ""
+
+
+def declared_trips(loop: Instruction) -> float | None:
+    """Mean trips that a program declares for a loop whose length depends on data; None if it declares none.
+
+    A program declares them with a named scope directly around the loop, ``with jax.named_scope("mean_trips[64.5]")``.
+    Scopes further out belong to other loops.
+    """
+    found = _DECLARED_TRIPS.search(loop.op_name)
+    try:
+        return float(found[1]) if found else None
+    except ValueError:
+        raise ConfigError(f"scope mean_trips[{found[1] if found else ''}] is no number; use mean_trips[64.5]") from None
+
+
+def declared_flops(i: Instruction) -> DeclaredFlops | None:
+    """Operations that a program declares for a kernel whose text does not show them; None if it declares none.
+
+    A program declares them with a named scope directly around the kernel,
+    ``with jax.named_scope("mean_flops[some_kind=1.5e12]")``.
+    """
+    found = _DECLARED_FLOPS.search(i.op_name) if i.opcode == "custom-call" else None
+    if not found:
+        return None
+    kind, number = found.groups()
+    try:
+        return DeclaredFlops(kind, float(number))
+    except ValueError:
+        raise ConfigError(f"scope mean_flops[{kind}={number}] is no number; use mean_flops[{kind}=1.5e12]") from None

@@ -1,0 +1,62 @@
+"""Shapes of HLO values: one array, or a nested tuple of arrays."""
+
+import dataclasses
+import math
+import re
+from typing import TypeAlias
+
+from tsp_jax.errors import ConfigError
+
+HOST_MEMORY_SPACE = 5
+"""memory space of arrays in the host's memory"""
+_BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shape:
+    """An array on one device. Two shapes are equal whatever their layouts."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    layout: str = dataclasses.field(default="", compare=False)
+    """order of dims, tiles and memory space, as text"""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes without tile padding. Elements of less than a byte are packed only if the layout says so, as in XLA.
+
+        Raises:
+          ConfigError: the dtype is unknown and its name holds no width.
+        """
+        bits = _BITS.get(self.dtype)
+        if bits is None:
+            width = re.match(r"[a-z]+(\d+)", self.dtype)
+            if not width:
+                raise ConfigError(f"dtype={self.dtype} in HLO text has no known size; add it to tsp_jax.inspect.shapes")
+            bits = int(width[1])
+        packed = not self.layout or "E(" in self.layout
+        return -(-self.size * (bits if packed or bits >= 8 or not bits else 8) // 8)
+
+    @property
+    def memory_space(self) -> int:
+        """0 is the device's main memory; on TPU 1 is on-chip memory, 5 the host's memory."""
+        space = re.search(r"S\((\d+)\)", self.layout)
+        return int(space[1]) if space else 0
+
+
+ShapeTree: TypeAlias = "Shape | tuple[ShapeTree, ...]"
+
+
+def leaves(shape: ShapeTree) -> tuple[Shape, ...]:
+    """The arrays of a nested tuple shape, in order."""
+    return (shape,) if isinstance(shape, Shape) else tuple(leaf for part in shape for leaf in leaves(part))
+
+
+def nbytes(shape: ShapeTree) -> int:
+    """Bytes of all arrays of a shape."""
+    return sum(leaf.bytes for leaf in leaves(shape))

@@ -26,7 +26,8 @@ from tsp_jax.ops import reference
 from tsp_jax.ops.attention.train import AttentionConfig, AttentionWeights, HeadNorms, attention
 from tsp_jax.ops.cross_entropy import cross_entropy
 from tsp_jax.ops.embedding import embed
-from tsp_jax.ops.kernels.xla import Blocks, Tokens
+from tsp_jax.ops.kernels import XlaKernel
+from tsp_jax.ops.kernels.mask import Tokens
 from tsp_jax.ops.linear import matmul, matmul_t, outer
 from tsp_jax.ops.mlp import ACTIVATIONS, mlp
 from tsp_jax.ops.norm import rms_norm
@@ -258,7 +259,7 @@ def sharded_attention(layout: str, heads: Heads, stream: Stream, buckets: int = 
     placement = place_case(layout)
     spec = placement.layout.spec
     config = AttentionConfig(
-        heads.kv, HEAD_DIM, THETA, EPS, buckets, buckets, Blocks(5, 4), exchange_buckets=exchange_buckets
+        heads.kv, HEAD_DIM, THETA, EPS, buckets, buckets, XlaKernel(5, 4), exchange_buckets=exchange_buckets
     )
 
     def local(x, weights, norms, tokens):

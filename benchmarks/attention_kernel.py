@@ -1,8 +1,8 @@
-"""Time and error of attention kernels, forward and backward, at one rank's shape; runs alternate.
+"""Times attention kernels, forward and backward, at one rank's shape, and compares their errors; runs alternate.
 
-Queries are one rank's zigzag tokens, keys all ranks'. cuDNN knows no positions: it gets a causal square with as many
-allowed pairs, and its time is scaled by what rounding changed. The rates printed, over `Hardware.sustained_flops`, are
-what `Hardware.attention_forward` and `attention_backward` assume.
+Queries are one rank's zigzag tokens, keys those of all ranks. cuDNN takes no positions: it gets a causal square with as
+many allowed pairs, up to rounding, for which its time is corrected. `Hardware.attention_forward` and
+`attention_backward` assume the rates printed, over `Hardware.sustained_flops`.
 
 On a GPU: python benchmarks/attention_kernel.py
 On a CPU, interpreted, to see that it runs: python benchmarks/attention_kernel.py --seq-len 256 --ranks 4 --head-dim 16
@@ -21,8 +21,8 @@ import numpy as np
 import tyro
 
 from tsp_jax.layout import make_mesh
-from tsp_jax.ops import kernels
-from tsp_jax.ops.kernels.xla import Blocks, Tokens
+from tsp_jax.ops.kernels import Kernel, TritonKernel, XlaKernel, arch_of, choose_kernel, delta
+from tsp_jax.ops.kernels.mask import Tokens
 from tsp_jax.training.data import sequence_order
 
 
@@ -38,19 +38,20 @@ class Args:
     head_dim: int = 128
     dtype: str = "bfloat16"
     blocks: int = 512
-    """of the XLA kernel"""
+    """tokens in a block of the XLA kernel"""
     pairs: int = 10
+    """runs of each kernel"""
 
 
 def inputs(args: Args) -> tuple[Any, ...]:
     """(q, k, v, dout, queries, keys)"""
     order = sequence_order(args.seq_len, args.ranks, "zigzag").astype(np.int32)
     length = args.seq_len // args.ranks
-    here = order[args.rank * length : (args.rank + 1) * length]
+    own = order[args.rank * length : (args.rank + 1) * length]
     keys = [jax.random.normal(jax.random.key(i), (1, args.seq_len, args.kv_heads, args.head_dim)) for i in range(2)]
     heads = (1, length, args.kv_heads, args.group, args.head_dim)
     queries = [jax.random.normal(jax.random.key(i), heads) for i in range(2, 4)]
-    tokens = [Tokens(jnp.asarray(x)[None], jnp.zeros((1, len(x)), jnp.int32)) for x in (here, order)]
+    tokens = [Tokens(jnp.asarray(x)[None], jnp.zeros((1, len(x)), jnp.int32)) for x in (own, order)]
     return *(x.astype(args.dtype) for x in (queries[0], *keys, queries[1])), *tokens
 
 
@@ -61,27 +62,27 @@ class Runs(NamedTuple):
     both: Callable[[], tuple[jax.Array, ...]]
     """forward and backward: (out, dq, dk, dv)"""
     scale: float = 1.0
-    """how many of our pairs of tokens are one of its"""
+    """our allowed pairs of tokens over those of this kernel's inputs"""
 
 
-def ours(arch: str, blocks: Blocks, arrays: tuple[Any, ...]) -> Runs:
-    """One of our kernels."""
+def runs_of(kernel: Kernel, arrays: tuple[Any, ...]) -> Runs:
+    """A kernel of this package."""
     q, k, v, dout, *tokens = arrays
 
     @jax.jit
     def forward(q, k, v, queries, keys):
-        return kernels.attend(arch, q, k, v, queries, keys, blocks)
+        return kernel.attend(q, k, v, queries, keys)
 
     @jax.jit
     def both(q, k, v, dout, queries, keys):
-        out, lse = kernels.attend(arch, q, k, v, queries, keys, blocks)
-        return out, *kernels.attend_backward(arch, q, k, v, queries, keys, kernels.delta(out, dout), lse, dout, blocks)
+        out, lse = kernel.attend(q, k, v, queries, keys)
+        return out, *kernel.attend_backward(q, k, v, queries, keys, delta(out, dout), lse, dout)
 
     return Runs(lambda: forward(q, k, v, *tokens), lambda: both(q, k, v, dout, *tokens))
 
 
 def cudnn(args: Args, allowed_pairs: int) -> Runs:
-    """cuDNN's causal attention over a square of as much work."""
+    """cuDNN's causal attention over a square of T = S tokens with about as many allowed pairs."""
     length = max(128, round((2 * allowed_pairs) ** 0.5 / 128) * 128)
     heads = (1, length, args.kv_heads * args.group, args.head_dim), (1, length, args.kv_heads, args.head_dim)
     q, k, v, dout = (jax.random.normal(jax.random.key(i), heads[i in (1, 2)]).astype(args.dtype) for i in range(4))
@@ -107,26 +108,28 @@ def errors(actual: Any, desired: Any) -> dict[str, float]:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Of one run, to the end."""
+    """Seconds of one run, until its results are ready."""
     began = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - began
 
 
 def main(args: Args) -> None:
-    """Prints a JSON line for each kernel; `ratio` is time over that of the fused kernel, pair by pair."""
+    """Prints a JSON line for each kernel; `ratio` is its time over that of triton, run by run."""
     device = jax.devices()[0]
     mesh = make_mesh({"one": 1}, [device])
-    arch = "interpret" if device.platform == "cpu" else kernels.choose("fused", mesh, args.head_dim, args.dtype)
-    arrays, blocks = inputs(args), Blocks(args.blocks, args.blocks)
+    triton = TritonKernel("interpret")
+    if device.platform != "cpu":
+        triton = choose_kernel("triton", mesh, args.head_dim, args.dtype)
+    arrays, xla = inputs(args), XlaKernel(args.blocks, args.blocks)
     allowed_pairs = int((np.asarray(arrays[-2].positions[0], np.int64) + 1).sum())
-    runs = {"fused": ours(arch, blocks, arrays), "xla": ours("", blocks, arrays)}
-    if arch.startswith("sm_"):
+    runs = {"triton": runs_of(triton, arrays), "xla": runs_of(xla, arrays)}
+    if arch_of(mesh).startswith("sm_"):
         runs["cudnn"] = cudnn(args, allowed_pairs)
     with jax.default_matmul_precision("highest"):
-        exact = ours("", blocks, (*(x.astype(jnp.float32) for x in arrays[:4]), *arrays[4:])).both()
+        exact = runs_of(xla, (*(x.astype(jnp.float32) for x in arrays[:4]), *arrays[4:])).both()
         jax.block_until_ready(exact)
-    error = {name: errors(runs[name].both(), exact) for name in ("fused", "xla")}
+    error = {name: errors(runs[name].both(), exact) for name in ("triton", "xla")}
     times = measure(runs, args.pairs)
     products = 2 * allowed_pairs * args.head_dim * args.kv_heads * args.group
     for name, (forward, both) in times.items():
@@ -134,14 +137,14 @@ def main(args: Args) -> None:
         line = {
             "kernel": name,
             "seconds": statistics.median(both),
-            "ratio": statistics.median(t / f for t, f in zip(both, times["fused"][1], strict=True)),
-            # Of the 2 products of a forward and the 5 of a backward pass, whatever a kernel computes again.
+            "ratio": statistics.median(t / f for t, f in zip(both, times["triton"][1], strict=True)),
+            # 2 products forward and 5 backward: what a kernel recomputes is not counted.
             "tflops": 7 * products / statistics.median(both) / 1e12,
             "forward_tflops": 2 * products / statistics.median(forward) / 1e12,
             "backward_tflops": 5 * products / backward / 1e12,
             "max_error": error.get(name),
             "device": device.device_kind,
-            "arch": arch,
+            "arch": arch_of(mesh),
             "jax": jax.__version__,
             "config": dataclasses.asdict(args),
         }

@@ -1,4 +1,4 @@
-"""What the fused attention kernels ask of a GPU, read from what the compilers made: no GPU needed.
+"""What the Triton attention kernels need of a GPU, read from the compilers' output; no GPU needed.
 
 Registers and spills are those of the code object's metadata (AMD) and of ptxas (NVIDIA), shared memory (LDS) that of
 the launch. `waves` is how many wavefronts (AMD) or warps (NVIDIA) a SIMD holds at once, in whole blocks, by registers
@@ -39,10 +39,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tsp_jax.hardware.targets import parse_target, use_target
-from tsp_jax.ops import kernels
-from tsp_jax.ops.kernels import triton as fused
-from tsp_jax.ops.kernels.tiles import Tile, Tiles, tiles_of
-from tsp_jax.ops.kernels.xla import Blocks, Tokens, delta
+from tsp_jax.ops.kernels import TritonKernel, arch_of, delta
+from tsp_jax.ops.kernels.mask import Tokens
+from tsp_jax.ops.kernels.tiles import Tile, Tiles, find_tiles
 
 NAMES = {"forward": "_forward_kernel", "dq": "_dq_kernel", "dkv": "_dkv_kernel"}
 
@@ -54,27 +53,26 @@ class Args:
     target: str = "mi300x"
     head_dims: str = "64,128"
     group: int = 1
-    """query heads of a KV head"""
+    """query heads per KV head"""
     dtype: str = "bfloat16"
     seq_len: int = 131072
     ranks: int = 8
     tiles: str = ""
-    """instead of the chosen ones, several after one another: forward=QUERY,KEY,WARPS,STAGES;dq=...;dkv=...;..."""
+    """tiles to compile instead of those of `tiles.TILES`: forward=QUERY,KEY,WARPS,STAGES;dq=...;dkv=...; several of a
+    kernel are compiled one after another"""
 
 
 def compile_kernels(mesh: Mesh, args: Args, head_dim: int, tiles: Tiles) -> None:
-    """Forward and backward for one rank; the compilers leave what they made in `DUMP`."""
+    """Compiles forward and backward for one rank; the compilers write their output to `DUMP`."""
     length, heads = args.seq_len // args.ranks, 4
-    arch = kernels.arch_of(mesh)
+    kernel = TritonKernel(arch_of(mesh), tiles)
 
     def like(*shape: int, dtype: str = "int32") -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def run(q, k, v, dout, queries, keys):
-        out, lse = fused.attend(q, k, v, queries, keys, Blocks(1, 1), arch=arch, tiles=tiles)
-        return out, fused.attend_backward(
-            q, k, v, queries, keys, delta(out, dout), lse, dout, Blocks(1, 1), arch=arch, tiles=tiles
-        )  # fmt: skip
+        out, lse = kernel.attend(q, k, v, queries, keys)
+        return out, kernel.attend_backward(q, k, v, queries, keys, delta(out, dout), lse, dout)
 
     q = like(1, length, heads, args.group, head_dim, dtype=args.dtype)
     k = like(1, args.seq_len, heads, head_dim, dtype=args.dtype)
@@ -85,7 +83,7 @@ def compile_kernels(mesh: Mesh, args: Args, head_dim: int, tiles: Tiles) -> None
 
 
 def read(platform: str) -> dict[str, dict[str, Any]]:
-    """Function name -> what the last compilation says of it; empties `DUMP`."""
+    """Function name -> resources in the last compilation's output; empties `DUMP`."""
     found: dict[str, dict[str, Any]] = {}
     for file in DUMP.glob("*.thunk_sequence.txt"):
         for name, shared in re.findall(r"(_\w+_kernel) grid:.*shared_memory: (\d+) bytes", file.read_text()):
@@ -99,7 +97,7 @@ def read(platform: str) -> dict[str, dict[str, Any]]:
 
 
 def _amd(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """From the note NT_AMDGPU_METADATA of an ELF object."""
+    """Resources from the note NT_AMDGPU_METADATA of an ELF object."""
     data = file.read_bytes()
     note = data.find(b"AMDGPU\0\0")
     if note < 0:
@@ -121,7 +119,7 @@ def _amd(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _nvidia(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """From what ptxas says of the program text."""
+    """Resources that ptxas prints for a PTX file."""
     text = file.read_text()
     name = re.search(r"\.entry (_\w+_kernel)\(", text)
     if not name:
@@ -129,9 +127,9 @@ def _nvidia(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     gpu = re.search(r"\.target (\w+)", text)
     assert gpu
     command = [str(_ptxas()), "-v", "--gpu-name", gpu[1], str(file), "-o", os.devnull]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = int(re.findall(r"Used (\d+) registers", said)[0])
-    stack, stores, _ = map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", said))
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = int(re.findall(r"Used (\d+) registers", printed)[0])
+    stack, stores, _ = map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", printed))
     yield (
         name[1],
         {
@@ -151,8 +149,9 @@ def _ptxas() -> Path:
 
 
 def candidates(args: Args, arch: str, head_dim: int) -> Iterator[Tiles]:
-    """The chosen tiles, or those asked for: the i-th of every kernel together, the chosen one where there is none."""
-    chosen = tiles_of(arch, (head_dim,), args.dtype)
+    """The i-th tiles of every kernel in `args`, together; those of `tiles.TILES` where a kernel has no i-th."""
+    chosen = find_tiles(arch, head_dim, args.dtype)
+    assert chosen, f"no tiles for heads of {head_dim} {args.dtype} on {arch}"
     asked: dict[str, list[Tile]] = {name: [] for name in NAMES}
     for item in filter(None, args.tiles.split(";")):
         name, _, sizes = item.partition("=")
@@ -170,7 +169,7 @@ def main(args: Args) -> None:
     block_shared, threads = (65536, 64) if platform == "rocm" else (232448, 32)
     done = set()
     for head_dim in map(int, args.head_dims.split(",")):
-        for tiles in candidates(args, kernels.arch_of(mesh), head_dim):
+        for tiles in candidates(args, arch_of(mesh), head_dim):
             with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
                 try:
                     compile_kernels(mesh, args, head_dim, tiles)
@@ -179,7 +178,7 @@ def main(args: Args) -> None:
                     continue
             found = read(platform)
             for kernel, tile in tiles._asdict().items():
-                if (head_dim, kernel, tile) in done:  # the compiler keeps what it made, and leaves nothing to read
+                if (head_dim, kernel, tile) in done:  # compiled before: the compiler caches it and writes no file
                     continue
                 done.add((head_dim, kernel, tile))
                 facts = found[NAMES[kernel]]

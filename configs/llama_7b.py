@@ -10,12 +10,7 @@ config = Config(
     model=ModelConfig(
         vocab_size=32000, d_model=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, d_ff=16384
     ),
-    stream=StreamConfig(
-        attention_movement="gather",
-        query_block=1024,
-        key_block=1024,
-        kernel="auto",
-    ),
+    stream=StreamConfig(attention_movement="gather", kernel="auto"),
     optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=100),
     layout="tsp",
     steps=1000,

@@ -16,7 +16,6 @@ Movement = Literal["auto", "gather", "ring", "activations"]
 Order = Literal["zigzag", "contiguous"]
 Remat = Literal["none", "full", "save_attention", "offload"]
 DType = Literal["float32", "bfloat16"]
-Kernel = Literal["auto", "xla", "fused"]
 RopeKind = Literal["none", "linear", "llama3"]
 Launcher = Literal["none", "slurm", "ompi", "mpi4py", "k8s", "explicit"]
 ProcessPer = Literal["gpu", "host"]
@@ -152,19 +151,15 @@ class StreamConfig:
     buckets are in memory at once"""
     chunk_tokens: int = 4096
     """chunk size: at most this many tokens are multiplied with a bucket at once; bounds activation memory"""
-    query_block: int = 512
-    """query tokens in one block of blockwise attention"""
-    key_block: int = 512
-    """key tokens in one block of blockwise attention"""
     grad_dtype: DType = "float32"
     """dtype in which weight gradients are reduce-scattered"""
-    kernel: Kernel = "auto"
-    """attention kernel: xla runs everywhere; fused is for MI300X, MI355X and H100, and has not run on one yet;
-    auto: fused there, for heads of at most 512 bytes, and xla elsewhere"""
+    kernel: str = "auto"
+    """attention kernel: xla runs everywhere; triton is for MI300X, MI355X and H100, and has not run on one yet;
+    auto: triton there, for heads of at most 512 bytes, and xla elsewhere"""
 
     def __post_init__(self):
         _check_values("stream.", self)
-        _positive("stream.", self, "bucket_mib", "chunk_tokens", "query_block", "key_block")
+        _positive("stream.", self, "bucket_mib", "chunk_tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from tsp_jax.ops import cross_entropy as cross_entropy_op
 from tsp_jax.ops import kernels
 from tsp_jax.ops.attention import train as attention_op
 from tsp_jax.ops.embedding import embed
-from tsp_jax.ops.kernels.xla import Blocks, Tokens
+from tsp_jax.ops.kernels.mask import Tokens
 from tsp_jax.ops.mlp import mlp
 from tsp_jax.ops.stream import Stream
 
@@ -146,8 +146,7 @@ class Attention(nnx.Module):
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             norm_eps=norm_eps,
-            blocks=Blocks(stream.query_block, stream.key_block),
-            arch=kernels.choose(stream.kernel, placement.mesh, head_dim, dtype),
+            kernel=kernels.choose_kernel(stream.kernel, placement.mesh, head_dim, dtype),
         )
 
         def rows(count: int, queries: bool, std: float) -> nnx.Param:

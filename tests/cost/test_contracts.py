@@ -23,8 +23,6 @@ CONFIG = Config(
         mlp_movement="gather",
         vocab_movement="gather",
         bucket_mib=0.0075,  # two or more buckets in every op
-        query_block=16,
-        key_block=16,
     ),
     optimizer=OptimizerConfig(warmup_steps=1),
     steps=2,
@@ -236,7 +234,7 @@ SLIM = dataclasses.replace(
     batch=1,
     seq_len=64,
     model=ModelConfig(vocab_size=160, d_model=56, num_layers=2, num_heads=20, num_kv_heads=20, head_dim=8, d_ff=160),
-    stream=StreamConfig(bucket_mib=0.0035, query_block=8, key_block=8),
+    stream=StreamConfig(bucket_mib=0.0035),
 )
 """a model whose every full weight matrix has 160 x 56 elements, and whose buckets are at most a third of that"""
 FULL_MATRIX = 160 * 56

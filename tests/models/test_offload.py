@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 CONFIG = Config(
     model=ModelConfig(vocab_size=160, d_model=64, num_layers=5, num_heads=8, num_kv_heads=8, head_dim=8, d_ff=160),
-    stream=StreamConfig(bucket_mib=0.01, query_block=8, key_block=8, kernel="xla"),
+    stream=StreamConfig(bucket_mib=0.01, kernel="xla"),
     optimizer=OptimizerConfig(warmup_steps=1),
     steps=3,
     batch=2,

@@ -36,8 +36,6 @@ CONFIG = Config(
         attention_movement="gather",
         mlp_movement="gather",
         bucket_mib=0.0045,
-        query_block=16,
-        key_block=16,
     ),
     optimizer=OptimizerConfig(warmup_steps=1),
     layout="tsp",

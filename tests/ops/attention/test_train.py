@@ -19,7 +19,8 @@ from tests.builders.ops import B, D, S, V, activations, compiled_value_and_grads
 from tsp_jax.heads import Heads, pad_heads
 from tsp_jax.ops import reference
 from tsp_jax.ops.attention.train import AttentionConfig, AttentionWeights, HeadNorms, attention
-from tsp_jax.ops.kernels.xla import Blocks, Tokens
+from tsp_jax.ops.kernels import XlaKernel
+from tsp_jax.ops.kernels.mask import Tokens
 from tsp_jax.ops.stream import Stream
 
 HEAD_DIM, THETA, EPS = 24, 100.0, 1e-3  # a head's columns can be shared by 8 ranks, and by 3
@@ -36,7 +37,7 @@ def sharded_attention(layout: str, heads: Heads, stream: Stream, buckets: int = 
     placement = place_case(layout)
     spec = placement.layout.spec
     config = AttentionConfig(
-        heads.kv, HEAD_DIM, THETA, EPS, buckets, buckets, Blocks(5, 4), exchange_buckets=exchange_buckets
+        heads.kv, HEAD_DIM, THETA, EPS, buckets, buckets, XlaKernel(5, 4), exchange_buckets=exchange_buckets
     )
 
     def local(x, weights, norms, tokens):

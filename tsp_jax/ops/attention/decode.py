@@ -24,7 +24,7 @@ from tsp_jax.ops.attention.projections import (
     prepare,
     split_heads,
 )
-from tsp_jax.ops.kernels.xla import MASKED
+from tsp_jax.ops.kernels.mask import MASKED, Tokens, may_attend
 from tsp_jax.ops.linear import matmul, matmul_t
 from tsp_jax.ops.stream import Stream
 
@@ -69,7 +69,8 @@ def decode_attention(
         norms = norms or HeadNorms(None, None)
         q_B1NH, k_B1KH, v_B1KH = _gather_heads(x_B1D, weights, norms, positions_B1, static)
         new = as_stored(k_B1KH, v_B1KH)
-        seen = keys_Bc <= positions_B1, claim.count_B1 > 0
+        seen_Bc = may_attend(Tokens.one_document(positions_B1), Tokens.one_document(keys_Bc))
+        seen = seen_Bc, claim.count_B1 > 0
         cache = KeyValues(*(row_major(lax.dynamic_slice_in_dim(array, layer, 1)) for array in cache))
         out_BNH, lse_BN = _attend_here(q_B1NH, cache, new, *seen)
         out_BnH = _merge_ranks(out_BNH, lse_BN, axes).astype(x_B1D.dtype)

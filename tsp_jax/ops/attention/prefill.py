@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.layout import Axes, largest_divisor
-from tsp_jax.ops import kernels
 from tsp_jax.ops.attention.kv_cache import EMPTY, Claim, KeyValues, as_stored, row_major, write_slots
 from tsp_jax.ops.attention.projections import (
     AttentionConfig,
@@ -24,8 +23,7 @@ from tsp_jax.ops.attention.projections import (
     project_in,
     project_out,
 )
-from tsp_jax.ops.attention.train import blocks_of
-from tsp_jax.ops.kernels.xla import MASKED, Tokens
+from tsp_jax.ops.kernels.mask import MASKED, Tokens
 from tsp_jax.ops.sequence import gather_sequence
 from tsp_jax.ops.stream import Stream, vary_alike, zeros
 
@@ -72,7 +70,7 @@ def prefill_attention(
     with jax.named_scope("tsp/attention/prefill"):
         x_BtD, *arrays = vary_alike(x_BtD, *weights, positions_Bt)
         weights = AttentionWeights(*arrays[:4])
-        tokens_Bt = _tokens(arrays[4])
+        tokens_Bt = Tokens.one_document(arrays[4])
         static = Projections.of(config, axes, stream._replace(movement="gather"), weights)
         q_BtNH, k_BtKH, v_BtKH = project_in(x_BtD, weights[:3], norms or HeadNorms(), tokens_Bt.positions, static)
         cache = write_slots(cache, as_stored(k_BtKH, v_BtKH), layer, claim)
@@ -81,15 +79,10 @@ def prefill_attention(
         return lax.psum(y_BtD, axes.tensor) if axes.tensor else y_BtD, cache
 
 
-def _tokens(positions: jax.Array) -> Tokens:
-    """One document a sequence."""
-    return Tokens(positions, jnp.zeros_like(positions))
-
-
 def _attend_everywhere(q_BtNH, cache: KeyValues, layer, tokens_Bt: Tokens, keys_BS, used, static: Projections):
     """[B, t, N, H]: attention to all devices' slots, a bucket of KV heads at a time, a page of slots at a time."""
     batch, t, _, head_dim = q_BtNH.shape
-    kv_heads, blocks = static.kv_heads, blocks_of(static.config, t)
+    kv_heads, kernel = static.kv_heads, static.config.kernel.within(t)
     buckets = largest_divisor(kv_heads, static.config.exchange_buckets)
     keys_BRc = keys_BS.reshape(batch, -1, cache.k_LBKcH.shape[3])
     pages = -(-keys_BRc.shape[2] // t)
@@ -100,10 +93,8 @@ def _attend_everywhere(q_BtNH, cache: KeyValues, layer, tokens_Bt: Tokens, keys_
 
         def visit(page, carry):
             k_BpKH, v_BpKH = _gather_page(cache, layer, page, t, bucket, buckets, static)
-            keys_Bp = _tokens(_page_positions(keys_BRc, page, t))
-            return _merge(
-                carry, kernels.attend(static.config.arch, q_BtKGH, k_BpKH, v_BpKH, tokens_Bt, keys_Bp, blocks)
-            )
+            keys_Bp = Tokens.one_document(_page_positions(keys_BRc, page, t))
+            return _merge(carry, kernel.attend(q_BtKGH, k_BpKH, v_BpKH, tokens_Bt, keys_Bp))
 
         zero = zeros(q_BtKGH.shape, jnp.float32, like=q_BtKGH)
         with jax.named_scope(f"mean_trips[{(pages + 1) / 2:g}]"):  # of all chunks that fill the cache

@@ -20,7 +20,7 @@ from jax import lax
 from tsp_jax.config import RopeScaling
 from tsp_jax.layout import Axes, largest_divisor
 from tsp_jax.ops.chunks import over_chunks
-from tsp_jax.ops.kernels.xla import Blocks
+from tsp_jax.ops.kernels import Kernel, XlaKernel
 from tsp_jax.ops.linear import matmul, matmul_t, outer
 from tsp_jax.ops.norm import rms_norm
 from tsp_jax.ops.rope import rope
@@ -55,11 +55,9 @@ class AttentionConfig(NamedTuple):
     query_buckets: int = 1
     """buckets of a rank's query heads, at most: the largest divisor is used; `kv_buckets` likewise"""
     kv_buckets: int = 1
-    blocks: Blocks = Blocks(512, 512)
-    """tokens in a block, about; no block is longer than half of this device's tokens (a zigzag chunk)"""
+    kernel: Kernel = XlaKernel()
+    """attention on one device"""
     rope_scaling: RopeScaling = RopeScaling()
-    arch: str = ""
-    """GPU that the fused kernel is compiled for; empty: the XLA kernel"""
     exchange_buckets: int = 1
     """buckets of KV heads whose keys and values are exchanged at a time, likewise"""
 

@@ -17,7 +17,6 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from tsp_jax.layout import Axes, largest_divisor
-from tsp_jax.ops import kernels
 from tsp_jax.ops.attention.projections import (
     AttentionConfig,
     AttentionWeights,
@@ -27,7 +26,8 @@ from tsp_jax.ops.attention.projections import (
     project_out,
 )
 from tsp_jax.ops.attention.stationary import Moved, moved_in, moved_out
-from tsp_jax.ops.kernels.xla import Blocks, Tokens, block_size
+from tsp_jax.ops.kernels import delta
+from tsp_jax.ops.kernels.mask import Tokens
 from tsp_jax.ops.pipeline import pipelined
 from tsp_jax.ops.sequence import gather_sequence, scatter_sequence
 from tsp_jax.ops.stationary import moves_tokens
@@ -96,7 +96,7 @@ def _moved(x_BtD, weights, tokens_Bt: Tokens, norms: HeadNorms, config, axes: Ax
     roles = Axes(tensor=axes.tensor + axes.folded, sequence=tuple(a for a in axes.sequence if a not in axes.folded))
     groups = config.exchange_buckets if roles.sequence else 1  # nothing to exchange: all of this rank's heads at once
     whole = config._replace(
-        query_buckets=1, kv_buckets=1, exchange_buckets=groups, blocks=blocks_of(config, x_BtD.shape[1])
+        query_buckets=1, kv_buckets=1, exchange_buckets=groups, kernel=config.kernel.within(x_BtD.shape[1])
     )
     static = Projections.of(whole, roles, stream, weights)
     how = Moved(static, axes.folded, stream)
@@ -135,11 +135,6 @@ def _groups(kv_heads: int, static: Projections) -> tuple[int, int]:
     return count, kv_heads // count
 
 
-def blocks_of(config: AttentionConfig, length: int) -> Blocks:
-    """Tokens in a block of this device's `length` tokens: no block crosses from one zigzag chunk into the other."""
-    return Blocks(*(block_size(max(1, length // 2), block) for block in config.blocks))
-
-
 @custom_vjp(5)
 def _over_sequence(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, keys_BS, static: Projections):
     return _sequence_forward(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, keys_BS, static)[0]
@@ -148,7 +143,7 @@ def _over_sequence(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, keys_BS, static: Projecti
 def _sequence_forward(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, keys_BS, static: Projections):
     config, axes = static.config, static.axes.sequence
     count, size = _groups(k_BtKH.shape[2], static)
-    blocks = blocks_of(config, q_BtKGH.shape[1])
+    kernel = config.kernel.within(q_BtKGH.shape[1])
 
     def fetch(_, index):
         group = _Group(index, size)
@@ -156,7 +151,8 @@ def _sequence_forward(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, keys_BS, static: Proje
 
     def turn(carry, keys_values, index):
         group = _Group(index, size)
-        mine = kernels.attend(config.arch, group.take(q_BtKGH), *keys_values, tokens_Bt, keys_BS, blocks)
+        k_BScH, v_BScH = keys_values
+        mine = kernel.attend(group.take(q_BtKGH), k_BScH, v_BScH, tokens_Bt, keys_BS)
         return tuple(group.put(array, part) for array, part in zip(carry, mine, strict=True)), (), ()
 
     out = zeros(q_BtKGH.shape, q_BtKGH.dtype, like=q_BtKGH)
@@ -170,7 +166,7 @@ def _sequence_backward(static: Projections, residuals, dout_BtKGH):
     q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, keys_BS, out_BtKGH, lse_BtKG = residuals
     config, axes = static.config, static.axes.sequence
     count, size = _groups(k_BtKH.shape[2], static)
-    blocks = blocks_of(config, q_BtKGH.shape[1])
+    kernel = config.kernel.within(q_BtKGH.shape[1])
 
     def fetch(carry, index):
         group = _Group(index, size)
@@ -178,14 +174,13 @@ def _sequence_backward(static: Projections, residuals, dout_BtKGH):
 
     def turn(carry, keys_values, index):
         group = _Group(index, size)
-        saved = (group.take(array) for array in (delta_BtKG, lse_BtKG, dout_BtKGH))
-        grads = kernels.attend_backward(
-            config.arch, group.take(carry[0]), *keys_values, tokens_Bt, keys_BS, *saved, blocks
-        )
+        delta_BtcG, lse_BtcG, dout_BtcGH = (group.take(array) for array in (delta_BtKG, lse_BtKG, dout_BtKGH))
+        q_BtcGH, (k_BScH, v_BScH) = group.take(carry[0]), keys_values
+        grads = kernel.attend_backward(q_BtcGH, k_BScH, v_BScH, tokens_Bt, keys_BS, delta_BtcG, lse_BtcG, dout_BtcGH)
         grads = (grads[0], *scatter_sequence(*grads[1:], axes=axes))
         return tuple(group.put(array, grad) for array, grad in zip(carry, grads, strict=True)), (), ()
 
-    delta_BtKG = kernels.delta(out_BtKGH, dout_BtKGH)
+    delta_BtKG = delta(out_BtKGH, dout_BtKGH)
     # Gradients take the places of queries, keys and values as these have been used.
     carry = q_BtKGH, k_BtKH, v_BtKH
     grads, *_ = pipelined(turn, fetch, None, carry, count, remote=bool(axes))

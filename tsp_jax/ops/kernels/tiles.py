@@ -1,17 +1,17 @@
-"""Tiles of the fused kernels on each GPU: what one program holds at a time."""
+"""Tile sizes of the Triton kernels on each GPU."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 
 class Tile(NamedTuple):
-    """What one program holds at a time, and how Triton is to compile it."""
+    """How much one Triton program keeps in registers at a time, and how it is compiled."""
 
     query: int
-    """tokens; a power of two"""
+    """query tokens; a power of two"""
     key: int
+    """key tokens; a power of two"""
     warps: int
     """of 64 threads on AMD, of 32 on NVIDIA"""
     stages: int
@@ -19,7 +19,7 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """One for each kernel."""
+    """One tile per kernel."""
 
     forward: Tile
     dq: Tile
@@ -38,39 +38,25 @@ _HOPPER = {
 }
 _SMALL = Tiles(Tile(8, 8, 4, 1), Tile(8, 4, 4, 1), Tile(4, 8, 4, 1))
 TILES = {"gfx942": _AMD, "gfx950": _CDNA4, "sm_90": _HOPPER, "interpret": {1 << 30: _SMALL}}
-"""arch -> bytes of a token's head, at most -> tiles: the largest that compilers keep in registers; none of it is timed.
+"""arch -> largest size in bytes of one token's head -> tiles. These are the largest tiles that the compilers keep in
+registers; none of them is timed.
 
-AMD: operands take turns in LDS (16 to 64 KiB), so registers set the limit; a second stage would leave one wavefront a
-SIMD, where two hide latency from each other (forward). A wavefront has 32 rows of a product: with 16 of them, in blocks
-of eight, reading LDS would take as long as multiplying. Hopper: products of 64 rows to a warp group, 96 to 200 KiB of
-shared memory; a third stage reads numbers of tiles ahead of tiles. interpret: so small that short sequences have many.
-What the compilers made of them, and of others: benchmarks/attention_kernel.md.
+AMD: both operands use LDS in turn (16 to 64 KiB), so registers are the limit. A second stage would leave one wavefront
+per SIMD; two of them hide each other's latency (forward). A wavefront has 32 rows of a product: with 16 rows, in blocks
+of eight, reading LDS would take as long as multiplying.
+Hopper: products of 64 rows per warp group, 96 to 200 KiB of shared memory. A third stage loads the visit lists ahead of
+the tiles.
+interpret: small tiles, so that short test sequences have many of them.
+What the compilers made of these and other sizes: benchmarks/attention_kernel.md.
 """
 
 
-def head_size(head_dim: int) -> int:
-    """Of heads in a kernel: Triton's arrays have powers of two of elements, its products 16 or more along each side."""
+def padded_head_dim(head_dim: int) -> int:
+    """Head dim inside the kernels: Triton arrays have powers of two of elements, its products 16 or more per side."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def supports(q_shape: Sequence[int], dtype: Any, arch: str) -> bool:
-    """Whether there are tiles for queries [..., H], bfloat16 or float32."""
-    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32) and _find(arch, q_shape, dtype) is not None
-
-
-def tiles_of(arch: str, q_shape: Sequence[int], dtype: Any) -> Tiles:
-    """The tiles for queries [..., H].
-
-    Raises:
-      ValueError: there are none.
-    """
-    tiles = _find(arch, q_shape, dtype)
-    if tiles is None:
-        heads = f"heads of {q_shape[-1]} {jnp.dtype(dtype).name}"
-        raise ValueError(f"arch={arch}, {heads}: no tiles, only for {', '.join(TILES)}; use blockwise.attend")
-    return tiles
-
-
-def _find(arch: str, q_shape: Sequence[int], dtype: Any) -> Tiles | None:
-    row_bytes = head_size(q_shape[-1]) * jnp.dtype(dtype).itemsize
-    return next((tiles for limit, tiles in TILES.get(arch, {}).items() if row_bytes <= limit), None)
+def find_tiles(arch: str, head_dim: int, dtype: Any) -> Tiles | None:
+    """The tiles for an architecture's heads; None if there are none."""
+    head_bytes = padded_head_dim(head_dim) * jnp.dtype(dtype).itemsize
+    return next((tiles for limit, tiles in TILES.get(arch, {}).items() if head_bytes <= limit), None)

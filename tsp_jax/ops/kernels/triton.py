@@ -1,17 +1,18 @@
-"""Fused blockwise attention for AMD and NVIDIA GPUs: three Pallas kernels that are compiled by way of Triton.
+"""Blockwise attention for AMD and NVIDIA GPUs: three Pallas kernels that are compiled by way of Triton.
 
-Scores of a pair of tiles live in registers only. Which tiles a program visits is worked out outside, in XLA
-(`tsp_jax.ops.kernels.visits`): first those in which every pair of tokens is allowed, without a mask, then the rest with
+The scores of a pair of tiles stay in registers. Which tiles a program visits is worked out outside the kernels, in XLA
+(`tsp_jax.ops.kernels.visits`): first those in which every pair of tokens may attend, without a mask, then the rest with
 one. Other tiles cost nothing, whatever the order of tokens.
 
-Dims: B batch, T query tokens, S key tokens, K KV heads, G query heads of each, H head; Q, C tokens of a query and a
-key tile; n tiles that have a program each, m spans that these may visit.
+Dims: B batch, T query tokens, S key tokens, K KV heads, G query heads per KV head, H head; Q tokens of a query tile,
+C tokens of a key tile; n tiles that have a program each, m spans that a program may visit.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,110 +20,118 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from tsp_jax.ops.kernels.tiles import Tile, Tiles, head_size, tiles_of
+from tsp_jax.ops.kernels.kernel import Kernel
+from tsp_jax.ops.kernels.mask import MASKED, Tokens, may_attend
+from tsp_jax.ops.kernels.tiles import TILES, Tile, Tiles, find_tiles, padded_head_dim
 from tsp_jax.ops.kernels.visits import Plan, Visits
-from tsp_jax.ops.kernels.xla import MASKED, Blocks, Tokens
 
 LOG2_E = math.log2(math.e)
 
 
-def attend(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    queries: Tokens,
-    keys: Tokens,
-    blocks: Blocks,
-    *,
-    arch: str,
-    tiles: Tiles | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Causal attention within segments, scores over sqrt(H): `blockwise.attend` in one kernel.
+@dataclasses.dataclass(frozen=True)
+class TritonKernel(Kernel):
+    """Attention in one kernel forward and two backward, without scores in memory."""
 
-    Args:
-      q_BTKGH: queries, grouped by KV head, bfloat16 or float32.
-      k_BSKH: keys; likewise values.
-      queries: positions and segments of the T query tokens.
-      keys: of the S key tokens, in any order.
-      blocks: not used; tiles follow from `arch`.
-      arch: what it is compiled for: ``gfx942``, ``sm_90``, ... or ``interpret``, which runs anywhere, slowly.
-      tiles: instead of those of `arch`.
+    arch: str
+    """GPU to compile for: a key of `TILES`; ``interpret`` runs anywhere, slowly"""
+    tiles: Tiles | None = None
+    """tile sizes; None: those of `arch` for the heads at hand"""
 
-    Returns:
-      (out [B, T, K, G, H] in q's dtype, lse [B, T, K, G] float32). A query without any key gets zeros, and -1e30.
+    @classmethod
+    def for_arch(cls, arch: str) -> Self:
+        return cls(arch)
 
-    Keeps: lists of tiles, int32 [B, T/Q, S/C] or smaller; see `visits.MOST_ENTRIES`. Where Q does not divide T,
-      or C not S, or H is no power of two, also padded copies of the arrays.
-    Source: Dao, arXiv 2307.08691 (FlashAttention-2).
-    """
-    del blocks
-    tile = (tiles or tiles_of(arch, q_BTKGH.shape, q_BTKGH.dtype)).forward
-    plan = Plan.of(queries, keys, tile, by_key=False)
-    q, k, v = _pad(q_BTKGH, tile.query), _pad(k_BSKH, tile.key), _pad(v_BSKH, tile.key)
-    batch, length, kv_heads, group, _ = q.shape
-    out, lse_BKGT = _call(
-        functools.partial(_forward_kernel, tile=tile, scale=q_BTKGH.shape[-1] ** -0.5),
-        plan,
-        arch,
-        products=("attention_forward", 2),
-        inputs=[("BTKGH", q), ("BSKH", k), ("BSKH", v)],
-        outputs=[("BTKGH", q), ("BKGT", jax.ShapeDtypeStruct((batch, kv_heads, group, length), jnp.float32))],
-    )
-    return _crop(out, q_BTKGH), lse_BKGT.transpose(0, 3, 1, 2)[:, : q_BTKGH.shape[1]]
-
-
-def attend_backward(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    queries: Tokens,
-    keys: Tokens,
-    delta_BTKG: jax.Array,
-    lse_BTKG: jax.Array,
-    dout_BTKGH: jax.Array,
-    blocks: Blocks,
-    *,
-    arch: str,
-    tiles: Tiles | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of `attend`: (dq, dk, dv), each like its primal, accumulated in float32.
-
-    Two kernels: dq by query tiles; dk and dv by key tiles, over the G query heads of a KV head. Both compute the scores
-    (7 matrix products for a pair of tiles, not 5), and neither needs atomics or a float32 accumulator in memory.
-
-    Keeps: as `attend`, for both kernels.
-    Source: Dao, arXiv 2307.08691, algorithm 2.
-    """
-    del blocks
-    tiles = tiles or tiles_of(arch, q_BTKGH.shape, q_BTKGH.dtype)
-    lse_BTKG = lse_BTKG * jnp.float32(LOG2_E)
-
-    def run(kernel, products: int, tile: Tile, by_key: bool, outputs: Sequence[str]):
-        q, dout = _pad(q_BTKGH, tile.query), _pad(dout_BTKGH, tile.query)
-        k, v = _pad(k_BSKH, tile.key), _pad(v_BSKH, tile.key)
-        lse, delta = (_pad(x[..., None], tile.query, 1)[..., 0].transpose(0, 2, 3, 1) for x in (lse_BTKG, delta_BTKG))
-        return _call(
-            functools.partial(kernel, tile=tile, scale=q_BTKGH.shape[-1] ** -0.5),
-            Plan.of(queries, keys, tile, by_key),
-            arch,
-            products=("attention_backward", products),
-            inputs=[("BTKGH", q), ("BSKH", k), ("BSKH", v), ("BTKGH", dout), ("BKGT", lse), ("BKGT", delta)],
-            outputs=[(dims, {"BTKGH": q, "BSKH": k}[dims]) for dims in outputs],
+    def unsupported(self, head_dim: int, dtype: Any) -> str:
+        dtype = jnp.dtype(dtype)
+        if dtype in (jnp.bfloat16, jnp.float32) and find_tiles(self.arch, head_dim, dtype):
+            return ""
+        known = ", ".join(arch for arch in TILES if arch != "interpret")
+        return (
+            f"heads of {head_dim} {dtype.name} on {self.arch or 'unknown devices'} are not supported, only heads of at "
+            f"most 512 bytes, float32 or bfloat16, on {known}"
         )
 
-    (dq,) = run(_dq_kernel, 3, tiles.dq, False, ["BTKGH"])
-    dk, dv = run(_dkv_kernel, 4, tiles.dkv, True, ["BSKH", "BSKH"])
-    return _crop(dq, q_BTKGH), _crop(dk, k_BSKH), _crop(dv, v_BSKH)
+    def _tiles(self, q_BTKGH: jax.Array) -> Tiles:
+        tiles = self.tiles or find_tiles(self.arch, q_BTKGH.shape[-1], q_BTKGH.dtype)
+        if tiles is None:
+            raise ValueError(self.unsupported(q_BTKGH.shape[-1], q_BTKGH.dtype))
+        return tiles
+
+    def attend(
+        self, q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries: Tokens, keys: Tokens
+    ) -> tuple[jax.Array, jax.Array]:
+        """Causal attention within segments; see `Kernel.attend`.
+
+        Keeps: visit lists, int32 [B, T/Q, S/C] or smaller (`visits.MOST_ENTRIES`). Where Q does not divide T, C does
+          not divide S, or H is no power of two, also padded copies of the arrays.
+        Raises:
+          ValueError: there are no tiles for these heads.
+        Source: Dao, arXiv 2307.08691 (FlashAttention-2).
+        """
+        tile = self._tiles(q_BTKGH).forward
+        plan = Plan.of(queries, keys, tile, by_key=False)
+        q, k, v = _pad(q_BTKGH, tile.query), _pad(k_BSKH, tile.key), _pad(v_BSKH, tile.key)
+        batch, length, kv_heads, group, _ = q.shape
+        out, lse_BKGT = _call(
+            functools.partial(_forward_kernel, tile=tile, scale=q_BTKGH.shape[-1] ** -0.5),
+            plan,
+            self.arch,
+            products=("attention_forward", 2),
+            inputs=[("BTKGH", q), ("BSKH", k), ("BSKH", v)],
+            outputs=[("BTKGH", q), ("BKGT", jax.ShapeDtypeStruct((batch, kv_heads, group, length), jnp.float32))],
+        )
+        return _crop(out, q_BTKGH), lse_BKGT.transpose(0, 3, 1, 2)[:, : q_BTKGH.shape[1]]
+
+    def attend_backward(
+        self,
+        q_BTKGH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        queries: Tokens,
+        keys: Tokens,
+        delta_BTKG: jax.Array,
+        lse_BTKG: jax.Array,
+        dout_BTKGH: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Gradients of `attend`; see `Kernel.attend_backward`.
+
+        Two kernels: dq by query tiles; dk and dv by key tiles, over the G query heads of a KV head. Both compute the
+        scores (7 matrix products per pair of tiles, not 5), and neither needs atomics or a float32 accumulator in
+        memory.
+
+        Keeps: as `attend`, for both kernels.
+        Source: Dao, arXiv 2307.08691, algorithm 2.
+        """
+        tiles = self._tiles(q_BTKGH)
+        lse_BTKG = lse_BTKG * jnp.float32(LOG2_E)
+
+        def run(kernel, products: int, tile: Tile, by_key: bool, outputs: Sequence[str]):
+            q, dout = _pad(q_BTKGH, tile.query), _pad(dout_BTKGH, tile.query)
+            k, v = _pad(k_BSKH, tile.key), _pad(v_BSKH, tile.key)
+            rows = (_pad(x[..., None], tile.query, 1)[..., 0].transpose(0, 2, 3, 1) for x in (lse_BTKG, delta_BTKG))
+            lse, delta = rows
+            return _call(
+                functools.partial(kernel, tile=tile, scale=q_BTKGH.shape[-1] ** -0.5),
+                Plan.of(queries, keys, tile, by_key),
+                self.arch,
+                products=("attention_backward", products),
+                inputs=[("BTKGH", q), ("BSKH", k), ("BSKH", v), ("BTKGH", dout), ("BKGT", lse), ("BKGT", delta)],
+                outputs=[(dims, {"BTKGH": q, "BSKH": k}[dims]) for dims in outputs],
+            )
+
+        (dq,) = run(_dq_kernel, 3, tiles.dq, False, ["BTKGH"])
+        dk, dv = run(_dkv_kernel, 4, tiles.dkv, True, ["BSKH", "BSKH"])
+        return _crop(dq, q_BTKGH), _crop(dk, k_BSKH), _crop(dv, v_BSKH)
 
 
 # ------------------------------------------------------------------------------------------------ around the kernels
 
 
 def _pad(x: jax.Array, tile: int, size: int | None = None) -> jax.Array:
-    """Zeros to a multiple of `tile` tokens and to a whole head."""
-    more = [(0, 0)] * x.ndim
-    more[1], more[-1] = (0, -x.shape[1] % tile), (0, (size or head_size(x.shape[-1])) - x.shape[-1])
-    return jnp.pad(x, more)
+    """Pads with zeros to a multiple of `tile` tokens and to `size`, by default that of a padded head."""
+    widths = [(0, 0)] * x.ndim
+    widths[1], widths[-1] = (0, -x.shape[1] % tile), (0, (size or padded_head_dim(x.shape[-1])) - x.shape[-1])
+    return jnp.pad(x, widths)
 
 
 def _crop(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -137,17 +146,22 @@ def _call(
     inputs: Sequence[tuple[str, jax.Array]],
     outputs: Sequence[tuple[str, Any]],
 ) -> Sequence[jax.Array]:
-    """One program for each tile, head (query head, or KV head if by key) and row of the batch.
+    """Runs one program per tile, head (query head, or KV head if by key) and row of the batch.
 
-    Arrays are (dims, array), the first one the queries. A kernel sees all of an array's tokens, of its own head.
-    `products` of a pair of tiles, and their kind, are declared to readers of the compiled program, which cannot see
-    into a kernel: Pallas' own cost estimate is dropped on the way.
+    Args:
+      kernel: reads visits, queries, keys and inputs, and writes outputs.
+      plan: the visit lists and tokens.
+      arch: GPU to compile for, or ``interpret``.
+      products: (kind, matrix products per pair of tiles), declared in the compiled program for `tsp_jax.inspect`,
+        which cannot see into a kernel; XLA drops Pallas' own cost estimate.
+      inputs: (dims, array); the queries come first. A program sees all tokens of its own head.
+      outputs: (dims, shape and dtype), likewise.
     """
     batch, _, kv_heads, group, size = inputs[0][1].shape
     kind, number = products
-    flops = 2.0 * number * batch * kv_heads * group * plan.pairs() * plan.tile.query * plan.tile.key * size
+    flops = 2.0 * number * batch * kv_heads * group * plan.mean_pairs() * plan.tile.query * plan.tile.key * size
 
-    def place(_, head, row) -> dict[str, Any]:
+    def indices(_, head, row) -> dict[str, Any]:
         if plan.by_key:
             return {"B": row, "K": head}
         return {"B": row, "K": lax.div(head, jnp.int32(group)), "G": lax.rem(head, jnp.int32(group))}
@@ -155,14 +169,14 @@ def _call(
     def spec(dims: str, array: Any) -> pl.BlockSpec:
         own = "BK" if plan.by_key else "BKG"
         block = tuple(None if dim in own else size for dim, size in zip(dims, array.shape, strict=True))
-        return pl.BlockSpec(block, lambda *program: tuple(place(*program).get(dim, 0) for dim in dims))
+        return pl.BlockSpec(block, lambda *program: tuple(indices(*program).get(dim, 0) for dim in dims))
 
     varying = jax.typeof(inputs[0][1]).mat
-    dims = Visits("Bn", "Bnm", "Bn", "Bn"), Tokens("BT", "BT"), Tokens("BS", "BS")  # pyright: ignore[reportArgumentType]
+    dims = Visits("Bn", "Bnm", "Bn", "Bn"), Tokens("BT", "BT"), Tokens("BS", "BS")
     tokens = plan.visits, plan.queries, plan.keys
     call = pl.pallas_call(
         functools.partial(kernel, span=plan.span),
-        grid=(plan.visits.turns.shape[1], kv_heads if plan.by_key else kv_heads * group, batch),
+        grid=(plan.visits.programs.shape[1], kv_heads if plan.by_key else kv_heads * group, batch),
         in_specs=[*jax.tree.map(spec, dims, tokens), *(spec(*each) for each in inputs)],
         out_specs=[spec(*each) for each in outputs],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for _, x in outputs],
@@ -180,35 +194,30 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _allowed(queries: Tokens, keys: Tokens) -> jax.Array:
-    """Operands broadcast against each other."""
-    return (keys.positions <= queries.positions) & (keys.segments == queries.segments)
-
-
-def _rows(tokens: Tokens, rows: Any, axis: int) -> Tokens:
-    """Some tokens, along the other axis of a tile of scores than `axis`."""
-    return Tokens(*(jnp.expand_dims(ref[rows], axis) for ref in tokens))
+def _rows(tokens: Tokens, rows: Any, dim: int) -> Tokens:
+    """Some tokens, with a dim of size 1 inserted so that they broadcast over a tile of scores."""
+    return Tokens(*(jnp.expand_dims(ref[rows], dim) for ref in tokens))
 
 
 def _visit(visits: Visits, span: int, tile, step: Callable, carry: Any) -> Any:
-    """Folds ``step(other tile, carry, masked)`` over the tiles that `tile` needs."""
-    whole, needed = visits.whole[tile], visits.needed[tile]
+    """Folds ``step(other tile, carry, masked)`` over the tiles that the program of `tile` visits."""
+    unmasked, visited = visits.unmasked[tile], visits.visited[tile]
 
-    def body(turn, carry, masked: bool):
+    def body(index, carry, masked: bool):
         if span == 1:
-            return step(visits.order[tile, turn], carry, masked)
-        first = visits.order[tile, lax.div(turn, jnp.int32(span))] * span
-        return step(first + lax.rem(turn, jnp.int32(span)), carry, masked)
+            return step(visits.order[tile, index], carry, masked)
+        first = visits.order[tile, lax.div(index, jnp.int32(span))] * span
+        return step(first + lax.rem(index, jnp.int32(span)), carry, masked)
 
-    carry = lax.fori_loop(0, whole, functools.partial(body, masked=False), carry)
-    return lax.fori_loop(whole, needed, functools.partial(body, masked=True), carry)
+    carry = lax.fori_loop(0, unmasked, functools.partial(body, masked=False), carry)
+    return lax.fori_loop(unmasked, visited, functools.partial(body, masked=True), carry)
 
 
 def _forward_kernel(
     visits, queries, keys, q_ref, k_ref, v_ref, out_ref, lse_ref, *, tile: Tile, scale: float, span: int
 ):
-    """Online softmax, in powers of two (one instruction), divided by its sum at the end."""
-    i = visits.turns[pl.program_id(0)]
+    """out and lse of a query tile. Online softmax in powers of two (one instruction), divided by its sum at the end."""
+    i = visits.programs[pl.program_id(0)]
     rows = pl.ds(i * tile.query, tile.query)
     q_QH, q_tokens = q_ref[rows, :], _rows(queries, rows, 1)
 
@@ -218,7 +227,7 @@ def _forward_kernel(
         k_CH, v_CH = k_ref[rows, :], v_ref[rows, :]
         s_QC = _dot(q_QH, k_CH.T) * (scale * LOG2_E)
         if masked:
-            s_QC = jnp.where(_allowed(q_tokens, _rows(keys, rows, 0)), s_QC, MASKED)
+            s_QC = jnp.where(may_attend(q_tokens, _rows(keys, rows, 0)), s_QC, MASKED)
         new_Q = jnp.maximum(top_Q, s_QC.max(axis=1))
         p_QC = jnp.exp2(s_QC - new_Q[:, None])
         decay_Q = jnp.exp2(top_Q - new_Q)
@@ -228,8 +237,8 @@ def _forward_kernel(
     row = jnp.zeros((tile.query,), jnp.float32)
     acc_QH, top_Q, sum_Q = _visit(visits, span, i, step, (jnp.zeros(q_QH.shape, jnp.float32), row + MASKED, row))
     empty_Q = top_Q <= MASKED / 2
-    part_Q = jnp.where(empty_Q, 0.0, 1.0 / sum_Q)
-    out_ref[rows, :] = (acc_QH * part_Q[:, None]).astype(out_ref.dtype)
+    inverse_Q = jnp.where(empty_Q, 0.0, 1.0 / sum_Q)
+    out_ref[rows, :] = (acc_QH * inverse_Q[:, None]).astype(out_ref.dtype)
     lse_ref[rows] = jnp.where(empty_Q, MASKED, top_Q * (1 / LOG2_E) + jnp.log(sum_Q))
 
 
@@ -237,7 +246,8 @@ def _dq_kernel(
     visits, queries, keys, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, *, tile: Tile, scale: float,
     span: int,
 ):  # fmt: skip
-    i = visits.turns[pl.program_id(0)]
+    """dq of a query tile."""
+    i = visits.programs[pl.program_id(0)]
     rows = pl.ds(i * tile.query, tile.query)
     q_QH, dout_QH, q_tokens = q_ref[rows, :], dout_ref[rows, :], _rows(queries, rows, 1)
     lse_Q1, delta_Q1 = lse_ref[rows][:, None], delta_ref[rows][:, None]
@@ -247,7 +257,7 @@ def _dq_kernel(
         k_CH, v_CH = k_ref[rows, :], v_ref[rows, :]
         p_QC = jnp.exp2(_dot(q_QH, k_CH.T) * (scale * LOG2_E) - lse_Q1)
         if masked:
-            p_QC = jnp.where(_allowed(q_tokens, _rows(keys, rows, 0)), p_QC, 0.0)
+            p_QC = jnp.where(may_attend(q_tokens, _rows(keys, rows, 0)), p_QC, 0.0)
         ds_QC = p_QC * (_dot(dout_QH, v_CH.T) - delta_Q1)
         return dq_QH + _dot(ds_QC.astype(k_CH.dtype), k_CH)
 
@@ -259,8 +269,8 @@ def _dkv_kernel(
     visits, queries, keys, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref, *, tile: Tile,
     scale: float, span: int,
 ):  # fmt: skip
-    """Scores are transposed, so that no product needs the transpose of what registers hold."""
-    j = visits.turns[pl.program_id(0)]
+    """dk and dv of a key tile. Scores are transposed, so that no product transposes an array in registers."""
+    j = visits.programs[pl.program_id(0)]
     cols = pl.ds(j * tile.key, tile.key)
     k_CH, v_CH, k_tokens = k_ref[cols, :], v_ref[cols, :], _rows(keys, cols, 1)
 
@@ -271,7 +281,7 @@ def _dkv_kernel(
         lse_1Q, delta_1Q = lse_ref[head, rows][None, :], delta_ref[head, rows][None, :]
         p_CQ = jnp.exp2(_dot(k_CH, q_QH.T) * (scale * LOG2_E) - lse_1Q)
         if masked:
-            p_CQ = jnp.where(_allowed(_rows(queries, rows, 0), k_tokens), p_CQ, 0.0)
+            p_CQ = jnp.where(may_attend(_rows(queries, rows, 0), k_tokens), p_CQ, 0.0)
         dv_CH += _dot(p_CQ.astype(dout_QH.dtype), dout_QH)
         ds_CQ = p_CQ * (_dot(v_CH, dout_QH.T) - delta_1Q)
         return dk_CH + _dot(ds_CQ.astype(q_QH.dtype), q_QH), dv_CH

@@ -1,71 +1,69 @@
-"""Which tiles the programs of a fused kernel visit, from the tiles' least and greatest positions and segments.
+"""Visit lists of the Triton kernels: which tiles each program visits, worked out in XLA (`mask.tiles_to_visit`).
 
-A list for each program: tiles that can hold an allowed pair of tokens, first those in which every pair is allowed. What
-the order of tokens is does not matter. Programs with the longest lists start first. In long sequences an entry is a
-span of several tiles, so that the lists stay small.
+The list of a program has the tiles that need no mask first, then those that need one. Programs with the longest lists
+start first. In long sequences an entry of a list is a span of several tiles, so that the lists stay small.
 
-Dims: B batch, T query tokens, S key tokens; Q, C tokens of a query and a key tile; n tiles that have a program each, m
-spans that these may visit.
+Dims: B batch, T query tokens, S key tokens; n tiles that have a program each, m spans that a program may visit.
 """
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tsp_jax.ops.kernels.mask import LATEST, Tokens, mean_visits, tiles_to_visit
 from tsp_jax.ops.kernels.tiles import Tile
-from tsp_jax.ops.kernels.xla import Tokens, mean_visits
 
 MOST_ENTRIES = 1 << 22
-"""of the lists of a kernel, for one row of the batch: 16 MiB"""
-LAST = 2**31 - 1
-"""position of a key that only fills a tile up, which no query sees; such a query has -LAST, and sees no key"""
+"""of the lists of a kernel, per row of the batch: 16 MiB"""
 
 
 class Visits(NamedTuple):
-    """Which tiles each program visits."""
+    """Which tiles each program visits, int32."""
 
-    turns: Any
-    """[B, n]: tile of the i-th program, those with most to visit first"""
+    programs: Any
+    """[B, n]: tile of the i-th program; those with most to visit first"""
     order: Any
-    """[B, n, m]: for each tile its spans, first the whole ones, then the other needed ones"""
-    whole: Any
-    """[B, n]: how many tiles of them need no mask"""
-    needed: Any
-    """[B, n]: how many tiles there are to visit"""
+    """[B, n, m]: the spans of each tile: unmasked ones, masked ones, then those not visited"""
+    unmasked: Any
+    """[B, n]: how many tiles need no mask"""
+    visited: Any
+    """[B, n]: how many tiles are visited"""
 
 
 class Plan(NamedTuple):
-    """What a kernel reads besides heads."""
+    """What a kernel reads besides heads, and its static sizes."""
 
     visits: Visits
     queries: Tokens
     keys: Tokens
     tile: Tile
     by_key: bool
-    """programs are of key tiles; else of query tiles"""
+    """a program has a key tile and visits query tiles; else the other way round"""
     span: int
     """tiles that an entry of a list stands for"""
 
     @classmethod
     def of(cls, queries: Tokens, keys: Tokens, tile: Tile, by_key: bool) -> "Plan":
-        queries, keys = _pad_tokens(queries, tile.query, -LAST), _pad_tokens(keys, tile.key, LAST)
-        sizes = queries.positions.shape[1] // tile.query, keys.positions.shape[1] // tile.key
-        span = span_of(*(sizes[::-1] if by_key else sizes))
-        listed = tile._replace(query=tile.query * span) if by_key else tile._replace(key=tile.key * span)
-        needed_Bnm, whole_Bnm = needed_tiles(queries, keys, listed)
+        """The plan for queries [B, T] and keys [B, S], padded to whole tiles."""
+        queries, keys = _pad_tokens(queries, tile.query, -LATEST), _pad_tokens(keys, tile.key, LATEST)
+        num_q, num_k = queries.positions.shape[1] // tile.query, keys.positions.shape[1] // tile.key
         if by_key:
-            needed_Bnm, whole_Bnm = needed_Bnm.swapaxes(1, 2), whole_Bnm.swapaxes(1, 2)
-        num = needed_Bnm.shape[-1]
-        rank = 2 - needed_Bnm.astype(jnp.int32) - whole_Bnm.astype(jnp.int32)
+            span = span_of(num_k, num_q)
+            both = tiles_to_visit(queries, keys, tile.query * span, tile.key)
+            visit_Bnm, unmasked_Bnm = (x.swapaxes(1, 2) for x in both)
+        else:
+            span = span_of(num_q, num_k)
+            visit_Bnm, unmasked_Bnm = tiles_to_visit(queries, keys, tile.query, tile.key * span)
+        num = visit_Bnm.shape[-1]
+        rank = 2 - visit_Bnm.astype(jnp.int32) - unmasked_Bnm.astype(jnp.int32)
         order = jnp.sort(rank * num + lax.broadcasted_iota(jnp.int32, rank.shape, 2), axis=-1) % num
-        whole, needed = (span * x.sum(axis=-1, dtype=jnp.int32) for x in (whole_Bnm, needed_Bnm))
-        turns = jnp.argsort(-needed, axis=-1, stable=True).astype(jnp.int32)
-        return cls(Visits(turns, order, whole, needed), queries, keys, tile, by_key, span)
+        unmasked, visited = (span * x.sum(axis=-1, dtype=jnp.int32) for x in (unmasked_Bnm, visit_Bnm))
+        programs = jnp.argsort(-visited, axis=-1, stable=True).astype(jnp.int32)
+        return cls(Visits(programs, order, unmasked, visited), queries, keys, tile, by_key, span)
 
-    def pairs(self) -> float:
-        """Pairs of tiles visited by all programs of a head, on average; see `mean_visits`."""
+    def mean_pairs(self) -> float:
+        """Mean number of pairs of tiles that all programs of a head visit; see `mean_visits`."""
         lengths = self.queries.positions.shape[1], self.keys.positions.shape[1]
         if self.by_key:
             _, visits = mean_visits(*lengths, self.tile.query * self.span, self.tile.key)
@@ -75,7 +73,7 @@ class Plan(NamedTuple):
 
 
 def span_of(programs: int, tiles: int) -> int:
-    """The smallest power of two that divides the tiles and keeps the lists short enough, or else the largest."""
+    """The smallest power of two that divides `tiles` and keeps the lists short enough; if none does, the largest."""
     span = 1
     while programs * tiles // span > MOST_ENTRIES and tiles % (2 * span) == 0:
         span *= 2
@@ -83,19 +81,6 @@ def span_of(programs: int, tiles: int) -> int:
 
 
 def _pad_tokens(tokens: Tokens, tile: int, position: int) -> Tokens:
-    more = ((0, 0), (0, -tokens.positions.shape[1] % tile))
-    positions = jnp.pad(tokens.positions, more, constant_values=position)
-    return Tokens(positions, jnp.pad(tokens.segments, more, mode="edge"))
-
-
-def needed_tiles(queries: Tokens, keys: Tokens, tile: Tile) -> tuple[jax.Array, jax.Array]:
-    """[B, T/Q, S/C] bool: tile pairs that may hold an allowed pair of tokens, and those that hold no other."""
-
-    def ends(x_BT: jax.Array, size: int, axis: int):
-        tiles = x_BT.reshape(x_BT.shape[0], -1, size)
-        return (jnp.expand_dims(end, axis) for end in (tiles.min(axis=-1), tiles.max(axis=-1)))
-
-    (first_q, last_q), (low_q, high_q) = (ends(x, tile.query, 2) for x in queries)
-    (first_k, last_k), (low_k, high_k) = (ends(x, tile.key, 1) for x in keys)
-    needed = (first_k <= last_q) & (low_k <= high_q) & (low_q <= high_k)
-    return needed, (last_k <= first_q) & (low_q == high_k) & (low_k == high_q)
+    padding = ((0, 0), (0, -tokens.positions.shape[1] % tile))
+    positions = jnp.pad(tokens.positions, padding, constant_values=position)
+    return Tokens(positions, jnp.pad(tokens.segments, padding, mode="edge"))

@@ -1,0 +1,110 @@
+"""What tests of attention kernels share: tokens of one rank, arrays, and the plain mathematics to compare with.
+
+Dims: B batch, T query tokens, S key tokens, K KV heads, G query heads per KV head, H head.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.builders.arrays import normal, packed_batch
+from tsp_jax.ops import reference
+from tsp_jax.ops.kernels import Kernel, delta
+from tsp_jax.ops.kernels.mask import MASKED, Tokens
+from tsp_jax.training.data import sequence_order
+
+S, H = 48, 10
+
+
+class Case(NamedTuple):
+    """Queries are the tokens of one rank; keys are all tokens, in the order of the ranks."""
+
+    kv_heads: int = 3
+    group: int = 2
+    packed: bool = False
+    ranks: int = 1
+    rank: int = 0
+    batch: int = 2
+
+    def tokens(self) -> tuple[Tokens, Tokens]:
+        """(queries, keys)"""
+        order = sequence_order(S, self.ranks, "zigzag")
+        batch = packed_batch(self.batch, S, 7)
+        positions = batch.positions if self.packed else np.broadcast_to(np.arange(S, dtype=np.int32), (self.batch, S))
+        segments = batch.segment_ids if self.packed else np.zeros((self.batch, S), np.int32)
+        keys = Tokens(positions[:, order], segments[:, order])
+        own = slice(self.rank * (S // self.ranks), (self.rank + 1) * (S // self.ranks))
+        return Tokens(*(array[:, own] for array in keys)), keys
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """(q, k, v, dout)"""
+        queries = self.batch, S // self.ranks, self.kv_heads, self.group, H
+        keys = self.batch, S, self.kv_heads, H
+        return normal(0, *queries, std=2.0), normal(1, *keys), normal(2, *keys), normal(3, *queries)
+
+    def lonely_queries(self) -> tuple[Tokens, np.ndarray]:
+        """(queries, every fifth of them in a segment that no key has; which these are, [B, T])."""
+        queries, _ = self.tokens()
+        alone = np.broadcast_to(np.arange(queries.positions.shape[1]) % 5 == 0, queries.positions.shape)
+        return Tokens(queries.positions, np.where(alone, 99, queries.segments).astype(np.int32)), alone
+
+
+def random_tokens(seed: int, num_segments: int, batch: int) -> tuple[Tokens, Tokens]:
+    """(queries, keys) in random orders and random segments; some queries have no key."""
+    rng = np.random.default_rng(seed)
+
+    def tokens():
+        positions = np.stack([rng.permutation(S) for _ in range(batch)])
+        return Tokens(positions.astype(np.int32), rng.integers(0, num_segments, (batch, S), np.int32))
+
+    return tokens(), tokens()
+
+
+def allowed_pairs(queries: Tokens, keys: Tokens) -> np.ndarray:
+    """[B, T, S] bool: which pairs may attend, written apart from the kernels' own rule."""
+    later = keys.positions[:, None] > queries.positions[:, :, None]
+    foreign = keys.segments[:, None] != queries.segments[:, :, None]
+    return ~(later | foreign)
+
+
+def run(kernel: Kernel, q, k, v, dout, queries, keys):
+    """(out, lse, (dq, dk, dv))"""
+    out, lse = kernel.attend(q, k, v, queries, keys)
+    return out, lse, kernel.attend_backward(q, k, v, queries, keys, delta(out, dout), lse, dout)
+
+
+jitted_run = functools.partial(jax.jit, static_argnums=0)(run)
+
+
+@jax.jit
+def run_reference(q, k, v, dout, queries, keys):
+    """`run` by the plain mathematics; every query must have a key."""
+
+    def f(q, k, v):
+        return reference.softmax_attention(q, k, v, queries.positions, keys.positions, queries.segments, keys.segments)
+
+    (out, lse), vjp = jax.vjp(f, q, k, v)
+    return out, lse, vjp((dout, jnp.zeros_like(lse)))
+
+
+@jax.jit
+def run_reference_where(has_key, q, k, v, dout, queries, keys):
+    """(out, (dq, dk, dv)), zero where a query has no key: the reference divides by zero there."""
+
+    def f(q, k, v):
+        scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k) / np.float32(np.sqrt(H))
+        allowed = allowed_pairs(queries, keys)[:, None, None]
+        weights = jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1)
+        out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
+        return jnp.where(has_key[:, :, None, None, None], out, 0.0)
+
+    out, vjp = jax.vjp(f, q, k, v)
+    return out, vjp(dout)
+
+
+def poison(array: np.ndarray, where_t: np.ndarray) -> np.ndarray:
+    """[B, T, ...] with NaN at some tokens of every row."""
+    return np.where(where_t.reshape(1, -1, *(1,) * (array.ndim - 2)), np.nan, array).astype(np.float32)

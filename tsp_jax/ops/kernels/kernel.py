@@ -1,0 +1,109 @@
+"""What an attention kernel is: a named pair of functions for one device, with the block sizes they use.
+
+Dims: B batch, T query tokens, S key tokens, K KV heads, G query heads per KV head, H head.
+"""
+
+import abc
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from tsp_jax.ops.kernels.mask import Tokens
+
+_KINDS = {
+    "AMD Instinct MI300": "gfx942", "AMD Instinct MI325": "gfx942", "gfx942": "gfx942",
+    "AMD Instinct MI35": "gfx950", "gfx950": "gfx950",
+    "NVIDIA H100": "sm_90", "NVIDIA H200": "sm_90", "NVIDIA GH200": "sm_90",
+}  # fmt: skip
+"""prefix of a device kind -> arch, for topologies and abstract devices that report no compute capability"""
+
+
+def arch_of(mesh: Mesh | AbstractMesh) -> str:
+    """Architecture of a mesh's devices: ``cpu``, ``tpu``, ``gfx942``, ``sm_90``, ...; empty if it is not known."""
+    device: Any = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
+    if device is None or device.platform in ("cpu", "tpu"):
+        return device.platform if device else ""
+    capability = str(getattr(device, "compute_capability", ""))
+    if capability.startswith("gfx"):
+        return capability.split(":")[0]
+    if capability[:1].isdecimal():
+        return f"sm_{capability.replace('.', '')}"
+    return next((arch for kind, arch in _KINDS.items() if device.device_kind.startswith(kind)), "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel(abc.ABC):
+    """Causal attention within segments on one device, and its gradients. Hashable: a static argument of jitted code."""
+
+    @classmethod
+    @abc.abstractmethod
+    def for_arch(cls, arch: str) -> Self:
+        """The kernel with the block sizes of an architecture; see `arch_of`."""
+
+    def unsupported(self, head_dim: int, dtype: Any) -> str:
+        """Why the kernel cannot run with these heads on its architecture; empty if it can."""
+        del head_dim, dtype
+        return ""
+
+    def within(self, tokens: int) -> Self:
+        """The kernel for `tokens` query tokens, two zigzag chunks: none of its blocks crosses from one to the other."""
+        del tokens
+        return self
+
+    @abc.abstractmethod
+    def attend(
+        self, q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries: Tokens, keys: Tokens
+    ) -> tuple[jax.Array, jax.Array]:
+        """Causal attention within segments (`mask.may_attend`), scores over sqrt(H).
+
+        ``out = softmax(mask(q k^T / sqrt(H))) v``, ``lse = logsumexp(mask(q k^T / sqrt(H)))``
+
+        Args:
+          q_BTKGH: queries, grouped by KV head, in the compute dtype.
+          k_BSKH: keys, in the compute dtype.
+          v_BSKH: values, in the compute dtype.
+          queries: positions and segments of the T query tokens.
+          keys: positions and segments of the S key tokens, in any order.
+
+        Returns:
+          (out [B, T, K, G, H] in q's dtype, lse [B, T, K, G] float32). A query without any key gets zeros and
+            `MASKED`.
+        """
+
+    @abc.abstractmethod
+    def attend_backward(
+        self,
+        q_BTKGH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        queries: Tokens,
+        keys: Tokens,
+        delta_BTKG: jax.Array,
+        lse_BTKG: jax.Array,
+        dout_BTKGH: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Gradients of `attend`, accumulated in float32.
+
+        ``p = exp(q k^T / sqrt(H) - lse)``, ``ds = p (dout v^T - delta) / sqrt(H)``;
+        ``dq = ds k``, ``dk = ds^T q``, ``dv = p^T dout``
+
+        Args:
+          q_BTKGH: as in `attend`, and so are k_BSKH, v_BSKH, queries and keys.
+          delta_BTKG: float32, from `delta`.
+          lse_BTKG: float32, from `attend`.
+          dout_BTKGH: cotangent of out, in the compute dtype.
+
+        Returns:
+          (dq [B, T, K, G, H], dk [B, S, K, H], dv [B, S, K, H]), each in the dtype of its primal.
+        """
+
+
+def delta(out_BTKGH: jax.Array, dout_BTKGH: jax.Array) -> jax.Array:
+    """``sum_H(out dout)``, [B, T, K, G] float32: all that backward needs of the outputs.
+
+    Source: Dao et al., arXiv 2205.14135, appendix B.
+    """
+    return (dout_BTKGH.astype(jnp.float32) * out_BTKGH.astype(jnp.float32)).sum(axis=-1)

@@ -1,0 +1,87 @@
+"""Which query may attend to which key, for single tokens and for tiles of tokens.
+
+The rule is written once, here: `may_attend`. Its tile form, `tiles_to_visit`, reads only each tile's least and greatest
+position and segment, so it is correct for any order of tokens (a zigzag order, packed documents, a cache).
+
+Dims: B batch, T query tokens, S key tokens; n query tiles, m key tiles.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30
+"""score of a pair that may not attend; finite, so that a row without any allowed key stays a number"""
+LATEST = 2**31 - 1
+"""position of a padding key, which no query attends to; a padding query has -LATEST, and attends to no key"""
+
+
+class Tokens(NamedTuple):
+    """What decides who may attend to whom."""
+
+    positions: Any
+    """[B, T] int32"""
+    segments: Any
+    """[B, T] int32, document numbers"""
+
+    @classmethod
+    def one_document(cls, positions: jax.Array) -> "Tokens":
+        """Tokens that all belong to one document."""
+        return cls(positions, jnp.zeros_like(positions))
+
+
+def may_attend(queries: Tokens, keys: Tokens) -> jax.Array:
+    """Whether a query may attend to a key: the key is not later, and both are in the same segment.
+
+    Args:
+      queries: positions and segments that broadcast against those of `keys`.
+      keys: likewise.
+
+    Returns:
+      bool, of the broadcast shape.
+    """
+    return (keys.positions <= queries.positions) & (keys.segments == queries.segments)
+
+
+def tiles_to_visit(queries: Tokens, keys: Tokens, query_tile: int, key_tile: int) -> tuple[jax.Array, jax.Array]:
+    """The tile form of `may_attend`: which pairs of tiles to visit, and which of these need no mask.
+
+    A pair of tiles is visited if the bounds of positions and segments allow any pair of its tokens; with several
+    segments in a tile this may hold although `may_attend` is false for all of them.
+
+    Args:
+      queries: [B, T].
+      keys: [B, S].
+      query_tile: tokens of a query tile; divides T.
+      key_tile: tokens of a key tile; divides S.
+
+    Returns:
+      (visit [B, n, m] bool, unmasked [B, n, m] bool). Unmasked tiles are those in which every pair may attend.
+    """
+
+    def bounds(x_BT: jax.Array, tile: int, other_dim: int) -> tuple[jax.Array, jax.Array]:
+        tiles = x_BT.reshape(x_BT.shape[0], -1, tile)
+        return jnp.expand_dims(tiles.min(axis=-1), other_dim), jnp.expand_dims(tiles.max(axis=-1), other_dim)
+
+    (first_q, last_q), (low_q, high_q) = (bounds(x, query_tile, 2) for x in queries)
+    (first_k, last_k), (low_k, high_k) = (bounds(x, key_tile, 1) for x in keys)
+    visit_Bnm = (first_k <= last_q) & (low_k <= high_q) & (low_q <= high_k)
+    return visit_Bnm, (last_k <= first_q) & (low_q == high_k) & (low_k == high_q)
+
+
+def mean_visits(q_len: int, k_len: int, query_tile: int, key_tile: int) -> tuple[float, float]:
+    """Mean number of tiles that causal attention visits: (key tiles per query tile, query tiles per key tile).
+
+    A function of shapes alone: it takes this device's queries as a fair sample of all positions (true of a zigzag order
+    and of one rank) and all tokens as one document. Only cost estimates of compiled programs depend on it, no result.
+
+    Args:
+      q_len: this device's query tokens.
+      k_len: key tokens of the whole sequence.
+      query_tile: tokens of a query tile, contiguous in the sequence.
+      key_tile: tokens of a key tile, likewise.
+    """
+    num_q, num_k = max(1, k_len // query_tile), k_len // key_tile
+    visits = sum(min(num_k, -(-(a + 1) * query_tile // key_tile)) for a in range(num_q))
+    return visits / num_q, visits / num_k * (q_len / k_len)

@@ -11,7 +11,7 @@ import pytest
 
 import tsp_jax
 from tests.builders.arrays import BF16_TOLERANCE, LAYOUT_CASES, UNUSUAL_CASES, place_case, relative_error
-from tsp_jax.config import Config, ModelConfig, StreamConfig
+from tsp_jax.config import Config, DType, ModelConfig, StreamConfig
 from tsp_jax.cost.serving import cache_bytes, decode_traffic
 from tsp_jax.errors import ConfigError
 from tsp_jax.heads import to_stored
@@ -57,18 +57,20 @@ OTHER_CASES = [
 
 
 def config_of(model: str, **changes) -> Config:
+    """For closed forms, which take a training configuration."""
     fields = {"model": MODELS[model], "stream": STREAM, "steps": 1, "batch": 1, "seq_len": 8}
     return Config(**({**fields, "compute_dtype": "float32"} | changes))
 
 
 @functools.cache
-def program_of(case: str, model: str, chunk: int = CHUNK, dtype: str = "float32"):
-    config = config_of(model, compute_dtype=dtype)
-    return make_inference_program(config, place_case(case), batch=BATCH, capacity=CAPACITY, chunk=chunk)
+def program_of(case: str, model: str, chunk: int = CHUNK, dtype: DType = "float32"):
+    return make_inference_program(
+        MODELS[model], place_case(case), stream=STREAM, dtype=dtype, batch=BATCH, capacity=CAPACITY, chunk=chunk
+    )
 
 
 @functools.cache
-def served(case: str, model: str, chunk: int = CHUNK, dtype: str = "float32"):
+def served(case: str, model: str, chunk: int = CHUNK, dtype: DType = "float32"):
     """(program, params) of a model with the same logical parameters whatever the case."""
     program = program_of(case, model, chunk, dtype)
     shardings = jax.tree.map(lambda array: array.sharding, program.abstract_params)
@@ -197,8 +199,10 @@ def test_prefill_attends_by_the_kernel_that_is_chosen(monkeypatch):
     """The fused one, interpreted, which needs one device; a sequence without a token in the second chunk, too."""
     monkeypatch.setattr(kernels, "choose", lambda *_: "interpret")
     monkeypatch.setattr(kernels.blockwise, "attend", None)
-    sizes = {"batch": BATCH, "capacity": CAPACITY, "chunk": CHUNK}
-    program = make_inference_program(config_of("odd_heads"), place_case("single"), **sizes)
+    program = make_inference_program(
+        MODELS["odd_heads"], place_case("single"),
+        stream=STREAM, dtype="float32", batch=BATCH, capacity=CAPACITY, chunk=CHUNK,
+    )  # fmt: skip
     prompts, params = make_prompts(), jax.tree.map(jnp.asarray, logical_params("odd_heads"))
     logits, _ = prefill_prompts(program, params, program.init_cache(), prompts)
     desired = reference_logits("odd_heads", prompts)
@@ -488,12 +492,13 @@ def test_generate_refuses_what_cannot_be(prompts, max_new_tokens, message):
         ({"chunk": 42}, "chunk=42 is not divisible by 4 over tsp; use 44"),
         ({"batch": 3}, "batch=3 is not divisible by 2 over data; use 4"),
         ({"capacity": 0}, "capacity=0 must be positive"),
+        ({"dtype": "float16"}, "dtype=float16 is unknown; use one of float32, bfloat16"),
     ],
 )
 def test_program_refuses_what_the_mesh_cannot_cut(changes, message):
     sizes = {"batch": 4, "capacity": 64, "chunk": 16} | changes
     with pytest.raises(ConfigError, match=message):
-        make_inference_program(config_of("grouped"), place_case("data2_tsp4"), **sizes)
+        make_inference_program(MODELS["grouped"], place_case("data2_tsp4"), stream=STREAM, **sizes)
 
 
 # ------------------------------------------------------------------------------------------------ sampling

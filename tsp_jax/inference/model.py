@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 
-from tsp_jax.config import Config, DType, ModelConfig, StreamConfig
+from tsp_jax.config import DType, ModelConfig, StreamConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.hf.config import read_json
 from tsp_jax.hf.tokenizer import Tokenizer, read_stop_tokens
@@ -44,11 +44,11 @@ class Model:
         """The compiled program of these sizes; see `make_inference_program`."""
         sizes = batch, capacity, chunk
         if sizes not in self.programs:
-            config = Config(
-                model=self.config, stream=self.stream, compute_dtype=self.dtype, steps=1, batch=batch, seq_len=chunk
-            )
-            made = make_inference_program(config, self.placement, batch=batch, capacity=capacity, chunk=chunk)
-            self.programs[sizes] = made.compile()
+            program = make_inference_program(
+                self.config, self.placement,
+                stream=self.stream, dtype=self.dtype, batch=batch, capacity=capacity, chunk=chunk,
+            )  # fmt: skip
+            self.programs[sizes] = program.compile()
         return self.programs[sizes]
 
     def encode(self, prompt: Prompt) -> list[int]:

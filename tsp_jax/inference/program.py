@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tsp_jax.config import Config, StreamConfig
+from tsp_jax.config import DType, ModelConfig, StreamConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.compiler_options import compiler_options
 from tsp_jax.heads import paddings
@@ -66,9 +66,11 @@ class InferenceProgram:
 
 
 def make_inference_program(
-    config: Config,
+    model: ModelConfig,
     placement: Placement,
     *,
+    stream: StreamConfig = StreamConfig(),
+    dtype: DType = "bfloat16",
     batch: int,
     capacity: int,
     chunk: int,
@@ -77,21 +79,23 @@ def make_inference_program(
     """Builds the functions that serve a model on a placement; compiles nothing.
 
     Args:
-      config: of the model, its streams and the compute dtype, which is also the cache's.
+      model: sizes of the model.
       placement: layout and mesh, those of training or any others.
-      batch: B, sequences at a time.
-      capacity: tokens of a sequence, prompt and continuation.
-      chunk: tokens of a prompt that are prefilled at once; longer prompts take several turns.
-      params_dtype: of the parameters; the compute dtype if None.
+      stream: how weights are streamed in prefill.
+      dtype: of activations and of the cache.
+      batch: B, sequences that are served together.
+      capacity: tokens of a sequence that the cache has room for, prompt and continuation.
+      chunk: T, tokens of a prompt that one prefill takes; longer prompts take several.
+      params_dtype: of the parameters; `dtype` if None.
 
     Raises:
-      ConfigError: the placement cannot cut the batch or the chunk.
+      ConfigError: a size is not positive, the placement does not divide the batch or the chunk, or the dtype is
+        unknown.
     """
-    _check(placement, batch, capacity, chunk)
-    dtype = jnp.dtype(config.compute_dtype)
-    model_of, abstract_params, pads = _model(config, placement, config.stream, params_dtype or dtype)
-    whole_model_of, _, _ = _model(config, decode_placement(placement), ONE_BUCKET, params_dtype or dtype)
-    cache = abstract_cache(config.model, placement, batch=batch, capacity=max(capacity, chunk), dtype=dtype)
+    _check(placement, batch, capacity, chunk, dtype)
+    model_of, abstract_params, pads = _model(model, placement, stream, dtype, params_dtype)
+    whole_model_of, _, _ = _model(model, decode_placement(placement), ONE_BUCKET, dtype, params_dtype)
+    cache = abstract_cache(model, placement, batch=batch, capacity=max(capacity, chunk), dtype=dtype)
     replicated = NamedSharding(placement.mesh, PartitionSpec())
     tokens = jax.ShapeDtypeStruct((batch, chunk), jnp.int32, sharding=placement.sharding("batch", "sequence"))
     token = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=replicated)
@@ -122,7 +126,7 @@ def make_inference_program(
         abstract_cache=cache,
         abstract_chunk=(tokens, tokens),
         abstract_tokens=token,
-        vocab_size=config.model.vocab_size,
+        vocab_size=model.vocab_size,
     )
 
 
@@ -139,7 +143,9 @@ def _cast_like(abstract_params: dict) -> Callable[[dict], dict]:
     return jax.jit(cast, out_shardings=_shardings(abstract_params))
 
 
-def _check(placement: Placement, batch: int, capacity: int, chunk: int) -> None:
+def _check(placement: Placement, batch: int, capacity: int, chunk: int, dtype: str) -> None:
+    if dtype not in get_args(DType):
+        raise ConfigError(f"dtype={dtype} is unknown; use one of {', '.join(get_args(DType))}")
     for name, value in (("batch", batch), ("capacity", capacity), ("chunk", chunk)):
         if value < 1:
             raise ConfigError(f"{name}={value} must be positive; use 1")
@@ -148,17 +154,21 @@ def _check(placement: Placement, batch: int, capacity: int, chunk: int) -> None:
     check_divides("chunk", chunk, placement.size("sequence"), layout.sequence)
 
 
-def _model(config: Config, placement: Placement, stream: StreamConfig, params_dtype: jax.typing.DTypeLike):
-    """(params -> the model on a placement, abstract params, their paddings)."""
+def _model(
+    config: ModelConfig,
+    placement: Placement,
+    stream: StreamConfig,
+    dtype: DType,
+    params_dtype: jax.typing.DTypeLike | None,
+):
+    """(function from parameters to the model on a placement, abstract parameters, their paddings)."""
 
     def make() -> Transformer:
-        return Transformer(
-            config.model, placement=placement, stream=stream, dtype=jnp.dtype(config.compute_dtype), rngs=nnx.Rngs(0)
-        )
+        return Transformer(config, placement=placement, stream=stream, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
 
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
     params = jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(array.shape, params_dtype, sharding=array.sharding),
+        lambda array: jax.ShapeDtypeStruct(array.shape, params_dtype or dtype, sharding=array.sharding),
         nnx.to_pure_dict(abstract),
     )
     return functional(graphdef, abstract), params, paddings(abstract)

@@ -16,9 +16,9 @@ from tsp_jax.cost.serving import cache_bytes, decode_traffic
 from tsp_jax.errors import ConfigError
 from tsp_jax.heads import to_stored
 from tsp_jax.inference import Sampling, Stats, generate_tokens, make_inference_program, sample
-from tsp_jax.inference.batching import prefill_prompts
 from tsp_jax.inference.cache import PAGE, deal
 from tsp_jax.inference.sampling import filter_top_k, filter_top_p, row_keys
+from tsp_jax.inference.token_loop import prefill_prompts
 from tsp_jax.inspect import compiled_memory, list_buffers, list_collectives, parse
 from tsp_jax.ops import kernels, reference
 from tsp_jax.ops.attention.kv_cache import EMPTY, NO_TOKEN

@@ -12,9 +12,9 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hf.config import read_json
 from tsp_jax.hf.tokenizer import Tokenizer, read_stop_tokens
 from tsp_jax.hf.weights import check_folder, load_params, read_config
-from tsp_jax.inference.batching import OnToken, Stats, check_prompts, generate_tokens
 from tsp_jax.inference.program import InferenceProgram, make_inference_program
 from tsp_jax.inference.sampling import Sampling
+from tsp_jax.inference.token_loop import OnToken, Stats, check_prompts, generate_tokens
 from tsp_jax.layout import Placement, check_divides
 
 Prompt = str | Sequence[int]

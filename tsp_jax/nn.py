@@ -141,7 +141,7 @@ class Attention(nnx.Module):
         self.remat: Remat = remat
         self.stream = stream
         self.config = attention_op.AttentionConfig(
-            kv_slots=heads.kv,
+            padded_kv_heads=heads.kv,
             head_dim=head_dim,
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,

@@ -16,7 +16,7 @@ from tsp_jax.cost.serving import cache_bytes, decode_traffic
 from tsp_jax.errors import ConfigError
 from tsp_jax.heads import to_stored
 from tsp_jax.inference import Sampling, Stats, generate_tokens, make_inference_program, sample
-from tsp_jax.inference.cache import PAGE, deal
+from tsp_jax.inference.cache import ENTRIES_MULTIPLE, assign_tokens
 from tsp_jax.inference.sampling import filter_top_k, filter_top_p, row_keys
 from tsp_jax.inference.token_loop import prefill_prompts
 from tsp_jax.inspect import compiled_memory, list_buffers, list_collectives, parse
@@ -267,7 +267,7 @@ def test_a_device_holds_its_share_of_the_cache_and_at_most_a_page_more(case):
     share = cache_bytes(config, placement.layout, sizes)
     arrays = program.abstract_cache.key_values
     mine = sum(4 * math.prod(array.sharding.shard_shape(array.shape)) for array in arrays)
-    assert share <= mine <= share * (1 + PAGE * ranks / CAPACITY)
+    assert share <= mine <= share * (1 + ENTRIES_MULTIPLE * ranks / CAPACITY)
     model = MODELS["multi_head"]
     total = 2 * model.num_layers * BATCH * CAPACITY * model.num_kv_heads * model.head_dim * 4
     shards = math.prod(placement.mesh.shape[axis] for axis in placement.layout.axes("heads").tensor)
@@ -290,7 +290,7 @@ def test_deal_gives_every_token_once_and_keeps_ranks_level(ranks):
     rng = np.random.default_rng(ranks)
     chunk = 4 * ranks
     starts, counts = rng.integers(0, 50, 20), rng.integers(0, chunk + 1, 20)
-    for row, start, count in zip(deal(starts, counts, chunk, ranks), starts, counts, strict=True):
+    for row, start, count in zip(assign_tokens(starts, counts, chunk, ranks), starts, counts, strict=True):
         real = row.reshape(ranks, -1) != NO_TOKEN
         assert sorted(row[row != NO_TOKEN]) == list(range(start, start + count))
         kept = [len(range(rank, start, ranks)) for rank in range(ranks)] + real.sum(axis=1)
@@ -300,7 +300,7 @@ def test_deal_gives_every_token_once_and_keeps_ranks_level(ranks):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_deal_of_a_whole_chunk_is_the_order_of_training(ranks):
-    assert deal([0], [48], 48, ranks)[0].tolist() == sequence_order(48, ranks, "zigzag").tolist()
+    assert assign_tokens([0], [48], 48, ranks)[0].tolist() == sequence_order(48, ranks, "zigzag").tolist()
 
 
 # ------------------------------------------------------------------------------------------------ compiled programs
@@ -475,9 +475,9 @@ def test_a_draw_depends_on_seed_prompt_and_place_alone():
         ([[1], []], 4, r"prompts\[1\] is empty"),
         ([[1] * 100], 29, "capacity=128 is too small for the 100 tokens of .*; use capacity=129"),
         ([[1]], 0, "max_new_tokens=0 must be positive"),
-        ([], 4, "holds no prompt"),
-        ([[1], [71, 72]], 4, r"prompts\[1\] holds 72, which is no token; use ids from 0 to 71"),
-        ([[-1]], 4, "holds -1, which is no token"),
+        ([], 4, "is empty; use at least one prompt"),
+        ([[1], [71, 72]], 4, r"prompts\[1\] has token id 72, which is unknown; use 0 to 71"),
+        ([[-1]], 4, "has token id -1, which is unknown"),
     ],
 )
 def test_generate_refuses_what_cannot_be(prompts, max_new_tokens, message):

@@ -1,4 +1,4 @@
-"""Prefill and decode as jitted functions over global arrays, and the shapes and shardings of all that they touch."""
+"""Prefill and decode as jitted functions over global arrays, and the shapes and shardings of their arguments."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,18 +20,18 @@ from tsp_jax.layout import Placement, check_divides
 from tsp_jax.models.transformer import Transformer, functional
 
 ONE_BUCKET = StreamConfig(bucket_mib=1e9)
-"""for decoding, where no weights move: one bucket per op"""
+"""for decode, where weights are stationary: one bucket per op"""
 
 
 @dataclasses.dataclass(frozen=True)
 class InferenceProgram:
-    """The functions that serve a model, not yet compiled, and the trees that describe what they take."""
+    """The functions that serve a model, compiled or not, and abstract versions of their arguments."""
 
     placement: Placement
     batch: int
-    """B, sequences of the cache"""
+    """B, sequences in the cache"""
     capacity: int
-    """tokens of a sequence that the cache has room for: what was asked for, in whole pages"""
+    """tokens of a sequence that the cache has room for, at least as many as requested"""
     chunk: int
     """T, tokens of a sequence that one prefill takes"""
     prefill: Any
@@ -39,28 +39,28 @@ class InferenceProgram:
     decode: Any
     """jitted (params, cache, tokens [B]) -> (logits [B, V] float32, cache); donates the cache"""
     init_cache: Callable[[], Cache]
-    """a cache without tokens, made where it belongs"""
+    """a sharded cache without tokens"""
     cast_params: Callable[[dict], dict]
-    """parameters of training, in stored form, in the dtype of serving"""
+    """training parameters in stored form -> the same in the dtype and shardings of serving"""
     abstract_params: dict
-    """shapes, dtypes and shardings, in stored form: those of training, but for the dtype"""
+    """shapes, dtypes and shardings in stored form; as in training except for the dtype"""
     paddings: dict
     """for each parameter, the object that pads its layout-independent array to the stored shape and back"""
     abstract_cache: Cache
     abstract_chunk: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
-    """tokens and positions that prefill takes"""
+    """tokens and positions for prefill"""
     abstract_tokens: jax.ShapeDtypeStruct
-    """that decode takes"""
+    """tokens for decode"""
     vocab_size: int
     peak_bytes: int = 0
-    """on one device, of the larger of prefill and decode, by the compiler; 0: not compiled yet"""
+    """peak memory per device of prefill or decode, whichever is larger, as the compiler counts; 0: not compiled yet"""
 
     def compile(self) -> "InferenceProgram":
-        """The same with prefill and decode compiled, so that no later call compiles anything."""
-        given = self.abstract_params, self.abstract_cache
+        """The program with prefill and decode compiled, so that no later call compiles."""
+        args = self.abstract_params, self.abstract_cache
         options = compiler_options(jax.devices()[0])
-        prefill = self.prefill.lower(*given, *self.abstract_chunk).compile(options)
-        decode = self.decode.lower(*given, self.abstract_tokens).compile(options)
+        prefill = self.prefill.lower(*args, *self.abstract_chunk).compile(options)
+        decode = self.decode.lower(*args, self.abstract_tokens).compile(options)
         peak = max(compiled_memory(compiled).peak_bytes for compiled in (prefill, decode))
         return dataclasses.replace(self, prefill=prefill, decode=decode, peak_bytes=peak)
 
@@ -94,18 +94,17 @@ def make_inference_program(
     """
     _check(placement, batch, capacity, chunk, dtype)
     model_of, abstract_params, pads = _model(model, placement, stream, dtype, params_dtype)
-    whole_model_of, _, _ = _model(model, decode_placement(placement), ONE_BUCKET, dtype, params_dtype)
+    decode_model_of, _, _ = _model(model, decode_placement(placement), ONE_BUCKET, dtype, params_dtype)
     cache = abstract_cache(model, placement, batch=batch, capacity=max(capacity, chunk), dtype=dtype)
     replicated = NamedSharding(placement.mesh, PartitionSpec())
     tokens = jax.ShapeDtypeStruct((batch, chunk), jnp.int32, sharding=placement.sharding("batch", "sequence"))
     token = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=replicated)
 
     def prefill_step(params: dict, cache: Cache, tokens_BT: jax.Array, positions_BT: jax.Array):
-        whole = whole_model_of(params)
-        return prefill(model_of(params), whole, placement, cache, tokens_BT, positions_BT)
+        return prefill(model_of(params), decode_model_of(params), placement, cache, tokens_BT, positions_BT)
 
     def decode_step(params: dict, cache: Cache, tokens_B: jax.Array):
-        return decode(whole_model_of(params), placement, cache, tokens_B)
+        return decode(decode_model_of(params), placement, cache, tokens_B)
 
     def jit(step: Callable, *inputs: jax.ShapeDtypeStruct):
         args = _shardings((abstract_params, cache, *inputs))
@@ -135,7 +134,7 @@ def _shardings(abstract: Any) -> Any:
 
 
 def _cast_like(abstract_params: dict) -> Callable[[dict], dict]:
-    """Parameters -> the same in these dtypes and shardings."""
+    """A function that casts parameters to these dtypes and shardings."""
 
     def cast(params: dict) -> dict:
         return jax.tree.map(lambda p, like: p.astype(like.dtype), params, abstract_params)

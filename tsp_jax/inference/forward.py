@@ -139,12 +139,10 @@ def _sharded(local: Callable, placement: Placement, x_spec: PartitionSpec, *rest
     return placement.shard_map(local, in_specs=in_specs, out_specs=(x_spec, kv_specs))
 
 
-def _inputs(module: Attention, x_BTD: jax.Array) -> tuple[jax.Array, AttentionWeights, HeadNorms | None]:
-    norms = None
-    if module.q_norm is not None and module.k_norm is not None:
-        norms = HeadNorms(module.q_norm[...], module.k_norm[...])
+def _inputs(module: Attention, x_BTD: jax.Array) -> tuple[jax.Array, AttentionWeights, HeadNorms]:
+    """(x in the compute dtype, weights, norms) of an attention op."""
     weights = AttentionWeights(module.w_q[...], module.w_k[...], module.w_v[...], module.w_o[...])
-    return x_BTD.astype(module.dtype), weights, norms
+    return x_BTD.astype(module.dtype), weights, module.head_norms()
 
 
 def _layers(model: Transformer, x_BTD: jax.Array, attend: Callable, carry: Any) -> tuple[jax.Array, Any, Any]:

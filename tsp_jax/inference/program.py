@@ -106,18 +106,13 @@ def make_inference_program(
     def decode_step(params: dict, cache: Cache, tokens_B: jax.Array):
         return decode(decode_model_of(params), placement, cache, tokens_B)
 
-    def jit(step: Callable, *inputs: jax.ShapeDtypeStruct):
-        args = _shardings((abstract_params, cache, *inputs))
-        outs = placement.sharding("batch", None), args[1]
-        return jax.jit(step, donate_argnums=1, in_shardings=args, out_shardings=outs)
-
     return InferenceProgram(
         placement=placement,
         batch=batch,
         capacity=cache.positions_BS.shape[1],
         chunk=chunk,
-        prefill=jit(prefill_step, tokens, tokens),
-        decode=jit(decode_step, token),
+        prefill=_jit(prefill_step, placement, abstract_params, cache, tokens, tokens),
+        decode=_jit(decode_step, placement, abstract_params, cache, token),
         init_cache=jax.jit(lambda: empty_cache(cache), out_shardings=_shardings(cache)),
         cast_params=_cast_like(abstract_params),
         abstract_params=abstract_params,
@@ -127,6 +122,13 @@ def make_inference_program(
         abstract_tokens=token,
         vocab_size=model.vocab_size,
     )
+
+
+def _jit(step: Callable, placement: Placement, params: dict, cache: Cache, *inputs: jax.ShapeDtypeStruct):
+    """`step` (params, cache, *inputs) -> (logits, cache), jitted for these shardings; donates the cache."""
+    args = _shardings((params, cache, *inputs))
+    outs = placement.sharding("batch", None), args[1]
+    return jax.jit(step, donate_argnums=1, in_shardings=args, out_shardings=outs)
 
 
 def _shardings(abstract: Any) -> Any:

@@ -1,10 +1,10 @@
 """The decoder over a KV cache: prefill of a chunk of tokens, or decode of one token per sequence.
 
 Both run the layers of one Transformer on the same parameters. Prefill is the training forward with another attention.
-In decode, activations are so small that every device has all of them, so the model is placed by `decode_placement`: the
-same layout, but no axis shards the sequence. The same axes shard the same weights, and since none of them
-shards tokens, each is a tensor axis, and embedding, MLP and head are tensor-parallel. Only attention still uses the
-original layout, whose sequence axes shard the cache.
+In decode, activations are so small that every device has all of them. So the model is placed by `decode_placement`: the
+same layout, except that no axis shards the sequence. The weights are sharded as before, and since their axes shard no
+tokens, they are tensor axes: embedding, MLP and head are tensor-parallel. Only attention uses the original layout,
+whose sequence axes shard the cache.
 
 Dims: B batch, T tokens of a chunk, S cache entries of all ranks, D model, V vocabulary, L layers, K KV heads, H head,
 R ranks of the sequence; lower case: this device's shard.

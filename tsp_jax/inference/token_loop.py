@@ -93,7 +93,7 @@ def prefill_prompts(
       prompts: token ids for each of the B sequences; may be empty.
 
     Returns:
-      (logits [B, V] float32 after the last token of each prompt, the cache). Logits of empty prompts are undefined.
+      (logits [B, V] float32 after the last token of each prompt, the cache). Logits of empty prompts are zeros.
     """
     starts = np.asarray(jax.device_get(cache.lengths_B))
     ends = starts + [len(prompt) for prompt in prompts]

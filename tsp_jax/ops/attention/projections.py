@@ -211,6 +211,8 @@ def project_in(x_BtD: jax.Array, weights, norms: HeadNorms, positions_Bt: jax.Ar
     Moves: forward (N + 2 K) H D (R - 1) / R elements of weights (R folded ranks), in the compute dtype; backward the
       same again, and a reduce-scatter of as many gradients in the stream's `grad_dtype`.
     Keeps: its inputs. Backward repeats a product only where there is a q/k norm.
+    Source: arXiv 2604.26294; it sends the four weights of a bucket in one message, sending [Wk Wv], Wq and Wo apart is
+      ours.
     """
     return _in_forward(x_BtD, weights, norms, positions_Bt, heads)[0]
 
@@ -354,6 +356,7 @@ def project_out(out_BtNH: jax.Array, wo_wD: jax.Array, heads: ShardedHeads) -> j
     Moves: forward N H D (R - 1) / R elements of weights (R folded ranks), in the compute dtype; backward the same
       again, and a reduce-scatter of as many gradients in the stream's `grad_dtype`.
     Keeps: its inputs.
+    Source: as `project_in`.
     """
     return _out_forward(out_BtNH, wo_wD, heads)[0]
 

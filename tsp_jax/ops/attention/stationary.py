@@ -67,6 +67,7 @@ def stationary_project_in(
     Moves: forward an all-gather of x, B T D (R - 1) / R elements in x's dtype; backward that again and a reduce-scatter
       of as many elements of dx.
     Keeps: its inputs.
+    Source: Megatron's sequence parallelism: Korthikanti et al., arXiv 2205.05198.
     """
     return _in_forward(x_BtD, weights, norms, positions_BT, stationary)[0]
 
@@ -162,6 +163,7 @@ def stationary_project_out(out_BTnH: jax.Array, wo_wD: jax.Array, stationary: St
     Moves: forward a reduce-scatter of y, B T D (R - 1) / R elements in out's dtype; backward an all-gather of as many
       elements of dy.
     Keeps: its inputs.
+    Source: as `stationary_project_in`.
     """
     return _out_forward(out_BTnH, wo_wD, stationary)[0]
 

@@ -24,7 +24,7 @@ from tsp_jax.ops.attention.projections import (
 )
 from tsp_jax.ops.linear import matmul, matmul_t, outer
 from tsp_jax.ops.stationary import add, cast_all, over_gathered_tokens
-from tsp_jax.ops.stream import Bucket, Stream, custom_vjp, over_buckets, over_buckets_with_grads, zeros
+from tsp_jax.ops.stream import Arrays, Bucket, Stream, custom_vjp, over_buckets, over_buckets_with_grads, zeros
 
 
 class StationaryHeads(NamedTuple):
@@ -36,6 +36,10 @@ class StationaryHeads(NamedTuple):
     """axes over which tokens are gathered and partial outputs reduce-scattered"""
     stream: Stream
     """token_buckets"""
+
+    def over_tokens(self, body, carry, sharded: Arrays, gathered: Arrays):
+        """`over_gathered_tokens` on the folded axes."""
+        return over_gathered_tokens(body, carry, sharded, gathered, axes=self.folded, stream=self.stream)
 
 
 def _merge_heads(heads_BpnH: jax.Array) -> jax.Array:
@@ -91,14 +95,11 @@ def _in_forward(x_BtD, weights, norms: HeadNorms, positions_BT, stationary: Stat
     def project_all_tokens(_, kv: Bucket):
         w_uD, rows = _concatenate_rows(weights[0], kv, heads, dtype)
 
-        def body(carry, gathered, local):
-            (x_BpD,), (positions_Bp,) = gathered, local
+        def body(carry, sharded, gathered):
+            (x_BpD,), (positions_Bp,) = sharded, gathered
             return carry, (), _split_projected(matmul_t(x_BpD, w_uD), norms, positions_Bp, rows, heads.config, dtype)
 
-        _, _, qkv = over_gathered_tokens(
-            body, (), (x_BtD,), (positions_BT,), axes=stationary.folded, stream=stationary.stream
-        )
-        return qkv, None
+        return stationary.over_tokens(body, (), (x_BtD,), (positions_BT,))[2], None
 
     kv = heads.keys_values
     qkv, _ = over_buckets(project_all_tokens, (), weights[1:], axes=kv.axes, stream=kv.stream, dtype=dtype)
@@ -112,8 +113,8 @@ def _in_backward(stationary: StationaryHeads, residuals, cotangents):
     def all_tokens_vjp(_, kv: Bucket):
         w_uD, rows = _concatenate_rows(weights[0], kv, heads, dtype)
 
-        def body(grads, gathered, local):
-            (x_BpD,), (positions_Bp, *dqkv) = gathered, local
+        def body(grads, sharded, gathered):
+            (x_BpD,), (positions_Bp, *dqkv) = sharded, gathered
 
             def project(norms, projected_Bpu):
                 return _split_projected(projected_Bpu, norms, positions_Bp, rows, heads.config, dtype)
@@ -125,10 +126,9 @@ def _in_backward(stationary: StationaryHeads, residuals, cotangents):
             return add(grads, more), (matmul(dprojected_Bpu, w_uD).astype(dtype),), ()
 
         grads = jax.tree.map(lambda array: zeros(array.shape, jnp.float32, like=x_BtD), (w_uD, norms))
-        x_to_gather = (lax.optimization_barrier(x_BtD),)  # see over_buckets_with_grads
-        (dw_uD, dnorms), (dx_BtD,), _ = over_gathered_tokens(
-            body, grads, x_to_gather, (positions_BT, *cotangents), axes=stationary.folded, stream=stationary.stream
-        )
+        sharded = (lax.optimization_barrier(x_BtD),)  # see over_buckets_with_grads
+        gathered = positions_BT, *cotangents
+        (dw_uD, dnorms), (dx_BtD,), _ = stationary.over_tokens(body, grads, sharded, gathered)
         dw_q, *dw_kv = jnp.split(dw_uD, [rows[0], rows[0] + rows[1]])
         return (dx_BtD, dw_q, dnorms), tuple(heads.select_kv_rows_transpose(dw) for dw in dw_kv), None
 
@@ -171,12 +171,10 @@ def stationary_project_out(out_BTnH: jax.Array, wo_wD: jax.Array, stationary: St
 def _out_forward(out_BTnH, wo_wD, stationary: StationaryHeads):
     (w_o,) = cast_all((wo_wD,), out_BTnH.dtype)
 
-    def body(carry, _, local):
-        return carry, (matmul(local[0], w_o).astype(out_BTnH.dtype),), ()
+    def body(carry, _, gathered):
+        return carry, (matmul(gathered[0], w_o).astype(out_BTnH.dtype),), ()
 
-    _, (y_BtD,), _ = over_gathered_tokens(
-        body, (), (), (_merge_heads(out_BTnH),), axes=stationary.folded, stream=stationary.stream
-    )
+    _, (y_BtD,), _ = stationary.over_tokens(body, (), (), (_merge_heads(out_BTnH),))
     return y_BtD, (out_BTnH, wo_wD)
 
 
@@ -184,14 +182,12 @@ def _out_backward(stationary: StationaryHeads, residuals, dy_BtD):
     out_BTnH, wo_wD = residuals
     (w_o,) = cast_all((wo_wD,), out_BTnH.dtype)
 
-    def body(dwo_wD, gathered, local):
-        (dy_BpD,), (out_Bpw,) = gathered, local
+    def body(dwo_wD, sharded, gathered):
+        (dy_BpD,), (out_Bpw,) = sharded, gathered
         return dwo_wD + outer(out_Bpw, dy_BpD), (), (matmul_t(dy_BpD, w_o).astype(out_BTnH.dtype),)
 
     dwo_wD = zeros(wo_wD.shape, jnp.float32, like=out_BTnH)
-    dwo_wD, _, (dout_BTw,) = over_gathered_tokens(
-        body, dwo_wD, (dy_BtD,), (_merge_heads(out_BTnH),), axes=stationary.folded, stream=stationary.stream
-    )
+    dwo_wD, _, (dout_BTw,) = stationary.over_tokens(body, dwo_wD, (dy_BtD,), (_merge_heads(out_BTnH),))
     return dout_BTw.reshape(out_BTnH.shape), dwo_wD.astype(wo_wD.dtype)
 
 

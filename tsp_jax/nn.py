@@ -141,7 +141,7 @@ class Attention(nnx.Module):
         self.remat: Remat = remat
         self.stream = stream
         self.config = attention_op.AttentionConfig(
-            kv_slots=heads.kv,
+            padded_kv_heads=heads.kv,
             head_dim=head_dim,
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
@@ -186,9 +186,6 @@ class Attention(nnx.Module):
         if segment_ids_BT is None:
             segment_ids_BT = jnp.zeros(x_BTD.shape[:2], jnp.int32)
         layout = self.placement.layout
-        norms = None
-        if self.q_norm is not None and self.k_norm is not None:
-            norms = attention_op.HeadNorms(self.q_norm[...], self.k_norm[...])
         w_o = self.w_o[...]
         if self.heads.padded:  # a padded query head of a real KV head has an output, and so a gradient, to drop
             w_o *= HeadPadding(self.heads, True).pad(jnp.ones((self._logical_rows(), 1), w_o.dtype))
@@ -203,7 +200,11 @@ class Attention(nnx.Module):
         tokens, x_spec = layout.spec("batch", "sequence"), layout.spec("batch", "sequence", None)
         return self.placement.shard_map(
             local, in_specs=(x_spec, layout.spec("heads", None), tokens, layout.spec(None)), out_specs=x_spec
-        )(x_BTD.astype(self.dtype), weights, Tokens(positions_BT, segment_ids_BT), norms)
+        )(x_BTD.astype(self.dtype), weights, Tokens(positions_BT, segment_ids_BT), self.head_norms())
+
+    def head_norms(self) -> attention_op.HeadNorms:
+        """Scales of the q/k norm, None without one."""
+        return attention_op.HeadNorms(*(None if norm is None else norm[...] for norm in (self.q_norm, self.k_norm)))
 
     def configure(self, shape: Sequence[int]) -> tuple[attention_op.AttentionConfig, Stream]:
         """What moves for tokens [B, T, D]: `auto` resolved, and bucket counts from the bucket size."""

@@ -19,7 +19,7 @@ from tests.builders.arrays import place_case, relative_error, zigzag
 from tsp_jax import inference
 from tsp_jax.config import ModelConfig
 from tsp_jax.hf import weights as hf
-from tsp_jax.inference.batching import prefill_prompts
+from tsp_jax.inference.token_loop import prefill_prompts
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer
 

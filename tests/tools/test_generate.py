@@ -115,7 +115,7 @@ def test_weights_are_served_in_the_dtype_asked_for(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompts": [[72]]}, "prompts.0. holds 72, which is no token"),
+        ({"prompts": [[72]]}, "prompts.0. has token id 72, which is unknown"),
         ({"prompts": [""]}, "prompts.0. is empty"),
         ({"chunk": -8}, "chunk=-8 must not be negative"),
         ({"chunk": 9}, "chunk=9 is not divisible by 8 over tsp; use 16"),

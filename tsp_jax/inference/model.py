@@ -1,4 +1,4 @@
-"""A model that is ready to serve: weights on their devices, its tokenizer, and the programs compiled so far."""
+"""Text to text: a model with its weights on devices, its tokenizer and compiled programs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,48 +7,48 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 
-from tsp_jax.config import Config, DType, ModelConfig, StreamConfig
+from tsp_jax.config import DType, ModelConfig, StreamConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.hf.config import read_json
 from tsp_jax.hf.tokenizer import Tokenizer, read_stop_tokens
 from tsp_jax.hf.weights import check_folder, load_params, read_config
-from tsp_jax.inference.batching import OnToken, Stats, check_prompts, generate_tokens
 from tsp_jax.inference.program import InferenceProgram, make_inference_program
 from tsp_jax.inference.sampling import Sampling
+from tsp_jax.inference.token_loop import OnToken, Stats, check_prompts, generate_tokens
 from tsp_jax.layout import Placement, check_divides
 
 Prompt = str | Sequence[int]
 CHUNK = 2048
-"""tokens of a prompt that are prefilled at once where nothing else is said"""
+"""default for the tokens of a prompt that one prefill takes"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """Weights on a placement, and what turns text into tokens. `load` makes one from a Hugging Face folder."""
+    """Weights on a placement, and a tokenizer. `load` makes one from a Hugging Face folder."""
 
     config: ModelConfig
     placement: Placement
     params: dict
-    """in stored form, as `load_params` or a training state has them"""
+    """in stored form, as in `load_params` and in a training state"""
     dtype: DType = "bfloat16"
-    """of the parameters, of activations and of the cache"""
+    """of parameters, activations and cache"""
     stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
     tokenizer: Tokenizer | None = None
     """None: prompts are token ids"""
     stop_tokens: tuple[int, ...] = ()
-    """end a text unless `generate` is told otherwise"""
+    """end a continuation, unless `generate` is given others"""
     programs: dict[tuple[int, int, int], InferenceProgram] = dataclasses.field(default_factory=dict, repr=False)
     """compiled so far, by (batch, capacity, chunk)"""
 
     def program(self, batch: int, capacity: int, chunk: int) -> InferenceProgram:
-        """The compiled program of these sizes; see `make_inference_program`."""
+        """The compiled program for these sizes; see `make_inference_program`."""
         sizes = batch, capacity, chunk
         if sizes not in self.programs:
-            config = Config(
-                model=self.config, stream=self.stream, compute_dtype=self.dtype, steps=1, batch=batch, seq_len=chunk
-            )
-            made = make_inference_program(config, self.placement, batch=batch, capacity=capacity, chunk=chunk)
-            self.programs[sizes] = made.compile()
+            program = make_inference_program(
+                self.config, self.placement,
+                stream=self.stream, dtype=self.dtype, batch=batch, capacity=capacity, chunk=chunk,
+            )  # fmt: skip
+            self.programs[sizes] = program.compile()
         return self.programs[sizes]
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -62,10 +62,10 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """What a model wrote after a prompt."""
+    """New tokens after a prompt."""
 
     tokens: list[int]
-    """a stop token, if one came, is the last"""
+    """ends with a stop token if there was one"""
     text: str
     """empty where the model has no tokenizer"""
 
@@ -77,16 +77,16 @@ def load(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     stream: StreamConfig = StreamConfig(),
 ) -> Model:
-    """A Hugging Face folder on a placement, each device with its own slice.
+    """Loads a Hugging Face folder onto a placement; each device reads its own shards.
 
     Args:
-      folder: config.json, safetensors, tokenizer.json.
+      folder: with config.json, safetensors and tokenizer.json.
       placement: layout and mesh.
-      dtype: of weights, activations and cache; auto: float32 if the folder says so, else bfloat16.
-      stream: movement, buckets and blocks.
+      dtype: of weights, activations and cache; auto: float32 if the folder is float32, else bfloat16.
+      stream: how weights are streamed in prefill.
 
     Raises:
-      ConfigError: something in the folder is missing, broken or not supported, or does not fit the mesh.
+      ConfigError: a file is missing, broken or not supported, or the model does not fit the mesh.
     """
     if dtype not in ("auto", *get_args(DType)):
         raise ConfigError(f"dtype={dtype} is unknown; use one of auto, {', '.join(get_args(DType))}")
@@ -121,26 +121,26 @@ def generate(
     on_token: OnToken | None = None,
     stats: Stats | None = None,
 ) -> list[Continuation]:
-    """Continues prompts, all together as one batch.
+    """Continues prompts, all in one batch.
 
     Args:
       model: see `load`.
-      prompts: texts or token ids, of any lengths.
-      max_new_tokens: for each prompt.
+      prompts: texts or token ids; lengths may differ.
+      max_new_tokens: per prompt.
       sampling: greedy, or temperature, top-k, top-p and a seed.
-      stop_tokens: ids that end a sequence; those of the model if None.
-      capacity: tokens of a sequence that the cache has room for; 0: a little more than is needed. Programs are
-        compiled for a batch, a capacity and a chunk, and used again for others of the same.
-      chunk: tokens of a prompt that are prefilled at once, at most; 0: `CHUNK`. Smaller chunks need less memory; larger
-        ones stream weights past more tokens.
-      on_token: called with the number of a prompt and each of its new tokens, as they come.
-      stats: gets counts and times.
+      stop_tokens: ids that end a sequence; the model's if None.
+      capacity: tokens of a sequence that the cache has room for; 0: at least those needed. A compiled program is
+        reused for calls with the same batch, capacity and chunk.
+      chunk: most tokens of a prompt that one prefill takes; 0: `CHUNK`. Smaller chunks need less memory; larger chunks
+        stream the weights fewer times.
+      on_token: called with the index of a prompt and its next token, as soon as it is drawn.
+      stats: counts and times are added to it.
 
     Returns:
-      A continuation of each prompt.
+      A continuation for each prompt.
 
     Raises:
-      ConfigError: a prompt is empty, too long for the capacity, or holds what is no token of the model.
+      ConfigError: a prompt is empty, too long for the capacity, or has an id that is no token of the model.
     """
     for name, value in (("capacity", capacity), ("chunk", chunk)):
         if value < 0:
@@ -170,7 +170,7 @@ def _text(model: Model, tokens: list[int], stops: set[int]) -> str:
 
 
 def _round_up(count: int, ranks: int) -> int:
-    """The next multiple of the ranks, and of an eighth of a power of two, so that few sizes are ever compiled."""
+    """The next multiple of `ranks` and of about an eighth of `count`, so that few sizes are compiled."""
     step = max(1, 1 << count.bit_length() >> 4)
     count = -(-count // step) * step
     return -(-count // ranks) * ranks

@@ -14,16 +14,16 @@ from tsp_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn; greedy as it stands. Temperature acts first, then top-k, then top-p on what is left."""
+    """How tokens are drawn; greedy by default. Temperature is applied first, then top-k, then top-p."""
 
     temperature: float = 0.0
-    """divides the logits; 0 takes the likeliest token"""
+    """logits are divided by this; 0: the likeliest token (greedy)"""
     top_k: int = 0
-    """draw from so many likeliest tokens; 0: from all"""
+    """draw from this many likeliest tokens; 0: from all"""
     top_p: float = 1.0
-    """draw from the fewest likeliest tokens whose probabilities reach this sum"""
+    """draw from the fewest likeliest tokens whose probabilities sum to this"""
     seed: int = 0
-    """of all draws; a sequence's draws depend on this, on its number and on the position alone"""
+    """a draw depends only on this, the index of the prompt and the position"""
 
     def __post_init__(self):
         for name in ("temperature", "top_k", "seed"):
@@ -34,11 +34,11 @@ class Sampling:
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
-    """One token of each row.
+    """Draws one token per row.
 
     Args:
       logits_BV: float32.
-      keys_B: a random key for each row; not looked at if greedy.
+      keys_B: one random key per row; unused if greedy.
       sampling: static.
 
     Returns:
@@ -51,7 +51,7 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.A
 
 
 def filter_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
-    """The logits, -inf where k others are larger; as they are if k is 0. Ties with the k-th are kept."""
+    """The logits, with -inf for all but the k largest and ties with the k-th; unchanged if k is 0."""
     if not 0 < k < logits_BV.shape[-1]:
         return logits_BV
     least_B1 = lax.top_k(logits_BV, k)[0][:, -1:]
@@ -59,7 +59,7 @@ def filter_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
 
 
 def filter_top_p(logits_BV: jax.Array, p: float) -> jax.Array:
-    """The logits, -inf where the probabilities of larger ones alone reach p; the likeliest token always stays."""
+    """The logits, with -inf for tokens whose likelier tokens already sum to p; the likeliest token is always kept."""
     if p >= 1:
         return logits_BV
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
@@ -70,7 +70,7 @@ def filter_top_p(logits_BV: jax.Array, p: float) -> jax.Array:
 
 
 def row_keys(seed: int, rows_B: jax.Array, positions_B: jax.Array) -> jax.Array:
-    """[B] keys for the token at a position of each row, whatever other rows there are."""
+    """[B] random keys for one position of each row, independent of the other rows."""
 
     def key(row: jax.Array, position: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), position)

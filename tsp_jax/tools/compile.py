@@ -159,7 +159,10 @@ def _lower_decode(config: Config, placement: Placement, *_: object) -> jax.stage
 
 
 def _serving(config: Config, placement: Placement, chunk: int) -> InferenceProgram:
-    return make_inference_program(config, placement, batch=config.batch, capacity=config.seq_len, chunk=chunk)
+    return make_inference_program(
+        config.model, placement,
+        stream=config.stream, dtype=config.compute_dtype, batch=config.batch, capacity=config.seq_len, chunk=chunk,
+    )  # fmt: skip
 
 
 _LOWER: Mapping[str, Callable[[Config, Placement, int, Optimizer], jax.stages.Lowered]] = {

@@ -1,12 +1,12 @@
-"""A cache of keys and values on one device: which slots new tokens get, and how they are written.
+"""A KV cache on one device: which entries new tokens get, and how they are written.
 
-The tokens of each sequence are sharded over the sequence axes. A cache holds, per layer, all KV heads of this device's
-tensor shard. A slot knows the position of its token, `EMPTY` if it has none; so any token may stand in any slot of any
-device, and an empty slot is one that lies in every query's future. Heads stand before slots, as the products of
-decoding want them.
+Each sequence's tokens are sharded over the sequence axes. For each layer a device's shard of the cache holds all KV
+heads of its tensor shard. An entry has the position of its token, `EMPTY` without one. So any token may be in any entry
+of any device, and the causal mask hides empty entries too: their position is later than every query's. The heads dim
+comes before the entries dim, as the products of decode need it.
 
-Dims: B batch, t this device's new tokens, c this device's slots, K KV heads, H head, L layers, l layers written at
-once.
+Dims: B batch, t this device's new tokens, s this device's cache entries, K KV heads of this tensor shard, H head,
+L layers, l the layers written at once.
 """
 
 from typing import NamedTuple
@@ -19,101 +19,106 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from tsp_jax.ops.stream import vary_alike
 
 EMPTY = 2**31 - 1
-"""position of a slot without a token: later than every query"""
+"""position of a cache entry without a token: later than every query"""
 NO_TOKEN = -1
-"""position of a query that is only padding: earlier than every key"""
+"""position of a padding query: earlier than every key"""
 
 
 class KeyValues(NamedTuple):
-    """This device's slots of the cache, all layers; or new tokens' keys and values."""
+    """This device's shard of the cache, all layers; or keys and values of new tokens."""
 
-    k_LBKcH: jax.Array
-    v_LBKcH: jax.Array
+    k_LBKsH: jax.Array
+    v_LBKsH: jax.Array
 
 
-class Claim(NamedTuple):
-    """The slots that this device's new tokens get, for each sequence one after another."""
+class NewEntries(NamedTuple):
+    """The cache entries of this device's new tokens; they are consecutive in each sequence."""
 
     first_B1: jax.Array
-    """int32"""
+    """int32, index of the first one"""
     count_B1: jax.Array
-    """int32; the tokens that this device keeps, which stand first"""
+    """int32, number of tokens that this device keeps; they come before those that it does not"""
 
 
-def claim_slots(keys_Bc: jax.Array, positions_Bt: jax.Array) -> tuple[Claim, jax.Array]:
-    """The next free slots of this device for new tokens.
+def allocate_entries(positions_Bs: jax.Array, new_positions_Bt: jax.Array) -> tuple[NewEntries, jax.Array]:
+    """Gives new tokens the next free entries of this device.
 
     Args:
-      keys_Bc: positions of the tokens in the slots, int32; used slots stand first.
-      positions_Bt: of new tokens, `NO_TOKEN` for those, behind all others, of which this device shall keep none.
+      positions_Bs: int32, position of each entry's token; used entries come first.
+      new_positions_Bt: int32, positions of the new tokens; `NO_TOKEN`, after all others, for tokens that this device
+        does not keep.
 
     Returns:
-      (claim, keys_Bc with the new tokens). Tokens for which there is no room are lost.
+      (the new tokens' entries, positions_Bs with the new tokens). Tokens that do not fit are dropped.
     """
-    slots, t = keys_Bc.shape[1], positions_Bt.shape[1]
-    first_B1 = (keys_Bc != EMPTY).sum(axis=1, keepdims=True, dtype=jnp.int32)
-    count_B1 = (positions_Bt != NO_TOKEN).sum(axis=1, keepdims=True, dtype=jnp.int32)
-    turn_1t = jnp.arange(t, dtype=jnp.int32)[None]
-    slots_Bt = jnp.where(turn_1t < count_B1, first_B1 + turn_1t, slots)
-    rows_B1 = jnp.arange(keys_Bc.shape[0])[:, None]
-    return Claim(first_B1, count_B1), keys_Bc.at[rows_B1, slots_Bt].set(positions_Bt, mode="drop")
+    s, t = positions_Bs.shape[1], new_positions_Bt.shape[1]
+    first_B1 = (positions_Bs != EMPTY).sum(axis=1, keepdims=True, dtype=jnp.int32)
+    count_B1 = (new_positions_Bt != NO_TOKEN).sum(axis=1, keepdims=True, dtype=jnp.int32)
+    index_1t = jnp.arange(t, dtype=jnp.int32)[None]
+    entries_Bt = jnp.where(index_1t < count_B1, first_B1 + index_1t, s)
+    rows_B1 = jnp.arange(positions_Bs.shape[0])[:, None]
+    positions_Bs = positions_Bs.at[rows_B1, entries_Bt].set(new_positions_Bt, mode="drop")
+    return NewEntries(first_B1, count_B1), positions_Bs
 
 
-def write_slots(cache: KeyValues, new: KeyValues, layer: jax.Array, claim: Claim) -> KeyValues:
-    """Puts new tokens' keys and values into their slots.
+def write_entries(cache: KeyValues, new: KeyValues, layer: jax.Array, entries: NewEntries) -> KeyValues:
+    """Writes new tokens' keys and values into their entries, in place.
 
-    A sequence at a time, in place: a scatter, which takes all at once, compilers run on a transposed copy of the cache.
+    One sequence at a time: compilers run a scatter, which would write all at once, on a transposed copy of the cache.
 
     Args:
       cache: all layers.
-      new: of l layers, [l, B, K, t, H], any float dtype; t at most c.
+      new: of l layers, [l, B, K, t, H], any float dtype; t at most s.
       layer: [] int32, the first of the l layers.
-      claim: the slots.
+      entries: of the new tokens.
+
+    Returns:
+      The cache.
     """
-    with jax.named_scope("write_slots"):
-        return KeyValues(*(_write(old, fresh, layer, claim) for old, fresh in zip(cache, new, strict=True)))
+    with jax.named_scope("write_entries"):
+        return KeyValues(*(_write(old, fresh, layer, entries) for old, fresh in zip(cache, new, strict=True)))
 
 
-def _write(array_LBKcH: jax.Array, new_lBKtH: jax.Array, layer: jax.Array, claim: Claim) -> jax.Array:
-    slots, t = array_LBKcH.shape[3], new_lBKtH.shape[3]
-    new_lBKtH = new_lBKtH.astype(array_LBKcH.dtype)
-    array_LBKcH, new_lBKtH, first_B1, count_B1 = vary_alike(array_LBKcH, new_lBKtH, *claim)
-    turn_t, zero = jnp.arange(t, dtype=jnp.int32), jnp.zeros((), jnp.int32)
+def _write(array_LBKsH: jax.Array, new_lBKtH: jax.Array, layer: jax.Array, entries: NewEntries) -> jax.Array:
+    s, t = array_LBKsH.shape[3], new_lBKtH.shape[3]
+    new_lBKtH = new_lBKtH.astype(array_LBKsH.dtype)
+    array_LBKsH, new_lBKtH, first_B1, count_B1 = vary_alike(array_LBKsH, new_lBKtH, *entries)
+    index_t, zero = jnp.arange(t, dtype=jnp.int32), jnp.zeros((), jnp.int32)
 
-    def write_row(row, array_LBKcH):
-        start = jnp.minimum(first_B1[row, 0], slots - t)
-        skip = first_B1[row, 0] - start  # slots of older tokens, where there is no room for t
-        mine_t = (turn_t >= skip) & (turn_t < skip + count_B1[row, 0])
+    def write_row(row, array_LBKsH):
+        start = jnp.minimum(first_B1[row, 0], s - t)
+        skip = first_B1[row, 0] - start  # older tokens' entries, where fewer than t are free
+        is_new_t = (index_t >= skip) & (index_t < skip + count_B1[row, 0])
         new_l1KtH = jnp.roll(lax.dynamic_slice_in_dim(new_lBKtH, row, 1, axis=1), skip, axis=3)
         corner = layer, row, zero, start, zero
-        old_l1KtH = lax.dynamic_slice(array_LBKcH, corner, new_l1KtH.shape)
-        row_l1KtH = jnp.where(mine_t[None, None, None, :, None], new_l1KtH, old_l1KtH)
-        return lax.dynamic_update_slice(array_LBKcH, row_l1KtH, corner)
+        old_l1KtH = lax.dynamic_slice(array_LBKsH, corner, new_l1KtH.shape)
+        row_l1KtH = jnp.where(is_new_t[None, None, None, :, None], new_l1KtH, old_l1KtH)
+        return lax.dynamic_update_slice(array_LBKsH, row_l1KtH, corner)
 
-    return lax.fori_loop(0, array_LBKcH.shape[1], write_row, array_LBKcH)
+    return lax.fori_loop(0, array_LBKsH.shape[1], write_row, array_LBKsH)
 
 
-def own_tokens(positions_Bt: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Positions of tokens that every rank of `axes` has, `NO_TOKEN` but on the one rank that keeps the token.
+def own_positions(positions_Bt: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Positions of the tokens that this rank keeps, `NO_TOKEN` for the others.
 
-    Token n of a sequence is rank (n mod R)'s: if every rank keeps as many of the tokens before it as the others, or one
-    more than those after it, then so it stays.
+    For tokens that are on every rank of `axes`: rank (n mod R) keeps token n of a sequence. Ranks whose numbers of
+    tokens differ by at most one, earlier ranks having more, stay so.
     """
     if not axes:
         return positions_Bt
-    mine_Bt = positions_Bt % lax.axis_size(axes) == lax.axis_index(axes)
-    return jnp.where(mine_Bt, positions_Bt, NO_TOKEN)
+    is_own_Bt = positions_Bt % lax.axis_size(axes) == lax.axis_index(axes)
+    return jnp.where(is_own_Bt, positions_Bt, NO_TOKEN)
 
 
-def as_stored(k_BtKH: jax.Array, v_BtKH: jax.Array) -> KeyValues:
-    """Of one layer, as the cache has them: [1, B, K, t, H]."""
+def to_cache_order(k_BtKH: jax.Array, v_BtKH: jax.Array) -> KeyValues:
+    """Keys and values of one layer in the cache's order of dims, [1, B, K, t, H]."""
     return KeyValues(*(jnp.swapaxes(array, 1, 2)[None] for array in (k_BtKH, v_BtKH)))
 
 
 def row_major(array: jax.Array) -> jax.Array:
-    """The array, whose bytes are to lie as its dims stand.
+    """The array, constrained to a row-major layout in memory.
 
-    For a part of the cache: else a compiler may choose what its one reader likes, for all of the cache, and transpose
-    that before the loop over layers and after it.
+    For a part of the cache. Without it a compiler may choose the layout that the part's one reader prefers for the
+    whole cache, and transpose the cache before and after the loop over layers.
     """
     return with_layout_constraint(array, Layout(tuple(range(array.ndim))))

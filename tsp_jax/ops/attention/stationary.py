@@ -1,11 +1,11 @@
-"""Heads of attention by resident weights: tokens of all folded ranks in, this rank's heads out, and back.
+"""Projections of attention with stationary weights: all folded ranks' tokens to this rank's heads, and back to tokens.
 
-`projections` with the movement turned round: instead of all heads of this rank's tokens these make this rank's heads of
-all tokens, so that no keys or values need be exchanged over the folded axes. With fewer KV slots than ranks the weights
+The counterpart of `projections`, which computes all heads of this rank's tokens. Here each rank computes its own heads
+for all tokens, so that no keys or values are exchanged over the folded axes. With fewer KV heads than ranks the weights
 of the few KV heads are still gathered.
 
-Dims: B batch, t this device's tokens, T those of all R folded ranks, p tokens of a bucket, D model, n query heads and k
-KV heads of this device, H head.
+Dims: B batch, t this device's tokens, T those of all R folded ranks, p tokens of a bucket (all ranks), D model, n query
+heads and k KV heads of this device, H head, w this device's rows of a weight, u rows of Wq, Wk and Wv together.
 """
 
 from typing import NamedTuple
@@ -15,23 +15,34 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.layout import AxisNames
-from tsp_jax.ops.attention.projections import AttentionConfig, HeadNorms, Projections, prepare, split_heads
+from tsp_jax.ops.attention.projections import (
+    AttentionConfig,
+    HeadNorms,
+    ShardedHeads,
+    normalize_and_rotate,
+    split_heads,
+)
 from tsp_jax.ops.linear import matmul, matmul_t, outer
 from tsp_jax.ops.stationary import add, cast_all, over_gathered_tokens
-from tsp_jax.ops.stream import Bucket, Stream, custom_vjp, over_buckets, over_buckets_with_grads, zeros
+from tsp_jax.ops.stream import Arrays, Bucket, Stream, custom_vjp, over_buckets, over_buckets_with_grads, zeros
 
 
-class Moved(NamedTuple):
-    """How tokens move past heads. Hashable."""
+class StationaryHeads(NamedTuple):
+    """How tokens are moved to the heads of stationary weights. Hashable."""
 
-    static: Projections
-    """folded axes act as tensor axes, and each op has one bucket of weights"""
+    heads: ShardedHeads
+    """with folded axes as tensor axes, and one bucket of weights in each op"""
     folded: AxisNames
+    """axes over which tokens are gathered and partial outputs reduce-scattered"""
     stream: Stream
     """token_buckets"""
 
+    def over_tokens(self, body, carry, sharded: Arrays, gathered: Arrays):
+        """`over_gathered_tokens` on the folded axes."""
+        return over_gathered_tokens(body, carry, sharded, gathered, axes=self.folded, stream=self.stream)
 
-def _columns(heads_BpnH: jax.Array) -> jax.Array:
+
+def _merge_heads(heads_BpnH: jax.Array) -> jax.Array:
     return heads_BpnH.reshape(*heads_BpnH.shape[:2], -1)
 
 
@@ -39,136 +50,145 @@ def _columns(heads_BpnH: jax.Array) -> jax.Array:
 
 
 @custom_vjp(4)
-def moved_in(x_BtD: jax.Array, weights, norms: HeadNorms, positions_BT: jax.Array, how: Moved):
-    """``(rope(norm(x Wq^T)), rope(norm(x Wk^T)), x Wv^T)`` of all tokens, for this rank's heads.
+def stationary_project_in(
+    x_BtD: jax.Array, weights, norms: HeadNorms, positions_BT: jax.Array, stationary: StationaryHeads
+):
+    """Queries, keys and values of all folded ranks' tokens, for this rank's heads.
+
+    The equations of `project_in`, with x of all folded ranks: dgrad is summed over the ranks by a reduce-scatter; each
+    rank has the whole wgrad of its rows.
 
     Args:
       x_BtD: this device's tokens, in the compute dtype.
       weights: (q, k, v) of `AttentionWeights`, any float dtype.
       norms: scales of q/k RMSNorm.
-      positions_BT: int32, of all tokens.
-      how: axes and buckets.
+      positions_BT: int32, of all folded ranks' tokens.
+      stationary: axes and buckets; static.
 
     Returns:
-      Queries [B, T, n, H], keys and values [B, T, k, H], in x's dtype; sums in float32.
+      (q [B, T, n, H], k and v [B, T, k, H]), in x's dtype; sums in float32.
 
-    Moves: forward B T D (R - 1) / R (x here); backward twice that (x here, dx home).
+    Moves: forward an all-gather of x, B T D (R - 1) / R elements in x's dtype; backward that again and a reduce-scatter
+      of as many elements of dx.
     Keeps: its inputs.
+    Source: Megatron's sequence parallelism: Korthikanti et al., arXiv 2205.05198.
     """
-    return _in_forward(x_BtD, weights, norms, positions_BT, how)[0]
+    return _in_forward(x_BtD, weights, norms, positions_BT, stationary)[0]
 
 
-def _heads(norms: HeadNorms, columns_Bp: jax.Array, positions_Bp: jax.Array, rows, config: AttentionConfig, dtype):
-    """(q, k, v) of products with weights of so many rows each, packed."""
-    q, k, v = jnp.split(columns_Bp, [rows[0], rows[0] + rows[1]], axis=-1)
-    q, k = (prepare(norm, positions_Bp, config, dtype, part) for norm, part in zip(norms, (q, k), strict=True))
+def _split_projected(projected_Bpu, norms: HeadNorms, positions_Bp: jax.Array, rows, config: AttentionConfig, dtype):
+    """(q, k, v) from a product with rows of Wq, Wk and Wv together, `rows` of each."""
+    q, k, v = jnp.split(projected_Bpu, [rows[0], rows[0] + rows[1]], axis=-1)
+    q, k = (normalize_and_rotate(a, norm, positions_Bp, config, dtype) for a, norm in zip((q, k), norms, strict=True))
     return q, k, split_heads(v, config.head_dim).astype(dtype)
 
 
-def _packed(w_q: jax.Array, bucket: Bucket, static: Projections, dtype) -> tuple[jax.Array, tuple[int, ...]]:
-    """(rows of all three weights in the compute dtype, how many of each)."""
-    weights = (w_q.astype(dtype), *(static.my_heads(w) for w in bucket.arrays))
+def _concatenate_rows(w_q: jax.Array, kv: Bucket, heads: ShardedHeads, dtype) -> tuple[jax.Array, tuple[int, ...]]:
+    """(rows of Wq, Wk and Wv together, in the compute dtype; number of rows of each)."""
+    weights = (w_q.astype(dtype), *(heads.select_kv_rows(w) for w in kv.arrays))
     return jnp.concatenate(weights), tuple(w.shape[0] for w in weights)
 
 
-def _in_forward(x_BtD, weights, norms: HeadNorms, positions_BT, how: Moved):
-    static, dtype = how.static, x_BtD.dtype
+def _in_forward(x_BtD, weights, norms: HeadNorms, positions_BT, stationary: StationaryHeads):
+    heads, dtype = stationary.heads, x_BtD.dtype
 
-    def all_tokens(_, bucket: Bucket):
-        w_pD, rows = _packed(weights[0], bucket, static, dtype)
+    def project_all_tokens(_, kv: Bucket):
+        w_uD, rows = _concatenate_rows(weights[0], kv, heads, dtype)
 
-        def body(carry, arrived, here):
-            (x_BpD,), (positions_Bp,) = arrived, here
-            return carry, (), _heads(norms, matmul_t(x_BpD, w_pD), positions_Bp, rows, static.config, dtype)
+        def body(carry, sharded, gathered):
+            (x_BpD,), (positions_Bp,) = sharded, gathered
+            return carry, (), _split_projected(matmul_t(x_BpD, w_uD), norms, positions_Bp, rows, heads.config, dtype)
 
-        return over_gathered_tokens(body, (), (x_BtD,), (positions_BT,), axes=how.folded, stream=how.stream)[2], None
+        return stationary.over_tokens(body, (), (x_BtD,), (positions_BT,))[2], None
 
-    kv = static.keys_values
-    heads, _ = over_buckets(all_tokens, (), weights[1:], axes=kv.axes, stream=kv.stream, dtype=dtype)
-    return heads, (x_BtD, weights, norms, positions_BT)
+    kv = heads.keys_values
+    qkv, _ = over_buckets(project_all_tokens, (), weights[1:], axes=kv.axes, stream=kv.stream, dtype=dtype)
+    return qkv, (x_BtD, weights, norms, positions_BT)
 
 
-def _in_backward(how: Moved, residuals, cotangents):
+def _in_backward(stationary: StationaryHeads, residuals, cotangents):
     x_BtD, weights, norms, positions_BT = residuals
-    static, dtype = how.static, x_BtD.dtype
+    heads, dtype = stationary.heads, x_BtD.dtype
 
-    def all_tokens(_, bucket: Bucket):
-        w_pD, rows = _packed(weights[0], bucket, static, dtype)
+    def all_tokens_vjp(_, kv: Bucket):
+        w_uD, rows = _concatenate_rows(weights[0], kv, heads, dtype)
 
-        def body(grads, arrived, here):
-            (x_BpD,), (positions_Bp, *dheads) = arrived, here
+        def body(grads, sharded, gathered):
+            (x_BpD,), (positions_Bp, *dqkv) = sharded, gathered
 
-            def heads(norms, columns_Bp):
-                return _heads(norms, columns_Bp, positions_Bp, rows, static.config, dtype)
+            def project(norms, projected_Bpu):
+                return _split_projected(projected_Bpu, norms, positions_Bp, rows, heads.config, dtype)
 
             # Without norms nothing below reads the product, and it is never computed.
-            dnorms, dcolumns_Bp = jax.vjp(heads, norms, matmul_t(x_BpD, w_pD))[1](tuple(dheads))
-            dcolumns_Bp = dcolumns_Bp.astype(dtype)
-            more = outer(dcolumns_Bp, x_BpD), dnorms
-            return add(grads, more), (matmul(dcolumns_Bp, w_pD).astype(dtype),), ()
+            dnorms, dprojected_Bpu = jax.vjp(project, norms, matmul_t(x_BpD, w_uD))[1](tuple(dqkv))
+            dprojected_Bpu = dprojected_Bpu.astype(dtype)
+            more = outer(dprojected_Bpu, x_BpD), dnorms
+            return add(grads, more), (matmul(dprojected_Bpu, w_uD).astype(dtype),), ()
 
-        grads = jax.tree.map(lambda array: zeros(array.shape, jnp.float32, like=x_BtD), (w_pD, norms))
-        arrive = (lax.optimization_barrier(x_BtD),)  # see over_buckets_with_grads
-        (dw_pD, dnorms), (dx_BtD,), _ = over_gathered_tokens(
-            body, grads, arrive, (positions_BT, *cotangents), axes=how.folded, stream=how.stream
-        )
-        dw_q, *dw_kv = jnp.split(dw_pD, [rows[0], rows[0] + rows[1]])
-        return (dx_BtD, dw_q, dnorms), tuple(static.all_heads(dw) for dw in dw_kv), None
+        grads = jax.tree.map(lambda array: zeros(array.shape, jnp.float32, like=x_BtD), (w_uD, norms))
+        sharded = (lax.optimization_barrier(x_BtD),)  # see over_buckets_with_grads
+        gathered = positions_BT, *cotangents
+        (dw_uD, dnorms), (dx_BtD,), _ = stationary.over_tokens(body, grads, sharded, gathered)
+        dw_q, *dw_kv = jnp.split(dw_uD, [rows[0], rows[0] + rows[1]])
+        return (dx_BtD, dw_q, dnorms), tuple(heads.select_kv_rows_transpose(dw) for dw in dw_kv), None
 
-    kv = static.keys_values
+    kv = heads.keys_values
     (dx_BtD, dw_q, dnorms), dw_kv, _ = over_buckets_with_grads(
-        all_tokens, (), weights[1:], axes=kv.axes, stream=kv.stream, dtype=dtype
+        all_tokens_vjp, (), weights[1:], axes=kv.axes, stream=kv.stream, dtype=dtype
     )
     return dx_BtD, (dw_q.astype(weights[0].dtype), *dw_kv), dnorms, None
 
 
-moved_in.defvjp(_in_forward, _in_backward)
+stationary_project_in.defvjp(_in_forward, _in_backward)
 
 
 # ------------------------------------------------------------------------------------------------ out
 
 
 @custom_vjp(2)
-def moved_out(out_BTnH: jax.Array, wo_nHD: jax.Array, how: Moved) -> jax.Array:
-    """``concat_h(out_h) Wo`` of this rank's tokens, summed over the heads of all folded ranks.
+def stationary_project_out(out_BTnH: jax.Array, wo_wD: jax.Array, stationary: StationaryHeads) -> jax.Array:
+    """The output projection of this rank's tokens, summed over the heads of all folded ranks.
+
+    Forward: ``y = concat_h(out_h) Wo``, summed over the folded ranks. With dy of all folded ranks, dgrad:
+    ``dout = dy Wo^T``; wgrad: ``dWo = out^T dy``; neither needs a sum over ranks.
 
     Args:
-      out_BTnH: outputs of this rank's heads, in the compute dtype.
-      wo_nHD: this device's rows, any float dtype.
-      how: axes and buckets.
+      out_BTnH: outputs of this rank's heads, for all folded ranks' tokens, in the compute dtype.
+      wo_wD: this device's rows, any float dtype.
+      stationary: axes and buckets; static.
 
     Returns:
-      [B, t, D] in out's dtype; sums of a rank in float32, of ranks in out's dtype.
+      [B, t, D] in out's dtype; sums over a rank's heads in float32, over ranks in out's dtype.
 
-    Moves: forward B T D (R - 1) / R (y home), backward as much (dy here).
+    Moves: forward a reduce-scatter of y, B T D (R - 1) / R elements in out's dtype; backward an all-gather of as many
+      elements of dy.
     Keeps: its inputs.
+    Source: as `stationary_project_in`.
     """
-    return _out_forward(out_BTnH, wo_nHD, how)[0]
+    return _out_forward(out_BTnH, wo_wD, stationary)[0]
 
 
-def _out_forward(out_BTnH, wo_nHD, how: Moved):
-    (w_o,) = cast_all((wo_nHD,), out_BTnH.dtype)
+def _out_forward(out_BTnH, wo_wD, stationary: StationaryHeads):
+    (w_o,) = cast_all((wo_wD,), out_BTnH.dtype)
 
-    def body(carry, _, here):
-        return carry, (matmul(here[0], w_o).astype(out_BTnH.dtype),), ()
+    def body(carry, _, gathered):
+        return carry, (matmul(gathered[0], w_o).astype(out_BTnH.dtype),), ()
 
-    _, (y_BtD,), _ = over_gathered_tokens(body, (), (), (_columns(out_BTnH),), axes=how.folded, stream=how.stream)
-    return y_BtD, (out_BTnH, wo_nHD)
-
-
-def _out_backward(how: Moved, residuals, dy_BtD):
-    out_BTnH, wo_nHD = residuals
-    (w_o,) = cast_all((wo_nHD,), out_BTnH.dtype)
-
-    def body(dwo_nHD, arrived, here):
-        (dy_BpD,), (out_Bp,) = arrived, here
-        return dwo_nHD + outer(out_Bp, dy_BpD), (), (matmul_t(dy_BpD, w_o).astype(out_BTnH.dtype),)
-
-    dwo_nHD = zeros(wo_nHD.shape, jnp.float32, like=out_BTnH)
-    dwo_nHD, _, (dout,) = over_gathered_tokens(
-        body, dwo_nHD, (dy_BtD,), (_columns(out_BTnH),), axes=how.folded, stream=how.stream
-    )
-    return dout.reshape(out_BTnH.shape), dwo_nHD.astype(wo_nHD.dtype)
+    _, (y_BtD,), _ = stationary.over_tokens(body, (), (), (_merge_heads(out_BTnH),))
+    return y_BtD, (out_BTnH, wo_wD)
 
 
-moved_out.defvjp(_out_forward, _out_backward)
+def _out_backward(stationary: StationaryHeads, residuals, dy_BtD):
+    out_BTnH, wo_wD = residuals
+    (w_o,) = cast_all((wo_wD,), out_BTnH.dtype)
+
+    def body(dwo_wD, sharded, gathered):
+        (dy_BpD,), (out_Bpw,) = sharded, gathered
+        return dwo_wD + outer(out_Bpw, dy_BpD), (), (matmul_t(dy_BpD, w_o).astype(out_BTnH.dtype),)
+
+    dwo_wD = zeros(wo_wD.shape, jnp.float32, like=out_BTnH)
+    dwo_wD, _, (dout_BTw,) = stationary.over_tokens(body, dwo_wD, (dy_BtD,), (_merge_heads(out_BTnH),))
+    return dout_BTw.reshape(out_BTnH.shape), dwo_wD.astype(wo_wD.dtype)
+
+
+stationary_project_out.defvjp(_out_forward, _out_backward)

@@ -1,12 +1,13 @@
-"""Causal self-attention on streamed weights, over a sequence that is spread over ranks.
+"""Causal self-attention with streamed or stationary weights, over a sequence that is sharded over ranks.
 
-Three parts with a VJP each. `project_in` streams [Wk Wv] and Wq past this device's tokens. `_over_sequence` takes some
-KV heads at a time: their keys and values are gathered over the sequence while the heads before them attend, and in
-backward their gradients are scattered while the queries' are computed. `project_out` streams Wo. What stands between
-the last two, the heads' outputs and their log-sum-exps, is what the remat policy `save_attention` keeps.
+Three parts, each with a VJP. `project_in` streams [Wk Wv] and Wq past this device's tokens. `_attend_over_sequence`
+takes one bucket of KV heads at a time: their keys and values are gathered over the sequence while the heads before them
+attend, and in backward their gradients are reduce-scattered while those of the next heads are computed. `project_out`
+streams Wo. The remat policy `save_attention` keeps the results of the second part: outputs and log-sum-exps.
 
 Dims: B batch, t this device's tokens, S all tokens, D model, N query heads and K KV heads of this tensor shard,
-G = N / K, c KV heads attended to at a time, H head; nH and kH: this device's rows of Wq and Wk.
+G = N / K, c KV heads of a bucket, H head, w this device's rows of a weight. With stationary weights: T tokens of all
+folded ranks, n query heads and k KV heads of this device.
 """
 
 from typing import Any, NamedTuple
@@ -16,25 +17,26 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from tsp_jax.layout import Axes, largest_divisor
+from tsp_jax.layout import Axes
 from tsp_jax.ops.attention.projections import (
     AttentionConfig,
     AttentionWeights,
     HeadNorms,
-    Projections,
+    ShardedHeads,
     project_in,
     project_out,
+    vary_inputs_alike,
 )
-from tsp_jax.ops.attention.stationary import Moved, moved_in, moved_out
+from tsp_jax.ops.attention.stationary import StationaryHeads, stationary_project_in, stationary_project_out
 from tsp_jax.ops.kernels import delta
 from tsp_jax.ops.kernels.mask import Tokens
 from tsp_jax.ops.pipeline import pipelined
 from tsp_jax.ops.sequence import gather_sequence, scatter_sequence
 from tsp_jax.ops.stationary import moves_tokens
-from tsp_jax.ops.stream import Stream, custom_vjp, vary_alike, zeros
+from tsp_jax.ops.stream import Stream, custom_vjp, zeros
 
 SAVED_NAMES = ("attention_out", "attention_lse")
-"""checkpoint names of what `save_attention` keeps"""
+"""checkpoint names of the arrays that `save_attention` keeps"""
 
 __all__ = ["SAVED_NAMES", "AttentionConfig", "AttentionWeights", "HeadNorms", "attention"]
 
@@ -49,142 +51,135 @@ def attention(
     axes: Axes = Axes(),
     stream: Stream = Stream(),
 ) -> jax.Array:
-    """Causal self-attention within segments: ``concat_h(softmax(q_h k_h^T / sqrt(H)) v_h) Wo``.
+    """Causal self-attention within segments.
+
+    Forward: ``out_h = softmax(q_h k_h^T / sqrt(H)) v_h``, ``y = concat_h(out_h) Wo``, with q, k, v of `project_in`.
+    dgrad, with P the softmax and delta = rowsum(dout * out): ``dS = P * (dout v^T - delta)``,
+    ``dq = dS k / sqrt(H)``, ``dk = dS^T q / sqrt(H)``, ``dv = P^T dout``. wgrad: see `project_in` and `project_out`.
 
     Args:
       x_BtD: this device's tokens, in the compute dtype.
       weights: this device's rows, any float dtype.
-      tokens_Bt: positions and segments of this device's tokens; any order of tokens over ranks is legal.
+      tokens_Bt: positions and segments of this device's tokens; tokens may be in any order over the ranks.
       norms: scales of q/k RMSNorm (Qwen3), or None.
       config: static sizes.
-      axes: folded axes: weights move past tokens, or tokens past weights; tensor axes: partial outputs are summed;
-        sequence axes: keys and values are gathered.
-      stream: movement; its buckets are replaced by `config.buckets`.
+      axes: folded axes: weights are streamed past tokens, or tokens past weights; tensor axes: partial outputs are
+        summed; sequence axes: keys and values are gathered.
+      stream: movement; its buckets are replaced by those of `config`.
 
     Returns:
       [B, t, D] in x's dtype.
 
-    Moves: forward (2 N + 2 K) H D (R - 1) / R weights and 2 B S K H (R - 1) / R keys and values (R of the sequence
-      axes), and 8 B S (R - 1) / R bytes of positions and segments; backward the weights and the keys and values again,
-      beside what a remat policy repeats of forward, as many weight gradients, and gradients of keys and values. Or
-      activations: forward 2 B S D (R - 1) / R (x here, y home), backward 3 B S D (R - 1) / R (x, dy, dx); keys and
-      values then move over sequence axes that are not folded alone. Over tensor axes one all-reduce of [B, t, D]
-      forward, one backward.
-    Keeps: its inputs, queries, keys, values and outputs of this device's tokens, and the outputs' lse.
-    Source: arXiv 2604.26294, section on attention; projections apart from the exchange are ours.
+    Moves: each times (R - 1) / R, R the ranks of its axes. Streamed weights: forward all-gathers of (2 N + 2 K) H D
+      elements of weights and 2 B S K H of keys and values; backward the same again (besides what remat repeats of
+      forward), and reduce-scatters of as many gradients of weights, keys and values. Stationary weights: forward
+      2 B S D (all-gather of x, reduce-scatter of y), backward 3 B S D (x, dy, dx); keys and values only over sequence
+      axes that are not folded. Both: all-gathers of 8 B S bytes of positions and segments; over tensor axes an
+      all-reduce of [B, t, D] forward, and one backward.
+    Keeps: its inputs; queries, keys, values and outputs of this device's tokens; log-sum-exps of the outputs.
+    Source: arXiv 2604.26294, section on attention; separating projections from the exchange is ours.
     """
     with jax.named_scope("tsp/attention"):
-        scales = jax.tree.leaves(norms)
-        arrays = vary_alike(x_BtD, *weights, *tokens_Bt, *scales)
-        x_BtD, weights, tokens_Bt = arrays[0], AttentionWeights(*arrays[1:5]), Tokens(*arrays[5:7])
-        norms = HeadNorms(*arrays[7:])
-        run = _moved if moves_tokens(axes.folded, stream) else _streamed
+        x_BtD, weights, norms, tokens_Bt = vary_inputs_alike(x_BtD, weights, norms, tokens_Bt)
+        run = _stationary if moves_tokens(axes.folded, stream) else _streamed
         y_BtD = run(x_BtD, weights, tokens_Bt, norms, config, axes, stream)
         return lax.psum(y_BtD, axes.tensor) if axes.tensor else y_BtD
 
 
 def _streamed(x_BtD, weights, tokens_Bt: Tokens, norms: HeadNorms, config, axes: Axes, stream: Stream) -> jax.Array:
-    static = Projections.of(config, axes, stream, weights)
-    q_BtNH, k_BtKH, v_BtKH = project_in(x_BtD, weights[:3], norms, tokens_Bt.positions, static)
-    out_BtNH = _attend(q_BtNH, k_BtKH, v_BtKH, tokens_Bt, static)
-    return project_out(out_BtNH, weights.o_nHD, static)
+    heads = ShardedHeads.of(config, axes, stream, weights)
+    q_BtNH, k_BtKH, v_BtKH = project_in(x_BtD, weights[:3], norms, tokens_Bt.positions, heads)
+    out_BtNH = _attend(q_BtNH, k_BtKH, v_BtKH, tokens_Bt, heads)
+    return project_out(out_BtNH, weights.o_wD, heads)
 
 
-def _moved(x_BtD, weights, tokens_Bt: Tokens, norms: HeadNorms, config, axes: Axes, stream: Stream) -> jax.Array:
-    """Folded axes act as tensor axes for an op that sees all their tokens, but for the sum of what it makes."""
+def _stationary(x_BtD, weights, tokens_Bt: Tokens, norms: HeadNorms, config, axes: Axes, stream: Stream) -> jax.Array:
+    """Folded axes act as tensor axes on all their tokens, except that outputs are reduce-scattered, not summed."""
     tokens_BT = Tokens(*gather_sequence(*tokens_Bt, axes=axes.folded))
     roles = Axes(tensor=axes.tensor + axes.folded, sequence=tuple(a for a in axes.sequence if a not in axes.folded))
-    groups = config.exchange_buckets if roles.sequence else 1  # nothing to exchange: all of this rank's heads at once
-    whole = config._replace(
-        query_buckets=1, kv_buckets=1, exchange_buckets=groups, kernel=config.kernel.within(x_BtD.shape[1])
+    exchange_buckets = config.exchange_buckets if roles.sequence else 1  # nothing to exchange: all heads at once
+    one_bucket = config._replace(
+        query_buckets=1, kv_buckets=1, exchange_buckets=exchange_buckets, kernel=config.kernel.within(x_BtD.shape[1])
     )
-    static = Projections.of(whole, roles, stream, weights)
-    how = Moved(static, axes.folded, stream)
-    q_BTnH, k_BTkH, v_BTkH = moved_in(x_BtD, weights[:3], norms, tokens_BT.positions, how)
-    return moved_out(_attend(q_BTnH, k_BTkH, v_BTkH, tokens_BT, static), weights.o_nHD, how)
+    heads = ShardedHeads.of(one_bucket, roles, stream, weights)
+    stationary = StationaryHeads(heads, axes.folded, stream)
+    q_BTnH, k_BTkH, v_BTkH = stationary_project_in(x_BtD, weights[:3], norms, tokens_BT.positions, stationary)
+    return stationary_project_out(_attend(q_BTnH, k_BTkH, v_BTkH, tokens_BT, heads), weights.o_wD, stationary)
 
 
 # ------------------------------------------------------------------------------------------------ over the sequence
 
 
-def _attend(q_BtNH, k_BtKH, v_BtKH, tokens_Bt: Tokens, static: Projections) -> jax.Array:
+def _attend(q_BtNH, k_BtKH, v_BtKH, tokens_Bt: Tokens, heads: ShardedHeads) -> jax.Array:
     """[B, t, N, H]: causal attention within segments to the tokens of all sequence axes."""
-    keys_BS = Tokens(*gather_sequence(*tokens_Bt, axes=static.axes.sequence))
+    tokens_BS = Tokens(*gather_sequence(*tokens_Bt, axes=heads.axes.sequence))
     q_BtKGH = q_BtNH.reshape(*k_BtKH.shape[:3], -1, q_BtNH.shape[-1])
-    return _over_sequence(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, keys_BS, static).reshape(q_BtNH.shape)
+    return _attend_over_sequence(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, heads).reshape(q_BtNH.shape)
 
 
-class _Group(NamedTuple):
-    """c of the KV heads, and what belongs to them in arrays [B, ., K, ...]."""
+class _KVBucket(NamedTuple):
+    """c of the K heads in arrays [B, t, K, ...]."""
 
-    number: Any
+    index: Any
     size: int
     """c"""
 
     def take(self, array_BtK: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(array_BtK, self.number * self.size, self.size, axis=2)
+        return lax.dynamic_slice_in_dim(array_BtK, self.index * self.size, self.size, axis=2)
 
-    def put(self, array_BtK: jax.Array, mine_Btc: jax.Array) -> jax.Array:
-        mine = mine_Btc.astype(array_BtK.dtype)
-        return lax.dynamic_update_slice_in_dim(array_BtK, mine, self.number * self.size, axis=2)
-
-
-def _groups(kv_heads: int, static: Projections) -> tuple[int, int]:
-    """(how many groups, KV heads of each)."""
-    count = largest_divisor(kv_heads, static.config.exchange_buckets)
-    return count, kv_heads // count
+    def put(self, array_BtK: jax.Array, new_Btc: jax.Array) -> jax.Array:
+        new_Btc = new_Btc.astype(array_BtK.dtype)
+        return lax.dynamic_update_slice_in_dim(array_BtK, new_Btc, self.index * self.size, axis=2)
 
 
 @custom_vjp(5)
-def _over_sequence(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, keys_BS, static: Projections):
-    return _sequence_forward(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, keys_BS, static)[0]
+def _attend_over_sequence(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, heads: ShardedHeads):
+    return _forward(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, heads)[0]
 
 
-def _sequence_forward(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, keys_BS, static: Projections):
-    config, axes = static.config, static.axes.sequence
-    count, size = _groups(k_BtKH.shape[2], static)
+def _forward(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, heads: ShardedHeads):
+    config, axes, buckets = heads.config, heads.axes.sequence, heads.exchange_buckets
     kernel = config.kernel.within(q_BtKGH.shape[1])
 
     def fetch(_, index):
-        group = _Group(index, size)
-        return gather_sequence(group.take(k_BtKH), group.take(v_BtKH), axes=axes)
+        bucket = _KVBucket(index, heads.kv_heads // buckets)
+        return gather_sequence(bucket.take(k_BtKH), bucket.take(v_BtKH), axes=axes)
 
-    def turn(carry, keys_values, index):
-        group = _Group(index, size)
+    def attend_bucket(carry, keys_values, index):
+        bucket = _KVBucket(index, heads.kv_heads // buckets)
         k_BScH, v_BScH = keys_values
-        mine = kernel.attend(group.take(q_BtKGH), k_BScH, v_BScH, tokens_Bt, keys_BS)
-        return tuple(group.put(array, part) for array, part in zip(carry, mine, strict=True)), (), ()
+        new = kernel.attend(bucket.take(q_BtKGH), k_BScH, v_BScH, tokens_Bt, tokens_BS)
+        return tuple(bucket.put(array, part) for array, part in zip(carry, new, strict=True)), (), ()
 
     out = zeros(q_BtKGH.shape, q_BtKGH.dtype, like=q_BtKGH)
     lse = zeros(q_BtKGH.shape[:-1], jnp.float32, like=q_BtKGH)
-    (out, lse), *_ = pipelined(turn, fetch, None, (out, lse), count, remote=bool(axes))
+    (out, lse), *_ = pipelined(attend_bucket, fetch, None, (out, lse), buckets, remote=bool(axes))
     out, lse = (checkpoint_name(array, name) for array, name in zip((out, lse), SAVED_NAMES, strict=True))
-    return out, (q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, keys_BS, out, lse)
+    return out, (q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, out, lse)
 
 
-def _sequence_backward(static: Projections, residuals, dout_BtKGH):
-    q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, keys_BS, out_BtKGH, lse_BtKG = residuals
-    config, axes = static.config, static.axes.sequence
-    count, size = _groups(k_BtKH.shape[2], static)
+def _backward(heads: ShardedHeads, residuals, dout_BtKGH):
+    q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, out_BtKGH, lse_BtKG = residuals
+    config, axes, buckets = heads.config, heads.axes.sequence, heads.exchange_buckets
     kernel = config.kernel.within(q_BtKGH.shape[1])
 
     def fetch(carry, index):
-        group = _Group(index, size)
-        return gather_sequence(group.take(carry[1]), group.take(carry[2]), axes=axes)
+        bucket = _KVBucket(index, heads.kv_heads // buckets)
+        return gather_sequence(bucket.take(carry[1]), bucket.take(carry[2]), axes=axes)
 
-    def turn(carry, keys_values, index):
-        group = _Group(index, size)
-        delta_BtcG, lse_BtcG, dout_BtcGH = (group.take(array) for array in (delta_BtKG, lse_BtKG, dout_BtKGH))
-        q_BtcGH, (k_BScH, v_BScH) = group.take(carry[0]), keys_values
-        grads = kernel.attend_backward(q_BtcGH, k_BScH, v_BScH, tokens_Bt, keys_BS, delta_BtcG, lse_BtcG, dout_BtcGH)
+    def attend_bucket_vjp(carry, keys_values, index):
+        bucket = _KVBucket(index, heads.kv_heads // buckets)
+        delta_BtcG, lse_BtcG, dout_BtcGH = (bucket.take(array) for array in (delta_BtKG, lse_BtKG, dout_BtKGH))
+        q_BtcGH, (k_BScH, v_BScH) = bucket.take(carry[0]), keys_values
+        grads = kernel.attend_backward(q_BtcGH, k_BScH, v_BScH, tokens_Bt, tokens_BS, delta_BtcG, lse_BtcG, dout_BtcGH)
         grads = (grads[0], *scatter_sequence(*grads[1:], axes=axes))
-        return tuple(group.put(array, grad) for array, grad in zip(carry, grads, strict=True)), (), ()
+        return tuple(bucket.put(array, grad) for array, grad in zip(carry, grads, strict=True)), (), ()
 
     delta_BtKG = delta(out_BtKGH, dout_BtKGH)
-    # Gradients take the places of queries, keys and values as these have been used.
+    # Gradients overwrite queries, keys and values that have been used.
     carry = q_BtKGH, k_BtKH, v_BtKH
-    grads, *_ = pipelined(turn, fetch, None, carry, count, remote=bool(axes))
+    grads, *_ = pipelined(attend_bucket_vjp, fetch, None, carry, buckets, remote=bool(axes))
     return *grads, None, None
 
 
-_over_sequence.defvjp(_sequence_forward, _sequence_backward)
+_attend_over_sequence.defvjp(_forward, _backward)

@@ -1,6 +1,6 @@
-"""Continues prompts: chunks of prefill, then a token a step.
+"""The loop that continues prompts: prefill in chunks, then one token of each sequence per step.
 
-Dims: B batch, T tokens of a chunk, V vocabulary.
+Dims: B batch, V vocabulary.
 """
 
 import dataclasses
@@ -15,27 +15,28 @@ import numpy as np
 from jax import lax
 
 from tsp_jax.errors import ConfigError
-from tsp_jax.inference.cache import Cache, deal
+from tsp_jax.inference.cache import Cache, assign_tokens
 from tsp_jax.inference.program import InferenceProgram
 from tsp_jax.inference.sampling import Sampling, row_keys, sample
 from tsp_jax.ops.attention.kv_cache import NO_TOKEN
 
 STOPPED = -1
-"""instead of a token: the sequence has ended"""
+"""in place of a token, where the sequence has ended"""
 
 OnToken = Callable[[int, int], None]
+"""(index of the prompt, token)"""
 
 
 @dataclasses.dataclass
 class Stats:
-    """What generation took. Compilation is in none of it where programs are compiled beforehand."""
+    """Token counts and times of generation. Times include compilation unless programs were compiled before."""
 
     prompt_tokens: int = 0
     prefill_s: float = 0.0
     new_tokens: int = 0
-    """all of them"""
+    """all generated tokens"""
     decoded_tokens: int = 0
-    """those after the first of each sequence, which prefill gives"""
+    """generated tokens except the first of each sequence, which comes from prefill"""
     decode_s: float = 0.0
 
 
@@ -53,20 +54,20 @@ def generate_tokens(
     """Continues each prompt until it has `max_new_tokens` more or a stop token.
 
     Args:
-      program: what runs; more prompts than its batch take turns.
-      params: in stored form, as `program.abstract_params`.
-      prompts: token ids, at least one each; any lengths together.
-      max_new_tokens: for each prompt.
+      program: prefill and decode; prompts are continued in groups of its batch size.
+      params: in stored form, like `program.abstract_params`.
+      prompts: token ids, at least one per prompt; lengths may differ.
+      max_new_tokens: per prompt.
       sampling: how tokens are drawn.
-      stop_tokens: ends a sequence, and stands at its end.
-      on_token: called with the number of a prompt and each of its new tokens, as they come.
-      stats: gets counts and times.
+      stop_tokens: tokens that end a sequence; its last token is then one of them.
+      on_token: called with the index of a prompt and its next token, as soon as it is drawn.
+      stats: counts and times are added to it.
 
     Returns:
       The new tokens of each prompt.
 
     Raises:
-      ConfigError: a prompt is empty, holds what is no token, or the cache has no room for it and what is to come.
+      ConfigError: a prompt is empty, has an id that is no token, or is too long for the capacity with its new tokens.
     """
     check_prompts(prompts, max_new_tokens, program.capacity, program.vocab_size)
     stats = stats or Stats()
@@ -83,29 +84,30 @@ def generate_tokens(
 def prefill_prompts(
     program: InferenceProgram, params: dict, cache: Cache, prompts: Sequence[Sequence[int]]
 ) -> tuple[jax.Array, Cache]:
-    """Puts prompts into the cache, a chunk at a time, after what their sequences have there.
+    """Appends prompts to the sequences in the cache, one chunk at a time.
 
     Args:
-      program: what runs.
+      program: its prefill is called.
       params: in stored form.
       cache: donated.
-      prompts: token ids of each of the B sequences; none where a sequence gets nothing.
+      prompts: token ids for each of the B sequences; may be empty.
 
     Returns:
-      (logits [B, V] float32 after the last token of each prompt, the cache). Zeros for empty prompts.
+      (logits [B, V] float32 after the last token of each prompt, the cache). Logits of empty prompts are zeros.
     """
     starts = np.asarray(jax.device_get(cache.lengths_B))
     ends = starts + [len(prompt) for prompt in prompts]
     tokens_sharding = program.abstract_chunk[0].sharding
     last_BV = None
-    for turn in range(max(1, -(-int((ends - starts).max()) // program.chunk))):
-        begins = np.minimum(starts + turn * program.chunk, ends)
+    for step in range(max(1, -(-int((ends - starts).max()) // program.chunk))):
+        begins = np.minimum(starts + step * program.chunk, ends)
         counts = np.minimum(ends - begins, program.chunk)
-        positions = deal(begins.tolist(), counts.tolist(), program.chunk, program.placement.size("sequence"))
+        ranks = program.placement.size("sequence")
+        positions = assign_tokens(begins.tolist(), counts.tolist(), program.chunk, ranks)
         tokens = np.zeros_like(positions)
         for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
-            real = positions[row] != NO_TOKEN
-            tokens[row, real] = np.asarray(prompt, np.int32)[positions[row, real] - start]
+            is_token = positions[row] != NO_TOKEN
+            tokens[row, is_token] = np.asarray(prompt, np.int32)[positions[row, is_token] - start]
         logits_BV, cache = program.prefill(params, cache, *jax.device_put((tokens, positions), tokens_sharding))
         last_BV = logits_BV if last_BV is None else _where_rows(counts > 0, logits_BV, last_BV)
     assert last_BV is not None
@@ -113,17 +115,17 @@ def prefill_prompts(
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, capacity: int, vocab_size: int) -> None:
-    """Raises ConfigError where prompts, or what is to come after them, cannot be."""
+    """Raises ConfigError where prompts are invalid, or do not fit the capacity together with their new tokens."""
     if not prompts:
-        raise ConfigError("prompts=[] holds no prompt; use at least one")
+        raise ConfigError("prompts=[] is empty; use at least one prompt")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} must be positive; use 1")
     for row, prompt in enumerate(prompts):
         if not len(prompt):
-            raise ConfigError(f"prompts[{row}] is empty; use at least one token, such as the tokenizer's first")
+            raise ConfigError(f"prompts[{row}] is empty; use at least one token")
         wrong = [token for token in prompt if not 0 <= token < vocab_size]
         if wrong:
-            raise ConfigError(f"prompts[{row}] holds {wrong[0]}, which is no token; use ids from 0 to {vocab_size - 1}")
+            raise ConfigError(f"prompts[{row}] has token id {wrong[0]}, which is unknown; use 0 to {vocab_size - 1}")
         needed = len(prompt) + max_new_tokens
         if needed > capacity:
             raise ConfigError(
@@ -138,37 +140,37 @@ def _where_rows(rows_B: jax.Array, new_BV: jax.Array, old_BV: jax.Array) -> jax.
 
 
 def _generate_group(program: InferenceProgram, params, prompts, first, max_new_tokens, sampling, stop_tokens, stats):
-    """Yields (number of the prompt, token) of one batch of prompts, the first of which has number `first`."""
+    """Yields (index of the prompt, token) for one batch of prompts, whose first has index `first`."""
     sharding = program.abstract_tokens.sharding
     draw = partial(_draw, sampling=sampling, stops=tuple(stop_tokens), sharding=sharding)
     rows_B = np.arange(program.batch, dtype=np.int32)
-    idle = [[]] * (program.batch - len(prompts))
-    began = time.perf_counter()
-    logits_BV, cache = prefill_prompts(program, params, program.init_cache(), [*prompts, *idle])
+    empty = [[]] * (program.batch - len(prompts))
+    started = time.perf_counter()
+    logits_BV, cache = prefill_prompts(program, params, program.init_cache(), [*prompts, *empty])
     jax.block_until_ready(logits_BV)
-    stats.prefill_s += time.perf_counter() - began
+    stats.prefill_s += time.perf_counter() - started
     stats.prompt_tokens += sum(map(len, prompts))
-    going_B = rows_B < len(prompts)
+    active_B = rows_B < len(prompts)
     for step in itertools.count(1):
-        tokens_B, going_B = draw(logits_BV, cache.lengths_B, going_B, first + rows_B)
-        if step < max_new_tokens:  # the devices go on while this host looks at what they have drawn
+        tokens_B, active_B = draw(logits_BV, cache.lengths_B, active_B, first + rows_B)
+        if step < max_new_tokens:  # devices run the next step while the host reads these tokens
             logits_BV, cache = program.decode(params, cache, tokens_B)
-        drawn, going = np.asarray(tokens_B), np.asarray(going_B)
+        drawn, active = np.asarray(tokens_B), np.asarray(active_B)
         now, count = time.perf_counter(), int((drawn != STOPPED).sum())
         stats.new_tokens += count
         if step > 1:
             stats.decoded_tokens += count
-            stats.decode_s += now - began
-        began = now
+            stats.decode_s += now - started
+        started = now
         yield from ((first + row, int(drawn[row])) for row in range(len(prompts)) if drawn[row] != STOPPED)
-        if step == max_new_tokens or not going.any():
+        if step == max_new_tokens or not active.any():
             return
 
 
 @partial(jax.jit, static_argnames=("sampling", "stops", "sharding"))
-def _draw(logits_BV, lengths_B, going_B, rows_B, *, sampling: Sampling, stops: tuple[int, ...], sharding):
-    """(tokens [B], `STOPPED` where a sequence has ended; whether each goes on after its token)."""
+def _draw(logits_BV, lengths_B, active_B, rows_B, *, sampling: Sampling, stops: tuple[int, ...], sharding):
+    """(tokens [B], `STOPPED` where a sequence has ended; [B] bool, whether the sequence continues after its token)."""
     drawn_B = sample(logits_BV, row_keys(sampling.seed, rows_B, lengths_B), sampling)
-    tokens_B = jnp.where(going_B, drawn_B, STOPPED)
+    tokens_B = jnp.where(active_B, drawn_B, STOPPED)
     stop_B = (drawn_B[:, None] == jnp.asarray(stops, jnp.int32)[None]).any(axis=1)
-    return tuple(lax.with_sharding_constraint(array, sharding) for array in (tokens_B, going_B & ~stop_B))
+    return tuple(lax.with_sharding_constraint(array, sharding) for array in (tokens_B, active_B & ~stop_B))

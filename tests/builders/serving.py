@@ -1,0 +1,137 @@
+"""Small models that serve prompts under every layout, and their logits by plain mathematics."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.builders.arrays import place_case
+from tsp_jax.config import Config, DType, ModelConfig, StreamConfig
+from tsp_jax.heads import to_stored
+from tsp_jax.inference import make_inference_program
+from tsp_jax.inference.token_loop import prefill_prompts
+from tsp_jax.ops import reference
+from tsp_jax.ops.norm import rms_norm
+
+LOGITS_TOLERANCE = 1e-4
+"""relative; float32 sums in another order, through two layers: 1e-6 is typical"""
+
+MULTI_HEAD = ModelConfig(
+    vocab_size=72, d_model=28, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=10, d_ff=120, init_std=0.2
+)
+WIDE = ModelConfig(
+    vocab_size=160, d_model=56, num_layers=3, num_heads=16, num_kv_heads=16, head_dim=8, d_ff=208, init_std=0.2
+)
+"""every weight has more elements than any message of decode"""
+MODELS = {
+    "multi_head": MULTI_HEAD,
+    "grouped": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, qk_norm=True),
+    "odd_heads": dataclasses.replace(MULTI_HEAD, num_heads=9, num_kv_heads=3, tie_embeddings=True, activation="gelu"),
+    "thirds": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, head_dim=12),  # three ranks could share a KV head
+    "wide": WIDE,
+}
+STREAM = StreamConfig(bucket_mib=0.004)
+BATCH, CAPACITY, CHUNK, STEPS = 4, 128, 48, 67
+LENGTHS = (1, 61, 13, 48)
+"""of prompts: one token; more than a chunk, filling the cache with all steps; odd and no multiple of any ranks; a whole
+chunk"""
+
+CASES = [
+    ("single", "odd_heads"), ("tsp2", "odd_heads"), ("tsp3", "grouped"), ("tsp4", "odd_heads"), ("tsp8", "multi_head"),
+    ("tsp8", "grouped"), ("tsp8", "odd_heads"), ("tp8", "grouped"), ("tp2_sp4", "odd_heads"), ("tp4_sp2", "grouped"),
+    ("sp8", "multi_head"), ("fsdp_cp8", "odd_heads"), ("data2_tsp4", "grouped"), ("mix2_4", "odd_heads"),
+    ("two_axes2_4", "multi_head"), ("partial2_4", "grouped"),
+    ("mix2_3", "odd_heads"), ("mix3_2", "thirds"),
+]  # fmt: skip
+"""every layout; every model under tsp; fewer KV heads than ranks where that is another path"""
+
+
+def config_of(model: str, **changes) -> Config:
+    """A training configuration, for closed forms."""
+    fields = {"model": MODELS[model], "stream": STREAM, "steps": 1, "batch": 1, "seq_len": 8}
+    return Config(**({**fields, "compute_dtype": "float32"} | changes))
+
+
+@functools.cache
+def program_of(case: str, model: str, chunk: int = CHUNK, dtype: DType = "float32"):
+    return make_inference_program(
+        MODELS[model], place_case(case), stream=STREAM, dtype=dtype, batch=BATCH, capacity=CAPACITY, chunk=chunk
+    )
+
+
+@functools.cache
+def served(case: str, model: str, chunk: int = CHUNK, dtype: DType = "float32"):
+    """(program, params) of a model; its logical parameters are the same in every case."""
+    program = program_of(case, model, chunk, dtype)
+    shardings = jax.tree.map(lambda array: array.sharding, program.abstract_params)
+    return program, program.cast_params(jax.device_put(to_stored(program.paddings, logical_params(model)), shardings))
+
+
+@functools.cache
+def logical_params(model: str):
+    """Random, norm scales too, so that a test fails if one is used in place of another."""
+    rng = np.random.default_rng(1)
+
+    def fill(path, leaf):
+        value = rng.normal(size=leaf.shape)
+        return (1 + 0.3 * value if "norm" in str(path) else 0.2 * value).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, program_of("single", model).abstract_params)
+
+
+@functools.cache
+def reference_forward(model: str):
+    """Jitted (logical params, tokens [B, T]) -> logits [B, T, V]."""
+    config = MODELS[model]
+
+    def forward(params, tokens_BT):
+        positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+        x_BTD = reference.embed(tokens_BT, params["embed"]["table"])
+        for index in range(config.num_layers):
+            layer = jax.tree.map(lambda p, i=index: p[i], params["layers"])
+            attn, ffn = layer["attention"], layer["mlp"]
+            h_BTD = rms_norm(x_BTD, layer["attention_norm"]["scale"], config.norm_eps)
+            x_BTD += reference.attention(
+                h_BTD, attn["w_q"], attn["w_k"], attn["w_v"], attn["w_o"], positions, jnp.zeros_like(positions),
+                head_dim=config.head_dim, theta=config.rope_theta, eps=config.norm_eps,
+                norms=(attn["q_norm"], attn["k_norm"]) if config.qk_norm else None,
+            )  # fmt: skip
+            h_BTD = rms_norm(x_BTD, layer["mlp_norm"]["scale"], config.norm_eps)
+            x_BTD += reference.mlp(h_BTD, ffn["w_gate"], ffn["w_up"], ffn["w_down"], config.activation)
+        x_BTD = rms_norm(x_BTD, params["final_norm"]["scale"], config.norm_eps)
+        return x_BTD @ params["embed" if config.tie_embeddings else "head"]["table"].T
+
+    return jax.jit(forward)
+
+
+def reference_logits(model: str, sequences) -> np.ndarray:
+    """[B, T, V] of sequences of any lengths up to the capacity."""
+    padded = np.zeros((BATCH, CAPACITY), np.int32)
+    for row, sequence in enumerate(sequences):
+        padded[row, : len(sequence)] = sequence
+    return np.asarray(reference_forward(model)(logical_params(model), padded))
+
+
+def make_prompts(lengths=LENGTHS) -> list[list[int]]:
+    return [np.random.default_rng([row, n]).integers(0, 72, n).tolist() for row, n in enumerate(lengths)]
+
+
+def greedy(program, params, logits, cache, steps: int):
+    """(new tokens [B, steps], the logits [B, steps, V] of each, cache with all of them)."""
+    tokens, seen = [], []
+    for _ in range(steps):
+        seen.append(np.asarray(logits))
+        tokens.append(seen[-1].argmax(axis=-1).astype(np.int32))
+        logits, cache = program.decode(params, cache, jax.device_put(tokens[-1], program.abstract_tokens.sharding))
+    return np.stack(tokens, axis=1), np.stack(seen, axis=1), cache
+
+
+@functools.cache
+def continued(case: str, model: str, steps: int = STEPS):
+    """(prompts, new tokens, their logits, cache)."""
+    program, params = served(case, model)
+    prompts = make_prompts()
+    logits, cache = prefill_prompts(program, params, program.init_cache(), prompts)
+    return prompts, *greedy(program, params, logits, cache, steps)

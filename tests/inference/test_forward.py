@@ -87,9 +87,9 @@ def test_chunks_fill_the_cache_as_the_whole_prompt_does():
 
 
 def test_prefill_attends_by_the_kernel_that_is_chosen(monkeypatch):
-    """The fused one, interpreted, which needs one device; a sequence without a token in the second chunk, too."""
-    monkeypatch.setattr(kernels, "choose", lambda *_: "interpret")
-    monkeypatch.setattr(kernels.blockwise, "attend", None)
+    """Triton, interpreted, which needs one device; a sequence without a token in the second chunk, too."""
+    monkeypatch.setattr(kernels, "choose_kernel", lambda *_: kernels.TritonKernel("interpret"))
+    monkeypatch.setattr(kernels.XlaKernel, "attend", None)
     program = make_inference_program(
         MODELS["odd_heads"], place_case("single"),
         stream=STREAM, dtype="float32", batch=BATCH, capacity=CAPACITY, chunk=CHUNK,

@@ -73,10 +73,9 @@ def decode_attention(
         heads = ShardedHeads.of(config, axes, Stream(), weights)
         q_B1NH, k_B1KH, v_B1KH = _project_and_gather(x_B1D, weights, norms or HeadNorms(), positions_B1, heads)
         new = to_cache_order(k_B1KH, v_B1KH)
-        attends_Bs = may_attend(Tokens.one_document(positions_B1), Tokens.one_document(entry_positions_Bs))
-        attended = attends_Bs, entries.count_B1 > 0
+        attended_Bs = may_attend(Tokens.one_document(positions_B1), Tokens.one_document(entry_positions_Bs))
         cache = KeyValues(*(row_major(lax.dynamic_slice_in_dim(array, layer, 1)) for array in cache))
-        out_BNH, lse_BN = _attend_to_shard(q_B1NH, cache, new, *attended)
+        out_BNH, lse_BN = _attend_to_shard(q_B1NH, cache, new, attended_Bs, entries.count_B1 > 0)
         out_BnH = _merge_ranks(out_BNH, lse_BN, axes).astype(x_B1D.dtype)
         y_B1D = matmul(out_BnH.reshape(out_BnH.shape[0], 1, -1), weights.o_wD.astype(x_B1D.dtype))
         weight_axes = axes.tensor + axes.folded

@@ -138,8 +138,8 @@ def _attend_over_sequence(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, heads: 
 
 
 def _forward(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, heads: ShardedHeads):
-    config, axes, buckets = heads.config, heads.axes.sequence, heads.exchange_buckets
-    kernel = config.kernel.within(q_BtKGH.shape[1])
+    axes, buckets = heads.axes.sequence, heads.exchange_buckets
+    kernel = heads.config.kernel.within(q_BtKGH.shape[1])
 
     def fetch(_, index):
         bucket = _KVBucket(index, heads.kv_heads // buckets)
@@ -160,8 +160,8 @@ def _forward(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, heads: ShardedHeads)
 
 def _backward(heads: ShardedHeads, residuals, dout_BtKGH):
     q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, out_BtKGH, lse_BtKG = residuals
-    config, axes, buckets = heads.config, heads.axes.sequence, heads.exchange_buckets
-    kernel = config.kernel.within(q_BtKGH.shape[1])
+    axes, buckets = heads.axes.sequence, heads.exchange_buckets
+    kernel = heads.config.kernel.within(q_BtKGH.shape[1])
 
     def fetch(carry, index):
         bucket = _KVBucket(index, heads.kv_heads // buckets)

@@ -17,7 +17,7 @@ from tsp_jax.inference.cache import Cache, abstract_cache, empty_cache
 from tsp_jax.inference.forward import decode, decode_placement, prefill
 from tsp_jax.inspect.memory import compiled_memory
 from tsp_jax.layout import Placement, check_divides
-from tsp_jax.models.transformer import Transformer, functional
+from tsp_jax.models.transformer import Transformer, make_merge
 
 ONE_BUCKET = StreamConfig(bucket_mib=1e9)
 """for decoding, where no weights move: one bucket per op"""
@@ -153,12 +153,13 @@ def _model(config: Config, placement: Placement, stream: StreamConfig, params_dt
 
     def make() -> Transformer:
         return Transformer(
-            config.model, placement=placement, stream=stream, dtype=jnp.dtype(config.compute_dtype), rngs=nnx.Rngs(0)
-        )
+            config.model, placement=placement, stream=stream, dtype=jnp.dtype(config.compute_dtype), remat="none",
+            rngs=nnx.Rngs(0),
+        )  # fmt: skip
 
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
     params = jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(array.shape, params_dtype, sharding=array.sharding),
         nnx.to_pure_dict(abstract),
     )
-    return functional(graphdef, abstract), params, paddings(abstract)
+    return make_merge(graphdef, abstract), params, paddings(abstract)

@@ -10,7 +10,6 @@ shard.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -370,28 +369,3 @@ class Embed(nnx.Module):
 def residual_std(init_std: float, num_layers: int) -> float:
     """Initial standard deviation of a projection into the residual stream (GPT-2's scaling)."""
     return init_std / math.sqrt(2 * num_layers)
-
-
-@jax.custom_vjp
-def divert_grads(params: Any, sinks: Any) -> Any:
-    """`params`, whose gradients become those of `sinks` (a tree like it) instead, in the dtype of each sink.
-
-    Lets the gradients of float32 weights be held in bfloat16 without a bfloat16 copy of the weights: autodiff gives a
-    gradient the dtype of what it is the gradient of. The values of sinks are never read. Put it where gradients are
-    made, inside a scan over layers, so that none is held in the wider dtype.
-    """
-    del sinks
-    return params
-
-
-def _divert_forward(params, sinks):
-    return params, (params, sinks)
-
-
-def _divert_backward(residuals, grads):
-    params, sinks = residuals
-    cast = jax.tree.map(lambda grad, sink: grad.astype(sink.dtype), grads, sinks)
-    return jax.tree.map(jnp.zeros_like, params), cast
-
-
-divert_grads.defvjp(_divert_forward, _divert_backward)

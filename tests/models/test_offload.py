@@ -1,4 +1,4 @@
-"""A residual stream that waits in the host's memory: the same numbers, and where the compiler puts it."""
+"""Offloaded remat: the numbers of full remat, and layer inputs in the host's memory."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Layers under full remat whose gradients wait where their inputs were: values, gradients, memory."""
+"""Layers under every remat policy: values, gradients, their dtype, and the memory of gradients under full remat."""
 
 import functools
 
@@ -20,23 +20,37 @@ from tsp_jax.ops.mlp import mlp
 from tsp_jax.ops.stream import Stream
 
 L, B, D, F, ODD = 3, 2, 12, 48, 5
+DEEP = 7
+"""layers where memory is read: a number that no other dimension has"""
 FEW, MANY = 16, 96
-"""tokens of a sequence: a device of eight keeps fewer rows of them than of gradients, or more"""
+"""tokens of a sequence: one of eight devices has fewer rows of tokens than of gradients, or more"""
 BF16_TOLERANCE = 2**-7
 """relative; the same sums in the same order, some rounded to 8 bits at other places"""
-NAMES = {None: None, "f32": jnp.float32, "bf16": jnp.bfloat16}
+F32, BF16 = "float32", "bfloat16"
 CASES = [
-    *((layout, "f32", None, FEW) for layout in ("tp8", "data2_tsp4", "tp2_sp4", "mix2_4")),
-    ("tp8", "bf16", "bf16", MANY),
-    ("mix2_4", "bf16", "f32", FEW),
-    *(("tsp8", x, sinks, MANY) for x in ("f32", "bf16") for sinks in (None, "f32", "bf16")),
-    *(("tsp8", x, sinks, FEW) for x, sinks in (("f32", "bf16"), ("bf16", "f32"), ("bf16", None))),
+    ("full", "tp8", F32, F32, FEW),
+    ("full", "data2_tsp4", F32, F32, FEW),
+    ("full", "tp2_sp4", F32, F32, FEW),
+    ("full", "mix2_4", F32, F32, FEW),
+    ("full", "tp8", BF16, BF16, MANY),
+    ("full", "mix2_4", BF16, F32, FEW),
+    ("full", "tsp8", F32, F32, MANY),
+    ("full", "tsp8", F32, BF16, MANY),
+    ("full", "tsp8", BF16, F32, MANY),
+    ("full", "tsp8", BF16, BF16, MANY),
+    ("full", "tsp8", F32, BF16, FEW),
+    ("full", "tsp8", BF16, F32, FEW),
+    ("none", "tsp8", F32, F32, FEW),
+    ("none", "tsp8", F32, BF16, FEW),
+    ("save_attention", "data2_tsp4", F32, BF16, FEW),
+    ("offload", "mix2_4", BF16, BF16, FEW),
 ]
-"""(layout, dtype of x, of sinks, tokens): gradients wider and narrower than the slots, more and less of them"""
+"""(policy, layout, dtype of x, grad dtype, tokens): gradients wider and narrower than the buffers, more and less of
+them"""
 
 
 def arguments(dtype, tokens: int, layers: int = L):
-    """(x, params, aux); `odd` and `scale` do not fill a row of the slots."""
+    """(x, params, aux); `odd` and `scale` do not fill a row of a buffer."""
     matrices = {name: normal(seed, layers, F, D, std=D**-0.5) for seed, name in enumerate(("gate", "up", "down"))}
     params = {**matrices, "odd": normal(7, layers, ODD), "scale": 1 + normal(8, layers, D, std=0.1)}
     return jnp.asarray(normal(9, B, tokens, D), dtype), params, normal(10, B, tokens)
@@ -67,34 +81,33 @@ def layer_of(placement: Placement):
 
 def plain_layers(layer, x_BTD, params, aux):
     """What `run_layers` should be: a scan of checkpoints."""
-    turn = jax.checkpoint(lambda x, params: (layer(params, x, aux), None), prevent_cse=False)
-    return lax.scan(turn, x_BTD, params)[0]
+    step = jax.checkpoint(lambda x, params: (layer(params, x, aux), None), prevent_cse=False)
+    return lax.scan(step, x_BTD, params)[0]
 
 
-def run(placement: Placement, x_BTD, params, aux, sinks):
-    return run_layers(layer_of(placement), x_BTD, params, sinks, aux, specs_of(placement), placement)
+def run(placement: Placement, x_BTD, params, aux, policy="full", grad_dtype=F32):
+    return run_layers(
+        layer_of(placement), x_BTD, params, aux,
+        specs=specs_of(placement), placement=placement, policy=policy, grad_dtype=grad_dtype,
+    )  # fmt: skip
 
 
-def slot_vjp(placement: Placement, sinks_dtype, cotangent, x_BTD, params, aux):
-    """(y, dx, gradients) with gradients in the dtype of the sinks."""
-    if sinks_dtype is None:
-        y, vjp = jax.vjp(lambda x, params: run(placement, x, params, aux, None), x_BTD, params)
-        return y, *vjp(cotangent)
-    # What sinks hold is never read.
-    sinks = jax.tree.map(lambda p: jnp.full(p.shape, jnp.nan, sinks_dtype), params)
-    y, vjp = jax.vjp(lambda x, sinks: run(placement, x, params, aux, sinks), x_BTD, sinks)
+def vjp_of(layers, cotangent, x_BTD, params):
+    """(y, dx, gradients) of (x, params) -> y."""
+    y, vjp = jax.vjp(layers, x_BTD, params)
     return y, *vjp(cotangent)
 
 
-def plain_vjp(placement: Placement, sinks_dtype, cotangent, x_BTD, params, aux):
-    """The same of `plain_layers`."""
-    y, vjp = jax.vjp(lambda x, params: plain_layers(layer_of(placement), x, params, aux), x_BTD, params)
-    dx, grads = vjp(cotangent)
-    return y, dx, jax.tree.map(lambda grad: grad.astype(sinks_dtype or grad.dtype), grads)
+def run_vjp(placement: Placement, policy: str, grad_dtype: str, cotangent, x_BTD, params, aux):
+    return vjp_of(lambda x, params: run(placement, x, params, aux, policy, grad_dtype), cotangent, x_BTD, params)
+
+
+def plain_vjp(placement: Placement, cotangent, x_BTD, params, aux):
+    return vjp_of(lambda x, params: plain_layers(layer_of(placement), x, params, aux), cotangent, x_BTD, params)
 
 
 def on(placement: Placement, x_BTD, params, aux, put=jax.device_put):
-    """The arguments where they belong."""
+    """The arguments on the devices of a placement."""
 
     def at(array, spec):
         return put(array, NamedSharding(placement.mesh, spec))
@@ -111,30 +124,32 @@ def abstract(array, sharding) -> jax.ShapeDtypeStruct:
 @functools.cache
 def desired(layout: str, x_dtype: str, tokens: int):
     placement = place_case(layout)
-    x, params, aux = on(placement, *arguments(NAMES[x_dtype], tokens))
-    f = functools.partial(plain_vjp, placement, None)
-    return jax.jit(f)(cotangent_of(x), x, params, aux)
+    x, params, aux = on(placement, *arguments(x_dtype, tokens))
+    return jax.jit(functools.partial(plain_vjp, placement))(cotangent_of(x), x, params, aux)
 
 
 def cotangent_of(x_BTD: jax.Array) -> jax.Array:
     return jnp.asarray(normal(11, *x_BTD.shape), x_BTD.dtype)
 
 
-@pytest.mark.parametrize(("layout", "x_dtype", "sinks", "tokens"), CASES)
-def test_values_and_gradients_are_those_of_a_scan_of_checkpoints(layout, x_dtype, sinks, tokens):
-    placement, dtype = place_case(layout), NAMES[sinks]
-    x, params, aux = on(placement, *arguments(NAMES[x_dtype], tokens))
-    y, dx, grads = jax.jit(functools.partial(slot_vjp, placement, dtype))(cotangent_of(x), x, params, aux)
+@pytest.mark.parametrize(("policy", "layout", "x_dtype", "grad_dtype", "tokens"), CASES)
+def test_values_and_gradients_are_those_of_a_scan_of_checkpoints(policy, layout, x_dtype, grad_dtype, tokens):
+    placement = place_case(layout)
+    x, params, aux = on(placement, *arguments(x_dtype, tokens))
+    f = functools.partial(run_vjp, placement, policy, grad_dtype)
+    y, dx, grads = jax.jit(f)(cotangent_of(x), x, params, aux)
     assert (y.dtype, dx.dtype) == (x.dtype, x.dtype)
-    assert {grad.dtype for grad in grads.values()} == {jnp.dtype(dtype or jnp.float32)}
-    narrow = x_dtype == "bf16" or sinks == "bf16"
-    assert_trees_near((y, dx, grads), desired(layout, x_dtype, tokens), BF16_TOLERANCE if narrow else F32_TOLERANCE)
+    assert {grad.dtype for grad in grads.values()} == {jnp.dtype(F32)}
+    rounded = {name: bool((grad == grad.astype(BF16).astype(F32)).all()) for name, grad in grads.items()}
+    assert set(rounded.values()) == {grad_dtype == BF16}, "gradients wait in grad_dtype"
+    tolerance = BF16_TOLERANCE if BF16 in (x_dtype, grad_dtype) else F32_TOLERANCE
+    assert_trees_near((y, dx, grads), desired(layout, x_dtype, tokens), tolerance)
 
 
 def test_micro_batches_in_a_scan_add_up():
-    """As accumulation runs them: slots are made anew in each turn of the loop."""
+    """As gradient accumulation runs them: each iteration of the loop has new buffers."""
     placement = place_case("tsp8")
-    x, params, aux = on(placement, *arguments(jnp.float32, FEW))
+    x, params, aux = on(placement, *arguments(F32, FEW))
     xs = jnp.stack([x, 2 * x, x - 1])
 
     def total(layers):
@@ -147,34 +162,33 @@ def test_micro_batches_in_a_scan_add_up():
     def plain(params, x):
         return plain_layers(layer_of(placement), x, params, aux)
 
-    actual = jax.jit(lambda: total(lambda params, x: run(placement, x, params, aux, None)))()
+    actual = jax.jit(lambda: total(lambda params, x: run(placement, x, params, aux)))()
     assert_trees_near(actual, jax.jit(lambda: total(plain))(), F32_TOLERANCE)
 
 
-def test_without_gradients_there_are_no_slots():
+def test_forward_alone_has_no_buffers():
     placement = place_case("tsp8")
-    arrays = on(placement, *arguments(jnp.float32, MANY, DEEP))
-    forward = jax.jit(lambda x, params, aux: run(placement, x, params, aux, None))
+    arrays = on(placement, *arguments(F32, MANY, DEEP))
+    forward = jax.jit(lambda x, params, aux: run(placement, x, params, aux))
     assert stacked_in_loops(forward.lower(*arrays).compile()) == set()
 
 
 # ------------------------------------------------------------------------------------------------ memory
 
-DEEP = 7
-"""layers: a number that no other dimension has"""
 ROWS = B * MANY // 8
 """tokens of a device, more than its rows of gradients: 3 F / 8, and one each for `odd` and `scale`"""
 
 
 @functools.cache
-def compiled_update(plain: bool):
-    """A step that subtracts bfloat16 gradients from float32 parameters, which it donates."""
+def compiled_update(policy: str, grad_dtype: str = BF16):
+    """A step that subtracts gradients from float32 parameters, which it donates; `plain`: of `plain_layers`."""
     placement = place_case("tsp8")
-    x, params, aux = on(placement, *arguments(jnp.bfloat16, MANY, DEEP))
+    x, params, aux = on(placement, *arguments(BF16, MANY, DEEP))
 
     def step(params, x, aux):
-        _, dx, grads = (plain_vjp if plain else slot_vjp)(placement, jnp.bfloat16, x, x, params, aux)
-        return jax.tree.map(lambda p, grad: p - grad.astype(jnp.float32), params, grads), dx
+        vjp = plain_vjp if policy == "plain" else functools.partial(run_vjp, policy=policy, grad_dtype=grad_dtype)
+        _, dx, grads = vjp(placement, cotangent=x, x_BTD=x, params=params, aux=aux)
+        return jax.tree.map(jnp.subtract, params, grads), dx
 
     return jax.jit(step, donate_argnums=0).lower(params, x, aux).compile()
 
@@ -187,30 +201,39 @@ def stacked_in_loops(compiled) -> set[tuple[int, ...]]:
 
 
 def test_gradients_have_no_memory_of_their_own_where_tokens_are_more():
-    assert stacked_in_loops(compiled_update(plain=False)) == {(DEEP, ROWS, D)}
+    assert stacked_in_loops(compiled_update("full")) == {(DEEP, ROWS, D)}
 
 
 def test_a_scan_of_checkpoints_does_have_such_memory():
     """What is found nowhere above would be found."""
-    assert stacked_in_loops(compiled_update(plain=True)) >= {(DEEP, B, MANY // 8, D), (DEEP, F // 8, D)}
+    assert stacked_in_loops(compiled_update("plain")) >= {(DEEP, B, MANY // 8, D), (DEEP, F // 8, D)}
 
 
-def test_slots_save_the_memory_of_gradients():
-    """Those of a scan are float32 until the loop ends, for autodiff gives them the dtype of the parameters."""
-    slots, plain = (compiled_memory(compiled_update(plain)).temp_bytes for plain in (False, True))
-    assert slots <= plain - DEEP * (3 * F // 8 + 1) * D * 4
+GRADS = DEEP * (3 * F // 8 + 1) * D
+"""numbers in the gradients of all layers on one device, without those of `odd`"""
 
 
-def test_no_reader_of_one_row_has_all_slots_copied():
-    """The TPU's compiler did, to the order in memory that suits the gradients of `scale`."""
+def test_buffers_save_the_memory_of_gradients():
+    """A scan stacks float32 gradients until the loop ends, for autodiff gives them the dtype of the parameters."""
+    full, plain = (compiled_memory(compiled_update(policy)).temp_bytes for policy in ("full", "plain"))
+    assert full <= plain - GRADS * 4
+
+
+def test_other_policies_stack_gradients_in_grad_dtype():
+    narrow, wide = (compiled_memory(compiled_update("none", dtype)).temp_bytes for dtype in (BF16, F32))
+    assert narrow <= wide - GRADS * 2
+
+
+def test_no_reader_of_one_row_makes_the_compiler_copy_all_buffers():
+    """The TPU compiler did, to the order in memory that suits the gradients of `scale`."""
     if not installed("tpu"):
         pytest.skip("its compiler is not installed")
     placement = place("tsp", parse_target("v5p:8").devices(), tsp=8)
-    arrays = on(placement, *arguments(jnp.bfloat16, MANY, DEEP), put=abstract)
+    arrays = on(placement, *arguments(BF16, MANY, DEEP), put=abstract)
 
     def step(x, params, aux):
-        _, dx, grads = slot_vjp(placement, jnp.bfloat16, x, x, params, aux)
-        return jax.tree.map(lambda p, grad: p - grad.astype(jnp.float32), params, grads), dx
+        _, dx, grads = run_vjp(placement, "full", BF16, x, x, params, aux)
+        return jax.tree.map(jnp.subtract, params, grads), dx
 
     module = parse(jax.jit(step, donate_argnums=1).lower(*arrays).compile().as_text())
     made = {(b.opcode, b.shape) for b in list_buffers(module)}

@@ -155,10 +155,13 @@ def _layers(model: Transformer, x_BTD: jax.Array, attend: Callable, carry: Any) 
 
     def layer(carry, xs):
         (x_BTD, carry), (state, index) = carry, xs
-        module = nnx.merge(graphdef, state)
-        y_BTD, carry, out = attend(module.attention, module.attention_norm(x_BTD), carry, index)
-        x_BTD += y_BTD
-        return (x_BTD + module.mlp(module.mlp_norm(x_BTD)), carry), out
+
+        def attend_and_carry(attention: Attention, x_BTD: jax.Array):
+            y_BTD, *extra = attend(attention, x_BTD, carry, index)
+            return y_BTD, extra
+
+        x_BTD, (carry, out) = nnx.merge(graphdef, state)(x_BTD, attend_and_carry)
+        return (x_BTD, carry), out
 
     indices = jnp.arange(model.config.num_layers, dtype=jnp.int32)
     (x_BTD, carry), outs = lax.scan(layer, (x_BTD, carry), (stacked, indices))

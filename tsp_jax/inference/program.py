@@ -17,7 +17,7 @@ from tsp_jax.inference.cache import Cache, abstract_cache, empty_cache
 from tsp_jax.inference.forward import decode, decode_placement, prefill
 from tsp_jax.inspect.memory import compiled_memory
 from tsp_jax.layout import Placement, check_divides
-from tsp_jax.models.transformer import Transformer, functional
+from tsp_jax.models.transformer import Transformer, make_merge
 
 ONE_BUCKET = StreamConfig(bucket_mib=1e9)
 """for decode, where weights are stationary: one bucket per op"""
@@ -165,11 +165,13 @@ def _model(
     """(function from parameters to the model on a placement, abstract parameters, their paddings)."""
 
     def make() -> Transformer:
-        return Transformer(config, placement=placement, stream=stream, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+        return Transformer(
+            config, placement=placement, stream=stream, dtype=jnp.dtype(dtype), remat="none", rngs=nnx.Rngs(0)
+        )
 
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
     params = jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(array.shape, params_dtype or dtype, sharding=array.sharding),
         nnx.to_pure_dict(abstract),
     )
-    return functional(graphdef, abstract), params, paddings(abstract)
+    return make_merge(graphdef, abstract), params, paddings(abstract)

@@ -1,6 +1,8 @@
-"""One decoder, configured as Llama, Qwen3 and their like.
+"""A decoder configured as Llama, Qwen3 and similar models.
 
 Layers are stacked along a leading dimension and scanned, so that compile time does not grow with depth.
+
+Dims: B batch, T tokens, D model, V vocabulary, L layers.
 """
 
 from collections.abc import Callable
@@ -9,42 +11,26 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from tsp_jax.config import ModelConfig, Remat, StreamConfig
 from tsp_jax.layout import Placement
-from tsp_jax.models.remat import run_layers
-from tsp_jax.nn import MLP, Attention, Embed, divert_grads, residual_std
-from tsp_jax.ops.attention.train import SAVED_NAMES
+from tsp_jax.models.remat import add_attention, run_layers
+from tsp_jax.nn import MLP, Attention, Embed, residual_std
 
 M = TypeVar("M", bound=nnx.Module)
-REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "save_attention": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_input"],
-        offload_src="device", offload_dst="pinned_host",
-    ),
-}  # fmt: skip
+Attend = Callable[[Attention, jax.Array], tuple[jax.Array, Any]]
+"""(a layer's attention module, normed x [B, T, D]) -> (what attention adds [B, T, D], anything else)"""
 
 
-def functional(graphdef: nnx.GraphDef[M], state: nnx.State) -> Callable[[dict], M]:
-    """Parameters -> the module that `nnx.split` took apart, with these in the place of its own."""
+def make_merge(graphdef: nnx.GraphDef[M], state: nnx.State) -> Callable[[dict], M]:
+    """Returns a function: a pure dict of parameters -> the module with them and the rest of `state`."""
 
-    def module_of(params: dict) -> M:
-        mine = jax.tree.map(lambda x: x, state)
-        nnx.replace_by_pure_dict(mine, params)
-        return nnx.merge(graphdef, mine)
+    def merge(params: dict) -> M:
+        copy = jax.tree.map(lambda x: x, state)
+        nnx.replace_by_pure_dict(copy, params)
+        return nnx.merge(graphdef, copy)
 
-    return module_of
-
-
-def rematerialise(layer: Callable, remat: Remat) -> Callable:
-    """`layer`, dropping in forward what `remat` says backward is to compute again. For use inside a scan."""
-    policy = REMAT_POLICIES[remat]
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False) if policy else layer
+    return merge
 
 
 class DecoderLayer(nnx.Module):
@@ -57,6 +43,7 @@ class DecoderLayer(nnx.Module):
         kwargs: dict[str, Any] = {"placement": placement, "stream": stream, "dtype": dtype, "rngs": rngs}
         kwargs["init_std"] = config.init_std
         kwargs["out_std"] = residual_std(config.init_std, config.num_layers)
+        self.remat: Remat = remat
         self.attention_norm = _norm(config, placement, dtype, rngs)
         self.attention = Attention(
             config.d_model, config.num_heads, config.num_kv_heads, config.head_dim,
@@ -66,17 +53,18 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = _norm(config, placement, dtype, rngs)
         self.mlp = MLP(config.d_model, config.d_ff, activation=config.activation, **kwargs)
 
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
-        return self.feed(x_BTD + self.attend(x_BTD, positions_BT, segment_ids_BT))
+    def __call__(self, x_BTD: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
+        """Runs the layer with the attention of training, prefill or decode.
 
-    def attend(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-        """What attention adds to the residual stream."""
-        return self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT)
+        Args:
+          x_BTD: the residual stream.
+          attend: see `Attend`.
 
-    def feed(self, x_BTD: jax.Array) -> jax.Array:
-        """The residual stream after the MLP."""
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        Returns:
+          (the residual stream [B, T, D], what else `attend` returned).
+        """
+        x_BTD, extra = add_attention(lambda x: attend(self.attention, self.attention_norm(x)), x_BTD, self.remat)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), extra
 
 
 def _norm(config: ModelConfig, placement: Placement, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -95,7 +83,8 @@ class Transformer(nnx.Module):
       placement: layout and mesh.
       stream: movement, buckets and blocks.
       dtype: compute dtype; parameters are float32.
-      remat: what backward recomputes.
+      remat: what backward recomputes; see `tsp_jax.models.remat`.
+      grad_dtype: dtype in which the layers' gradients wait until backward is done.
       rngs: stream `params`.
     """
 
@@ -107,10 +96,12 @@ class Transformer(nnx.Module):
         stream: StreamConfig = StreamConfig(),
         dtype: Any = jnp.bfloat16,
         remat: Remat = "full",
+        grad_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.config = config
         self.remat: Remat = remat
+        self.grad_dtype = jnp.dtype(grad_dtype)
         self.placement = placement
         kwargs: dict[str, Any] = {"placement": placement, "stream": stream, "dtype": dtype}
         table = dict(kwargs, init_std=config.init_std, rngs=rngs)
@@ -125,46 +116,28 @@ class Transformer(nnx.Module):
         self.final_norm = _norm(config, placement, dtype, rngs)
         self.head = None if config.tie_embeddings else Embed(config.vocab_size, config.d_model, **table)
 
-    def __call__(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, grad_sinks: dict | None = None
-    ) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         """Final hidden states, [B, T, D] in the compute dtype.
 
         Args:
           tokens_BT: int32 ids.
           positions_BT: int32 positions, in any order of tokens.
           segment_ids_BT: int32 document numbers.
-          grad_sinks: arrays like the layers' parameters that get their gradients; see `divert_grads`.
         """
         graphdef, stacked = nnx.split(self.layers)
-        x_BTD, params, tokens = self.embed(tokens_BT), nnx.to_pure_dict(stacked), (positions_BT, segment_ids_BT)
+        merge = make_merge(graphdef, stacked)
 
-        module = functional(graphdef, stacked)
+        def layer(params, x_BTD, documents):
+            return merge(params)(x_BTD, lambda attention, x: (attention(x, *documents), None))[0]
 
-        def layer(params, x_BTD, tokens):
-            return module(params)(x_BTD, *tokens)
-
-        def lean_layer(params, x_BTD, tokens):
-            """Within a layer's backward, queries, keys and values are projected again after that of the MLP."""
-            layer = module(params)
-            attend = jax.checkpoint(layer.attend, policy=REMAT_POLICIES["save_attention"])
-            return layer.feed(lax.optimization_barrier(x_BTD + attend(x_BTD, *tokens)))
-
-        if self.remat == "full":
-            specs = nnx.to_pure_dict(nnx.get_partition_spec(stacked))
-            x_BTD = run_layers(lean_layer, x_BTD, params, grad_sinks, tokens, specs, self.placement)
-        else:
-
-            def turn(x_BTD, scanned):
-                params, sinks = scanned
-                params = params if sinks is None else divert_grads(params, sinks)
-                run = lean_layer if self.remat == "offload" else layer
-                return run(params, checkpoint_name(x_BTD, "layer_input"), tokens), None
-
-            x_BTD, _ = lax.scan(rematerialise(turn, self.remat), x_BTD, (params, grad_sinks))
+        x_BTD = run_layers(
+            layer, self.embed(tokens_BT), nnx.to_pure_dict(stacked), (positions_BT, segment_ids_BT),
+            specs=nnx.to_pure_dict(nnx.get_partition_spec(stacked)), placement=self.placement,
+            policy=self.remat, grad_dtype=self.grad_dtype,
+        )  # fmt: skip
         return self.final_norm(x_BTD)
 
-    def token_losses(self, batch: Any, grad_sinks: dict | None = None):
+    def token_losses(self, batch: Any):
         """TokenLosses of a batch with fields tokens, labels, positions, segment_ids, each [B, T] int32."""
-        x_BTD = self(batch.tokens, batch.positions, batch.segment_ids, grad_sinks)
+        x_BTD = self(batch.tokens, batch.positions, batch.segment_ids)
         return (self.head or self.embed).cross_entropy(x_BTD, batch.labels)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tsp_jax.config import Config
 from tsp_jax.heads import NoPadding, paddings
 from tsp_jax.layout import Placement
-from tsp_jax.models.transformer import Transformer, functional
+from tsp_jax.models.transformer import Transformer, make_merge
 from tsp_jax.training.data import Batch
 from tsp_jax.training.optimizer import choose_optimizer
 from tsp_jax.training.safety.finite import update_if_finite
@@ -83,11 +83,11 @@ def make_program(
     def make_model(seed: int | jax.Array) -> Transformer:
         return Transformer(
             config.model, placement=placement, stream=config.stream, dtype=jnp.dtype(config.compute_dtype),
-            remat=config.remat, rngs=nnx.Rngs(params=seed),
+            remat=config.remat, grad_dtype=config.grad_dtype, rngs=nnx.Rngs(params=seed),
         )  # fmt: skip
 
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(0)))
-    model_of = functional(graphdef, abstract)
+    model_of = make_merge(graphdef, abstract)
     chosen, learning_rate = choose_optimizer(config.optimizer, config.steps, optimizer)
     shardings, pads, moments = _state_trees(abstract, chosen, placement, config.optimizer.zero1)
 
@@ -134,21 +134,17 @@ def _make_step(
       moments: shardings of a moment of each parameter.
     """
 
-    def loss(wanted: dict, params: dict, micro: Batch, num_labels: jax.Array):
-        sinks = wanted["layers"]
-        nll_BT, lse_BT = model_of({**wanted, "layers": params["layers"]}).token_losses(micro, sinks)
+    def loss(params: dict, micro: Batch, num_labels: jax.Array):
+        nll_BT, lse_BT = model_of(params).token_losses(micro)
         nll = nll_BT.sum() / num_labels
         return nll + config.z_loss * (lse_BT * lse_BT).sum() / num_labels, nll
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         num_labels = (batch.labels >= 0).sum(dtype=jnp.float32)
         gradient = jax.grad(loss, has_aux=True)
-        sinks = jax.tree.map(lambda p: jnp.zeros(p.shape, config.grad_dtype), state.params["layers"])
-        wanted = {**state.params, "layers": lax.with_sharding_constraint(sinks, shardings["layers"])}
         num_labels_or_1 = jnp.maximum(num_labels, 1.0)
-        grads, nll = _accumulate(lambda micro: gradient(wanted, state.params, micro, num_labels_or_1), batch)
+        grads, nll = _accumulate(lambda micro: gradient(state.params, micro, num_labels_or_1), batch)
         grads = lax.with_sharding_constraint(grads, moments)
-        grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         grad_norm = optax.tree.norm(grads)
@@ -161,16 +157,15 @@ def _make_step(
 
 
 def _accumulate(gradient: Callable[[Batch], tuple[dict, jax.Array]], batch: Batch) -> tuple[dict, jax.Array]:
-    """Sums (gradients, loss) over the micro-batches [a, ...], one at a time; several are summed in float32."""
+    """Sums (gradients, loss) over the micro-batches [a, ...], one at a time."""
     micro_batches = batch.tokens.shape[0]
     first = gradient(jax.tree.map(lambda x: x[0], batch))
     if micro_batches == 1:
         return first
 
     def add(total, micro):
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, gradient(micro)), None
+        return jax.tree.map(jnp.add, total, gradient(micro)), None
 
-    first = jax.tree.map(lambda x: x.astype(jnp.float32), first)
     return lax.scan(add, first, jax.tree.map(lambda x: x[1:], batch))[0]
 
 

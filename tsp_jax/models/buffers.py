@@ -1,0 +1,147 @@
+"""One buffer for each layer, which holds the layer's input and later its gradients.
+
+A buffer is [rows, D] on each device, however arrays are sharded; `BufferFormat` says which rows hold which array.
+
+Dims: B batch, T tokens, D model, L layers; upper case is the full dimension, lower case this device's shard.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tsp_jax.layout import Placement
+
+Params = Any
+
+
+class _Leaf(NamedTuple):
+    """An array of one layer as some rows of a buffer."""
+
+    spec: PartitionSpec
+    shape: tuple[int, ...]
+    """on one device"""
+    dtype: Any
+    first: int
+    """its first row in the buffer"""
+    rows: int
+
+
+class BufferFormat(NamedTuple):
+    """Which rows of a buffer hold which array; hashable. Leaves are in the order of `jax.tree.leaves`."""
+
+    placement: Placement
+    x: _Leaf
+    grads: tuple[_Leaf, ...]
+    num_layers: int
+    width: int
+    """D"""
+
+    @classmethod
+    def of(cls, placement: Placement, x_BTD: jax.Array, params: Params, specs: Params, grad_dtype) -> "BufferFormat":
+        """The format for layer inputs like x and gradients of `params` [L, ...]."""
+        width, itemsize = x_BTD.shape[-1], x_BTD.dtype.itemsize
+
+        def leaf(spec: PartitionSpec, shape: tuple[int, ...], dtype: Any, first: int) -> _Leaf:
+            local = NamedSharding(placement.mesh, spec).shard_shape(shape)
+            rows = -(-math.prod(local) * dtype.itemsize // (width * itemsize))
+            return _Leaf(spec, local, dtype, first, rows)
+
+        leaves, first = [], 0
+        for spec, param in zip(jax.tree.leaves(specs), jax.tree.leaves(params), strict=True):
+            leaves.append(leaf(PartitionSpec(*spec[1:]), param.shape[1:], grad_dtype, first))
+            first += leaves[-1].rows
+        x_spec = placement.layout.spec("batch", "sequence", None)
+        x = leaf(x_spec, x_BTD.shape, x_BTD.dtype, 0)
+        return cls(placement, x, tuple(leaves), jax.tree.leaves(params)[0].shape[0], width)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a buffer on one device."""
+        return max(self.x.rows, sum(leaf.rows for leaf in self.grads))
+
+    @property
+    def _spec(self) -> PartitionSpec:
+        return PartitionSpec(None, tuple(self.placement.mesh.axis_names), None)
+
+    def _shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        # Devices that hold the same shard hold equal buffers, which the varying-axes check cannot infer.
+        return jax.shard_map(
+            function, mesh=self.placement.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+
+    def zeros(self) -> jax.Array:
+        """The buffers of all layers, [L, devices x rows, D]."""
+        shape = (self.num_layers, self.rows, self.width)
+        return self._shard_map(lambda: jnp.zeros(shape, self.x.dtype), (), self._spec)()
+
+    def write_input(self, buffers: jax.Array, index: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        """`buffers` with the input of layer `index`."""
+
+        def write(buffers, index, x_BtD):
+            return _row_major(lax.dynamic_update_slice(buffers, _to_rows(x_BtD, self.x, buffers), (index, 0, 0)))
+
+        return self._shard_map(write, (self._spec, PartitionSpec(), self.x.spec), self._spec)(buffers, index, x_BTD)
+
+    def read_input(self, buffers: jax.Array, index: jax.Array) -> jax.Array:
+        """The input of layer `index`, before its gradients overwrite it."""
+
+        def read(buffers, index):
+            rows = lax.dynamic_slice(buffers, (index, 0, 0), (1, self.x.rows, self.width))
+            return _from_rows(rows, self.x)[0]
+
+        return self._shard_map(read, (self._spec, PartitionSpec()), self.x.spec)(buffers, index)
+
+    def write_grads(self, buffers: jax.Array, index: jax.Array, grads: Params) -> jax.Array:
+        """`buffers` with the gradients of layer `index` in place of its input."""
+
+        def write(buffers, index, *grads):
+            for leaf, grad in zip(self.grads, grads, strict=True):
+                buffers = lax.dynamic_update_slice(buffers, _to_rows(grad, leaf, buffers), (index, leaf.first, 0))
+            return _row_major(buffers)
+
+        specs = (self._spec, PartitionSpec(), *(leaf.spec for leaf in self.grads))
+        return self._shard_map(write, specs, self._spec)(buffers, index, *jax.tree.leaves(grads))
+
+    def read_grads(self, buffers: jax.Array, params: Params) -> Params:
+        """The gradients of all layers, shaped and typed like `params`."""
+
+        def read(buffers):
+            return tuple(_from_rows(buffers[:, leaf.first : leaf.first + leaf.rows], leaf) for leaf in self.grads)
+
+        specs = tuple(PartitionSpec(None, *leaf.spec) for leaf in self.grads)
+        grads = jax.tree.unflatten(jax.tree.structure(params), self._shard_map(read, self._spec, specs)(buffers))
+        return jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params)
+
+
+def _row_major(rows: jax.Array) -> jax.Array:
+    """[n, rows, D] in this order in memory.
+
+    Without it, the TPU compiler copies all buffers to the order that suits a single reader or writer.
+    """
+    return with_layout_constraint(rows, Layout(major_to_minor=(0, 1, 2)))
+
+
+def _to_rows(array: jax.Array, leaf: _Leaf, buffers: jax.Array) -> jax.Array:
+    """This device's shard of an array -> [1, rows, D] of the buffers' dtype, bit for bit."""
+    count = leaf.rows * buffers.shape[-1] * buffers.dtype.itemsize // leaf.dtype.itemsize
+    flat = array.astype(leaf.dtype).reshape(-1)
+    if count > flat.size:
+        flat = jnp.pad(flat, (0, count - flat.size))
+    narrower = leaf.dtype.itemsize < buffers.dtype.itemsize
+    if narrower:
+        flat = flat.reshape(-1, buffers.dtype.itemsize // leaf.dtype.itemsize)
+    return lax.bitcast_convert_type(flat, buffers.dtype).reshape(1, leaf.rows, buffers.shape[-1])
+
+
+def _from_rows(rows: jax.Array, leaf: _Leaf) -> jax.Array:
+    """Inverse of `_to_rows` for several layers: [n, rows, D] -> [n, ...]."""
+    rows, ratio = _row_major(rows), leaf.dtype.itemsize // rows.dtype.itemsize
+    grouped = rows.reshape(rows.shape[0], -1, ratio) if ratio > 1 else rows
+    flat = lax.bitcast_convert_type(grouped, leaf.dtype).reshape(rows.shape[0], -1)
+    return flat[:, : math.prod(leaf.shape)].reshape(rows.shape[0], *leaf.shape)

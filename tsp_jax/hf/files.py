@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tsp_jax.errors import ConfigError
+from tsp_jax.errors import ConfigError, install_hint
 from tsp_jax.hf.config import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -25,7 +25,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.numpy
     except ModuleNotFoundError:
-        raise ConfigError('safetensors is not installed; use pip install "tsp-jax[hf]"') from None
+        raise ConfigError(f"safetensors is not installed; {install_hint('hf')}") from None
     return safetensors
 
 

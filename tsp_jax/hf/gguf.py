@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tsp_jax.config import ModelConfig
-from tsp_jax.errors import ConfigError
+from tsp_jax.errors import ConfigError, install_hint
 from tsp_jax.hf.config import config_json
 from tsp_jax.hf.files import new_folder, write_json, write_tensors
 
@@ -83,7 +83,7 @@ def _open(path: str | Path) -> tuple[Any, Any]:
     try:
         import gguf
     except ModuleNotFoundError:
-        raise ConfigError('gguf is not installed; use pip install "tsp-jax[hf]"') from None
+        raise ConfigError(f"gguf is not installed; {install_hint('hf')}") from None
     try:
         return gguf, gguf.GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError) as error:

@@ -4,10 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tsp_jax.errors import ConfigError
+from tsp_jax.errors import ConfigError, install_hint
 from tsp_jax.hf.config import read_json
-
-INSTALL = 'use pip install "tsp-jax[hf]"'
 
 
 class Tokenizer:
@@ -24,7 +22,7 @@ class Tokenizer:
         try:
             import tokenizers
         except ModuleNotFoundError:
-            raise ConfigError(f"tokenizers is not installed; {INSTALL}") from None
+            raise ConfigError(f"tokenizers is not installed; {install_hint('hf')}") from None
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
         read_json(path)
@@ -76,7 +74,7 @@ class Tokenizer:
             from jinja2.exceptions import TemplateError
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ModuleNotFoundError:
-            raise ConfigError(f"jinja2 is not installed; {INSTALL}") from None
+            raise ConfigError(f"jinja2 is not installed; {install_hint('hf')}") from None
         path = self.folder / "tokenizer_config.json"
         config = read_json(path) if path.is_file() else {}
         file = self.folder / "chat_template.jinja"

@@ -23,7 +23,7 @@ from tsp_jax.hf.files import SINGLE
 from tsp_jax.hf.tokenizer import Tokenizer as Text
 from tsp_jax.hf.tokenizer import read_stop_tokens
 from tsp_jax.inspect import compiled_memory
-from tsp_jax.tools.generate import GenerateOptions, run
+from tsp_jax.tools.generate import GenerateOptions, generate_text
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
 CHARACTERS = string.ascii_letters + string.digits + " .,?!\n\u00e9"
@@ -180,7 +180,9 @@ class Written(list):
 def test_text_comes_as_it_is_written(folder, model):
     """Prefilled in three chunks, too."""
     out, notes = Written(), Written()
-    stats = run(str(folder), GenerateOptions(prompt=PROMPT, max_new_tokens=12, mesh="tsp=8", chunk=8), out, notes)
+    stats = generate_text(
+        str(folder), GenerateOptions(prompt=PROMPT, max_new_tokens=12, mesh="tsp=8", chunk=8), out, notes
+    )
     found = inference.generate(model, [PROMPT], max_new_tokens=12)[0]
     assert "".join(piece for piece in out if piece != "flush") == found.text + "\n"
     assert [piece for piece in out if piece][:4] == [found.text[0], "flush", found.text[1], "flush"]

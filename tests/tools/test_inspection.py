@@ -24,7 +24,7 @@ from tsp_jax.inspect.expect import broken, parse_expectations
 from tsp_jax.layout import LAYOUTS, get_layout
 from tsp_jax.tools.cli import load_config
 from tsp_jax.tools.compile import compile_step, place_on
-from tsp_jax.tools.sweep import Row, compare, configure, parse_layout, write_csv, write_json
+from tsp_jax.tools.sweep import Row, compare_layouts, configure, parse_layout, write_csv, write_json
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
 
@@ -138,7 +138,7 @@ def test_a_million_tokens_are_served_from_one_node(kv_heads, most):
 
 @pytest.mark.parametrize(("step", "tokens"), [("decode", 2), ("prefill", 2 * 64)])
 def test_tokens_a_second_are_those_of_the_step(step, tokens):
-    (row,) = compare(CONFIG, CPU, ["tsp:8"], [64], batch=2, step=step)
+    (row,) = compare_layouts(CONFIG, CPU, ["tsp:8"], [64], batch=2, step=step)
     assert row.tokens_per_s == pytest.approx(tokens / row.step_s)
 
 
@@ -271,7 +271,7 @@ def test_batch_is_a_number_of_sequences_a_replica():
 
 @pytest.fixture(scope="module")
 def rows():
-    return compare(CONFIG, CPU, ["tsp:8", "tp:8"], [64])
+    return compare_layouts(CONFIG, CPU, ["tsp:8", "tp:8"], [64])
 
 
 def test_rows(rows):
@@ -283,14 +283,14 @@ def test_rows(rows):
 def test_nothing_compiles_if_one_layout_is_wrong():
     lines = []
     with pytest.raises(ConfigError):
-        compare(CONFIG, CPU, ["tsp:8", "tp_sp:4x4"], [64], progress=lines.append)
+        compare_layouts(CONFIG, CPU, ["tsp:8", "tp_sp:4x4"], [64], progress=lines.append)
     assert not lines
 
 
 def test_what_does_not_fit_is_a_row(step, monkeypatch):
     monkeypatch.setattr("tsp_jax.tools.sweep.compile_step", lambda *_: step)
     small = dataclasses.replace(CPU, hardware=dataclasses.replace(CPU.hardware, memory_bytes=1e5))
-    (row,) = compare(CONFIG, small, ["tsp:8"], [64])
+    (row,) = compare_layouts(CONFIG, small, ["tsp:8"], [64])
     assert not row.fits and "does not fit" in row.note and row.peak_bytes
     assert row.largest_batch == 0
 
@@ -300,7 +300,7 @@ def test_what_does_not_compile_is_a_row(monkeypatch):
         raise RuntimeError("RESOURCE_EXHAUSTED: too large\nand more")
 
     monkeypatch.setattr("tsp_jax.tools.sweep.compile_step", refuse)
-    (row,) = compare(CONFIG, CPU, ["tsp:8"], [64])
+    (row,) = compare_layouts(CONFIG, CPU, ["tsp:8"], [64])
     assert not row.fits and row.note == "does not compile: RESOURCE_EXHAUSTED: too large"
 
 

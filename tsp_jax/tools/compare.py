@@ -1,4 +1,4 @@
-"""`compare` as a command: options, table and chart."""
+"""The command tsp-compare: layouts side by side, as a table, JSON, CSV and a chart."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from tsp_jax.config import Config
-from tsp_jax.errors import ConfigError
+from tsp_jax.errors import ConfigError, install_hint
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.targets import Target, parse_target, standins_note, use_target
 from tsp_jax.inspect.render import console
+from tsp_jax.tools import cli
 from tsp_jax.tools.compile import Optimizer, Step
 from tsp_jax.tools.inspect import check_writable
-from tsp_jax.tools.sweep import PAPER, Row, compare, write_csv, write_json
+from tsp_jax.tools.sweep import PAPER, Row, compare_layouts, write_csv, write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class CompareOptions:
     """file for a chart (needs matplotlib)"""
 
 
-def run(name: str, options: CompareOptions, optimizer: Optimizer = None) -> None:
+def compare(name: str, options: CompareOptions, optimizer: Optimizer = None) -> None:
     """Compiles, prints the table, writes the files."""
     target = parse_target(options.target, options.attention_efficiency)
     check_writable(json=options.json, csv=options.csv, png=options.png)
@@ -58,7 +59,7 @@ def run(name: str, options: CompareOptions, optimizer: Optimizer = None) -> None
         raise ConfigError(f"per_replica={options.per_replica} must be positive; use 1")
     use_target(target)
     with Console(stderr=True).status("") as status:
-        rows = compare(
+        rows = compare_layouts(
             options.config, target, layouts, lengths,
             batch=options.per_replica, step=options.step, chunk=options.chunk,
             optimizer=optimizer,
@@ -95,7 +96,7 @@ def _drawer():
     try:
         from tsp_jax.tools.chart import draw
     except ImportError:
-        raise ConfigError('png: matplotlib is not installed; use pip install "tsp-jax[viz]"') from None
+        raise ConfigError(f"png: matplotlib is not installed; {install_hint('viz')}") from None
     return draw
 
 
@@ -152,3 +153,12 @@ def _cells(row: Row) -> list[str]:
         "" if row.largest_seq_len is None else f"{row.largest_seq_len:,}",
         "" if row.largest_batch is None else str(row.largest_batch),
     ]  # fmt: skip
+
+
+def main() -> None:
+    """Runs the command."""
+    cli.main(
+        compare,
+        lambda config: CompareOptions(config=config),
+        about="Compare layouts on hardware that need not be present: peak memory, communication, simulated time.",
+    )

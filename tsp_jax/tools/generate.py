@@ -1,4 +1,4 @@
-"""`generate` as a command: options, the text as it comes, and what it took."""
+"""The command tsp-generate: the text as it is sampled, then throughput and peak memory."""
 
 import dataclasses
 import sys
@@ -14,6 +14,7 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hf.tokenizer import Tokenizer
 from tsp_jax.inference import Model, Sampling, Stats, generate, load
 from tsp_jax.layout import Placement, get_layout, make_mesh, parse_mesh
+from tsp_jax.tools import cli
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,9 @@ class GenerateOptions:
             raise ConfigError(f"cpu_devices={self.cpu_devices} must not be negative; use 0")
 
 
-def run(folder: str, options: GenerateOptions, out: TextIO | None = None, notes: TextIO | None = None) -> Stats:
+def generate_text(
+    folder: str, options: GenerateOptions, out: TextIO | None = None, notes: TextIO | None = None
+) -> Stats:
     """Writes the continuation to `out` (None: stdout) as it comes, then what it took to `notes` (None: stderr)."""
     prompt, placement = _prompt(options), _place(options)
     model = load(folder, placement, dtype=options.dtype, stream=options.stream)
@@ -69,7 +72,7 @@ def run(folder: str, options: GenerateOptions, out: TextIO | None = None, notes:
         on_token=lambda _, token: write(decoder.step(token)),
     )  # fmt: skip
     write(decoder.finish() + "\n")
-    print(summary(model, stats), file=sys.stderr if notes is None else notes)
+    print(throughput(model, stats), file=sys.stderr if notes is None else notes)
     return stats
 
 
@@ -97,7 +100,7 @@ def _encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
     return tokenizer.encode(tokenizer.chat(prompt), special=False) if chat else tokenizer.encode(prompt)
 
 
-def summary(model: Model, stats: Stats) -> str:
+def throughput(model: Model, stats: Stats) -> str:
     """Tokens a second of prefill and of decoding, and bytes of one device, in a line."""
     mesh = ",".join(f"{axis}={size}" for axis, size in model.placement.mesh.shape.items())
     decoded = f"{stats.decoded_tokens / stats.decode_s:,.1f} tokens/s" if stats.decoded_tokens else "nothing"
@@ -117,3 +120,13 @@ def peak_bytes(model: Model) -> tuple[int, str]:
     if counts and all("peak_bytes_in_use" in count for count in counts):
         return max(count["peak_bytes_in_use"] for count in counts), "measured"
     return max(program.peak_bytes for program in model.programs.values()), "compiled"
+
+
+def main() -> None:
+    """Runs the command."""
+    with cli.errors_in_a_line():
+        folder, options = cli.first_argument(
+            GenerateOptions(), what="model", about="Continue a text with the model in a Hugging Face folder."
+        )
+        cli.use_devices(options.cpu_devices)
+        generate_text(folder, options)

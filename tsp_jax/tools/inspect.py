@@ -1,4 +1,4 @@
-"""Inspect one compiled step, or the text of a compiled program: tables, JSON, trace and contracts."""
+"""The command tsp-inspect: a compiled step, or a compiled program's text, as tables, JSON, trace and contracts."""
 
 import dataclasses
 import json
@@ -16,6 +16,7 @@ from tsp_jax.inspect.expect import broken, parse_expectations
 from tsp_jax.inspect.render import console, show
 from tsp_jax.inspect.trace import write_trace
 from tsp_jax.layout import parse_sizes
+from tsp_jax.tools import cli
 from tsp_jax.tools.compile import Optimizer, Step, compile_step
 
 BROKEN = 1
@@ -126,3 +127,14 @@ def _finish(found: Report, facts: dict[str, Any], outputs: Outputs, out: Console
     for line in failures:
         out.print(f"broken: {line}", soft_wrap=True, highlight=False, markup=False)
     return BROKEN if failures else 0
+
+
+def main() -> None:
+    """Runs the command."""
+    cli.main(
+        inspect_step,
+        lambda config: StepOptions(config=config),
+        about="Compile a step for hardware that need not be present: its memory, communication and simulated time.\n"
+        "In place of CONFIG, the text of a compiled program may be given: FILE.hlo or FILE.txt.",
+        text_command=(inspect_text, TextOptions()),
+    )

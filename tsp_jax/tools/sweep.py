@@ -91,7 +91,7 @@ def configure(config: Config, text: str, seq_len: int, batch: int, num_devices: 
     return dataclasses.replace(config, layout=layout.name, mesh=mesh, seq_len=seq_len, batch=batch * replicas)
 
 
-def compare(
+def compare_layouts(
     config: Config,
     target: Target,
     layouts: Sequence[str],

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.builders.cli import BAD, SMALL
+from tests.builders.runs import small_config, write_config
 from tsp_jax.config import Config, StreamConfig
 from tsp_jax.errors import REMOVED
 from tsp_jax.tools import cli, train
@@ -137,16 +138,19 @@ def test_script_trains_under_two_dimensional_parallelism(text, tmp_path):
     assert "data=2,model=2,seq=2" in done.stdout
 
 
-def test_checkpoint_of_another_model_is_refused_and_kept(text, tmp_path):
-    flags = ["--data.files", text, "--data.cache-dir", str(tmp_path / "cache"), "--workdir", str(tmp_path / "run")]
-    flags += ["--mesh", "tsp=2", "--steps", "2"]
-    assert script("tiny", *SMALL, *flags).returncode == 0
+def test_checkpoint_of_another_model_is_refused_and_kept(tmp_path, monkeypatch, capsys, optax_promotes):
+    config = small_config(tmp_path, steps=4)
+    loop.train(config, "small")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    done = script("tiny", *SMALL, *flags, "--model.d-ff", "96")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "model.d_ff=96" in done.stderr
-    assert "model.d_ff=48" in done.stderr
+    path = write_config(config, tmp_path / "small.py")
+    monkeypatch.setattr(sys, "argv", ["train.py", str(path), "--model.d-ff", "96"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        train.main()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "model.d_ff=96" in error
+    assert "model.d_ff=48" in error
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 

@@ -161,7 +161,7 @@ def test_stop_tokens_are_those_of_the_folder(files, stops, tmp_path):
 
 def test_stop_tokens_that_are_none_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"eos_token_id": "</s>"}')
-    with pytest.raises(ConfigError, match=r"eos_token_id=.*is no token id"):
+    with pytest.raises(ConfigError, match=r"eos_token_id=.*is neither a token id"):
         read_stop_tokens(tmp_path)
 
 
@@ -264,7 +264,7 @@ BROKEN = {
     ),
     "unknown tensor": (lambda f: edit_weights(f, "model.bias", lambda _: np.zeros(3, np.float32)), ["model.bias"]),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer.json does not exist"]),
-    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer.json is no tokenizer"]),
+    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer.json is not a tokenizer"]),
 }
 
 

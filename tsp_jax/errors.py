@@ -29,7 +29,9 @@ REMOVED: dict[str, tuple[str, str]] = {
     "stream.mlp_movement=rings": ("gather", ""),
     "stream.vocab_movement=broadcast": ("gather", ""),
     "stream.vocab_movement=rings": ("gather", ""),
-    "faults.spike": ("", "a spike is always reported"),
+    "faults.spike": ("", "a loss spike is always reported"),
+    "faults.spike_sigmas": ("", "a loss spike is always reported"),
+    "faults.spike_window": ("", "a loss spike is always reported"),
 }
 """field, or field=value, of earlier versions -> (what replaces it, or "" if nothing does; explanation)"""
 

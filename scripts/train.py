@@ -1,7 +1,6 @@
-"""Train a configuration, or resume it: ``python scripts/train.py tiny --layout tsp --mesh data=1,tsp=8``."""
+"""The command tsp-train, from a clone: ``python scripts/train.py tiny --layout tsp --mesh data=1,tsp=8``."""
 
-from tsp_jax.tools.cli import main
-from tsp_jax.training.trainer import train
+from tsp_jax.tools.train import main
 
 if __name__ == "__main__":
-    main(lambda name, config, optimizer: train(config, name, optimizer))
+    main()

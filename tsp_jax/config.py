@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from tsp_jax.errors import ConfigError
+from tsp_jax.errors import ConfigError, removal
 
 Activation = Literal["silu", "gelu"]
 AttentionMovement = Literal["auto", "gather", "activations"]
@@ -34,7 +34,8 @@ def _check_values(owner: str, config: object) -> None:
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if get_origin(hint) is Literal and value not in get_args(hint):
-            raise ConfigError(f"{owner}{name}={value} is unknown; use one of {', '.join(get_args(hint))}")
+            unknown = f"{owner}{name}={value} is unknown; use one of {', '.join(get_args(hint))}"
+            raise ConfigError(removal(f"{owner}{name}={value}") or unknown)
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{owner}{name}={value} is not finite; use 1.0")
         if isinstance(value, int) and value > LARGEST:

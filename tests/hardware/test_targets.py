@@ -37,7 +37,7 @@ def test_a_missing_compiler_is_a_line_with_its_command(name):
     platform = HARDWARE[name].platform
     if installed(platform):
         pytest.skip("its compiler is installed")
-    with pytest.raises(ConfigError, match=rf'target={name}:8: .*pip install "tsp-jax\[aot-{platform}\]"'):
+    with pytest.raises(ConfigError, match=rf'target={name}:8: .*pip install "\.\[aot-{platform}\]"'):
         parse_target(f"{name}:8").devices()
 
 

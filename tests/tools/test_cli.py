@@ -1,16 +1,20 @@
 """Wrong input: one line with the field, the value and a value that works; exit code 2; nothing compiled or written."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 
 from tests.builders.cli import BAD, SMALL
+from tests.builders.runs import small_config, write_config
 from tsp_jax.config import Config, StreamConfig
-from tsp_jax.tools import cli
+from tsp_jax.errors import REMOVED
+from tsp_jax.tools import cli, train
 from tsp_jax.training import trainer as loop
 from tsp_jax.training.metrics import read_metrics
 
@@ -45,7 +49,7 @@ def refuse(text, tmp_path, monkeypatch, capsys):
         base = ["train.py", "tiny", *SMALL, "--data.files", text, "--data.cache-dir", str(tmp_path / "cache")]
         monkeypatch.setattr(sys, "argv", [*base, "--workdir", str(workdir), *flags])
         with pytest.raises(SystemExit) as stopped:
-            cli.main(lambda name, config, optimizer: loop.train(config, name, optimizer))
+            train.main()
         assert stopped.value.code == 2
         assert not workdir.exists(), "nothing should be written"
         out, err = capsys.readouterr()
@@ -134,16 +138,19 @@ def test_script_trains_under_two_dimensional_parallelism(text, tmp_path):
     assert "data=2,model=2,seq=2" in done.stdout
 
 
-def test_checkpoint_of_another_model_is_refused_and_kept(text, tmp_path):
-    flags = ["--data.files", text, "--data.cache-dir", str(tmp_path / "cache"), "--workdir", str(tmp_path / "run")]
-    flags += ["--mesh", "tsp=2", "--steps", "2"]
-    assert script("tiny", *SMALL, *flags).returncode == 0
+def test_checkpoint_of_another_model_is_refused_and_kept(tmp_path, monkeypatch, capsys, optax_promotes):
+    config = small_config(tmp_path, steps=4)
+    loop.train(config, "small")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    done = script("tiny", *SMALL, *flags, "--model.d-ff", "96")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "model.d_ff=96" in done.stderr
-    assert "model.d_ff=48" in done.stderr
+    path = write_config(config, tmp_path / "small.py")
+    monkeypatch.setattr(sys, "argv", ["train.py", str(path), "--model.d-ff", "96"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        train.main()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "model.d_ff=96" in error
+    assert "model.d_ff=48" in error
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
@@ -154,7 +161,67 @@ def test_script_refuses_with_exit_code_two(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("field", "value"), [("attention_movement", "ring"), ("mlp_movement", "rings")])
-def test_movements_are_checked_in_python_too(field, value):
-    with pytest.raises(cli.ConfigError, match=f"stream.{field}={value} is unknown"):
-        StreamConfig(**{field: value})
+def test_movements_are_checked_in_python_too():
+    with pytest.raises(cli.ConfigError, match=r"stream\.attention_movement=ring is unknown"):
+        StreamConfig(attention_movement="ring")  # pyright: ignore[reportArgumentType]
+
+
+# ------------------------------------------------------------------------------------------------ what was removed
+
+
+def exists(setting: str) -> bool:
+    """Whether a field, or field=value, is one of today's configuration."""
+    field, _, value = setting.partition("=")
+    owner, _, name = field.partition(".")
+    hints = get_type_hints(get_type_hints(Config)[owner])
+    return name in hints and (not value or value in get_args(hints[name]))
+
+
+GONE = [setting for setting in REMOVED if not exists(setting)]
+
+
+@pytest.mark.parametrize("setting", GONE)
+def test_removed_flags_are_refused_with_what_replaces_them(setting, refuse):
+    field, _, value = setting.partition("=")
+    replacement, explanation = REMOVED[setting]
+    flag = f"--{field.replace('_', '-')}"
+    for flags in ([flag, value or "4"], [f"{flag}={value or 4}"], [flag.replace("--", "--config."), value or "4"]):
+        line = refuse(*flags)
+        assert f"{flag}={value} was removed" in line if value else f"{flag} was removed" in line
+        assert replacement.replace("_", "-") in line and explanation in line
+
+
+def test_the_negation_of_a_removed_flag_is_refused(refuse):
+    assert "--stream.unroll was removed; leave it out" in refuse("--stream.no-unroll")
+
+
+FILE = """
+from tsp_jax.config import Config, FaultsConfig, StreamConfig
+from tsp_jax.tools.cli import load_config
+import dataclasses
+config = dataclasses.replace(load_config("tiny"), {owner}={part}({name}={value!r}))
+"""
+
+
+@pytest.mark.parametrize("setting", GONE)
+def test_removed_fields_of_a_file_are_refused_with_what_replaces_them(setting, tmp_path):
+    field, _, value = setting.partition("=")
+    owner, _, name = field.partition(".")
+    part = get_type_hints(Config)[owner].__name__
+    (tmp_path / "old.py").write_text(FILE.format(owner=owner, part=part, name=name, value=value or 4))
+    with pytest.raises(cli.ConfigError, match=re.escape(f"{setting} was removed; ")) as refused:
+        cli.load_config(str(tmp_path / "old.py"))
+    assert all(text in str(refused.value) for text in REMOVED[setting])
+
+
+def test_a_field_that_never_was_is_refused_in_a_line(tmp_path):
+    (tmp_path / "mine.py").write_text(FILE.format(owner="stream", part="StreamConfig", name="buckits", value=4))
+    with pytest.raises(cli.ConfigError, match=r"mine\.py: stream\.buckits is not a field of StreamConfig"):
+        cli.load_config(str(tmp_path / "mine.py"))
+
+
+def test_what_replaces_a_removed_setting_exists():
+    """Entries of settings that are still there are waiting to be removed; they refuse nothing."""
+    for setting in GONE:
+        replacement, field = REMOVED[setting][0], setting.partition("=")[0]
+        assert not replacement or exists(replacement if "." in replacement else f"{field}={replacement}")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tsp_jax.config import Config
 from tsp_jax.errors import REFUSED
 from tsp_jax.layout import LAYOUTS
-from tsp_jax.tools import cli
+from tsp_jax.tools import cli, train
 from tsp_jax.training import trainer as loop
 
 BASE = cli.load_config("tiny")
@@ -108,7 +108,7 @@ def outcome(flags: list[str], files: str, cache: str, workdir: Path) -> str:
         contextlib.redirect_stderr(err),
     ):
         try:
-            cli.main(lambda name, config, optimizer: loop.train(config, name, optimizer))
+            train.main()
         except Compiled:
             return ""
         except SystemExit as stopped:

@@ -23,7 +23,7 @@ from tsp_jax.hf.files import SINGLE
 from tsp_jax.hf.tokenizer import Tokenizer as Text
 from tsp_jax.hf.tokenizer import read_stop_tokens
 from tsp_jax.inspect import compiled_memory
-from tsp_jax.tools.generate import GenerateOptions, run
+from tsp_jax.tools.generate import GenerateOptions, generate_text
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
 CHARACTERS = string.ascii_letters + string.digits + " .,?!\n\u00e9"
@@ -161,7 +161,7 @@ def test_stop_tokens_are_those_of_the_folder(files, stops, tmp_path):
 
 def test_stop_tokens_that_are_none_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"eos_token_id": "</s>"}')
-    with pytest.raises(ConfigError, match=r"eos_token_id=.*is no token id"):
+    with pytest.raises(ConfigError, match=r"eos_token_id=.*is neither a token id"):
         read_stop_tokens(tmp_path)
 
 
@@ -180,7 +180,9 @@ class Written(list):
 def test_text_comes_as_it_is_written(folder, model):
     """Prefilled in three chunks, too."""
     out, notes = Written(), Written()
-    stats = run(str(folder), GenerateOptions(prompt=PROMPT, max_new_tokens=12, mesh="tsp=8", chunk=8), out, notes)
+    stats = generate_text(
+        str(folder), GenerateOptions(prompt=PROMPT, max_new_tokens=12, mesh="tsp=8", chunk=8), out, notes
+    )
     found = inference.generate(model, [PROMPT], max_new_tokens=12)[0]
     assert "".join(piece for piece in out if piece != "flush") == found.text + "\n"
     assert [piece for piece in out if piece][:4] == [found.text[0], "flush", found.text[1], "flush"]
@@ -262,7 +264,7 @@ BROKEN = {
     ),
     "unknown tensor": (lambda f: edit_weights(f, "model.bias", lambda _: np.zeros(3, np.float32)), ["model.bias"]),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer.json does not exist"]),
-    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer.json is no tokenizer"]),
+    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer.json is not a tokenizer"]),
 }
 
 

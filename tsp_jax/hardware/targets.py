@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from tsp_jax.errors import ConfigError
+from tsp_jax.errors import ConfigError, install_hint
 from tsp_jax.hardware.compiler_options import COMPILER_OPTIONS
 from tsp_jax.hardware.devices import HARDWARE, TPU_TOPOLOGIES, Hardware
 from tsp_jax.hardware.private_jax import hush_absent_plugins, register_rocm_plugin
@@ -112,7 +112,7 @@ def _package(target: Target, module: str) -> Path:
         spec = None
     if spec is None or not spec.submodule_search_locations:
         extra = EXTRAS[target.hardware.platform]
-        raise ConfigError(f'target={target}: its compiler is not installed; use pip install "tsp-jax[{extra}]"')
+        raise ConfigError(f"target={target}: its compiler is not installed; {install_hint(extra)}")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

@@ -11,7 +11,7 @@ from tsp_jax.errors import ConfigError
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM")
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
-"""theirs -> ours, whose gelu is the tanh form"""
+"""activation in config.json -> ModelConfig.activation, whose gelu is the tanh approximation"""
 SIZES = {
     "vocab_size": "vocab_size",
     "d_model": "hidden_size",
@@ -19,13 +19,13 @@ SIZES = {
     "num_heads": "num_attention_heads",
     "d_ff": "intermediate_size",
 }
-"""ours -> theirs, those that every folder states"""
+"""field of ModelConfig -> key of config.json that every folder has"""
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
-"""keys that ModelConfig has no field for, and an export takes from the folder that the weights came from"""
+"""keys of config.json without a field in ModelConfig, which an export copies from the source folder"""
 
 
 class _Json:
-    """A JSON object of a file, whose values are checked as they are asked for."""
+    """The JSON object of a file; its values are checked when they are read."""
 
     def __init__(self, path: Path, raw: Mapping[str, Any]):
         self.path, self.raw = path, raw
@@ -36,7 +36,9 @@ class _Json:
         if value is None:
             raise ConfigError(f"{self.path}: {key} is missing; use a complete config.json")
         if type(value) not in (int, float) or not math.isfinite(value) or kind(value) != value:
-            raise ConfigError(f"{self.path}: {key}={json.dumps(value):.80} is not a number that fits; use {kind(1)}")
+            raise ConfigError(
+                f"{self.path}: {key}={json.dumps(value):.80} is not a valid {kind.__name__}; use {kind(1)}"
+            )
         return kind(value)
 
     def refuse(self, key: str, reason: str) -> None:
@@ -46,7 +48,11 @@ class _Json:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or ConfigError."""
+    """Reads a file that holds a JSON object.
+
+    Raises:
+      ConfigError: the file is missing or broken.
+    """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -59,16 +65,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The model that a folder's `config.json` describes.
+    """Reads the `config.json` of a Hugging Face folder.
 
     Raises:
-      ConfigError: the file is missing or broken, or the model has what ours lacks.
+      ConfigError: the file is missing or broken, or the model is not supported.
     """
     path = Path(folder) / "config.json"
     source = _Json(path, read_json(path))
     architecture = _architecture(source)
     _refuse_options(source, architecture)
-    sizes = {ours: source.number(theirs, int) for ours, theirs in SIZES.items()}
+    sizes = {field: source.number(key, int) for field, key in SIZES.items()}
     rope = _rope(source)
     qwen, llama = architecture == "Qwen3ForCausalLM", architecture == "LlamaForCausalLM"
     head_dim = None if qwen or sizes["d_model"] % sizes["num_heads"] else sizes["d_model"] // sizes["num_heads"]
@@ -119,7 +125,7 @@ def _activation(source: _Json) -> Activation:
 
 
 def _rope(source: _Json) -> _Json:
-    """Rotary options, which newer folders keep in an object of their own, and older ones in part."""
+    """RoPE options: newer folders keep all of them in `rope_parameters`, older ones some in `rope_scaling`."""
     rope = source.raw.get("rope_parameters") or source.raw.get("rope_scaling") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ConfigError(f"{source.path}: rope={json.dumps(rope):.80} is not supported; use a model with one RoPE")
@@ -151,15 +157,15 @@ def _rope_scaling(rope: _Json) -> RopeScaling:
 
 
 def config_json(config: ModelConfig, dtype: str, carried: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What `config.json` says of a model; `carried` may bring values of `CARRIED`."""
-    activation = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[config.activation]
+    """Returns the content of `config.json` for a model, with the values of `CARRIED` that `carried` has."""
+    activation = {name: hf_name for hf_name, name in reversed(ACTIVATIONS.items())}[config.activation]
     family = "Qwen3" if config.qk_norm else "Llama"
     if family == "Llama" and config.d_model % config.num_heads:
-        family = "Mistral"  # the same model, of which transformers does not ask that the heads divide the width
+        family = "Mistral"  # the same model, without transformers' demand that the heads divide the width
     return {
         "architectures": [f"{family}ForCausalLM"],
         "model_type": family.lower(),
-        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
+        **{key: getattr(config, field) for field, key in SIZES.items()},
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": activation,

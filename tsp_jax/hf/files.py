@@ -1,4 +1,4 @@
-"""Folders of safetensors files: read in slices, and written whole or not at all."""
+"""Folders of safetensors files: read slice by slice, and written completely or not at all."""
 
 import contextlib
 import json
@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from tsp_jax.errors import ConfigError
+from tsp_jax.errors import ConfigError, install_hint
 from tsp_jax.hf.config import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16")
-"""dtypes of weights, as the format names them"""
+"""dtypes of weights, as safetensors names them"""
 MAX_FILE_BYTES = 5_000_000_000
 
 Shape = tuple[int, ...]
@@ -25,12 +25,12 @@ def _safetensors() -> Any:
     try:
         import safetensors.numpy
     except ModuleNotFoundError:
-        raise ConfigError('safetensors is not installed; use pip install "tsp-jax[hf]"') from None
+        raise ConfigError(f"safetensors is not installed; {install_hint('hf')}") from None
     return safetensors
 
 
 def open_file(path: Path) -> Any:
-    """A safetensors file, of which only the header is read so far."""
+    """Opens a safetensors file and reads its header alone."""
     package = _safetensors()
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; use a complete Hugging Face folder")
@@ -41,10 +41,10 @@ def open_file(path: Path) -> Any:
 
 
 class Tensors:
-    """The tensors of a folder, by name. Opening it reads headers alone.
+    """The tensors of a folder, by name. Opening a folder reads headers alone.
 
     Raises:
-      ConfigError: a file is missing, broken, or lacks what the index says it has.
+      ConfigError: a file is missing or broken, or lacks a tensor that the index places in it.
     """
 
     def __init__(self, folder: str | Path):
@@ -56,13 +56,21 @@ class Tensors:
             return
         self.paths = _weight_map(self.folder)
         self.files = {path: open_file(path) for path in dict.fromkeys(self.paths.values())}
-        held = {path: set(file.keys()) for path, file in self.files.items()}
+        names = {path: set(file.keys()) for path, file in self.files.items()}
         for name, path in self.paths.items():
-            if name not in held[path]:
-                raise ConfigError(f"{path} lacks tensor {name}, which {INDEX} says it has; use a complete folder")
+            if name not in names[path]:
+                raise ConfigError(f"{path} lacks tensor {name}, which {INDEX} places in it; use a complete folder")
 
     def check(self, shapes: Mapping[str, Shape], ignored: Callable[[str], bool]) -> None:
-        """Raises ConfigError unless these tensors are here, as floats of these shapes, and none that is not ignored."""
+        """Checks names, shapes and dtypes of all tensors.
+
+        Args:
+          shapes: the tensors that the model needs.
+          ignored: whether another tensor of this name is allowed.
+
+        Raises:
+          ConfigError: a tensor is missing, has another shape or no float dtype, or is not allowed.
+        """
         for name, shape in shapes.items():
             if name not in self.paths:
                 raise ConfigError(f"{self.folder} has no tensor {name}; use a complete folder of this model")
@@ -79,7 +87,7 @@ class Tensors:
                 raise ConfigError(f"{path}: tensor {name} has no place in the model; use weights without it")
 
     def read(self, name: str, *index: slice) -> np.ndarray:
-        """A part of a tensor, in the dtype of its file; nothing else is read."""
+        """Reads a slice of a tensor, and nothing else, in the dtype of its file."""
         return self.files[self.paths[name]].get_slice(name)[index]
 
 
@@ -100,10 +108,10 @@ def _weight_map(folder: Path) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that takes the given name once all is written, and vanishes if anything fails.
+    """Yields a temporary folder, renamed to `folder` if all goes well, and removed if anything fails.
 
     Raises:
-      ConfigError: the name is taken, or cannot be written.
+      ConfigError: the folder exists and is not empty, or cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -120,15 +128,23 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def split_files(nbytes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Names of tensors, in order, a list for each file; a file exceeds `max_bytes` only if one tensor does."""
+    """Distributes tensors, in order, over files of at most `max_bytes`; a larger tensor gets a file of its own.
+
+    Args:
+      nbytes: name of each tensor -> its size.
+      max_bytes: largest size of a file.
+
+    Returns:
+      For each file the names of its tensors.
+    """
     files: list[list[str]] = [[]]
-    room = max_bytes
+    free_bytes = max_bytes
     for name, size in nbytes.items():
-        if files[-1] and size > room:
+        if files[-1] and size > free_bytes:
             files.append([])
-            room = max_bytes
+            free_bytes = max_bytes
         files[-1].append(name)
-        room -= size
+        free_bytes -= size
     return files
 
 
@@ -138,28 +154,28 @@ def write_tensors(
     tensors: Iterable[tuple[str, np.ndarray]],
     max_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Writes safetensors files, and their index if there are several. Holds one file's tensors at a time.
+    """Writes safetensors files, with an index if there are several. The host holds the tensors of one file at a time.
 
     Args:
-      folder: an empty one; None: only runs through `tensors` (a process that helps another one to write).
-      nbytes: size of each tensor, in their order.
+      folder: an empty folder; None: iterates over `tensors` and writes nothing (for all processes but the first).
+      nbytes: name of each tensor -> its size, in the order of `tensors`.
       tensors: (name, array).
-      max_bytes: of a file.
+      max_bytes: largest size of a file.
     """
     files, tensors = split_files(nbytes, max_bytes), iter(tensors)
     weight_map = {}
     for number, names in enumerate(files, start=1):
         file = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         weight_map.update(dict.fromkeys(names, file))
-        held = dict(value for _, value in zip(names, tensors, strict=False))
-        assert list(held) == names, f"got {list(held)}, want {names}"
+        content = dict(value for _, value in zip(names, tensors, strict=False))
+        assert list(content) == names, f"got {list(content)}, want {names}"
         if folder is not None:
-            _safetensors().numpy.save_file(held, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(folder.stat().st_mode & 0o666)  # save_file lets nobody else read it
+            _safetensors().numpy.save_file(content, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(folder.stat().st_mode & 0o666)  # save_file gives no permission to others
     if folder is not None and len(files) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": weight_map})
 
 
 def write_json(path: Path, content: Any) -> None:
-    """As Hugging Face writes it: indented, characters as they are."""
+    """Writes JSON as Hugging Face does: indented, with non-ASCII characters unescaped."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

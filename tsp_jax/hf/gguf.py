@@ -1,6 +1,7 @@
-"""GGUF files of the Llama family, turned into Hugging Face folders of plain float32 weights.
+"""Convert GGUF files of the Llama family to Hugging Face folders of float32 weights.
 
-GGUF keeps rows of q and k in pairs that RoPE turns (llama.cpp's order), Hugging Face in halves: rows move back.
+RoPE rotates rows 2i and 2i + 1 of q and k in GGUF (llama.cpp's order), rows i and i + H/2 in Hugging Face folders.
+Dims: D model, H head.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tsp_jax.config import ModelConfig
-from tsp_jax.errors import ConfigError
+from tsp_jax.errors import ConfigError, install_hint
 from tsp_jax.hf.config import config_json
 from tsp_jax.hf.files import new_folder, write_json, write_tensors
 
@@ -30,26 +31,27 @@ LAYER_NAMES = {
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
 }
-"""of ``blk.N.``, theirs -> of ``model.layers.N.``"""
+"""name after ``blk.N.`` in GGUF -> name after ``model.layers.N.`` in a Hugging Face folder"""
 SPLITS: dict[str, list[dict[str, Any]]] = {"gpt-2": [], "smollm": [{"type": "Digits", "individual_digits": True}]}
-"""how a text is cut before byte-level BPE, by the tokenizer's name"""
+"""name of the tokenizer in GGUF -> pre-tokenizers that split a text before byte-level BPE"""
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 CONTROL, USER_DEFINED = 3, 4
-"""types of tokens that are looked for in a text before it is cut"""
+"""types of tokens that are matched before pre-tokenization"""
 
 
 def convert_gguf(path: str | Path, folder: str | Path) -> ModelConfig:
-    """Writes a GGUF file's weights, dequantized, and its tokenizer as a Hugging Face folder.
+    """Writes the dequantized weights and the tokenizer of a GGUF file as a Hugging Face folder.
 
     Args:
-      path: of the file.
-      folder: does not exist yet, or is empty.
+      path: the GGUF file.
+      folder: must not exist, or be empty.
 
     Returns:
       The model's configuration.
 
     Raises:
-      ConfigError: no readable GGUF file of a Llama with a byte-level BPE tokenizer; or the folder exists.
+      ConfigError: the file is not a readable GGUF file of a Llama with a byte-level BPE tokenizer; or the folder
+        exists.
     """
     gguf, reader = _open(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -75,7 +77,12 @@ def convert_gguf(path: str | Path, folder: str | Path) -> ModelConfig:
 
 
 def halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """[heads x H, D] whose rows 2i and 2i + 1 RoPE turns against each other -> rows i and i + H/2."""
+    """Moves rows 2i and 2i + 1 of each head, which RoPE rotates together, to rows i and i + H/2.
+
+    Args:
+      rows: [heads x H, D].
+      heads: number of heads.
+    """
     return np.ascontiguousarray(rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape))
 
 
@@ -83,7 +90,7 @@ def _open(path: str | Path) -> tuple[Any, Any]:
     try:
         import gguf
     except ModuleNotFoundError:
-        raise ConfigError('gguf is not installed; use pip install "tsp-jax[hf]"') from None
+        raise ConfigError(f"gguf is not installed; {install_hint('hf')}") from None
     try:
         return gguf, gguf.GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError) as error:
@@ -124,12 +131,12 @@ def _model_config(path: str | Path, fields: Mapping[str, Any], names: set[str]) 
 
 
 def _shortest(value: float) -> float:
-    """The number that a float32 was made from: 1e-5, not 9.99999975e-6."""
+    """The shortest decimal number with the same float32: 1e-5, not 9.99999975e-6."""
     return float(str(np.float32(value)))
 
 
 def tokenizer_json(path: str | Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """`tokenizer.json` of the tokenizers library from a GGUF file's metadata."""
+    """Returns the content of `tokenizer.json` (of the tokenizers library) from the metadata of a GGUF file."""
     kind, splits = fields.get("tokenizer.ggml.model"), SPLITS.get(fields.get("tokenizer.ggml.pre", ""))
     if kind != "gpt2" or splits is None:
         pre = fields.get("tokenizer.ggml.pre")

@@ -1,48 +1,46 @@
-"""The text side of a Hugging Face folder: its tokenizer, the tokens that end a text, and its chat template."""
+"""Tokenizer, stop tokens and chat template of a Hugging Face folder."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tsp_jax.errors import ConfigError
+from tsp_jax.errors import ConfigError, install_hint
 from tsp_jax.hf.config import read_json
-
-INSTALL = 'use pip install "tsp-jax[hf]"'
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
     Args:
-      folder: with tokenizer.json.
+      folder: a folder with tokenizer.json.
 
     Raises:
-      ConfigError: the file is missing or broken, or the package `tokenizers` is.
+      ConfigError: the file is missing or broken, or the package `tokenizers` is not installed.
     """
 
     def __init__(self, folder: str | Path):
         try:
             import tokenizers
         except ModuleNotFoundError:
-            raise ConfigError(f"tokenizers is not installed; {INSTALL}") from None
+            raise ConfigError(f"tokenizers is not installed; {install_hint('hf')}") from None
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
         read_json(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing narrower
-            raise ConfigError(f"{path} is no tokenizer ({error}); use an intact copy") from None
+            raise ConfigError(f"{path} is not a tokenizer ({error}); use an intact copy") from None
         self._stream = tokenizers.decoders.DecodeStream
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text.
+        """Returns the token ids of a text.
 
         Args:
-          text: any; the names of special tokens in it become those tokens.
-          special: with the tokens that this tokenizer puts around every text.
+          text: any text; names of special tokens in it become these tokens.
+          special: add the special tokens that the tokenizer puts around every text.
 
         Raises:
-          ConfigError: a part of the text is no token.
+          ConfigError: no token stands for a part of the text.
         """
         encoding = self._tokenizer.encode(text, add_special_tokens=special)
         unknown = getattr(self._tokenizer.model, "unk_token", None)
@@ -54,48 +52,46 @@ class Tokenizer:
         return encoding.ids
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of token ids, without special tokens."""
+        """Returns the text of token ids, without special tokens."""
         return self._tokenizer.decode(tokens)
 
     def decoder(self) -> "Decoder":
-        """For text as it comes."""
+        """Returns a decoder of one token at a time."""
         return Decoder(self)
 
     def stream(self) -> Callable[[int], str | None]:
-        """A function of one token after another to the text that each completes, if any."""
+        """Returns a function to call with one token after another: it returns the text that a token completes."""
         stream = self._stream(skip_special_tokens=True)
         return lambda token: stream.step(self._tokenizer, token)
 
     def chat(self, message: str) -> str:
-        """A message as the model was trained to see it: by the folder's chat template, ready for the answer.
+        """Wraps a user's message in the folder's chat template, up to where the answer begins.
 
         Raises:
-          ConfigError: the folder has no template, or one that fails, or the package `jinja2` is missing.
+          ConfigError: the folder has no template, the template fails, or the package `jinja2` is not installed.
         """
         try:
             from jinja2.exceptions import TemplateError
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ModuleNotFoundError:
-            raise ConfigError(f"jinja2 is not installed; {INSTALL}") from None
+            raise ConfigError(f"jinja2 is not installed; {install_hint('hf')}") from None
         path = self.folder / "tokenizer_config.json"
         config = read_json(path) if path.is_file() else {}
         file = self.folder / "chat_template.jinja"
         template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
         if not isinstance(template, str):
-            raise ConfigError(f"{self.folder} has no chat template; use the prompt as it stands, without --chat")
+            raise ConfigError(f"{self.folder} has no chat template; use the prompt alone, without --chat")
         names = {key: _name(config.get(key)) for key in ("bos_token", "eos_token")}
         messages = [{"role": "user", "content": message}]
         try:
             compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
             return compiled.render(messages=messages, add_generation_prompt=True, **names)
         except TemplateError as error:
-            raise ConfigError(
-                f"the chat template of {self.folder} fails ({error}); use the prompt as it stands"
-            ) from None
+            raise ConfigError(f"the chat template of {self.folder} fails ({error}); use the prompt alone") from None
 
 
 class Decoder:
-    """Tokens one after another to text; a character whose bytes are several tokens comes with the last of them."""
+    """Converts one token at a time to text; a character of several tokens is returned with the last of them."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer, self._step = tokenizer, tokenizer.stream()
@@ -103,25 +99,25 @@ class Decoder:
         self._text = ""
 
     def step(self, token: int) -> str:
-        """The text that a token completes, which may be empty."""
+        """Returns the text that a token completes, which may be empty."""
         self._tokens.append(token)
         text = self._step(token) or ""
         self._text += text
         return text
 
     def finish(self) -> str:
-        """What is left when no token follows: characters that were never completed."""
+        """Returns the rest of the text after the last token: characters that were not completed."""
         whole = self._tokenizer.decode(self._tokens)
         return whole[len(self._text) :] if whole.startswith(self._text) else ""
 
 
 def _name(token: Any) -> str:
-    """Of a special token, which stands as a text or as an object."""
+    """Name of a special token, which is written as a string or as an object."""
     return token.get("content", "") if isinstance(token, dict) else token or ""
 
 
 def read_stop_tokens(folder: str | Path) -> tuple[int, ...]:
-    """Ids of the tokens that end a text, by generation_config.json or else config.json; none if neither says."""
+    """Returns the ids of the tokens that end a text, from generation_config.json or else config.json; () if none."""
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
         ids = read_json(path).get("eos_token_id") if path.is_file() else None
@@ -129,6 +125,6 @@ def read_stop_tokens(folder: str | Path) -> tuple[int, ...]:
             continue
         ids = ids if isinstance(ids, list) else [ids]
         if not all(type(token) is int and token >= 0 for token in ids):
-            raise ConfigError(f"{path}: eos_token_id={ids} is no token id, nor a list of them; use a number")
+            raise ConfigError(f"{path}: eos_token_id={ids} is neither a token id nor a list of them; use a number")
         return tuple(ids)
     return ()

@@ -1,8 +1,8 @@
-"""Weights of Hugging Face folders (Llama, Mistral, Qwen3), in and out, each device its own slice.
+"""Load and save weights of Hugging Face folders (Llama, Mistral, Qwen3); each device reads its shard.
 
-Their RoPE turns halves against each other as ours does, so no row moves. Their [out, in] matrices are our [rows, D]
-where rows go out; `o_proj` and `down_proj`, where rows come in, are transposed. Dims: L layers, D model, H head, V
-vocabulary; rows are heads x H or F.
+RoPE rotates the two halves of a head in both, so rows keep their order. A matrix [out, in] of a folder is our
+[rows, D] if its rows are outputs; `o_proj` and `down_proj`, whose rows are inputs, are transposed.
+Dims: D model, F ffn, H head, L layers, V vocabulary; rows are heads x H, F or V.
 """
 
 import dataclasses
@@ -44,48 +44,50 @@ NAMES = {
     "final_norm.scale": "model.norm.weight",
     "head.table": "lm_head.weight",
 }
-"""ours -> theirs, with the layer's number in braces"""
+"""our parameter -> tensor in a folder, with braces for the number of the layer"""
 TRANSPOSED = ("layers.attention.w_o", "layers.mlp.w_down")
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-"""files beside the weights that an export takes along"""
-NOWHERE = -2
-"""stored row of no logical one"""
+"""files beside the weights that an export copies from the source folder"""
+PADDING_ROW = -2
+"""logical row of a stored row that is padding"""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Param:
-    """One of our arrays, and the tensors of theirs that it is made of: one, or one of each layer."""
+    """A parameter and the tensors of a folder that hold it: one, or one for each layer."""
 
     stored: jax.ShapeDtypeStruct
-    """with its sharding"""
+    """shape and sharding of the stored array"""
     names: list[str]
+    """of the tensors"""
     stacked: bool
+    """the first dim of the array is L"""
     transposed: bool
     rows: np.ndarray
-    """[stored rows] -> logical row, or NOWHERE"""
+    """[stored rows]: the logical row of each stored row, or PADDING_ROW"""
 
     @property
     def shape(self) -> Shape:
-        """Of each of their tensors."""
-        ours = (int((self.rows != NOWHERE).sum()), *self.stored.shape[1 + self.stacked :])
-        return ours[::-1] if self.transposed else ours
+        """Shape of each tensor."""
+        logical = (int((self.rows != PADDING_ROW).sum()), *self.stored.shape[1 + self.stacked :])
+        return logical[::-1] if self.transposed else logical
 
     def slice(self, tensors: Tensors, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
-        """A slice of our array; reads only what is in it."""
-        out = np.zeros([len(range(n)[cut]) for n, cut in zip(self.stored.shape, index, strict=True)], dtype)
+        """Reads a slice of the stored array, and nothing else."""
+        out = np.zeros([len(range(size)[part]) for size, part in zip(self.stored.shape, index, strict=True)], dtype)
         layers, index = (index[0], index[1:]) if self.stacked else (slice(None), index)
         for name, target in zip(self.names[layers], out if self.stacked else out[None], strict=True):
-            for start, first, count in _runs(self.rows[index[0]]):
+            for start, first, count in _consecutive(self.rows[index[0]]):
                 read = (slice(first, first + count), *index[1:])
-                piece = tensors.read(name, *(read[::-1] if self.transposed else read))
-                target[start : start + count] = piece.T if self.transposed else piece
+                value = tensors.read(name, *(read[::-1] if self.transposed else read))
+                target[start : start + count] = value.T if self.transposed else value
         return out
 
     def load(self, tensors: Tensors, dtype: Any) -> jax.Array:
-        """Our array, built a device at a time, so that the host holds one device's slice."""
+        """Loads the stored array, one device after another: the host holds one device's shard at a time."""
         shape, sharding = self.stored.shape, self.stored.sharding
         assert sharding is not None
         slices = sharding.addressable_devices_indices_map(shape)
@@ -93,8 +95,8 @@ class _Param:
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
     def tensors(self, array: jax.Array, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, tensor) of theirs, one at a time on the host. A collective where there are several processes."""
-        real = self.rows != NOWHERE
+        """Yields (name, tensor), one tensor at a time on the host. All processes must call it: it communicates."""
+        real = self.rows != PADDING_ROW
         for number, name in enumerate(self.names):
             stored = _on_host(array[number] if self.stacked else array)
             logical = np.empty((int(real.sum()), *stored.shape[1:]), dtype)
@@ -102,12 +104,12 @@ class _Param:
             yield name, np.ascontiguousarray(logical.T) if self.transposed else logical
 
 
-def _runs(rows: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """(start, first logical row, count) of consecutive logical rows."""
-    cuts = np.flatnonzero(np.diff(rows) != 1) + 1
-    for run in np.split(np.arange(len(rows)), cuts):
-        if rows[run[0]] != NOWHERE:
-            yield int(run[0]), int(rows[run[0]]), len(run)
+def _consecutive(rows: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Yields (first stored row, first logical row, count) for each range of consecutive logical rows."""
+    starts = np.flatnonzero(np.diff(rows) != 1) + 1
+    for stored in np.split(np.arange(len(rows)), starts):
+        if rows[stored[0]] != PADDING_ROW:
+            yield int(stored[0]), int(rows[stored[0]]), len(stored)
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
@@ -115,7 +117,7 @@ def _on_host(array: jax.Array) -> np.ndarray:
 
 
 def _param_tree(config: ModelConfig, placement: Placement) -> dict:
-    """Like the parameters of a Transformer, a `_Param` each."""
+    """The tree of a Transformer's parameters, with a `_Param` for each."""
     _check_divides(config, placement)
     model = nnx.eval_shape(lambda: Transformer(config, placement=placement, rngs=nnx.Rngs(params=0)))
     state = nnx.state(model)
@@ -130,14 +132,14 @@ def _param_tree(config: ModelConfig, placement: Placement) -> dict:
 
 
 def _logical_rows(count: int, form: NoPadding | HeadPadding) -> np.ndarray:
-    """[stored rows] -> logical row, or NOWHERE; from padding the numbers of the logical rows."""
+    """[stored rows]: the logical row of each stored row, or PADDING_ROW; found by padding the row numbers."""
     logical = jax.eval_shape(form.unpad, jax.ShapeDtypeStruct((count, 1), jnp.int32)).shape[0]
-    numbers = jnp.arange(logical, dtype=jnp.int32)[:, None] - NOWHERE
-    return np.asarray(form.pad(numbers))[:, 0] + NOWHERE
+    numbers = jnp.arange(logical, dtype=jnp.int32)[:, None] - PADDING_ROW
+    return np.asarray(form.pad(numbers))[:, 0] + PADDING_ROW
 
 
 def _check_divides(config: ModelConfig, placement: Placement) -> None:
-    """Sizes of given weights cannot be changed, so it is the mesh that must fit."""
+    """Raises ConfigError if the mesh does not divide the sizes, which given weights fix."""
     for field, dim in (("vocab_size", "vocab"), ("d_ff", "mlp")):
         value, shards = getattr(config, field), placement.size(dim)
         if value % shards:
@@ -147,10 +149,10 @@ def _check_divides(config: ModelConfig, placement: Placement) -> None:
 
 
 def check_folder(folder: str | Path, config: ModelConfig, placement: Placement) -> Tensors:
-    """Opens the weights of a model; reads headers alone.
+    """Opens the weights of a model and checks them; reads headers alone.
 
     Raises:
-      ConfigError: a file or tensor is missing, broken, of another shape, or unknown to the model.
+      ConfigError: a file or tensor is missing, is broken, has another shape, or is not part of the model.
     """
     tensors = Tensors(folder)
     tensors.check(_shapes(_param_tree(config, placement)), lambda name: _ignored(name, config))
@@ -162,22 +164,22 @@ def _shapes(params: dict) -> dict[str, Shape]:
 
 
 def _ignored(name: str, config: ModelConfig) -> bool:
-    """Tensors that some folders hold besides the weights."""
+    """Whether a tensor is allowed although it is not a parameter."""
     return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == NAMES["head.table"])
 
 
 def load_params(
     folder: str | Path, config: ModelConfig, placement: Placement, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> dict:
-    """The parameters of a `Transformer` of this configuration, in stored form, from a Hugging Face folder.
+    """Loads the parameters of a `Transformer`, in stored form, from a Hugging Face folder.
 
-    Each device's slice is read for itself; the host holds one slice of one array at a time.
+    The host holds one device's shard of one array at a time.
 
     Args:
-      folder: with model.safetensors, or several files and their index.
-      config: as `read_config` gives it.
+      folder: a folder with model.safetensors, or several files and their index.
+      config: the model, as returned by `read_config`.
       placement: layout and mesh.
-      dtype: of the parameters, whatever that of the files.
+      dtype: dtype of the parameters; that of the files may differ.
 
     Raises:
       ConfigError: as `check_folder`; or the mesh does not divide the model's sizes.
@@ -196,16 +198,18 @@ def save_params(
     source: str | Path | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Writes parameters as a Hugging Face folder, whole or not at all; every process takes part, the first one writes.
+    """Writes parameters as a Hugging Face folder, completely or not at all.
+
+    All processes must call it; the first one writes.
 
     Args:
-      folder: does not exist yet, or is empty.
-      params: in stored form, as `load_params` or a training state has them.
+      folder: must not exist, or be empty.
+      params: parameters in stored form, as returned by `load_params` or in a training state.
       config: the model.
       placement: layout and mesh of the parameters.
-      dtype: of the files.
-      source: folder whose tokenizer and special token ids to take along.
-      max_file_bytes: about the size of a file, and what the host holds at a time.
+      dtype: dtype in the files.
+      source: folder whose tokenizer and special token ids are copied.
+      max_file_bytes: largest size of a file, and about what the host holds at a time.
 
     Raises:
       ConfigError: the folder exists, or cannot be written.

@@ -1,4 +1,4 @@
-"""Comparisons as a picture: peak memory by kind, and step time with what communication exposes."""
+"""Chart of a comparison of layouts: peak memory by kind, and step time with exposed communication."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,46 +15,46 @@ KINDS = {"state": "#34618d", "residual": "#6ba292", "transient": "#d9a441"}
 
 
 def draw(rows: Sequence[Row], target: Target, path: Path) -> None:
-    """Writes a PNG: a row of panels for each sequence length."""
+    """Writes a PNG with a row of two panels for each sequence length."""
     lengths = list(dict.fromkeys(row.seq_len for row in rows))
-    figure, axes = plt.subplots(len(lengths), 2, figsize=(11, 1.2 + 2.6 * len(lengths)), squeeze=False)
-    for (left, right), length in zip(axes, lengths, strict=True):
+    figure, panels = plt.subplots(len(lengths), 2, figsize=(11, 1.2 + 2.6 * len(lengths)), squeeze=False)
+    for (left, right), length in zip(panels, lengths, strict=True):
         found = [row for row in rows if row.seq_len == length]
         _memory(left, found, target.hardware.memory_bytes / 1e9, length)
         _time(right, found)
     legend = {
-        label: handle for axis in axes[-1] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        label: handle for panel in panels[-1] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     figure.legend(legend.values(), legend.keys(), loc="lower center", ncols=len(legend), fontsize=8)
-    figure.suptitle(f"{rows[0].batch} sequence(s) on {target}, one device, compiled and simulated", fontsize=10)
+    figure.suptitle(f"{rows[0].batch} sequence(s) on {target}, per device, compiled and simulated", fontsize=10)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _memory(axis, rows: Sequence[Row], limit: float, length: int) -> None:
+def _memory(panel, rows: Sequence[Row], limit: float, length: int) -> None:
     names, base = [row.layout for row in rows], [0.0] * len(rows)
     for kind, color in KINDS.items():
         values = [row.by_kind.get(kind, 0) / 1e9 for row in rows]
-        axis.barh(names, values, left=base, color=color, label=kind)
+        panel.barh(names, values, left=base, color=color, label=kind)
         base = [a + b for a, b in zip(base, values, strict=True)]
     first = True
     for row in rows:
         if row.paper_peak_gb:
             ends = [float(end) for end in row.paper_peak_gb.split("-")]
-            axis.plot(ends, [row.layout] * len(ends), "k|-", markersize=11, label="paper" if first else None)
+            panel.plot(ends, [row.layout] * len(ends), "k|-", markersize=11, label="paper" if first else None)
             first = False
-    axis.axvline(limit, color="crimson", linewidth=1, linestyle="--", label="device")
-    axis.invert_yaxis()
-    axis.set_xlabel("peak, GB a device")
-    axis.set_title(f"{length:,} tokens", fontsize=10, loc="left")
+    panel.axvline(limit, color="crimson", linewidth=1, linestyle="--", label="device")
+    panel.invert_yaxis()
+    panel.set_xlabel("peak memory, GB per device")
+    panel.set_title(f"{length:,} tokens", fontsize=10, loc="left")
 
 
-def _time(axis, rows: Sequence[Row]) -> None:
+def _time(panel, rows: Sequence[Row]) -> None:
     names = [row.layout for row in rows]
     exposed = [row.exposed_comm_s or 0.0 for row in rows]
     busy = [(row.step_s or 0.0) - wait for row, wait in zip(rows, exposed, strict=True)]
-    axis.barh(names, busy, color="#34618d", label="computation")
-    axis.barh(names, exposed, left=busy, color="crimson", label="exposed communication")
-    axis.invert_yaxis()
-    axis.set_xlabel("step, s (simulated)")
+    panel.barh(names, busy, color="#34618d", label="computation")
+    panel.barh(names, exposed, left=busy, color="crimson", label="exposed communication")
+    panel.invert_yaxis()
+    panel.set_xlabel("step, s (simulated)")

@@ -1,4 +1,4 @@
-"""What every script shares: find a configuration, parse flags, say what is wrong in one line and exit with 2."""
+"""Shared by every command: find a configuration, parse flags, print an error as one line and exit with 2."""
 
 import contextlib
 import importlib.util
@@ -9,56 +9,59 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import jax
 import optax
 import tyro
 
 from tsp_jax.config import Config
-from tsp_jax.errors import REFUSED, ConfigError, RunStopped
+from tsp_jax.errors import REFUSED, ConfigError, RunStopped, removal
 from tsp_jax.hardware.private_jax import hush_absent_plugins
 from tsp_jax.training.distributed import join_cluster
 from tsp_jax.training.optimizer import check_unused_flags
 
 T = TypeVar("T")
 Optimizer = optax.GradientTransformation | None
-"""of the user's own, from a configuration file"""
-_FOLDERS = [
-    parent / "configs" for parent in (Path(__file__).resolve().parents[2], Path(sys.argv[0]).resolve().parents[1])
-]
-CONFIGS = next(filter(Path.is_dir, _FOLDERS), _FOLDERS[0])
-"""beside the package, or, where that is installed elsewhere, beside the scripts"""
+"""the user's own optimizer, from a configuration file"""
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = next(filter(Path.is_dir, [_PACKAGE / "configs", _PACKAGE.parent / "configs"]), _PACKAGE.parent / "configs")
+"""folder of configurations: inside an installed package, beside the package in a clone"""
+_OWNERS = {hint.__name__: name for name, hint in get_type_hints(Config).items() if hint.__module__ == Config.__module__}
+"""class of a part of a configuration -> its field in Config"""
 
 
 def main(
-    script: Callable[[str, Any, Optimizer], Any],
+    command: Callable[[str, Any, Optimizer], Any],
     options: Callable[[Config], Any] = lambda config: config,
-    text: tuple[Callable[[str, Any], Any], Any] | None = None,
+    *,
+    about: str,
+    text_command: tuple[Callable[[str, Any], Any], Any] | None = None,
 ) -> None:
-    """Runs ``script(name, options, optimizer)`` on the command line ``CONFIG [--flag value ...]``.
+    """Runs ``command(name, options, optimizer)`` with the command line ``CONFIG [--flag value ...]`` and exits.
 
     Args:
-      script: what to run; an int that it returns is the exit code.
+      command: the command's body; an int that it returns is the exit code.
       options: makes the dataclass whose fields are the flags from the configuration; by default the configuration.
-      text: (script, its default options) for where the first argument is no configuration but a .hlo or .txt file.
+      about: one sentence for ``--help``.
+      text_command: (body, default options) for a first argument that is a .hlo or .txt file instead of a configuration.
     """
     arguments = sys.argv[1:]
     hush_absent_plugins()
     with errors_in_a_line():
-        if text and arguments and arguments[0].endswith((".hlo", ".txt")):
-            sys.exit(text[0](*first_argument(text[1])))
-        name, parsed, optimizer = parse(arguments, options)
+        if text_command and arguments and arguments[0].endswith((".hlo", ".txt")):
+            sys.exit(text_command[0](*first_argument(text_command[1], about=about)))
+        name, parsed, optimizer = parse(arguments, options, about=about)
         if isinstance(parsed, Config):
             use_devices(parsed.cpu_devices)
             join_cluster(parsed.cluster)
-        code = script(name, parsed, optimizer)
+        code = command(name, parsed, optimizer)
         sys.exit(code if isinstance(code, int) else 0)
 
 
 @contextlib.contextmanager
 def errors_in_a_line() -> Iterator[None]:
-    """Ends the process with the code that belongs to an error: a ConfigError, printed as one line, with 2."""
+    """Prints a ConfigError or RunStopped as one line and ends the process with its exit code."""
     try:
         yield
     except ConfigError as error:
@@ -75,11 +78,11 @@ def errors_in_a_line() -> Iterator[None]:
 
 
 def leave(code: int, together: bool = True) -> NoReturn:
-    """Ends the process now, whatever its other threads hang in.
+    """Ends the process now, even if its other threads hang.
 
     Args:
-      code: its exit code.
-      together: every process leaves now; none will miss this one.
+      code: exit code.
+      together: every process exits now, so that none waits for this one.
     """
     if together and jax.distributed.is_initialized():
         with contextlib.suppress(RuntimeError):
@@ -89,69 +92,128 @@ def leave(code: int, together: bool = True) -> NoReturn:
     os._exit(code)
 
 
-def first_argument(default: T, what: str = "file") -> tuple[str, T]:
-    """(argument, options) from ``ARGUMENT [--flag value ...]``; every field of `default`, a dataclass, is a flag."""
+def program() -> str:
+    """The command as it was typed: tsp-train, or python scripts/train.py."""
+    return f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).stem
+
+
+def first_argument(default: T, what: str = "file", *, about: str) -> tuple[str, T]:
+    """Parses ``ARGUMENT [--flag value ...]``.
+
+    Args:
+      default: a dataclass; every field is a flag.
+      what: name of the first argument, for help and errors.
+      about: one sentence for ``--help``.
+
+    Returns:
+      (first argument, `default` with the flags applied).
+    """
     arguments = sys.argv[1:]
     if arguments and arguments[0] in ("-h", "--help"):
         arguments = [what.upper(), "--help"]
     if not arguments or arguments[0].startswith("-"):
-        raise ConfigError(f"a {what} comes first; use {Path(sys.argv[0]).name} {what.upper()} [--flag value ...]")
-    return arguments[0], parse_flags(default, arguments[1:], prog=f"{sys.argv[0]} {arguments[0]}")
+        raise ConfigError(f"a {what} comes first; use {program()} {what.upper()} [--flag value ...]")
+    prog = f"{program()} {arguments[0]}"
+    return arguments[0], parse_flags(default, arguments[1:], prog=prog, about=about)
 
 
 def parse(
-    arguments: Sequence[str], options: Callable[[Config], Any] = lambda config: config
+    arguments: Sequence[str], options: Callable[[Config], Any] = lambda config: config, *, about: str = ""
 ) -> tuple[str, Any, Optimizer]:
-    """(name, options, optimizer of the file) from ``CONFIG [--flag value ...]``."""
-    known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.py")))
+    """Parses ``CONFIG [--flag value ...]``.
+
+    Args:
+      arguments: the command line without the program.
+      options: makes the dataclass whose fields are the flags from the configuration.
+      about: one sentence for ``--help``.
+
+    Returns:
+      (name of the configuration, options with the flags applied, optimizer of the file or None).
+    """
     if not arguments or arguments[0].startswith("-"):
         if arguments and arguments[0] in ("-h", "--help"):
-            print(
-                f"usage: {sys.argv[0]} CONFIG [--flag value ...]\nCONFIG: {known}, or a path; CONFIG --help: its flags"
-            )
+            print(f"usage: {program()} CONFIG [--flag value ...]\n\n{about}\n")
+            print(f"CONFIG is {_known()}. {program()} CONFIG --help lists the flags.")
             sys.exit(0)
-        raise ConfigError(f"a configuration comes first; use one of {known}, or the path of a .py file")
+        raise ConfigError(f"a configuration comes first; use {_known()}")
     config, optimizer = load_config_file(arguments[0])
-    parsed = parse_flags(options(config), arguments[1:], prog=f"{sys.argv[0]} {arguments[0]}")
+    prog = f"{program()} {arguments[0]}"
+    parsed = parse_flags(options(config), arguments[1:], prog=prog, about=about)
     check_unused_flags(optimizer, config.optimizer, getattr(parsed, "config", parsed).optimizer)
     return Path(arguments[0]).stem, parsed, optimizer
 
 
+def _known() -> str:
+    return f"one of {', '.join(sorted(path.stem for path in CONFIGS.glob('*.py')))}, or the path of a .py file"
+
+
 def load_config(name: str) -> Config:
-    """`config` of ``configs/NAME.py``, or of a path that ends in .py."""
+    """Returns the `config` of `load_config_file`."""
     return load_config_file(name)[0]
 
 
 def load_config_file(name: str) -> tuple[Config, Optimizer]:
-    """(`config`, `optimizer` or None) of ``configs/NAME.py``, or of a path that ends in .py."""
+    """Returns `config` and `optimizer` (or None) of a configuration.
+
+    Args:
+      name: name of a known configuration, or the path of a file, which ends in .py.
+
+    Raises:
+      ConfigError: no such configuration, it defines no `config`, or it sets a field that does not exist.
+    """
     path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
     if not path.is_file():
-        known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.py")))
-        raise ConfigError(f"configuration {name} is unknown; use one of {known}, or the path of a .py file")
+        raise ConfigError(f"configuration {name} is unknown; use {_known()}")
     spec = importlib.util.spec_from_file_location(f"tsp_jax_config_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except TypeError as error:
+        line = _unknown_field(str(error))
+        if line is None:
+            raise
+        raise ConfigError(f"configuration {name}: {line}") from None
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise ConfigError(f"configuration {name} defines no `config`; use config = tsp_jax.config.Config(...)")
     return config, getattr(module, "optimizer", None)
 
 
-def parse_flags(default: T, flags: Sequence[str], prog: str) -> T:
-    """`default`, a dataclass, with flags applied; every field is a flag."""
+def _unknown_field(error: str) -> str | None:
+    """A line about a field that a configuration file sets and its class does not have; None for other errors."""
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", error)
+    if not found or found[1] not in {"Config", *_OWNERS}:
+        return None
+    field = f"{_OWNERS[found[1]]}.{found[2]}" if found[1] in _OWNERS else found[2]
+    return removal(field) or f"{field} is not a field of {found[1]}; leave it out"
+
+
+def parse_flags(default: T, flags: Sequence[str], prog: str, about: str = "") -> T:
+    """Returns `default`, a dataclass, with flags applied; every field is a flag."""
     if "--help" in flags or "-h" in flags:
-        return tyro.cli(type(default), default=default, args=["--help"], prog=prog)
-    said = io.StringIO()
+        return tyro.cli(type(default), default=default, args=["--help"], prog=prog, description=about or None)
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             return tyro.cli(type(default), default=default, args=list(flags), prog=prog)
     except SystemExit:
-        raise ConfigError(_one_line(said.getvalue())) from None
+        raise ConfigError(_removed_flag(flags) or _one_line(printed.getvalue())) from None
+
+
+def _removed_flag(flags: Sequence[str]) -> str | None:
+    """A line about the first flag or value that earlier versions had; None if there is none."""
+    for flag, following in zip(flags, [*flags[1:], ""], strict=True):
+        name, equals, value = flag.partition("=")
+        field = name.removeprefix("--").removeprefix("config.").replace("-", "_").replace(".no_", ".")
+        line = removal(field, flag=True) or removal(f"{field}={value if equals else following}", flag=True)
+        if line:
+            return line
+    return None
 
 
 def _one_line(box: str) -> str:
-    """What a framed message says, without its frame, headings and hints."""
+    """The text of a framed message, without its frame, headings and hints."""
     words = " ".join(re.sub(r"[\u2500-\u257f]|-{5,}", " ", box).split())
     words = re.split(r"Argument helptext|For full helptext", words)[0]
     headings = r"^(Value error|Invalid choice|Parsing error|Missing argument|Unrecognized options(?= Unrecognized)) "
@@ -159,12 +221,12 @@ def _one_line(box: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text with what would break a line, or cannot be printed, escaped."""
+    """Text with every character escaped that would break a line or cannot be printed."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def use_devices(cpu_devices: int) -> None:
-    """Makes so many virtual CPU devices, if any; must come before anything touches a device."""
+    """Sets up this many virtual CPU devices, unless 0; must run before anything touches a device."""
     if cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", cpu_devices)

@@ -1,4 +1,4 @@
-"""`compare` as a command: options, table and chart."""
+"""The command tsp-compare: layouts side by side, as a table, JSON, CSV and a chart."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,34 +11,36 @@ from rich.console import Console
 from rich.table import Table
 
 from tsp_jax.config import Config
-from tsp_jax.errors import ConfigError
+from tsp_jax.errors import ConfigError, install_hint
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.targets import Target, parse_target, standins_note, use_target
 from tsp_jax.inspect.render import console
+from tsp_jax.tools import cli
 from tsp_jax.tools.compile import Optimizer, Step
 from tsp_jax.tools.inspect import check_writable
-from tsp_jax.tools.sweep import PAPER, Row, compare, write_csv, write_json
+from tsp_jax.tools.sweep import PAPER, Row, compare_layouts, write_csv, write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """Layouts x sequence lengths on one target."""
+    """Layouts and sequence lengths to compare on one target."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     target: str = "mi300x:8"
-    """devices to compile for, present or not: cpu:8, mi300x:8, mi355x:8, h100:8, v5p:8"""
+    """devices to compile for, which need not be present: cpu:8, mi300x:8, mi355x:8, h100:8, v5p:8"""
     layouts: str = ""
-    """such as tsp:8,tp:8,sp:8,tp_sp:2x4,fsdp_cp:8: sizes of the layout's own axes, data takes the rest; empty: these"""
+    """layouts and the sizes of their axes, such as tsp:8,tp_sp:2x4; data takes the remaining devices; empty: all
+    presets except single"""
     seq_lens: str = ""
-    """tokens of a sequence, such as 16384,131072; empty: the configuration's"""
+    """tokens per sequence, such as 16384,131072; empty: as in the configuration"""
     per_replica: int = 1
-    """sequences a replica"""
+    """sequences per replica"""
     step: Step = "train"
-    """train, forward, prefill or decode"""
+    """train: an optimizer step; forward: the loss of a batch; prefill; decode: one token per sequence"""
     attention_efficiency: float = 0.0
-    """share of the sustained rate that the fused attention kernel is taken to reach; 0: as printed for the hardware"""
+    """share of the sustained rate that the attention kernel is assumed to reach; 0: the value that is printed"""
     chunk: int = 0
-    """tokens of a prompt that one prefill takes; 0: all of them"""
+    """prompt tokens that one prefill step processes; 0: all of them"""
     json: str = ""
     """file for the rows, as JSON"""
     csv: str = ""
@@ -47,26 +49,26 @@ class CompareOptions:
     """file for a chart (needs matplotlib)"""
 
 
-def run(name: str, options: CompareOptions, optimizer: Optimizer = None) -> None:
-    """Compiles, prints the table, writes the files."""
+def compare(name: str, options: CompareOptions, optimizer: Optimizer = None) -> None:
+    """Compiles every program, prints the table and writes the files."""
     target = parse_target(options.target, options.attention_efficiency)
     check_writable(json=options.json, csv=options.csv, png=options.png)
     draw = _drawer() if options.png else None
-    lengths = _lengths(options.seq_lens) or [options.config.seq_len]
-    layouts = [item.strip() for item in options.layouts.split(",") if item.strip()] or _layouts(target.num_devices)
+    lengths = _parse_lengths(options.seq_lens) or [options.config.seq_len]
+    layouts = [item.strip() for item in options.layouts.split(",") if item.strip()]
     if options.per_replica < 1:
         raise ConfigError(f"per_replica={options.per_replica} must be positive; use 1")
     use_target(target)
     with Console(stderr=True).status("") as status:
-        rows = compare(
-            options.config, target, layouts, lengths,
+        rows = compare_layouts(
+            options.config, target, layouts or _default_layouts(target.num_devices), lengths,
             batch=options.per_replica, step=options.step, chunk=options.chunk,
             optimizer=optimizer,
             progress=lambda line: status.update(f"compiling {line}"),
         )  # fmt: skip
-    _print(name, rows, target, options.step)
+    _print_table(name, rows, target, options.step)
     if options.chunk:
-        print("chunk: figures are of one chunk of the prompt, on average; attention to earlier ones is timed too low")
+        print("chunk: figures are averages per chunk; the time of attention to earlier chunks is underestimated")
     if options.csv:
         write_csv(rows, Path(options.csv))
     if options.json:
@@ -77,17 +79,17 @@ def run(name: str, options: CompareOptions, optimizer: Optimizer = None) -> None
         draw(rows, target, Path(options.png))
 
 
-def _layouts(devices: int) -> list[str]:
-    own = min(devices, 8)
-    two = [f"tp_sp:{n}x{own // n}" for n in (2, 4) if own % n == 0 and own // n > 1]
-    return [f"tsp:{own}", f"tp:{own}", f"sp:{own}", *two, f"fsdp_cp:{own}"]
+def _default_layouts(devices: int) -> list[str]:
+    size = min(devices, 8)
+    tp_sp = [f"tp_sp:{n}x{size // n}" for n in (2, 4) if size % n == 0 and size // n > 1]
+    return [f"tsp:{size}", f"tp:{size}", f"sp:{size}", *tp_sp, f"fsdp_cp:{size}"]
 
 
-def _lengths(text: str) -> list[int]:
+def _parse_lengths(text: str) -> list[int]:
     items = [item.strip() for item in text.split(",") if item.strip()]
     for item in items:
         if not item.isdecimal() or not int(item):
-            raise ConfigError(f"seq_lens={text}: '{item}' is no number of tokens; use 16384,131072, for example")
+            raise ConfigError(f"seq_lens={text}: '{item}' is not a number of tokens; use 16384,131072, for example")
     return [int(item) for item in items]
 
 
@@ -95,11 +97,11 @@ def _drawer():
     try:
         from tsp_jax.tools.chart import draw
     except ImportError:
-        raise ConfigError('png: matplotlib is not installed; use pip install "tsp-jax[viz]"') from None
+        raise ConfigError(f"png: matplotlib is not installed; {install_hint('viz')}") from None
     return draw
 
 
-def _print(name: str, rows: Sequence[Row], target: Target, step: str) -> None:
+def _print_table(name: str, rows: Sequence[Row], target: Target, step: str) -> None:
     out = console()
     heading = f"{name}, {step} step on {target}, compiled with jax {jax.__version__}"
     out.print(f"{heading}, {standins_note()}" if standins_note() else heading, soft_wrap=True, highlight=False)
@@ -108,10 +110,10 @@ def _print(name: str, rows: Sequence[Row], target: Target, step: str) -> None:
         if row.note:
             out.print(f"{row.layout} at {row.seq_len}: {row.note}", soft_wrap=True, highlight=False, markup=False)
     if any(row.paper_peak_gb for row in rows):
-        out.print(f"paper: peak GB a GPU, {PAPER}; TP+SP is its range over factorisations", soft_wrap=True)
+        out.print(f"paper: peak GB per GPU, {PAPER}; for TP+SP its range over factorizations", soft_wrap=True)
     out.print(
-        "step, exposed: simulated, see inspect_hlo.py for what that assumes; / matmul: step over its matrix "
-        "products alone, at the sustained rate; received: by one device in a step",
+        "step, exposed: simulated, tsp-inspect prints the assumptions; / matmul: step over the time of its matrix "
+        "products alone, at the sustained rate; received: per device and step",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
 
@@ -152,3 +154,12 @@ def _cells(row: Row) -> list[str]:
         "" if row.largest_seq_len is None else f"{row.largest_seq_len:,}",
         "" if row.largest_batch is None else str(row.largest_batch),
     ]  # fmt: skip
+
+
+def main() -> None:
+    """Runs the command."""
+    cli.main(
+        compare,
+        lambda config: CompareOptions(config=config),
+        about="Compare layouts on hardware that need not be present: peak memory, communication, simulated time.",
+    )

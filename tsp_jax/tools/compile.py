@@ -1,4 +1,4 @@
-"""Compile a step of a configuration ahead of time, for hardware that need not be there."""
+"""Compile a step of a configuration ahead of time, for hardware that need not be present."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ Step = Literal["train", "forward", "prefill", "decode"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStep:
-    """One program, compiled for a target, and what it was made from."""
+    """A step of a configuration, compiled for a target."""
 
     config: Config
     target: Target
@@ -36,12 +36,12 @@ class CompiledStep:
     """seconds of tracing, lowering and compiling"""
 
     def report(self, *, record: bool = False) -> Report:
-        """What it holds, moves and should take."""
+        """Its memory, communication and simulated time; `record` keeps the events for a trace."""
         weights = full_weights(self.config, self.placement)
         return report(self.compiled, target=self.target.hardware, full_weights=weights, record=record)
 
     def facts(self) -> dict[str, Any]:
-        """What was compiled, for a report's JSON."""
+        """What was compiled for what, for the JSON of a report."""
         return {
             "target": str(self.target),
             "num_devices": self.target.num_devices,
@@ -57,10 +57,10 @@ class CompiledStep:
 
 
 def place_on(config: Config, target: Target) -> Placement:
-    """A configuration's layout on a target's devices, every one of them in use.
+    """Places a configuration's layout on a target, on every device.
 
     Raises:
-      ConfigError: layout, mesh, target and sizes do not go together, or the target's compiler is not installed.
+      ConfigError: layout, mesh, target and sizes do not fit together, or the target's compiler is not installed.
     """
     layout = get_layout(config.layout)
     sizes = parse_mesh(config.mesh, layout, target.num_devices)
@@ -78,17 +78,17 @@ def place_on(config: Config, target: Target) -> Placement:
 def compile_step(
     config: Config, target: Target, step: Step = "train", chunk: int = 0, optimizer: Optimizer = None
 ) -> CompiledStep:
-    """Compiles one step; nothing runs.
+    """Compiles one step and runs nothing.
 
     Args:
-      config: its layout, mesh, batch and seq_len say what; `cpu_devices` is not looked at.
+      config: model, layout, mesh, batch and seq_len; `cpu_devices` is ignored.
       target: devices to compile for.
-      step: train (a whole optimizer step), forward (loss of a batch), prefill, decode (one token a sequence).
-      chunk: tokens of each prompt that one prefill takes; 0: all of them.
-      optimizer: the user's own, for train; None: AdamW from `config.optimizer`.
+      step: train (an optimizer step), forward (loss of a batch), prefill, or decode (one token per sequence).
+      chunk: prompt tokens that one prefill step processes; 0: all of them.
+      optimizer: the user's own, for step train; None: AdamW from `config.optimizer`.
 
     Raises:
-      ConfigError: as `place_on`, or the step is unknown, or takes no chunk of this size.
+      ConfigError: as `place_on`, or the step is unknown or cannot process a chunk of this size.
     """
     if step not in _LOWER:
         raise ConfigError(f"step={step} is unknown; use one of {', '.join(get_args(Step))}")
@@ -103,7 +103,7 @@ def compile_step(
 
 
 def full_weights(config: Config, placement: Placement) -> tuple[FullWeight, ...]:
-    """What no device should gather at once: all rows of an op's message, as elements, by scope."""
+    """For each op, the elements of its whole weights, which no device should gather at once."""
     model, layout = config.model, placement.layout
     heads = padded_heads(placement, model.num_heads, model.num_kv_heads, model.head_dim)
     query, kv = heads.query * heads.dim, heads.kv * heads.dim
@@ -121,7 +121,7 @@ def full_weights(config: Config, placement: Placement) -> tuple[FullWeight, ...]
 
 
 def check_chunk(config: Config, step: Step, chunk: int) -> None:
-    """Raises ConfigError where a step takes no chunk of this size."""
+    """Raises ConfigError if a step cannot process a chunk of this size."""
     if chunk and step != "prefill":
         raise ConfigError(f"chunk={chunk} means nothing to step={step}; use --step prefill")
     if not 0 <= chunk <= config.seq_len:
@@ -147,13 +147,13 @@ def _lower_forward(config: Config, placement: Placement, *_: object) -> jax.stag
 
 
 def _lower_prefill(config: Config, placement: Placement, chunk: int, _: Optimizer) -> jax.stages.Lowered:
-    """A chunk, or all, of a prompt of seq_len tokens."""
+    """Prefills a chunk of a prompt of seq_len tokens, or all of it."""
     program = _serving(config, placement, chunk or config.seq_len)
     return program.prefill.lower(program.abstract_params, program.abstract_cache, *program.abstract_chunk)
 
 
 def _lower_decode(config: Config, placement: Placement, *_: object) -> jax.stages.Lowered:
-    """One token of each sequence, against a cache of seq_len tokens."""
+    """Decodes one token of each sequence with a cache of seq_len tokens."""
     program = _serving(config, placement, placement.size("sequence"))
     return program.decode.lower(program.abstract_params, program.abstract_cache, program.abstract_tokens)
 

@@ -1,4 +1,4 @@
-"""`generate` as a command: options, the text as it comes, and what it took."""
+"""The command tsp-generate: the text as it is sampled, then throughput and peak memory."""
 
 import dataclasses
 import sys
@@ -14,20 +14,21 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hf.tokenizer import Tokenizer
 from tsp_jax.inference import Model, Sampling, Stats, generate, load
 from tsp_jax.layout import Placement, get_layout, make_mesh, parse_mesh
+from tsp_jax.tools import cli
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """What to continue, how, and where."""
+    """Prompt, sampling and devices."""
 
     prompt: str = ""
     """text to continue"""
     prompt_file: str = ""
-    """file that holds it"""
+    """file with the text to continue"""
     chat: bool = False
-    """put the prompt into the model's chat template, as a user's message"""
+    """wrap the prompt in the model's chat template, as a message of the user"""
     max_new_tokens: int = 64
-    """tokens to write, unless a stop token comes first"""
+    """tokens to generate, unless a stop token comes first"""
     stop: bool = True
     """end at the model's stop tokens"""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
@@ -36,13 +37,13 @@ class GenerateOptions:
     mesh: str = ""
     """axis sizes, such as tsp=8; empty: every device on the layout's own axes"""
     cpu_devices: int = 0
-    """run on this many virtual CPU devices; 0: on the devices there are"""
+    """run on this many virtual CPU devices; 0: on the devices that are present"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of weights, activations and cache; auto: float32 if the folder says so, else bfloat16"""
+    """dtype of weights, activations and KV cache; auto: float32 if config.json says so, else bfloat16"""
     capacity: int = 0
-    """tokens that the cache has room for; 0: prompt and continuation"""
+    """tokens that fit into the KV cache; 0: prompt plus new tokens"""
     chunk: int = 0
-    """tokens of the prompt that are prefilled at once, at most; 0: 2048"""
+    """largest number of prompt tokens that are prefilled at once; 0: 2048"""
     stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
 
     def __post_init__(self):
@@ -50,8 +51,17 @@ class GenerateOptions:
             raise ConfigError(f"cpu_devices={self.cpu_devices} must not be negative; use 0")
 
 
-def run(folder: str, options: GenerateOptions, out: TextIO | None = None, notes: TextIO | None = None) -> Stats:
-    """Writes the continuation to `out` (None: stdout) as it comes, then what it took to `notes` (None: stderr)."""
+def generate_text(
+    folder: str, options: GenerateOptions, out: TextIO | None = None, notes: TextIO | None = None
+) -> Stats:
+    """Continues a text.
+
+    Args:
+      folder: Hugging Face folder of the model.
+      options: prompt, sampling and devices.
+      out: receives the text token by token; None: stdout.
+      notes: receives a line about throughput and peak memory; None: stderr.
+    """
     prompt, placement = _prompt(options), _place(options)
     model = load(folder, placement, dtype=options.dtype, stream=options.stream)
     assert model.tokenizer is not None
@@ -69,7 +79,7 @@ def run(folder: str, options: GenerateOptions, out: TextIO | None = None, notes:
         on_token=lambda _, token: write(decoder.step(token)),
     )  # fmt: skip
     write(decoder.finish() + "\n")
-    print(summary(model, stats), file=sys.stderr if notes is None else notes)
+    print(throughput(model, stats), file=sys.stderr if notes is None else notes)
     return stats
 
 
@@ -97,8 +107,8 @@ def _encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
     return tokenizer.encode(tokenizer.chat(prompt), special=False) if chat else tokenizer.encode(prompt)
 
 
-def summary(model: Model, stats: Stats) -> str:
-    """Tokens a second of prefill and of decoding, and bytes of one device, in a line."""
+def throughput(model: Model, stats: Stats) -> str:
+    """A line: tokens per second of prefill and of decoding, and peak memory per device."""
     mesh = ",".join(f"{axis}={size}" for axis, size in model.placement.mesh.shape.items())
     decoded = f"{stats.decoded_tokens / stats.decode_s:,.1f} tokens/s" if stats.decoded_tokens else "nothing"
     peak, source = peak_bytes(model)
@@ -106,14 +116,24 @@ def summary(model: Model, stats: Stats) -> str:
     return (
         f"{model.placement.layout.name} ({mesh}): prefill {stats.prompt_tokens:,} tokens, "
         f"{stats.prompt_tokens / stats.prefill_s:,.1f} tokens/s; decode {stats.new_tokens:,} tokens, {decoded}; "
-        f"peak {size} a device ({source})"
+        f"peak {size} per device ({source})"
     )
 
 
 def peak_bytes(model: Model) -> tuple[int, str]:
-    """(peak bytes on one device, who says so): the devices where they keep count, else the compiler."""
+    """(peak bytes per device, "measured" by the devices or, where they do not count, "compiled")."""
     mesh = model.placement.mesh
     counts = [device.memory_stats() or {} for device in mesh.local_devices] if isinstance(mesh, Mesh) else []
     if counts and all("peak_bytes_in_use" in count for count in counts):
         return max(count["peak_bytes_in_use"] for count in counts), "measured"
     return max(program.peak_bytes for program in model.programs.values()), "compiled"
+
+
+def main() -> None:
+    """Runs the command."""
+    with cli.errors_in_a_line():
+        folder, options = cli.first_argument(
+            GenerateOptions(), what="model", about="Continue a text with the model in a Hugging Face folder."
+        )
+        cli.use_devices(options.cpu_devices)
+        generate_text(folder, options)

@@ -1,4 +1,4 @@
-"""Inspect one compiled step, or the text of a compiled program: tables, JSON, trace and contracts."""
+"""The command tsp-inspect: a compiled step, or a compiled program's text, as tables, JSON, trace and contracts."""
 
 import dataclasses
 import json
@@ -16,46 +16,47 @@ from tsp_jax.inspect.expect import broken, parse_expectations
 from tsp_jax.inspect.render import console, show
 from tsp_jax.inspect.trace import write_trace
 from tsp_jax.layout import parse_sizes
+from tsp_jax.tools import cli
 from tsp_jax.tools.compile import Optimizer, Step, compile_step
 
 BROKEN = 1
-"""exit code where a contract does not hold"""
+"""exit code if a contract is broken"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """What to write, and what to hold the program to."""
+    """Files to write, and contracts to check."""
 
     json: str = ""
-    """file for everything found, as JSON"""
+    """file for the whole report, as JSON"""
     trace: str = ""
     """file for the simulated timeline, .json or .json.gz, to open in ui.perfetto.dev"""
     expect: str = ""
-    """contracts, such as no-full-weight,exposed<=0.1,peak<=24GB; a broken one exits with 1"""
+    """contracts, such as no-full-weight,exposed<=0.1,peak<=24GB; exit code 1 if one is broken"""
     largest: int = 12
-    """rows of each table"""
+    """largest number of rows of each table"""
     attention_efficiency: float = 0.0
-    """share of the sustained rate that the fused attention kernel is taken to reach; 0: as printed for the hardware"""
+    """share of the sustained rate that the attention kernel is assumed to reach; 0: the value that is printed"""
 
     def check(self) -> None:
-        """Raises ConfigError where something could not be written or is not understood; call before long work."""
+        """Raises ConfigError if a file cannot be written or a contract is not understood; call before long work."""
         parse_expectations(self.expect)
         check_writable(json=self.json, trace=self.trace)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """A configuration's step on a target."""
+    """The step of a configuration to compile, and its target."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     target: str = "cpu:8"
-    """devices to compile for, present or not: cpu:8, mi300x:8, mi355x:8, h100:8, v5p:8"""
+    """devices to compile for, which need not be present: cpu:8, mi300x:8, mi355x:8, h100:8, v5p:8"""
     step: Step = "train"
-    """train: a whole optimizer step; forward: the loss of a batch; prefill; decode: one token a sequence"""
+    """train: an optimizer step; forward: the loss of a batch; prefill; decode: one token per sequence"""
     chunk: int = 0
-    """tokens of a prompt that one prefill takes; 0: all of them"""
+    """prompt tokens that one prefill step processes; 0: all of them"""
     dump_hlo: str = ""
-    """file for the compiled program's text"""
+    """file for the text of the compiled program"""
     outputs: Annotated[Outputs, tyro.conf.arg(name="")] = Outputs()
 
 
@@ -64,21 +65,21 @@ class TextOptions:
     """The text of a compiled program."""
 
     target: str = ""
-    """kind of devices it was compiled for; empty: no timeline"""
+    """devices that it was compiled for; empty: no timeline"""
     mesh: str = ""
-    """axis sizes in the order of devices, such as data=1,tsp=8; empty: axes are not named"""
+    """axis sizes in the order of the devices, such as data=1,tsp=8; empty: collectives are shown without axis names"""
     outputs: Annotated[Outputs, tyro.conf.arg(name="")] = Outputs()
 
 
 def check_writable(**files: str) -> None:
-    """Raises ConfigError for a file whose folder does not exist."""
+    """Raises ConfigError if the folder of a file does not exist; names of arguments are names of flags."""
     for field, file in files.items():
         if file and (not Path(file).parent.is_dir() or Path(file).is_dir()):
             raise ConfigError(f"{field}={file} cannot be written; use a file in a folder that exists")
 
 
 def inspect_step(name: str, options: StepOptions, optimizer: Optimizer = None) -> int:
-    """Compiles a step and reports on it; returns the exit code."""
+    """Compiles a step and prints a report; returns the exit code."""
     target = parse_target(options.target, options.outputs.attention_efficiency)
     options.outputs.check()
     check_writable(dump_hlo=options.dump_hlo)
@@ -101,7 +102,7 @@ def inspect_step(name: str, options: StepOptions, optimizer: Optimizer = None) -
 
 
 def inspect_text(file: str, options: TextOptions) -> int:
-    """Reports on a program's text; returns the exit code."""
+    """Prints a report of the text of a program; returns the exit code."""
     options.outputs.check()
     name = options.target if ":" in options.target else f"{options.target}:1"
     target = parse_target(name, options.outputs.attention_efficiency) if options.target else None
@@ -126,3 +127,14 @@ def _finish(found: Report, facts: dict[str, Any], outputs: Outputs, out: Console
     for line in failures:
         out.print(f"broken: {line}", soft_wrap=True, highlight=False, markup=False)
     return BROKEN if failures else 0
+
+
+def main() -> None:
+    """Runs the command."""
+    cli.main(
+        inspect_step,
+        lambda config: StepOptions(config=config),
+        about="Compile a step for hardware that need not be present: its memory, communication and simulated time.\n"
+        "In place of CONFIG, the text of a compiled program may be given: FILE.hlo or FILE.txt.",
+        text_command=(inspect_text, TextOptions()),
+    )

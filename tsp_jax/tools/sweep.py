@@ -1,4 +1,4 @@
-"""Layouts side by side on one target: memory, traffic, exposed communication, step time, and what fits."""
+"""Compare layouts on one target: peak memory, communication, step time, and the largest sizes that fit."""
 
 import csv
 import dataclasses
@@ -23,14 +23,14 @@ _PAPER_PEAKS = {
     ("tsp:8", 16384): "31.0", ("tsp:8", 131072): "38.8", ("tp:8", 16384): "31.5", ("tp:8", 131072): "70.0",
     ("tp_sp:2x4", 131072): "85-140", ("tp_sp:4x2", 131072): "85-140",
 }  # fmt: skip
-"""GB per GPU on 8 x MI300X, one sequence; of TP+SP the paper gives the range over factorisations"""
+"""GB per GPU on 8 x MI300X, one sequence; for TP+SP the paper gives the range over factorizations"""
 USABLE = 0.92
-"""share of a device's memory that a program may fill; the rest is the runtime's and lost to fragmentation"""
+"""share of a device's memory that a program may fill; the runtime and fragmentation take the rest"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One layout at one sequence length. Bytes and seconds are of one device and one step."""
+    """One layout at one sequence length. Bytes and seconds are per device and step."""
 
     layout: str
     mesh: str
@@ -40,7 +40,7 @@ class Row:
     fits: bool | None = None
     peak_bytes: int | None = None
     predicted_bytes: float | None = None
-    """by the closed form"""
+    """peak memory by the closed form"""
     received_bytes: float | None = None
     comm_s: float | None = None
     exposed_comm_s: float | None = None
@@ -48,50 +48,52 @@ class Row:
     matmul_s: float | None = None
     """the step's matrix products alone, at the sustained rate"""
     tokens_per_s: float | None = None
-    """of all devices"""
+    """over all devices"""
     largest_seq_len: int | None = None
-    """that fits with this batch, by the closed form scaled to what was compiled; a multiple of 16384"""
+    """longest that fits with this batch, a multiple of 16384: the closed form scaled to the compiled peak"""
     largest_batch: int | None = None
-    """sequences a replica that fit at this length, likewise"""
+    """most sequences per replica that fit at this length: the closed form, scaled likewise"""
     compile_s: float | None = None
     paper_peak_gb: str = ""
     by_kind: dict[str, int] = dataclasses.field(default_factory=dict)
     note: str = ""
-    """why there are no figures, or that it does not fit"""
+    """why there are no figures, or the memory that it does not fit into"""
 
 
 def parse_layout(text: str, num_devices: int) -> tuple[Layout, dict[str, int]]:
-    """``tp_sp:2x4`` -> (layout, mesh sizes): sizes of weight axes, then of sequence axes; data takes what is left.
+    """``tp_sp:2x4`` -> (layout, mesh sizes): sizes of weight axes, then of sequence axes.
+
+    The data axis takes the remaining devices.
 
     Raises:
       ConfigError: unknown layout, or sizes that do not divide the devices.
     """
     name, _, shape = text.partition(":")
     layout = get_layout(name)
-    own = [axis for axis in dict.fromkeys((*layout.heads, *layout.sequence)) if axis not in layout.batch]
-    example = f"{name}:{'x'.join(['2'] * (len(own) - 1) + ['4'])}" if own else name
+    axes = [axis for axis in dict.fromkeys((*layout.heads, *layout.sequence)) if axis not in layout.batch]
+    example = f"{name}:{'x'.join(['2'] * (len(axes) - 1) + ['4'])}" if axes else name
     sizes = shape.split("x") if shape else []
-    if len(sizes) != len(own) or not all(size.isdecimal() and int(size) for size in sizes):
+    if len(sizes) != len(axes) or not all(size.isdecimal() and int(size) for size in sizes):
         raise ConfigError(
-            f"layouts={text} does not give a size to each of {', '.join(own) or 'no axes'}; use {example}"
+            f"layouts={text} does not give a size to each of {', '.join(axes) or 'no axes'}; use {example}"
         )
     replica = math.prod(int(size) for size in sizes)
     if num_devices % replica:
-        raise ConfigError(f"layouts={text}: {replica} devices a replica do not divide {num_devices}; use {example}")
-    found = {layout.batch[0]: num_devices // replica} | dict(zip(own, map(int, sizes), strict=True))
+        raise ConfigError(f"layouts={text}: {replica} devices per replica do not divide {num_devices}; use {example}")
+    found = {layout.batch[0]: num_devices // replica} | dict(zip(axes, map(int, sizes), strict=True))
     # In the layout's order: weight axes innermost, on neighbouring devices.
     return layout, {axis: found[axis] for axis in layout.axis_names}
 
 
 def configure(config: Config, text: str, seq_len: int, batch: int, num_devices: int) -> Config:
-    """`config` under a layout: `batch` sequences for each replica."""
+    """Returns `config` with a layout, its mesh, and `batch` sequences per replica."""
     layout, sizes = parse_layout(text, num_devices)
     mesh = ",".join(f"{name}={size}" for name, size in sizes.items())
     replicas = sizes[layout.batch[0]]
     return dataclasses.replace(config, layout=layout.name, mesh=mesh, seq_len=seq_len, batch=batch * replicas)
 
 
-def compare(
+def compare_layouts(
     config: Config,
     target: Target,
     layouts: Sequence[str],
@@ -103,18 +105,20 @@ def compare(
     optimizer: Optimizer = None,
     progress: Callable[[str], object] = lambda _: None,
 ) -> list[Row]:
-    """Compiles every layout at every length and reads the programs. What cannot be compiled is a row that says why.
+    """Compiles every layout at every sequence length and inspects the programs.
+
+    A layout that cannot be compiled gives a row that says why.
 
     Args:
-      config: the model and all else that the rows share.
-      target: devices.
-      layouts: such as tsp:8, tp_sp:2x4; see `parse_layout`.
-      seq_lens: tokens of a sequence.
-      batch: sequences a replica.
-      step: what to compile.
-      chunk: tokens of each prompt that one prefill takes; 0: all of them.
-      optimizer: the user's own; None: AdamW from `config.optimizer`.
-      progress: called with a line before each program.
+      config: the model and everything else that all rows share.
+      target: devices to compile for.
+      layouts: for example tsp:8 and tp_sp:2x4; see `parse_layout`.
+      seq_lens: tokens per sequence.
+      batch: sequences per replica.
+      step: the step to compile.
+      chunk: prompt tokens that one prefill step processes; 0: all of them.
+      optimizer: the user's own, for step train; None: AdamW from `config.optimizer`.
+      progress: called with a line of text before each compilation.
 
     Raises:
       ConfigError: a layout is unknown or does not fit the target, before anything compiles.
@@ -153,20 +157,20 @@ def _row(name: str, config: Config, target: Target, step: Step, chunk: int, opti
         matmul_s=t.matmul_s,
         tokens_per_s=tokens_of(config, step, chunk) / t.step_s,
         compile_s=round(compiled.compile_s, 1),
-        paper_peak_gb=_paper(name, config, target, step),
+        paper_peak_gb=_paper_peak_gb(name, config, target, step),
         by_kind=dict(found.peak.by_kind),
         note="" if found.peak_bytes <= limit else f"does not fit {target.hardware.memory_bytes / 1e9:.0f} GB",
     )
     return _with_limits(row, config, limit) if step == "train" else row
 
 
-def _paper(name: str, config: Config, target: Target, step: Step) -> str:
+def _paper_peak_gb(name: str, config: Config, target: Target, step: Step) -> str:
     same = config.model == _PAPER_MODEL and config.batch == 1 and str(target) == "mi300x:8" and step == "train"
     return _PAPER_PEAKS.get((name, config.seq_len), "") if same else ""
 
 
 def _with_limits(row: Row, config: Config, limit: float) -> Row:
-    """Adds the closed form's peak, and what would still fit by it."""
+    """Adds the closed form's peak and the largest sizes that fit by it."""
     layout, sizes = get_layout(config.layout), parse_sizes(config.mesh)
     replicas = math.prod(sizes[name] for name in layout.batch)
 
@@ -174,16 +178,17 @@ def _with_limits(row: Row, config: Config, limit: float) -> Row:
         changed = dataclasses.replace(config, seq_len=seq_len, batch=batch * replicas)
         return sum(step_memory(changed, layout, sizes).values())
 
-    here = config.batch // replicas
-    own = predicted(config.seq_len, here)
-    scale = (row.peak_bytes or own) / own
-    length = _largest(lambda n: scale * predicted(16384 * n, here) <= limit)
+    per_replica = config.batch // replicas
+    predicted_bytes = predicted(config.seq_len, per_replica)
+    scale = (row.peak_bytes or predicted_bytes) / predicted_bytes
+    length = _largest(lambda n: scale * predicted(16384 * n, per_replica) <= limit)
     batch = _largest(lambda n: scale * predicted(config.seq_len, n) <= limit)
-    return dataclasses.replace(row, predicted_bytes=own, largest_seq_len=16384 * length, largest_batch=batch)
+    limits = {"largest_seq_len": 16384 * length, "largest_batch": batch}
+    return dataclasses.replace(row, predicted_bytes=predicted_bytes, **limits)
 
 
 def _largest(fits: Callable[[int], bool]) -> int:
-    """The largest n for which `fits`, which is true below some n and false above; 0 if none."""
+    """Returns the largest n with fits(n), 0 if there is none; fits(n) implies fits(n - 1)."""
     high = 1
     while fits(high) and high < 1 << 20:
         high *= 2
@@ -195,12 +200,12 @@ def _largest(fits: Callable[[int], bool]) -> int:
 
 
 def write_json(rows: Sequence[Row], facts: dict[str, Any], path: Path) -> None:
-    """All rows, with what they share."""
+    """Writes all rows and the facts that they share."""
     path.write_text(json.dumps({**facts, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1) + "\n")
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """A line for each row."""
+    """Writes a line for each row."""
     fields = [field.name for field in dataclasses.fields(Row) if field.name != "by_kind"]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fields, extrasaction="ignore")

@@ -13,7 +13,7 @@ import optax
 from rich.console import Console
 
 from tsp_jax.config import Config
-from tsp_jax.errors import BAD_NUMBERS, PREEMPTED, ConfigError, RunStopped
+from tsp_jax.errors import BAD_NUMBERS, PREEMPTED, ConfigError, RunStopped, install_hint
 from tsp_jax.hardware.compiler_options import compiler_options
 from tsp_jax.layout import Placement, check_fits, get_layout, make_mesh, parse_mesh
 from tsp_jax.training.checkpoint import Checkpoints
@@ -144,7 +144,8 @@ def _finish(config: Config, name: str, placement: Placement, compiled: Any, cons
     workdir = Path(config.workdir)
     lines = read_metrics(workdir / "metrics.jsonl")
     if not plot_losses(lines, workdir / "loss.png"):
-        console.print('no loss.png: pip install "tsp-jax[viz]" brings matplotlib', highlight=False, soft_wrap=True)
+        hint = f"no loss.png: matplotlib is not installed; {install_hint('viz')}"
+        console.print(hint, markup=False, highlight=False, soft_wrap=True)
     summary = summarize(config, name, placement, compiled, lines)
     write_atomically(workdir / "summary.json", json.dumps(summary, indent=1))
     print_summary(summary, console)

@@ -1,0 +1,46 @@
+"""Small models, their random parameters, and Hugging Face folders of them."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tests.builders.arrays import normal, place_case
+from tsp_jax.config import ModelConfig, RopeScaling
+from tsp_jax.heads import paddings, to_stored
+from tsp_jax.hf import weights as hf
+from tsp_jax.layout import Placement
+from tsp_jax.models.transformer import Transformer
+
+# No two of V, D, F, N H and K H are alike, nor what 8 ranks have of them.
+LLAMA = ModelConfig(vocab_size=72, d_model=28, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=12, d_ff=120)
+QWEN = dataclasses.replace(LLAMA, num_heads=9, num_kv_heads=3, qk_norm=True, tie_embeddings=True)
+SCALED = dataclasses.replace(
+    LLAMA, rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_context=64), activation="gelu"
+)
+MODELS = {"llama": LLAMA, "padded_tied_qwen": QWEN, "scaled": SCALED}
+
+
+def state_of(config: ModelConfig, placement: Placement) -> nnx.State:
+    return nnx.state(nnx.eval_shape(lambda: Transformer(config, placement=placement, rngs=nnx.Rngs(0))))
+
+
+def logical_params(config: ModelConfig) -> dict:
+    """Random, norm scales too."""
+    leaves, tree = jax.tree.flatten(nnx.to_pure_dict(state_of(config, place_case("single"))))
+    return jax.tree.unflatten(tree, [normal(seed, *leaf.shape) for seed, leaf in enumerate(leaves)])
+
+
+def place_params(config: ModelConfig, placement: Placement) -> dict:
+    """Those in stored form, on the devices."""
+    state = state_of(config, placement)
+    stored = to_stored(paddings(state), jax.tree.map(jnp.asarray, logical_params(config)))
+    return jax.tree.map(lambda array, leaf: jax.device_put(array, leaf.sharding), stored, nnx.to_pure_dict(state))
+
+
+def save_folder(folder: Path, config: ModelConfig = LLAMA, layout: str = "single", **kwargs) -> Path:
+    placement = place_case(layout)
+    hf.save_params(folder, place_params(config, placement), config, placement, **kwargs)
+    return folder

@@ -1,0 +1,205 @@
+"""Weights in and out bit for bit, each device its shard; broken folders are refused in a line."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.builders.arrays import place_case
+from tests.builders.folders import LLAMA, MODELS, QWEN, logical_params, place_params, save_folder
+from tsp_jax.errors import ConfigError
+from tsp_jax.hf import files as hf_files
+from tsp_jax.hf import weights as hf
+from tsp_jax.hf.files import INDEX, SINGLE, split_files
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("there", "here"), [("tsp4", "tp8"), ("tp8", "single"), ("single", "tsp8"), ("tsp8", "tsp3")])
+def test_export_and_import_are_bitwise_under_any_layout(model, there, here, tmp_path):
+    config, placement = MODELS[model], place_case(here)
+    folder = save_folder(tmp_path / "out", config, there, max_file_bytes=20_000)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert hf.read_config(folder) == config
+    params, desired = hf.load_params(folder, config, placement), place_params(config, placement)
+    chex.assert_trees_all_equal(params, desired)
+    alike = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), params, desired)
+    assert all(jax.tree.leaves(alike))
+
+
+def test_tensors_have_the_names_and_shapes_of_hugging_face(tmp_path):
+    params, tensors = logical_params(QWEN), load_file(save_folder(tmp_path / "out", QWEN, "tsp4") / SINGLE)
+    layer = "model.layers.1."
+    attention, mlp = params["layers"]["attention"], params["layers"]["mlp"]
+    assert len(tensors) == 2 + QWEN.num_layers * 11
+    for name, desired in {
+        "model.embed_tokens.weight": params["embed"]["table"],
+        "model.norm.weight": params["final_norm"]["scale"],
+        f"{layer}input_layernorm.weight": params["layers"]["attention_norm"]["scale"][1],
+        f"{layer}post_attention_layernorm.weight": params["layers"]["mlp_norm"]["scale"][1],
+        f"{layer}self_attn.q_proj.weight": attention["w_q"][1],
+        f"{layer}self_attn.o_proj.weight": attention["w_o"][1].T,
+        f"{layer}self_attn.k_norm.weight": attention["k_norm"][1],
+        f"{layer}mlp.gate_proj.weight": mlp["w_gate"][1],
+        f"{layer}mlp.down_proj.weight": mlp["w_down"][1].T,
+    }.items():
+        np.testing.assert_array_equal(tensors[name], desired, err_msg=name)
+
+
+@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
+def test_bfloat16_files_are_read_into_any_dtype(asked, tmp_path):
+    folder, placement = save_folder(tmp_path / "out", QWEN, dtype="bfloat16"), place_case("tsp4")
+    params = hf.load_params(folder, QWEN, placement, asked)
+    rounded = jax.tree.map(lambda array: array.astype(jnp.bfloat16).astype(asked), place_params(QWEN, placement))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(asked)}
+    chex.assert_trees_all_equal(params, rounded)
+
+
+def test_tokenizer_and_token_ids_are_taken_along(tmp_path):
+    source = save_folder(tmp_path / "source")
+    (source / "tokenizer.json").write_text("{}")
+    raw = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**raw, "eos_token_id": [3, 5], "max_position_embeddings": 640}))
+    folder = save_folder(tmp_path / "out", source=source)
+    assert (folder / "tokenizer.json").read_text() == "{}"
+    written = json.loads((folder / "config.json").read_text())
+    assert (written["eos_token_id"], written["max_position_embeddings"]) == ([3, 5], 640)
+
+
+def test_files_are_split_by_size():
+    assert split_files({"a": 3, "b": 3, "c": 4, "d": 9, "e": 1}, 7) == [["a", "b"], ["c"], ["d"], ["e"]]
+
+
+class CountedFile:
+    """A safetensors file that notes the size of every read."""
+
+    def __init__(self, file, reads: list[tuple[str, int]]):
+        self.file, self.reads = file, reads
+
+    def keys(self):
+        return self.file.keys()
+
+    def get_slice(self, name):
+        counted, tensor = self, self.file.get_slice(name)
+
+        class Slice:
+            get_shape, get_dtype = tensor.get_shape, tensor.get_dtype
+
+            def __getitem__(self, index):
+                value = tensor[index]
+                counted.reads.append((name, value.size))
+                return value
+
+        return Slice()
+
+
+@pytest.mark.parametrize(("model", "layout"), [("llama", "tsp8"), ("padded_tied_qwen", "tsp4"), ("scaled", "tp8")])
+def test_each_device_reads_its_own_slice(model, layout, tmp_path, monkeypatch):
+    config, placement, reads = MODELS[model], place_case(layout), []
+    folder = save_folder(tmp_path / "out", config)
+    plain = hf_files.open_file
+    monkeypatch.setattr(hf_files, "open_file", lambda path: CountedFile(plain(path), reads))
+    hf.load_params(folder, config, placement)
+    most, whole = {}, {name: tensor.size for name, tensor in load_file(folder / SINGLE).items()}
+    for param in jax.tree.leaves(hf._param_tree(config, placement)):
+        slice_of_a_layer = param.stored.sharding.shard_shape(param.stored.shape)[param.stacked :]
+        most |= dict.fromkeys(param.names, math.prod(slice_of_a_layer))
+    assert [name for name, size in reads if size > most[name]] == []
+    copies = {name: placement.size("heads") if "norm" in name else 1 for name in whole}
+    assert {name: size * copies[name] for name, size in whole.items()} == {
+        name: sum(size for read, size in reads if read == name) for name in whole
+    }
+
+
+def _tensors(change):
+    """Rewrites the file that holds layer 1's o_proj."""
+
+    def apply(folder: Path) -> None:
+        path = folder / json.loads((folder / INDEX).read_text())["weight_map"][O_PROJ]
+        save_file(change(load_file(path), O_PROJ), path)
+
+    return apply
+
+
+def _index(change):
+    def apply(folder: Path) -> None:
+        content = json.loads((folder / INDEX).read_text())
+        (folder / INDEX).write_text(json.dumps(change(content)))
+
+    return apply
+
+
+def _truncate(folder: Path) -> None:
+    path = max(folder.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def _unlisted(content):
+    return {"weight_map": {k: v for k, v in content["weight_map"].items() if k != "model.norm.weight"}}
+
+
+Q_BIAS = "model.layers.0.self_attn.q_proj.bias"
+O_PROJ = "model.layers.1.self_attn.o_proj.weight"
+BAD_FOLDERS = {
+    "no files": (lambda f: [path.unlink() for path in [*f.glob("*.safetensors"), f / INDEX]], ["neither", SINGLE]),
+    "a file missing": (lambda f: max(f.glob("*.safetensors")).unlink(), ["does not exist", "-of-"]),
+    "a file cut short": (_truncate, ["not an intact safetensors file", "-of-"]),
+    "a file of something else": (lambda f: max(f.glob("*.safetensors")).write_text("<html>"), ["not an intact"]),
+    "index broken": (lambda f: (f / INDEX).write_text("{"), [INDEX, "JSON"]),
+    "index empty": (_index(lambda content: {}), [INDEX, "no weight_map"]),
+    "index leaves the folder": (_index(lambda content: {"weight_map": {"a": "../a"}}), [INDEX, "../a"]),
+    "tensor not in the index": (_index(_unlisted), ["no tensor model.norm.weight"]),
+    "tensor not in its file": (_tensors(lambda t, name: {k: v for k, v in t.items() if k != name}), ["lacks", O_PROJ]),
+    "shape": (_tensors(lambda t, name: t | {name: t[name].T.copy()}), [O_PROJ, "[96, 28]", "[28, 96]"]),
+    "dtype": (_tensors(lambda t, name: t | {name: t[name].astype(np.int8)}), [O_PROJ, "I8", "BF16"]),
+    "one too many": (
+        _index(lambda c: {"weight_map": c["weight_map"] | {Q_BIAS: "extra.safetensors"}}),
+        ["q_proj.bias"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_broken_folders_are_refused(case, folder):
+    save_file({Q_BIAS: np.zeros(3, np.float32)}, folder / "extra.safetensors")
+    spoil, words = BAD_FOLDERS[case]
+    spoil(folder)
+    with pytest.raises(ConfigError) as refused:
+        hf.load_params(folder, LLAMA, place_case("single"))
+    assert "\n" not in str(refused.value)
+    for word in (str(folder), *words):
+        assert word in str(refused.value)
+
+
+def test_folders_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        hf.read_config(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="holds neither"):
+        hf.load_params(tmp_path / "nowhere", LLAMA, place_case("single"))
+
+
+def test_a_mesh_that_does_not_divide_is_refused(folder):
+    with pytest.raises(ConfigError, match=r"vocab_size=70 .* by 4 over tsp; use 2"):
+        hf.load_params(folder, dataclasses.replace(LLAMA, vocab_size=70), place_case("tsp4"))
+
+
+def test_an_export_is_whole_or_absent(tmp_path, monkeypatch):
+    taken = save_folder(tmp_path / "taken")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="taken exists already"):
+        save_folder(taken)
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", fail)
+    with pytest.raises(ConfigError, match=r"cannot be written \(disk full"):
+        save_folder(tmp_path / "out")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert list(tmp_path.iterdir()) == [taken]

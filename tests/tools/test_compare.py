@@ -1,0 +1,90 @@
+"""Layouts compared on one target: rows, files and the chart."""
+
+import csv
+import dataclasses
+import json
+
+import pytest
+
+from tests.builders.steps import CONFIG, CPU, train_step
+from tsp_jax.errors import ConfigError
+from tsp_jax.tools.sweep import Row, compare_layouts, configure, parse_layout, write_csv, write_json
+
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
+
+@pytest.mark.parametrize(("step", "tokens"), [("decode", 2), ("prefill", 2 * 64)])
+def test_tokens_a_second_are_those_of_the_step(step, tokens):
+    (row,) = compare_layouts(CONFIG, CPU, ["tsp:8"], [64], batch=2, step=step)
+    assert row.tokens_per_s == pytest.approx(tokens / row.step_s)
+
+
+def test_layouts_take_their_own_axes():
+    assert parse_layout("tp_sp:2x4", 8)[1] == {"data": 1, "model": 2, "seq": 4}
+    assert parse_layout("tsp:8", 1024)[1] == {"data": 128, "tsp": 8}
+    assert parse_layout("single", 4)[1] == {"data": 4}
+
+
+@pytest.mark.parametrize("text", ["tsp", "tsp:3", "tsp:2x4", "tp_sp:8", "tsp:0", "tsp:x", "bogus:8", "tsp:16"])
+def test_wrong_layouts(text):
+    with pytest.raises(ConfigError, match="use"):
+        parse_layout(text, 8)
+
+
+def test_batch_is_a_number_of_sequences_a_replica():
+    config = configure(CONFIG, "tsp:4", 64, 3, 8)
+    assert (config.batch, config.mesh) == (6, "data=2,tsp=4")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return compare_layouts(CONFIG, CPU, ["tsp:8", "tp:8"], [64])
+
+
+def test_rows(rows):
+    assert [row.layout for row in rows] == ["tsp:8", "tp:8"]
+    assert all(row.fits and row.peak_bytes and row.step_s and row.largest_seq_len for row in rows)
+    assert rows[0].received_bytes != rows[1].received_bytes
+
+
+def test_nothing_compiles_if_one_layout_is_wrong():
+    lines = []
+    with pytest.raises(ConfigError):
+        compare_layouts(CONFIG, CPU, ["tsp:8", "tp_sp:4x4"], [64], progress=lines.append)
+    assert not lines
+
+
+def test_what_does_not_fit_is_a_row(monkeypatch):
+    monkeypatch.setattr("tsp_jax.tools.sweep.compile_step", lambda *_: train_step())
+    small = dataclasses.replace(CPU, hardware=dataclasses.replace(CPU.hardware, memory_bytes=1e5))
+    (row,) = compare_layouts(CONFIG, small, ["tsp:8"], [64])
+    assert not row.fits and "does not fit" in row.note and row.peak_bytes
+    assert row.largest_batch == 0
+
+
+def test_what_does_not_compile_is_a_row(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: too large\nand more")
+
+    monkeypatch.setattr("tsp_jax.tools.sweep.compile_step", refuse)
+    (row,) = compare_layouts(CONFIG, CPU, ["tsp:8"], [64])
+    assert not row.fits and row.note == "does not compile: RESOURCE_EXHAUSTED: too large"
+
+
+def test_files(rows, tmp_path):
+    write_csv(rows, tmp_path / "rows.csv")
+    write_json(rows, {"target": "cpu:8"}, tmp_path / "rows.json")
+    with (tmp_path / "rows.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    read = json.loads((tmp_path / "rows.json").read_text())
+    assert [int(line["peak_bytes"]) for line in lines] == [row["peak_bytes"] for row in read["rows"]]
+
+
+def test_chart(rows, tmp_path):
+    pytest.importorskip("matplotlib")
+    from tsp_jax.tools.chart import draw
+
+    with_paper = [dataclasses.replace(rows[0], paper_peak_gb="85-140"), rows[1]]
+    failed = Row(layout="sp:8", mesh="", seq_len=64, batch=1, fits=False, note="does not compile")
+    draw([*with_paper, failed], CPU, tmp_path / "rows.png")
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")

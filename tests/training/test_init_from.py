@@ -1,0 +1,62 @@
+"""A run starts from the weights of a Hugging Face folder of its own model."""
+
+import dataclasses
+from pathlib import Path
+
+import chex
+import pytest
+
+from tests.builders.arrays import place_case
+from tests.builders.folders import LLAMA, place_params, save_folder
+from tsp_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RopeScaling
+from tsp_jax.errors import ConfigError
+from tsp_jax.training.init_from import check_init_from, init_state
+from tsp_jax.training.step import make_program
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_folder(tmp_path / "model")
+
+
+def run_config(folder: Path | str, model: ModelConfig = LLAMA, workdir: str = "runs/none") -> Config:
+    return Config(
+        model=model, data=DataConfig(order="contiguous"), optimizer=OptimizerConfig(warmup_steps=1), steps=2, batch=2,
+        seq_len=16, compute_dtype="float32", init_from=str(folder), workdir=workdir,
+    )  # fmt: skip
+
+
+def test_a_run_starts_from_given_weights(folder):
+    placement = place_case("tsp4")
+    config = run_config(folder)
+    check_init_from(config, placement)
+    state = init_state(config, make_program(config, placement), placement)
+    chex.assert_trees_all_equal(state.params, place_params(LLAMA, placement))
+    assert int(state.step) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"d_ff": 240, "num_layers": 4},
+            "model.num_layers=4, .* has 2; use --model.num-layers 2 --model.d-ff 120$",
+        ),
+        ({"num_layers": 4}, "model.num_layers=4, .* has 2; use --model.num-layers 2"),
+        ({"qk_norm": True}, "model.qk_norm=True, .* has False; use --model.no-qk-norm"),
+        (
+            {"rope_scaling": RopeScaling(kind="linear", factor=2.0)},
+            "model.rope_scaling.kind=linear, .*; use --model.rope-scaling.kind none",
+        ),
+    ],
+)
+def test_given_weights_of_another_model_are_refused(change, words, folder):
+    with pytest.raises(ConfigError, match=words) as refused:
+        check_init_from(run_config(folder, dataclasses.replace(LLAMA, **change)), place_case("single"))
+    assert str(folder) in str(refused.value)
+
+
+def test_initial_spread_may_differ_and_a_run_to_resume_needs_no_folder(folder, tmp_path):
+    check_init_from(run_config(folder, dataclasses.replace(LLAMA, init_std=0.5)), place_case("single"))
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
+    check_init_from(run_config("nowhere", workdir=str(tmp_path / "run")), place_case("single"))

@@ -1,6 +1,7 @@
-"""CPU time of a training step under several layouts, pair by pair, as ratios to `single`.
+"""CPU time of a training step under several layouts, as ratios to the first one (`single`).
 
-Runs alternate, so that whatever else the machine does falls on all alike; the median of the pairs' ratios is printed.
+Steps of the layouts alternate, so that other load on the machine affects all of them alike; the median of the ratios is
+printed.
 """
 
 import dataclasses
@@ -31,17 +32,20 @@ CONFIG = Config(
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """What to time."""
+    """Options of the command."""
 
     layouts: tuple[str, ...] = ("single", "tsp")
-    """the first is the one that others are divided by"""
+    """layouts to time; CPU times of all are divided by that of the first"""
     ranks: int = 8
+    """virtual CPU devices of every layout but single"""
     pairs: int = 10
+    """timed steps of each layout"""
     config: Config = CONFIG
+    """model, sizes and settings of the step"""
 
 
 def random_batch(program, config: Config, sequence_shards: int) -> Batch:
-    """A batch of one document of random tokens, in zigzag order, placed."""
+    """A batch of random tokens, one document per sequence, in zigzag order, sharded like the program's batches."""
     shape = (1, config.batch, config.seq_len)
     tokens = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab_size, dtype="int32")
     positions = jax.numpy.broadcast_to(jax.numpy.arange(config.seq_len, dtype="int32"), shape)
@@ -51,7 +55,7 @@ def random_batch(program, config: Config, sequence_shards: int) -> Batch:
 
 
 def make_step(layout: str, args: Args) -> Callable[[], None]:
-    """A function that does one step to the end."""
+    """A function that runs one training step and waits for its result; compiled and warmed up."""
     axes = {"single": {}, "tp": {"model": args.ranks}, "sp": {"seq": args.ranks}}.get(layout, {"tsp": args.ranks})
     placement = place(layout, **axes)
     program = make_program(args.config, placement)
@@ -68,7 +72,7 @@ def make_step(layout: str, args: Args) -> Callable[[], None]:
 
 
 def main(args: Args) -> None:
-    """Prints a JSON line: seconds of CPU time (medians) and ratios to the first layout."""
+    """Prints a JSON line: for each layout, the median CPU time in seconds and the median ratio to the first layout."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", args.ranks)
     steps = {layout: make_step(layout, args) for layout in args.layouts}

@@ -1,7 +1,7 @@
-"""Bytes that a compiled training step receives with each movement, over batch sizes and sequence lengths.
+"""Bytes that each device receives in a compiled training step, by movement, batch size and sequence length.
 
-Of every point three programs are compiled: `auto`, and each of the two that it chooses from, pinned in every op. `auto`
-should receive no more than the better of the two.
+For each point three programs are compiled: with `auto`, with `gather` in every op, and with `activations` in every op.
+`auto` should receive no more than the better of the other two.
 """
 
 import csv
@@ -26,21 +26,23 @@ PINNED = ("gather", "activations")
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Which points."""
+    """Options of the command."""
 
     target: str = "mi300x:8"
+    """kind and number of devices to compile for; they need not be present"""
     tokens: tuple[int, ...] = tuple(1 << n for n in range(10, 21))
-    """B S"""
+    """tokens per step: batch size x sequence length"""
     batches: tuple[int, ...] = (1, 4)
-    """B"""
+    """batch sizes"""
     csv: str = ""
-    """file for the table"""
+    """file to write the table to; empty: none"""
     config: Config = dataclasses.field(default_factory=lambda: load_config("llama_7b"))
+    """model and settings; batch size, sequence length and movements are replaced"""
 
 
 def received(config: Config, target) -> dict[str, float]:
-    """Op -> bytes that one device receives in a compiled step; their `total`, messages that the compiler merged from
-    several ops' and sums of gradients among them; and `peak` bytes."""
+    """Bytes received per device in a compiled step: by op, and in `total`, which includes gradient all-reduces and
+    messages that the compiler merged across ops. Also the `peak` bytes."""
     step = compile_step(config, target)
     found = list_collectives(parse(step.compiled.as_text()), dict(step.placement.mesh.shape))
     totals = {op: sum(c.total_bytes for c in found if f"tsp/{op}" in c.scope) for op in OPS}
@@ -51,13 +53,13 @@ def received(config: Config, target) -> dict[str, float]:
 
 
 def with_movement(config: Config, movement: str) -> Config:
-    """The same, with one movement in every op."""
+    """`config` with the given movement in every op."""
     fields = dict.fromkeys(("attention_movement", "mlp_movement", "vocab_movement"), movement)
     return dataclasses.replace(config, stream=dataclasses.replace(config.stream, **fields))
 
 
 def compare(config: Config, target) -> list[dict]:
-    """A row for each movement."""
+    """Compiles the step with each movement; returns one row of the table per movement."""
     layout = get_layout(config.layout)
     sizes = parse_mesh(config.mesh, layout, target.num_devices)
     rows, compiled = [], {}
@@ -65,7 +67,7 @@ def compare(config: Config, target) -> list[dict]:
         changed = with_movement(config, movement)
         chosen = movements(changed, layout, sizes)
         key = tuple(chosen.values())
-        if key not in compiled:  # where auto chooses one for all ops, it is that program
+        if key not in compiled:  # auto may choose the same movement for every op: the same program
             compiled[key] = received(changed, target)
         found = compiled[key]
         row = {"batch": config.batch, "seq_len": config.seq_len, "movement": movement, "peak_gb": found["peak"] / 1e9}
@@ -76,13 +78,13 @@ def compare(config: Config, target) -> list[dict]:
 
 
 def worse(rows: list[dict]) -> bool:
-    """Whether auto receives more than the better of the pinned ones."""
+    """Whether auto receives more bytes than the better of gather and activations."""
     auto, *pinned = (row["total_gb"] for row in rows)
     return auto > min(pinned)
 
 
 def main(args: Args) -> int:
-    """Prints the table; exit code 1 if auto receives more anywhere."""
+    """Prints the table; returns exit code 1 if auto receives more at any point."""
     target = parse_target(args.target)
     use_target(target)
     bad, table = 0, []

@@ -119,7 +119,7 @@ def _print_table(name: str, rows: Sequence[Row], target: Target, step: str) -> N
 
 
 def _gb(value: float | None) -> str:
-    """In GB; what a token of decoding moves is a few millionths of that."""
+    """A cell in GB; small values, such as the bytes received per decoded token, with more digits."""
     return "" if value is None else f"{value / 1e9:.{1 if value >= 5e7 else 4}f}"
 
 

@@ -13,6 +13,7 @@ from tsp_jax.config import StreamConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.hf.tokenizer import Tokenizer
 from tsp_jax.inference import Model, Sampling, Stats, generate, load
+from tsp_jax.inspect.units import format_bytes
 from tsp_jax.layout import Placement, get_layout, make_mesh, parse_mesh
 from tsp_jax.tools import cli
 
@@ -112,11 +113,10 @@ def throughput(model: Model, stats: Stats) -> str:
     mesh = ",".join(f"{axis}={size}" for axis, size in model.placement.mesh.shape.items())
     decoded = f"{stats.decoded_tokens / stats.decode_s:,.1f} tokens/s" if stats.decoded_tokens else "nothing"
     peak, source = peak_bytes(model)
-    size = f"{peak / 1e9:.2f} GB" if peak >= 1e9 else f"{peak / 1e6:.2f} MB"
     return (
         f"{model.placement.layout.name} ({mesh}): prefill {stats.prompt_tokens:,} tokens, "
         f"{stats.prompt_tokens / stats.prefill_s:,.1f} tokens/s; decode {stats.new_tokens:,} tokens, {decoded}; "
-        f"peak {size} per device ({source})"
+        f"peak {format_bytes(peak)} per device ({source})"
     )
 
 

@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test soak index check clean
+.PHONY: setup demo quick test soak index check clean
 
 setup: $(INSTALLED)
 
@@ -16,6 +16,9 @@ $(INSTALLED): pyproject.toml
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/train.py tiny
+
+quick: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m 'quick and not index and not soak'
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2

@@ -13,8 +13,16 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
+from tests.quick import is_quick
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if is_quick(item.nodeid):
+            item.add_marker("quick")
 
 
 @pytest.fixture(scope="module")

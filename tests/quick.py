@@ -1,0 +1,49 @@
+"""Which tests `make quick` runs: few and short ones that together find most faults (benchmarks/quick_tests.md)."""
+
+import re
+
+QUICK = {
+    "test_heads.py": "",
+    "test_layout.py": "roles|a_row|specs|parse_mesh|check_fits|axes_of_size_1|shards",
+    "test_nn.py": "nnx_jit|padded_heads_get.*mix2_4|padded_heads_change|hidden_state.*zigzag|to_stored|shapes_of",
+    "test_rooms.py": "test_the_root|test_every_room|imports_point_down.*(nn|stream|trainer)",
+    "cost/test_traffic.py": "",
+    "cost/test_contracts.py": "of_a_step_equals.*(tsp4|mix2_4|tp2_sp4)|buckets_are_messages|full_weight_matrix.*gather",
+    "hardware/test_hardware.py": "second|group|torus|mesh",
+    "hf/test_weights.py": "bitwise.*tsp4-tp8-padded|names_and_shapes|broken_folders",
+    "hf/test_config.py": "test_both_spellings|test_unsupported",
+    "inference/test_cache.py": "assign_tokens|ranks_keep.*(tsp4|tsp8)",
+    "inference/test_forward.py": "every_step.*(tsp4|mix2_4)",
+    "inference/test_sampling.py": "",
+    "inference/test_token_loop.py": "generate_refuses|likeliest",
+    "inspect/": "",
+    "models/test_parity.py": "tsp4-grouped-(gather-full|paper-save_attention|activations-none)|mix2_4-odd_heads",
+    "models/test_remat.py": "full-tsp8-float32-bfloat16-96|none-tsp8-float32-bfloat16|micro_batches",
+    "ops/attention/test_train.py": "(gather|activations)-mix2_4-(multi_head|shared)|gather-tsp3-shared",
+    "ops/kernels/test_kernels.py": "packed|choice|refusals",
+    "ops/kernels/test_mask.py": "",
+    "ops/test_arithmetic.py": "",
+    "ops/test_cross_entropy.py": "mix2_4|tsp3-ring|ignored|large_logits",
+    "ops/test_embedding.py": "mix2_4|tsp3-ring",
+    "ops/test_mlp.py": "mix2_4|tsp3-ring|activations",
+    "ops/test_pipeline.py": "",
+    "ops/test_rope.py": "",
+    "ops/test_sequence.py": "",
+    "ops/test_stream.py": "2x4|find",
+    "tools/test_cli.py": "bad_flags|removed|every_field|bad_configurations|configurations_load",
+    "tools/test_compare.py": "layouts|files",
+    "training/safety/test_finite.py": "an_update|spike|in_a_row|resumed",
+    "training/test_checkpoint.py": "damage_is_found|newest_and_every",
+    "training/test_data.py": "",
+    "training/test_corpus.py": "order|digest|heldout|held_out|refuses_a_vocabulary|round_trip",
+    "training/test_optimizer.py": "",
+    "training/test_own_optimizer.py": "every_kind|wrong_type",
+    "training/test_training.py": "twenty_steps.*tsp|zero1_shards|zigzag_place",
+}
+"""file or folder of tests -> regular expression for the names of its quick tests; empty: all of them"""
+
+
+def is_quick(nodeid: str) -> bool:
+    """Whether `make quick` runs a test."""
+    path, _, name = nodeid.removeprefix("tests/").partition("::")
+    return any(path.startswith(place) and re.search(names, name) for place, names in QUICK.items())

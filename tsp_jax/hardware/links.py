@@ -8,13 +8,8 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import TPU_TOPOLOGIES, Hardware
 
 COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast"
+)  # fmt: skip
 
 
 def collective_seconds(hardware: Hardware, op: str, received_bytes: float, groups: Sequence[Sequence[int]]) -> float:
@@ -85,7 +80,7 @@ def _inside_bandwidth(hardware: Hardware, members: Sequence[int], extents: Seque
     if hardware.links == "full_mesh":
         links = min(len(members) - 1, hardware.num_links)
     elif hardware.links == "torus":
-        places = [_place(device, extents) for device in members]
+        places = [coordinates(device, extents) for device in members]
         links = max(1, min(_torus_links(place, places, extents) for place in places))
     return links * hardware.link_bandwidth
 
@@ -97,8 +92,8 @@ def _torus_links(place: Sequence[int], places: Sequence[Sequence[int]], extents:
     return sum(2 if extents[k] > 2 else 1 for k in straight)
 
 
-def _place(device: int, extents: Sequence[int]) -> tuple[int, ...]:
-    """Coordinates of a device, whose numbers are in row-major order."""
+def coordinates(device: int, extents: Sequence[int]) -> tuple[int, ...]:
+    """Coordinates of a device in a mesh or torus whose devices are numbered in row-major order."""
     return tuple(device // math.prod(extents[k + 1 :]) % extent for k, extent in enumerate(extents))
 
 

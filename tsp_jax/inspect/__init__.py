@@ -2,7 +2,7 @@
 
 `report` is the door for users. What it is made of:
 
-shapes, instructions, module, parser: the text as a tree, with opcodes (tables), trips (of loops) and scopes (names).
+shapes, instructions, module, parser: the text as a tree, with opcodes (tables) and scopes (names).
 collectives, groups: communication. memory, lifetimes, peak: memory.
 flops, roofline, schedule, queues, timeline, trace: cost of instructions, and the simulation.
 program_report, render, expect, units: the report, printed, and contracts on it.
@@ -21,30 +21,8 @@ from tsp_jax.inspect.timeline import Timeline, simulate
 from tsp_jax.inspect.trace import write_trace
 
 __all__ = [
-    "Buffer",
-    "Collective",
-    "Computation",
-    "FullWeight",
-    "Instruction",
-    "LiveBuffer",
-    "Memory",
-    "Module",
-    "Peak",
-    "Report",
-    "Shape",
-    "Timeline",
-    "Total",
-    "compiled_memory",
-    "find_peak",
-    "largest_buffers",
-    "leaves",
-    "list_buffers",
-    "list_collectives",
-    "nbytes",
-    "parse",
-    "replica_groups",
-    "report",
-    "simulate",
-    "total_by_op",
+    "Buffer", "Collective", "Computation", "FullWeight", "Instruction", "LiveBuffer", "Memory", "Module", "Peak",
+    "Report", "Shape", "Timeline", "Total", "compiled_memory", "find_peak", "largest_buffers", "leaves",
+    "list_buffers", "list_collectives", "nbytes", "parse", "replica_groups", "report", "simulate", "total_by_op",
     "write_trace",
-]
+]  # fmt: skip

@@ -37,9 +37,8 @@ class Collective:
     count: float
     """executions in one execution of the program"""
     bytes: int
-    """received per device in each execution"""
+    """received per device in each execution; `elements` likewise"""
     elements: int
-    """number of array elements received per device in each execution"""
     dtype: str
     is_async: bool
     """other work may run at the same time"""
@@ -53,13 +52,13 @@ class Collective:
         return self.count * self.bytes
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Total:
     """Sums over the collectives of one op over one axis."""
 
-    instructions: int
-    count: float
-    bytes: float
+    instructions: int = 0
+    count: float = 0
+    bytes: float = 0
     """received per device in one execution of the program"""
 
 
@@ -119,24 +118,17 @@ def fused_phase(computation: Computation) -> tuple[str, str]:
 
 def total_by_op(found: Iterable[Collective]) -> dict[tuple[str, str], Total]:
     """(op, axis) -> totals, the one with most bytes first."""
-    groups: dict[tuple[str, str], list[Collective]] = {}
+    totals: dict[tuple[str, str], Total] = {}
     for c in found:
-        groups.setdefault((c.op, c.axis), []).append(c)
-    totals = {
-        key: Total(instructions=len(g), count=sum(c.count for c in g), bytes=sum(c.total_bytes for c in g))
-        for key, g in groups.items()
-    }
+        total = totals.get((c.op, c.axis), Total())
+        totals[c.op, c.axis] = Total(total.instructions + 1, total.count + c.count, total.bytes + c.total_bytes)
     return dict(sorted(totals.items(), key=lambda item: -item[1].bytes))
 
 
 def _collective(
-    module: Module,
-    computation: Computation,
-    i: Instruction,
-    times: float,
-    mesh_axes: Mapping[str, int] | None,
+    module: Module, computation: Computation, i: Instruction, times: float, mesh_axes: Mapping[str, int] | None,
     wrapper: Instruction | None,
-) -> Collective:
+) -> Collective:  # fmt: skip
     op = COLLECTIVES[i.base]
     if op == "all-reduce" and wrapper and wrapper.base == "fusion" and _keeps_a_slice(computation, i):
         op = "reduce-scatter"
@@ -144,11 +136,11 @@ def _collective(
     if i.base == "ragged-all-to-all" or "slice_sizes" in i.attributes:
         operands = operands[:1]  # the others are output buffers
     payload = [leaf for operand in operands for leaf in leaves(operand.shape)]
+    groups = groups_of(module, i)
     if op == "collective-permute":
-        axis, size = axis_of_pairs(groups_of(module, i), mesh_axes)
+        axis, size = axis_of_pairs(groups, mesh_axes)
     else:
-        groups = groups_of(module, i)
-        axis, size = axis_of_groups(groups, mesh_axes, module.num_devices), max(map(len, groups), default=1)
+        axis, size = axis_of_groups(groups, mesh_axes), max(map(len, groups), default=1)
     reduction = [each.op_name for c in module.called(i, "to_apply") for each in c.instructions]
     return Collective(
         op=op,

@@ -4,7 +4,7 @@ import math
 import re
 
 from tsp_jax.inspect.instructions import Computation, Instruction
-from tsp_jax.inspect.shapes import Shape, leaves
+from tsp_jax.inspect.shapes import Shape, ints, leaves
 
 
 def product_flops(computation: Computation, i: Instruction) -> float:
@@ -23,12 +23,8 @@ def product_flops(computation: Computation, i: Instruction) -> float:
     return 0.0
 
 
-def _ints(text: str) -> list[int]:
-    return [int(n) for n in re.findall(r"-?\d+", text)]
-
-
 def _product(left: Shape, result: Shape, contracting: str) -> float:
-    return 2.0 * result.size * math.prod(left.dims[k] for k in _ints(contracting))
+    return 2.0 * result.size * math.prod(left.dims[k] for k in ints(contracting))
 
 
 def _convolution(left: Shape, right: Shape, result: Shape, attributes: dict[str, str]) -> float:
@@ -47,7 +43,7 @@ def _hits(size: int, window: int, out: int, n: int, sides: dict[str, str]) -> in
     """Pairs of an output position and a window position that lie on an element, along spatial dimension n."""
 
     def side(name: str, otherwise: int) -> int:
-        return _ints(sides[name].split("x")[n])[0] if name in sides else otherwise
+        return ints(sides[name].split("x")[n])[0] if name in sides else otherwise
 
     stride, low, spread, gap = side("stride", 1), side("pad", 0), side("lhs_dilate", 1), side("rhs_dilate", 1)
     hits, reach = 0, (size - 1) * spread

@@ -1,15 +1,17 @@
 """Groups of devices: how HLO writes which devices exchange data, and which mesh axes those are."""
 
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from tsp_jax.hardware.links import coordinates
 from tsp_jax.inspect.instructions import Instruction
 from tsp_jax.inspect.module import Module
+from tsp_jax.inspect.shapes import ints
 
 UNKNOWN_AXIS = "?"
-
 Groups = list[tuple[int, ...]]
 """device numbers of each group, or (source, target) pairs of a permute"""
 
@@ -36,26 +38,23 @@ def replica_groups(text: str, devices: int) -> Groups:
     if text.startswith("{"):
         return _brace_groups(text)
     if iota := re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        (_, size), dims = _ints(iota[1])[-2:], _ints(iota[2])
-        order = _transposed(dims, _ints(iota[3]) if iota[3] else range(len(dims)))
-        return [tuple(order[k : k + size]) for k in range(0, len(order), size)]
+        return _rows(ints(iota[2]), ints(iota[3] or ""), ints(iota[1])[-1])
     if mesh := re.fullmatch(r"mesh\[([^\]]*)\](?:,\s*device_ids=\((.*)\))?\s*\{([^}]*)\}", text):
         return [tuple(_device(place, mesh[2]) for place in group) for group in _mesh_groups(mesh[1], mesh[3])]
     return []
 
 
-def axis_of_groups(groups: Groups, mesh_axes: Mapping[str, int] | None, devices: int) -> str:
+def axis_of_groups(groups: Groups, mesh_axes: Mapping[str, int] | None) -> str:
     """The axes along which coordinates differ within a group; ? unless the groups are exactly those of these axes."""
     if mesh_axes is None or not groups:
         return UNKNOWN_AXIS
     names, sizes = list(mesh_axes), list(mesh_axes.values())
-    first = [_coordinates(device, sizes) for device in groups[0]]
+    first = [coordinates(device, sizes) for device in groups[0]]
     axes = [k for k, values in enumerate(zip(*first, strict=True)) if len(set(values)) > 1]
     outside = [k for k in range(len(sizes)) if k not in axes]
-    order = _transposed(sizes, outside + axes)
-    size = math.prod(sizes[k] for k in axes)
-    expected = {frozenset(order[k : k + size]) for k in range(0, devices, size)}
-    return ",".join(names[k] for k in axes) if expected == {frozenset(g) for g in groups} else UNKNOWN_AXIS
+    expected = _rows(sizes, outside + axes, math.prod(sizes[k] for k in axes))
+    alike = set(map(frozenset, expected)) == set(map(frozenset, groups))
+    return ",".join(names[k] for k in axes) if alike else UNKNOWN_AXIS
 
 
 def axis_of_pairs(pairs: Groups, mesh_axes: Mapping[str, int] | None) -> tuple[str, int]:
@@ -66,7 +65,7 @@ def axis_of_pairs(pairs: Groups, mesh_axes: Mapping[str, int] | None) -> tuple[s
     axes = {
         k
         for source, target in pairs
-        for k, (a, b) in enumerate(zip(_coordinates(source, sizes), _coordinates(target, sizes), strict=True))
+        for k, (a, b) in enumerate(zip(coordinates(source, sizes), coordinates(target, sizes), strict=True))
         if a != b
     }
     return ",".join(list(mesh_axes)[k] for k in sorted(axes)), math.prod(sizes[k] for k in axes)
@@ -77,24 +76,18 @@ def _device(place: int, order: str | None) -> int:
     if order is None:
         return place
     if iota := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order):
-        dims = _ints(iota[1])
-        return _transposed(dims, _ints(iota[2]) if iota[2] else range(len(dims)))[place]
-    return _ints(order)[place]
-
-
-def _ints(text: str) -> list[int]:
-    return [int(n) for n in re.findall(r"\d+", text)]
+        return _rows(ints(iota[1]), ints(iota[2] or ""), 1)[place][0]
+    return ints(order)[place]
 
 
 def _brace_groups(text: str) -> Groups:
-    return [tuple(_ints(group)) for group in re.findall(r"\{([\d, ]+)\}", text)]
+    return [ints(group) for group in re.findall(r"\{([\d, ]+)\}", text)]
 
 
-def _transposed(dims: Sequence[int], permutation: Sequence[int]) -> list[int]:
-    """0, 1, ... as an array of shape `dims`, transposed, in row-major order."""
-    strides = [math.prod(dims[k + 1 :]) for k in range(len(dims))]
-    ranges = [range(0, dims[k] * strides[k], strides[k]) for k in permutation]
-    return [sum(place) for place in itertools.product(*ranges)]
+def _rows(dims: Sequence[int], permutation: Sequence[int], size: int) -> Groups:
+    """0, 1, ... as an array of shape `dims`, transposed (not if the permutation is empty), in rows of `size`."""
+    order = np.arange(math.prod(dims)).reshape(dims).transpose(permutation or range(len(dims))).ravel().tolist()
+    return [tuple(order[k : k + size]) for k in range(0, len(order), size)]
 
 
 def _mesh_groups(mesh: str, axes: str) -> Groups:
@@ -108,13 +101,7 @@ def _mesh_groups(mesh: str, axes: str) -> Groups:
         inside += [len(dims) + 1] if name in chosen else []
         dims += [before, part, size // (before * part)]
     outside = [k for k in range(len(dims)) if k not in inside]
-    size = math.prod(dims[k] for k in inside)
-    order = _transposed(dims, outside + inside)
-    return [tuple(order[k : k + size]) for k in range(0, len(order), size)]
-
-
-def _coordinates(device: int, sizes: Sequence[int]) -> list[int]:
-    return [device // math.prod(sizes[k + 1 :]) % size for k, size in enumerate(sizes)]
+    return _rows(dims, outside + inside, math.prod(dims[k] for k in inside))
 
 
 def _largest_component(pairs: Groups) -> int:

@@ -1,9 +1,7 @@
 """Instructions of a compiled program, and the computations that they form."""
 
 import dataclasses
-from collections.abc import Mapping
 
-from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.opcodes import PHASE
 from tsp_jax.inspect.shapes import ShapeTree
 
@@ -69,29 +67,3 @@ class Computation:
     def operands(self, instruction: Instruction) -> tuple[Instruction, ...]:
         """The instructions that make an instruction's operands."""
         return tuple(self.by_name[name] for name in instruction.operands if name in self.by_name)
-
-
-Computations = Mapping[str, Computation]
-
-
-def called(computations: Computations, instruction: Instruction, *roles: str) -> tuple[Computation, ...]:
-    """The computations that an instruction calls in the given roles.
-
-    Raises:
-      ConfigError: one of them is not among `computations`.
-    """
-    names = [name for role in roles for name in instruction.called.get(role, ())]
-    if missing := [name for name in names if name not in computations]:
-        raise ConfigError(f"HLO text calls computation {missing[0]}, which it lacks; pass the complete text")
-    return tuple(computations[name] for name in names)
-
-
-def callee(computations: Computations, instruction: Instruction, *roles: str) -> Computation:
-    """The first computation that an instruction calls in the given roles.
-
-    Raises:
-      ConfigError: there is none.
-    """
-    if not (found := called(computations, instruction, *roles)):
-        raise ConfigError(f"{instruction.opcode} {instruction.name} lacks its {roles[0]}; pass the complete HLO text")
-    return found[0]

@@ -1,15 +1,25 @@
 """A compiled program as a tree of computations: what runs, in which order, how often."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
-from tsp_jax.inspect.instructions import Computation, Instruction, called, callee
+from tsp_jax.errors import ConfigError
+from tsp_jax.inspect.instructions import Computation, Instruction
+from tsp_jax.inspect.opcodes import SCALAR_FORWARDING
 from tsp_jax.inspect.scopes import declared_trips
-from tsp_jax.inspect.trips import count_trips
 
 Trips: TypeAlias = float | Callable[[Instruction], float]
 """trips of loops that neither the text nor the program tells: a number, or a function of the while instruction"""
+
+_COMPILER_COUNT = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
+_MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}
+
+_Scalar: TypeAlias = tuple[int | None, int]
+"""(k, c): element k of the loop's state plus c; k is None for a plain number"""
+_Known: TypeAlias = dict[tuple[str, int], _Scalar]
+"""values known while following a scalar: ("state", k) in a loop's computations, ("argument", n) inside a fusion"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,7 +33,6 @@ class Module:
     replica_count: int
     input_output_alias: tuple[tuple[tuple[int, ...], int, tuple[int, ...]], ...]
     """(index of an output, number of the parameter whose memory it reuses, index within the parameter)"""
-    attributes: dict[str, str] = dataclasses.field(repr=False)
 
     @property
     def num_devices(self) -> int:
@@ -31,16 +40,43 @@ class Module:
         return self.num_partitions * self.replica_count
 
     def called(self, instruction: Instruction, *roles: str) -> tuple[Computation, ...]:
-        """The computations that an instruction calls in the given roles."""
-        return called(self.computations, instruction, *roles)
+        """The computations that an instruction calls in the given roles; an incomplete text raises ConfigError."""
+        names = [name for role in roles for name in instruction.called.get(role, ())]
+        if missing := [name for name in names if name not in self.computations]:
+            raise ConfigError(f"HLO text calls computation {missing[0]}, which it lacks; pass the complete text")
+        return tuple(self.computations[name] for name in names)
 
-    def callee(self, instruction: Instruction, *roles: str) -> Computation:
-        """The first computation that an instruction calls in the given roles; there must be one."""
-        return callee(self.computations, instruction, *roles)
+    def callee(self, i: Instruction, *roles: str) -> Computation:
+        """The first computation that an instruction calls in the given roles; ConfigError if there is none."""
+        if not (found := self.called(i, *roles)):
+            raise ConfigError(f"{i.opcode} {i.name} lacks its {roles[0]}; pass the complete HLO text")
+        return found[0]
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """How often a while loop's body runs, from the text; None if data decide."""
-        return count_trips(self.computations, loop)
+        """How often a while loop's body runs, as the compiler notes it or as its text implies; None if data decide.
+
+        The text implies it for a condition `state[k] < limit`, a constant initial state and a body that adds a step.
+        """
+        if noted := _COMPILER_COUNT.search(loop.backend_config):
+            return int(noted[1])
+        caller, body = self.computations[loop.computation], self.callee(loop, "body")
+        start = next(iter(caller.operands(loop)), None)
+        size = len(loop.shape) if start and isinstance(loop.shape, tuple) else 0
+        initial = {k: _element(self, caller, start, k, {}) for k in range(size) if start}
+        known: _Known = {("state", k): (k, 0) for k in initial}
+        fixed = {k: v for k, v in initial.items() if v and _element(self, body, body.root, k, known) == (k, 0)}
+        known |= {("state", k): value for k, value in fixed.items()}
+        direction, left, right = _comparison(self, self.callee(loop, "condition"), known)
+        if left is None or right is None:
+            return None
+        if left[0] is None:
+            direction, left, right = _MIRRORED.get(direction, ""), right, left
+        if left[0] is None or right[0] is not None:
+            return None
+        first, after = initial[left[0]], _element(self, body, body.root, left[0], known)
+        if first is None or after is None or after[0] != left[0] or not after[1]:
+            return None
+        return _trips(direction, right[1] - left[1] - first[1], after[1])
 
     def trips(self, loop: Instruction, unknown_trips: Trips = 1) -> float:
         """How often a while loop's body runs: counted in the text, else declared, else `unknown_trips`."""
@@ -54,12 +90,9 @@ class Module:
     def executions(self, unknown_trips: Trips = 1, *, fusions: bool = False) -> Iterator[tuple[Computation, float]]:
         """Every computation that runs, callers first, and how often it runs in one execution of the module.
 
-        Args:
-          unknown_trips: trips of data-dependent loops that declare none (`declared_trips`).
-          fusions: also yield the bodies of fusions; only the results of their roots are written to memory.
-
-        Yields:
-          (computation, times). Every branch of a conditional counts as taken.
+        Every branch of a conditional counts as taken. `unknown_trips` are the trips of data-dependent loops that
+        declare none (`declared_trips`). `fusions` adds the bodies of fusions, of which only the results of the root are
+        written to memory.
         """
         times: dict[str, float] = dict.fromkeys(self.computations, 0)
         times[self.entry.name] = 1
@@ -106,3 +139,73 @@ def _callers_first(entry: str, calls: dict[str, list[tuple[str, float]]]) -> lis
 
     visit(entry)
     return order[::-1]
+
+
+def _trips(direction: str, distance: int, step: int) -> int | None:
+    """Trips of a counter that starts at 0 and grows by `step` while it compares with `distance`."""
+    if direction == "NE":
+        return distance // step if distance % step == 0 and distance // step >= 0 else None
+    if direction not in (("LT", "LE") if step > 0 else ("GT", "GE")):
+        return None
+    inclusive = direction in ("LE", "GE")
+    return max(0, distance // step + 1 if inclusive else -(-distance // step))
+
+
+def _comparison(module: Module, computation: Computation, known: _Known) -> tuple[str, _Scalar | None, _Scalar | None]:
+    """(direction, left, right) of the one comparison that a loop's condition makes, which may be inside a fusion."""
+    root = computation.root
+    while root.opcode in ("fusion", "call"):
+        known = _arguments(module, computation, root, known)
+        computation = module.callee(root, "calls", "to_apply")
+        root = computation.root
+    operands = computation.operands(root)
+    if root.opcode != "compare" or len(operands) != 2:
+        return "", None, None
+    left, right = (_scalar(module, computation, o, known) for o in operands)
+    return root.attributes.get("direction", ""), left, right
+
+
+def _scalar(module: Module, computation: Computation, i: Instruction, known: _Known) -> _Scalar | None:
+    """Follows an integer back to an element of the loop's state or to a number."""
+    operands = computation.operands(i)
+    if i.opcode == "constant":
+        return (None, int(i.literal)) if re.fullmatch(r"-?\d+", i.literal) else None
+    if i.opcode == "parameter":
+        return known.get(("argument", int(i.literal)))
+    if i.opcode == "get-tuple-element" and operands:
+        index = int(i.attributes.get("index", 0))
+        if operands[0].opcode == "parameter":
+            return known.get(("state", index))
+        return _element(module, computation, operands[0], index, known)
+    if i.opcode in SCALAR_FORWARDING and operands:
+        return _scalar(module, computation, operands[0], known)
+    if i.opcode in ("add", "subtract") and len(operands) == 2:
+        left, right = (_scalar(module, computation, o, known) for o in operands)
+        return _sum(i.opcode, left, right)
+    if i.opcode in ("fusion", "call"):
+        body = module.callee(i, "calls", "to_apply")
+        return _scalar(module, body, body.root, _arguments(module, computation, i, known))
+    return None
+
+
+def _sum(opcode: str, left: _Scalar | None, right: _Scalar | None) -> _Scalar | None:
+    """Sum or difference of two scalars, if at most one of them depends on the state."""
+    if left and right and right[0] is None:
+        return left[0], left[1] + (right[1] if opcode == "add" else -right[1])
+    if left and right and left[0] is None and opcode == "add":
+        return right[0], right[1] + left[1]
+    return None
+
+
+def _element(module: Module, computation: Computation, i: Instruction, k: int, known: _Known) -> _Scalar | None:
+    """Element k of a tuple."""
+    operands = computation.operands(i)
+    if i.opcode != "tuple" or k >= len(operands):
+        return None
+    return _scalar(module, computation, operands[k], known)
+
+
+def _arguments(module: Module, computation: Computation, i: Instruction, known: _Known) -> _Known:
+    """Known values of the arguments that an instruction passes to the computation it calls."""
+    values = {n: _scalar(module, computation, o, known) for n, o in enumerate(computation.operands(i))}
+    return {("argument", n): value for n, value in values.items() if value is not None}

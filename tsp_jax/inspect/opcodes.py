@@ -2,15 +2,9 @@
 
 import re
 
-COLLECTIVES = {
-    "all-gather": "all-gather",
-    "all-reduce": "all-reduce",
-    "reduce-scatter": "reduce-scatter",
-    "collective-permute": "collective-permute",
-    "all-to-all": "all-to-all",
-    "ragged-all-to-all": "all-to-all",
-    "collective-broadcast": "collective-broadcast",
-}
+from tsp_jax.hardware import links
+
+COLLECTIVES = {op: op for op in links.COLLECTIVES} | {"ragged-all-to-all": "all-to-all"}
 """opcode -> the collective that it is counted as"""
 
 TUPLES = frozenset(("tuple", "get-tuple-element"))
@@ -23,9 +17,7 @@ NO_KERNEL = TUPLES | ALIASES | {"parameter", "constant", "while", "conditional",
 
 POINT_TO_POINT = frozenset(("copy", "send", "recv"))
 """the start of an asynchronous one returns (destination, source, context), of other opcodes (operands, results, ...)"""
-SCALAR_FORWARDING = frozenset(
-    ("copy", "bitcast", "convert", "reshape", "broadcast", "copy-start", "copy-done", "opt-barrier")
-)
+SCALAR_FORWARDING = {"copy", "bitcast", "convert", "reshape", "broadcast", "copy-start", "copy-done", "opt-barrier"}
 """a scalar passes through them with its value unchanged"""
 SLICES = frozenset(("slice", "dynamic-slice", "gather"))
 """read only as many elements of their first operand as they return"""
@@ -35,7 +27,7 @@ FILLERS = frozenset(("broadcast", "constant", "iota", "copy"))
 """give a buffer its first content, which says little about what the buffer is for"""
 ELEMENTWISE = frozenset(
     re.findall(
-        r"[\w\-]+",
+        r"\S+",
         """abs add and atan2 bitcast-convert cbrt ceil clamp compare complex convert cosine divide erf exponential
         exponential-minus-one floor imag is-finite log log-plus-one logistic maximum minimum multiply negate not or
         popcnt power real reduce-precision remainder round-nearest-afz round-nearest-even rsqrt select shift-left

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.module import Module
-from tsp_jax.inspect.shapes import Shape, ShapeTree
+from tsp_jax.inspect.shapes import Shape, ShapeTree, ints
 
 _ROLES = ("body", "condition", "to_apply", "calls", "branch_computations", "called_computations")
 _SOURCE_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
@@ -30,13 +30,7 @@ Sources = Mapping[str, tuple[str, int]]
 
 
 def parse(text: str | None) -> Module:
-    """Parses one compiled module.
-
-    Args:
-      text: what ``compiled.as_text()`` returned. None, which some compilers return, is refused like other text.
-
-    Returns:
-      The module.
+    """Parses one compiled module, from what ``compiled.as_text()`` returned; some compilers return None.
 
     Raises:
       ConfigError: the text is no HLO, is incomplete, or holds more than one module.
@@ -56,7 +50,6 @@ def parse(text: str | None) -> Module:
         num_partitions=int(attributes.get("num_partitions", 1)),
         replica_count=int(attributes.get("replica_count", 1)),
         input_output_alias=parse_aliases(attributes.get("input_output_alias", "")),
-        attributes=attributes,
     )
 
 
@@ -171,8 +164,7 @@ def _incomplete(where: str) -> ConfigError:
 
 
 def _attributes(parts: list[str]) -> dict[str, str]:
-    pairs = (part.partition("=") for part in parts)
-    return {key.strip(): value.strip() for key, _, value in pairs}
+    return {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in parts)}
 
 
 def _called(attributes: dict[str, str]) -> dict[str, tuple[str, ...]]:
@@ -185,10 +177,8 @@ def _called(attributes: dict[str, str]) -> dict[str, tuple[str, ...]]:
 
 def _metadata(text: str, sources: Sources) -> tuple[str, str, int]:
     """(op_name, source file, source line) of an instruction."""
-    op_name, file, line = (
-        re.search(p, text) for p in (f"op_name={_STRING}", f"source_file={_STRING}", r"source_line=(\d+)")
-    )
-    frame = re.search(r"stack_frame_id=(\d+)", text)
+    patterns = f"op_name={_STRING}", f"source_file={_STRING}", r"source_line=(\d+)", r"stack_frame_id=(\d+)"
+    op_name, file, line, frame = (re.search(pattern, text) for pattern in patterns)
     source = sources.get(frame[1], ("", 0)) if frame else ("", 0)
     name = op_name[1].replace('\\"', '"').replace("\\'", "'") if op_name else ""
     return name, file[1] if file else source[0], int(line[1]) if line else source[1]
@@ -209,8 +199,4 @@ def _sources(tables: dict[str, dict[str, str]]) -> dict[str, tuple[str, int]]:
 def parse_aliases(text: str) -> tuple[tuple[tuple[int, ...], int, tuple[int, ...]], ...]:
     """(index of an output, number of the argument whose memory it reuses, index within the argument) of each alias."""
     found = re.findall(r"\{([\d, ]*)\}:\s*\((\d+),\s*\{([\d, ]*)\}", text)
-    return tuple((_digits(output), int(number), _digits(within)) for output, number, within in found)
-
-
-def _digits(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in re.findall(r"\d+", text))
+    return tuple((ints(output), int(number), ints(within)) for output, number, within in found)

@@ -26,7 +26,7 @@ from tsp_jax.inspect.instructions import Instruction
 from tsp_jax.inspect.lifetimes import Value, Values, Walk, fusion_outputs, overwritten
 from tsp_jax.inspect.module import Module
 from tsp_jax.inspect.opcodes import ALLOCATE, FILLERS
-from tsp_jax.inspect.shapes import HOST_MEMORY_SPACE, Shape
+from tsp_jax.inspect.shapes import HOST_MEMORY_SPACE, Shape, ints
 
 _LARGE_CONSTANT = 1 << 20
 
@@ -147,9 +147,8 @@ def _bytes(shape: Shape) -> int:
     order = re.match(r"\{([\d,]*)", shape.layout)
     if not tile or not order or not shape.dims:
         return shape.bytes
-    sizes = [int(n) for n in tile[1].split(",")][::-1]
     padded = list(shape.dims)
-    for dim, size in zip([int(n) for n in order[1].split(",")], sizes, strict=False):
+    for dim, size in zip(ints(order[1]), reversed(ints(tile[1])), strict=False):
         padded[dim] = -(-padded[dim] // size) * size
     return dataclasses.replace(shape, dims=tuple(padded)).bytes
 

@@ -63,40 +63,29 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain numbers and strings."""
+        compiled = {field.name: getattr(self.memory, field.name, None) for field in dataclasses.fields(Memory)}
+        peak = self.peak
         return {
-            "memory": self._memory_json(),
+            "memory": {
+                **compiled, "peak_bytes": self.peak_bytes, "live_peak_bytes": peak.bytes, "host_bytes": peak.host_bytes,
+                "by_kind": dict(peak.by_kind), "peak_at": peak.at,
+                "largest": [dataclasses.asdict(buffer) for buffer in peak.buffers[:20]],
+            },
             "collectives": [self._collective_json(c) for c in self.collectives],
             "timeline": self._timeline_json(),
-        }
-
-    def _memory_json(self) -> dict[str, Any]:
-        names = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes")
-        compiled = {name: getattr(self.memory, name, None) for name in names}
-        largest = [dataclasses.asdict(buffer) for buffer in self.peak.buffers[:20]]
-        return {
-            **compiled,
-            "peak_bytes": self.peak_bytes,
-            "live_peak_bytes": self.peak.bytes,
-            "host_bytes": self.peak.host_bytes,
-            "by_kind": dict(self.peak.by_kind),
-            "peak_at": self.peak.at,
-            "largest": largest,
-        }
+        }  # fmt: skip
 
     def _collective_json(self, c: Collective) -> dict[str, Any]:
-        hidden = self.hidden_fraction(c)
-        fields = {name: getattr(c, name) for name in ("op", "axis", "scope", "count", "bytes", "is_async", "dtype")}
-        return {**fields, "name": c.name, "total_bytes": c.total_bytes, "hidden_fraction": hidden}
+        names = ("op", "axis", "scope", "count", "bytes", "is_async", "dtype", "name", "total_bytes")
+        return {name: getattr(c, name) for name in names} | {"hidden_fraction": self.hidden_fraction(c)}
 
     def _timeline_json(self) -> dict[str, Any] | None:
         if self.timeline is None:
             return None
         names = ("step_s", "compute_s", "comm_s", "exposed_comm_s", "matmul_s", "host_s", "exposed_host_s", "flops")
-        return {
-            **{name: getattr(self.timeline, name) for name in names},
-            "matmul_ratio": self.timeline.matmul_ratio,
+        return {name: getattr(self.timeline, name) for name in (*names, "matmul_ratio")} | {
             "exposed_fraction": self.exposed_fraction,
-            "by_scope": dict(self.timeline.by_scope),
+            "by_scope": self.timeline.by_scope,
             "assumptions": list(self.timeline.assumptions),
         }
 
@@ -174,10 +163,9 @@ def _hardware(target: str | Hardware | None, mesh: Any) -> Hardware | None:
     if isinstance(target, Hardware):
         return target
     if target:
-        name = target.partition(":")[0]
-        if name not in HARDWARE:
-            raise ConfigError(f"target={target} is unknown; use one of {', '.join(HARDWARE)}")
-        return HARDWARE[name]
+        if found := HARDWARE.get(target.partition(":")[0]):
+            return found
+        raise ConfigError(f"target={target} is unknown; use one of {', '.join(HARDWARE)}")
     if mesh is None or not hasattr(mesh, "devices"):
         return None
     device = mesh.devices.flat[0]

@@ -6,7 +6,7 @@ program waits for its end, the compute queue stands idle: that is exposed time.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from tsp_jax.inspect.instructions import Computation
@@ -16,6 +16,8 @@ _SETTLED = 1e-11
 """seconds; states of the queues that differ by less are equal, as sums are rounded"""
 
 Amounts = defaultdict[str, float]
+ComputeLoops = dict[str, tuple[float, Amounts]]
+"""task of a loop that stays on the compute queue -> (seconds, executions of each task)"""
 
 
 class Event(NamedTuple):
@@ -44,9 +46,7 @@ class _Pending(NamedTuple):
 class Simulation:
     """State of the queues (until when each is busy, and the work in flight), and totals of what has run so far."""
 
-    def __init__(
-        self, schedule: Schedule, record: bool = False, compute_loops: dict[str, tuple[float, Amounts]] | None = None
-    ):
+    def __init__(self, schedule: Schedule, record: bool = False, compute_loops: ComputeLoops | None = None):
         self.schedule, self.record = schedule, record
         self.now: dict[Queue, float] = {"compute": 0.0, "links": 0.0, "host": 0.0}
         self.pending: list[_Pending] = []
@@ -91,11 +91,10 @@ class Simulation:
             self._stall(self.pending[-1])
 
     def _wait(self, step: Step) -> None:
-        found = [task for task in self.pending if task.key == step.key] if step.key else []
-        if not step.key:
-            found = [task for task in self.pending if task.base == step.instruction.base]
-        if found:
-            self._stall(found[0])
+        for task in self.pending:
+            if task.key == step.key if step.key else task.base == step.instruction.base:
+                self._stall(task)
+                break
 
     def _stall(self, task: _Pending) -> None:
         self.pending.remove(task)
@@ -106,13 +105,7 @@ class Simulation:
             self.exposed[task.task] += wait
 
     def _note(
-        self,
-        track: Queue,
-        start: float,
-        seconds: float,
-        task: Task | None = None,
-        name: str = "",
-        exposed: bool = False,
+        self, track: Queue, start: float, seconds: float, task: Task | None, name: str = "", exposed: bool = False
     ) -> None:
         if self.record:
             self.events.append(Event(track, name or (task.name if task else ""), start, seconds, task, exposed))
@@ -124,7 +117,7 @@ class Simulation:
             seconds, runs = self._compute_loop(step)
             self._note("compute", self.now["compute"], seconds, self._whole(step, seconds, runs))
             self.now["compute"] += seconds
-            self._add(runs, 1)
+            _add(self.executions, runs, 1)
             return
         iterations, state = round(step.trips), self._state()
         for done in range(1, iterations + 1):
@@ -132,14 +125,14 @@ class Simulation:
             self.executions, self.exposed = defaultdict(float), defaultdict(float)
             self.run(condition)
             self.run(body)
-            iteration, waits = self.executions, self.exposed
-            self.executions, self.exposed = runs, exposed
             before, state = state, self._state()
             alike = not self.record and _same(before, state)
             times = iterations - done + 1 if alike else 1
-            self._add(iteration, times, waits)
+            _add(runs, self.executions, times)
+            _add(exposed, self.exposed, times)
+            self.executions, self.exposed = runs, exposed
             name = f"{self.schedule.label(step.instruction)} iteration {done} of {iterations}"
-            self._note("compute", begin, self.now["compute"] - begin, name=name)
+            self._note("compute", begin, self.now["compute"] - begin, None, name)
             if alike:
                 self._shift((times - 1) * (self.now["compute"] - begin))
                 break
@@ -153,11 +146,6 @@ class Simulation:
         sizes = {key: sum(n * getattr(tasks[name], key) for name, n in runs.items()) for key in ("bytes", "flops")}
         label = self.schedule.label(i)
         return Task(name=i.name, op="while", scope=i.op_name, label=label, queue="compute", seconds=seconds, **sizes)
-
-    def _add(self, runs: Amounts, times: float, waits: Mapping[str, float] | None = None) -> None:
-        for total, part in ((self.executions, runs), (self.exposed, waits or {})):
-            for name, value in part.items():
-                total[name] += value * times
 
     def _shift(self, seconds: float) -> None:
         self.now = {queue: time + seconds for queue, time in self.now.items()}
@@ -180,17 +168,21 @@ class Simulation:
             self.run(max(options)[-1])
 
     def _compute_loop(self, step: Step) -> tuple[float, Amounts]:
-        """(seconds, executions of each task) of a loop that stays on the compute queue."""
         if step.task not in self._compute_loops:
             body, condition = (Simulation(self.schedule, compute_loops=self._compute_loops) for _ in range(2))
             body.run(step.callees[0])
             condition.run(step.callees[1])
-            total = Simulation(self.schedule, compute_loops=self._compute_loops)
-            total._add(body.executions, step.trips)
-            total._add(condition.executions, step.trips + 1)
+            runs: Amounts = defaultdict(float)
+            _add(runs, body.executions, step.trips)
+            _add(runs, condition.executions, step.trips + 1)
             seconds = step.trips * body.now["compute"] + (step.trips + 1) * condition.now["compute"]
-            self._compute_loops[step.task] = seconds, total.executions
+            self._compute_loops[step.task] = seconds, runs
         return self._compute_loops[step.task]
+
+
+def _add(total: Amounts, part: Amounts, times: float) -> None:
+    for name, value in part.items():
+        total[name] += value * times
 
 
 def _same(a: list[tuple[str, float]], b: list[tuple[str, float]]) -> bool:

@@ -1,10 +1,10 @@
 """Prints a report as tables."""
 
+from typing import Literal
+
 from rich.console import Console
 from rich.table import Table
 
-from tsp_jax.inspect.collectives import Collective
-from tsp_jax.inspect.peak import LiveBuffer
 from tsp_jax.inspect.program_report import Report
 from tsp_jax.inspect.scopes import readable_scope
 from tsp_jax.inspect.units import format_bytes, format_seconds
@@ -35,13 +35,18 @@ _KINDS = {
 }
 
 
-def _memory(report: Report) -> Table:
-    title = "Memory of one device, " + ("compiled" if report.memory else "from the text of the program")
+def _table(title: str, *names: str, overflow: Literal["fold", "ellipsis"] = "ellipsis") -> Table:
+    """A table without rows; > marks columns that are aligned right."""
     table = Table(title=title, title_justify="left")
-    for name in ("part", "bytes"):
-        table.add_column(name, justify="right" if name == "bytes" else "left")
-    if report.memory:
-        m = report.memory
+    for name in names:
+        table.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow=overflow)
+    return table
+
+
+def _memory(report: Report) -> Table:
+    source = "compiled" if report.memory else "from the text of the program"
+    table = _table(f"Memory of one device, {source}", "part", ">bytes")
+    if m := report.memory:
         parts = {"arguments": m.argument_bytes, "outputs": m.output_bytes, "aliased": -m.alias_bytes}
         for name, value in (parts | {"temporaries": m.temp_bytes}).items():
             table.add_row(name, format_bytes(value))
@@ -57,58 +62,36 @@ def _memory(report: Report) -> Table:
 
 def _buffers(report: Report, largest: int) -> Table:
     title = f"Largest of {len(report.peak.buffers)} buffers alive at the peak, from the text of the program"
-    table = Table(title=title, title_justify="left")
-    for name in ("bytes", "array", "kind", "made by", "source"):
-        table.add_column(name, justify="right" if name == "bytes" else "left", overflow="fold")
+    table = _table(title, ">bytes", "array", "kind", "made by", "source", overflow="fold")
     for b in report.peak.buffers[:largest]:
         source = "/".join(b.source.split("/")[-2:])
         shape = ",".join(map(str, b.shape))
-        table.add_row(format_bytes(b.bytes), f"{b.dtype}\\[{shape}]", b.kind, _maker(b), source)
+        maker = b.scope if b.opcode == "parameter" else readable_scope(b.scope)
+        table.add_row(format_bytes(b.bytes), f"{b.dtype}\\[{shape}]", b.kind, maker, source)
     return table
-
-
-def _maker(b: LiveBuffer) -> str:
-    """The name of a parameter; the scope of other buffers."""
-    return b.scope if b.opcode == "parameter" else readable_scope(b.scope)
 
 
 def _traffic(report: Report, largest: int) -> Table:
     total = sum(c.total_bytes for c in report.collectives)
     title = f"Communication of one device in a step, compiled: receives {format_bytes(total)}"
-    table = Table(title=title, title_justify="left")
-    for name in ("received", "op", "axis", "count", "each", "async", "overlapped", "scope"):
-        table.add_column(name, justify="right" if name in ("received", "count", "each", "overlapped") else "left")
+    table = _table(title, ">received", "op", "axis", ">count", ">each", "async", ">overlapped", "scope")
     found = sorted(report.collectives, key=lambda c: -c.total_bytes)
     for c in found[:largest]:
-        table.add_row(*_traffic_row(report, c))
+        hidden = report.hidden_fraction(c)
+        share = "" if hidden is None else f"{hidden:.0%}"
+        received, each, count = format_bytes(c.total_bytes), format_bytes(c.bytes), f"{c.count:g}"
+        table.add_row(
+            received, c.op, c.axis, count, each, "yes" if c.is_async else "no", share, readable_scope(c.scope)
+        )
     if rest := found[largest:]:
         table.add_row(format_bytes(sum(c.total_bytes for c in rest)), f"{len(rest)} more")
     return table
 
 
-def _traffic_row(report: Report, c: Collective) -> list[str]:
-    hidden = report.hidden_fraction(c)
-    share = "" if hidden is None else f"{hidden:.0%}"
-    yes = "yes" if c.is_async else "no"
-    return [
-        format_bytes(c.total_bytes),
-        c.op,
-        c.axis,
-        f"{c.count:g}",
-        format_bytes(c.bytes),
-        yes,
-        share,
-        readable_scope(c.scope),
-    ]
-
-
 def _timeline(report: Report) -> Table:
     t = report.timeline
     assert t is not None
-    table = Table(title="Time of a step, simulated", title_justify="left")
-    table.add_column("part")
-    table.add_column("time", justify="right")
-    table.add_column("share of the step", justify="right")
+    table = _table("Time of a step, simulated", "part", ">time", ">share of the step")
     rows = {
         "step": t.step_s,
         "computation": t.compute_s,

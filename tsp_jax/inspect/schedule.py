@@ -18,6 +18,7 @@ from tsp_jax.inspect.roofline import Costs
 from tsp_jax.inspect.scopes import readable_scope
 
 Queue = Literal["compute", "links", "host"]
+_Busy = Literal["run", "block", "start"]
 
 
 class Step(NamedTuple):
@@ -37,7 +38,7 @@ class Step(NamedTuple):
     trips: float = 1.0
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Task:
     """Work that keeps a queue busy: a kernel, a collective or a host copy."""
 
@@ -66,7 +67,6 @@ class Schedule:
         self._costs = Costs(module, on_chip=hardware.platform == "tpu", efficiency=hardware.efficiency)
         self._steps: dict[str, list[Step]] = {}
         self._compute_only: dict[str, bool] = {}
-        found = list_collectives(module, unknown_trips=unknown_trips)
         self._callers = {
             name: i
             for c in module.computations.values()
@@ -74,22 +74,21 @@ class Schedule:
             for names in i.called.values()
             for name in names
         }
+        found = list_collectives(module, unknown_trips=unknown_trips)
         self._collectives = {(c.computation, c.name): c for c in found}
 
     def steps(self, computation: Computation) -> list[Step]:
         """The steps of a computation that take time, in schedule order."""
         if computation.name not in self._steps:
-            parts = (self._parts(computation, i) for i in computation.instructions)
-            self._steps[computation.name] = [step for part in parts for step in part]
+            self._steps[computation.name] = [s for i in computation.instructions for s in self._parts(computation, i)]
         return self._steps[computation.name]
 
     def compute_only(self, computation: Computation) -> bool:
         """Whether everything that a computation runs stays on the compute queue."""
         if computation.name not in self._compute_only:
-            self._compute_only[computation.name] = all(
-                step.queue == "compute" and all(map(self.compute_only, step.callees))
-                for step in self.steps(computation)
-            )
+            steps = self.steps(computation)
+            alone = all(step.queue == "compute" and all(map(self.compute_only, step.callees)) for step in steps)
+            self._compute_only[computation.name] = alone
         return self._compute_only[computation.name]
 
     def _parts(self, computation: Computation, i: Instruction) -> Iterator[Step]:
@@ -124,9 +123,7 @@ class Schedule:
         if phase in ("", "start"):
             yield from self._communication(callee.instructions, "start" if phase else "block", f"chain {number}")
 
-    def _communication(
-        self, instructions: Iterable[Instruction], kind: Literal["start", "block"], key: str
-    ) -> Iterator[Step]:
+    def _communication(self, instructions: Iterable[Instruction], kind: _Busy, key: str) -> Iterator[Step]:
         """Steps of the collectives among some instructions."""
         for i in instructions:
             c = self._collectives.get((i.computation, i.name))
@@ -134,7 +131,7 @@ class Schedule:
                 seconds = collective_seconds(self.hardware, c.op, c.bytes, groups_of(self.module, i))
                 yield self._busy(kind, i, "links", seconds, op=c.op, scope=c.scope, bytes=c.bytes, key=key)
 
-    def _kernel(self, i: Instruction, kind: Literal["start", "block"]) -> Iterator[Step]:
+    def _kernel(self, i: Instruction, kind: _Busy) -> Iterator[Step]:
         cost, op = self._costs.of(i), i.custom_call_target or i.opcode
         seconds = max(cost.work / self.hardware.sustained_flops, cost.bytes / self.hardware.sustained_bandwidth)
         if seconds and not (kind == "start" and cost.host_bytes):
@@ -144,25 +141,12 @@ class Schedule:
             yield self._busy(kind, i, "host", seconds, op=op, bytes=cost.host_bytes, key=i.name)
 
     def _busy(
-        self,
-        kind: Literal["run", "block", "start"],
-        i: Instruction,
-        queue: Queue,
-        seconds: float,
-        *,
-        op: str,
-        bytes: float,
-        scope: str = "",
-        flops: float = 0.0,
-        key: str = "",
-    ) -> Step:
+        self, kind: _Busy, i: Instruction, queue: Queue, seconds: float, *, op: str, bytes: float, flops: float = 0.0,
+        scope: str = "", key: str = "",
+    ) -> Step:  # fmt: skip
         """A step; its task is added to `tasks`."""
-        name = i.name + " (host)" * (queue == "host")
-        scope = scope or i.op_name
-        self.tasks[name] = Task(
-            name=name, op=op, scope=scope, label=self.label(i, scope), queue=queue, seconds=seconds, bytes=bytes,
-            flops=flops,
-        )  # fmt: skip
+        name, scope = i.name + " (host)" * (queue == "host"), scope or i.op_name
+        self.tasks[name] = Task(name, op, scope, self.label(i, scope), queue, seconds, bytes, flops)
         return Step(kind, i, name, queue, seconds, key)
 
     def label(self, i: Instruction, scope: str = "") -> str:

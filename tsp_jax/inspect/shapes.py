@@ -52,6 +52,11 @@ class Shape:
 ShapeTree: TypeAlias = "Shape | tuple[ShapeTree, ...]"
 
 
+def ints(text: str) -> tuple[int, ...]:
+    """The integers of a text."""
+    return tuple(int(n) for n in re.findall(r"-?\d+", text))
+
+
 def leaves(shape: ShapeTree) -> tuple[Shape, ...]:
     """The arrays of a nested tuple shape, in order."""
     return (shape,) if isinstance(shape, Shape) else tuple(leaf for part in shape for leaf in leaves(part))

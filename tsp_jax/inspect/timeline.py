@@ -16,14 +16,13 @@ from tsp_jax.inspect.schedule import Queue, Schedule, Task
 from tsp_jax.inspect.scopes import declared_flops, declared_trips
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class TaskTotal:
     """All executions of a task in a step."""
 
     task: Task
     count: float
-    """number of executions"""
-    exposed_s: float = 0.0
+    exposed_s: float
     """of all executions together"""
 
     @property
@@ -78,33 +77,20 @@ class Timeline:
     @property
     def by_scope(self) -> dict[str, float]:
         """Named scope (`Task.label`) -> seconds of kernels, the longest first."""
-        return _by_scope((total.task.label, total.seconds) for total in self.kernels)
-
-    @property
-    def exposed_by_scope(self) -> dict[str, float]:
-        """Named scope -> seconds that the compute queue waits for collectives, the longest first."""
-        return _by_scope((total.task.label, total.exposed_s) for total in self.collectives)
-
-
-def _by_scope(parts: Iterable[tuple[str, float]]) -> dict[str, float]:
-    seconds: defaultdict[str, float] = defaultdict(float)
-    for label, part in parts:
-        seconds[label] += part
-    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
+        seconds: defaultdict[str, float] = defaultdict(float)
+        for total in self.kernels:
+            seconds[total.task.label] += total.seconds
+        return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 def simulate(module: Module, hardware: Hardware, *, unknown_trips: Trips = 1, record: bool = False) -> Timeline:
     """Simulates one execution of a scheduled program.
 
     Args:
-      module: a parsed program; device numbers and groups are those of its text.
+      module: a parsed program.
       hardware: rates and links, of the platform that the program was compiled for.
       unknown_trips: trips of data-dependent loops that declare none; see `Module.executions`.
-      record: keep events for `tsp_jax.inspect.trace`; loops with communication are then simulated iteration by
-        iteration.
-
-    Returns:
-      Totals, and the assumptions behind them.
+      record: keep events for `write_trace`, of every iteration of loops with communication.
     """
     schedule = Schedule(module, hardware, unknown_trips)
     simulation = Simulation(schedule, record)
@@ -131,17 +117,11 @@ def simulate(module: Module, hardware: Hardware, *, unknown_trips: Trips = 1, re
 def _totals(schedule: Schedule, simulation: Simulation, queue: Queue) -> tuple[TaskTotal, ...]:
     """Tasks that ran on a queue, the longest first."""
     tasks = ((schedule.tasks[name], count) for name, count in simulation.executions.items())
-    totals = (
-        TaskTotal(task=task, count=n, exposed_s=simulation.exposed[task.name])
-        for task, n in tasks
-        if task.queue == queue
-    )
+    totals = (TaskTotal(task, n, simulation.exposed[task.name]) for task, n in tasks if task.queue == queue)
     return tuple(sorted(totals, key=lambda total: -total.seconds))
 
 
-def _assumptions(
-    module: Module, hardware: Hardware, unknown_trips: Trips, kernels: Iterable[TaskTotal]
-) -> tuple[str, ...]:
+def _assumptions(module: Module, hardware: Hardware, unknown: Trips, kernels: Iterable[TaskTotal]) -> tuple[str, ...]:
     return (
         f"{hardware.name}: {hardware.sustained_flops / 1e12:g} TFLOP/s in matrix products, "
         f"{hardware.sustained_bandwidth / 1e12:g} TB/s of memory, {hardware.host_bandwidth / 1e9:g} GB/s to the host",
@@ -150,7 +130,7 @@ def _assumptions(
         "links have no latency, kernels no launch cost; communication does not slow down computation",
         "a kernel takes the longer of its matrix products and its memory traffic; other arithmetic is free",
         "caches keep nothing between kernels; copies within the device run one after another with the kernels",
-        *_loop_assumptions(module, unknown_trips),
+        *_loop_assumptions(module, unknown),
         *_kernel_assumptions(module, hardware, kernels),
     )
 
@@ -162,8 +142,9 @@ def _loop_assumptions(module: Module, unknown_trips: Trips) -> list[str]:
     unknown = [loop.name for loop in loops if declared_trips(loop) is None]
     lines = []
     if declared:
-        numbers = ", ".join(map(str, declared))
-        lines.append(f"data-dependent loops run the mean number of trips that they declare: {numbers}")
+        lines += [
+            f"data-dependent loops run the mean number of trips that they declare: {', '.join(map(str, declared))}"
+        ]
     if unknown:
         times = "as often as the caller says" if callable(unknown_trips) else f"{unknown_trips:g} times"
         lines.append(f"data-dependent loops that declare no trips run {times}: {', '.join(unknown)}")
@@ -181,8 +162,7 @@ def _kernel_assumptions(module: Module, hardware: Hardware, kernels: Iterable[Ta
         rule = (
             "kernels that declare their matrix products read each array once and reach these shares of the rate above"
         )
-        lines.append(f"{rule}: {shares}")
-        lines.append(f"source of these shares: {hardware.attention_source}")
+        lines += [f"{rule}: {shares}", f"source of these shares: {hardware.attention_source}"]
     if opaque:
         lines.append(f"other custom kernels count by their memory traffic alone: {', '.join(opaque)}")
     return lines

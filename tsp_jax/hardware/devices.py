@@ -5,8 +5,6 @@ from typing import Any, Literal
 
 from tsp_jax.errors import ConfigError
 
-Links = Literal["host", "full_mesh", "switch", "torus"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hardware:
@@ -19,7 +17,7 @@ class Hardware:
     """bytes/s"""
     peak_flops: float
     """dense bfloat16 operations/s"""
-    links: Links
+    links: Literal["host", "full_mesh", "switch", "torus"]
     num_links: int
     """links of a device within a node (a torus: directions)"""
     link_bandwidth: float
@@ -57,10 +55,8 @@ class Hardware:
         """
         if not 0 < efficiency <= 1:
             raise ConfigError(f"attention_efficiency={efficiency} must be above 0 and at most 1; use 0.6")
-        source = "as the caller says"
-        return dataclasses.replace(
-            self, attention_forward=efficiency, attention_backward=efficiency, attention_source=source
-        )
+        both = {"attention_forward": efficiency, "attention_backward": efficiency}
+        return dataclasses.replace(self, **both, attention_source="as the caller says")
 
 
 def _gpu(info: dict[str, Any], capability: str, platform: str, dnn: str, name: str) -> str:
@@ -75,14 +71,13 @@ _BLOCK = {"threads_per_block_limit": 1024, "threads_per_core_limit": 2048, "fpus
 
 
 def _amd(gfx: str, cores: int, shared: int, clock_ghz: float, memory: int, bandwidth: int) -> str:
-    limits = {"block_dim_limit_x": 2147483647, "block_dim_limit_y": 65536, "block_dim_limit_z": 65536}
-    shared_memory = dict.fromkeys(
-        ("shared_memory_per_block", "shared_memory_per_core", "shared_memory_per_block_optin"), shared
-    )
-    registers = {"registers_per_core_limit": 131072, "registers_per_block_limit": 131072}
-    info = _BLOCK | limits | shared_memory | registers
-    info |= {"threads_per_warp": 64, "core_count": cores, "clock_rate_ghz": clock_ghz, "l2_cache_size": 4194304}
-    info |= {"memory_bandwidth": bandwidth, "device_memory_size": memory}
+    info = _BLOCK | {
+        "block_dim_limit_x": 2147483647, "block_dim_limit_y": 65536, "block_dim_limit_z": 65536,
+        "shared_memory_per_block": shared, "shared_memory_per_core": shared, "shared_memory_per_block_optin": shared,
+        "registers_per_core_limit": 131072, "registers_per_block_limit": 131072, "threads_per_warp": 64,
+        "core_count": cores, "clock_rate_ghz": clock_ghz, "l2_cache_size": 4194304, "memory_bandwidth": bandwidth,
+        "device_memory_size": memory,
+    }  # fmt: skip
     capability = f'rocm_compute_capability {{ gcn_arch_name: "{gfx}:sramecc+:xnack-" }}'
     # Named by architecture: Pallas of jax 0.12 reads off the name of an absent device what it compiles for.
     return _gpu(info, capability, "ROCM", "major: 1 minor: 3 patch: 0", gfx)

@@ -13,7 +13,7 @@ COLLECTIVES = (
 
 
 def collective_seconds(hardware: Hardware, op: str, received_bytes: float, groups: Sequence[Sequence[int]]) -> float:
-    """Time that a collective keeps the links busy, from bandwidth alone; the slowest group or pair counts.
+    """Time that a collective (one of `COLLECTIVES`) keeps the links busy; the slowest group or pair counts.
 
     Within a node. Full mesh: a device in a group of g uses g - 1 links at once, in a permute one. Switch: a device has
     one link. Torus: a device uses its links along every dimension in which the group has another member, two along a
@@ -23,12 +23,8 @@ def collective_seconds(hardware: Hardware, op: str, received_bytes: float, group
     or scatter they enter the node once, over m network cards, and are passed on over the links while more come in, so
     the slower of the two counts. In an all-to-all, each device's card carries all that the device receives.
 
-    Args:
-      hardware: rates.
-      op: one of `COLLECTIVES`.
-      received_bytes: per device, as `tsp_jax.inspect.list_collectives` counts them.
-      groups: device numbers of each group; for a permute the (source, target) pairs. A node is `node_size` consecutive
-        devices.
+    `received_bytes` are per device, as `tsp_jax.inspect.list_collectives` counts them; `groups` hold the device numbers
+    of each group, for a permute (source, target) pairs. A node is `node_size` consecutive devices.
 
     Raises:
       ConfigError: the op is unknown, or no known slice of a torus has so many devices.

@@ -6,7 +6,6 @@ Programs can be compiled with them, never run. Building needs gcc and binutils.
 """
 
 import ctypes
-import functools
 import hashlib
 import os
 import re
@@ -23,14 +22,9 @@ TOOLS = ("gcc", "nm", "readelf")
 
 
 def load_rocm_libraries(plugin_libraries: list[Path], cache: Path) -> set[str]:
-    """Loads the libraries that the plugin needs: ROCm's own if installed, else stand-ins.
+    """Loads the libraries that the plugin needs: ROCm's own if installed, else stand-ins, whose names it returns.
 
-    Args:
-      plugin_libraries: shared objects of the JAX ROCm plugin.
-      cache: folder for the stand-ins, which are built once for each version of the plugin.
-
-    Returns:
-      Names of the libraries that stand-ins replace.
+    Stand-ins are built once for each version of the plugin, in the folder `cache`.
 
     Raises:
       ConfigError: a tool to build them with is missing.
@@ -52,11 +46,9 @@ def _run(*command: str) -> str:
 
 
 def _needed(libraries: list[Path]) -> list[str]:
-    names: dict[str, None] = {}
-    for library in libraries:
-        found = re.findall(r"NEEDED.*\[(.*)\]", _run("readelf", "-dW", str(library)))
-        names |= dict.fromkeys(name for name in found if not SYSTEM.match(name))
-    return list(names)
+    texts = (_run("readelf", "-dW", str(library)) for library in libraries)
+    names = (name for text in texts for name in re.findall(r"NEEDED.*\[(.*)\]", text))
+    return list(dict.fromkeys(name for name in names if not SYSTEM.match(name)))
 
 
 def _loads(soname: str) -> bool:
@@ -93,13 +85,10 @@ def _symbols(libraries: list[Path], missing: list[str]) -> dict[str, dict[str, s
     return symbols
 
 
-@functools.cache
-def _provided() -> frozenset[str]:
-    names = set()
-    for library in PROVIDERS:
-        path = _run("gcc", f"-print-file-name={library}").strip()
-        names |= {line.split()[-1].partition("@")[0] for line in _run("nm", "-D", "--defined-only", path).splitlines()}
-    return frozenset(names)
+def _provided() -> set[str]:
+    paths = (_run("gcc", f"-print-file-name={library}").strip() for library in PROVIDERS)
+    lines = (line for path in paths for line in _run("nm", "-D", "--defined-only", path).splitlines())
+    return {line.split()[-1].partition("@")[0] for line in lines}
 
 
 def _build(libraries: list[Path], missing: list[str], folder: Path) -> None:
@@ -119,12 +108,10 @@ def _build(libraries: list[Path], missing: list[str], folder: Path) -> None:
 def _compile(soname: str, symbols: dict[str, str], scratch: Path, out: Path) -> None:
     source, script = scratch / f"{soname}.c", scratch / f"{soname}.map"
     source.write_text("".join(f"int {name}(void) {{ return 1; }}\n" for name in sorted(symbols)))
-    versions: dict[str, list[str]] = {}
+    versions: dict[str, str] = {}
     for name, version in symbols.items():
-        versions.setdefault(version, []).append(name)
+        versions[version] = versions.get(version, "") + f" {name};"
     versions.pop("", None)
-    script.write_text(
-        "".join(f"{v} {{ global: {' '.join(f'{n};' for n in names)} }};\n" for v, names in versions.items())
-    )
+    script.write_text("".join(f"{version} {{ global:{names} }};\n" for version, names in versions.items()))
     flags = [f"-Wl,--version-script={script}"] if versions else []
     _run("gcc", *flags, "-shared", "-fPIC", "-fno-builtin", "-w", f"-Wl,-soname,{soname}", "-o", str(out), str(source))

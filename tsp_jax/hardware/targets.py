@@ -81,11 +81,7 @@ def use_target(target: Target) -> None:
 
 
 def parse_target(text: str, attention_efficiency: float = 0.0) -> Target:
-    """``mi300x:8`` -> Target.
-
-    Args:
-      text: name and number of devices.
-      attention_efficiency: share of the sustained rate that attention kernels reach; 0: the hardware's own shares.
+    """``mi300x:8`` -> Target, with another share of the sustained rate for attention kernels unless that is 0.
 
     Raises:
       ConfigError: the name is unknown, or the number or share is out of range.
@@ -117,30 +113,25 @@ def _package(target: Target, module: str) -> Path:
 
 
 def _gpu_topology(target: Target) -> Any:
-    hosts, rest = divmod(target.num_devices, target.hardware.node_size)
-    shape = f"1x{hosts}x{target.hardware.node_size}" if hosts and not rest else f"1x1x{target.num_devices}"
+    hardware, number = target.hardware, target.num_devices
+    hosts, rest = divmod(number, hardware.node_size)
     if hosts and rest:
-        raise ConfigError(f"target={target} is not whole nodes of 8; use {target.hardware.name}:{(hosts + 1) * 8}")
-    return topologies.get_topology_desc(
-        platform=target.hardware.platform, topology_name="", topology=shape, target_config=target.hardware.description
-    ).devices
+        raise ConfigError(f"target={target} is not whole nodes of 8; use {hardware.name}:{(hosts + 1) * 8}")
+    options = {"topology": f"1x{hosts or 1}x{number // (hosts or 1)}", "target_config": hardware.description}
+    return topologies.get_topology_desc(platform=hardware.platform, topology_name="", **options).devices
 
 
 @functools.cache
 def _rocm(target: Target) -> Any:
-    _register_rocm(target)
+    _register_rocm(_package(target, "jax_plugins.xla_rocm7"), _package(target, "jax_rocm7_plugin"))
     return _gpu_topology(target)
 
 
 @functools.cache
-def _register_rocm_once(plugin: Path, runtime: Path) -> None:
+def _register_rocm(plugin: Path, runtime: Path) -> None:
     library = plugin / "xla_rocm_plugin.so"
     _STANDINS.update(load_rocm_libraries([library, *sorted(runtime.glob("*.so"))], cache_folder()))
     register_rocm_plugin(library)
-
-
-def _register_rocm(target: Target) -> None:
-    _register_rocm_once(_package(target, "jax_plugins.xla_rocm7"), _package(target, "jax_rocm7_plugin"))
 
 
 @functools.cache
@@ -159,10 +150,8 @@ def _tpu(target: Target) -> Any:
     known = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-16", "TPU_WORKER_HOSTNAMES": "localhost"}
     for name, value in (known | {"TPU_LIBRARY_PATH": str(library)}).items():
         os.environ.setdefault(name, value)
-    bounds = {"chips_per_host_bounds": (2, 2, 1)}
-    return topologies.get_topology_desc(
-        platform="tpu", topology_name=TPU_TOPOLOGIES[target.num_devices], **bounds
-    ).devices
+    name, bounds = TPU_TOPOLOGIES[target.num_devices], {"chips_per_host_bounds": (2, 2, 1)}
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds).devices
 
 
 _TOPOLOGIES = {"rocm": _rocm, "cuda": _cuda, "tpu": _tpu}

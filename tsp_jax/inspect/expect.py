@@ -1,25 +1,30 @@
 """Contracts that a compiled program must keep, such as ``no-full-weight,exposed<=0.1,peak<=24GB``."""
 
-import dataclasses
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.program_report import Report
 from tsp_jax.inspect.shapes import leaves
 from tsp_jax.inspect.units import format_bytes, format_seconds
 
-_UNITS = {"": 1.0, "%": 1e-2, "s": 1.0, "ms": 1e-3, "us": 1e-6, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
-_UNITS |= {"kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
-_KINDS = {
-    "bytes": ("", "b", "kb", "mb", "gb", "tb", "kib", "mib", "gib"),
-    "share": ("", "%"),
-    "time": ("s", "ms", "us"),
+_BYTES = {
+    "": 1.0,
+    "b": 1.0,
+    "kb": 1e3,
+    "mb": 1e6,
+    "gb": 1e9,
+    "tb": 1e12,
+    "kib": 2.0**10,
+    "mib": 2.0**20,
+    "gib": 2.0**30,
 }
+_UNITS = {"bytes": _BYTES, "share": {"": 1.0, "%": 1e-2}, "time": {"s": 1.0, "ms": 1e-3, "us": 1e-6}}
+_SHOW = {"bytes": format_bytes, "share": "{:.1%}".format, "time": format_seconds}
 
 
-@dataclasses.dataclass(frozen=True)
-class Quantity:
+class Quantity(NamedTuple):
     """A figure of a report that a contract bounds from above."""
 
     kind: str
@@ -68,8 +73,7 @@ QUANTITIES = {
 ABSENCES = ("no-full-weight", "no-sync-collective")
 
 
-@dataclasses.dataclass(frozen=True)
-class Expectation:
+class Expectation(NamedTuple):
     """One clause: an upper bound, or a name from `ABSENCES`."""
 
     text: str
@@ -93,10 +97,10 @@ def _clause(item: str) -> Expectation:
     known = f"use one of {', '.join(ABSENCES)}, or {', '.join(QUANTITIES)} with <= and a number"
     if not match or match[1] not in QUANTITIES:
         raise ConfigError(f"expect={item} is not understood; {known}")
-    units = _KINDS[QUANTITIES[match[1]].kind]
-    if match[3].lower() not in units:
+    units, unit = _UNITS[QUANTITIES[match[1]].kind], match[3].lower()
+    if unit not in units:
         raise ConfigError(f"expect={item}: unit '{match[3]}' does not fit {match[1]}; use one of {', '.join(units)}")
-    return Expectation(item, match[1], float(match[2]) * _UNITS[match[3].lower()])
+    return Expectation(item, match[1], float(match[2]) * units[unit])
 
 
 def broken(report: Report, expectations: list[Expectation]) -> list[str]:
@@ -108,7 +112,7 @@ def _broken(report: Report, e: Expectation) -> str:
     if e.bound is not None:
         quantity = QUANTITIES[e.name]
         value = quantity.read(report)
-        return "" if value <= e.bound else f"{e.text}: is {_show(value, quantity.kind)}; {quantity.culprit(report)}"
+        return "" if value <= e.bound else f"{e.text}: is {_SHOW[quantity.kind](value)}; {quantity.culprit(report)}"
     found = _full_weight(report) if e.name == "no-full-weight" else _sync_collective(report)
     return f"{e.text}: {found}" if found else ""
 
@@ -122,17 +126,10 @@ def _sync_collective(report: Report) -> str:
 def _full_weight(report: Report) -> str:
     if not report.full_weights:
         raise ConfigError("expect=no-full-weight: the program has no sharded matrix among its arguments; leave it out")
-    for c in report.collectives:
-        if c.op != "all-gather" or "gather_sequence" in c.scope:
-            continue
+    for c in (c for c in report.collectives if c.op == "all-gather" and "gather_sequence" not in c.scope):
         instruction = report.module.computations[c.computation].by_name[c.name]
         whole = max(leaf.size for leaf in leaves(instruction.shape))
         for weight in report.full_weights:
             if whole == weight.elements and weight.scope in c.scope:
                 return f"all-gather {c.name} returns all {whole} elements of a weight; {c.scope}"
     return ""
-
-
-def _show(value: float, kind: str) -> str:
-    """A figure with its unit; see `Quantity.kind`."""
-    return {"bytes": format_bytes, "share": "{:.1%}".format, "time": format_seconds}[kind](value)

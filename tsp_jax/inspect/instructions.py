@@ -31,13 +31,12 @@ class Instruction:
     @property
     def base(self) -> str:
         """The opcode without the -start, -update or -done of an asynchronous instruction."""
-        match = PHASE.fullmatch(self.opcode)
-        return match[1] if match else self.opcode
+        return PHASE.sub(r"\1", self.opcode)
 
     @property
     def phase(self) -> str:
         """start, update or done for a part of an asynchronous instruction, else empty."""
-        match = PHASE.fullmatch(self.opcode)
+        match = PHASE.match(self.opcode)
         return match[2] if match else ""
 
     @property

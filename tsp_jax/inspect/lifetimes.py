@@ -59,14 +59,15 @@ class Walk:
         self._depth = 0
         entry = module.entry
         parameters = sorted((i for i in entry.instructions if i.opcode == "parameter"), key=lambda i: int(i.literal))
-        self.arguments = [[self._new(leaf, i) for leaf in leaves(i.shape)] for i in parameters]
-        results = self._visit(entry, self.arguments)
-        self.resident = {value.root() for values in self.arguments for value in values}
-        for value in (value for values in self.arguments for value in values):
-            value.end = self.now
+        arguments = [[self._new(leaf, i) for leaf in leaves(i.shape)] for i in parameters]
+        results = self._visit(entry, arguments)
+        self.has_backward = any("transpose(" in i.op_name for i in self.moments)
+        self.resident = {value.root() for values in arguments for value in values}
+        for values in arguments:
+            self._read(values, None)
         for output, number, within in module.input_output_alias:
             result = results[_leaf_index(entry.root.shape, output)]
-            self.arguments[number][_leaf_index(parameters[number].shape, within)].unite(result)
+            arguments[number][_leaf_index(parameters[number].shape, within)].unite(result)
 
     @property
     def now(self) -> int:
@@ -114,7 +115,10 @@ class Walk:
             return self._branches(i, operands)
         if i.base in ("call", "async"):
             results = self._visit(self.module.callee(i, "to_apply", "calls"), operands)
-            return self._started(i, flat, results) if i.base == "async" else results
+            if i.base == "call":
+                return results
+            contexts = leaves(i.shape)[len(flat) + len(results) :]
+            return [*flat, *results, *(self._new(leaf, i) for leaf in contexts)]
         return self._made(i, operands, flat)
 
     def _loop(self, i: Instruction, initial: Values) -> Values:
@@ -145,21 +149,15 @@ class Walk:
                 result.unite(value)
         return results
 
-    def _started(self, i: Instruction, operands: Values, results: Values) -> Values:
-        """Values of the start of an asynchronous instruction: (operands, results, contexts)."""
-        rest = leaves(i.shape)[len(operands) + len(results) :]
-        return [*operands, *results, *(self._new(leaf, i) for leaf in rest)]
-
     def _finished(self, computation: Computation, i: Instruction, started: Values) -> Values:
         start = computation.operands(i)[0]
         self._read(started, i)
         count = len(leaves(i.shape))
         if i.phase == "update" or len(started) == count or start.base in POINT_TO_POINT:
             return started[:count]
-        skipped = sum(len(leaves(operand.shape)) for operand in computation.operands(start))
         while start.phase == "update":
             start = computation.operands(start)[0]
-            skipped = sum(len(leaves(operand.shape)) for operand in computation.operands(start))
+        skipped = sum(len(leaves(operand.shape)) for operand in computation.operands(start))
         return started[skipped : skipped + count]
 
     def _made(self, i: Instruction, operands: list[Values], flat: Values) -> Values:
@@ -171,12 +169,10 @@ class Walk:
             own = flat[:1] if i.opcode == "send" else []
             return [*own, *(self._new(leaf, i) for leaf in shapes[len(own) :])]
         if i.phase == "start" and len(shapes) > len(flat):
-            results = [self._new(leaf, i) for leaf in shapes[len(flat) :]]
-            return [*flat, *results]
+            return [*flat, *(self._new(leaf, i) for leaf in shapes[len(flat) :])]
         results = [self._new(leaf, i) for leaf in shapes]
         for output, number, within in parse_aliases(i.attributes.get("output_to_operand_aliasing", "")):
-            operand = operands[number][within[0] if within else 0]
-            operand.unite(results[_leaf_index(i.shape, output)])
+            operands[number][within[0] if within else 0].unite(results[_leaf_index(i.shape, output)])
         one = {number: values[0] for number, values in enumerate(operands) if len(values) == 1}
         places = [(k, n) for k, n in overwritten(self.module, i) if n in one]
         self.in_place += [(self.now, one[n], results[k]) for k, n in places]
@@ -203,20 +199,18 @@ def overwritten(module: Module, i: Instruction) -> list[tuple[int, int]]:
     if i.opcode != "fusion":
         return []
     body = module.callee(i, "calls")
-    pairs = []
-    for k, writer in enumerate(fusion_outputs(body)):
-        if writer.opcode in IN_PLACE:
-            target = _through_bitcasts(body, body.operands(writer)[0])
-            if target.opcode == "parameter":
-                pairs.append((k, int(target.literal)))
-    return pairs
+    writers = [(k, writer) for k, writer in enumerate(fusion_outputs(body)) if writer.opcode in IN_PLACE]
+    targets = [(k, _through_bitcasts(body, body.operands(writer)[0])) for k, writer in writers]
+    return [(k, int(target.literal)) for k, target in targets if target.opcode == "parameter"]
 
 
 def fusion_outputs(body: Computation) -> list[Instruction]:
     """The instructions that make a fusion's results."""
-    root = body.root
-    outputs = body.operands(root) if root.opcode == "tuple" else (root,)
-    return [_through_bitcasts(body, output) for output in outputs]
+    return [_through_bitcasts(body, result) for result in _results(body)]
+
+
+def _results(body: Computation) -> tuple[Instruction, ...]:
+    return body.operands(body.root) if body.root.opcode == "tuple" else (body.root,)
 
 
 def _through_bitcasts(body: Computation, i: Instruction) -> Instruction:
@@ -246,19 +240,17 @@ def _alike(a: Shape, b: Shape) -> bool:
 
 def _reusable_in_fusion(body: Computation) -> list[tuple[int, int]]:
     users: dict[str, list[Instruction]] = {}
+    tuple_root = body.root if body.root.opcode == "tuple" else None
     for i in body.instructions:
-        for name in i.operands:
+        for name in () if i is tuple_root else i.operands:
             users.setdefault(name, []).append(i)
-    outputs = body.operands(body.root) if body.root.opcode == "tuple" else (body.root,)
-    places = {output.name: k for k, output in enumerate(outputs)}
+    places = {output.name: k for k, output in enumerate(_results(body))}
     parameters = [i for i in body.instructions if i.opcode == "parameter"]
-    pairs = [(_only_output(parameter, users, places, body.root), int(parameter.literal)) for parameter in parameters]
+    pairs = [(_only_output(parameter, users, places), int(parameter.literal)) for parameter in parameters]
     return [(k, n) for k, n in pairs if k is not None]
 
 
-def _only_output(
-    parameter: Instruction, users: dict[str, list[Instruction]], places: dict[str, int], root: Instruction
-) -> int | None:
+def _only_output(parameter: Instruction, users: dict[str, list[Instruction]], places: dict[str, int]) -> int | None:
     """The one output that depends on a parameter, if it does so by elementwise operations alone."""
     found, seen, todo = set(), {parameter.name}, [parameter]
     while todo:
@@ -266,8 +258,6 @@ def _only_output(
         if i.name in places:
             found.add(places[i.name])
         for user in users.get(i.name, ()):
-            if user is root and root.opcode == "tuple":
-                continue
             over = user.opcode == "dynamic-update-slice" and user.operands[0] == i.name
             if not over and user.opcode not in ELEMENTWISE and user.opcode != "bitcast":
                 return None

@@ -10,7 +10,7 @@ from tsp_jax.inspect.opcodes import ALIASES, CONTROL_FLOW, POINT_TO_POINT, TUPLE
 from tsp_jax.inspect.shapes import Shape, ShapeTree, leaves
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Buffer:
     """An array that an instruction makes, on one device."""
 
@@ -47,22 +47,11 @@ class Memory:
 def list_buffers(module: Module) -> list[Buffer]:
     """Every array that an instruction outside fusions makes, the arguments of the program included.
 
-    Left out are other names of the same array: tuples and their elements, bitcasts, parameters and results of loops,
-    branches and calls, and the done of an asynchronous instruction. An array of a loop is listed once, whatever the
-    trips. Arrays of the list may share memory or never be alive together, so their sum means nothing. The list serves
-    to show that an array is never made.
+    Other names of the same array are left out, and an array of a loop is listed once. Arrays of the list may share
+    memory or never be alive together, so their sum means nothing. The list serves to show that an array is never made.
     """
     return [
-        Buffer(
-            shape=leaf.dims,
-            dtype=leaf.dtype,
-            bytes=leaf.bytes,
-            memory_space=leaf.memory_space,
-            scope=i.op_name,
-            opcode=i.opcode,
-            name=i.name,
-            computation=computation.name,
-        )
+        Buffer(leaf.dims, leaf.dtype, leaf.bytes, leaf.memory_space, i.op_name, i.opcode, i.name, i.computation)
         for computation, _ in module.executions()
         for i in computation.instructions
         if i.opcode != "parameter" or computation is module.entry
@@ -77,10 +66,7 @@ def largest_buffers(module: Module, n: int = 10) -> list[Buffer]:
 
 
 def compiled_memory(compiled: Any) -> Memory:
-    """Memory of one device, as the compiler reports it.
-
-    Args:
-      compiled: what ``jax.jit(f).lower(...).compile()`` returned.
+    """Memory of one device, as the compiler of ``jax.jit(f).lower(...).compile()`` reports it.
 
     Raises:
       ConfigError: the compiler reports none.

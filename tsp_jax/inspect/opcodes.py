@@ -35,7 +35,7 @@ ELEMENTWISE = frozenset(
     )
 )
 
-PHASE = re.compile(r"(.+)-(start|update|done)")
+PHASE = re.compile(r"^(.+)-(start|update|done)$")
 """the parts of an asynchronous instruction"""
 
 # Targets of custom calls.

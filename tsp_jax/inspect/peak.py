@@ -1,21 +1,19 @@
 """Peak memory of a compiled, scheduled program and the buffers alive at that moment, from its text alone.
 
-Time. The schedule is one sequence: loops, branches and calls stand where they run, the body of a loop once, branches
-one after another. A value lives from the instruction that makes it to the last one that reads it. A value that a
-computation returns lives to the end of that computation, so a loop's state lives as long as the loop. Inside the body
-an element of the state is dead between the last use of its old value and the making of its new one.
+Time. The schedule is one sequence: the body of a loop stands in it once, branches one after another. A value lives
+from the instruction that makes it to the last one that reads it; a value that a computation returns, to the end of that
+computation. Inside a loop's body, an element of the state is dead between the last use of its old value and the making
+of its new one.
 
-Memory. The text is the one after scheduling and copy insertion, as ``compiled.as_text()`` returns it: it has a copy
-where two values of a loop's state would be alive together. Values that XLA must keep in one buffer count once: aliases
-(tuples, their elements, bitcasts, the done of an asynchronous instruction, arguments and results of calls); a loop's
-initial state, parameter, root and result; the result of a conditional and the roots of its branches; donated
-parameters and the outputs that reuse them. Values that XLA may keep in one buffer do so if nothing else lives there
-meanwhile: a dynamic-update-slice or scatter (alone, or at the root of a fusion) writes into its operand; elementwise
-operations and fusions, sorts and all-reduces reuse an operand of equal size that dies there. Parameters live
-throughout, for they belong to the caller; outputs live to the end. Not counted are constants below 1 MiB, scratch
-memory inside kernels, and arrays outside the device's main memory. TPU's tile padding is counted. Fragmentation by the
-allocator is not modelled: arguments + temporaries + outputs - aliased is the same or a little more on GPU and CPU, and
-a fifth more on TPU, whose own `peak_memory_in_bytes` equals the figure of this module.
+Memory. Values that XLA must keep in one buffer count once: aliases (tuples, their elements, bitcasts, the done of an
+asynchronous instruction, arguments and results of calls); a loop's initial state, parameter, root and result; the
+result of a conditional and the roots of its branches; donated parameters and the outputs that reuse them. Values that
+XLA may keep in one buffer do so if nothing else lives there meanwhile: a dynamic-update-slice or scatter (alone, or at
+the root of a fusion) writes into its operand; elementwise operations and fusions, sorts and all-reduces reuse an
+operand of equal size that dies there. Parameters live throughout, outputs to the end. Not counted are constants below
+1 MiB, scratch memory inside kernels, and arrays outside the device's main memory. TPU's tile padding is counted.
+Fragmentation is not modelled: arguments + temporaries + outputs - aliased is the same or a little more on GPU and CPU,
+and a fifth more on TPU, whose own `peak_memory_in_bytes` equals the figure of this module.
 """
 
 import dataclasses
@@ -46,9 +44,8 @@ class LiveBuffer:
     holds: str
     """for a buffer that is filled slice by slice, the scope of the slices; else empty"""
     source: str
-    """file:line of the instruction that makes it, or empty"""
+    """file:line of the instruction that makes it, or empty; `name`, `opcode`, `computation`: of that instruction"""
     name: str
-    """of the instruction that makes it"""
     opcode: str
     computation: str
 
@@ -80,23 +77,18 @@ def find_peak(module: Module) -> Peak:
       before and after the outermost loop that contains the peak.
     transient: everything else, gradients included.
 
-    Args:
-      module: a parsed program.
-
-    Returns:
-      The first moment of most bytes. If several values share a buffer, the one made last gives its name.
+    The first moment of most bytes counts. If several values share a buffer, the one made last gives its name.
     """
     walk = Walk(module)
     groups = _groups(walk)
     slots = _slots(walk, groups)
     moment, total = _highest(slots, walk.now, host=False)
-    kinds = _Kinds(walk, moment)
+    loop = next(((a, b) for a, b in walk.loops if a <= moment <= b), None)
     group_of = {value.root(): group for group in groups for value in group.values}
     found = []
     for slot in slots:
-        alive = [group for group in slot if group.counts(host=False) and group.alive(moment)]
-        if alive:
-            found.append(_describe(walk, max(alive, key=lambda group: group.start), kinds, group_of))
+        if alive := [group for group in slot if group.counts(host=False) and group.alive(moment)]:
+            found.append(_describe(walk, max(alive, key=lambda group: group.start), loop, group_of))
     found.sort(key=lambda buffer: -buffer.bytes)
     now = walk.moments[moment]
     return Peak(
@@ -124,21 +116,17 @@ class _Group:
         self.ignored = constant and self.bytes < _LARGE_CONSTANT
 
     def counts(self, host: bool) -> bool:
-        return self.bytes > 0 and not self.ignored and _in_space(self.shape, host)
+        """Whether the values take memory of the host, or else of the device's main memory.
+
+        Spaces above 0 are TPU's on-chip memories (known by their tiled layouts) or the host's; GPU uses them for kinds
+        of main memory.
+        """
+        in_host, space = self.shape.memory_space == HOST_MEMORY_SPACE, self.shape.memory_space
+        there = in_host if host else not in_host and (space == 0 or ":T(" not in self.shape.layout)
+        return there and self.bytes > 0 and not self.ignored
 
     def alive(self, moment: int) -> bool:
         return any(first <= moment <= last for first, last in self.spans)
-
-
-def _in_space(shape: Shape, host: bool) -> bool:
-    """Whether an array lies in the host's memory, or else in the device's main memory.
-
-    Spaces above 0 are TPU's on-chip memories (known by their tiled layouts) or the host's; GPU uses them for kinds of
-    main memory.
-    """
-    if host or shape.memory_space == HOST_MEMORY_SPACE:
-        return host and shape.memory_space == HOST_MEMORY_SPACE
-    return shape.memory_space == 0 or ":T(" not in shape.layout
 
 
 def _bytes(shape: Shape) -> int:
@@ -234,28 +222,16 @@ def _highest(slots: list[list[_Group]], end: int, *, host: bool) -> tuple[int, i
     return min(moment, end - 1), best
 
 
-class _Kinds:
-    """Classifies groups as state, residual or transient."""
-
-    def __init__(self, walk: Walk, moment: int):
-        self.module = walk.module
-        self.has_backward = any("transpose(" in i.op_name for i in walk.moments)
-        self.loop = next(((a, b) for a, b in walk.loops if a <= moment <= b), None)
-
-    def of(self, group: _Group) -> str:
-        if group.resident:
-            return "state"
-        if not self.has_backward:
-            carried = self.loop and group.start < self.loop[0] and group.end > self.loop[1]
-            return "residual" if carried else "transient"
-        readers = [reader for value in group.values for reader in value.readers]
-        forward = any(self._phase(maker) == "forward" for maker in group.makers)
-        backward = any(self._phase(reader) == "backward" for reader in readers)
-        return "residual" if forward and backward else "transient"
-
-    def _phase(self, i: Instruction) -> str:
-        scope = _label(self.module, i)[0]
-        return "backward" if "transpose(" in scope else "forward" if "jvp(" in scope else ""
+def _kind(walk: Walk, group: _Group, loop: tuple[int, int] | None) -> str:
+    """state, residual or transient, from the outermost loop that contains the peak."""
+    if group.resident:
+        return "state"
+    if not walk.has_backward:
+        return "residual" if loop and group.start < loop[0] and group.end > loop[1] else "transient"
+    made = [_label(walk.module, maker)[0] for maker in group.makers]
+    read = [_label(walk.module, reader)[0] for value in group.values for reader in value.readers]
+    forward = any("jvp(" in scope and "transpose(" not in scope for scope in made)
+    return "residual" if forward and any("transpose(" in scope for scope in read) else "transient"
 
 
 def _label(module: Module, i: Instruction) -> tuple[str, str]:
@@ -273,23 +249,16 @@ def _label(module: Module, i: Instruction) -> tuple[str, str]:
     return named.op_name, f"{named.source_file}:{named.source_line}" if named.source_file else ""
 
 
-def _describe(walk: Walk, group: _Group, kinds: _Kinds, group_of: dict[Value, _Group]) -> LiveBuffer:
+def _describe(walk: Walk, group: _Group, loop: tuple[int, int] | None, group_of: dict[Value, _Group]) -> LiveBuffer:
     module = walk.module
     maker = _naming_maker(module, group)
     scope, source = _label(module, maker)
     part = walk.written.get((maker.computation, maker.name)) if overwritten(module, maker) else None
     return LiveBuffer(
-        bytes=group.bytes,
-        shape=group.shape.dims,
-        dtype=group.shape.dtype,
-        kind=kinds.of(group),
-        scope=scope,
-        holds=_label(module, _naming_maker(module, group_of[part.root()]))[0] if part else "",
-        source=source,
-        name=maker.name,
-        opcode=maker.opcode,
-        computation=maker.computation,
-    )
+        bytes=group.bytes, shape=group.shape.dims, dtype=group.shape.dtype, kind=_kind(walk, group, loop), scope=scope,
+        holds=_label(module, _naming_maker(module, group_of[part.root()]))[0] if part else "", source=source,
+        name=maker.name, opcode=maker.opcode, computation=maker.computation,
+    )  # fmt: skip
 
 
 def _naming_maker(module: Module, group: _Group) -> Instruction:
@@ -305,10 +274,6 @@ def _naming_maker(module: Module, group: _Group) -> Instruction:
         if overwritten(module, maker):
             return 1
         outputs = fusion_outputs(module.callee(maker, "calls")) if maker.opcode == "fusion" else [maker]
-        return 3 if all(map(_fills, outputs)) else 2
+        return 3 if all(i.opcode in FILLERS or ALLOCATE in i.custom_call_target for i in outputs) else 2
 
     return min(group.makers, key=rank)
-
-
-def _fills(i: Instruction) -> bool:
-    return i.opcode in FILLERS or ALLOCATE in i.custom_call_target

@@ -170,5 +170,4 @@ def _hardware(target: str | Hardware | None, mesh: Any) -> Hardware | None:
         return None
     device = mesh.devices.flat[0]
     kind = f"{device.platform} {device.device_kind}".lower()
-    fits = (h for name, h in HARDWARE.items() if name in kind or device.device_kind == h.topology_kind)
-    return next(fits, None)
+    return next((h for h in HARDWARE.values() if h.name in kind or device.device_kind == h.topology_kind), None)

@@ -38,7 +38,6 @@ class _Pending(NamedTuple):
     key: str
     base: str
     """opcode without phase"""
-    queue: Queue
     task: str
     end: float
 
@@ -86,7 +85,7 @@ class Simulation:
         self.now[step.queue] = begin + step.seconds
         self._note(step.queue, begin, step.seconds, self.schedule.tasks[step.task])
         self.executions[step.task] += 1
-        self.pending.append(_Pending(step.key, step.instruction.base, step.queue, step.task, self.now[step.queue]))
+        self.pending.append(_Pending(step.key, step.instruction.base, step.task, self.now[step.queue]))
         if step.kind == "block":
             self._stall(self.pending[-1])
 

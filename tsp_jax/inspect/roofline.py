@@ -42,14 +42,11 @@ class Costs:
     def __init__(self, module: Module, *, on_chip: bool = False, efficiency: Mapping[str, float] | None = None):
         """Makes a table that fills as instructions are asked for.
 
-        Args:
-          module: a parsed program.
-          on_chip: memory spaces other than 0 are on-chip memory, as on TPU, and no main memory.
-          efficiency: kind of `DeclaredFlops` -> share of the sustained rate that its kernels reach; default 1.
+        `on_chip`: memory spaces other than 0 are on-chip memory, as on TPU, and no main memory. `efficiency`: kind of
+        `DeclaredFlops` -> share of the sustained rate that its kernels reach; default 1.
         """
         self.module, self._on_chip, self._efficiency = module, on_chip, efficiency or {}
         self._known: dict[str, Cost] = {}
-        self._inner: dict[str, Cost] = {}
 
     def of(self, i: Instruction) -> Cost:
         """Cost of one execution. Fusions, calls and async wrappers include what they call; loops, branches cost 0."""
@@ -65,28 +62,22 @@ class Costs:
             inner = [each for c in self.module.called(i, "to_apply", "calls") for each in c.instructions]
             return sum(map(self.of, inner), Cost())
         computation = self.module.computations[i.computation]
-        if i.base == "fusion":
-            callee = self.module.callee(i, "calls")
-            return self._fusion_traffic(computation, i, callee) + self._inside(callee)
-        return self._traffic(_plain_traffic(computation, i)) + self._products(computation, i)
-
-    def _inside(self, computation: Computation) -> Cost:
-        """Matrix products of all instructions of a fusion's body."""
-        if computation.name not in self._inner:
-            parts = (self._products(computation, i) for i in computation.instructions)
-            self._inner[computation.name] = sum(parts, Cost())
-        return self._inner[computation.name]
+        traffic = self._fusion_traffic(computation, i) if i.base == "fusion" else _plain_traffic(computation, i)
+        return self._traffic(traffic) + self._products(computation, i)
 
     def _products(self, computation: Computation, i: Instruction) -> Cost:
-        """Matrix products of one instruction."""
-        if i.opcode == "fusion":
-            return sum(map(self._inside, self.module.called(i, "calls")), Cost())
+        """Matrix products of one instruction, or of all in a fusion's body."""
+        if i.base == "fusion":
+            body = self.module.callee(i, "calls")
+            return sum((self._products(body, inner) for inner in body.instructions), Cost())
         if declared := declared_flops(i):
-            return Cost(flops=declared.flops, work=declared.flops / self._efficiency.get(declared.kind, 1.0))
-        number = product_flops(computation, i)
-        return Cost(flops=number, work=number)
+            return Cost(declared.flops, declared.flops / self._efficiency.get(declared.kind, 1.0))
+        flops = product_flops(computation, i)
+        return Cost(flops, flops)
 
-    def _fusion_traffic(self, computation: Computation, i: Instruction, callee: Computation) -> Cost:
+    def _fusion_traffic(self, computation: Computation, i: Instruction) -> list[tuple[Shape, float]]:
+        """(array, bytes read or written) for each array of a fusion."""
+        callee = self.module.callee(i, "calls")
         written, updated = _written(self.module, callee, callee.root)
         results = _results(i)
         if len(results) != len(written):  # the root is no tuple of arrays
@@ -98,16 +89,15 @@ class Costs:
             seen[name] = min(1.0, seen.get(name, 0.0) + share)
         for operand in computation.operands(i):
             traffic += [(leaf, leaf.bytes * seen.pop(operand.name, 0.0)) for leaf in leaves(operand.shape)]
-        return self._traffic(traffic)
+        return traffic
 
     def _traffic(self, traffic: Iterable[tuple[Shape, float]]) -> Cost:
         """Sums (array, bytes) by the memory in which the array lies."""
         main = host = 0.0
         for shape, size in traffic:
-            space = shape.memory_space
-            if space == HOST_MEMORY_SPACE:
+            if shape.memory_space == HOST_MEMORY_SPACE:
                 host += size
-            elif space == 0 or not self._on_chip:
+            elif shape.memory_space == 0 or not self._on_chip:
                 main += size
         return Cost(bytes=main, host_bytes=host)
 
@@ -115,12 +105,11 @@ class Costs:
 def _plain_traffic(computation: Computation, i: Instruction) -> list[tuple[Shape, float]]:
     """(array, bytes read or written) for each array of an instruction outside fusions."""
     operands = computation.operands(i)
-    results = leaves(i.shape)
     arrays = [leaves(operand.shape) for operand in operands]
-    if i.opcode == "custom-call" and _is_silent(i):
+    if _is_silent(i):
         return []
     if i.base in POINT_TO_POINT and i.phase == "start":  # (destination, source, context)
-        return [(shape, shape.bytes) for shape in results[:2]]
+        return [(shape, shape.bytes) for shape in leaves(i.shape)[:2]]
     made = [(shape, float(shape.bytes)) for shape in _results(i)]
     if i.base in SLICES and arrays:
         return made + [(arrays[0][0], made[0][1])] + [(s, s.bytes) for some in arrays[1:] for s in some]
@@ -165,8 +154,7 @@ def _written(module: Module, computation: Computation, i: Instruction) -> tuple[
         parts = [_written(module, computation, operand) for operand in computation.operands(i)]
         return [size for sizes, _ in parts for size in sizes], {name for _, names in parts for name in names}
     if i.opcode == "fusion":
-        callee = module.callee(i, "calls")
-        return _written(module, callee, callee.root)
+        return _written(module, callee := module.callee(i, "calls"), callee.root)
     if i.opcode == "parameter" or is_collective(i) or _is_silent(i):
         return [0.0] * len(leaves(i.shape)), set()
     size, names, place = 0.0, set(), i
@@ -190,8 +178,7 @@ def _read_shares(module: Module, computation: Computation, updated: set[str]) ->
     for i in reversed(computation.instructions):
         share = min(1.0, needed.get(i.name, 0.0))
         if i.opcode == "parameter":
-            unchanged = i.name == computation.root.name
-            parameters[int(i.literal)] = 0.0 if unchanged else share
+            parameters[int(i.literal)] = 0.0 if i is computation.root else share
             continue
         for name, part in zip(i.operands, _operand_shares(module, computation, i, updated), strict=True):
             through = i.opcode == "tuple" and computation.by_name[name].opcode == "parameter"

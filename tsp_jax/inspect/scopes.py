@@ -24,23 +24,20 @@ class DeclaredFlops(NamedTuple):
     flops: float
 
 
-def readable_scope(op_name: str, callers: Sequence[str] = (), depth: int = 4) -> str:
+def readable_scope(op_name: str, callers: Sequence[str] = ()) -> str:
     """``jit(f)/transpose(jvp())/while/body/tsp/mlp/gather/all_gather`` -> ``backward tsp/mlp/gather``.
 
     The label starts with the pass: forward, backward, or recompute (rematerialization for the backward pass); programs
     without differentiation have no such word. The primitive, transformations and control flow are left out. Where the
     compiler merged several instructions, the first one's name counts.
 
-    Args:
-      op_name: of the instruction.
-      callers: op_names of the loops around it, innermost first. A function that is called twice has the names of only
-        one call, so the outermost loop tells the pass most reliably.
-      depth: number of names kept.
+    `callers` are the op_names of the loops around it, innermost first. A function that is called twice has the names of
+    only one call, so the outermost loop tells the pass most reliably.
     """
     *parts, _ = re.sub(r"\(([^():]*):.*", r"\1", op_name.partition(";")[0]).split("/")
     names = [part for part in parts if not _ADDED_BY_JAX.fullmatch(part)]
     start = names.index("tsp") if "tsp" in names else 0
-    return _pass(op_name, callers) + ("/".join(names[start : start + depth]) or "other")
+    return _pass(op_name, callers) + ("/".join(names[start : start + 4]) or "other")
 
 
 def _pass(op_name: str, callers: Sequence[str]) -> str:
@@ -56,8 +53,7 @@ def _pass(op_name: str, callers: Sequence[str]) -> str:
 def declared_trips(loop: Instruction) -> float | None:
     """Mean trips that a program declares for a loop whose length depends on data; None if it declares none.
 
-    A program declares them with a named scope directly around the loop, ``with jax.named_scope("mean_trips[64.5]")``.
-    Scopes further out belong to other loops.
+    It does so with a named scope directly around the loop, ``with jax.named_scope("mean_trips[64.5]")``.
     """
     found = _DECLARED_TRIPS.search(loop.op_name)
     try:
@@ -69,8 +65,7 @@ def declared_trips(loop: Instruction) -> float | None:
 def declared_flops(i: Instruction) -> DeclaredFlops | None:
     """Operations that a program declares for a kernel whose text does not show them; None if it declares none.
 
-    A program declares them with a named scope directly around the kernel,
-    ``with jax.named_scope("mean_flops[some_kind=1.5e12]")``.
+    It does so with a named scope directly around the kernel, ``with jax.named_scope("mean_flops[some_kind=1.5e12]")``.
     """
     found = _DECLARED_FLOPS.search(i.op_name) if i.opcode == "custom-call" else None
     if not found:

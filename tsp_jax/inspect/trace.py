@@ -42,7 +42,7 @@ def _trace_events(timeline: Timeline) -> Iterator[dict[str, Any]]:
     for number, event in enumerate(timeline.events):
         begin, end = _microseconds(event.start_s), _microseconds(event.start_s + event.seconds)
         slice_ = {"ph": "X", "pid": 0, "tid": _THREADS[event.track], "ts": begin, "dur": round(end - begin, 3)}
-        yield slice_ | {"name": _name(event)} | ({"args": _details(event.task)} if event.task else {})
+        yield slice_ | ({"name": event.name} if event.task is None else _description(event.task, event.exposed))
         if event.track != "compute":
             in_flight[event.name] = event
         elif event.exposed and event.name in in_flight:
@@ -54,15 +54,10 @@ def _microseconds(seconds: float) -> float:
     return round(seconds * 1e6, 3)
 
 
-def _name(event: Event) -> str:
-    if event.task is None:
-        return event.name
-    return f"{'exposed: ' if event.exposed else ''}{event.task.label} ({event.task.op})"
-
-
-def _details(task: Task) -> dict[str, Any]:
+def _description(task: Task, exposed: bool) -> dict[str, Any]:
     sizes = {"bytes": task.bytes, "flops": task.flops}
-    return {"instruction": task.name, "op": task.op, "scope": task.scope} | sizes
+    details = {"instruction": task.name, "op": task.op, "scope": task.scope} | sizes
+    return {"name": f"{'exposed: ' if exposed else ''}{task.label} ({task.op})", "args": details}
 
 
 def _arrow(number: int, source: Event, target: Event) -> Iterator[dict[str, Any]]:

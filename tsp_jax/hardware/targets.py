@@ -23,7 +23,6 @@ from tsp_jax.hardware.rocm_standins import load_rocm_libraries
 
 _STANDINS: set[str] = set()
 """ROCm libraries that stand-ins replace in this process"""
-EXTRAS = {"rocm": "aot-rocm", "cuda": "aot-cuda", "tpu": "aot-tpu"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +106,8 @@ def _package(target: Target, module: str) -> Path:
     except ModuleNotFoundError:  # of a parent
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        extra = EXTRAS[target.hardware.platform]
-        raise ConfigError(f"target={target}: its compiler is not installed; {install_hint(extra)}")
+        hint = install_hint(f"aot-{target.hardware.platform}")
+        raise ConfigError(f"target={target}: its compiler is not installed; {hint}")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

@@ -65,15 +65,12 @@ class Total:
 def list_collectives(
     module: Module, mesh_axes: Mapping[str, int] | None = None, *, unknown_trips: Trips = 1
 ) -> list[Collective]:
-    """Every collective that runs, callers before callees, in schedule order within a computation.
+    """Every collective instruction that runs, callers before callees, in schedule order within a computation.
 
     Args:
       module: a parsed program.
       mesh_axes: axis name -> size, major to minor in the order of the devices. None: every axis is ?.
       unknown_trips: trips of data-dependent loops that declare none; see `Module.executions`.
-
-    Returns:
-      One entry for each instruction. Every branch of a conditional counts as taken.
 
     Raises:
       ConfigError: the product of the axis sizes is not the program's number of devices.
@@ -143,18 +140,13 @@ def _collective(
         axis, size = axis_of_groups(groups, mesh_axes), max(map(len, groups), default=1)
     reduction = [each.op_name for c in module.called(i, "to_apply") for each in c.instructions]
     return Collective(
-        op=op,
-        axis=axis,
-        group_size=size,
+        op=op, axis=axis, group_size=size, count=times, name=i.name, computation=i.computation,
         scope=next(filter(None, [i.op_name, *reduction, wrapper.op_name if wrapper else ""]), ""),
-        count=times,
         bytes=_received(op, sum(leaf.bytes for leaf in payload), size),
         elements=_received(op, sum(leaf.size for leaf in payload), size),
         dtype=payload[0].dtype if payload else "",
         is_async=_is_async(computation, i, wrapper),
-        name=i.name,
-        computation=i.computation,
-    )
+    )  # fmt: skip
 
 
 def _has_custom_call(computation: Computation, target: str) -> bool:

@@ -9,17 +9,8 @@ from tsp_jax.inspect.program_report import Report
 from tsp_jax.inspect.shapes import leaves
 from tsp_jax.inspect.units import format_bytes, format_seconds
 
-_BYTES = {
-    "": 1.0,
-    "b": 1.0,
-    "kb": 1e3,
-    "mb": 1e6,
-    "gb": 1e9,
-    "tb": 1e12,
-    "kib": 2.0**10,
-    "mib": 2.0**20,
-    "gib": 2.0**30,
-}
+_BYTES = {"": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+_BYTES |= {"kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
 _UNITS = {"bytes": _BYTES, "share": {"": 1.0, "%": 1e-2}, "time": {"s": 1.0, "ms": 1e-3, "us": 1e-6}}
 _SHOW = {"bytes": format_bytes, "share": "{:.1%}".format, "time": format_seconds}
 

@@ -106,8 +106,7 @@ class Module:
     def walk(self, unknown_trips: Trips = 1, *, fusions: bool = False) -> Iterator[tuple[Instruction, float]]:
         """Every instruction that runs, and how often; see `executions`."""
         for computation, times in self.executions(unknown_trips, fusions=fusions):
-            for instruction in computation.instructions:
-                yield instruction, times
+            yield from ((i, times) for i in computation.instructions)
 
     def _calls(self, computation: Computation, unknown_trips: Trips, fusions: bool) -> list[tuple[str, float]]:
         """(name, times) of what one execution of a computation calls."""
@@ -180,8 +179,7 @@ def _scalar(module: Module, computation: Computation, i: Instruction, known: _Kn
     if i.opcode in SCALAR_FORWARDING and operands:
         return _scalar(module, computation, operands[0], known)
     if i.opcode in ("add", "subtract") and len(operands) == 2:
-        left, right = (_scalar(module, computation, o, known) for o in operands)
-        return _sum(i.opcode, left, right)
+        return _sum(i.opcode, *(_scalar(module, computation, o, known) for o in operands))
     if i.opcode in ("fusion", "call"):
         body = module.callee(i, "calls", "to_apply")
         return _scalar(module, body, body.root, _arguments(module, computation, i, known))

@@ -44,13 +44,10 @@ def parse(text: str | None) -> Module:
     if entry is None:
         raise _incomplete("the module: it has no ENTRY computation")
     return Module(
-        name=header[0].lstrip("%"),
-        entry=entry,
-        computations=computations,
-        num_partitions=int(attributes.get("num_partitions", 1)),
-        replica_count=int(attributes.get("replica_count", 1)),
+        name=header[0].lstrip("%"), entry=entry, computations=computations,
+        num_partitions=int(attributes.get("num_partitions", 1)), replica_count=int(attributes.get("replica_count", 1)),
         input_output_alias=parse_aliases(attributes.get("input_output_alias", "")),
-    )
+    )  # fmt: skip
 
 
 def _computations(text: str, pos: int) -> tuple[dict[str, Computation], Computation | None]:
@@ -103,19 +100,11 @@ def _instruction(text: str, match: re.Match, computation: str, sources: Sources)
     literal = opcode[1] in _WITHOUT_OPERANDS
     op_name, file, line = _metadata(attributes.get("metadata", ""), sources)
     instruction = Instruction(
-        name=match[2],
-        opcode=opcode[1],
-        shape=shape,
+        name=match[2], opcode=opcode[1], shape=shape, literal=", ".join(inner) if literal else "",
         operands=() if literal else tuple(_NAME.findall(part)[-1] for part in inner if _NAME.search(part)),
-        literal=", ".join(inner) if literal else "",
-        called=_called(attributes),
-        attributes=attributes,
-        op_name=op_name,
-        source_file=file,
-        source_line=line,
-        computation=computation,
-        is_root=bool(match[1]),
-    )
+        called=_called(attributes), attributes=attributes, op_name=op_name, source_file=file, source_line=line,
+        computation=computation, is_root=bool(match[1]),
+    )  # fmt: skip
     return instruction, pos
 
 

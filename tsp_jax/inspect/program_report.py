@@ -91,14 +91,9 @@ class Report:
 
 
 def report(
-    program: Any,
-    *,
-    target: str | Hardware | None = None,
-    mesh_axes: Mapping[str, int] | None = None,
-    full_weights: Sequence[FullWeight] | None = None,
-    unknown_trips: Trips = 1,
-    record: bool = False,
-) -> Report:
+    program: Any, *, target: str | Hardware | None = None, mesh_axes: Mapping[str, int] | None = None,
+    full_weights: Sequence[FullWeight] | None = None, unknown_trips: Trips = 1, record: bool = False,
+) -> Report:  # fmt: skip
     """Reports the memory, communication and simulated timeline of a compiled program.
 
     Args:
@@ -117,22 +112,18 @@ def report(
         program = program.compile()
     is_text = isinstance(program, str)
     module = parse(program if is_text else program.as_text())
-    mesh = None if is_text else _mesh_of(program)
+    meshes = [] if is_text else [sharding.mesh for _, sharding in _arguments(program) if hasattr(sharding, "mesh")]
+    mesh = max(meshes, key=lambda mesh: mesh.size, default=None)
     axes = dict(mesh_axes) if mesh_axes else dict(mesh.shape) if mesh is not None else None
     hardware = _hardware(target, mesh)
     timeline = simulate(module, hardware, unknown_trips=unknown_trips, record=record) if hardware else None
     if full_weights is None:
         full_weights = () if is_text else _sharded_matrices(program)
     return Report(
-        module=module,
-        mesh=axes,
-        memory=None if is_text else compiled_memory(program),
-        peak=find_peak(module),
+        module=module, mesh=axes, memory=None if is_text else compiled_memory(program), peak=find_peak(module),
         collectives=list_collectives(module, axes, unknown_trips=unknown_trips),
-        timeline=timeline,
-        hardware=hardware,
-        full_weights=tuple(full_weights),
-    )
+        timeline=timeline, hardware=hardware, full_weights=tuple(full_weights),
+    )  # fmt: skip
 
 
 def _arguments(compiled: Any) -> list[tuple[Any, Any]]:
@@ -141,12 +132,6 @@ def _arguments(compiled: Any) -> list[tuple[Any, Any]]:
 
     avals, shardings = jax.tree.leaves(compiled.in_avals), jax.tree.leaves(compiled.input_shardings)
     return list(zip(avals, shardings, strict=False)) if len(avals) == len(shardings) else []
-
-
-def _mesh_of(compiled: Any) -> Any:
-    """The largest mesh among those of the arguments."""
-    meshes = [sharding.mesh for _, sharding in _arguments(compiled) if hasattr(sharding, "mesh")]
-    return max(meshes, key=lambda mesh: mesh.size, default=None)
 
 
 def _sharded_matrices(compiled: Any) -> tuple[FullWeight, ...]:

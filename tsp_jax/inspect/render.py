@@ -93,12 +93,10 @@ def _timeline(report: Report) -> Table:
     assert t is not None
     table = _table("Time of a step, simulated", "part", ">time", ">share of the step")
     rows = {
-        "step": t.step_s,
-        "computation": t.compute_s,
-        "communication": t.comm_s,
+        "step": t.step_s, "computation": t.compute_s, "communication": t.comm_s,
         f"exposed communication ({report.exposed_fraction:.0%} of communication)": t.exposed_comm_s,
         f"matrix products alone ({t.flops / 1e15:.1f} PFLOP)": t.matmul_s,
-    }
+    }  # fmt: skip
     if t.host_s:
         rows |= {"copies to and from the host": t.host_s, "exposed copies to and from the host": t.exposed_host_s}
     for name, value in rows.items():

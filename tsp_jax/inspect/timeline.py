@@ -99,19 +99,12 @@ def simulate(module: Module, hardware: Hardware, *, unknown_trips: Trips = 1, re
     compute, links, host = (_totals(schedule, simulation, queue) for queue in ("compute", "links", "host"))
     flops = sum(total.count * total.task.flops for total in compute)
     return Timeline(
-        step_s=simulation.now["compute"],
-        compute_s=sum(total.seconds for total in compute),
-        comm_s=sum(total.seconds for total in links),
-        exposed_comm_s=sum(total.exposed_s for total in links),
-        host_s=sum(total.seconds for total in host),
-        exposed_host_s=sum(total.exposed_s for total in host),
-        flops=flops,
-        matmul_s=flops / hardware.sustained_flops,
-        kernels=compute,
-        collectives=links,
-        assumptions=_assumptions(module, hardware, unknown_trips, compute),
-        events=tuple(simulation.events),
-    )
+        step_s=simulation.now["compute"], compute_s=sum(total.seconds for total in compute),
+        comm_s=sum(total.seconds for total in links), exposed_comm_s=sum(total.exposed_s for total in links),
+        host_s=sum(total.seconds for total in host), exposed_host_s=sum(total.exposed_s for total in host),
+        flops=flops, matmul_s=flops / hardware.sustained_flops, kernels=compute, collectives=links,
+        assumptions=_assumptions(module, hardware, unknown_trips, compute), events=tuple(simulation.events),
+    )  # fmt: skip
 
 
 def _totals(schedule: Schedule, simulation: Simulation, queue: Queue) -> tuple[TaskTotal, ...]:
@@ -142,9 +135,8 @@ def _loop_assumptions(module: Module, unknown_trips: Trips) -> list[str]:
     unknown = [loop.name for loop in loops if declared_trips(loop) is None]
     lines = []
     if declared:
-        lines += [
-            f"data-dependent loops run the mean number of trips that they declare: {', '.join(map(str, declared))}"
-        ]
+        numbers = ", ".join(map(str, declared))
+        lines.append(f"data-dependent loops run the mean number of trips that they declare: {numbers}")
     if unknown:
         times = "as often as the caller says" if callable(unknown_trips) else f"{unknown_trips:g} times"
         lines.append(f"data-dependent loops that declare no trips run {times}: {', '.join(unknown)}")
@@ -159,10 +151,9 @@ def _kernel_assumptions(module: Module, hardware: Hardware, kernels: Iterable[Ta
     lines = []
     if kinds:
         shares = ", ".join(f"{kind} {hardware.efficiency.get(kind, 1.0):g}" for kind in kinds)
-        rule = (
-            "kernels that declare their matrix products read each array once and reach these shares of the rate above"
-        )
-        lines += [f"{rule}: {shares}", f"source of these shares: {hardware.attention_source}"]
+        rule = "read each array once and reach these shares of the rate above"
+        lines.append(f"kernels that declare their matrix products {rule}: {shares}")
+        lines.append(f"source of these shares: {hardware.attention_source}")
     if opaque:
         lines.append(f"other custom kernels count by their memory traffic alone: {', '.join(opaque)}")
     return lines

@@ -20,6 +20,8 @@ SIZES = {
     "d_ff": "intermediate_size",
 }
 """field of ModelConfig -> key of config.json that every folder has"""
+LLAMA3_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
+LLAMA3_CONTEXT = "original_max_position_embeddings"
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 """keys of config.json without a field in ModelConfig, which an export copies from the source folder"""
 
@@ -48,11 +50,7 @@ class _Json:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a file that holds a JSON object.
-
-    Raises:
-      ConfigError: the file is missing or broken.
-    """
+    """Reads a file that holds a JSON object; raises ConfigError if it is missing or broken."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -65,11 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """Reads the `config.json` of a Hugging Face folder.
-
-    Raises:
-      ConfigError: the file is missing or broken, or the model is not supported.
-    """
+    """Reads `config.json`; raises ConfigError if it is missing or broken, or the model is not supported."""
     path = Path(folder) / "config.json"
     source = _Json(path, read_json(path))
     architecture = _architecture(source)
@@ -142,13 +136,8 @@ def _rope_scaling(rope: _Json) -> RopeScaling:
     if kind == "linear":
         return RopeScaling(kind="linear", factor=rope.number("factor", float))
     if kind == "llama3":
-        return RopeScaling(
-            kind="llama3",
-            factor=rope.number("factor", float),
-            low_freq_factor=rope.number("low_freq_factor", float),
-            high_freq_factor=rope.number("high_freq_factor", float),
-            original_context=rope.number("original_max_position_embeddings", int),
-        )
+        factors = {key: rope.number(key, float) for key in LLAMA3_FACTORS}
+        return RopeScaling(kind="llama3", original_context=rope.number(LLAMA3_CONTEXT, int), **factors)
     known = ", ".join(("default", *get_args(RopeKind)[1:]))
     raise ConfigError(f"{rope.path}: rope_type={json.dumps(kind)} is not supported; use {known}")
 
@@ -186,10 +175,5 @@ def _rope_json(scaling: RopeScaling) -> dict[str, Any] | None:
         return None
     if scaling.kind == "linear":
         return {"rope_type": "linear", "factor": scaling.factor}
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_context,
-    }
+    factors = {key: getattr(scaling, key) for key in LLAMA3_FACTORS}
+    return {"rope_type": "llama3", **factors, LLAMA3_CONTEXT: scaling.original_context}

@@ -4,7 +4,7 @@ import contextlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,9 @@ class Tensors:
                 raise ConfigError(f"{path} lacks tensor {name}, which {INDEX} places in it; use a complete folder")
 
     def check(self, shapes: Mapping[str, Shape], ignored: Callable[[str], bool]) -> None:
-        """Checks names, shapes and dtypes of all tensors.
+        """Checks that the folder has these tensors, in these shapes and a float dtype, and no others.
 
-        Args:
-          shapes: the tensors that the model needs.
-          ignored: whether another tensor of this name is allowed.
-
-        Raises:
-          ConfigError: a tensor is missing, has another shape or no float dtype, or is not allowed.
+        Raises ConfigError if it does not; `ignored` tells whether another tensor of a name is allowed.
         """
         for name, shape in shapes.items():
             if name not in self.paths:
@@ -130,12 +125,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 def split_files(nbytes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
     """Distributes tensors, in order, over files of at most `max_bytes`; a larger tensor gets a file of its own.
 
-    Args:
-      nbytes: name of each tensor -> its size.
-      max_bytes: largest size of a file.
-
-    Returns:
-      For each file the names of its tensors.
+    `nbytes` has each tensor's size. Returns the names of the tensors of each file.
     """
     files: list[list[str]] = [[]]
     free_bytes = max_bytes
@@ -149,20 +139,14 @@ def split_files(nbytes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
 
 
 def write_tensors(
-    folder: Path | None,
-    nbytes: Mapping[str, int],
-    tensors: Iterable[tuple[str, np.ndarray]],
-    max_bytes: int = MAX_FILE_BYTES,
+    folder: Path | None, nbytes: Mapping[str, int], tensors: Iterator[tuple[str, np.ndarray]], max_bytes: int
 ) -> None:
-    """Writes safetensors files, with an index if there are several. The host holds the tensors of one file at a time.
+    """Writes (name, array) pairs as safetensors files, with an index if there are several.
 
-    Args:
-      folder: an empty folder; None: iterates over `tensors` and writes nothing (for all processes but the first).
-      nbytes: name of each tensor -> its size, in the order of `tensors`.
-      tensors: (name, array).
-      max_bytes: largest size of a file.
+    The host holds the tensors of one file at a time. `nbytes` has their sizes, in the same order. Without a folder, as
+    on all processes but the first, it iterates over `tensors` and writes nothing.
     """
-    files, tensors = split_files(nbytes, max_bytes), iter(tensors)
+    files = split_files(nbytes, max_bytes)
     weight_map = {}
     for number, names in enumerate(files, start=1):
         file = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"

@@ -13,7 +13,7 @@ import numpy as np
 from tsp_jax.config import ModelConfig
 from tsp_jax.errors import ConfigError, install_hint
 from tsp_jax.hf.config import config_json
-from tsp_jax.hf.files import new_folder, write_json, write_tensors
+from tsp_jax.hf.files import MAX_FILE_BYTES, new_folder, write_json, write_tensors
 
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -67,7 +67,8 @@ def convert_gguf(path: str | Path, folder: str | Path) -> ModelConfig:
 
     special = _special_ids(fields)
     with new_folder(folder) as partial:
-        write_tensors(partial, {name: int(tensor.n_elements) * 4 for name, tensor in tensors.items()}, values())
+        nbytes = {name: int(tensor.n_elements) * 4 for name, tensor in tensors.items()}
+        write_tensors(partial, nbytes, values(), MAX_FILE_BYTES)
         carried = {**special, "max_position_embeddings": fields["llama.context_length"]}
         write_json(partial / "config.json", config_json(config, "float32", carried))
         write_json(partial / "generation_config.json", special)

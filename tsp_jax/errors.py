@@ -1,5 +1,8 @@
 """Errors that end a command in one line, exit codes (docs/reliability.md), and what replaces removed settings."""
 
+import importlib
+from typing import Any
+
 REFUSED = 2
 """wrong input"""
 PREEMPTED = 75
@@ -48,6 +51,14 @@ def removal(setting: str, *, flag: bool = False) -> str | None:
         replacement = f"--{replacement.replace('_', '-')}" if "." in replacement else replacement
     advice = f"use {replacement}" if replacement else "leave it out"
     return f"{field}{equals}{value} was removed; {advice}" + (f": {explanation}" if explanation else "")
+
+
+def import_optional(module: str, extra: str) -> Any:
+    """Imports a module of an optional dependency; raises ConfigError if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise ConfigError(f"{module.partition('.')[0]} is not installed; {install_hint(extra)}") from None
 
 
 def install_hint(extra: str) -> str:

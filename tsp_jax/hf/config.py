@@ -13,12 +13,9 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM")
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
 """activation in config.json -> ModelConfig.activation, whose gelu is the tanh approximation"""
 SIZES = {
-    "vocab_size": "vocab_size",
-    "d_model": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "d_ff": "intermediate_size",
-}
+    "vocab_size": "vocab_size", "d_model": "hidden_size", "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads", "d_ff": "intermediate_size",
+}  # fmt: skip
 """field of ModelConfig -> key of config.json that every folder has"""
 LLAMA3_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
 LLAMA3_CONTEXT = "original_max_position_embeddings"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tsp_jax.errors import ConfigError, install_hint
+from tsp_jax.errors import ConfigError, import_optional
 from tsp_jax.hf.config import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -21,17 +21,9 @@ MAX_FILE_BYTES = 5_000_000_000
 Shape = tuple[int, ...]
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors.numpy
-    except ModuleNotFoundError:
-        raise ConfigError(f"safetensors is not installed; {install_hint('hf')}") from None
-    return safetensors
-
-
 def open_file(path: Path) -> Any:
     """Opens a safetensors file and reads its header alone."""
-    package = _safetensors()
+    package = import_optional("safetensors", "hf")
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; use a complete Hugging Face folder")
     try:
@@ -116,7 +108,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         partial.rename(folder)
-    except (OSError, _safetensors().SafetensorError) as error:
+    except (OSError, import_optional("safetensors", "hf").SafetensorError) as error:
         raise ConfigError(f"folder {folder} cannot be written ({error}); use another one") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -154,7 +146,7 @@ def write_tensors(
         content = dict(value for _, value in zip(names, tensors, strict=False))
         assert list(content) == names, f"got {list(content)}, want {names}"
         if folder is not None:
-            _safetensors().numpy.save_file(content, folder / file, metadata={"format": "pt"})
+            import_optional("safetensors.numpy", "hf").save_file(content, folder / file, metadata={"format": "pt"})
             (folder / file).chmod(folder.stat().st_mode & 0o666)  # save_file gives no permission to others
     if folder is not None and len(files) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": weight_map})

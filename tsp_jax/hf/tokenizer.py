@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tsp_jax.errors import ConfigError, install_hint
+from tsp_jax.errors import ConfigError, import_optional
 from tsp_jax.hf.config import read_json
 
 
@@ -16,10 +16,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: str | Path):
-        try:
-            import tokenizers
-        except ModuleNotFoundError:
-            raise ConfigError(f"tokenizers is not installed; {install_hint('hf')}") from None
+        tokenizers = import_optional("tokenizers", "hf")
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
         read_json(path)
@@ -58,11 +55,7 @@ class Tokenizer:
         Raises:
           ConfigError: the folder has no template, the template fails, or the package `jinja2` is not installed.
         """
-        try:
-            from jinja2.exceptions import TemplateError
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ModuleNotFoundError:
-            raise ConfigError(f"jinja2 is not installed; {install_hint('hf')}") from None
+        jinja2, sandbox = (import_optional(name, "hf") for name in ("jinja2", "jinja2.sandbox"))
         path = self.folder / "tokenizer_config.json"
         config = read_json(path) if path.is_file() else {}
         file = self.folder / "chat_template.jinja"
@@ -73,9 +66,9 @@ class Tokenizer:
         names = {key: token.get("content", "") if isinstance(token, dict) else token for key, token in tokens.items()}
         messages = [{"role": "user", "content": message}]
         try:
-            compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+            compiled = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
             return compiled.render(messages=messages, add_generation_prompt=True, **names)
-        except TemplateError as error:
+        except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template of {self.folder} fails ({error}); use the prompt alone") from None
 
 

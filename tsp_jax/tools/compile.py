@@ -40,18 +40,13 @@ class CompiledStep:
 
     def facts(self) -> dict[str, Any]:
         """What was compiled for what, for the JSON of a report."""
+        config = self.config
         return {
-            "target": str(self.target),
-            "num_devices": self.target.num_devices,
-            "layout": self.config.layout,
-            "mesh": dict(self.placement.mesh.shape),
-            "step": self.step,
-            "seq_len": self.config.seq_len,
-            "batch": self.config.batch,
-            "num_params": self.config.model.num_params,
-            "compile_s": round(self.compile_s, 2),
-            "jax": jax.__version__,
-        }
+            "target": str(self.target), "num_devices": self.target.num_devices,
+            "layout": config.layout, "mesh": dict(self.placement.mesh.shape), "step": self.step,
+            "seq_len": config.seq_len, "batch": config.batch, "num_params": config.model.num_params,
+            "compile_s": round(self.compile_s, 2), "jax": jax.__version__,
+        }  # fmt: skip
 
 
 def place_on(config: Config, target: Target) -> Placement:
@@ -62,8 +57,7 @@ def place_on(config: Config, target: Target) -> Placement:
     """
     layout = get_layout(config.layout)
     sizes = parse_mesh(config.mesh, layout, target.num_devices)
-    devices = math.prod(sizes.values())
-    if devices != target.num_devices:
+    if (devices := math.prod(sizes.values())) != target.num_devices:
         mesh = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ConfigError(
             f"mesh={mesh} has {devices} devices, target={target} has {target.num_devices}; "

@@ -70,11 +70,9 @@ def generate_text(
         print(text, end="", file=out, flush=True)
 
     generate(
-        model, [tokens],
-        max_new_tokens=options.max_new_tokens, sampling=options.sampling,
-        stop_tokens=model.stop_tokens if options.stop else (),
-        capacity=options.capacity, chunk=options.chunk, stats=stats,
-        on_token=lambda _, token: write(decoder.step(token)),
+        model, [tokens], max_new_tokens=options.max_new_tokens, sampling=options.sampling,
+        stop_tokens=model.stop_tokens if options.stop else (), capacity=options.capacity, chunk=options.chunk,
+        stats=stats, on_token=lambda _, token: write(decoder.step(token)),
     )  # fmt: skip
     write(decoder.finish() + "\n")
     print(throughput(model, stats), file=sys.stderr if notes is None else notes)

@@ -126,8 +126,7 @@ def _find_sources(data: DataConfig) -> tuple[Path, list[_Source]]:
         root = Path(fixed if fixed != pattern else os.path.dirname(pattern))
         paths = {Path(path) for path in glob.glob(pattern, recursive=True)}
     else:
-        root = Path(sysconfig.get_path("stdlib"))
-        paths = set()
+        root, paths = Path(sysconfig.get_path("stdlib")), set()
         for folder, subfolders, names in os.walk(root):
             subfolders[:] = set(subfolders) - _NOT_STDLIB
             paths |= {Path(folder, name) for name in names if name.endswith(".py")}

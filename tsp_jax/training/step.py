@@ -103,10 +103,8 @@ def make_program(config: Config, placement: Placement, optimizer: Optimizer = No
         init=jax.jit(init, out_shardings=shardings),
         step=jax.jit(step, donate_argnums=0, in_shardings=(shardings, batch_sharding), out_shardings=(shardings, None)),
         evaluate=jax.jit(evaluate, in_shardings=(shardings.params, batch_sharding)),
-        abstract_state=abstract_state,
-        paddings=pads,
-        batch_sharding=batch_sharding,
-    )
+        abstract_state=abstract_state, paddings=pads, batch_sharding=batch_sharding,
+    )  # fmt: skip
 
 
 def _make_step(

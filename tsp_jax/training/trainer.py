@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +197,9 @@ class TrainLoop:
         return done == self.config.steps or (every > 0 and done % every == 0)
 
     def _batches(self, start: int) -> Iterator:
-        sharding, accumulate = self.program.batch_sharding, self.config.accumulate
-        make = partial(self.splits.train.place, sharding=sharding, accumulate=accumulate)
+        def make(step: int):
+            return self.splits.train.place(step, self.program.batch_sharding, accumulate=self.config.accumulate)
+
         # Several processes must agree on the step, so a signal must not interrupt only one of them.
         interrupt = self.signals.requested if jax.process_count() == 1 else None
         return prefetch(make, start, self.config.steps, self.config.data.prefetch, interrupt)

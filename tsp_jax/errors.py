@@ -1,5 +1,8 @@
 """Errors that end a command in one line, exit codes (docs/reliability.md), and what replaces removed settings."""
 
+import importlib
+from typing import Any
+
 REFUSED = 2
 """wrong input"""
 PREEMPTED = 75
@@ -11,27 +14,16 @@ BAD_NUMBERS = 77
 NOT_SAVED = 78
 """a checkpoint could not be saved"""
 
-_BUCKET = ("stream.bucket_mib", "the size of a bucket in MiB, from which counts follow")
+_BUCKETS = [f"stream.{name}_buckets" for name in ("attention", "exchange", "mlp", "vocab", "token")]
+_MOVEMENTS = [f"stream.{op}_movement={gone}" for op in ("attention", "mlp", "vocab") for gone in ("broadcast", "rings")]
 REMOVED: dict[str, tuple[str, str]] = {
     "stream.unroll": ("", "loops are always scanned"),
-    "stream.attention_buckets": _BUCKET,
-    "stream.exchange_buckets": _BUCKET,
-    "stream.mlp_buckets": _BUCKET,
-    "stream.vocab_buckets": _BUCKET,
-    "stream.token_buckets": _BUCKET,
+    **dict.fromkeys(_BUCKETS, ("stream.bucket_mib", "the size of a bucket in MiB, from which counts follow")),
     "stream.tokens": ("stream.chunk_tokens", ""),
-    "stream.query_block": ("", "block sizes belong to the kernel"),
-    "stream.key_block": ("", "block sizes belong to the kernel"),
+    **dict.fromkeys(("stream.query_block", "stream.key_block"), ("", "block sizes belong to the kernel")),
     "stream.kernel=fused": ("triton", ""),
-    "stream.attention_movement=broadcast": ("gather", ""),
-    "stream.attention_movement=rings": ("gather", ""),
-    "stream.mlp_movement=broadcast": ("gather", ""),
-    "stream.mlp_movement=rings": ("gather", ""),
-    "stream.vocab_movement=broadcast": ("gather", ""),
-    "stream.vocab_movement=rings": ("gather", ""),
-    "faults.spike": ("", "a loss spike is always reported"),
-    "faults.spike_sigmas": ("", "a loss spike is always reported"),
-    "faults.spike_window": ("", "a loss spike is always reported"),
+    **dict.fromkeys(_MOVEMENTS, ("gather", "")),
+    **dict.fromkeys([f"faults.spike{x}" for x in ("", "_sigmas", "_window")], ("", "a loss spike is always reported")),
 }
 """field, or field=value, of earlier versions -> (what replaces it, or "" if nothing does; explanation)"""
 
@@ -41,12 +33,7 @@ class ConfigError(ValueError):
 
 
 class RunStopped(Exception):
-    """A training run that ends before its last step, or without its last checkpoint.
-
-    Args:
-      message: one line: the reason, and what to do.
-      code: exit code of the command.
-    """
+    """A training run that ends before its last step, or without its last checkpoint; `code` is the exit code."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
@@ -54,15 +41,7 @@ class RunStopped(Exception):
 
 
 def removal(setting: str, *, flag: bool = False) -> str | None:
-    """A line about a setting that was removed: what replaces it, or why nothing does.
-
-    Args:
-      setting: field, or field=value.
-      flag: write fields as flags (``--stream.bucket-mib``).
-
-    Returns:
-      The line, or None if the setting was not removed.
-    """
+    """Returns a line about a field, or field=value, that was removed; None for others. `flag`: writes it as a flag."""
     if setting not in REMOVED:
         return None
     replacement, explanation = REMOVED[setting]
@@ -72,6 +51,14 @@ def removal(setting: str, *, flag: bool = False) -> str | None:
         replacement = f"--{replacement.replace('_', '-')}" if "." in replacement else replacement
     advice = f"use {replacement}" if replacement else "leave it out"
     return f"{field}{equals}{value} was removed; {advice}" + (f": {explanation}" if explanation else "")
+
+
+def import_optional(module: str, extra: str) -> Any:
+    """Imports a module of an optional dependency; raises ConfigError if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise ConfigError(f"{module.partition('.')[0]} is not installed; {install_hint(extra)}") from None
 
 
 def install_hint(extra: str) -> str:

@@ -119,7 +119,7 @@ def test_a_signal_saves_at_most_a_step_later_and_nothing_is_lost(phase, whole, m
     with pytest.MonkeyPatch.context() as patch:
         killer = Killer(patch)
         PHASES[phase](killer)
-        with pytest.raises(RunStopped, match="is saved, start again") as stopped:
+        with pytest.raises(RunStopped, match="is saved; start again") as stopped:
             trainer.train(config, "signalled")
     assert stopped.value.code == PREEMPTED
     (*_, newest) = saved_steps(Path(config.workdir) / "checkpoints")

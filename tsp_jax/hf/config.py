@@ -13,13 +13,12 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM")
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
 """activation in config.json -> ModelConfig.activation, whose gelu is the tanh approximation"""
 SIZES = {
-    "vocab_size": "vocab_size",
-    "d_model": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "d_ff": "intermediate_size",
-}
+    "vocab_size": "vocab_size", "d_model": "hidden_size", "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads", "d_ff": "intermediate_size",
+}  # fmt: skip
 """field of ModelConfig -> key of config.json that every folder has"""
+LLAMA3_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
+LLAMA3_CONTEXT = "original_max_position_embeddings"
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 """keys of config.json without a field in ModelConfig, which an export copies from the source folder"""
 
@@ -48,11 +47,7 @@ class _Json:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a file that holds a JSON object.
-
-    Raises:
-      ConfigError: the file is missing or broken.
-    """
+    """Reads a file that holds a JSON object; raises ConfigError if it is missing or broken."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -65,11 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """Reads the `config.json` of a Hugging Face folder.
-
-    Raises:
-      ConfigError: the file is missing or broken, or the model is not supported.
-    """
+    """Reads `config.json`; raises ConfigError if it is missing or broken, or the model is not supported."""
     path = Path(folder) / "config.json"
     source = _Json(path, read_json(path))
     architecture = _architecture(source)
@@ -142,13 +133,8 @@ def _rope_scaling(rope: _Json) -> RopeScaling:
     if kind == "linear":
         return RopeScaling(kind="linear", factor=rope.number("factor", float))
     if kind == "llama3":
-        return RopeScaling(
-            kind="llama3",
-            factor=rope.number("factor", float),
-            low_freq_factor=rope.number("low_freq_factor", float),
-            high_freq_factor=rope.number("high_freq_factor", float),
-            original_context=rope.number("original_max_position_embeddings", int),
-        )
+        factors = {key: rope.number(key, float) for key in LLAMA3_FACTORS}
+        return RopeScaling(kind="llama3", original_context=rope.number(LLAMA3_CONTEXT, int), **factors)
     known = ", ".join(("default", *get_args(RopeKind)[1:]))
     raise ConfigError(f"{rope.path}: rope_type={json.dumps(kind)} is not supported; use {known}")
 
@@ -186,10 +172,5 @@ def _rope_json(scaling: RopeScaling) -> dict[str, Any] | None:
         return None
     if scaling.kind == "linear":
         return {"rope_type": "linear", "factor": scaling.factor}
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_context,
-    }
+    factors = {key: getattr(scaling, key) for key in LLAMA3_FACTORS}
+    return {"rope_type": "llama3", **factors, LLAMA3_CONTEXT: scaling.original_context}

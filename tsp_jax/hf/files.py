@@ -4,13 +4,13 @@ import contextlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tsp_jax.errors import ConfigError, install_hint
+from tsp_jax.errors import ConfigError, import_optional
 from tsp_jax.hf.config import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -21,17 +21,9 @@ MAX_FILE_BYTES = 5_000_000_000
 Shape = tuple[int, ...]
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors.numpy
-    except ModuleNotFoundError:
-        raise ConfigError(f"safetensors is not installed; {install_hint('hf')}") from None
-    return safetensors
-
-
 def open_file(path: Path) -> Any:
     """Opens a safetensors file and reads its header alone."""
-    package = _safetensors()
+    package = import_optional("safetensors", "hf")
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; use a complete Hugging Face folder")
     try:
@@ -62,14 +54,9 @@ class Tensors:
                 raise ConfigError(f"{path} lacks tensor {name}, which {INDEX} places in it; use a complete folder")
 
     def check(self, shapes: Mapping[str, Shape], ignored: Callable[[str], bool]) -> None:
-        """Checks names, shapes and dtypes of all tensors.
+        """Checks that the folder has these tensors, in these shapes and a float dtype, and no others.
 
-        Args:
-          shapes: the tensors that the model needs.
-          ignored: whether another tensor of this name is allowed.
-
-        Raises:
-          ConfigError: a tensor is missing, has another shape or no float dtype, or is not allowed.
+        Raises ConfigError if it does not; `ignored` tells whether another tensor of a name is allowed.
         """
         for name, shape in shapes.items():
             if name not in self.paths:
@@ -121,7 +108,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         partial.rename(folder)
-    except (OSError, _safetensors().SafetensorError) as error:
+    except (OSError, import_optional("safetensors", "hf").SafetensorError) as error:
         raise ConfigError(f"folder {folder} cannot be written ({error}); use another one") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -130,12 +117,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 def split_files(nbytes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
     """Distributes tensors, in order, over files of at most `max_bytes`; a larger tensor gets a file of its own.
 
-    Args:
-      nbytes: name of each tensor -> its size.
-      max_bytes: largest size of a file.
-
-    Returns:
-      For each file the names of its tensors.
+    `nbytes` has each tensor's size. Returns the names of the tensors of each file.
     """
     files: list[list[str]] = [[]]
     free_bytes = max_bytes
@@ -149,20 +131,14 @@ def split_files(nbytes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
 
 
 def write_tensors(
-    folder: Path | None,
-    nbytes: Mapping[str, int],
-    tensors: Iterable[tuple[str, np.ndarray]],
-    max_bytes: int = MAX_FILE_BYTES,
+    folder: Path | None, nbytes: Mapping[str, int], tensors: Iterator[tuple[str, np.ndarray]], max_bytes: int
 ) -> None:
-    """Writes safetensors files, with an index if there are several. The host holds the tensors of one file at a time.
+    """Writes (name, array) pairs as safetensors files, with an index if there are several.
 
-    Args:
-      folder: an empty folder; None: iterates over `tensors` and writes nothing (for all processes but the first).
-      nbytes: name of each tensor -> its size, in the order of `tensors`.
-      tensors: (name, array).
-      max_bytes: largest size of a file.
+    The host holds the tensors of one file at a time. `nbytes` has their sizes, in the same order. Without a folder, as
+    on all processes but the first, it iterates over `tensors` and writes nothing.
     """
-    files, tensors = split_files(nbytes, max_bytes), iter(tensors)
+    files = split_files(nbytes, max_bytes)
     weight_map = {}
     for number, names in enumerate(files, start=1):
         file = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
@@ -170,7 +146,7 @@ def write_tensors(
         content = dict(value for _, value in zip(names, tensors, strict=False))
         assert list(content) == names, f"got {list(content)}, want {names}"
         if folder is not None:
-            _safetensors().numpy.save_file(content, folder / file, metadata={"format": "pt"})
+            import_optional("safetensors.numpy", "hf").save_file(content, folder / file, metadata={"format": "pt"})
             (folder / file).chmod(folder.stat().st_mode & 0o666)  # save_file gives no permission to others
     if folder is not None and len(files) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": weight_map})

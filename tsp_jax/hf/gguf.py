@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from tsp_jax.config import ModelConfig
-from tsp_jax.errors import ConfigError, install_hint
+from tsp_jax.errors import ConfigError, import_optional
 from tsp_jax.hf.config import config_json
-from tsp_jax.hf.files import new_folder, write_json, write_tensors
+from tsp_jax.hf.files import MAX_FILE_BYTES, new_folder, write_json, write_tensors
 
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -40,11 +40,7 @@ CONTROL, USER_DEFINED = 3, 4
 
 
 def convert_gguf(path: str | Path, folder: str | Path) -> ModelConfig:
-    """Writes the dequantized weights and the tokenizer of a GGUF file as a Hugging Face folder.
-
-    Args:
-      path: the GGUF file.
-      folder: must not exist, or be empty.
+    """Writes the dequantized weights and the tokenizer of a GGUF file to a Hugging Face folder, new or empty.
 
     Returns:
       The model's configuration.
@@ -53,7 +49,11 @@ def convert_gguf(path: str | Path, folder: str | Path) -> ModelConfig:
       ConfigError: the file is not a readable GGUF file of a Llama with a byte-level BPE tokenizer; or the folder
         exists.
     """
-    gguf, reader = _open(path)
+    gguf = import_optional("gguf", "hf")
+    try:
+        reader = gguf.GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise ConfigError(f"{path} cannot be read as GGUF ({error}); use an intact file") from None
     fields = {name: field.contents() for name, field in reader.fields.items()}
     config = _model_config(path, fields, {tensor.name for tensor in reader.tensors})
     tokenizer = tokenizer_json(path, fields)
@@ -67,7 +67,8 @@ def convert_gguf(path: str | Path, folder: str | Path) -> ModelConfig:
 
     special = _special_ids(fields)
     with new_folder(folder) as partial:
-        write_tensors(partial, {name: int(tensor.n_elements) * 4 for name, tensor in tensors.items()}, values())
+        nbytes = {name: int(tensor.n_elements) * 4 for name, tensor in tensors.items()}
+        write_tensors(partial, nbytes, values(), MAX_FILE_BYTES)
         carried = {**special, "max_position_embeddings": fields["llama.context_length"]}
         write_json(partial / "config.json", config_json(config, "float32", carried))
         write_json(partial / "generation_config.json", special)
@@ -77,24 +78,8 @@ def convert_gguf(path: str | Path, folder: str | Path) -> ModelConfig:
 
 
 def halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Moves rows 2i and 2i + 1 of each head, which RoPE rotates together, to rows i and i + H/2.
-
-    Args:
-      rows: [heads x H, D].
-      heads: number of heads.
-    """
+    """Moves rows 2i and 2i + 1 of each head of [heads x H, D], which RoPE rotates together, to rows i and i + H/2."""
     return np.ascontiguousarray(rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape))
-
-
-def _open(path: str | Path) -> tuple[Any, Any]:
-    try:
-        import gguf
-    except ModuleNotFoundError:
-        raise ConfigError(f"gguf is not installed; {install_hint('hf')}") from None
-    try:
-        return gguf, gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ConfigError(f"{path} cannot be read as GGUF ({error}); use an intact file") from None
 
 
 def _hf_name(path: str | Path, name: str) -> str:
@@ -117,17 +102,12 @@ def _model_config(path: str | Path, fields: Mapping[str, Any], names: set[str]) 
 
     num_heads, d_model = of("attention.head_count"), of("embedding_length")
     return ModelConfig(
-        vocab_size=len(fields["tokenizer.ggml.tokens"]),
-        d_model=d_model,
-        num_layers=of("block_count"),
-        num_heads=num_heads,
-        num_kv_heads=of("attention.head_count_kv"),
+        vocab_size=len(fields["tokenizer.ggml.tokens"]), tie_embeddings="output.weight" not in names,
+        d_model=d_model, num_layers=of("block_count"), d_ff=of("feed_forward_length"),
+        num_heads=num_heads, num_kv_heads=of("attention.head_count_kv"),
         head_dim=fields.get("llama.attention.key_length", d_model // num_heads),
-        d_ff=of("feed_forward_length"),
-        tie_embeddings="output.weight" not in names,
-        rope_theta=_shortest(of("rope.freq_base")),
-        norm_eps=_shortest(of("attention.layer_norm_rms_epsilon")),
-    )
+        rope_theta=_shortest(of("rope.freq_base")), norm_eps=_shortest(of("attention.layer_norm_rms_epsilon")),
+    )  # fmt: skip
 
 
 def _shortest(value: float) -> float:

@@ -1,28 +1,22 @@
 """Tokenizer, stop tokens and chat template of a Hugging Face folder."""
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tsp_jax.errors import ConfigError, install_hint
+from tsp_jax.errors import ConfigError, import_optional
 from tsp_jax.hf.config import read_json
 
 
 class Tokenizer:
-    """Converts text to token ids and back.
-
-    Args:
-      folder: a folder with tokenizer.json.
+    """Converts text to token ids and back, by the tokenizer.json of a folder.
 
     Raises:
       ConfigError: the file is missing or broken, or the package `tokenizers` is not installed.
     """
 
     def __init__(self, folder: str | Path):
-        try:
-            import tokenizers
-        except ModuleNotFoundError:
-            raise ConfigError(f"tokenizers is not installed; {install_hint('hf')}") from None
+        tokenizers = import_optional("tokenizers", "hf")
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
         read_json(path)
@@ -30,17 +24,13 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing narrower
             raise ConfigError(f"{path} is not a tokenizer ({error}); use an intact copy") from None
-        self._stream = tokenizers.decoders.DecodeStream
+        self._new_stream = partial(tokenizers.decoders.DecodeStream, skip_special_tokens=True)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Returns the token ids of a text.
+        """Returns the token ids of a text; names of special tokens in it become these tokens.
 
-        Args:
-          text: any text; names of special tokens in it become these tokens.
-          special: add the special tokens that the tokenizer puts around every text.
-
-        Raises:
-          ConfigError: no token stands for a part of the text.
+        `special` adds the tokens that the tokenizer puts around every text. Raises ConfigError if no token stands for a
+        part of the text.
         """
         encoding = self._tokenizer.encode(text, add_special_tokens=special)
         unknown = getattr(self._tokenizer.model, "unk_token", None)
@@ -57,12 +47,7 @@ class Tokenizer:
 
     def decoder(self) -> "Decoder":
         """Returns a decoder of one token at a time."""
-        return Decoder(self)
-
-    def stream(self) -> Callable[[int], str | None]:
-        """Returns a function to call with one token after another: it returns the text that a token completes."""
-        stream = self._stream(skip_special_tokens=True)
-        return lambda token: stream.step(self._tokenizer, token)
+        return Decoder(self._tokenizer, self._new_stream())
 
     def chat(self, message: str) -> str:
         """Wraps a user's message in the folder's chat template, up to where the answer begins.
@@ -70,38 +55,35 @@ class Tokenizer:
         Raises:
           ConfigError: the folder has no template, the template fails, or the package `jinja2` is not installed.
         """
-        try:
-            from jinja2.exceptions import TemplateError
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ModuleNotFoundError:
-            raise ConfigError(f"jinja2 is not installed; {install_hint('hf')}") from None
+        jinja2, sandbox = (import_optional(name, "hf") for name in ("jinja2", "jinja2.sandbox"))
         path = self.folder / "tokenizer_config.json"
         config = read_json(path) if path.is_file() else {}
         file = self.folder / "chat_template.jinja"
         template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
         if not isinstance(template, str):
             raise ConfigError(f"{self.folder} has no chat template; use the prompt alone, without --chat")
-        names = {key: _name(config.get(key)) for key in ("bos_token", "eos_token")}
+        tokens = {key: config.get(key) or "" for key in ("bos_token", "eos_token")}  # strings, or objects
+        names = {key: token.get("content", "") if isinstance(token, dict) else token for key, token in tokens.items()}
         messages = [{"role": "user", "content": message}]
         try:
-            compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+            compiled = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
             return compiled.render(messages=messages, add_generation_prompt=True, **names)
-        except TemplateError as error:
+        except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template of {self.folder} fails ({error}); use the prompt alone") from None
 
 
 class Decoder:
     """Converts one token at a time to text; a character of several tokens is returned with the last of them."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._step = tokenizer, tokenizer.stream()
+    def __init__(self, tokenizer: Any, stream: Any):
+        self._tokenizer, self._stream = tokenizer, stream
         self._tokens: list[int] = []
         self._text = ""
 
     def step(self, token: int) -> str:
         """Returns the text that a token completes, which may be empty."""
         self._tokens.append(token)
-        text = self._step(token) or ""
+        text = self._stream.step(self._tokenizer, token) or ""
         self._text += text
         return text
 
@@ -109,11 +91,6 @@ class Decoder:
         """Returns the rest of the text after the last token: characters that were not completed."""
         whole = self._tokenizer.decode(self._tokens)
         return whole[len(self._text) :] if whole.startswith(self._text) else ""
-
-
-def _name(token: Any) -> str:
-    """Name of a special token, which is written as a string or as an object."""
-    return token.get("content", "") if isinstance(token, dict) else token or ""
 
 
 def read_stop_tokens(folder: str | Path) -> tuple[int, ...]:

@@ -154,18 +154,17 @@ def check_folder(folder: str | Path, config: ModelConfig, placement: Placement) 
     Raises:
       ConfigError: a file or tensor is missing, is broken, has another shape, or is not part of the model.
     """
+
+    def ignored(name: str) -> bool:
+        return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == NAMES["head.table"])
+
     tensors = Tensors(folder)
-    tensors.check(_shapes(_param_tree(config, placement)), lambda name: _ignored(name, config))
+    tensors.check(_shapes(_param_tree(config, placement)), ignored)
     return tensors
 
 
 def _shapes(params: dict) -> dict[str, Shape]:
     return {name: param.shape for param in jax.tree.leaves(params) for name in param.names}
-
-
-def _ignored(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor is allowed although it is not a parameter."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == NAMES["head.table"])
 
 
 def load_params(
@@ -189,15 +188,9 @@ def load_params(
 
 
 def save_params(
-    folder: str | Path,
-    params: dict,
-    config: ModelConfig,
-    placement: Placement,
-    *,
-    dtype: DType = "float32",
-    source: str | Path | None = None,
-    max_file_bytes: int = MAX_FILE_BYTES,
-) -> None:
+    folder: str | Path, params: dict, config: ModelConfig, placement: Placement, *,
+    dtype: DType = "float32", source: str | Path | None = None, max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:  # fmt: skip
     """Writes parameters as a Hugging Face folder, completely or not at all.
 
     All processes must call it; the first one writes.

@@ -22,7 +22,7 @@ def draw(rows: Sequence[Row], target: Target, path: Path) -> None:
         found = [row for row in rows if row.seq_len == length]
         _memory(left, found, target.hardware.memory_bytes / 1e9, length)
         _time(right, found)
-    legend = {
+    legend = {  # each label once
         label: handle for panel in panels[-1] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     figure.legend(legend.values(), legend.keys(), loc="lower center", ncols=len(legend), fontsize=8)
@@ -38,12 +38,10 @@ def _memory(panel, rows: Sequence[Row], limit: float, length: int) -> None:
         values = [row.by_kind.get(kind, 0) / 1e9 for row in rows]
         panel.barh(names, values, left=base, color=color, label=kind)
         base = [a + b for a, b in zip(base, values, strict=True)]
-    first = True
     for row in rows:
         if row.paper_peak_gb:
             ends = [float(end) for end in row.paper_peak_gb.split("-")]
-            panel.plot(ends, [row.layout] * len(ends), "k|-", markersize=11, label="paper" if first else None)
-            first = False
+            panel.plot(ends, [row.layout] * len(ends), "k|-", markersize=11, label="paper")
     panel.axvline(limit, color="crimson", linewidth=1, linestyle="--", label="device")
     panel.invert_yaxis()
     panel.set_xlabel("peak memory, GB per device")

@@ -12,18 +12,15 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import jax
-import optax
 import tyro
 
 from tsp_jax.config import Config
 from tsp_jax.errors import REFUSED, ConfigError, RunStopped, removal
 from tsp_jax.hardware.private_jax import hush_absent_plugins
 from tsp_jax.training.distributed import join_cluster
-from tsp_jax.training.optimizer import check_unused_flags
+from tsp_jax.training.optimizer import Optimizer, check_unused_flags
 
 T = TypeVar("T")
-Optimizer = optax.GradientTransformation | None
-"""the user's own optimizer, from a configuration file"""
 _PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = next(filter(Path.is_dir, [_PACKAGE / "configs", _PACKAGE.parent / "configs"]), _PACKAGE.parent / "configs")
 """folder of configurations: inside an installed package, beside the package in a clone"""
@@ -42,9 +39,9 @@ def main(
 
     Args:
       command: the command's body; an int that it returns is the exit code.
-      options: makes the dataclass whose fields are the flags from the configuration; by default the configuration.
+      options: makes the dataclass whose fields are the flags from the configuration.
       about: one sentence for ``--help``.
-      text_command: (body, default options) for a first argument that is a .hlo or .txt file instead of a configuration.
+      text_command: (body, default options) for a first argument that is a .hlo or .txt file.
     """
     arguments = sys.argv[1:]
     hush_absent_plugins()
@@ -78,12 +75,7 @@ def errors_in_a_line() -> Iterator[None]:
 
 
 def leave(code: int, together: bool = True) -> NoReturn:
-    """Ends the process now, even if its other threads hang.
-
-    Args:
-      code: exit code.
-      together: every process exits now, so that none waits for this one.
-    """
+    """Ends the process now, even if its other threads hang; `together`: every process exits now, none waits for it."""
     if together and jax.distributed.is_initialized():
         with contextlib.suppress(RuntimeError):
             jax.distributed.shutdown()
@@ -98,34 +90,22 @@ def program() -> str:
 
 
 def first_argument(default: T, what: str = "file", *, about: str) -> tuple[str, T]:
-    """Parses ``ARGUMENT [--flag value ...]``.
+    """Parses ``ARGUMENT [--flag value ...]``: returns the argument, and `default`, a dataclass, with flags applied.
 
-    Args:
-      default: a dataclass; every field is a flag.
-      what: name of the first argument, for help and errors.
-      about: one sentence for ``--help``.
-
-    Returns:
-      (first argument, `default` with the flags applied).
+    `what` is the name of the first argument, for help and errors; `about` is one sentence for ``--help``.
     """
     arguments = sys.argv[1:]
     if arguments and arguments[0] in ("-h", "--help"):
         arguments = [what.upper(), "--help"]
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError(f"a {what} comes first; use {program()} {what.upper()} [--flag value ...]")
-    prog = f"{program()} {arguments[0]}"
-    return arguments[0], parse_flags(default, arguments[1:], prog=prog, about=about)
+    return arguments[0], parse_flags(default, arguments, about)
 
 
 def parse(
     arguments: Sequence[str], options: Callable[[Config], Any] = lambda config: config, *, about: str = ""
 ) -> tuple[str, Any, Optimizer]:
-    """Parses ``CONFIG [--flag value ...]``.
-
-    Args:
-      arguments: the command line without the program.
-      options: makes the dataclass whose fields are the flags from the configuration.
-      about: one sentence for ``--help``.
+    """Parses ``CONFIG [--flag value ...]``; `options` and `about` are those of `main`.
 
     Returns:
       (name of the configuration, options with the flags applied, optimizer of the file or None).
@@ -137,8 +117,7 @@ def parse(
             sys.exit(0)
         raise ConfigError(f"a configuration comes first; use {_known()}")
     config, optimizer = load_config_file(arguments[0])
-    prog = f"{program()} {arguments[0]}"
-    parsed = parse_flags(options(config), arguments[1:], prog=prog, about=about)
+    parsed = parse_flags(options(config), arguments, about)
     check_unused_flags(optimizer, config.optimizer, getattr(parsed, "config", parsed).optimizer)
     return Path(arguments[0]).stem, parsed, optimizer
 
@@ -153,10 +132,7 @@ def load_config(name: str) -> Config:
 
 
 def load_config_file(name: str) -> tuple[Config, Optimizer]:
-    """Returns `config` and `optimizer` (or None) of a configuration.
-
-    Args:
-      name: name of a known configuration, or the path of a file, which ends in .py.
+    """Returns `config` and `optimizer` (or None) of a configuration: a known name, or the path of a .py file.
 
     Raises:
       ConfigError: no such configuration, it defines no `config`, or it sets a field that does not exist.
@@ -170,10 +146,9 @@ def load_config_file(name: str) -> tuple[Config, Optimizer]:
     try:
         spec.loader.exec_module(module)
     except TypeError as error:
-        line = _unknown_field(str(error))
-        if line is None:
-            raise
-        raise ConfigError(f"configuration {name}: {line}") from None
+        if line := _unknown_field(str(error)):
+            raise ConfigError(f"configuration {name}: {line}") from None
+        raise
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise ConfigError(f"configuration {name} defines no `config`; use config = tsp_jax.config.Config(...)")
@@ -189,8 +164,9 @@ def _unknown_field(error: str) -> str | None:
     return removal(field) or f"{field} is not a field of {found[1]}; leave it out"
 
 
-def parse_flags(default: T, flags: Sequence[str], prog: str, about: str = "") -> T:
-    """Returns `default`, a dataclass, with flags applied; every field is a flag."""
+def parse_flags(default: T, arguments: Sequence[str], about: str = "") -> T:
+    """Returns `default`, a dataclass, with the flags after the first argument applied; every field is a flag."""
+    prog, flags = f"{program()} {arguments[0]}", arguments[1:]
     if "--help" in flags or "-h" in flags:
         return tyro.cli(type(default), default=default, args=["--help"], prog=prog, description=about or None)
     printed = io.StringIO()
@@ -206,8 +182,7 @@ def _removed_flag(flags: Sequence[str]) -> str | None:
     for flag, following in zip(flags, [*flags[1:], ""], strict=True):
         name, equals, value = flag.partition("=")
         field = name.removeprefix("--").removeprefix("config.").replace("-", "_").replace(".no_", ".")
-        line = removal(field, flag=True) or removal(f"{field}={value if equals else following}", flag=True)
-        if line:
+        if line := removal(field, flag=True) or removal(f"{field}={value if equals else following}", flag=True):
             return line
     return None
 

@@ -1,6 +1,7 @@
 """The command tsp-compare: layouts side by side, as a table, JSON, CSV and a chart."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +9,7 @@ from typing import Annotated
 import jax
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError, install_hint
@@ -16,9 +17,10 @@ from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.targets import Target, parse_target, standins_note, use_target
 from tsp_jax.inspect.render import console
 from tsp_jax.tools import cli
-from tsp_jax.tools.compile import Optimizer, Step
+from tsp_jax.tools.compile import Step
 from tsp_jax.tools.inspect import check_writable
 from tsp_jax.tools.sweep import PAPER, Row, compare_layouts, write_csv, write_json
+from tsp_jax.training.optimizer import Optimizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,15 +57,14 @@ def compare(name: str, options: CompareOptions, optimizer: Optimizer = None) -> 
     check_writable(json=options.json, csv=options.csv, png=options.png)
     draw = _drawer() if options.png else None
     lengths = _parse_lengths(options.seq_lens) or [options.config.seq_len]
-    layouts = [item.strip() for item in options.layouts.split(",") if item.strip()]
+    layouts = _items(options.layouts) or _default_layouts(target.num_devices)
     if options.per_replica < 1:
         raise ConfigError(f"per_replica={options.per_replica} must be positive; use 1")
     use_target(target)
     with Console(stderr=True).status("") as status:
         rows = compare_layouts(
-            options.config, target, layouts or _default_layouts(target.num_devices), lengths,
-            batch=options.per_replica, step=options.step, chunk=options.chunk,
-            optimizer=optimizer,
+            options.config, target, layouts, lengths,
+            batch=options.per_replica, step=options.step, chunk=options.chunk, optimizer=optimizer,
             progress=lambda line: status.update(f"compiling {line}"),
         )  # fmt: skip
     _print_table(name, rows, target, options.step)
@@ -79,26 +80,29 @@ def compare(name: str, options: CompareOptions, optimizer: Optimizer = None) -> 
         draw(rows, target, Path(options.png))
 
 
-def _default_layouts(devices: int) -> list[str]:
-    size = min(devices, 8)
-    tp_sp = [f"tp_sp:{n}x{size // n}" for n in (2, 4) if size % n == 0 and size // n > 1]
-    return [f"tsp:{size}", f"tp:{size}", f"sp:{size}", *tp_sp, f"fsdp_cp:{size}"]
-
-
-def _parse_lengths(text: str) -> list[int]:
-    items = [item.strip() for item in text.split(",") if item.strip()]
-    for item in items:
-        if not item.isdecimal() or not int(item):
-            raise ConfigError(f"seq_lens={text}: '{item}' is not a number of tokens; use 16384,131072, for example")
-    return [int(item) for item in items]
-
-
 def _drawer():
     try:
         from tsp_jax.tools.chart import draw
     except ImportError:
         raise ConfigError(f"png: matplotlib is not installed; {install_hint('viz')}") from None
     return draw
+
+
+def _default_layouts(devices: int) -> list[str]:
+    size = min(devices, 8)
+    tp_sp = [f"tp_sp:{n}x{size // n}" for n in (2, 4) if size % n == 0 and size // n > 1]
+    return [f"tsp:{size}", f"tp:{size}", f"sp:{size}", *tp_sp, f"fsdp_cp:{size}"]
+
+
+def _items(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _parse_lengths(text: str) -> list[int]:
+    for item in _items(text):
+        if not item.isdecimal() or not int(item):
+            raise ConfigError(f"seq_lens={text}: '{item}' is not a number of tokens; use 16384,131072, for example")
+    return [int(item) for item in _items(text)]
 
 
 def _print_table(name: str, rows: Sequence[Row], target: Target, step: str) -> None:
@@ -128,17 +132,14 @@ def _seconds(value: float) -> str:
 
 
 def _table(rows: Sequence[Row], hardware: Hardware) -> Table:
-    table = Table(title=f"One device of {hardware.memory_bytes / 1e9:.0f} GB", title_justify="left")
-    table.add_column("layout")
-    columns = "tokens,peak GB,formula,paper,received GB,comm s,exposed,step s,/ matmul,tokens/s"
-    for column in (*columns.split(","), "largest tokens", "largest batch"):
-        table.add_column(column, justify="right")
-    last = rows[0].layout if rows else ""
-    for row in rows:
-        if row.layout != last:
-            table.add_section()
-            last = row.layout
-        table.add_row(*_cells(row), style="" if row.fits else "red")
+    columns = "tokens,peak GB,formula,paper,received GB,comm s,exposed,step s,/ matmul,tokens/s,largest tokens"
+    right = [Column(column, justify="right") for column in (*columns.split(","), "largest batch")]
+    title = f"One device of {hardware.memory_bytes / 1e9:.0f} GB"
+    table = Table("layout", *right, title=title, title_justify="left")
+    for _, group in itertools.groupby(rows, lambda row: row.layout):
+        for row in group:
+            table.add_row(*_cells(row), style="" if row.fits else "red")
+        table.add_section()
     return table
 
 

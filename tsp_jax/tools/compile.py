@@ -3,26 +3,24 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import jax
-import optax
 
 from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import Target
 from tsp_jax.heads import padded_heads
-from tsp_jax.inference.program import InferenceProgram, make_inference_program
+from tsp_jax.inference.program import make_inference_program
 from tsp_jax.inspect import FullWeight, Report, report
 from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh, place
+from tsp_jax.training.optimizer import Optimizer
 from tsp_jax.training.step import make_program
 
-Optimizer = optax.GradientTransformation | None
 Step = Literal["train", "forward", "prefill", "decode"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class CompiledStep:
     """A step of a configuration, compiled for a target."""
 
@@ -42,18 +40,13 @@ class CompiledStep:
 
     def facts(self) -> dict[str, Any]:
         """What was compiled for what, for the JSON of a report."""
+        config = self.config
         return {
-            "target": str(self.target),
-            "num_devices": self.target.num_devices,
-            "layout": self.config.layout,
-            "mesh": dict(self.placement.mesh.shape),
-            "step": self.step,
-            "seq_len": self.config.seq_len,
-            "batch": self.config.batch,
-            "num_params": self.config.model.num_params,
-            "compile_s": round(self.compile_s, 2),
-            "jax": jax.__version__,
-        }
+            "target": str(self.target), "num_devices": self.target.num_devices,
+            "layout": config.layout, "mesh": dict(self.placement.mesh.shape), "step": self.step,
+            "seq_len": config.seq_len, "batch": config.batch, "num_params": config.model.num_params,
+            "compile_s": round(self.compile_s, 2), "jax": jax.__version__,
+        }  # fmt: skip
 
 
 def place_on(config: Config, target: Target) -> Placement:
@@ -64,8 +57,7 @@ def place_on(config: Config, target: Target) -> Placement:
     """
     layout = get_layout(config.layout)
     sizes = parse_mesh(config.mesh, layout, target.num_devices)
-    devices = math.prod(sizes.values())
-    if devices != target.num_devices:
+    if (devices := math.prod(sizes.values())) != target.num_devices:
         mesh = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ConfigError(
             f"mesh={mesh} has {devices} devices, target={target} has {target.num_devices}; "
@@ -90,16 +82,13 @@ def compile_step(
     Raises:
       ConfigError: as `place_on`, or the step is unknown or cannot process a chunk of this size.
     """
-    if step not in _LOWER:
+    if step not in get_args(Step):
         raise ConfigError(f"step={step} is unknown; use one of {', '.join(get_args(Step))}")
     check_chunk(config, step, chunk)
     placement = place_on(config, target)
     began = time.perf_counter()
-    compiled = _LOWER[step](config, placement, chunk, optimizer).compile(dict(target.compiler_options()))
-    return CompiledStep(
-        config=config, target=target, placement=placement, step=step, compiled=compiled,
-        compile_s=time.perf_counter() - began,
-    )  # fmt: skip
+    compiled = _lower(config, placement, step, chunk, optimizer).compile(dict(target.compiler_options()))
+    return CompiledStep(config, target, placement, step, compiled, time.perf_counter() - began)
 
 
 def full_weights(config: Config, placement: Placement) -> tuple[FullWeight, ...]:
@@ -107,17 +96,12 @@ def full_weights(config: Config, placement: Placement) -> tuple[FullWeight, ...]
     model, layout = config.model, placement.layout
     heads = padded_heads(placement, model.num_heads, model.num_kv_heads, model.head_dim)
     query, kv = heads.query * heads.dim, heads.kv * heads.dim
-    rows = {
-        ("tsp/attention/queries", "heads"): query,
-        ("tsp/attention/keys_values", "heads"): 2 * kv,
-        ("tsp/attention/out", "heads"): query,
-        ("tsp/mlp", "mlp"): 3 * model.d_ff,
-        ("tsp/embed", "vocab"): model.vocab_size,
-        ("tsp/loss", "vocab"): model.vocab_size,
-    }
-    return tuple(
-        FullWeight(scope, whole * model.d_model) for (scope, dim), whole in rows.items() if getattr(layout, dim)
-    )
+    ops = [
+        ("attention/queries", layout.heads, query), ("attention/keys_values", layout.heads, 2 * kv),
+        ("attention/out", layout.heads, query), ("mlp", layout.mlp, 3 * model.d_ff),
+        ("embed", layout.vocab, model.vocab_size), ("loss", layout.vocab, model.vocab_size),
+    ]  # fmt: skip
+    return tuple(FullWeight(f"tsp/{scope}", rows * model.d_model) for scope, axes, rows in ops if axes)
 
 
 def check_chunk(config: Config, step: Step, chunk: int) -> None:
@@ -128,46 +112,18 @@ def check_chunk(config: Config, step: Step, chunk: int) -> None:
         raise ConfigError(f"chunk={chunk} must be part of seq_len={config.seq_len}; use 0 for all of it")
 
 
-def tokens_of(config: Config, step: Step, chunk: int = 0) -> int:
-    """Tokens that one step processes, over all devices."""
-    return config.batch * (1 if step == "decode" else chunk or config.seq_len)
-
-
-def _lower_train(config: Config, placement: Placement, _: int, optimizer: Optimizer) -> jax.stages.Lowered:
-    program = make_program(config, placement, optimizer)
-    shape = (config.accumulate, config.batch // config.accumulate, config.seq_len)
-    return program.step.lower(program.abstract_state, program.abstract_batch(shape))
-
-
-def _lower_forward(config: Config, placement: Placement, *_: object) -> jax.stages.Lowered:
-    program = make_program(config, placement)
-    return program.evaluate.lower(
-        program.abstract_state.params, program.abstract_batch((1, config.batch, config.seq_len))
-    )
-
-
-def _lower_prefill(config: Config, placement: Placement, chunk: int, _: Optimizer) -> jax.stages.Lowered:
-    """Prefills a chunk of a prompt of seq_len tokens, or all of it."""
-    program = _serving(config, placement, chunk or config.seq_len)
-    return program.prefill.lower(program.abstract_params, program.abstract_cache, *program.abstract_chunk)
-
-
-def _lower_decode(config: Config, placement: Placement, *_: object) -> jax.stages.Lowered:
-    """Decodes one token of each sequence with a cache of seq_len tokens."""
-    program = _serving(config, placement, placement.size("sequence"))
-    return program.decode.lower(program.abstract_params, program.abstract_cache, program.abstract_tokens)
-
-
-def _serving(config: Config, placement: Placement, chunk: int) -> InferenceProgram:
-    return make_inference_program(
-        config.model, placement,
-        stream=config.stream, dtype=config.compute_dtype, batch=config.batch, capacity=config.seq_len, chunk=chunk,
+def _lower(config: Config, placement: Placement, step: Step, chunk: int, optimizer: Optimizer) -> jax.stages.Lowered:
+    """Lowers a step: prefill of a chunk of a prompt, or all of it; decode with a cache of seq_len tokens."""
+    if step in ("train", "forward"):
+        program = make_program(config, placement, optimizer if step == "train" else None)
+        if step == "train":
+            return program.lower_step(config)
+        batch = program.abstract_batch((1, config.batch, config.seq_len))
+        return program.evaluate.lower(program.abstract_state.params, batch)
+    serving = make_inference_program(
+        config.model, placement, stream=config.stream, dtype=config.compute_dtype, batch=config.batch,
+        capacity=config.seq_len, chunk=(chunk or config.seq_len) if step == "prefill" else placement.size("sequence"),
     )  # fmt: skip
-
-
-_LOWER: Mapping[str, Callable[[Config, Placement, int, Optimizer], jax.stages.Lowered]] = {
-    "train": _lower_train,
-    "forward": _lower_forward,
-    "prefill": _lower_prefill,
-    "decode": _lower_decode,
-}
+    if step == "prefill":
+        return serving.prefill.lower(serving.abstract_params, serving.abstract_cache, *serving.abstract_chunk)
+    return serving.decode.lower(serving.abstract_params, serving.abstract_cache, serving.abstract_tokens)

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from tsp_jax.config import StreamConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.hf.tokenizer import Tokenizer
 from tsp_jax.inference import Model, Sampling, Stats, generate, load
 from tsp_jax.inspect.units import format_bytes
 from tsp_jax.layout import Placement, get_layout, make_mesh, parse_mesh
@@ -55,29 +54,25 @@ class GenerateOptions:
 def generate_text(
     folder: str, options: GenerateOptions, out: TextIO | None = None, notes: TextIO | None = None
 ) -> Stats:
-    """Continues a text.
+    """Continues a text with the model in a Hugging Face folder.
 
-    Args:
-      folder: Hugging Face folder of the model.
-      options: prompt, sampling and devices.
-      out: receives the text token by token; None: stdout.
-      notes: receives a line about throughput and peak memory; None: stderr.
+    `out` (None: stdout) receives the text token by token, `notes` (None: stderr) throughput and peak memory.
     """
-    prompt, placement = _prompt(options), _place(options)
+    prompt, layout = _prompt(options), get_layout(options.layout)
+    placement = Placement(layout, make_mesh(parse_mesh(options.mesh, layout, len(jax.devices()))))
     model = load(folder, placement, dtype=options.dtype, stream=options.stream)
     assert model.tokenizer is not None
-    tokens = _encode(model.tokenizer, prompt, options.chat)
+    text = model.tokenizer.chat(prompt) if options.chat else prompt
+    tokens = model.tokenizer.encode(text, special=not options.chat)
     stats, decoder = Stats(), model.tokenizer.decoder()
 
     def write(text: str) -> None:
         print(text, end="", file=out, flush=True)
 
     generate(
-        model, [tokens],
-        max_new_tokens=options.max_new_tokens, sampling=options.sampling,
-        stop_tokens=model.stop_tokens if options.stop else (),
-        capacity=options.capacity, chunk=options.chunk, stats=stats,
-        on_token=lambda _, token: write(decoder.step(token)),
+        model, [tokens], max_new_tokens=options.max_new_tokens, sampling=options.sampling,
+        stop_tokens=model.stop_tokens if options.stop else (), capacity=options.capacity, chunk=options.chunk,
+        stats=stats, on_token=lambda _, token: write(decoder.step(token)),
     )  # fmt: skip
     write(decoder.finish() + "\n")
     print(throughput(model, stats), file=sys.stderr if notes is None else notes)
@@ -97,15 +92,6 @@ def _prompt(options: GenerateOptions) -> str:
     if not text:
         raise ConfigError(f"prompt_file={options.prompt_file} is empty; use a file that holds text")
     return text
-
-
-def _place(options: GenerateOptions) -> Placement:
-    layout = get_layout(options.layout)
-    return Placement(layout, make_mesh(parse_mesh(options.mesh, layout, len(jax.devices()))))
-
-
-def _encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
-    return tokenizer.encode(tokenizer.chat(prompt), special=False) if chat else tokenizer.encode(prompt)
 
 
 def throughput(model: Model, stats: Stats) -> str:

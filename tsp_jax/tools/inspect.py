@@ -17,7 +17,8 @@ from tsp_jax.inspect.render import console, show
 from tsp_jax.inspect.trace import write_trace
 from tsp_jax.layout import parse_sizes
 from tsp_jax.tools import cli
-from tsp_jax.tools.compile import Optimizer, Step, compile_step
+from tsp_jax.tools.compile import Step, compile_step
+from tsp_jax.training.optimizer import Optimizer
 
 BROKEN = 1
 """exit code if a contract is broken"""
@@ -74,7 +75,7 @@ class TextOptions:
 def check_writable(**files: str) -> None:
     """Raises ConfigError if the folder of a file does not exist; names of arguments are names of flags."""
     for field, file in files.items():
-        if file and (not Path(file).parent.is_dir() or Path(file).is_dir()):
+        if file and (Path(file).is_dir() or not Path(file).parent.is_dir()):
             raise ConfigError(f"{field}={file} cannot be written; use a file in a folder that exists")
 
 
@@ -105,13 +106,13 @@ def inspect_text(file: str, options: TextOptions) -> int:
     """Prints a report of the text of a program; returns the exit code."""
     options.outputs.check()
     name = options.target if ":" in options.target else f"{options.target}:1"
-    target = parse_target(name, options.outputs.attention_efficiency) if options.target else None
+    hardware = parse_target(name, options.outputs.attention_efficiency).hardware if options.target else None
     try:
         text = Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"file {file} cannot be read as text ({error}); use the text of a compiled program") from None
     axes = parse_sizes(options.mesh) if options.mesh else None
-    found = report(text, target=target.hardware if target else None, mesh_axes=axes, record=bool(options.outputs.trace))
+    found = report(text, target=hardware, mesh_axes=axes, record=bool(options.outputs.trace))
     return _finish(found, {"file": file, "target": options.target, "mesh": axes}, options.outputs, console())
 
 

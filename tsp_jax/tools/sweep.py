@@ -1,7 +1,9 @@
 """Compare layouts on one target: peak memory, communication, step time, and the largest sizes that fit."""
 
+import bisect
 import csv
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +15,8 @@ from tsp_jax.cost.training import step_memory
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import Target
 from tsp_jax.layout import Layout, get_layout, parse_sizes
-from tsp_jax.tools.compile import Optimizer, Step, check_chunk, compile_step, place_on, tokens_of
+from tsp_jax.tools.compile import Step, check_chunk, compile_step, place_on
+from tsp_jax.training.optimizer import Optimizer
 
 PAPER = "Shyam, Golubeva, Anthony, arXiv 2604.26294"
 _PAPER_MODEL = ModelConfig(
@@ -70,17 +73,17 @@ def parse_layout(text: str, num_devices: int) -> tuple[Layout, dict[str, int]]:
     """
     name, _, shape = text.partition(":")
     layout = get_layout(name)
-    axes = [axis for axis in dict.fromkeys((*layout.heads, *layout.sequence)) if axis not in layout.batch]
+    axes = list(dict.fromkeys((*layout.heads, *layout.sequence)))
     example = f"{name}:{'x'.join(['2'] * (len(axes) - 1) + ['4'])}" if axes else name
-    sizes = shape.split("x") if shape else []
-    if len(sizes) != len(axes) or not all(size.isdecimal() and int(size) for size in sizes):
+    sizes = [int(size) if size.isdecimal() else 0 for size in shape.split("x")] if shape else []
+    if len(sizes) != len(axes) or not all(sizes):
         raise ConfigError(
             f"layouts={text} does not give a size to each of {', '.join(axes) or 'no axes'}; use {example}"
         )
-    replica = math.prod(int(size) for size in sizes)
+    replica = math.prod(sizes)
     if num_devices % replica:
         raise ConfigError(f"layouts={text}: {replica} devices per replica do not divide {num_devices}; use {example}")
-    found = {layout.batch[0]: num_devices // replica} | dict(zip(axes, map(int, sizes), strict=True))
+    found = {layout.batch[0]: num_devices // replica} | dict(zip(axes, sizes, strict=True))
     # In the layout's order: weight axes innermost, on neighbouring devices.
     return layout, {axis: found[axis] for axis in layout.axis_names}
 
@@ -94,18 +97,11 @@ def configure(config: Config, text: str, seq_len: int, batch: int, num_devices: 
 
 
 def compare_layouts(
-    config: Config,
-    target: Target,
-    layouts: Sequence[str],
-    seq_lens: Sequence[int],
-    *,
-    batch: int = 1,
-    step: Step = "train",
-    chunk: int = 0,
-    optimizer: Optimizer = None,
+    config: Config, target: Target, layouts: Sequence[str], seq_lens: Sequence[int], *,
+    batch: int = 1, step: Step = "train", chunk: int = 0, optimizer: Optimizer = None,
     progress: Callable[[str], object] = lambda _: None,
-) -> list[Row]:
-    """Compiles every layout at every sequence length and inspects the programs.
+) -> list[Row]:  # fmt: skip
+    """Compiles every layout at every sequence length and inspects the programs; `compile_step` has more on arguments.
 
     A layout that cannot be compiled gives a row that says why.
 
@@ -115,21 +111,18 @@ def compare_layouts(
       layouts: for example tsp:8 and tp_sp:2x4; see `parse_layout`.
       seq_lens: tokens per sequence.
       batch: sequences per replica.
-      step: the step to compile.
-      chunk: prompt tokens that one prefill step processes; 0: all of them.
-      optimizer: the user's own, for step train; None: AdamW from `config.optimizer`.
       progress: called with a line of text before each compilation.
 
     Raises:
       ConfigError: a layout is unknown or does not fit the target, before anything compiles.
     """
-    jobs = [configure(config, text, length, batch, target.num_devices) for text in layouts for length in seq_lens]
-    names = [text for text in layouts for _ in seq_lens]
-    for job in jobs:
+    pairs = itertools.product(layouts, seq_lens)
+    jobs = [(text, configure(config, text, length, batch, target.num_devices)) for text, length in pairs]
+    for _, job in jobs:
         place_on(job, target)
         check_chunk(job, step, chunk)
     rows = []
-    for number, (name, job) in enumerate(zip(names, jobs, strict=True), start=1):
+    for number, (name, job) in enumerate(jobs, start=1):
         progress(f"{number} of {len(jobs)}: {name} at {job.seq_len} tokens")
         rows.append(_row(name, job, target, step, chunk, optimizer))
     return rows
@@ -139,9 +132,9 @@ def _row(name: str, config: Config, target: Target, step: Step, chunk: int, opti
     row = Row(layout=name, mesh=config.mesh, seq_len=config.seq_len, batch=config.batch)
     try:
         compiled = compile_step(config, target, step, chunk, optimizer)
+    except ConfigError:
+        raise
     except Exception as error:  # compilers refuse programs in many ways; the other rows are still wanted
-        if isinstance(error, ConfigError):
-            raise
         return dataclasses.replace(row, fits=False, note=f"does not compile: {str(error).splitlines()[0][:200]}")
     found = compiled.report()
     t, limit = found.timeline, USABLE * target.hardware.memory_bytes
@@ -151,11 +144,8 @@ def _row(name: str, config: Config, target: Target, step: Step, chunk: int, opti
         fits=found.peak_bytes <= limit,
         peak_bytes=found.peak_bytes,
         received_bytes=sum(c.total_bytes for c in found.collectives),
-        comm_s=t.comm_s,
-        exposed_comm_s=t.exposed_comm_s,
-        step_s=t.step_s,
-        matmul_s=t.matmul_s,
-        tokens_per_s=tokens_of(config, step, chunk) / t.step_s,
+        **{name: getattr(t, name) for name in ("comm_s", "exposed_comm_s", "step_s", "matmul_s")},
+        tokens_per_s=config.batch * (1 if step == "decode" else chunk or config.seq_len) / t.step_s,
         compile_s=round(compiled.compile_s, 1),
         paper_peak_gb=_paper_peak_gb(name, config, target, step),
         by_kind=dict(found.peak.by_kind),
@@ -181,10 +171,9 @@ def _with_limits(row: Row, config: Config, limit: float) -> Row:
     per_replica = config.batch // replicas
     predicted_bytes = predicted(config.seq_len, per_replica)
     scale = (row.peak_bytes or predicted_bytes) / predicted_bytes
-    length = _largest(lambda n: scale * predicted(16384 * n, per_replica) <= limit)
+    length = 16384 * _largest(lambda n: scale * predicted(16384 * n, per_replica) <= limit)
     batch = _largest(lambda n: scale * predicted(config.seq_len, n) <= limit)
-    limits = {"largest_seq_len": 16384 * length, "largest_batch": batch}
-    return dataclasses.replace(row, predicted_bytes=predicted_bytes, **limits)
+    return dataclasses.replace(row, predicted_bytes=predicted_bytes, largest_seq_len=length, largest_batch=batch)
 
 
 def _largest(fits: Callable[[int], bool]) -> int:
@@ -192,11 +181,7 @@ def _largest(fits: Callable[[int], bool]) -> int:
     high = 1
     while fits(high) and high < 1 << 20:
         high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return bisect.bisect_left(range(high), True, lo=high // 2 + 1, key=lambda n: not fits(n)) - 1
 
 
 def write_json(rows: Sequence[Row], facts: dict[str, Any], path: Path) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -40,8 +39,7 @@ def saved_steps(folder: Path) -> list[int]:
 
 def steps_to_drop(steps: Iterable[int], newest: int, every: int) -> list[int]:
     """Returns the steps to delete: all except the `newest` last ones and multiples of `every` (0: no multiples)."""
-    old = sorted(steps)[:-newest]
-    return [step for step in old if not (every and step % every == 0)]
+    return [step for step in sorted(steps)[:-newest] if not (every and step % every == 0)]
 
 
 class Checkpoints:
@@ -58,9 +56,8 @@ class Checkpoints:
     def __init__(self, folder: Path, program: TrainProgram, config: Config, data_digest: str, report: Callable = print):
         self.folder, self.config, self.data_digest, self.report = folder.absolute(), config, data_digest, report
         self._logical = _abstract_logical(program)
-        padded = any(padding.padded for padding in jax.tree.leaves(program.paddings))
-        self._to_logical = _convert(to_logical, program.paddings, self._logical) if padded else _same
-        self._to_stored = _convert(to_stored, program.paddings, program.abstract_state) if padded else _same
+        self._to_logical = _convert(to_logical, program.paddings, self._logical)
+        self._to_stored = _convert(to_stored, program.paddings, program.abstract_state)
         self._writer = _orbax()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tsp_commit")
         self._current: tuple[int, Future[None]] | None = None
@@ -120,11 +117,7 @@ class Checkpoints:
     def close(self, last: int = 0) -> None:
         """Waits for the current save and releases the thread.
 
-        Args:
-          last: the last step of the run, which must have a checkpoint; 0: none is needed.
-
-        Raises:
-          RunStopped: step `last` has no undamaged checkpoint.
+        Raises RunStopped if step `last`, the last one of the run, has no undamaged checkpoint (0: none is needed).
         """
         self.wait()
         self._pool.shutdown()
@@ -144,11 +137,9 @@ class Checkpoints:
         self._drop_old()
 
     def _drop_old(self) -> None:
-        steps = saved_steps(self.folder)
-        for step in steps_to_drop(steps, self.config.keep_checkpoints, self.config.keep_every):
+        for step in steps_to_drop(saved_steps(self.folder), self.config.keep_checkpoints, self.config.keep_every):
             # renamed first: a partly deleted folder must not look like a checkpoint
-            doomed = (self.folder / str(step)).rename(self._partial(step))
-            shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree((self.folder / str(step)).rename(self._partial(step)), ignore_errors=True)
 
     def _partial(self, step: int) -> Path:
         return self.folder / f"{step}.partial"
@@ -159,16 +150,10 @@ class Checkpoints:
     # -------------------------------------------------------------------------------------------- restoring
 
     def newest_undamaged(self) -> int | None:
-        """Finds the newest checkpoint whose files are all undamaged.
+        """Returns the step of the newest checkpoint whose files are all undamaged; None if there are no checkpoints.
 
         Damaged checkpoints are reported with the name of the file and renamed to ``STEP.damaged``. The files are
-        divided among the processes.
-
-        Returns:
-          Its step, or None if there are no checkpoints.
-
-        Raises:
-          ConfigError: there are checkpoints and all are damaged.
+        divided among the processes. Raises ConfigError if there are checkpoints and all are damaged.
         """
         damaged = 0
         while (step := broadcast_from_writer(max(saved_steps(self.folder), default=-1))) >= 0:
@@ -180,7 +165,9 @@ class Checkpoints:
                 return step
             damaged += 1
             if is_writer():
-                self._set_aside(step)
+                aside = self.folder / f"{step}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.folder / str(step)).rename(aside)
         if damaged:
             raise ConfigError(
                 f"workdir={self.config.workdir} has no checkpoint that is not damaged; "
@@ -189,13 +176,10 @@ class Checkpoints:
         return None
 
     def check(self, step: int) -> list[str]:
-        """Compares the configuration and data of a checkpoint with those of this run.
+        """Compares a checkpoint with this run's configuration and data.
 
-        Returns:
-          One line about each difference that does not prevent resuming.
-
-        Raises:
-          ConfigError: it is a checkpoint of another model or optimizer.
+        Returns one line about each difference that does not prevent resuming; raises ConfigError if the model or the
+        optimizer is another one.
         """
         meta = json.loads((self.folder / str(step) / "meta.json").read_text())
         here, there = json.loads(json.dumps(dataclasses.asdict(self.config))), meta["config"]
@@ -230,11 +214,6 @@ class Checkpoints:
                     "or another --workdir"
                 )
 
-    def _set_aside(self, step: int) -> None:
-        aside = self.folder / f"{step}.damaged"
-        shutil.rmtree(aside, ignore_errors=True)
-        (self.folder / str(step)).rename(aside)
-
 
 def _orbax() -> ocp.StandardCheckpointer:
     # If folders were made in the background, threads would wait until the timeout for one that cannot be made.
@@ -242,27 +221,23 @@ def _orbax() -> ocp.StandardCheckpointer:
     return ocp.StandardCheckpointer(async_options=options)
 
 
-def _same(state: TrainState) -> TrainState:
-    return state
-
-
 def _convert(function: Callable, paddings: TrainState, result: TrainState) -> Callable[[TrainState], TrainState]:
+    if not any(padding.padded for padding in jax.tree.leaves(paddings)):
+        return lambda state: state
     shardings = jax.tree.map(lambda array: array.sharding, result)
     return jax.jit(partial(function, paddings), out_shardings=shardings)
 
 
 def _abstract_logical(program: TrainProgram) -> TrainState:
+    """The logical arrays with the stored arrays' shardings, but replicated along dims that do not divide."""
+
+    def abstract(logical: jax.ShapeDtypeStruct, stored: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        mesh, spec = stored.sharding.mesh, list(stored.sharding.spec)
+        for dim, names in enumerate(spec):
+            names = (names,) if isinstance(names, str) else names or ()
+            if logical.shape[dim] % math.prod(mesh.shape[name] for name in names):
+                spec[dim] = None
+        return jax.ShapeDtypeStruct(logical.shape, logical.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
     shapes = jax.eval_shape(partial(to_logical, program.paddings), program.abstract_state)
-    return jax.tree.map(_with_logical_sharding, shapes, program.abstract_state)
-
-
-def _with_logical_sharding(logical: jax.ShapeDtypeStruct, stored: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The logical array with the stored array's sharding, but replicated along dims that do not divide."""
-    mesh, spec = stored.sharding.mesh, stored.sharding.spec
-
-    def fits(dim: int, names: Any) -> bool:
-        names = (names,) if isinstance(names, str) else names or ()
-        return logical.shape[dim] % math.prod(mesh.shape[name] for name in names) == 0
-
-    kept = [names if fits(dim, names) else None for dim, names in enumerate(spec)]
-    return jax.ShapeDtypeStruct(logical.shape, logical.dtype, sharding=NamedSharding(mesh, PartitionSpec(*kept)))
+    return jax.tree.map(abstract, shapes, program.abstract_state)

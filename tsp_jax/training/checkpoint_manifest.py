@@ -24,15 +24,9 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Verifies the files of a folder against its manifest.
+    """Verifies one of `parts` parts of a folder's files against its manifest, and the manifest itself.
 
-    Args:
-      folder: a checkpoint.
-      part: index of the part of the files that is verified.
-      parts: number of parts that the files are divided into; the manifest itself is read for each part.
-
-    Returns:
-      The first damaged file and what is wrong with it, or None.
+    Returns the first damaged file and what is wrong with it, or None.
     """
     try:
         listing = json.loads((folder / MANIFEST).read_text())["sha256"].items()

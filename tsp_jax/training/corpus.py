@@ -68,11 +68,6 @@ def load_corpus(data: DataConfig, vocab_size: int, split: Split) -> Corpus:
 
     Several processes may build the same corpus at once: each writes its own folder, and the first to rename it wins.
 
-    Args:
-      data: the files, and the cache folder.
-      vocab_size: upper bound of the token ids of both splits.
-      split: "train" or "heldout".
-
     Raises:
       ConfigError: the files are missing, empty, unreadable or not token ids; an id is not below `vocab_size`; the
         cache cannot be written.
@@ -131,8 +126,7 @@ def _find_sources(data: DataConfig) -> tuple[Path, list[_Source]]:
         root = Path(fixed if fixed != pattern else os.path.dirname(pattern))
         paths = {Path(path) for path in glob.glob(pattern, recursive=True)}
     else:
-        root = Path(sysconfig.get_path("stdlib"))
-        paths = set()
+        root, paths = Path(sysconfig.get_path("stdlib")), set()
         for folder, subfolders, names in os.walk(root):
             subfolders[:] = set(subfolders) - _NOT_STDLIB
             paths |= {Path(folder, name) for name in names if name.endswith(".py")}
@@ -177,10 +171,8 @@ def _build(folder: Path, sources: list[_Source], data: DataConfig) -> None:
     partial.mkdir(parents=True)
     try:
         facts = {
-            "sources": folder.name,
             "max_token_id": largest.max_id,
             "max_token_file": str(largest.path),
-            "documents": {split: len(splits[split]) for split in SPLITS},
             "sha256": {split: _write_split(data, partial, split, splits[split], dtype) for split in SPLITS},
         }
         (partial / "corpus.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -202,14 +194,14 @@ def _split_documents(data: DataConfig, documents: list[_Document]) -> dict[Split
         (whole,) = documents
         border = whole.stop - max(1, whole.stop // HELD_OUT)
         return {"train": [whole._replace(stop=border)], "heldout": [whole._replace(start=border)]}
-    digests = [hashlib.sha256(os.fsencode(document.name)).digest() for document in documents]
-    is_held = [int.from_bytes(digest, "big") % HELD_OUT == 0 for digest in digests]
+    digests = [hashlib.sha256(os.fsencode(document.name)).hexdigest() for document in documents]
+    is_held = [int(digest, 16) % HELD_OUT == 0 for digest in digests]
     if len(set(is_held)) == 1:
         is_held = [document is documents[-1] for document in documents]
-    return {
-        "train": [document for document, held in zip(documents, is_held, strict=True) if not held],
-        "heldout": [document for document, held in zip(documents, is_held, strict=True) if held],
-    }
+    splits: dict[Split, list[_Document]] = {"train": [], "heldout": []}
+    for document, held in zip(documents, is_held, strict=True):
+        splits["heldout" if held else "train"].append(document)
+    return splits
 
 
 def _measure(data: DataConfig, source: _Source) -> _Document:

@@ -12,6 +12,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from tsp_jax.config import Config, Order
 from tsp_jax.errors import ConfigError
@@ -54,15 +55,7 @@ class Batches:
     """
 
     def __init__(
-        self,
-        corpus: Corpus,
-        *,
-        batch: int,
-        seq_len: int,
-        seed: int,
-        order: Order,
-        sequence_shards: int,
-        shuffle: bool,
+        self, corpus: Corpus, *, batch: int, seq_len: int, seed: int, order: Order, sequence_shards: int, shuffle: bool
     ):
         num_tokens = len(corpus.tokens)
         if num_tokens < seq_len:
@@ -76,6 +69,7 @@ class Batches:
         """[S] int64: index of the token at each position of a placed array"""
         self.num_windows = num_tokens // seq_len
         """number of sequences in one epoch"""
+        self.digest = corpus.digest
         self._tokens = corpus.tokens
         self._borders = np.append(corpus.starts, num_tokens)  # document d is tokens [borders[d], borders[d + 1])
         self._batch, self._seq_len, self._seed, self._shuffle = batch, seq_len, seed, shuffle
@@ -84,17 +78,11 @@ class Batches:
         """Returns the batch of a step, [B, S], with tokens in natural order."""
         return self._read(self._windows(step), np.arange(self._seq_len))
 
-    def place(
-        self, step: int, sharding: jax.sharding.NamedSharding, *, accumulate: int | None = None
-    ) -> Batch[jax.Array]:
+    def place(self, step: int, sharding: NamedSharding, *, accumulate: int | None = None) -> Batch[jax.Array]:
         """Returns the batch of a step as global arrays, with tokens in `order`.
 
-        Each process reads only the shards of its own devices, each of them once.
-
-        Args:
-          step: number of the step.
-          sharding: sharding of [B, S], or of [accumulate, B / accumulate, S] if `accumulate` is given.
-          accumulate: number of micro-batches; each takes consecutive rows.
+        They are [B, S], or [accumulate, B / accumulate, S] for micro-batches of consecutive rows. Each process reads
+        only the shards of its own devices, each of them once.
 
         Raises:
           ConfigError: B is not a multiple of `accumulate`.
@@ -118,12 +106,11 @@ class Batches:
             assert index is not None
             return read(*(part.indices(size) for part, size in zip(index, shape, strict=True)))[field]
 
-        return Batch(
-            *(
-                jax.make_array_from_callback(shape, sharding, functools.partial(shard, field), dtype=np.int32)
-                for field in range(len(Batch._fields))
-            )
-        )
+        def array(field: int) -> jax.Array:
+            callback = functools.partial(shard, field)
+            return jax.make_array_from_callback(shape, sharding, callback, dtype=np.int32)
+
+        return Batch(*map(array, range(len(Batch._fields))))
 
     def _windows(self, step: int) -> np.ndarray:
         """[B] int64: the windows of a step."""
@@ -158,8 +145,6 @@ class Splits(NamedTuple):
 
     train: Batches
     held_out: Batches
-    digest: str
-    """of the training split"""
 
 
 def load_splits(config: Config, sequence_shards: int) -> Splits:
@@ -169,15 +154,14 @@ def load_splits(config: Config, sequence_shards: int) -> Splits:
       ConfigError: as `load_corpus` and `Batches`.
     """
 
-    def batches(split: Split, shuffle: bool) -> tuple[Corpus, Batches]:
-        corpus = load_corpus(config.data, config.model.vocab_size, split)
-        return corpus, Batches(
-            corpus, batch=config.batch, seq_len=config.seq_len, seed=config.seed, order=config.data.order,
-            sequence_shards=sequence_shards, shuffle=shuffle,
+    def batches(split: Split) -> Batches:
+        return Batches(
+            load_corpus(config.data, config.model.vocab_size, split),
+            batch=config.batch, seq_len=config.seq_len, seed=config.seed, order=config.data.order,
+            sequence_shards=sequence_shards, shuffle=split == "train",
         )  # fmt: skip
 
-    corpus, train = batches("train", shuffle=True)
-    return Splits(train, batches("heldout", shuffle=False)[1], corpus.digest)
+    return Splits(batches("train"), batches("heldout"))
 
 
 def sequence_order(seq_len: int, shards: int, order: Order) -> np.ndarray:
@@ -185,11 +169,6 @@ def sequence_order(seq_len: int, shards: int, order: Order) -> np.ndarray:
 
     "contiguous" is the natural order. "zigzag" splits the sequence into 2 R chunks and gives rank p the chunks p and
     2 R - 1 - p, so that under a causal mask every rank attends to the same number of keys.
-
-    Args:
-      seq_len: S.
-      shards: R.
-      order: "contiguous" or "zigzag".
 
     Raises:
       ConfigError: S is not a multiple of R (contiguous) or of 2 R (zigzag; one rank takes any S).
@@ -212,15 +191,9 @@ def prefetch(
 ) -> Generator[tuple[int, T], None, None]:
     """Yields ``(step, make(step))`` for each step, prepared by one thread, in order.
 
-    An exception of `make` is raised when its step is due. Closing the generator ends the thread.
-
-    Args:
-      make: makes the item of a step.
-      start: first step.
-      stop: one after the last step.
-      depth: number of items prepared ahead at most.
-      interrupt: once it is done the generator ends at the first step that is not ready, without waiting for the thread
-        (which may hang).
+    At most `depth` items are prepared ahead. An exception of `make` is raised when its step is due. Closing the
+    generator ends the thread. Once `interrupt` is done the generator ends at the first step that is not ready, without
+    waiting for the thread (which may hang).
     """
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tsp_prefetch")
     pending: deque[tuple[int, Future[T]]] = deque()

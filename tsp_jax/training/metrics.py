@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +25,20 @@ from tsp_jax.training.safety.finite import is_skipped
 class MetricsFile:
     """``metrics.jsonl``: one line per step or evaluation. Numbers that are not finite are null.
 
-    Lines later than the step resumed from are dropped. Lines that a full disk rejects are kept in memory until they can
-    be written.
-
-    Args:
-      path: the file.
-      resume_step: the step resumed from; 0 for a new run.
-      report: called with one line if the file cannot be written.
+    Lines later than `resume_step`, the step resumed from, are dropped. Lines that a full disk rejects are kept in
+    memory until they can be written; `report` is called with one line about it.
     """
 
     def __init__(self, path: Path, resume_step: int, report: Callable[[str], Any] = print):
         self.path, self.report = path, report
-        self.earlier = [line for line in self._lines() if line["step"] <= resume_step]
-        """lines up to the step resumed from"""
-        self.evaluations = {line["step"] for line in self.earlier if "eval_loss" in line}
+        lines = [line for line in (read_metrics(path) if path.exists() else []) if line["step"] <= resume_step]
+        self.earlier = [line for line in lines if "loss" in line]
+        """lines of training steps up to the one resumed from"""
+        self.evaluations = {line["step"] for line in lines if "eval_loss" in line}
         """steps that have an evaluation"""
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.earlier))
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._pending, self._fails = b"", False
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND) if is_writer() else None
-
-    def _lines(self) -> Iterable[dict]:
-        return read_metrics(self.path) if self.path.exists() else []
-
-    def earlier_steps(self) -> list[dict]:
-        """Returns the lines of training steps up to the one resumed from."""
-        return [line for line in self.earlier if "loss" in line]
 
     def write(self, line: dict) -> None:
         """Appends a line; does nothing on processes other than the writer."""
@@ -91,53 +80,25 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 
-class StepClock:
-    """Measures tokens per second from the times at which steps were known to be done."""
-
-    def __init__(self):
-        self.last = time.perf_counter()
-
-    def rate(self, tokens: float) -> float:
-        """Returns `tokens` divided by the seconds since the last call."""
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        return tokens / seconds
-
-    def skip(self) -> None:
-        """Excludes the time since the last call (evaluation, checkpoints)."""
-        self.last = time.perf_counter()
-
-
-class TrainProgress:
+class TrainProgress(Progress):
     """A progress bar on a terminal; otherwise about `LINES` lines per run."""
 
     LINES = 20
-    """number of lines per run without a terminal"""
 
     def __init__(self, start: int, steps: int, console: Console):
-        self.console, self.steps, self.every = console, steps, max(1, steps // self.LINES)
         columns = ("[bold]train", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
-        self.bar = Progress(
-            *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
-            disable=not console.is_terminal,
-        )  # fmt: skip
-        self.task = self.bar.add_task("train", total=steps, completed=start, text="")
-        self.began, self.start = time.perf_counter(), start
-
-    def __enter__(self):
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_):
-        self.bar.stop()
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        super().__init__(*columns, *times, console=console, disable=not console.is_terminal)
+        self.bar = self.add_task("train", total=steps, completed=start, text="")
+        self.began, self.first, self.steps, self.every = time.perf_counter(), start, steps, max(1, steps // self.LINES)
 
     def show(self, line: dict) -> None:
         """Shows the metrics of a step."""
         step = line["step"]
         text = f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"
-        self.bar.update(self.task, completed=step, text=text)
+        self.update(self.bar, completed=step, text=text)
         if not (self.console.quiet or self.console.is_terminal) and (step % self.every == 0 or step == self.steps):
-            left = (time.perf_counter() - self.began) / (step - self.start) * (self.steps - step)
+            left = (time.perf_counter() - self.began) / (step - self.first) * (self.steps - step)
             print(f"step {step}/{self.steps}  {text}  {left:.0f} s left", file=sys.stdout, flush=True)
 
     def say(self, text: str) -> None:
@@ -173,17 +134,9 @@ def plot_losses(metrics: list[dict], path: Path) -> bool:
 
 
 def summarize(config: Config, name: str, placement: Placement, compiled: Any, lines: list[dict]) -> dict:
-    """The summary of a complete run: last losses, median speed, memory and communication of the compiled step.
+    """The content of summary.json: last losses, median speed, memory and communication of the compiled step.
 
-    Args:
-      config: what was trained.
-      name: of the configuration.
-      placement: layout and mesh.
-      compiled: the step, a jax.stages.Compiled.
-      lines: all lines of the metrics file.
-
-    Returns:
-      The content of summary.json.
+    `name` is that of the configuration; `lines` are all lines of the metrics file.
     """
     steps = [line for line in lines if "loss" in line]
     received = list_collectives(parse(compiled.as_text()), dict(placement.mesh.shape))
@@ -202,8 +155,8 @@ def summarize(config: Config, name: str, placement: Placement, compiled: Any, li
     }
 
 
-def print_summary(summary: dict, console: Console) -> None:
-    """Prints the summary of a run as a table."""
+def print_summary(summary: dict, console: Console) -> dict:
+    """Prints the summary of a run as a table, and returns it."""
     table = Table(title=f"{summary['config']} · {summary['layout']} · {summary['mesh']}", show_header=False)
     rows = {
         "steps": f"{summary['step']:,}",
@@ -219,3 +172,4 @@ def print_summary(summary: dict, console: Console) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+    return summary

@@ -13,6 +13,8 @@ from tsp_jax.errors import ConfigError
 
 NOT_DECAYED = ("scale", "q_norm", "k_norm")
 """names of parameters without weight decay"""
+Optimizer = optax.GradientTransformation | None
+"""the user's own optimizer; None: AdamW from an OptimizerConfig"""
 ALWAYS_USED = ("zero1",)
 """fields of OptimizerConfig that apply to the user's own optimizer too"""
 
@@ -28,16 +30,15 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, steps, peak * config.final_fraction)
 
 
-def decay_mask(params: dict) -> dict:
-    """True for each parameter that weight decay applies to."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
-
-
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """AdamW after global-norm clipping. Arrays are global, so the norm is the same under every layout."""
+
+    def decayed(params: dict) -> dict:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
+
     adamw = optax.adamw(
         make_schedule(config, steps),
-        b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decay_mask,
+        b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed,
     )  # fmt: skip
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), keep_state_in(config.moments_dtype, adamw))
 
@@ -73,13 +74,9 @@ def check_optimizer(config: OptimizerConfig, steps: int, own: object) -> None:
 
 
 def choose_optimizer(
-    config: OptimizerConfig, steps: int, own: optax.GradientTransformation | None
+    config: OptimizerConfig, steps: int, own: Optimizer
 ) -> tuple[optax.GradientTransformation, Callable[[Any, Any], jax.typing.ArrayLike]]:
-    """Returns the user's own optimizer if there is one, else AdamW, and how to read its learning rate.
-
-    Returns:
-      (optimizer, function from (steps done before, updated state of the optimizer) to the learning rate of a step).
-    """
+    """Returns the user's own optimizer, else AdamW, and (steps done before, updated state) -> the learning rate."""
     check_optimizer(config, steps, own)
     if own is not None:
         return own, lambda step, opt_state: injected_learning_rate(opt_state)
@@ -96,16 +93,7 @@ def injected_learning_rate(opt_state: Any) -> jax.typing.ArrayLike:
 
 
 def check_unused_flags(own: object, in_file: OptimizerConfig, with_flags: OptimizerConfig) -> None:
-    """Refuses flags of OptimizerConfig that the user's own optimizer would ignore.
-
-    Args:
-      own: the optimizer that the configuration file defines, or None.
-      in_file: the configuration file's OptimizerConfig.
-      with_flags: the same after flags were applied.
-
-    Raises:
-      ConfigError: a flag changed a field that is not used.
-    """
+    """Raises ConfigError if a flag changed a field of the file's config that the file's own optimizer would ignore."""
     for field in dataclasses.fields(OptimizerConfig) if own is not None else ():
         value = getattr(with_flags, field.name)
         if field.name not in ALWAYS_USED and value != getattr(in_file, field.name):

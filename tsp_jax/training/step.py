@@ -16,7 +16,7 @@ from tsp_jax.heads import NoPadding, paddings
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer, make_merge
 from tsp_jax.training.data import Batch
-from tsp_jax.training.optimizer import choose_optimizer
+from tsp_jax.training.optimizer import Optimizer, choose_optimizer
 from tsp_jax.training.safety.finite import update_if_finite
 
 
@@ -60,25 +60,19 @@ class TrainProgram:
     batch_sharding: NamedSharding
     """sharding of a batch [a, B / a, S], a: micro-batches"""
 
+    def lower_step(self, config: Config) -> jax.stages.Lowered:
+        """Lowers the step for batches of a configuration."""
+        batch = self.abstract_batch((config.accumulate, config.batch // config.accumulate, config.seq_len))
+        return self.step.lower(self.abstract_state, batch)
+
     def abstract_batch(self, shape: tuple[int, int, int]) -> Batch:
         """Returns an abstract batch, to compile for."""
         array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
         return Batch(array, array, array, array)
 
 
-def make_program(
-    config: Config, placement: Placement, optimizer: optax.GradientTransformation | None = None
-) -> TrainProgram:
-    """Builds the functions of a training run; compiles nothing.
-
-    Args:
-      config: model, batch, dtypes and the rest.
-      placement: layout and mesh.
-      optimizer: the user's own; None: AdamW from `config.optimizer`.
-
-    Raises:
-      ConfigError: `optimizer` is not an optax.GradientTransformation.
-    """
+def make_program(config: Config, placement: Placement, optimizer: Optimizer = None) -> TrainProgram:
+    """Builds the functions of a training run; compiles nothing. Raises ConfigError if `optimizer` is not optax's."""
 
     def make_model(seed: int | jax.Array) -> Transformer:
         return Transformer(
@@ -100,7 +94,7 @@ def make_program(
         return losses.nll_Bt.sum(), (batch.labels >= 0).sum(dtype=jnp.float32)
 
     step = _make_step(config, model_of, chosen, learning_rate, shardings.params, moments)
-    batch_sharding = NamedSharding(placement.mesh, PartitionSpec(None, *placement.layout.spec("batch", "sequence")))
+    batch_sharding = placement.sharding(None, "batch", "sequence")
     abstract_state = jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
         jax.eval_shape(init), shardings,
@@ -109,30 +103,15 @@ def make_program(
         init=jax.jit(init, out_shardings=shardings),
         step=jax.jit(step, donate_argnums=0, in_shardings=(shardings, batch_sharding), out_shardings=(shardings, None)),
         evaluate=jax.jit(evaluate, in_shardings=(shardings.params, batch_sharding)),
-        abstract_state=abstract_state,
-        paddings=pads,
-        batch_sharding=batch_sharding,
-    )
+        abstract_state=abstract_state, paddings=pads, batch_sharding=batch_sharding,
+    )  # fmt: skip
 
 
 def _make_step(
-    config: Config,
-    model_of: Callable[[dict], Transformer],
-    optimizer: optax.GradientTransformation,
-    learning_rate: Callable[[Any, Any], jax.typing.ArrayLike],
-    shardings: dict,
-    moments: dict,
-):
-    """Returns the function (state, batch) -> (state, metrics).
-
-    Args:
-      config: loss and dtypes.
-      model_of: parameters -> the model that has them.
-      optimizer: of the step.
-      learning_rate: (steps done before, updated optimizer state) -> the learning rate to report.
-      shardings: of the parameters.
-      moments: shardings of a moment of each parameter.
-    """
+    config: Config, model_of: Callable[[dict], Transformer], optimizer: optax.GradientTransformation,
+    learning_rate: Callable[[Any, Any], jax.typing.ArrayLike], shardings: dict, moments: dict,
+):  # fmt: skip
+    """Returns (state, batch) -> (state, metrics); shardings are those of the parameters and of their moments."""
 
     def loss(params: dict, micro: Batch, num_labels: jax.Array):
         nll_BT, lse_BT = model_of(params).token_losses(micro)
@@ -141,8 +120,7 @@ def _make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         num_labels = (batch.labels >= 0).sum(dtype=jnp.float32)
-        gradient = jax.grad(loss, has_aux=True)
-        num_labels_or_1 = jnp.maximum(num_labels, 1.0)
+        gradient, num_labels_or_1 = jax.grad(loss, has_aux=True), jnp.maximum(num_labels, 1.0)
         grads, nll = _accumulate(lambda micro: gradient(state.params, micro, num_labels_or_1), batch)
         grads = lax.with_sharding_constraint(grads, moments)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -158,9 +136,8 @@ def _make_step(
 
 def _accumulate(gradient: Callable[[Batch], tuple[dict, jax.Array]], batch: Batch) -> tuple[dict, jax.Array]:
     """Sums (gradients, loss) over the micro-batches [a, ...], one at a time."""
-    micro_batches = batch.tokens.shape[0]
     first = gradient(jax.tree.map(lambda x: x[0], batch))
-    if micro_batches == 1:
+    if len(batch.tokens) == 1:
         return first
 
     def add(total, micro):
@@ -175,17 +152,13 @@ def _accumulate(gradient: Callable[[Batch], tuple[dict, jax.Array]], batch: Batc
 def _state_trees(
     abstract: nnx.State, optimizer: optax.GradientTransformation, placement: Placement, zero1: bool
 ) -> tuple[TrainState, TrainState, dict]:
-    """Describes the state.
+    """Returns (shardings, paddings) of the state, and the shardings of a moment of each parameter.
 
     An array of the optimizer that belongs to a parameter and has its shape is sharded and padded like the parameter;
     any other one (counts, factored moments) is replicated and not padded.
-
-    Returns:
-      (shardings, paddings, shardings of a moment of each parameter).
     """
     params = nnx.to_pure_dict(abstract)
-    shardings = jax.tree.map(lambda param: param.sharding, params)
-    pads = paddings(abstract)
+    shardings, pads = jax.tree.map(lambda param: param.sharding, params), paddings(abstract)
     moments = jax.tree.map(lambda param: _moment_sharding(param, placement) if zero1 else param.sharding, params)
     opt_state = jax.eval_shape(optimizer.init, params)
     replicated = NamedSharding(placement.mesh, PartitionSpec())

@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from rich.console import Console
 
 from tsp_jax.config import Config
@@ -20,23 +20,15 @@ from tsp_jax.training.checkpoint import Checkpoints
 from tsp_jax.training.data import Splits, load_splits, prefetch
 from tsp_jax.training.distributed import is_writer, report, report_once, write_atomically
 from tsp_jax.training.init_from import check_init_from, init_state
-from tsp_jax.training.metrics import (
-    MetricsFile,
-    StepClock,
-    TrainProgress,
-    plot_losses,
-    print_summary,
-    read_metrics,
-    summarize,
-)
-from tsp_jax.training.optimizer import check_optimizer
+from tsp_jax.training.metrics import MetricsFile, TrainProgress, plot_losses, print_summary, read_metrics, summarize
+from tsp_jax.training.optimizer import Optimizer, check_optimizer
 from tsp_jax.training.safety.finite import NumbersWatch, all_finite
 from tsp_jax.training.safety.preemption import Agreement, StopSignals
 from tsp_jax.training.safety.watchdog import Watchdog
 from tsp_jax.training.step import StepMetrics, TrainProgram, TrainState, make_program
 
 
-def train(config: Config, name: str = "run", optimizer: optax.GradientTransformation | None = None) -> dict:
+def train(config: Config, name: str = "run", optimizer: Optimizer = None) -> dict:
     """Trains or resumes a configuration. With several processes, each of them makes this call.
 
     Everything that can be refused is refused before anything is compiled or written.
@@ -44,7 +36,7 @@ def train(config: Config, name: str = "run", optimizer: optax.GradientTransforma
     Args:
       config: what to train.
       name: of the configuration, for the summary.
-      optimizer: the user's own; None: AdamW from `config.optimizer`. Its schedule does not follow `config.steps`.
+      optimizer: the user's own, whose schedule does not follow `config.steps`; None: AdamW from `config.optimizer`.
 
     Returns:
       The summary (`summarize`); {} on processes other than the writer.
@@ -57,25 +49,28 @@ def train(config: Config, name: str = "run", optimizer: optax.GradientTransforma
         return _train(config, name, optimizer, signals)
 
 
-def _train(config: Config, name: str, optimizer: optax.GradientTransformation | None, signals: StopSignals) -> dict:
+def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals) -> dict:
     console = Console(quiet=not is_writer())
-    placement = place_run(config)
+    placement = _place(config)
     check_optimizer(config.optimizer, config.steps, optimizer)
     check_init_from(config, placement)
     splits = load_splits(config, placement.size("sequence"))
-    workdir = open_workdir(config)
+    workdir = _open_workdir(config)
     program = make_program(config, placement, optimizer)
-    checkpoints = Checkpoints(workdir / "checkpoints", program, config, splits.digest, report)
+    checkpoints = Checkpoints(workdir / "checkpoints", program, config, splits.train.digest, report)
     start = checkpoints.newest_undamaged() or 0
     for difference in checkpoints.check(start) if start else []:
         console.print(f"resuming with a difference: {difference}", highlight=False, soft_wrap=True)
     if start >= config.steps and (workdir / "summary.json").exists():
-        return _already_complete(config, start, console)
+        text = f"workdir={workdir} is complete at step {start}; --steps {2 * start} trains on"
+        console.print(text, highlight=False, soft_wrap=True)
+        return print_summary(json.loads((workdir / "summary.json").read_text()), console)
 
     write_atomically(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
-    compiled = _compile(config, program, console)
+    with console.status("compiling the training step"):
+        compiled = program.lower_step(config).compile(compiler_options(jax.devices()[0]))
     origin = f"restored step {start}" if start else "starting afresh"
-    console.print(f"{origin} on {describe(placement)}", highlight=False)
+    console.print(f"{origin} on {_describe(placement)}", highlight=False)
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(contextlib.closing(MetricsFile(workdir / "metrics.jsonl", start, report)))
         progress = stack.enter_context(TrainProgress(start, config.steps, console))
@@ -93,12 +88,8 @@ def _train(config: Config, name: str, optimizer: optax.GradientTransformation | 
 # ------------------------------------------------------------------------------------------------ before and after
 
 
-def place_run(config: Config) -> Placement:
-    """Places a configuration's layout on the devices of all processes.
-
-    Raises:
-      ConfigError: a size does not divide, or a process has no device in the mesh.
-    """
+def _place(config: Config) -> Placement:
+    """Places the layout; raises ConfigError if a size does not divide, or a process has no device in the mesh."""
     layout = get_layout(config.layout)
     sizes = parse_mesh(config.mesh, layout, jax.device_count())
     check_fits(config, layout, sizes)
@@ -112,15 +103,15 @@ def place_run(config: Config) -> Placement:
     return Placement(layout, mesh)
 
 
-def describe(placement: Placement) -> str:
+def _describe(placement: Placement) -> str:
     """``tsp, data=1 x tsp=8, cpu``, and the number of processes if there are several."""
     mesh = " x ".join(f"{name}={size}" for name, size in placement.mesh.shape.items())
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"{placement.layout.name}, {mesh}, {jax.devices()[0].device_kind}{processes}"
 
 
-def open_workdir(config: Config) -> Path:
-    """Makes the working directory if it is missing, and checks that it can be written."""
+def _open_workdir(config: Config) -> Path:
+    """Makes the working directory if it is missing; raises ConfigError if it cannot be written."""
     workdir = Path(config.workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -132,13 +123,6 @@ def open_workdir(config: Config) -> Path:
     return workdir
 
 
-def _compile(config: Config, program: TrainProgram, console: Console) -> jax.stages.Compiled:
-    with console.status("compiling the training step"):
-        shape = (config.accumulate, config.batch // config.accumulate, config.seq_len)
-        lowered = program.step.lower(program.abstract_state, program.abstract_batch(shape))
-        return lowered.compile(compiler_options(jax.devices()[0]))
-
-
 def _finish(config: Config, name: str, placement: Placement, compiled: Any, console: Console) -> dict:
     """Writes loss.png and summary.json, and prints the summary."""
     workdir = Path(config.workdir)
@@ -148,16 +132,7 @@ def _finish(config: Config, name: str, placement: Placement, compiled: Any, cons
         console.print(hint, markup=False, highlight=False, soft_wrap=True)
     summary = summarize(config, name, placement, compiled, lines)
     write_atomically(workdir / "summary.json", json.dumps(summary, indent=1))
-    print_summary(summary, console)
-    return summary
-
-
-def _already_complete(config: Config, step: int, console: Console) -> dict:
-    text = f"workdir={Path(config.workdir)} is complete at step {step}; --steps {2 * step} trains on"
-    console.print(text, highlight=False, soft_wrap=True)
-    summary = json.loads((Path(config.workdir) / "summary.json").read_text())
-    print_summary(summary, console)
-    return summary
+    return print_summary(summary, console)
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -178,8 +153,9 @@ class TrainLoop:
     watchdog: Watchdog
 
     def __post_init__(self):
-        self.clock = StepClock()
-        self.numbers = NumbersWatch(self.config.faults.skip_limit, self.metrics.earlier_steps(), report_once)
+        self.since = time.perf_counter()
+        """when the last step was known to be done, or the evaluation or checkpoint after it"""
+        self.numbers = NumbersWatch(self.config.faults.skip_limit, self.metrics.earlier, report_once)
 
     def run(self, state: TrainState, start: int) -> None:
         """Runs steps `start` to the last. A step's metrics are fetched while the next step runs.
@@ -206,7 +182,7 @@ class TrainLoop:
                     stop |= not self._evaluate(state, done)
                 if save or stop:
                     self._save(state, done)
-                self.clock.skip()
+                self.since = time.perf_counter()
             self.checkpoints.poll()
             if stop:
                 break
@@ -235,7 +211,9 @@ class TrainLoop:
         step, step_metrics = pending
         values = {name: float(value) for name, value in step_metrics._asdict().items()}
         self.watchdog.pet(f"step {step}")
-        line = {"step": step, **values, "tokens_per_s": self.clock.rate(self.config.batch * self.config.seq_len)}
+        before, self.since = self.since, time.perf_counter()
+        line = {"step": step, **values}
+        line["tokens_per_s"] = self.config.batch * self.config.seq_len / (self.since - before)
         self.metrics.write(line)
         self.progress.show(line)
         self.numbers.see(line)

@@ -24,15 +24,6 @@ def update_if_finite(loss: jax.Array, grad_norm: jax.Array, new: T, old: T) -> T
 
     Only floating-point arrays are selected; the others (step counts) are always the new ones. The norm is finite only
     if every gradient is. Selecting needs no second copy: the result is written into the old array, which is donated.
-
-    Args:
-      loss: [] float.
-      grad_norm: [] float, global norm of the gradient.
-      new: tree of updated arrays.
-      old: tree of the arrays before the update.
-
-    Returns:
-      A tree like `new`.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -55,12 +46,9 @@ def all_finite(state: Any) -> jax.Array:
 
 
 class NumbersWatch:
-    """Checks the metrics of every step, on the host: counts skipped steps, reports spikes of the loss.
+    """Checks the metrics of every step, on the host: reports skipped steps and spikes of the loss, one line each.
 
-    Args:
-      skip_limit: number of consecutive skipped steps that stops the run.
-      earlier: lines of metrics before the first step to check, so that a resumed run continues the counts.
-      report: called with one line about each skipped step and each spike.
+    `skip_limit` consecutive skipped steps stop the run. A resumed run continues the counts of its `earlier` lines.
     """
 
     def __init__(self, skip_limit: int, earlier: Iterable[dict], report: Callable[[str], Any]):
@@ -73,11 +61,7 @@ class NumbersWatch:
         self.report = report
 
     def see(self, line: dict) -> None:
-        """Checks the metrics of a step.
-
-        Raises:
-          RunStopped: too many consecutive steps were skipped.
-        """
+        """Checks the metrics of a step; raises RunStopped if too many consecutive steps were skipped."""
         self._count(line)
         if self.consecutive >= self.skip_limit:
             raise RunStopped(
@@ -95,15 +79,10 @@ class NumbersWatch:
             )
             return
         self.consecutive = 0
-        self._report_spike(line)
-        self.losses.append(line["loss"])
-
-    def _report_spike(self, line: dict) -> None:
-        if len(self.losses) < SPIKE_WINDOW:
-            return
-        mean, deviation = np.mean(self.losses), np.std(self.losses)
-        if line["loss"] > mean + SPIKE_SIGMAS * deviation:
+        losses = self.losses
+        if len(losses) == SPIKE_WINDOW and line["loss"] > np.mean(losses) + SPIKE_SIGMAS * np.std(losses):
             self.report(
                 f"loss spike at step {line['step']}: {line['loss']:.4f}; the {SPIKE_WINDOW} losses before it are "
-                f"{mean:.4f} +- {deviation:.4f}"
+                f"{np.mean(losses):.4f} +- {np.std(losses):.4f}"
             )
+        losses.append(line["loss"])

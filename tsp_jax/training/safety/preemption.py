@@ -39,9 +39,8 @@ class StopSignals:
         pipe.setblocking(False)
         thread = threading.Thread(target=self._read, args=(reader,), name="tsp_signals", daemon=True)
         thread.start()
-        self._exits.callback(
-            lambda: (pipe.close(), thread.join(), reader.close())
-        )  # last, when nothing writes to the pipe
+        # runs last, when nothing writes to the pipe
+        self._exits.callback(lambda: (pipe.close(), thread.join(), reader.close()))
         before = signal.set_wakeup_fd(pipe.fileno(), warn_on_full_buffer=False)
         self._exits.callback(signal.set_wakeup_fd, before)
         for number in SIGNALS:

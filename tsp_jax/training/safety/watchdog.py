@@ -12,18 +12,14 @@ from tsp_jax.errors import HUNG
 
 LINGER_S = 2.0
 """several processes: seconds from printing the stacks to the exit, so that the others can print theirs"""
-
-
 _STDERR = 2  # file descriptor; sys.stderr may have none
 
 
 class Watchdog:
     """Context manager: if `pet` is not called in time, prints the stack of every thread and exits with code 76.
 
-    Each process has its own watchdog, so processes that wait for one that hangs exit too.
-
-    Args:
-      deadline_s: seconds allowed between two calls of `pet`; 0: any number.
+    Each process has its own watchdog, so processes that wait for one that hangs exit too. `deadline_s` is the time
+    allowed between two calls of `pet`; 0: any.
     """
 
     def __init__(self, deadline_s: float):
@@ -45,11 +41,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def pet(self, what: str) -> None:
-        """Restarts the deadline.
-
-        Args:
-          what: what was done last, for the message.
-        """
+        """Restarts the deadline; `what` was done last, for the message."""
         self._last, self._what = time.monotonic(), what
         if self.deadline_s:
             # from C, with exit code 1, in case something hangs while it holds Python's lock

@@ -27,7 +27,7 @@ from tsp_jax.nn import Attention
 from tsp_jax.ops.attention.decode import decode_attention
 from tsp_jax.ops.attention.kv_cache import EMPTY, NO_TOKEN, allocate_entries, own_positions, write_entries
 from tsp_jax.ops.attention.prefill import prefill_attention
-from tsp_jax.ops.attention.projections import AttentionWeights, HeadNorms
+from tsp_jax.ops.attention.sharded_heads import AttentionWeights, HeadNorms
 from tsp_jax.ops.linear import matmul_t
 
 REPLICATED = PartitionSpec()

@@ -17,14 +17,8 @@ from jax import lax
 
 from tsp_jax.layout import Axes
 from tsp_jax.ops.attention.kv_cache import KeyValues, NewEntries, row_major, to_cache_order
-from tsp_jax.ops.attention.projections import (
-    AttentionConfig,
-    AttentionWeights,
-    HeadNorms,
-    ShardedHeads,
-    normalize_and_rotate,
-    split_heads,
-)
+from tsp_jax.ops.attention.projections import normalize_and_rotate, split_heads
+from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, ShardedHeads
 from tsp_jax.ops.kernels.mask import MASKED, Tokens, may_attend
 from tsp_jax.ops.linear import matmul, matmul_t
 from tsp_jax.ops.stream import Stream

@@ -15,15 +15,8 @@ from jax import lax
 
 from tsp_jax.layout import Axes
 from tsp_jax.ops.attention.kv_cache import EMPTY, KeyValues, NewEntries, row_major, to_cache_order, write_entries
-from tsp_jax.ops.attention.projections import (
-    AttentionConfig,
-    AttentionWeights,
-    HeadNorms,
-    ShardedHeads,
-    project_in,
-    project_out,
-    vary_inputs_alike,
-)
+from tsp_jax.ops.attention.projections import project_in, project_out, vary_inputs_alike
+from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, ShardedHeads
 from tsp_jax.ops.kernels.mask import MASKED, Tokens
 from tsp_jax.ops.sequence import gather_sequence
 from tsp_jax.ops.stream import Stream, zeros
@@ -89,7 +82,9 @@ def _attend_to_cache(q_BtNH, cache: KeyValues, layer, tokens_Bt, entry_positions
     buckets, kernel = heads.exchange_buckets, heads.config.kernel.within(t)
     positions_BRs = entry_positions_BS.reshape(batch, -1, cache.k_LBKsH.shape[3])
     max_chunks = -(-positions_BRs.shape[2] // t)
-    q_bBtKGH = jnp.moveaxis(q_BtNH.reshape(batch, t, buckets, heads.kv_heads // buckets, -1, head_dim), 2, 0)
+    q_bBtKGH = jnp.moveaxis(
+        q_BtNH.reshape(batch, t, buckets, heads.keys_values.num_heads // buckets, -1, head_dim), 2, 0
+    )
 
     def attend_bucket(_, xs):
         q_BtKGH, bucket = xs

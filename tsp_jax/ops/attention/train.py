@@ -18,15 +18,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from tsp_jax.layout import Axes
-from tsp_jax.ops.attention.projections import (
-    AttentionConfig,
-    AttentionWeights,
-    HeadNorms,
-    ShardedHeads,
-    project_in,
-    project_out,
-    vary_inputs_alike,
-)
+from tsp_jax.ops.attention.projections import project_in, project_out, vary_inputs_alike
+from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, ShardedHeads
 from tsp_jax.ops.attention.stationary import StationaryHeads, stationary_project_in, stationary_project_out
 from tsp_jax.ops.kernels import delta
 from tsp_jax.ops.kernels.mask import Tokens
@@ -142,11 +135,11 @@ def _forward(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, heads: ShardedHeads)
     kernel = heads.config.kernel.within(q_BtKGH.shape[1])
 
     def fetch(_, index):
-        bucket = _KVBucket(index, heads.kv_heads // buckets)
+        bucket = _KVBucket(index, heads.keys_values.num_heads // buckets)
         return gather_sequence(bucket.take(k_BtKH), bucket.take(v_BtKH), axes=axes)
 
     def attend_bucket(carry, keys_values, index):
-        bucket = _KVBucket(index, heads.kv_heads // buckets)
+        bucket = _KVBucket(index, heads.keys_values.num_heads // buckets)
         k_BScH, v_BScH = keys_values
         new = kernel.attend(bucket.take(q_BtKGH), k_BScH, v_BScH, tokens_Bt, tokens_BS)
         return tuple(bucket.put(array, part) for array, part in zip(carry, new, strict=True)), (), ()
@@ -164,11 +157,11 @@ def _backward(heads: ShardedHeads, residuals, dout_BtKGH):
     kernel = heads.config.kernel.within(q_BtKGH.shape[1])
 
     def fetch(carry, index):
-        bucket = _KVBucket(index, heads.kv_heads // buckets)
+        bucket = _KVBucket(index, heads.keys_values.num_heads // buckets)
         return gather_sequence(bucket.take(carry[1]), bucket.take(carry[2]), axes=axes)
 
     def attend_bucket_vjp(carry, keys_values, index):
-        bucket = _KVBucket(index, heads.kv_heads // buckets)
+        bucket = _KVBucket(index, heads.keys_values.num_heads // buckets)
         delta_BtcG, lse_BtcG, dout_BtcGH = (bucket.take(array) for array in (delta_BtKG, lse_BtKG, dout_BtKGH))
         q_BtcGH, (k_BScH, v_BScH) = bucket.take(carry[0]), keys_values
         grads = kernel.attend_backward(q_BtcGH, k_BScH, v_BScH, tokens_Bt, tokens_BS, delta_BtcG, lse_BtcG, dout_BtcGH)

@@ -39,13 +39,9 @@ def decode_placement(placement: Placement) -> Placement:
 
 
 def prefill(
-    model: Transformer,
-    decode_model: Transformer,
-    placement: Placement,
-    cache: Cache,
-    tokens_BT: jax.Array,
+    model: Transformer, decode_model: Transformer, placement: Placement, cache: Cache, tokens_BT: jax.Array,
     positions_BT: jax.Array,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Cache]:  # fmt: skip
     """Runs a chunk of tokens and writes them into the cache.
 
     Args:
@@ -146,11 +142,7 @@ def _inputs(module: Attention, x_BTD: jax.Array) -> tuple[jax.Array, AttentionWe
 
 
 def _layers(model: Transformer, x_BTD: jax.Array, attend: Callable, carry: Any) -> tuple[jax.Array, Any, Any]:
-    """All layers, with `attend` (module, x, carry, layer number) -> (y, carry, out) for attention.
-
-    Returns:
-      (x, carry, outs of all layers).
-    """
+    """(x, carry, outs of all layers), with `attend` (module, x, carry, layer) -> (y, carry, out) for attention."""
     graphdef, stacked = nnx.split(model.layers)
 
     def layer(carry, xs):
@@ -176,10 +168,9 @@ def _logits(model: Transformer, x_B1D: jax.Array) -> jax.Array:
     def local(x_B1D, table_vD):
         return matmul_t(x_B1D, table_vD.astype(dtype))
 
+    in_specs = layout.spec("batch", None, None), layout.spec("vocab", None)
     with jax.named_scope("tsp/logits"):
-        logits_B1V = head.placement.shard_map(
-            local,
-            in_specs=(layout.spec("batch", None, None), layout.spec("vocab", None)),
-            out_specs=layout.spec("batch", None, "vocab"),
-        )(model.final_norm(x_B1D).astype(dtype), head.table[...])
+        logits_B1V = head.placement.shard_map(local, in_specs, layout.spec("batch", None, "vocab"))(
+            model.final_norm(x_B1D).astype(dtype), head.table[...]
+        )
         return lax.with_sharding_constraint(logits_B1V[:, 0], head.placement.sharding("batch", None))

@@ -71,12 +71,9 @@ class Continuation:
 
 
 def load(
-    folder: str | Path,
-    placement: Placement,
-    *,
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    folder: str | Path, placement: Placement, *, dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     stream: StreamConfig = StreamConfig(),
-) -> Model:
+) -> Model:  # fmt: skip
     """Loads a Hugging Face folder onto a placement; each device reads its own shards.
 
     Args:
@@ -110,17 +107,10 @@ def _dtype(folder: str | Path) -> DType:
 
 
 def generate(
-    model: Model,
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = Sampling(),
-    stop_tokens: Sequence[int] | None = None,
-    capacity: int = 0,
-    chunk: int = 0,
-    on_token: OnToken | None = None,
+    model: Model, prompts: Sequence[Prompt], *, max_new_tokens: int, sampling: Sampling = Sampling(),
+    stop_tokens: Sequence[int] | None = None, capacity: int = 0, chunk: int = 0, on_token: OnToken | None = None,
     stats: Stats | None = None,
-) -> list[Continuation]:
+) -> list[Continuation]:  # fmt: skip
     """Continues prompts, all in one batch.
 
     Args:

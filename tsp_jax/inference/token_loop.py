@@ -41,16 +41,10 @@ class Stats:
 
 
 def generate_tokens(
-    program: InferenceProgram,
-    params: dict,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = Sampling(),
-    stop_tokens: Collection[int] = (),
-    on_token: OnToken | None = None,
+    program: InferenceProgram, params: dict, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+    sampling: Sampling = Sampling(), stop_tokens: Collection[int] = (), on_token: OnToken | None = None,
     stats: Stats | None = None,
-) -> list[list[int]]:
+) -> list[list[int]]:  # fmt: skip
     """Continues each prompt until it has `max_new_tokens` more or a stop token.
 
     Args:

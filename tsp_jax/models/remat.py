@@ -41,16 +41,9 @@ _OFFLOAD_INPUT = jax.checkpoint_policies.save_and_offload_only_these_names(
 
 
 def run_layers(
-    layer: Layer,
-    x_BTD: jax.Array,
-    params: Params,
-    shared: Any,
-    *,
-    specs: Params,
-    placement: Placement,
-    policy: Remat,
-    grad_dtype: jax.typing.DTypeLike,
-) -> jax.Array:
+    layer: Layer, x_BTD: jax.Array, params: Params, shared: Any, *, specs: Params, placement: Placement,
+    policy: Remat, grad_dtype: jax.typing.DTypeLike,
+) -> jax.Array:  # fmt: skip
     """``layer(params[L - 1], ... layer(params[0], x, shared) ..., shared)``.
 
     Args:

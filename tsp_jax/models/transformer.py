@@ -89,16 +89,10 @@ class Transformer(nnx.Module):
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        placement: Placement,
-        stream: StreamConfig = StreamConfig(),
-        dtype: Any = jnp.bfloat16,
-        remat: Remat = "full",
-        grad_dtype: jax.typing.DTypeLike = jnp.float32,
+        self, config: ModelConfig, *, placement: Placement, stream: StreamConfig = StreamConfig(),
+        dtype: Any = jnp.bfloat16, remat: Remat = "full", grad_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
-    ):
+    ):  # fmt: skip
         self.config = config
         self.remat: Remat = remat
         self.grad_dtype = jnp.dtype(grad_dtype)

@@ -25,13 +25,9 @@ def local_ids(ids_Bt: jax.Array, table_vD: jax.Array, axes: Axes) -> jax.Array:
 
 
 def embed(
-    ids_Bt: jax.Array,
-    table_vD: jax.Array,
-    *,
-    axes: Axes = Axes(),
-    stream: Stream = Stream(),
+    ids_Bt: jax.Array, table_vD: jax.Array, *, axes: Axes = Axes(), stream: Stream = Stream(),
     dtype: jax.typing.DTypeLike = jnp.float32,
-) -> jax.Array:
+) -> jax.Array:  # fmt: skip
     """``table[ids]``.
 
         forward:  x[b, t] = table[ids[b, t]]

@@ -27,14 +27,9 @@ def moves_tokens(folded: tuple[str, ...], stream: Stream) -> bool:
 
 
 def over_gathered_tokens(
-    body: Callable[[Carry, Arrays, Arrays], tuple[Carry, Any, Any]],
-    carry: Carry,
-    sharded: Arrays,
-    gathered: Arrays = (),
-    *,
-    axes: tuple[str, ...],
-    stream: Stream,
-) -> tuple[Carry, Any, Any]:
+    body: Callable[[Carry, Arrays, Arrays], tuple[Carry, Any, Any]], carry: Carry, sharded: Arrays,
+    gathered: Arrays = (), *, axes: tuple[str, ...], stream: Stream,
+) -> tuple[Carry, Any, Any]:  # fmt: skip
     """Folds `body` over buckets of all ranks' tokens.
 
     While a bucket is used, the next bucket is gathered and the partial outputs of the previous one are scattered.

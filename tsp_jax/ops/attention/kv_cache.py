@@ -62,7 +62,7 @@ def allocate_entries(positions_Bs: jax.Array, new_positions_Bt: jax.Array) -> tu
 
 
 def write_entries(cache: KeyValues, new: KeyValues, layer: jax.Array, entries: NewEntries) -> KeyValues:
-    """Writes new tokens' keys and values into their entries, in place.
+    """The cache with new tokens' keys and values in their entries, written in place.
 
     One sequence at a time: compilers run a scatter, which would write all at once, on a transposed copy of the cache.
 
@@ -71,9 +71,6 @@ def write_entries(cache: KeyValues, new: KeyValues, layer: jax.Array, entries: N
       new: of l layers, [l, B, K, t, H], any float dtype; t at most s.
       layer: [] int32, the first of the l layers.
       entries: of the new tokens.
-
-    Returns:
-      The cache.
     """
     with jax.named_scope("write_entries"):
         return KeyValues(*(_write(old, fresh, layer, entries) for old, fresh in zip(cache, new, strict=True)))

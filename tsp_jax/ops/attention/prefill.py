@@ -23,20 +23,10 @@ from tsp_jax.ops.stream import Stream, zeros
 
 
 def prefill_attention(
-    x_BtD: jax.Array,
-    weights: AttentionWeights,
-    norms: HeadNorms | None,
-    cache: KeyValues,
-    layer: jax.Array,
-    positions_Bt: jax.Array,
-    entries: NewEntries,
-    entry_positions_BS: jax.Array,
-    max_used: jax.Array,
-    *,
-    config: AttentionConfig,
-    axes: Axes = Axes(),
-    stream: Stream = Stream(),
-) -> tuple[jax.Array, KeyValues]:
+    x_BtD: jax.Array, weights: AttentionWeights, norms: HeadNorms | None, cache: KeyValues, layer: jax.Array,
+    positions_Bt: jax.Array, entries: NewEntries, entry_positions_BS: jax.Array, max_used: jax.Array, *,
+    config: AttentionConfig, axes: Axes = Axes(), stream: Stream = Stream(),
+) -> tuple[jax.Array, KeyValues]:  # fmt: skip
     """Causal attention of new tokens to themselves and to all cached tokens.
 
     Forward only: ``out_h = softmax(q_h k_h^T / sqrt(H)) v_h`` over all cache entries, new tokens included;

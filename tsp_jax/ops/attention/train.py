@@ -31,19 +31,11 @@ from tsp_jax.ops.stream import Stream, custom_vjp, zeros
 SAVED_NAMES = ("attention_out", "attention_lse")
 """checkpoint names of the arrays that `save_attention` keeps"""
 
-__all__ = ["SAVED_NAMES", "AttentionConfig", "AttentionWeights", "HeadNorms", "attention"]
-
 
 def attention(
-    x_BtD: jax.Array,
-    weights: AttentionWeights,
-    tokens_Bt: Tokens,
-    norms: HeadNorms | None = None,
-    *,
-    config: AttentionConfig,
-    axes: Axes = Axes(),
-    stream: Stream = Stream(),
-) -> jax.Array:
+    x_BtD: jax.Array, weights: AttentionWeights, tokens_Bt: Tokens, norms: HeadNorms | None = None, *,
+    config: AttentionConfig, axes: Axes = Axes(), stream: Stream = Stream(),
+) -> jax.Array:  # fmt: skip
     """Causal self-attention within segments.
 
     Forward: ``out_h = softmax(q_h k_h^T / sqrt(H)) v_h``, ``y = concat_h(out_h) Wo``, with q, k, v of `project_in`.
@@ -73,28 +65,27 @@ def attention(
     Source: arXiv 2604.26294, section on attention; separating projections from the exchange is ours.
     """
     with jax.named_scope("tsp/attention"):
-        x_BtD, weights, norms, tokens_Bt = vary_inputs_alike(x_BtD, weights, norms, tokens_Bt)
+        inputs = vary_inputs_alike(x_BtD, weights, norms, tokens_Bt)
         run = _stationary if moves_tokens(axes.folded, stream) else _streamed
-        y_BtD = run(x_BtD, weights, tokens_Bt, norms, config, axes, stream)
+        y_BtD = run(*inputs, config, axes, stream)
         return lax.psum(y_BtD, axes.tensor) if axes.tensor else y_BtD
 
 
-def _streamed(x_BtD, weights, tokens_Bt: Tokens, norms: HeadNorms, config, axes: Axes, stream: Stream) -> jax.Array:
+def _streamed(x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, config, axes: Axes, stream: Stream) -> jax.Array:
     heads = ShardedHeads.of(config, axes, stream, weights)
     q_BtNH, k_BtKH, v_BtKH = project_in(x_BtD, weights[:3], norms, tokens_Bt.positions, heads)
     out_BtNH = _attend(q_BtNH, k_BtKH, v_BtKH, tokens_Bt, heads)
     return project_out(out_BtNH, weights.o_wD, heads)
 
 
-def _stationary(x_BtD, weights, tokens_Bt: Tokens, norms: HeadNorms, config, axes: Axes, stream: Stream) -> jax.Array:
+def _stationary(x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, config, axes: Axes, stream: Stream) -> jax.Array:
     """Folded axes act as tensor axes on all their tokens, except that outputs are reduce-scattered, not summed."""
     tokens_BT = Tokens(*gather_sequence(*tokens_Bt, axes=axes.folded))
     roles = Axes(tensor=axes.tensor + axes.folded, sequence=tuple(a for a in axes.sequence if a not in axes.folded))
-    exchange_buckets = config.exchange_buckets if roles.sequence else 1  # nothing to exchange: all heads at once
-    one_bucket = config._replace(
-        query_buckets=1, kv_buckets=1, exchange_buckets=exchange_buckets, kernel=config.kernel.within(x_BtD.shape[1])
-    )
-    heads = ShardedHeads.of(one_bucket, roles, stream, weights)
+    config = config._replace(query_buckets=1, kv_buckets=1, kernel=config.kernel.within(x_BtD.shape[1]))
+    if not roles.sequence:  # nothing to exchange: all heads at once
+        config = config._replace(exchange_buckets=1)
+    heads = ShardedHeads.of(config, roles, stream, weights)
     stationary = StationaryHeads(heads, axes.folded, stream)
     q_BTnH, k_BTkH, v_BTkH = stationary_project_in(x_BtD, weights[:3], norms, tokens_BT.positions, stationary)
     return stationary_project_out(_attend(q_BTnH, k_BTkH, v_BTkH, tokens_BT, heads), weights.o_wD, stationary)
@@ -111,11 +102,10 @@ def _attend(q_BtNH, k_BtKH, v_BtKH, tokens_Bt: Tokens, heads: ShardedHeads) -> j
 
 
 class _KVBucket(NamedTuple):
-    """c of the K heads in arrays [B, t, K, ...]."""
+    """`size` (c) of the K heads in arrays [B, t, K, ...]."""
 
     index: Any
     size: int
-    """c"""
 
     def take(self, array_BtK: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(array_BtK, self.index * self.size, self.size, axis=2)

@@ -61,13 +61,12 @@ class _Layer(nnx.Module):
 
     def _specs(self) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
         """Of arrays [B, T], of arrays [B, T, D] and of weights."""
-        layout = self.placement.layout
-        tokens = "batch", "sequence"
-        return layout.spec(*tokens), layout.spec(*tokens, None), layout.spec(self.dim, None)
+        spec = self.placement.layout.spec
+        return spec("batch", "sequence"), spec("batch", "sequence", None), spec(self.dim, None)
 
     def _check_tokens(self, shape: Sequence[int]) -> None:
-        for name, value, dim in (("batch", shape[0], "batch"), ("sequence", shape[1], "sequence")):
-            _shard_rows(name, value, dim, self.placement)
+        for dim, value in zip(("batch", "sequence"), shape, strict=False):
+            _shard_rows(dim, value, dim, self.placement)
 
     def _sharding(self, shape: Sequence[int]) -> OpSharding:
         return OpSharding.of(
@@ -158,13 +157,9 @@ class Attention(_Layer):
         self.heads = heads
         self.remat: Remat = remat
         self.config = AttentionConfig(
-            padded_kv_heads=heads.kv,
-            head_dim=head_dim,
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            norm_eps=norm_eps,
-            kernel=kernels.choose_kernel(stream.kernel, placement.mesh, head_dim, dtype),
-        )
+            padded_kv_heads=heads.kv, head_dim=head_dim, rope_theta=rope_theta, rope_scaling=rope_scaling,
+            norm_eps=norm_eps, kernel=kernels.choose_kernel(stream.kernel, placement.mesh, head_dim, dtype),
+        )  # fmt: skip
 
         def weight(num_heads: int, queries: bool, std: float) -> nnx.Param:
             return self._param(rngs, num_heads * head_dim, d_model, std, HeadPadding(heads, queries))
@@ -309,12 +304,7 @@ class Embed(_Layer):
     def cross_entropy(self, x_BTD: jax.Array, labels_BT: jax.Array) -> TokenLosses:
         """Cross-entropy of each token, with the table as output head, without [B, T, V] logits.
 
-        Args:
-          x_BTD: final hidden states.
-          labels_BT: int32 next tokens; negative: ignored.
-
-        Returns:
-          TokenLosses (nll, lse), each [B, T] float32, 0 where ignored.
+        Labels are int32 next tokens, negative ones ignored; the losses are [B, T] float32, 0 where ignored.
         """
         self._check_tokens(labels_BT.shape)
         tokens_spec, x_spec, w_spec = self._specs()

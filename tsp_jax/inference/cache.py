@@ -52,16 +52,10 @@ def cache_specs(placement: Placement) -> Cache:
 def abstract_cache(
     model: ModelConfig, placement: Placement, *, batch: int, capacity: int, dtype: jax.typing.DTypeLike
 ) -> Cache:
-    """Shapes, dtypes and shardings of a cache.
+    """Shapes, dtypes and shardings of a cache with keys and values in `dtype`.
 
-    KV heads include padded heads, as in the weights. A head that several tensor shards use has a copy on each.
-
-    Args:
-      model: sizes of the model.
-      placement: layout and mesh.
-      batch: number of sequences.
-      capacity: tokens of a sequence; rounded up to a multiple of `ENTRIES_MULTIPLE` on every rank.
-      dtype: of keys and values.
+    `capacity` is in tokens of a sequence, rounded up to a multiple of `ENTRIES_MULTIPLE` on every rank. KV heads
+    include padded heads, as in the weights. A head that several tensor shards use has a copy on each.
     """
     tensor_shards = num_ranks(placement.layout.axes("heads").tensor, placement.mesh.shape)
     heads = padded_heads(placement, model.num_heads, model.num_kv_heads, model.head_dim)

@@ -90,15 +90,11 @@ def load(
     config, tokenizer, stop_tokens = read_config(folder), Tokenizer(folder), read_stop_tokens(folder)
     check_folder(folder, config, placement)
     found: DType = _dtype(folder) if dtype == "auto" else dtype
+    params = load_params(folder, config, placement, jnp.dtype(found))
     return Model(
-        config=config,
-        placement=placement,
-        params=load_params(folder, config, placement, jnp.dtype(found)),
-        dtype=found,
-        stream=stream,
-        tokenizer=tokenizer,
+        config=config, placement=placement, params=params, dtype=found, stream=stream, tokenizer=tokenizer,
         stop_tokens=stop_tokens,
-    )
+    )  # fmt: skip
 
 
 def _dtype(folder: str | Path) -> DType:

@@ -78,13 +78,9 @@ def generate_tokens(
 def prefill_prompts(
     program: InferenceProgram, params: dict, cache: Cache, prompts: Sequence[Sequence[int]]
 ) -> tuple[jax.Array, Cache]:
-    """Appends prompts to the sequences in the cache, one chunk at a time.
+    """Appends prompts to the sequences in the cache (donated), one chunk at a time.
 
-    Args:
-      program: its prefill is called.
-      params: in stored form.
-      cache: donated.
-      prompts: token ids for each of the B sequences; may be empty.
+    There is one prompt for each of the B sequences; it may be empty.
 
     Returns:
       (logits [B, V] float32 after the last token of each prompt, the cache). Logits of empty prompts are zeros.

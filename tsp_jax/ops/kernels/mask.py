@@ -45,12 +45,9 @@ def tiles_to_visit(queries: Tokens, keys: Tokens, query_tile: int, key_tile: int
     A pair of tiles is visited if the bounds of positions and segments allow any pair of its tokens; with several
     segments in a tile this may hold although `may_attend` is false for all of them.
 
-    Args:
-      queries, keys: [B, T] and [B, S].
-      query_tile, key_tile: tokens of a tile; divide T and S.
-
     Returns:
-      (visit [B, n, m] bool, unmasked [B, n, m] bool). Unmasked tiles are those in which every pair may attend.
+      (visit [B, n, m] bool, unmasked [B, n, m] bool), for tiles of `query_tile` of the T queries and `key_tile` of the
+      S keys. Unmasked tiles are those in which every pair may attend.
     """
 
     def bounds(x_BT: jax.Array, tile: int, other_dim: int) -> tuple[jax.Array, jax.Array]:

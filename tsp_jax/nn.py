@@ -92,10 +92,9 @@ class _Layer(nnx.Module):
         return Stream(
             movement="gather" if whole else choose_movement(movement, received),
             buckets=1 if whole else sharding.weight_buckets(rows, elements, self._bucket_bytes),
-            grad_dtype=self.stream.grad_dtype,
-            chunk_tokens=self.stream.chunk_tokens,
             token_buckets=sharding.token_buckets(d_model, self._bucket_bytes),
-        )
+            grad_dtype=self.stream.grad_dtype, chunk_tokens=self.stream.chunk_tokens,
+        )  # fmt: skip
 
 
 def _shard_rows(name: str, value: int, dim: str, placement: Placement) -> int:

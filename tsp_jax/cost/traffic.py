@@ -79,16 +79,16 @@ class OpSharding:
         return 2 * elements / (self.folded * self.tensor) * FLOAT32 * _others(self.replicas)
 
     def weight_buckets(self, rows: int, elements: float, bucket_bytes: float) -> int:
-        """In how many buckets an op's weights pass: `elements` of all ranks, `rows` per device that may be split."""
+        """Number of buckets of an op's weights: `elements` of all ranks, `rows` per device that may be split."""
         return num_buckets(rows, elements / self.tensor * self.itemsize, bucket_bytes)
 
     def token_buckets(self, d_model: int, bucket_bytes: float) -> int:
-        """In how many buckets the tokens [B, t, D] of all folded ranks pass stationary weights."""
+        """Number of buckets of the tokens [B, t, D] of all folded ranks."""
         nbytes = self.folded * self.tokens * d_model * self.itemsize
         return num_buckets(self.seq_len // self.sequence, nbytes, bucket_bytes)
 
     def exchange_buckets(self, heads: Heads, movement: str, bucket_bytes: float) -> int:
-        """In how many buckets of KV heads the keys and values of the whole sequence are exchanged."""
+        """Number of buckets of KV heads in which keys and values of the whole sequence are exchanged."""
         kv_heads = max(1, heads.kv // (self.tensor * (self.folded if movement == "activations" else 1)))
         nbytes = 2 * self.batch * self.seq_len * kv_heads * heads.dim * self.itemsize
         return num_buckets(kv_heads, nbytes, bucket_bytes)
@@ -107,8 +107,9 @@ def choose_movement(movement: str, traffic: Callable[[str], Traffic]) -> str:
 
 
 def num_buckets(rows: int, nbytes: float, bucket_bytes: float) -> int:
-    """The divisor of `rows` (per device) whose buckets of an array of `nbytes` (of all ranks' rows) are nearest in size
-    to `bucket_bytes`, by ratio. A bucket takes equally many rows from every rank.
+    """The divisor of `rows` for which buckets are nearest to `bucket_bytes` by ratio.
+
+    `rows` are per device, `nbytes` of all ranks' rows; a bucket takes equally many rows from every rank.
     """
     wanted = max(1.0, nbytes / bucket_bytes)
     divisors = (n for n in range(rows, 0, -1) if rows % n == 0)

@@ -59,14 +59,6 @@ class _Step:
             for op, (movement, traffic) in functions.items()
         }
 
-    def traffic(self, forward: bool) -> dict[str, Traffic]:
-        """Op -> bytes by kind, of all layers."""
-        found = {}
-        for op, (movement, traffic) in self.ops().items():
-            times = self.config.model.num_layers if op in ("attention", "mlp") else 1
-            found[op] = {kind: times * n for kind, n in traffic(movement, forward=forward).items()}
-        return found
-
     def bucket_elements(self) -> float:
         """Elements of the largest bucket of weights, before tensor axes shard it."""
         model, heads, sharding = self.config.model, self.heads, self.sharding
@@ -90,20 +82,19 @@ def movements(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[
     return {op: movement for op, (movement, _) in _Step(config, layout, sizes).ops().items()}
 
 
-def step_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, Traffic]:
-    """Bytes received per device for one micro-batch of a training step, by op and kind.
+def step_traffic(
+    config: Config, layout: Layout, sizes: Mapping[str, int], *, forward: bool = False
+) -> dict[str, Traffic]:
+    """Bytes received per device for one micro-batch of a training step, by op and kind, of all layers.
 
-    With `accumulate` = 1 that is the whole step.
+    With `accumulate` = 1 that is the whole step. `forward` counts the forward pass up to the loss alone: weights or
+    activations pass once, keys and values are exchanged once, and partial outputs are summed once.
     """
-    return _Step(config, layout, sizes).traffic(forward=False)
-
-
-def forward_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, Traffic]:
-    """Bytes received per device in the forward pass up to the loss, by op and kind.
-
-    Weights or activations pass once, keys and values are exchanged once, and partial outputs are summed once.
-    """
-    return _Step(config, layout, sizes).traffic(forward=True)
+    received = {}
+    for op, (movement, traffic) in _Step(config, layout, sizes).ops().items():
+        times = config.model.num_layers if op in ("attention", "mlp") else 1
+        received[op] = {kind: times * n for kind, n in traffic(movement, forward=forward).items()}
+    return received
 
 
 _ACTIVATIONS, _KEY_VALUES = 8, 3

@@ -104,21 +104,15 @@ def make_inference_program(
         return jax.tree.map(lambda p, like: p.astype(like.dtype), params, abstract_params)
 
     return InferenceProgram(
-        placement=placement,
-        batch=batch,
-        capacity=cache.positions_BS.shape[1],
-        chunk=chunk,
+        placement=placement, batch=batch, capacity=cache.positions_BS.shape[1], chunk=chunk,
+        vocab_size=model.vocab_size,
         prefill=_jit(prefill_step, placement, abstract_params, cache, tokens, tokens),
         decode=_jit(decode_step, placement, abstract_params, cache, token),
         init_cache=jax.jit(lambda: empty_cache(cache), out_shardings=_shardings(cache)),
         cast_params=jax.jit(cast, out_shardings=_shardings(abstract_params)),
-        abstract_params=abstract_params,
-        paddings=pads,
-        abstract_cache=cache,
-        abstract_chunk=(tokens, tokens),
-        abstract_tokens=token,
-        vocab_size=model.vocab_size,
-    )
+        abstract_params=abstract_params, paddings=pads, abstract_cache=cache,
+        abstract_chunk=(tokens, tokens), abstract_tokens=token,
+    )  # fmt: skip
 
 
 def _jit(step: Callable, placement: Placement, params: dict, cache: Cache, *inputs: jax.ShapeDtypeStruct):

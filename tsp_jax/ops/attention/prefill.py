@@ -1,8 +1,8 @@
 """Attention of many new tokens to themselves and to a KV cache: weights are streamed, keys and values gathered.
 
-Three stages in turn, so that their buffers are not in memory together: stream [Wq Wk Wv] and project this device's
-tokens, then write keys and values into the cache; attend to all devices' cache entries; stream Wo. New keys are read
-from the cache like old ones, so one program serves a whole prompt and a later chunk of it.
+Three stages, one after another so that their buffers are not in memory together: stream [Wq Wk Wv], project this
+device's tokens and write keys and values into the cache; attend to all devices' cache entries; stream Wo. New keys are
+read from the cache like old ones, so one program serves a whole prompt and a later chunk of it.
 
 Dims: B batch, t this device's new tokens, s this device's cache entries, S those of all ranks, p entries of a cache
 chunk (t of every rank), b buckets of KV heads, D model, N query heads and K KV heads of this tensor shard (in a

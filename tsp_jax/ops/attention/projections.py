@@ -1,8 +1,7 @@
 """Projections of attention with streamed weights: tokens to queries, keys and values, and outputs of heads to tokens.
 
-Arrays of heads are in the order of the heads, whatever the order in which buckets of the weights arrive: each bucket
-writes, or reads, its own heads. Keys and values are projected before queries, so that their exchange over the sequence
-can start while queries are projected.
+Arrays of heads are in the order of the heads, not of the buckets: each bucket writes, or reads, its own heads. Keys and
+values are projected before queries, so that their exchange over the sequence can start while queries are projected.
 
 Dims: B batch, t this device's tokens, c tokens of a chunk, D model, N query heads and K KV heads of this tensor shard,
 H head, w this device's rows of a weight, p rows of a bucket.

@@ -45,12 +45,10 @@ class Kernel(abc.ABC):
 
     def unsupported(self, head_dim: int, dtype: Any) -> str:
         """Why the kernel cannot run with these heads on its architecture; empty if it can."""
-        del head_dim, dtype
         return ""
 
     def within(self, tokens: int) -> Self:
         """The kernel for `tokens` query tokens, two zigzag chunks: none of its blocks crosses from one to the other."""
-        del tokens
         return self
 
     @abc.abstractmethod

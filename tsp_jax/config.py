@@ -21,13 +21,12 @@ Launcher = Literal["none", "slurm", "ompi", "mpi4py", "k8s", "explicit"]
 ProcessPer = Literal["gpu", "host"]
 FailedSave = Literal["continue", "stop"]
 
-
 LARGEST = 2**31 - 1
 """the largest integer accepted: indices have 32 bits"""
 
 
-def _check_values(owner: str, config: object) -> None:
-    """Raises ConfigError unless Literal fields hold one of their values, and numbers are finite and small enough.
+def _check(owner: str, config: object, positive: str = "", not_negative: str = "") -> None:
+    """Raises ConfigError unless Literal fields hold one of their values, and numbers are finite and within bounds.
 
     The command line checks Literal types already; this also covers configurations written in Python.
     """
@@ -40,13 +39,13 @@ def _check_values(owner: str, config: object) -> None:
             raise ConfigError(f"{owner}{name}={value} is not finite; use 1.0")
         if isinstance(value, int) and value > LARGEST:
             raise ConfigError(f"{owner}{name}={value} is too large; use {LARGEST} at most")
-
-
-def _positive(owner: str, config: object, *names: str) -> None:
-    for name in names:
+    for name in positive.split():
         value = getattr(config, name)
         if not value > 0:
             raise ConfigError(f"{owner}{name}={value} must be positive; use {1 if isinstance(value, int) else 1.0}")
+    for name in not_negative.split():
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{owner}{name}={getattr(config, name)} must not be negative; use 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,8 +66,7 @@ class RopeScaling:
 
     def __post_init__(self):
         owner = "model.rope_scaling."
-        _check_values(owner, self)
-        _positive(owner, self, "factor", "low_freq_factor", "high_freq_factor", "original_context")
+        _check(owner, self, positive="factor low_freq_factor high_freq_factor original_context")
         if self.high_freq_factor <= self.low_freq_factor:
             raise ConfigError(
                 f"{owner}high_freq_factor={self.high_freq_factor} must exceed low_freq_factor={self.low_freq_factor}; "
@@ -111,8 +109,7 @@ class ModelConfig:
 
     def __post_init__(self):
         sizes = "vocab_size d_model num_layers num_heads num_kv_heads head_dim d_ff rope_theta norm_eps init_std"
-        _check_values("model.", self)
-        _positive("model.", self, *sizes.split())
+        _check("model.", self, positive=sizes)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}; "
@@ -159,8 +156,7 @@ class StreamConfig:
     auto: triton there, for heads of at most 512 bytes, and xla elsewhere"""
 
     def __post_init__(self):
-        _check_values("stream.", self)
-        _positive("stream.", self, "bucket_mib", "chunk_tokens")
+        _check("stream.", self, positive="bucket_mib chunk_tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,8 +173,7 @@ class DataConfig:
     """number of batches that the host prepares ahead"""
 
     def __post_init__(self):
-        _check_values("data.", self)
-        _positive("data.", self, "prefetch")
+        _check("data.", self, positive="prefetch")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,20 +205,15 @@ class OptimizerConfig:
     """dtype in which both moments are stored between steps; updates are computed in float32"""
 
     def __post_init__(self):
-        _check_values("optimizer.", self)
-        _positive("optimizer.", self, "learning_rate", "eps", "clip_norm")
-        for name in ("warmup_steps", "weight_decay", "final_fraction"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must not be negative; use 0")
+        _check("optimizer.", self, "learning_rate eps clip_norm", "warmup_steps weight_decay final_fraction")
         for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1); use 0.9")
-            if self.moments_dtype == "bfloat16" and getattr(self, name) > 1 - 2**-8:
-                # bfloat16 rounds by up to 2^-8: a moment that shrinks by less in a step never shrinks.
-                raise ConfigError(
-                    f"optimizer.{name}={getattr(self, name)} is too slow for optimizer.moments_dtype=bfloat16; "
-                    f"use optimizer.{name}=0.99, or float32"
-                )
+            flag, value = f"optimizer.{name}", getattr(self, name)
+            if not 0 <= value < 1:
+                raise ConfigError(f"{flag}={value} must lie in [0, 1); use 0.9")
+            # bfloat16 rounds by up to 2^-8: a moment that shrinks by less in a step never shrinks.
+            if self.moments_dtype == "bfloat16" and value > 1 - 2**-8:
+                too_slow = f"{flag}={value} is too slow for optimizer.moments_dtype=bfloat16"
+                raise ConfigError(f"{too_slow}; use {flag}=0.99, or float32")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,11 +228,7 @@ class FaultsConfig:
     """stop with exit code 77 after this many consecutive steps with a non-finite loss or gradient (each is skipped)"""
 
     def __post_init__(self):
-        owner = "faults."
-        _check_values(owner, self)
-        _positive(owner, self, "skip_limit")
-        if not self.hang_s >= 0:
-            raise ConfigError(f"{owner}hang_s={self.hang_s} must not be negative; use 0")
+        _check("faults.", self, positive="skip_limit", not_negative="hang_s")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,8 +252,7 @@ class ClusterConfig:
 
     def __post_init__(self):
         owner = "cluster."
-        _check_values(owner, self)
-        _positive(owner, self, "num_processes", "start_s", "heartbeat_s")
+        _check(owner, self, positive="num_processes start_s heartbeat_s")
         if not 0 <= self.process_id < self.num_processes:
             raise ConfigError(
                 f"{owner}process_id={self.process_id} is not one of {self.num_processes} processes; "
@@ -329,10 +314,7 @@ class Config:
     """batches per evaluation"""
 
     def __post_init__(self):
-        _check_values("", self)
-        _positive("", self, "steps", "batch", "seq_len", "accumulate", "keep_checkpoints", "eval_batches")
-        for name in ("cpu_devices", "z_loss", "seed", "checkpoint_every", "keep_every", "eval_every"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must not be negative; use 0")
+        not_negative = "cpu_devices z_loss seed checkpoint_every keep_every eval_every"
+        _check("", self, "steps batch seq_len accumulate keep_checkpoints eval_batches", not_negative)
         if not self.workdir:
             raise ConfigError("workdir='' is empty; use --workdir runs/default")

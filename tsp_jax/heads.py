@@ -48,16 +48,10 @@ class Heads(NamedTuple):
 
 
 def pad_heads(num_heads: int, num_kv_heads: int, head_dim: int, *axes: int) -> Heads:
-    """The fewest padded heads that the ranks of these mesh axes can share evenly.
+    """The fewest padded heads that the ranks of mesh axes of these sizes, outermost first, can share evenly.
 
     The number of padded KV heads is a multiple of the ranks, or divides them; then the ranks that share a KV head store
     equal parts of its columns. A group of ranks along inner axes never uses parts of several KV heads.
-
-    Args:
-      num_heads: N.
-      num_kv_heads: K, a divisor of N.
-      head_dim: H.
-      *axes: sizes of the mesh axes that shard heads, outermost first.
     """
     ranks = math.prod(axes)
     groups = list(itertools.accumulate(axes, operator.mul))

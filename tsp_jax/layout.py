@@ -87,17 +87,15 @@ def _preset(name: str, weights: AxisNames = (), sequence: AxisNames = (), whole_
     return Layout(name=name, sequence=sequence, heads=weights, mlp=weights, vocab=weights, whole_weights=whole_weights)
 
 
-LAYOUTS = {
-    layout.name: layout
-    for layout in (
-        _preset("single"),
-        _preset("tp", weights=("model",)),
-        _preset("sp", sequence=("seq",)),
-        _preset("tp_sp", weights=("model",), sequence=("seq",)),
-        _preset("tsp", weights=("tsp",), sequence=("tsp",)),
-        _preset("fsdp_cp", weights=("tsp",), sequence=("tsp",), whole_weights=True),
-    )
-}
+_PRESETS = (
+    _preset("single"),
+    _preset("tp", weights=("model",)),
+    _preset("sp", sequence=("seq",)),
+    _preset("tp_sp", weights=("model",), sequence=("seq",)),
+    _preset("tsp", weights=("tsp",), sequence=("tsp",)),
+    _preset("fsdp_cp", weights=("tsp",), sequence=("tsp",), whole_weights=True),
+)
+LAYOUTS = {layout.name: layout for layout in _PRESETS}
 
 
 def get_layout(name: str) -> Layout:
@@ -126,7 +124,7 @@ class Placement:
 
     def size(self, dim: str) -> int:
         """Number of shards of a logical dimension."""
-        return math.prod(self.mesh.shape[name] for name in getattr(self.layout, dim))
+        return num_ranks(getattr(self.layout, dim), self.mesh.shape)
 
     def sharding(self, *dims: str | None) -> NamedSharding:
         """NamedSharding of an array whose dimensions are these logical ones."""
@@ -140,8 +138,7 @@ class Placement:
 def parse_mesh(text: str, layout: Layout, num_devices: int) -> dict[str, int]:
     """Parses axis sizes such as ``data=1,tsp=8``; axes of the layout that are not named get size 1.
 
-    An empty text puts all devices on the layout's own axes: on its only one, or over its two as evenly
-    as possible.
+    An empty text puts all devices on the layout's own axes: on its only one, or over its two as evenly as possible.
     """
     if not text:
         return _default_mesh(layout, num_devices)
@@ -171,20 +168,19 @@ def parse_sizes(text: str, example: str = "data=1,tsp=8") -> dict[str, int]:
 def _default_mesh(layout: Layout, num_devices: int) -> dict[str, int]:
     own = [name for name in layout.axis_names if name not in layout.batch]
     sizes = dict.fromkeys(layout.axis_names, 1)
-    if not own:
-        return sizes
-    first = num_devices
-    if len(own) > 1:
-        first = max(d for d in range(1, math.isqrt(num_devices) + 1) if num_devices % d == 0)
-    return sizes | {own[0]: first, own[-1]: num_devices // first if len(own) > 1 else first}
+    if len(own) < 2:
+        return sizes | dict.fromkeys(own, num_devices)
+    first = largest_divisor(num_devices, math.isqrt(num_devices))
+    return sizes | {own[0]: first, own[-1]: num_devices // first}
+
+
+def num_ranks(axes: AxisNames, sizes: Mapping[str, int]) -> int:
+    """Number of ranks of some mesh axes together."""
+    return math.prod(sizes[name] for name in axes)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of Auto axes over the first devices.
-
-    Args:
-      sizes: axis name -> size, outermost first.
-      devices: devices to use; all of `jax.devices()` if None.
+    """A mesh of Auto axes, outermost first, over the first of `devices` (by default all).
 
     Raises:
       ConfigError: there are fewer devices than the mesh needs.
@@ -198,10 +194,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             f"use a smaller mesh or --cpu-devices {needed}"
         )
     return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=devices[:needed],
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:needed]
     )
 
 
@@ -229,14 +222,11 @@ def check_divides(field: str, value: int, ranks: int, axes: AxisNames, why: str 
 def check_fits(config: Config, layout: Layout, sizes: Mapping[str, int]) -> None:
     """Raises ConfigError, with a value that works, if the sizes of a configuration do not divide over a mesh."""
 
-    def shards(axes: AxisNames) -> int:
-        return math.prod(sizes[name] for name in axes)
+    def check(field: str, value: int, axes: AxisNames, times: int, why: str) -> None:
+        check_divides(field, value, num_ranks(axes, sizes) * times, axes, why if times > 1 else "")
 
-    ranks = shards(layout.sequence)
-    zigzag = config.data.order == "zigzag" and ranks > 1
-    why = " (two zigzag chunks a rank)" if zigzag else ""
-    check_divides("seq_len", config.seq_len, ranks * (2 if zigzag else 1), layout.sequence, why)
-    check_divides("model.d_ff", config.model.d_ff, shards(layout.mlp), layout.mlp)
-    check_divides("model.vocab_size", config.model.vocab_size, shards(layout.vocab), layout.vocab)
-    why = f" (accumulate={config.accumulate})" if config.accumulate > 1 else ""
-    check_divides("batch", config.batch, shards(layout.batch) * config.accumulate, layout.batch, why)
+    zigzag = config.data.order == "zigzag" and num_ranks(layout.sequence, sizes) > 1
+    check("seq_len", config.seq_len, layout.sequence, 2 if zigzag else 1, " (two zigzag chunks a rank)")
+    check("model.d_ff", config.model.d_ff, layout.mlp, 1, "")
+    check("model.vocab_size", config.model.vocab_size, layout.vocab, 1, "")
+    check("batch", config.batch, layout.batch, config.accumulate, f" (accumulate={config.accumulate})")

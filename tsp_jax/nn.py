@@ -10,10 +10,12 @@ shard.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from tsp_jax.config import Activation, Remat, RopeScaling, StreamConfig
 from tsp_jax.cost.traffic import (
@@ -28,50 +30,71 @@ from tsp_jax.cost.traffic import (
 from tsp_jax.errors import ConfigError
 from tsp_jax.heads import HeadPadding, padded_heads
 from tsp_jax.layout import Placement, check_divides
-from tsp_jax.ops import cross_entropy as cross_entropy_op
 from tsp_jax.ops import kernels
-from tsp_jax.ops.attention import train as attention_op
+from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms
+from tsp_jax.ops.attention.train import attention
+from tsp_jax.ops.cross_entropy import TokenLosses, cross_entropy
 from tsp_jax.ops.embedding import embed
 from tsp_jax.ops.kernels.mask import Tokens
 from tsp_jax.ops.mlp import mlp
 from tsp_jax.ops.stream import Stream
 
-MIB = 1 << 20
-"""bytes"""
 
+class _Layer(nnx.Module):
+    """An op on tokens [B, T, ...], with weights [rows, D] that are sharded along one logical dimension."""
 
-def _sharding(placement: Placement, dim: str, shape: Sequence[int], dtype: jnp.dtype, stream: StreamConfig):
-    """The sharding of an op on tokens [B, T, ...] whose weights are sharded along `dim`."""
-    return OpSharding.of(
-        placement.layout, placement.mesh.shape, dim, batch=shape[0], seq_len=shape[1],
-        itemsize=dtype.itemsize, grad_itemsize=jnp.dtype(stream.grad_dtype).itemsize,
-    )  # fmt: skip
+    dim: str
+    """heads, mlp or vocab"""
 
+    def __init__(self, placement: Placement, stream: StreamConfig, dtype: jax.typing.DTypeLike):
+        self.placement, self.stream, self.dtype = placement, stream, jnp.dtype(dtype)
 
-def _make_stream(
-    placement: Placement, config: StreamConfig, movement: str, sharding: OpSharding, traffic: Callable[..., Traffic],
-    *, d_model: int, rows: int = 1, elements: int = 0,
-) -> Stream:  # fmt: skip
-    """What moves in an op, and in how many buckets of `config.bucket_mib`.
+    def _param(
+        self, rngs: nnx.Rngs, rows: int, d_model: int, std: float, padding: HeadPadding | None = None
+    ) -> nnx.Param:
+        """A weight with normally distributed rows, and zeros for padded heads."""
+        value = nnx.initializers.normal(std)(rngs.params(), (rows, d_model), jnp.float32)
+        return nnx.Param(
+            padding.pad(value) if padding else value, out_sharding=self.placement.layout.spec(self.dim, None),
+            mesh=self.placement.mesh, padding=padding,
+        )  # fmt: skip
 
-    Args:
-      placement: layout and mesh; its layout may ask for whole weights.
-      config: sizes and dtype of messages.
-      movement: of this op, from the configuration.
-      sharding: of this op.
-      traffic: movement -> bytes by kind, which `auto` compares.
-      d_model: D.
-      rows: rows of weights per device.
-      elements: of all ranks' weights.
-    """
-    whole, bucket_bytes = placement.layout.whole_weights, config.bucket_mib * MIB
-    return Stream(
-        movement="gather" if whole else choose_movement(movement, traffic),
-        buckets=1 if whole else sharding.weight_buckets(rows, elements, bucket_bytes),
-        grad_dtype=config.grad_dtype,
-        chunk_tokens=config.chunk_tokens,
-        token_buckets=sharding.token_buckets(d_model, bucket_bytes),
-    )
+    def _specs(self) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
+        """Of arrays [B, T], of arrays [B, T, D] and of weights."""
+        spec = self.placement.layout.spec
+        return spec("batch", "sequence"), spec("batch", "sequence", None), spec(self.dim, None)
+
+    def _check_tokens(self, shape: Sequence[int]) -> None:
+        for dim, value in zip(("batch", "sequence"), shape, strict=False):
+            _shard_rows(dim, value, dim, self.placement)
+
+    def _sharding(self, shape: Sequence[int]) -> OpSharding:
+        return OpSharding.of(
+            self.placement.layout, self.placement.mesh.shape, self.dim, batch=shape[0], seq_len=shape[1],
+            itemsize=self.dtype.itemsize, grad_itemsize=jnp.dtype(self.stream.grad_dtype).itemsize,
+        )  # fmt: skip
+
+    @property
+    def _bucket_bytes(self) -> float:
+        return self.stream.bucket_mib * 2**20
+
+    def _stream(
+        self, shape: Sequence[int], movement: str, traffic: Callable[..., Traffic],
+        *, d_model: int, rows: int = 1, elements: int = 0, **sizes: Any,
+    ) -> Stream:  # fmt: skip
+        """What moves for tokens [B, T, ...]: `auto` resolved, and bucket counts from the bucket size.
+
+        `traffic` of the sharding, a movement and `sizes` gives the bytes that `auto` compares; `rows` are rows of
+        weights per device, `elements` those of all ranks' weights.
+        """
+        sharding, whole = self._sharding(shape), self.placement.layout.whole_weights
+        received = partial(traffic, sharding, d_model=d_model, **sizes)
+        return Stream(
+            movement="gather" if whole else choose_movement(movement, received),
+            buckets=1 if whole else sharding.weight_buckets(rows, elements, self._bucket_bytes),
+            token_buckets=sharding.token_buckets(d_model, self._bucket_bytes),
+            grad_dtype=self.stream.grad_dtype, chunk_tokens=self.stream.chunk_tokens,
+        )  # fmt: skip
 
 
 def _shard_rows(name: str, value: int, dim: str, placement: Placement) -> int:
@@ -80,16 +103,7 @@ def _shard_rows(name: str, value: int, dim: str, placement: Placement) -> int:
     return value // shards
 
 
-def _check_tokens(shape: Sequence[int], placement: Placement) -> None:
-    for name, value, dim in (("batch", shape[0], "batch"), ("sequence", shape[1], "sequence")):
-        _shard_rows(name, value, dim, placement)
-
-
-def _weight(key: jax.Array, shape: Sequence[int], std: float) -> jax.Array:
-    return nnx.initializers.normal(std)(key, shape, jnp.float32)
-
-
-class Attention(nnx.Module):
+class Attention(_Layer):
     """Causal self-attention with grouped queries, RoPE, and optional q/k RMSNorm.
 
     Heads that do not divide over the ranks are padded with zeros; padded heads get no gradient and change no result.
@@ -111,6 +125,8 @@ class Attention(nnx.Module):
       dtype: compute dtype; parameters are float32.
       rngs: stream `params`.
     """
+
+    dim = "heads"
 
     def __init__(
         self,
@@ -136,35 +152,26 @@ class Attention(nnx.Module):
         if num_heads % num_kv_heads:
             raise ConfigError(f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}; use a multiple")
         heads = padded_heads(placement, num_heads, num_kv_heads, head_dim)
-        self.placement, self.dtype, self.heads = placement, jnp.dtype(dtype), heads
+        super().__init__(placement, stream, dtype)
+        self.heads = heads
         self.remat: Remat = remat
-        self.stream = stream
-        self.config = attention_op.AttentionConfig(
-            padded_kv_heads=heads.kv,
-            head_dim=head_dim,
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            norm_eps=norm_eps,
-            kernel=kernels.choose_kernel(stream.kernel, placement.mesh, head_dim, dtype),
-        )
+        self.config = AttentionConfig(
+            padded_kv_heads=heads.kv, head_dim=head_dim, rope_theta=rope_theta, rope_scaling=rope_scaling,
+            norm_eps=norm_eps, kernel=kernels.choose_kernel(stream.kernel, placement.mesh, head_dim, dtype),
+        )  # fmt: skip
 
-        def rows(count: int, queries: bool, std: float) -> nnx.Param:
-            padding = HeadPadding(heads, queries)
-            value = padding.pad(_weight(rngs.params(), (count * head_dim, d_model), std))
-            return nnx.Param(
-                value, out_sharding=placement.layout.spec("heads", None), mesh=placement.mesh, padding=padding
-            )
+        def weight(num_heads: int, queries: bool, std: float) -> nnx.Param:
+            return self._param(rngs, num_heads * head_dim, d_model, std, HeadPadding(heads, queries))
 
-        self.w_q = rows(num_heads, True, init_std)
-        self.w_k = rows(num_kv_heads, False, init_std)
-        self.w_v = rows(num_kv_heads, False, init_std)
-        self.w_o = rows(num_heads, True, init_std if out_std is None else out_std)
-        self.q_norm = self._norm() if qk_norm else None
-        self.k_norm = self._norm() if qk_norm else None
+        def norm() -> nnx.Param | None:
+            sharding = {"out_sharding": placement.layout.spec(None), "mesh": placement.mesh}
+            return nnx.Param(jnp.ones((head_dim,), jnp.float32), **sharding) if qk_norm else None
 
-    def _norm(self) -> nnx.Param:
-        layout, mesh = self.placement.layout, self.placement.mesh
-        return nnx.Param(jnp.ones((self.heads.dim,), jnp.float32), out_sharding=layout.spec(None), mesh=mesh)
+        self.w_q = weight(num_heads, True, init_std)
+        self.w_k = weight(num_kv_heads, False, init_std)
+        self.w_v = weight(num_kv_heads, False, init_std)
+        self.w_o = weight(num_heads, True, init_std if out_std is None else out_std)
+        self.q_norm, self.k_norm = norm(), norm()
 
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segment_ids_BT: jax.Array | None = None
@@ -179,56 +186,47 @@ class Attention(nnx.Module):
         Returns:
           [B, T, D] in the compute dtype.
         """
-        _check_tokens(x_BTD.shape, self.placement)
+        self._check_tokens(x_BTD.shape)
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1], dtype=jnp.int32), x_BTD.shape[:2])
         if segment_ids_BT is None:
             segment_ids_BT = jnp.zeros(x_BTD.shape[:2], jnp.int32)
-        layout = self.placement.layout
-        w_o = self.w_o[...]
-        if self.heads.padded:  # a padded query head of a real KV head has an output, and so a gradient, to drop
-            w_o *= HeadPadding(self.heads, True).pad(jnp.ones((self._logical_rows(), 1), w_o.dtype))
-        weights = attention_op.AttentionWeights(self.w_q[...], self.w_k[...], self.w_v[...], w_o)
-
+        heads, w_o = self.heads, self.w_o[...]
+        if heads.padded:  # a padded query head of a real KV head has an output, and so a gradient, to drop
+            real_rows = heads.num_kv_heads * heads.real_group * heads.dim
+            w_o *= HeadPadding(heads, True).pad(jnp.ones((real_rows, 1), w_o.dtype))
+        weights = AttentionWeights(self.w_q[...], self.w_k[...], self.w_v[...], w_o)
         config, stream = self.configure(x_BTD.shape)
+        op = partial(attention, config=config, axes=self.placement.layout.axes(self.dim), stream=stream)
+        tokens_spec, x_spec, w_spec = self._specs()
+        in_specs = x_spec, w_spec, tokens_spec, self.placement.layout.spec(None)
+        return self.placement.shard_map(op, in_specs, x_spec)(
+            x_BTD.astype(self.dtype), weights, Tokens(positions_BT, segment_ids_BT), self.head_norms()
+        )
 
-        def local(x_BtD, weights, tokens_Bt, norms):
-            axes = layout.axes("heads")
-            return attention_op.attention(x_BtD, weights, tokens_Bt, norms, config=config, axes=axes, stream=stream)
-
-        tokens, x_spec = layout.spec("batch", "sequence"), layout.spec("batch", "sequence", None)
-        return self.placement.shard_map(
-            local, in_specs=(x_spec, layout.spec("heads", None), tokens, layout.spec(None)), out_specs=x_spec
-        )(x_BTD.astype(self.dtype), weights, Tokens(positions_BT, segment_ids_BT), self.head_norms())
-
-    def head_norms(self) -> attention_op.HeadNorms:
+    def head_norms(self) -> HeadNorms:
         """Scales of the q/k norm, None without one."""
-        return attention_op.HeadNorms(*(None if norm is None else norm[...] for norm in (self.q_norm, self.k_norm)))
+        return HeadNorms(*(None if norm is None else norm[...] for norm in (self.q_norm, self.k_norm)))
 
-    def configure(self, shape: Sequence[int]) -> tuple[attention_op.AttentionConfig, Stream]:
+    def configure(self, shape: Sequence[int]) -> tuple[AttentionConfig, Stream]:
         """What moves for tokens [B, T, D]: `auto` resolved, and bucket counts from the bucket size."""
-        heads, d_model, bucket_bytes = self.heads, shape[2], self.stream.bucket_mib * MIB
-        sharding = _sharding(self.placement, "heads", shape, self.dtype, self.stream)
-        traffic = partial(attention_traffic, sharding, heads=heads, d_model=d_model, remat=self.remat)
-        movement = self.stream.attention_movement
-        stream = _make_stream(self.placement, self.stream, movement, sharding, traffic, d_model=d_model)
-
-        def buckets(num_heads: int, elements: int) -> int:
-            per_device = max(1, num_heads // (sharding.folded * sharding.tensor))
-            return sharding.weight_buckets(per_device, elements, bucket_bytes)
-
-        config = self.config._replace(exchange_buckets=sharding.exchange_buckets(heads, stream.movement, bucket_bytes))
+        heads, d_model, sharding = self.heads, shape[2], self._sharding(shape)
+        stream = self._stream(
+            shape, self.stream.attention_movement, attention_traffic, d_model=d_model, heads=heads, remat=self.remat
+        )
+        exchange_buckets = sharding.exchange_buckets(heads, stream.movement, self._bucket_bytes)
+        config = self.config._replace(exchange_buckets=exchange_buckets)
         if self.placement.layout.whole_weights:
             return config, stream
-        query_elements, kv_elements = (n * heads.dim * d_model for n in (heads.query, 2 * heads.kv))
-        counts = buckets(heads.query, query_elements), buckets(heads.kv, kv_elements)
-        return config._replace(query_buckets=counts[0], kv_buckets=counts[1]), stream
 
-    def _logical_rows(self) -> int:
-        return self.heads.num_kv_heads * self.heads.real_group * self.heads.dim
+        def buckets(num_heads: int, weights: int) -> int:
+            per_device = max(1, num_heads // (sharding.folded * sharding.tensor))
+            return sharding.weight_buckets(per_device, weights * num_heads * heads.dim * d_model, self._bucket_bytes)
+
+        return config._replace(query_buckets=buckets(heads.query, 1), kv_buckets=buckets(heads.kv, 2)), stream
 
 
-class MLP(nnx.Module):
+class MLP(_Layer):
     """Gated MLP: SwiGLU (silu) or GeGLU (gelu).
 
     Args:
@@ -243,55 +241,36 @@ class MLP(nnx.Module):
       rngs: stream `params`.
     """
 
+    dim = "mlp"
+
     def __init__(
-        self,
-        d_model: int,
-        d_ff: int,
-        *,
-        placement: Placement,
-        stream: StreamConfig = StreamConfig(),
-        activation: Activation = "silu",
-        init_std: float = 0.02,
-        out_std: float | None = None,
-        dtype: jax.typing.DTypeLike = jnp.bfloat16,
-        rngs: nnx.Rngs,
-    ):
+        self, d_model: int, d_ff: int, *, placement: Placement, stream: StreamConfig = StreamConfig(),
+        activation: Activation = "silu", init_std: float = 0.02, out_std: float | None = None,
+        dtype: jax.typing.DTypeLike = jnp.bfloat16, rngs: nnx.Rngs,
+    ):  # fmt: skip
         self.rows = _shard_rows("d_ff", d_ff, "mlp", placement)
-        self.placement, self.dtype, self.activation, self.stream = placement, jnp.dtype(dtype), activation, stream
-
-        def columns(std: float) -> nnx.Param:
-            value = _weight(rngs.params(), (d_ff, d_model), std)
-            return nnx.Param(value, out_sharding=placement.layout.spec("mlp", None), mesh=placement.mesh)
-
-        self.w_gate = columns(init_std)
-        self.w_up = columns(init_std)
-        self.w_down = columns(init_std if out_std is None else out_std)
+        super().__init__(placement, stream, dtype)
+        self.activation = activation
+        self.w_gate = self._param(rngs, d_ff, d_model, init_std)
+        self.w_up = self._param(rngs, d_ff, d_model, init_std)
+        self.w_down = self._param(rngs, d_ff, d_model, init_std if out_std is None else out_std)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D] in the compute dtype."""
-        _check_tokens(x_BTD.shape, self.placement)
-        layout, stream = self.placement.layout, self._stream(x_BTD.shape)
-
-        def local(x_BtD, *weights):
-            return mlp(x_BtD, *weights, axes=layout.axes("mlp"), stream=stream, activation=self.activation)
-
-        x_spec, w_spec = layout.spec("batch", "sequence", None), layout.spec("mlp", None)
-        return self.placement.shard_map(local, in_specs=(x_spec, w_spec, w_spec, w_spec), out_specs=x_spec)(
+        self._check_tokens(x_BTD.shape)
+        d_ff, d_model = self.w_up.shape
+        stream = self._stream(
+            x_BTD.shape, self.stream.mlp_movement, mlp_traffic,
+            d_model=d_model, d_ff=d_ff, rows=self.rows, elements=3 * d_ff * d_model,
+        )  # fmt: skip
+        op = partial(mlp, axes=self.placement.layout.axes(self.dim), stream=stream, activation=self.activation)
+        _, x_spec, w_spec = self._specs()
+        return self.placement.shard_map(op, (x_spec, w_spec, w_spec, w_spec), x_spec)(
             x_BTD.astype(self.dtype), self.w_gate[...], self.w_up[...], self.w_down[...]
         )
 
-    def _stream(self, shape: Sequence[int]) -> Stream:
-        """What moves for tokens [B, T, D]."""
-        sharding = _sharding(self.placement, "mlp", shape, self.dtype, self.stream)
-        d_ff, d_model = self.w_up.shape
-        return _make_stream(
-            self.placement, self.stream, self.stream.mlp_movement, sharding,
-            partial(mlp_traffic, sharding, d_model=d_model, d_ff=d_ff),
-            d_model=d_model, rows=self.rows, elements=3 * d_ff * d_model,
-        )  # fmt: skip
 
-
-class Embed(nnx.Module):
+class Embed(_Layer):
     """A vocabulary table: an embedding of tokens, and an output head with its cross-entropy.
 
     Args:
@@ -304,66 +283,43 @@ class Embed(nnx.Module):
       rngs: stream `params`.
     """
 
+    dim = "vocab"
+
     def __init__(
-        self,
-        vocab_size: int,
-        d_model: int,
-        *,
-        placement: Placement,
-        stream: StreamConfig = StreamConfig(),
-        init_std: float = 0.02,
-        dtype: jax.typing.DTypeLike = jnp.bfloat16,
-        rngs: nnx.Rngs,
-    ):
+        self, vocab_size: int, d_model: int, *, placement: Placement, stream: StreamConfig = StreamConfig(),
+        init_std: float = 0.02, dtype: jax.typing.DTypeLike = jnp.bfloat16, rngs: nnx.Rngs,
+    ):  # fmt: skip
         self.rows = _shard_rows("vocab_size", vocab_size, "vocab", placement)
-        self.placement, self.dtype, self.stream = placement, jnp.dtype(dtype), stream
-        value = _weight(rngs.params(), (vocab_size, d_model), init_std)
-        self.table = nnx.Param(value, out_sharding=placement.layout.spec("vocab", None), mesh=placement.mesh)
+        super().__init__(placement, stream, dtype)
+        self.table = self._param(rngs, vocab_size, d_model, init_std)
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """[B, T] int32 token ids -> [B, T, D] in the compute dtype."""
-        _check_tokens(ids_BT.shape, self.placement)
-        layout, stream = self.placement.layout, self._stream(ids_BT.shape, embed_traffic)
+        self._check_tokens(ids_BT.shape)
+        tokens_spec, x_spec, w_spec = self._specs()
+        op = partial(embed, **self._options(ids_BT.shape, embed_traffic), dtype=self.dtype)
+        return self.placement.shard_map(op, (tokens_spec, w_spec), x_spec)(ids_BT, self.table[...])
 
-        def local(ids_Bt, table_vD):
-            return embed(ids_Bt, table_vD, axes=layout.axes("vocab"), stream=stream, dtype=self.dtype)
-
-        specs = (layout.spec("batch", "sequence"), layout.spec("vocab", None))
-        out_spec = layout.spec("batch", "sequence", None)
-        return self.placement.shard_map(local, in_specs=specs, out_specs=out_spec)(ids_BT, self.table[...])
-
-    def cross_entropy(self, x_BTD: jax.Array, labels_BT: jax.Array) -> cross_entropy_op.TokenLosses:
+    def cross_entropy(self, x_BTD: jax.Array, labels_BT: jax.Array) -> TokenLosses:
         """Cross-entropy of each token, with the table as output head, without [B, T, V] logits.
 
-        Args:
-          x_BTD: final hidden states.
-          labels_BT: int32 next tokens; negative: ignored.
-
-        Returns:
-          TokenLosses (nll, lse), each [B, T] float32, 0 where ignored.
+        Labels are int32 next tokens, negative ones ignored; the losses are [B, T] float32, 0 where ignored.
         """
-        _check_tokens(labels_BT.shape, self.placement)
-        layout, stream = self.placement.layout, self._stream(labels_BT.shape, loss_traffic)
-
-        def local(x_BtD, table_vD, labels_Bt):
-            axes = layout.axes("vocab")
-            return cross_entropy_op.cross_entropy(x_BtD, table_vD, labels_Bt, axes=axes, stream=stream)
-
-        tokens = layout.spec("batch", "sequence")
-        specs = (layout.spec("batch", "sequence", None), layout.spec("vocab", None), tokens)
-        return self.placement.shard_map(local, in_specs=specs, out_specs=tokens)(
+        self._check_tokens(labels_BT.shape)
+        tokens_spec, x_spec, w_spec = self._specs()
+        op = partial(cross_entropy, **self._options(labels_BT.shape, loss_traffic))
+        return self.placement.shard_map(op, (x_spec, w_spec, tokens_spec), tokens_spec)(
             x_BTD.astype(self.dtype), self.table[...], labels_BT
         )
 
-    def _stream(self, shape: Sequence[int], traffic: Callable[..., Traffic]) -> Stream:
-        """What moves for tokens [B, T] in an op that receives `traffic`."""
-        sharding = _sharding(self.placement, "vocab", shape, self.dtype, self.stream)
+    def _options(self, shape: Sequence[int], traffic: Callable[..., Traffic]) -> dict[str, Any]:
+        """Axes and stream of an op with this traffic, for tokens [B, T]."""
         vocab_size, d_model = self.table.shape
-        return _make_stream(
-            self.placement, self.stream, self.stream.vocab_movement, sharding,
-            partial(traffic, sharding, d_model=d_model, vocab_size=vocab_size),
-            d_model=d_model, rows=self.rows, elements=vocab_size * d_model,
+        stream = self._stream(
+            shape, self.stream.vocab_movement, traffic,
+            d_model=d_model, vocab_size=vocab_size, rows=self.rows, elements=vocab_size * d_model,
         )  # fmt: skip
+        return {"axes": self.placement.layout.axes(self.dim), "stream": stream}
 
 
 def residual_std(init_std: float, num_layers: int) -> float:

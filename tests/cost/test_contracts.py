@@ -8,7 +8,7 @@ import pytest
 
 from tests.builders.arrays import LAYOUT_CASES, MIX, UNUSUAL_CASES
 from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
-from tsp_jax.cost.training import forward_traffic, movements, step_traffic
+from tsp_jax.cost.training import movements, step_traffic
 from tsp_jax.inspect import list_buffers, list_collectives, parse
 from tsp_jax.layout import Layout, place
 from tsp_jax.training.step import make_program
@@ -98,7 +98,7 @@ def check_traffic(config: Config, case: str, forward: bool = False) -> None:
     layout, sizes = CASES[case]
     sizes = {name: sizes.get(name, 1) for name in layout.axis_names}
     moved = traffic(config, case, forward)
-    for op, kinds in (forward_traffic if forward else step_traffic)(config, layout, sizes).items():
+    for op, kinds in step_traffic(config, layout, sizes, forward=forward).items():
         got = {kind: moved[op][kind] for kind in kinds}
         assert got == pytest.approx(kinds, rel=1e-6), f"{op} under {case}"
 

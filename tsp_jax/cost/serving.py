@@ -1,12 +1,11 @@
 """What serving receives and holds per device, from shapes alone; bytes as in `tsp_jax.cost.training`."""
 
-import math
 from collections.abc import Mapping
 
 from tsp_jax.config import Config
 from tsp_jax.cost.training import ITEMSIZE
 from tsp_jax.heads import pad_heads
-from tsp_jax.layout import AxisNames, Layout
+from tsp_jax.layout import Layout, num_ranks
 
 FLOAT32 = 4
 
@@ -16,15 +15,11 @@ class _Serving:
 
     def __init__(self, config: Config, layout: Layout, sizes: Mapping[str, int]):
         model = config.model
-        self.folded, self.tensor, self.sequence = (_ranks(names, sizes) for names in layout.axes("heads"))
-        self.batch = config.batch // _ranks(layout.batch, sizes)
+        self.folded, self.tensor, self.sequence = (num_ranks(names, sizes) for names in layout.axes("heads"))
+        self.batch = config.batch // num_ranks(layout.batch, sizes)
         self.item = ITEMSIZE[config.compute_dtype]
         shards = (sizes[name] for name in layout.heads)
         self.heads = pad_heads(model.num_heads, model.num_kv_heads, model.head_dim, *shards)
-
-
-def _ranks(axes: AxisNames, sizes: Mapping[str, int]) -> int:
-    return math.prod(sizes[name] for name in axes)
 
 
 def _gathered(nbytes: float, ranks: int) -> float:
@@ -43,10 +38,10 @@ def decode_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> 
     weight axes, `logits`. Left out: counts of cache entries.
     """
     s, model = _Serving(config, layout, sizes), config.model
-    residual, vocab = s.batch * model.d_model * s.item, _ranks(layout.vocab, sizes)
+    residual, vocab = s.batch * model.d_model * s.item, num_ranks(layout.vocab, sizes)
     return {
         "attention": {kind: model.num_layers * n for kind, n in _attention(config, s).items()},
-        "mlp": {"sums": model.num_layers * _summed(residual, _ranks(layout.mlp, sizes))},
+        "mlp": {"sums": model.num_layers * _summed(residual, num_ranks(layout.mlp, sizes))},
         "embed": {"sums": _summed(residual, vocab)},
         "logits": {"logits": _gathered(s.batch * model.vocab_size * FLOAT32, vocab)},
     }

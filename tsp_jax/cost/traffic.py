@@ -8,12 +8,11 @@ Dims: B batch, S all tokens, t this device's tokens, D model, F ffn, V vocabular
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 
 from tsp_jax.config import Remat
 from tsp_jax.heads import Heads
-from tsp_jax.layout import Layout
+from tsp_jax.layout import Layout, num_ranks
 
 INT32 = FLOAT32 = 4
 """bytes"""
@@ -49,24 +48,13 @@ class OpSharding:
     ) -> "OpSharding":  # fmt: skip
         """The sharding of an op whose weights are sharded along `dim` (heads, mlp or vocab).
 
-        Args:
-          layout: the row of the table.
-          sizes: mesh axis -> ranks.
-          dim: logical dimension of the op's weights.
-          batch: B, sequences over all devices.
-          seq_len: S.
-          itemsize: bytes of an element in the compute dtype.
-          grad_itemsize: bytes of an element in the dtype in which weight gradients are sent.
+        `sizes` are the ranks of each mesh axis, `batch` is B, sequences over all devices.
         """
-
-        def ranks(axes: tuple[str, ...]) -> int:
-            return math.prod(sizes[name] for name in axes)
-
-        folded, tensor, sequence = (ranks(names) for names in layout.axes(dim))
+        folded, tensor, sequence = (num_ranks(names, sizes) for names in layout.axes(dim))
         copies = layout.batch + tuple(name for name in layout.sequence if name not in getattr(layout, dim))
         return cls(
-            folded=folded, tensor=tensor, sequence=sequence, replicas=ranks(copies),
-            batch=batch // ranks(layout.batch), seq_len=seq_len, itemsize=itemsize, grad_itemsize=grad_itemsize,
+            folded=folded, tensor=tensor, sequence=sequence, replicas=num_ranks(copies, sizes), seq_len=seq_len,
+            batch=batch // num_ranks(layout.batch, sizes), itemsize=itemsize, grad_itemsize=grad_itemsize,
         )  # fmt: skip
 
     @property
@@ -91,22 +79,16 @@ class OpSharding:
         return 2 * elements / (self.folded * self.tensor) * FLOAT32 * _others(self.replicas)
 
     def weight_buckets(self, rows: int, elements: float, bucket_bytes: float) -> int:
-        """In how many buckets an op's weights pass.
-
-        Args:
-          rows: per device, that may be split.
-          elements: of all ranks' weights.
-          bucket_bytes: wanted size of a bucket.
-        """
+        """Number of buckets of an op's weights: `elements` of all ranks, `rows` per device that may be split."""
         return num_buckets(rows, elements / self.tensor * self.itemsize, bucket_bytes)
 
     def token_buckets(self, d_model: int, bucket_bytes: float) -> int:
-        """In how many buckets the tokens [B, t, D] of all folded ranks pass stationary weights."""
+        """Number of buckets of the tokens [B, t, D] of all folded ranks."""
         nbytes = self.folded * self.tokens * d_model * self.itemsize
         return num_buckets(self.seq_len // self.sequence, nbytes, bucket_bytes)
 
     def exchange_buckets(self, heads: Heads, movement: str, bucket_bytes: float) -> int:
-        """In how many buckets of KV heads the keys and values of the whole sequence are exchanged."""
+        """Number of buckets of KV heads in which keys and values of the whole sequence are exchanged."""
         kv_heads = max(1, heads.kv // (self.tensor * (self.folded if movement == "activations" else 1)))
         nbytes = 2 * self.batch * self.seq_len * kv_heads * heads.dim * self.itemsize
         return num_buckets(kv_heads, nbytes, bucket_bytes)
@@ -118,27 +100,16 @@ def _others(ranks: int) -> float:
 
 
 def choose_movement(movement: str, traffic: Callable[[str], Traffic]) -> str:
-    """Resolves `auto`: whichever of gather and activations receives fewer bytes.
-
-    Args:
-      movement: from the configuration; anything but auto is returned as given.
-      traffic: movement -> bytes by kind.
-    """
+    """Resolves `auto`: whichever of gather and activations receives fewer bytes by `traffic`."""
     if movement != "auto":
         return movement
     return min(("gather", "activations"), key=lambda candidate: sum(traffic(candidate).values()))
 
 
 def num_buckets(rows: int, nbytes: float, bucket_bytes: float) -> int:
-    """How many buckets of about `bucket_bytes` an array of `nbytes` is sent in.
+    """The divisor of `rows` for which buckets are nearest to `bucket_bytes` by ratio.
 
-    Args:
-      rows: rows per device; a bucket takes equally many of them from every rank.
-      nbytes: of the whole array that a device receives, all ranks' rows together.
-      bucket_bytes: wanted size of a bucket.
-
-    Returns:
-      The divisor of `rows` whose buckets are nearest to the wanted size by ratio.
+    `rows` are per device, `nbytes` of all ranks' rows; a bucket takes equally many rows from every rank.
     """
     wanted = max(1.0, nbytes / bucket_bytes)
     divisors = (n for n in range(rows, 0, -1) if rows % n == 0)
@@ -151,15 +122,9 @@ def num_buckets(rows: int, nbytes: float, bucket_bytes: float) -> int:
 def attention_traffic(
     sharding: OpSharding, movement: str, *, heads: Heads, d_model: int, remat: Remat, forward: bool = False
 ) -> Traffic:
-    """One layer's attention, forward and backward.
+    """One layer's attention, forward and backward, or forward alone; `remat` says what backward repeats.
 
-    Args:
-      sharding: along heads.
-      movement: activations moves tokens; every other movement moves weights.
-      heads: padded heads.
-      d_model: D.
-      remat: which part of forward backward repeats.
-      forward: count the forward pass alone.
+    Movement `activations` moves tokens; every other movement moves weights. So do the other ops below.
     """
     moves_tokens = movement == "activations"
     weight_ranks = sharding.tensor * (sharding.folded if moves_tokens else 1)

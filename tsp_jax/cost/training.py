@@ -3,7 +3,6 @@
 Bytes received are counted as `tsp_jax.inspect.collectives` counts them, by the formulas of `tsp_jax.cost.traffic`.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -18,7 +17,7 @@ from tsp_jax.cost.traffic import (
     mlp_traffic,
 )
 from tsp_jax.heads import pad_heads
-from tsp_jax.layout import Layout
+from tsp_jax.layout import Layout, num_ranks
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 """bytes"""
@@ -36,11 +35,10 @@ class _Step:
         self.heads = pad_heads(model.num_heads, model.num_kv_heads, model.head_dim, *shards)
 
     def sharding_of(self, dim: str) -> OpSharding:
-        config = self.config
-        batch = config.batch // config.accumulate
+        batch = self.config.batch // self.config.accumulate
         return OpSharding.of(
-            self.layout, self.sizes, dim, batch=batch, seq_len=config.seq_len, itemsize=self.itemsize,
-            grad_itemsize=self.grad_itemsize,
+            self.layout, self.sizes, dim, batch=batch, seq_len=self.config.seq_len,
+            itemsize=self.itemsize, grad_itemsize=self.grad_itemsize,
         )  # fmt: skip
 
     def ops(self) -> dict[str, tuple[str, Callable[..., Traffic]]]:
@@ -55,17 +53,11 @@ class _Step:
             "embed": (stream.vocab_movement, partial(embed_traffic, vocab, **table)),
             "loss": (stream.vocab_movement, partial(loss_traffic, vocab, **table)),
         }
-        if self.layout.whole_weights:
-            return {op: ("gather", traffic) for op, (_, traffic) in functions.items()}
-        return {op: (choose_movement(movement, traffic), traffic) for op, (movement, traffic) in functions.items()}
-
-    def traffic(self, forward: bool) -> dict[str, Traffic]:
-        """Op -> bytes by kind, of all layers."""
-        found = {}
-        for op, (movement, traffic) in self.ops().items():
-            times = self.config.model.num_layers if op in ("attention", "mlp") else 1
-            found[op] = {kind: times * n for kind, n in traffic(movement, forward=forward).items()}
-        return found
+        whole = self.layout.whole_weights
+        return {
+            op: ("gather" if whole else choose_movement(movement, traffic), traffic)
+            for op, (movement, traffic) in functions.items()
+        }
 
     def bucket_elements(self) -> float:
         """Elements of the largest bucket of weights, before tensor axes shard it."""
@@ -90,20 +82,19 @@ def movements(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[
     return {op: movement for op, (movement, _) in _Step(config, layout, sizes).ops().items()}
 
 
-def step_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, Traffic]:
-    """Bytes received per device for one micro-batch of a training step, by op and kind.
+def step_traffic(
+    config: Config, layout: Layout, sizes: Mapping[str, int], *, forward: bool = False
+) -> dict[str, Traffic]:
+    """Bytes received per device for one micro-batch of a training step, by op and kind, of all layers.
 
-    With `accumulate` = 1 that is the whole step.
+    With `accumulate` = 1 that is the whole step. `forward` counts the forward pass up to the loss alone: weights or
+    activations pass once, keys and values are exchanged once, and partial outputs are summed once.
     """
-    return _Step(config, layout, sizes).traffic(forward=False)
-
-
-def forward_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, Traffic]:
-    """Bytes received per device in the forward pass up to the loss, by op and kind.
-
-    Weights or activations pass once, keys and values are exchanged once, and partial outputs are summed once.
-    """
-    return _Step(config, layout, sizes).traffic(forward=True)
+    received = {}
+    for op, (movement, traffic) in _Step(config, layout, sizes).ops().items():
+        times = config.model.num_layers if op in ("attention", "mlp") else 1
+        received[op] = {kind: times * n for kind, n in traffic(movement, forward=forward).items()}
+    return received
 
 
 _ACTIVATIONS, _KEY_VALUES = 8, 3
@@ -127,7 +118,7 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dic
     layer = (2 * heads.query + 2 * heads.kv) * heads.dim * model.d_model + 3 * model.d_ff * model.d_model
     tables = model.vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
     layers = model.num_layers * layer
-    replicas = math.prod(sizes[name] for name in layout.batch) if config.optimizer.zero1 else 1
+    replicas = num_ranks(layout.batch, sizes) if config.optimizer.zero1 else 1
     activation = sharding.tokens * model.d_model * step.itemsize
     outputs = sharding.tokens * heads.query * heads.dim / sharding.tensor * step.itemsize
     kept = {"offload": 0.0, "save_attention": activation + outputs}.get(config.remat, activation)

@@ -15,15 +15,6 @@ from tsp_jax.inference.sampling import Sampling, sample
 from tsp_jax.inference.token_loop import Stats, generate_tokens
 
 __all__ = [
-    "Cache",
-    "Continuation",
-    "InferenceProgram",
-    "Model",
-    "Sampling",
-    "Stats",
-    "generate",
-    "generate_tokens",
-    "load",
-    "make_inference_program",
-    "sample",
-]
+    "Cache", "Continuation", "InferenceProgram", "Model", "Sampling", "Stats", "generate", "generate_tokens", "load",
+    "make_inference_program", "sample",
+]  # fmt: skip

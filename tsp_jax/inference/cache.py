@@ -7,7 +7,6 @@ two runs of a chunk, one from the front and one from the back, as training's zig
 Dims: B batch, T tokens of a chunk, S cache entries of all ranks, L layers, K KV heads, H head, R ranks of the sequence.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tsp_jax.config import ModelConfig
 from tsp_jax.heads import padded_heads
-from tsp_jax.layout import Placement
+from tsp_jax.layout import Placement, num_ranks
 from tsp_jax.ops.attention.kv_cache import EMPTY, NO_TOKEN, KeyValues
 
 ENTRIES_MULTIPLE = 16
@@ -53,31 +52,20 @@ def cache_specs(placement: Placement) -> Cache:
 def abstract_cache(
     model: ModelConfig, placement: Placement, *, batch: int, capacity: int, dtype: jax.typing.DTypeLike
 ) -> Cache:
-    """Shapes, dtypes and shardings of a cache.
+    """Shapes, dtypes and shardings of a cache with keys and values in `dtype`.
 
-    KV heads include padded heads, as in the weights. A head that several tensor shards use has a copy on each.
-
-    Args:
-      model: sizes of the model.
-      placement: layout and mesh.
-      batch: number of sequences.
-      capacity: tokens of a sequence; rounded up to a multiple of `ENTRIES_MULTIPLE` on every rank.
-      dtype: of keys and values.
+    `capacity` is in tokens of a sequence, rounded up to a multiple of `ENTRIES_MULTIPLE` on every rank. KV heads
+    include padded heads, as in the weights. A head that several tensor shards use has a copy on each.
     """
-    tensor_shards = math.prod(placement.mesh.shape[name] for name in placement.layout.axes("heads").tensor)
+    tensor_shards = num_ranks(placement.layout.axes("heads").tensor, placement.mesh.shape)
     heads = padded_heads(placement, model.num_heads, model.num_kv_heads, model.head_dim)
     multiple = ENTRIES_MULTIPLE * placement.size("sequence")
     entries = -(-capacity // multiple) * multiple
     array = (model.num_layers, batch, max(heads.kv, tensor_shards), entries, model.head_dim)
-    shapes = Cache(array, array, (batch, entries), (batch,))
-    return Cache(
-        *(
-            jax.ShapeDtypeStruct(shape, jnp.dtype(kind), sharding=NamedSharding(placement.mesh, spec))
-            for shape, kind, spec in zip(
-                shapes, (dtype, dtype, jnp.int32, jnp.int32), cache_specs(placement), strict=True
-            )
-        )
-    )
+    shapes, dtypes = (array, array, (batch, entries), (batch,)), (dtype, dtype, jnp.int32, jnp.int32)
+    shardings = (NamedSharding(placement.mesh, spec) for spec in cache_specs(placement))
+    fields = zip(shapes, dtypes, shardings, strict=True)
+    return Cache(*(jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for shape, kind, sharding in fields))
 
 
 def empty_cache(abstract: Cache) -> Cache:

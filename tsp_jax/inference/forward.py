@@ -12,6 +12,7 @@ R ranks of the sequence; lower case: this device's shard.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from tsp_jax.nn import Attention
 from tsp_jax.ops.attention.decode import decode_attention
 from tsp_jax.ops.attention.kv_cache import EMPTY, NO_TOKEN, allocate_entries, own_positions, write_entries
 from tsp_jax.ops.attention.prefill import prefill_attention
-from tsp_jax.ops.attention.projections import AttentionWeights, HeadNorms
+from tsp_jax.ops.attention.sharded_heads import AttentionWeights
 from tsp_jax.ops.linear import matmul_t
 
 REPLICATED = PartitionSpec()
@@ -39,13 +40,9 @@ def decode_placement(placement: Placement) -> Placement:
 
 
 def prefill(
-    model: Transformer,
-    decode_model: Transformer,
-    placement: Placement,
-    cache: Cache,
-    tokens_BT: jax.Array,
+    model: Transformer, decode_model: Transformer, placement: Placement, cache: Cache, tokens_BT: jax.Array,
     positions_BT: jax.Array,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Cache]:  # fmt: skip
     """Runs a chunk of tokens and writes them into the cache.
 
     Args:
@@ -62,7 +59,7 @@ def prefill(
       a token in this chunk are undefined.
     """
     layout, specs = placement.layout, cache_specs(placement)
-    tokens_spec = layout.spec("batch", "sequence")
+    kv_specs, tokens_spec = specs.key_values, layout.spec("batch", "sequence")
     entries, entry_positions_BS = placement.shard_map(
         allocate_entries, in_specs=(specs.positions_BS, tokens_spec), out_specs=(tokens_spec, specs.positions_BS)
     )(cache.positions_BS, positions_BT)
@@ -72,15 +69,11 @@ def prefill(
 
     def attend(module: Attention, x_BTD, kv, layer):
         config, stream = module.configure(x_BTD.shape)
-
-        def local(*args):
-            return prefill_attention(*args, config=config, axes=layout.axes("heads"), stream=stream)
-
-        rest = REPLICATED, tokens_spec, tokens_spec, layout.spec("batch", None), REPLICATED
-        run = _sharded(local, placement, layout.spec("batch", "sequence", None), *rest)
+        op = partial(prefill_attention, config=config, axes=layout.axes("heads"), stream=stream)
         inputs = kv, layer, positions_BT, entries, all_positions_BS, max_used
-        y_BTD, kv = run(*_inputs(module, x_BTD), *inputs)
-        return y_BTD, kv, None
+        attend_specs = kv_specs, REPLICATED, tokens_spec, tokens_spec, layout.spec("batch", None), REPLICATED
+        x_spec = layout.spec("batch", "sequence", None)
+        return *_run(op, module, placement, x_BTD, x_spec, inputs, attend_specs), None
 
     x_BTD, kv, _ = _layers(model, model.embed(tokens_BT), attend, cache.key_values)
     last_B = positions_BT.max(axis=1)
@@ -115,13 +108,11 @@ def decode(model: Transformer, placement: Placement, cache: Cache, tokens_B: jax
     )(cache.positions_BS, positions_B1)
 
     def attend(module: Attention, x_B1D, _, layer):
-        def local(*args):
-            return decode_attention(*args, config=module.config, axes=layout.axes("heads"))
-
-        rest = REPLICATED, token_spec, entries_spec, entries_spec
-        run = _sharded(local, placement, layout.spec("batch", None, None), *rest)
+        op = partial(decode_attention, config=module.config, axes=layout.axes("heads"))
         inputs = cache.key_values, layer, positions_B1, entries, cache.positions_BS
-        y_B1D, new = run(*_inputs(module, x_B1D), *inputs)
+        attend_specs = kv_specs, REPLICATED, token_spec, entries_spec, entries_spec
+        x_spec = layout.spec("batch", None, None)
+        y_B1D, new = _run(op, module, placement, x_B1D, x_spec, inputs, attend_specs)
         return y_B1D, None, new
 
     x_B1D, _, new = _layers(model, model.embed(tokens_B[:, None]), attend, None)
@@ -132,25 +123,16 @@ def decode(model: Transformer, placement: Placement, cache: Cache, tokens_B: jax
     return _logits(model, x_B1D), Cache(kv.k_LBKsH, kv.v_LBKsH, entry_positions_BS, lengths_B)
 
 
-def _sharded(local: Callable, placement: Placement, x_spec: PartitionSpec, *rest: Any) -> Callable:
-    """`local` (x, weights, norms, keys and values, *rest) -> (y like x, keys and values), run on every device."""
-    kv_specs = cache_specs(placement).key_values
-    in_specs = (x_spec, placement.layout.spec("heads", None), REPLICATED, kv_specs, *rest)
-    return placement.shard_map(local, in_specs=in_specs, out_specs=(x_spec, kv_specs))
-
-
-def _inputs(module: Attention, x_BTD: jax.Array) -> tuple[jax.Array, AttentionWeights, HeadNorms]:
-    """(x in the compute dtype, weights, norms) of an attention op."""
+def _run(op: Callable, module: Attention, placement: Placement, x_BTD: jax.Array, x_spec: PartitionSpec, inputs, specs):
+    """(y like x, keys and values) of an attention op on x and further inputs, which start with keys and values."""
     weights = AttentionWeights(module.w_q[...], module.w_k[...], module.w_v[...], module.w_o[...])
-    return x_BTD.astype(module.dtype), weights, module.head_norms()
+    in_specs = (x_spec, placement.layout.spec("heads", None), REPLICATED, *specs)
+    run = placement.shard_map(op, in_specs, (x_spec, specs[0]))
+    return run(x_BTD.astype(module.dtype), weights, module.head_norms(), *inputs)
 
 
 def _layers(model: Transformer, x_BTD: jax.Array, attend: Callable, carry: Any) -> tuple[jax.Array, Any, Any]:
-    """All layers, with `attend` (module, x, carry, layer number) -> (y, carry, out) for attention.
-
-    Returns:
-      (x, carry, outs of all layers).
-    """
+    """(x, carry, outs of all layers), with `attend` (module, x, carry, layer) -> (y, carry, out) for attention."""
     graphdef, stacked = nnx.split(model.layers)
 
     def layer(carry, xs):
@@ -176,10 +158,9 @@ def _logits(model: Transformer, x_B1D: jax.Array) -> jax.Array:
     def local(x_B1D, table_vD):
         return matmul_t(x_B1D, table_vD.astype(dtype))
 
+    in_specs = layout.spec("batch", None, None), layout.spec("vocab", None)
     with jax.named_scope("tsp/logits"):
-        logits_B1V = head.placement.shard_map(
-            local,
-            in_specs=(layout.spec("batch", None, None), layout.spec("vocab", None)),
-            out_specs=layout.spec("batch", None, "vocab"),
-        )(model.final_norm(x_B1D).astype(dtype), head.table[...])
+        logits_B1V = head.placement.shard_map(local, in_specs, layout.spec("batch", None, "vocab"))(
+            model.final_norm(x_B1D).astype(dtype), head.table[...]
+        )
         return lax.with_sharding_constraint(logits_B1V[:, 0], head.placement.sharding("batch", None))

@@ -71,12 +71,9 @@ class Continuation:
 
 
 def load(
-    folder: str | Path,
-    placement: Placement,
-    *,
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    folder: str | Path, placement: Placement, *, dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     stream: StreamConfig = StreamConfig(),
-) -> Model:
+) -> Model:  # fmt: skip
     """Loads a Hugging Face folder onto a placement; each device reads its own shards.
 
     Args:
@@ -93,15 +90,11 @@ def load(
     config, tokenizer, stop_tokens = read_config(folder), Tokenizer(folder), read_stop_tokens(folder)
     check_folder(folder, config, placement)
     found: DType = _dtype(folder) if dtype == "auto" else dtype
+    params = load_params(folder, config, placement, jnp.dtype(found))
     return Model(
-        config=config,
-        placement=placement,
-        params=load_params(folder, config, placement, jnp.dtype(found)),
-        dtype=found,
-        stream=stream,
-        tokenizer=tokenizer,
+        config=config, placement=placement, params=params, dtype=found, stream=stream, tokenizer=tokenizer,
         stop_tokens=stop_tokens,
-    )
+    )  # fmt: skip
 
 
 def _dtype(folder: str | Path) -> DType:
@@ -110,17 +103,10 @@ def _dtype(folder: str | Path) -> DType:
 
 
 def generate(
-    model: Model,
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = Sampling(),
-    stop_tokens: Sequence[int] | None = None,
-    capacity: int = 0,
-    chunk: int = 0,
-    on_token: OnToken | None = None,
+    model: Model, prompts: Sequence[Prompt], *, max_new_tokens: int, sampling: Sampling = Sampling(),
+    stop_tokens: Sequence[int] | None = None, capacity: int = 0, chunk: int = 0, on_token: OnToken | None = None,
     stats: Stats | None = None,
-) -> list[Continuation]:
+) -> list[Continuation]:  # fmt: skip
     """Continues prompts, all in one batch.
 
     Args:

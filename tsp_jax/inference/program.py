@@ -66,16 +66,9 @@ class InferenceProgram:
 
 
 def make_inference_program(
-    model: ModelConfig,
-    placement: Placement,
-    *,
-    stream: StreamConfig = StreamConfig(),
-    dtype: DType = "bfloat16",
-    batch: int,
-    capacity: int,
-    chunk: int,
-    params_dtype: jax.typing.DTypeLike | None = None,
-) -> InferenceProgram:
+    model: ModelConfig, placement: Placement, *, stream: StreamConfig = StreamConfig(), dtype: DType = "bfloat16",
+    batch: int, capacity: int, chunk: int, params_dtype: jax.typing.DTypeLike | None = None,
+) -> InferenceProgram:  # fmt: skip
     """Builds the functions that serve a model on a placement; compiles nothing.
 
     Args:
@@ -93,6 +86,7 @@ def make_inference_program(
         unknown.
     """
     _check(placement, batch, capacity, chunk, dtype)
+    params_dtype = dtype if params_dtype is None else params_dtype
     model_of, abstract_params, pads = _model(model, placement, stream, dtype, params_dtype)
     decode_model_of, _, _ = _model(model, decode_placement(placement), ONE_BUCKET, dtype, params_dtype)
     cache = abstract_cache(model, placement, batch=batch, capacity=max(capacity, chunk), dtype=dtype)
@@ -106,22 +100,19 @@ def make_inference_program(
     def decode_step(params: dict, cache: Cache, tokens_B: jax.Array):
         return decode(decode_model_of(params), placement, cache, tokens_B)
 
+    def cast(params: dict) -> dict:
+        return jax.tree.map(lambda p, like: p.astype(like.dtype), params, abstract_params)
+
     return InferenceProgram(
-        placement=placement,
-        batch=batch,
-        capacity=cache.positions_BS.shape[1],
-        chunk=chunk,
+        placement=placement, batch=batch, capacity=cache.positions_BS.shape[1], chunk=chunk,
+        vocab_size=model.vocab_size,
         prefill=_jit(prefill_step, placement, abstract_params, cache, tokens, tokens),
         decode=_jit(decode_step, placement, abstract_params, cache, token),
         init_cache=jax.jit(lambda: empty_cache(cache), out_shardings=_shardings(cache)),
-        cast_params=_cast_like(abstract_params),
-        abstract_params=abstract_params,
-        paddings=pads,
-        abstract_cache=cache,
-        abstract_chunk=(tokens, tokens),
-        abstract_tokens=token,
-        vocab_size=model.vocab_size,
-    )
+        cast_params=jax.jit(cast, out_shardings=_shardings(abstract_params)),
+        abstract_params=abstract_params, paddings=pads, abstract_cache=cache,
+        abstract_chunk=(tokens, tokens), abstract_tokens=token,
+    )  # fmt: skip
 
 
 def _jit(step: Callable, placement: Placement, params: dict, cache: Cache, *inputs: jax.ShapeDtypeStruct):
@@ -133,15 +124,6 @@ def _jit(step: Callable, placement: Placement, params: dict, cache: Cache, *inpu
 
 def _shardings(abstract: Any) -> Any:
     return jax.tree.map(lambda array: array.sharding, abstract)
-
-
-def _cast_like(abstract_params: dict) -> Callable[[dict], dict]:
-    """A function that casts parameters to these dtypes and shardings."""
-
-    def cast(params: dict) -> dict:
-        return jax.tree.map(lambda p, like: p.astype(like.dtype), params, abstract_params)
-
-    return jax.jit(cast, out_shardings=_shardings(abstract_params))
 
 
 def _check(placement: Placement, batch: int, capacity: int, chunk: int, dtype: str) -> None:
@@ -156,11 +138,7 @@ def _check(placement: Placement, batch: int, capacity: int, chunk: int, dtype: s
 
 
 def _model(
-    config: ModelConfig,
-    placement: Placement,
-    stream: StreamConfig,
-    dtype: DType,
-    params_dtype: jax.typing.DTypeLike | None,
+    config: ModelConfig, placement: Placement, stream: StreamConfig, dtype: DType, params_dtype: jax.typing.DTypeLike
 ):
     """(function from parameters to the model on a placement, abstract parameters, their paddings)."""
 
@@ -171,7 +149,7 @@ def _model(
 
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
     params = jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(array.shape, params_dtype or dtype, sharding=array.sharding),
+        lambda array: jax.ShapeDtypeStruct(array.shape, params_dtype, sharding=array.sharding),
         nnx.to_pure_dict(abstract),
     )
     return make_merge(graphdef, abstract), params, paddings(abstract)

@@ -34,16 +34,7 @@ class Sampling:
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
-    """Draws one token per row.
-
-    Args:
-      logits_BV: float32.
-      keys_B: one random key per row; unused if greedy.
-      sampling: static.
-
-    Returns:
-      [B] int32.
-    """
+    """One token per row, [B] int32, drawn from float32 logits; the keys are unused if `sampling` (static) is greedy."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = filter_top_p(filter_top_k(logits_BV / sampling.temperature, sampling.top_k), sampling.top_p)

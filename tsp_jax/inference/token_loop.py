@@ -41,16 +41,10 @@ class Stats:
 
 
 def generate_tokens(
-    program: InferenceProgram,
-    params: dict,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = Sampling(),
-    stop_tokens: Collection[int] = (),
-    on_token: OnToken | None = None,
+    program: InferenceProgram, params: dict, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+    sampling: Sampling = Sampling(), stop_tokens: Collection[int] = (), on_token: OnToken | None = None,
     stats: Stats | None = None,
-) -> list[list[int]]:
+) -> list[list[int]]:  # fmt: skip
     """Continues each prompt until it has `max_new_tokens` more or a stop token.
 
     Args:
@@ -84,13 +78,9 @@ def generate_tokens(
 def prefill_prompts(
     program: InferenceProgram, params: dict, cache: Cache, prompts: Sequence[Sequence[int]]
 ) -> tuple[jax.Array, Cache]:
-    """Appends prompts to the sequences in the cache, one chunk at a time.
+    """Appends prompts to the sequences in the cache (donated), one chunk at a time.
 
-    Args:
-      program: its prefill is called.
-      params: in stored form.
-      cache: donated.
-      prompts: token ids for each of the B sequences; may be empty.
+    There is one prompt for each of the B sequences; it may be empty.
 
     Returns:
       (logits [B, V] float32 after the last token of each prompt, the cache). Logits of empty prompts are zeros.

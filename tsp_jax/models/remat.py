@@ -41,16 +41,9 @@ _OFFLOAD_INPUT = jax.checkpoint_policies.save_and_offload_only_these_names(
 
 
 def run_layers(
-    layer: Layer,
-    x_BTD: jax.Array,
-    params: Params,
-    shared: Any,
-    *,
-    specs: Params,
-    placement: Placement,
-    policy: Remat,
-    grad_dtype: jax.typing.DTypeLike,
-) -> jax.Array:
+    layer: Layer, x_BTD: jax.Array, params: Params, shared: Any, *, specs: Params, placement: Placement,
+    policy: Remat, grad_dtype: jax.typing.DTypeLike,
+) -> jax.Array:  # fmt: skip
     """``layer(params[L - 1], ... layer(params[0], x, shared) ..., shared)``.
 
     Args:
@@ -109,12 +102,10 @@ def _use_proxies(grad_dtype: Any, params: Params, proxies: Params) -> Params:
     bfloat16 copy of the weights is ever made, for the values of proxies are not read. Used inside the scan over layers,
     so that no layer's gradients are stacked in the wider dtype.
     """
-    del grad_dtype, proxies
     return params
 
 
 def _proxies_forward(grad_dtype, params, proxies):
-    del grad_dtype, proxies
     return params, None
 
 
@@ -130,7 +121,6 @@ _use_proxies.defvjp(_proxies_forward, _proxies_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _run_in_buffers(layer: Layer, buffer_format: BufferFormat, x_BTD, params, shared):
-    del buffer_format
     return lax.scan(lambda x, params: (layer(params, x, shared), None), x_BTD, params)[0]
 
 

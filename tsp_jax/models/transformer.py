@@ -54,15 +54,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config.d_model, config.d_ff, activation=config.activation, **kwargs)
 
     def __call__(self, x_BTD: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-        """Runs the layer with the attention of training, prefill or decode.
-
-        Args:
-          x_BTD: the residual stream.
-          attend: see `Attend`.
-
-        Returns:
-          (the residual stream [B, T, D], what else `attend` returned).
-        """
+        """(residual stream [B, T, D], what else `attend` returned); `attend` is that of training, prefill or decode."""
         x_BTD, extra = add_attention(lambda x: attend(self.attention, self.attention_norm(x)), x_BTD, self.remat)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), extra
 
@@ -89,20 +81,12 @@ class Transformer(nnx.Module):
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        placement: Placement,
-        stream: StreamConfig = StreamConfig(),
-        dtype: Any = jnp.bfloat16,
-        remat: Remat = "full",
-        grad_dtype: jax.typing.DTypeLike = jnp.float32,
+        self, config: ModelConfig, *, placement: Placement, stream: StreamConfig = StreamConfig(),
+        dtype: Any = jnp.bfloat16, remat: Remat = "full", grad_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
-    ):
-        self.config = config
+    ):  # fmt: skip
+        self.config, self.placement, self.grad_dtype = config, placement, jnp.dtype(grad_dtype)
         self.remat: Remat = remat
-        self.grad_dtype = jnp.dtype(grad_dtype)
-        self.placement = placement
         kwargs: dict[str, Any] = {"placement": placement, "stream": stream, "dtype": dtype}
         table = dict(kwargs, init_std=config.init_std, rngs=rngs)
         self.embed = Embed(config.vocab_size, config.d_model, **table)
@@ -117,13 +101,7 @@ class Transformer(nnx.Module):
         self.head = None if config.tie_embeddings else Embed(config.vocab_size, config.d_model, **table)
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-        """Final hidden states, [B, T, D] in the compute dtype.
-
-        Args:
-          tokens_BT: int32 ids.
-          positions_BT: int32 positions, in any order of tokens.
-          segment_ids_BT: int32 document numbers.
-        """
+        """Final hidden states, [B, T, D] in the compute dtype, of int32 token ids, positions and document numbers."""
         graphdef, stacked = nnx.split(self.layers)
         merge = make_merge(graphdef, stacked)
 

@@ -25,13 +25,9 @@ def local_ids(ids_Bt: jax.Array, table_vD: jax.Array, axes: Axes) -> jax.Array:
 
 
 def embed(
-    ids_Bt: jax.Array,
-    table_vD: jax.Array,
-    *,
-    axes: Axes = Axes(),
-    stream: Stream = Stream(),
+    ids_Bt: jax.Array, table_vD: jax.Array, *, axes: Axes = Axes(), stream: Stream = Stream(),
     dtype: jax.typing.DTypeLike = jnp.float32,
-) -> jax.Array:
+) -> jax.Array:  # fmt: skip
     """``table[ids]``.
 
         forward:  x[b, t] = table[ids[b, t]]
@@ -54,7 +50,7 @@ def embed(
     Keeps: the ids and the table.
     """
     with jax.named_scope("tsp/embed"):
-        op = _TableRows(jnp.dtype(dtype))
+        op = _TableRows(jnp.dtype(dtype), jnp.dtype(dtype))
         return rowwise(op, (local_ids(ids_Bt, table_vD, axes),), (table_vD,), axes=axes, stream=stream)
 
 
@@ -63,11 +59,8 @@ class _TableRows:
     """Of all partial outputs of a token one is its row and the others are zero: any dtype accumulates them exactly."""
 
     dtype: Any
+    accumulator_dtype: Any
     chunked: bool = False
-
-    @property
-    def accumulator_dtype(self) -> Any:
-        return self.dtype
 
     def partial(self, inputs: Arrays, bucket: Bucket) -> jax.Array:
         index_Bt, inside_Bt = bucket.find(inputs[0])

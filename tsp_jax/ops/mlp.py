@@ -20,15 +20,9 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=Tru
 
 
 def mlp(
-    x_BtD: jax.Array,
-    w_gate_fD: jax.Array,
-    w_up_fD: jax.Array,
-    w_down_fD: jax.Array,
-    *,
-    axes: Axes = Axes(),
-    stream: Stream = Stream(),
-    activation: str = "silu",
-) -> jax.Array:
+    x_BtD: jax.Array, w_gate_fD: jax.Array, w_up_fD: jax.Array, w_down_fD: jax.Array, *, axes: Axes = Axes(),
+    stream: Stream = Stream(), activation: str = "silu",
+) -> jax.Array:  # fmt: skip
     """``(act(x gate^T) * (x up^T)) down``, summed over all F columns.
 
         forward:  g = x gate^T    u = x up^T    h = act(g) * u    y = h down

@@ -11,14 +11,9 @@ Carry = Any
 
 
 def pipelined(
-    step: Callable[[Carry, Any, Any], tuple[Carry, Any, Any]],
-    fetch: Callable[[Carry, Any], Any],
-    send: Callable[[Any, Any], Any] | None,
-    carry: Carry,
-    num_steps: int,
-    *,
-    remote: bool,
-) -> tuple[Carry, Any, Any]:
+    step: Callable[[Carry, Any, Any], tuple[Carry, Any, Any]], fetch: Callable[[Carry, Any], Any],
+    send: Callable[[Any, Any], Any] | None, carry: Carry, num_steps: int, *, remote: bool,
+) -> tuple[Carry, Any, Any]:  # fmt: skip
     """A loop in which step i overlaps with fetching the message of step i + 1 and sending the result of step i - 1.
 
     Args:

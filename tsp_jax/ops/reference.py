@@ -59,12 +59,9 @@ def cross_entropy(x_BTD, table_VD, labels_BT):
 
 
 def decoder_loss(params, tokens, labels, positions, segments, *, config, z_loss=0.0):
-    """Mean loss of a decoder over tokens whose label is not ignored.
+    """Mean loss of a decoder (`ModelConfig`) over tokens whose label is not ignored.
 
-    Args:
-      params: logical parameters as `tsp_jax.models.transformer.logical_params` returns them, layers stacked [L, ...].
-      tokens, labels, positions, segments: [B, T] int32.
-      config: `tsp_jax.config.ModelConfig`.
+    `params` are those of `tsp_jax.heads.logical_params`, layers stacked [L, ...]; the other arrays are [B, T] int32.
     """
     x_BTD = embed(tokens, params["embed"]["table"])
     for index in range(config.num_layers):

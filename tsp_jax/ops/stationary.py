@@ -27,14 +27,9 @@ def moves_tokens(folded: tuple[str, ...], stream: Stream) -> bool:
 
 
 def over_gathered_tokens(
-    body: Callable[[Carry, Arrays, Arrays], tuple[Carry, Any, Any]],
-    carry: Carry,
-    sharded: Arrays,
-    gathered: Arrays = (),
-    *,
-    axes: tuple[str, ...],
-    stream: Stream,
-) -> tuple[Carry, Any, Any]:
+    body: Callable[[Carry, Arrays, Arrays], tuple[Carry, Any, Any]], carry: Carry, sharded: Arrays,
+    gathered: Arrays = (), *, axes: tuple[str, ...], stream: Stream,
+) -> tuple[Carry, Any, Any]:  # fmt: skip
     """Folds `body` over buckets of all ranks' tokens.
 
     While a bucket is used, the next bucket is gathered and the partial outputs of the previous one are scattered.
@@ -60,14 +55,13 @@ def over_gathered_tokens(
     def step(carry, sharded: Arrays, index):
         return body(carry, sharded, buckets.local(index))
 
-    carry, reduced, local = pipelined(
-        step,
-        lambda _, index: buckets.gather(index),
-        lambda partial, _: buckets.scatter(partial),
-        carry,
-        buckets.number,
-        remote=True,
-    )
+    def fetch(_, index):
+        return buckets.gather(index)
+
+    def send(partial, _):
+        return buckets.scatter(partial)
+
+    carry, reduced, local = pipelined(step, fetch, send, carry, buckets.number, remote=True)
     return carry, _in_order(reduced, 1), _in_order(local, buckets.ranks)
 
 
@@ -119,11 +113,6 @@ def add(total: Any, more: Any) -> Any:
     return jax.tree.map(jnp.add, total, more)
 
 
-def cast_all(weights: Arrays, dtype: Any) -> Arrays:
-    """Resident weights in the compute dtype."""
-    return tuple(weight.astype(dtype) for weight in weights)
-
-
 def resident_bucket(weights: Arrays, axes: tuple[str, ...], dtype: Any) -> Bucket:
     """This rank's whole shard of weights sharded over `axes`, as one bucket."""
-    return Bucket(cast_all(weights, dtype), index=0, first_rank=lax.axis_index(axes), num_ranks=1)
+    return Bucket(tuple(w.astype(dtype) for w in weights), index=0, first_rank=lax.axis_index(axes), num_ranks=1)

@@ -55,10 +55,9 @@ class Bucket(NamedTuple):
     buckets_per_shard: int = 1
 
     def find(self, row: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Position of a row of the first weight, gathered with ranks in order, in this bucket.
+        """(index, inside) of a row of the first weight, gathered with ranks in order.
 
-        Returns:
-          (index, inside): whether the row is in this bucket, and its index; 0 if it is not.
+        `inside` is whether this bucket has the row, `index` where; 0 if it has not.
         """
         rows = self.arrays[0].shape[0] // self.num_ranks
         shard_rows = rows * self.buckets_per_shard
@@ -100,14 +99,9 @@ def zeros(shape: Sequence[int], dtype: Any, like: jax.Array) -> jax.Array:
 
 
 def over_buckets(
-    body: Callable[[Carry, Bucket], tuple[Carry, Any]],
-    carry: Carry,
-    shard: Arrays,
-    *,
-    axes: tuple[str, ...],
-    stream: Stream,
-    dtype: Any,
-) -> tuple[Carry, Any]:
+    body: Callable[[Carry, Bucket], tuple[Carry, Any]], carry: Carry, shard: Arrays, *, axes: tuple[str, ...],
+    stream: Stream, dtype: Any,
+) -> tuple[Carry, Any]:  # fmt: skip
     """Folds `body` over all buckets of a group of sharded weights.
 
     Args:
@@ -134,14 +128,9 @@ def over_buckets(
 
 
 def over_buckets_with_grads(
-    body: Callable[[Carry, Bucket], tuple[Carry, Arrays, Any]],
-    carry: Carry,
-    shard: Arrays,
-    *,
-    axes: tuple[str, ...],
-    stream: Stream,
-    dtype: Any,
-) -> tuple[Carry, Arrays, Any]:
+    body: Callable[[Carry, Bucket], tuple[Carry, Arrays, Any]], carry: Carry, shard: Arrays, *, axes: tuple[str, ...],
+    stream: Stream, dtype: Any,
+) -> tuple[Carry, Arrays, Any]:  # fmt: skip
     """`over_buckets` for backward: `body` also returns the gradient of each of the bucket's arrays.
 
     Args:
@@ -158,7 +147,7 @@ def over_buckets_with_grads(
     return _fold(body, carry, lax.optimization_barrier(shard), axes, stream, dtype, sends=True)
 
 
-def _fold(step, carry, shard, axes, stream, dtype, sends: bool):
+def _fold(step, carry: Carry, shard: Arrays, axes: tuple[str, ...], stream: Stream, dtype: Any, sends: bool):
     fold = _ring if stream.movement == "ring" and axes else _gather
     return fold(step, carry, shard, axes, stream, dtype, sends)
 
@@ -172,12 +161,8 @@ def _pack(arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
 
 def _unpack(message: jax.Array, rows: Sequence[int]) -> Arrays:
     """[..., sum(rows), D] -> each [prod(...) * rows, D]."""
-    parts, start = [], 0
-    for count in rows:
-        part = lax.slice_in_dim(message, start, start + count, axis=message.ndim - 2)
-        parts.append(part.reshape(-1, message.shape[-1]))
-        start += count
-    return tuple(parts)
+    parts = lax.split(message, rows, axis=message.ndim - 2)
+    return tuple(part.reshape(-1, message.shape[-1]) for part in parts)
 
 
 def _pack_grads(grads: Arrays, ranks: int, dtype: Any) -> jax.Array:
@@ -230,7 +215,7 @@ class _ShardBuckets:
         return tuple(stack.reshape(own.shape) for stack, own in zip(reduced, self.shard, strict=True))
 
 
-def _gather(step, carry: Carry, shard: Arrays, axes: tuple[str, ...], stream: Stream, dtype: Any, sends: bool):
+def _gather(step, carry, shard, axes, stream, dtype, sends: bool):
     """While a bucket is used, the next bucket is gathered and the gradients of the previous one are scattered."""
     buckets = _ShardBuckets(shard, axes, stream, dtype)
 
@@ -238,21 +223,21 @@ def _gather(step, carry: Carry, shard: Arrays, axes: tuple[str, ...], stream: St
         carry, grads, y = step(carry, buckets.bucket(message, index))
         return carry, buckets.pack_grads(grads) if grads else (), y
 
-    carry, reduced, ys = pipelined(
-        use,
-        lambda _, index: buckets.gather(index),
-        (lambda message, _: buckets.scatter(message)) if sends else None,
-        carry,
-        buckets.number,
-        remote=bool(axes),
-    )
+    def fetch(_, index):
+        return buckets.gather(index)
+
+    def send(message, _):
+        return buckets.scatter(message)
+
+    num_steps, remote = buckets.number, bool(axes)
+    carry, reduced, ys = pipelined(use, fetch, send if sends else None, carry, num_steps, remote=remote)
     return carry, buckets.join(reduced) if sends else (), ys
 
 
 # ------------------------------------------------------------------------------------------------ ring
 
 
-def _ring(step, carry: Carry, shard: Arrays, axes: tuple[str, ...], stream: Stream, dtype: Any, sends: bool):
+def _ring(step, carry, shard, axes, stream, dtype, sends: bool):
     """In step i this rank uses the shard of rank me - i.
 
     The sum of a shard's gradients starts at the next rank, follows the shard around the ring, and reaches the owner

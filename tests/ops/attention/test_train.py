@@ -18,7 +18,8 @@ from tests.builders.arrays import (
 from tests.builders.ops import B, D, S, V, activations, compiled_value_and_grads
 from tsp_jax.heads import Heads, pad_heads
 from tsp_jax.ops import reference
-from tsp_jax.ops.attention.train import AttentionConfig, AttentionWeights, HeadNorms, attention
+from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms
+from tsp_jax.ops.attention.train import attention
 from tsp_jax.ops.kernels import XlaKernel
 from tsp_jax.ops.kernels.mask import Tokens
 from tsp_jax.ops.stream import Stream

@@ -17,32 +17,18 @@ from jax import lax
 
 from tsp_jax.layout import Axes
 from tsp_jax.ops.attention.kv_cache import KeyValues, NewEntries, row_major, to_cache_order
-from tsp_jax.ops.attention.projections import (
-    AttentionConfig,
-    AttentionWeights,
-    HeadNorms,
-    ShardedHeads,
-    normalize_and_rotate,
-    split_heads,
-)
+from tsp_jax.ops.attention.projections import normalize_and_rotate, split_heads
+from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, ShardedHeads
 from tsp_jax.ops.kernels.mask import MASKED, Tokens, may_attend
 from tsp_jax.ops.linear import matmul, matmul_t
 from tsp_jax.ops.stream import Stream
 
 
 def decode_attention(
-    x_B1D: jax.Array,
-    weights: AttentionWeights,
-    norms: HeadNorms | None,
-    cache: KeyValues,
-    layer: jax.Array,
-    positions_B1: jax.Array,
-    entries: NewEntries,
-    entry_positions_Bs: jax.Array,
-    *,
-    config: AttentionConfig,
+    x_B1D: jax.Array, weights: AttentionWeights, norms: HeadNorms | None, cache: KeyValues, layer: jax.Array,
+    positions_B1: jax.Array, entries: NewEntries, entry_positions_Bs: jax.Array, *, config: AttentionConfig,
     axes: Axes = Axes(),
-) -> tuple[jax.Array, KeyValues]:
+) -> tuple[jax.Array, KeyValues]:  # fmt: skip
     """Attention of one new token per sequence to itself and to all cached tokens.
 
     Forward only: ``out = softmax([q K_cache^T, q k^T] / sqrt(H)) [V_cache; v]``, ``y = concat_h(out_h) Wo``. Devices
@@ -102,19 +88,13 @@ def _gather_rows(arrays_B1w: tuple[jax.Array, ...], axes: tuple[str, ...]) -> tu
         return arrays_B1w
     with jax.named_scope("gather_rows"):
         message_RB1w = lax.all_gather(jnp.concatenate(arrays_B1w, axis=-1), axes)
-    gathered, start = [], 0
-    for array_B1w in arrays_B1w:
-        part_RB1w = lax.slice_in_dim(message_RB1w, start, start + array_B1w.shape[-1], axis=3)
-        gathered.append(jnp.moveaxis(part_RB1w, 0, 2).reshape(*array_B1w.shape[:2], -1))
-        start += array_B1w.shape[-1]
-    return tuple(gathered)
+    parts_RB1w = lax.split(message_RB1w, [array.shape[-1] for array in arrays_B1w], axis=3)
+    return tuple(jnp.moveaxis(part, 0, 2).reshape(*arrays_B1w[0].shape[:2], -1) for part in parts_RB1w)
 
 
 def _attend_to_shard(q_B1NH, cache: KeyValues, new: KeyValues, attended_Bs, keeps_new_B1):
-    """Attends to this device's cache entries, and to the new token on the device that keeps it.
-
-    Returns:
-      (out [B, N, H], lse [B, N]), float32; zeros and `MASKED` where a sequence has no key on this device.
+    """(out [B, N, H], lse [B, N]), float32: attention to this device's cache entries, and to the new token where it is
+    kept; zeros and `MASKED` where a sequence has no key on this device.
     """
     batch, _, heads, head_dim = q_B1NH.shape
     (k_BKsH, v_BKsH), (k_BK1H, v_BK1H) = ((kv.k_LBKsH[0], kv.v_LBKsH[0]) for kv in (cache, new))

@@ -41,15 +41,14 @@ class NewEntries(NamedTuple):
 
 
 def allocate_entries(positions_Bs: jax.Array, new_positions_Bt: jax.Array) -> tuple[NewEntries, jax.Array]:
-    """Gives new tokens the next free entries of this device.
+    """Gives new tokens the next free entries of this device; tokens that do not fit are dropped.
 
     Args:
       positions_Bs: int32, position of each entry's token; used entries come first.
-      new_positions_Bt: int32, positions of the new tokens; `NO_TOKEN`, after all others, for tokens that this device
-        does not keep.
+      new_positions_Bt: int32; `NO_TOKEN`, after all others, for tokens that this device does not keep.
 
     Returns:
-      (the new tokens' entries, positions_Bs with the new tokens). Tokens that do not fit are dropped.
+      (the new tokens' entries, positions_Bs with the new tokens).
     """
     s, t = positions_Bs.shape[1], new_positions_Bt.shape[1]
     first_B1 = (positions_Bs != EMPTY).sum(axis=1, keepdims=True, dtype=jnp.int32)
@@ -62,18 +61,10 @@ def allocate_entries(positions_Bs: jax.Array, new_positions_Bt: jax.Array) -> tu
 
 
 def write_entries(cache: KeyValues, new: KeyValues, layer: jax.Array, entries: NewEntries) -> KeyValues:
-    """Writes new tokens' keys and values into their entries, in place.
+    """The cache of all layers with new tokens' keys and values in their entries, written in place.
 
     One sequence at a time: compilers run a scatter, which would write all at once, on a transposed copy of the cache.
-
-    Args:
-      cache: all layers.
-      new: of l layers, [l, B, K, t, H], any float dtype; t at most s.
-      layer: [] int32, the first of the l layers.
-      entries: of the new tokens.
-
-    Returns:
-      The cache.
+    `new` is of l layers from `layer` on, in any float dtype, with t at most s.
     """
     with jax.named_scope("write_entries"):
         return KeyValues(*(_write(old, fresh, layer, entries) for old, fresh in zip(cache, new, strict=True)))

@@ -1,8 +1,8 @@
 """Attention of many new tokens to themselves and to a KV cache: weights are streamed, keys and values gathered.
 
-Three stages in turn, so that their buffers are not in memory together: stream [Wq Wk Wv] and project this device's
-tokens, then write keys and values into the cache; attend to all devices' cache entries; stream Wo. New keys are read
-from the cache like old ones, so one program serves a whole prompt and a later chunk of it.
+Three stages, one after another so that their buffers are not in memory together: stream [Wq Wk Wv], project this
+device's tokens and write keys and values into the cache; attend to all devices' cache entries; stream Wo. New keys are
+read from the cache like old ones, so one program serves a whole prompt and a later chunk of it.
 
 Dims: B batch, t this device's new tokens, s this device's cache entries, S those of all ranks, p entries of a cache
 chunk (t of every rank), b buckets of KV heads, D model, N query heads and K KV heads of this tensor shard (in a
@@ -15,35 +15,18 @@ from jax import lax
 
 from tsp_jax.layout import Axes
 from tsp_jax.ops.attention.kv_cache import EMPTY, KeyValues, NewEntries, row_major, to_cache_order, write_entries
-from tsp_jax.ops.attention.projections import (
-    AttentionConfig,
-    AttentionWeights,
-    HeadNorms,
-    ShardedHeads,
-    project_in,
-    project_out,
-    vary_inputs_alike,
-)
+from tsp_jax.ops.attention.projections import project_in, project_out, vary_inputs_alike
+from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, ShardedHeads
 from tsp_jax.ops.kernels.mask import MASKED, Tokens
 from tsp_jax.ops.sequence import gather_sequence
 from tsp_jax.ops.stream import Stream, zeros
 
 
 def prefill_attention(
-    x_BtD: jax.Array,
-    weights: AttentionWeights,
-    norms: HeadNorms | None,
-    cache: KeyValues,
-    layer: jax.Array,
-    positions_Bt: jax.Array,
-    entries: NewEntries,
-    entry_positions_BS: jax.Array,
-    max_used: jax.Array,
-    *,
-    config: AttentionConfig,
-    axes: Axes = Axes(),
-    stream: Stream = Stream(),
-) -> tuple[jax.Array, KeyValues]:
+    x_BtD: jax.Array, weights: AttentionWeights, norms: HeadNorms | None, cache: KeyValues, layer: jax.Array,
+    positions_Bt: jax.Array, entries: NewEntries, entry_positions_BS: jax.Array, max_used: jax.Array, *,
+    config: AttentionConfig, axes: Axes = Axes(), stream: Stream = Stream(),
+) -> tuple[jax.Array, KeyValues]:  # fmt: skip
     """Causal attention of new tokens to themselves and to all cached tokens.
 
     Forward only: ``out_h = softmax(q_h k_h^T / sqrt(H)) v_h`` over all cache entries, new tokens included;
@@ -89,7 +72,9 @@ def _attend_to_cache(q_BtNH, cache: KeyValues, layer, tokens_Bt, entry_positions
     buckets, kernel = heads.exchange_buckets, heads.config.kernel.within(t)
     positions_BRs = entry_positions_BS.reshape(batch, -1, cache.k_LBKsH.shape[3])
     max_chunks = -(-positions_BRs.shape[2] // t)
-    q_bBtKGH = jnp.moveaxis(q_BtNH.reshape(batch, t, buckets, heads.kv_heads // buckets, -1, head_dim), 2, 0)
+    q_bBtKGH = jnp.moveaxis(
+        q_BtNH.reshape(batch, t, buckets, heads.keys_values.num_heads // buckets, -1, head_dim), 2, 0
+    )
 
     def attend_bucket(_, xs):
         q_BtKGH, bucket = xs

@@ -1,167 +1,24 @@
 """Projections of attention with streamed weights: tokens to queries, keys and values, and outputs of heads to tokens.
 
-Arrays of heads are in the order of the heads, whatever the order in which buckets of the weights arrive: each bucket
-writes, or reads, its own heads. Keys and values are projected before queries, so that their exchange over the sequence
-can start while queries are projected.
-
-With fewer KV heads than ranks each rank stores an equal part of a KV head's rows, and all KV heads are one bucket.
+Arrays of heads are in the order of the heads, not of the buckets: each bucket writes, or reads, its own heads. Keys and
+values are projected before queries, so that their exchange over the sequence can start while queries are projected.
 
 Dims: B batch, t this device's tokens, c tokens of a chunk, D model, N query heads and K KV heads of this tensor shard,
-H head, w this device's rows of a weight, p rows and m heads of a bucket.
+H head, w this device's rows of a weight, p rows of a bucket.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from tsp_jax.config import RopeScaling
-from tsp_jax.layout import Axes, largest_divisor
+from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, HeadStream, ShardedHeads
 from tsp_jax.ops.chunks import over_chunks
-from tsp_jax.ops.kernels import Kernel, XlaKernel
 from tsp_jax.ops.linear import matmul, matmul_t, outer
 from tsp_jax.ops.norm import rms_norm
 from tsp_jax.ops.rope import rope
 from tsp_jax.ops.stationary import add
-from tsp_jax.ops.stream import Bucket, Stream, custom_vjp, over_buckets, over_buckets_with_grads, vary_alike, zeros
-
-
-class AttentionWeights(NamedTuple):
-    """This device's rows of each weight, stored [heads x H, D]. Query heads are in the order of their KV heads."""
-
-    q_wD: jax.Array
-    k_wD: jax.Array
-    v_wD: jax.Array
-    o_wD: jax.Array
-
-
-class HeadNorms(NamedTuple):
-    """Scales of RMSNorm over each query and key head; None: no norm."""
-
-    q_H: jax.Array | None = None
-    k_H: jax.Array | None = None
-
-
-class AttentionConfig(NamedTuple):
-    """Everything that does not depend on arrays; hashable."""
-
-    padded_kv_heads: int
-    """KV heads of all ranks, padding included"""
-    head_dim: int
-    rope_theta: float
-    norm_eps: float = 1e-6
-    query_buckets: int = 1
-    """buckets of a rank's query heads, at most: the largest divisor is used; `kv_buckets` likewise"""
-    kv_buckets: int = 1
-    kernel: Kernel = XlaKernel()
-    """attention on one device"""
-    rope_scaling: RopeScaling = RopeScaling()
-    exchange_buckets: int = 1
-    """buckets of KV heads, at most, for the exchange of keys and values over the sequence"""
-
-
-class HeadStream(NamedTuple):
-    """How the weights of some heads are streamed, and which heads a bucket holds. Hashable."""
-
-    axes: tuple[str, ...]
-    """mesh axes that buckets are gathered over"""
-    stream: Stream
-    ranks: int
-    """of those axes"""
-
-    def _is_all(self, bucket: Bucket) -> bool:
-        return self.stream.buckets == 1 and bucket.num_ranks == self.ranks
-
-    def _by_bucket(self, heads_BtNH: jax.Array, bucket: Bucket) -> jax.Array:
-        """[B, t, ranks / ranks of a bucket, ranks of a bucket, buckets per rank, heads per rank and bucket, H]."""
-        shape, num_ranks = heads_BtNH.shape, bucket.num_ranks
-        return heads_BtNH.reshape(*shape[:2], self.ranks // num_ranks, num_ranks, self.stream.buckets, -1, shape[-1])
-
-    def take(self, heads_BtNH: jax.Array, bucket: Bucket) -> jax.Array:
-        """The heads of a bucket, [B, t, p]."""
-        if self._is_all(bucket):
-            return heads_BtNH.reshape(*heads_BtNH.shape[:2], -1)
-        by_bucket = self._by_bucket(heads_BtNH, bucket)
-        part = lax.dynamic_index_in_dim(by_bucket, bucket.first_rank // bucket.num_ranks, axis=2, keepdims=False)
-        part = lax.dynamic_index_in_dim(part, bucket.index_in_shard, axis=3, keepdims=False)
-        return part.reshape(*heads_BtNH.shape[:2], -1)
-
-    def put(self, heads_BtNH: jax.Array, bucket: Bucket, new_BtmH: jax.Array) -> jax.Array:
-        """`heads_BtNH` with the heads of a bucket replaced."""
-        if self._is_all(bucket):
-            return new_BtmH.reshape(heads_BtNH.shape).astype(heads_BtNH.dtype)
-        by_bucket = self._by_bucket(heads_BtNH, bucket)
-        batch, t, _, num_ranks, _, *rest = by_bucket.shape
-        new = new_BtmH.reshape(batch, t, 1, num_ranks, 1, *rest).astype(by_bucket.dtype)
-        start = (0, 0, bucket.first_rank // bucket.num_ranks, 0, bucket.index_in_shard, 0, 0)
-        return lax.dynamic_update_slice(by_bucket, new, start).reshape(heads_BtNH.shape)
-
-
-class ShardedHeads(NamedTuple):
-    """How the heads of an attention op are sharded and streamed; shared by all its parts. Hashable."""
-
-    config: AttentionConfig
-    axes: Axes
-    queries: HeadStream
-    """of Wq and Wo"""
-    keys_values: HeadStream
-    """of Wk and Wv"""
-    query_heads: int
-    """N"""
-    kv_heads: int
-    """K"""
-
-    @classmethod
-    def of(cls, config: AttentionConfig, axes: Axes, stream: Stream, weights: AttentionWeights) -> "ShardedHeads":
-        """From the shapes of this device's rows; `stream.buckets` are replaced by those of `config`."""
-        head_dim, folded, tensor = config.head_dim, _size(axes.folded), _size(axes.tensor)
-        query_heads = weights.q_wD.shape[0] // head_dim
-
-        def head_stream(names: tuple[str, ...], buckets: int, movement: str = stream.movement) -> HeadStream:
-            return HeadStream(names, stream._replace(buckets=buckets, movement=movement), _size(names))
-
-        queries = head_stream(axes.folded, largest_divisor(query_heads, config.query_buckets))
-        if config.padded_kv_heads < folded * tensor:
-            # A rank has part of a KV head. Where that head spans tensor shards, each shard gathers all KV heads.
-            spanned = axes.tensor if config.padded_kv_heads < tensor else ()
-            keys_values = head_stream(spanned + axes.folded, 1, "gather")
-        else:
-            kv_heads = weights.k_wD.shape[0] // head_dim
-            keys_values = head_stream(axes.folded, largest_divisor(kv_heads, config.kv_buckets))
-        return cls(config, axes, queries, keys_values, query_heads * folded, max(1, config.padded_kv_heads // tensor))
-
-    @property
-    def exchange_buckets(self) -> int:
-        """Buckets of the KV heads for the exchange of keys and values over the sequence."""
-        return largest_divisor(self.kv_heads, self.config.exchange_buckets)
-
-    @property
-    def kv_head_spans_shards(self) -> bool:
-        """Whether a KV head's rows are on several tensor shards, so that each gathers all KV heads and selects one."""
-        return self.config.padded_kv_heads < _size(self.axes.tensor)
-
-    def first_kv_row(self) -> jax.Array:
-        """Row, among all KV heads', at which this tensor shard's one KV head starts (`kv_head_spans_shards`)."""
-        head = lax.axis_index(self.axes.tensor) * self.config.padded_kv_heads // _size(self.axes.tensor)
-        return head * self.config.head_dim
-
-    def select_kv_rows(self, w_pD: jax.Array) -> jax.Array:
-        """The rows of gathered KV weights that this tensor shard uses."""
-        if not self.kv_head_spans_shards:
-            return w_pD
-        return lax.dynamic_slice_in_dim(w_pD, self.first_kv_row(), self.config.head_dim)
-
-    def select_kv_rows_transpose(self, dw_pD: jax.Array) -> jax.Array:
-        """Gradient of the rows that this tensor shard uses -> gradient of the gathered KV weights."""
-        if not self.kv_head_spans_shards:
-            return dw_pD
-        full = zeros((self.config.padded_kv_heads * self.config.head_dim, dw_pD.shape[-1]), dw_pD.dtype, like=dw_pD)
-        return lax.dynamic_update_slice_in_dim(full, dw_pD, self.first_kv_row(), axis=0)
-
-
-def _size(axes: tuple[str, ...]) -> int:
-    return lax.axis_size(axes) if axes else 1
+from tsp_jax.ops.stream import Arrays, Bucket, custom_vjp, over_buckets, over_buckets_with_grads, vary_alike, zeros
 
 
 def vary_inputs_alike(
@@ -179,10 +36,10 @@ def split_heads(rows_Btp: jax.Array, head_dim: int) -> jax.Array:
 
 def normalize_and_rotate(rows_Btp: jax.Array, norm_H, positions_Bt, config: AttentionConfig, dtype) -> jax.Array:
     """Projected queries or keys -> what attention takes: q/k norm (unless None), RoPE, compute dtype."""
-    x_BtmH = split_heads(rows_Btp, config.head_dim)
+    x_BtNH = split_heads(rows_Btp, config.head_dim)
     if norm_H is not None:
-        x_BtmH = rms_norm(x_BtmH, norm_H, config.norm_eps)
-    return rope(x_BtmH, positions_Bt, config.rope_theta, config.rope_scaling).astype(dtype)
+        x_BtNH = rms_norm(x_BtNH, norm_H, config.norm_eps)
+    return rope(x_BtNH, positions_Bt, config.rope_theta, config.rope_scaling).astype(dtype)
 
 
 # ------------------------------------------------------------------------------------------------ in
@@ -216,118 +73,75 @@ def project_in(x_BtD: jax.Array, weights, norms: HeadNorms, positions_Bt: jax.Ar
 
 
 def _in_forward(x_BtD, weights, norms, positions_Bt, heads: ShardedHeads):
-    config, dtype = heads.config, x_BtD.dtype
-    w_q, w_k, w_v = weights
-
-    def empty(count: int) -> jax.Array:
-        return zeros((*x_BtD.shape[:2], count, config.head_dim), dtype, like=x_BtD)
-
-    def project(chunk):
-        return over_chunks(chunk, (), (x_BtD, positions_Bt), chunk_tokens=heads.keys_values.stream.chunk_tokens)[1]
-
-    def project_keys_values(kv, bucket: Bucket):
-        wk_pD, wv_pD = (heads.select_kv_rows(w) for w in bucket.arrays)
-
-        def chunk(_, read):
-            x_BcD, positions_Bc = read
-            k_BcmH = normalize_and_rotate(matmul_t(x_BcD, wk_pD), norms.k_H, positions_Bc, config, dtype)
-            return (), (k_BcmH, matmul_t(x_BcD, wv_pD).astype(dtype)), ()
-
-        return tuple(heads.keys_values.put(a, bucket, new) for a, new in zip(kv, project(chunk), strict=True)), None
-
-    def project_queries(q_BtNH, bucket: Bucket):
-        def chunk(_, read):
-            x_BcD, positions_Bc = read
-            q_Bcp = matmul_t(x_BcD, bucket.arrays[0])
-            return (), normalize_and_rotate(q_Bcp, norms.q_H, positions_Bc, config, dtype), ()
-
-        return heads.queries.put(q_BtNH, bucket, project(chunk)), None
-
-    def run(name: str, body, carry, shard, weights: HeadStream):
-        with jax.named_scope(name):
-            return over_buckets(body, carry, shard, axes=weights.axes, stream=weights.stream, dtype=dtype)[0]
-
-    kv = empty(heads.kv_heads), empty(heads.kv_heads)
-    kv = run("keys_values", project_keys_values, kv, (w_k, w_v), heads.keys_values)
-    q_BtNH = run("queries", project_queries, empty(heads.query_heads), (w_q,), heads.queries)
-    return (q_BtNH, *kv), (x_BtD, weights, norms, positions_Bt)
+    tokens = x_BtD, positions_Bt
+    keys_values = _project("keys_values", heads, heads.keys_values, weights[1:], norms.k_H, tokens)
+    queries = _project("queries", heads, heads.queries, weights[:1], norms.q_H, tokens)
+    return (*queries, *keys_values), (x_BtD, weights, norms, positions_Bt)
 
 
 def _in_backward(heads: ShardedHeads, residuals, cotangents):
-    x_BtD, (w_q, *w_kv), norms, positions_Bt = residuals
-    dq_BtNH, *dkv_BtKH = cotangents
-    tokens = x_BtD, positions_Bt
-    dx_BtD = zeros(x_BtD.shape, jnp.float32, like=dq_BtNH)
-    dx_BtD, dnorm_q, dw_q = _queries_backward(heads, dx_BtD, (w_q,), norms.q_H, tokens, dq_BtNH)
-    dx_BtD, dnorm_k, dw_kv = _keys_values_backward(heads, dx_BtD, tuple(w_kv), norms.k_H, tokens, dkv_BtKH)
+    x_BtD, weights, norms, positions_Bt = residuals
+    tokens, dx_BtD = (x_BtD, positions_Bt), zeros(x_BtD.shape, jnp.float32, like=cotangents[0])
+    dx_BtD, dnorm_q, dw_q = _project_vjp(
+        "queries", heads, heads.queries, weights[:1], norms.q_H, tokens, dx_BtD, cotangents[:1]
+    )
+    dx_BtD, dnorm_k, dw_kv = _project_vjp(
+        "keys_values", heads, heads.keys_values, weights[1:], norms.k_H, tokens, dx_BtD, cotangents[1:]
+    )
     return dx_BtD.astype(x_BtD.dtype), (*dw_q, *dw_kv), HeadNorms(dnorm_q, dnorm_k), None
 
 
-def _queries_backward(heads: ShardedHeads, dx_BtD, shard, norm_H, tokens, dq_BtNH):
-    """(dx_BtD with the queries' part added, gradient of the norm, gradients of the shard)."""
+def _project(name: str, heads: ShardedHeads, group: HeadStream, weights, norm_H, tokens) -> Arrays:
+    """Products of tokens (x, positions) with a group of weights, [Wq] or [Wk Wv]; norm and RoPE only for the first."""
+    config, dtype = heads.config, tokens[0].dtype
 
-    def body(carry, bucket: Bucket):
-        def chunk(dx_BcD, read):
-            x_BcD, positions_Bc, dq_Bcp = read
-            dx_q, dw, dnorm = _heads_vjp(dq_Bcp, x_BcD, bucket.arrays[0], norm_H, positions_Bc, heads.config)
-            return dx_BcD + dx_q, (), (dw, dnorm)
+    def body(projected, bucket: Bucket):
+        w_pD, *more_pD = (heads.select_rows(group, w) for w in bucket.arrays)
 
-        dx_BtD, dnorm_H = carry
-        read = *tokens, heads.queries.take(dq_BtNH, bucket)
-        dx_BtD, _, (dw, dnorm) = over_chunks(chunk, dx_BtD, read, chunk_tokens=heads.queries.stream.chunk_tokens)
-        return (dx_BtD, add(dnorm_H, dnorm)), (dw,), None
+        def chunk(_, read):
+            x_BcD, positions_Bc = read
+            first = normalize_and_rotate(matmul_t(x_BcD, w_pD), norm_H, positions_Bc, config, dtype)
+            return (), (first, *(matmul_t(x_BcD, w).astype(dtype) for w in more_pD)), ()
 
-    return _weights_backward("queries", body, dx_BtD, norm_H, shard, heads.queries, tokens[0].dtype)
+        new = over_chunks(chunk, (), tokens, chunk_tokens=group.stream.chunk_tokens)[1]
+        return tuple(group.put(a, bucket, part) for a, part in zip(projected, new, strict=True)), None
 
-
-def _keys_values_backward(heads: ShardedHeads, dx_BtD, shard, norm_H, tokens, dkv_BtKH):
-    """(dx_BtD with the keys' and values' part added, gradient of the norm, gradients of the shard)."""
-
-    def body(carry, bucket: Bucket):
-        wk_pD, wv_pD = (heads.select_kv_rows(w) for w in bucket.arrays)
-
-        def chunk(dx_BcD, read):
-            x_BcD, positions_Bc, dk_Bcp, dv_Bcp = read
-            dx_k, dwk, dnorm = _heads_vjp(dk_Bcp, x_BcD, wk_pD, norm_H, positions_Bc, heads.config)
-            dx_v, dwv = _product_vjp(dv_Bcp, x_BcD, wv_pD)
-            return dx_BcD + dx_k + dx_v, (), (dwk, dwv, dnorm)
-
-        dx_BtD, dnorm_H = carry
-        read = *tokens, *(heads.keys_values.take(d_BtKH, bucket) for d_BtKH in dkv_BtKH)
-        dx_BtD, _, (*dw_kv, dnorm) = over_chunks(
-            chunk, dx_BtD, read, chunk_tokens=heads.keys_values.stream.chunk_tokens
-        )
-        return (dx_BtD, add(dnorm_H, dnorm)), tuple(heads.select_kv_rows_transpose(dw) for dw in dw_kv), None
-
-    return _weights_backward("keys_values", body, dx_BtD, norm_H, shard, heads.keys_values, tokens[0].dtype)
-
-
-def _weights_backward(name: str, body, dx_BtD, norm_H, shard, weights: HeadStream, dtype):
-    """Folds `body` over the buckets of the shard, from dx_BtD and a zero gradient of the norm."""
-    dnorm_H = None if norm_H is None else zeros(norm_H.shape, norm_H.dtype, like=norm_H)
+    shape = *tokens[0].shape[:2], group.num_heads, config.head_dim
+    projected = tuple(zeros(shape, dtype, like=tokens[0]) for _ in weights)
     with jax.named_scope(name):
-        (dx_BtD, dnorm_H), dw, _ = over_buckets_with_grads(
-            body, (dx_BtD, dnorm_H), shard, axes=weights.axes, stream=weights.stream, dtype=dtype
-        )
-    return dx_BtD, dnorm_H, dw
+        return over_buckets(body, projected, weights, axes=group.axes, stream=group.stream, dtype=dtype)[0]
 
 
-def _heads_vjp(dheads_Btp, x_BtD, w_pD, norm_H, positions_Bt, config: AttentionConfig):
-    """VJP of ``normalize_and_rotate(x w^T)``: (dx float32, dw float32, dnorm or None)."""
-    dtype = x_BtD.dtype
+def _project_vjp(name: str, heads: ShardedHeads, group: HeadStream, weights, norm_H, tokens, dx_BtD, dprojected):
+    """VJP of `_project`: (dx_BtD with this group's part added, gradient of the norm or None, gradients of weights)."""
+    config, dtype = heads.config, tokens[0].dtype
 
-    def heads(norm_H, rows_Btp):
-        return normalize_and_rotate(rows_Btp, norm_H, positions_Bt, config, dtype)
+    def body(carry, bucket: Bucket):
+        w_pD = tuple(heads.select_rows(group, w) for w in bucket.arrays)
 
-    # Without a norm nothing below reads the product, and it is never computed.
-    _, vjp = jax.vjp(heads, norm_H, matmul_t(x_BtD, w_pD))
-    dnorm_H, drows_Btp = vjp(split_heads(dheads_Btp, config.head_dim))
-    return *_product_vjp(drows_Btp.astype(dtype), x_BtD, w_pD), dnorm_H
+        def chunk(dx_BcD, read):
+            x_BcD, positions_Bc, dfirst_Bcp, *dmore_Bcp = read
 
+            def finish(norm_H, rows_Bcp):
+                return normalize_and_rotate(rows_Bcp, norm_H, positions_Bc, config, dtype)
 
-def _product_vjp(drows_Btp, x_BtD, w_pD) -> tuple[jax.Array, jax.Array]:
-    """VJP of ``x w^T``: (dx, dw), float32."""
-    return matmul(drows_Btp, w_pD), outer(drows_Btp, x_BtD)
+            # Without a norm nothing below reads the product, and it is never computed.
+            _, vjp = jax.vjp(finish, norm_H, matmul_t(x_BcD, w_pD[0]))
+            dnorm_H, drows_Bcp = vjp(split_heads(dfirst_Bcp, config.head_dim))
+            drows = drows_Bcp.astype(dtype), *dmore_Bcp
+            for d_Bcp, w in zip(drows, w_pD, strict=True):
+                dx_BcD += matmul(d_Bcp, w)
+            return dx_BcD, (), (tuple(outer(d_Bcp, x_BcD) for d_Bcp in drows), dnorm_H)
+
+        dx_BtD, dnorm_H = carry
+        read = *tokens, *(group.take(d_BtNH, bucket) for d_BtNH in dprojected)
+        dx_BtD, _, (dw, more) = over_chunks(chunk, dx_BtD, read, chunk_tokens=group.stream.chunk_tokens)
+        return (dx_BtD, add(dnorm_H, more)), tuple(heads.select_rows_transpose(group, d) for d in dw), None
+
+    carry = dx_BtD, None if norm_H is None else zeros(norm_H.shape, norm_H.dtype, like=norm_H)
+    with jax.named_scope(name):
+        carry, dw, _ = over_buckets_with_grads(body, carry, weights, axes=group.axes, stream=group.stream, dtype=dtype)
+    return *carry, dw
 
 
 project_in.defvjp(_in_forward, _in_backward)
@@ -366,9 +180,8 @@ def _out_forward(out_BtNH, wo_wD, heads: ShardedHeads):
         def chunk(y_BcD, out_Bcp):
             return y_BcD + matmul(out_Bcp, bucket.arrays[0]), (), ()
 
-        return over_chunks(chunk, y_BtD, queries.take(out_BtNH, bucket), chunk_tokens=queries.stream.chunk_tokens)[
-            0
-        ], None
+        out_Btp = queries.take(out_BtNH, bucket)
+        return over_chunks(chunk, y_BtD, out_Btp, chunk_tokens=queries.stream.chunk_tokens)[0], None
 
     y_BtD = zeros((*out_BtNH.shape[:2], wo_wD.shape[-1]), jnp.float32, like=out_BtNH)
     with jax.named_scope("out"):

@@ -15,20 +15,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.layout import AxisNames
-from tsp_jax.ops.attention.projections import (
-    AttentionConfig,
-    HeadNorms,
-    ShardedHeads,
-    normalize_and_rotate,
-    split_heads,
-)
+from tsp_jax.ops.attention.projections import normalize_and_rotate, split_heads
+from tsp_jax.ops.attention.sharded_heads import AttentionConfig, HeadNorms, ShardedHeads
 from tsp_jax.ops.linear import matmul, matmul_t, outer
-from tsp_jax.ops.stationary import add, cast_all, over_gathered_tokens
+from tsp_jax.ops.stationary import add, over_gathered_tokens
 from tsp_jax.ops.stream import Arrays, Bucket, Stream, custom_vjp, over_buckets, over_buckets_with_grads, zeros
 
 
 class StationaryHeads(NamedTuple):
-    """How tokens are moved to the heads of stationary weights. Hashable."""
+    """Stationary heads, and the axes and buckets in which tokens are gathered to them. Hashable."""
 
     heads: ShardedHeads
     """with folded axes as tensor axes, and one bucket of weights in each op"""
@@ -76,28 +71,28 @@ def stationary_project_in(
     return _in_forward(x_BtD, weights, norms, positions_BT, stationary)[0]
 
 
-def _split_projected(projected_Bpu, norms: HeadNorms, positions_Bp: jax.Array, rows, config: AttentionConfig, dtype):
-    """(q, k, v) from a product with rows of Wq, Wk and Wv together, `rows` of each."""
-    q, k, v = jnp.split(projected_Bpu, [rows[0], rows[0] + rows[1]], axis=-1)
+def _split_projected(projected_Bpu, norms: HeadNorms, positions_Bp, ends, config: AttentionConfig, dtype):
+    """(q, k, v) from a product with rows of Wq, Wk and Wv together."""
+    q, k, v = jnp.split(projected_Bpu, ends, axis=-1)
     q, k = (normalize_and_rotate(a, norm, positions_Bp, config, dtype) for a, norm in zip((q, k), norms, strict=True))
     return q, k, split_heads(v, config.head_dim).astype(dtype)
 
 
-def _concatenate_rows(w_q: jax.Array, kv: Bucket, heads: ShardedHeads, dtype) -> tuple[jax.Array, tuple[int, ...]]:
-    """(rows of Wq, Wk and Wv together, in the compute dtype; number of rows of each)."""
-    weights = (w_q.astype(dtype), *(heads.select_kv_rows(w) for w in kv.arrays))
-    return jnp.concatenate(weights), tuple(w.shape[0] for w in weights)
+def _concatenate_rows(w_q: jax.Array, kv: Bucket, heads: ShardedHeads, dtype) -> tuple[jax.Array, tuple[int, int]]:
+    """(rows of Wq, Wk and Wv together, in the compute dtype; where those of Wq and of Wk end)."""
+    w_q, w_k, w_v = w_q.astype(dtype), *(heads.select_rows(heads.keys_values, w) for w in kv.arrays)
+    return jnp.concatenate([w_q, w_k, w_v]), (w_q.shape[0], w_q.shape[0] + w_k.shape[0])
 
 
 def _in_forward(x_BtD, weights, norms: HeadNorms, positions_BT, stationary: StationaryHeads):
     heads, dtype = stationary.heads, x_BtD.dtype
 
     def project_all_tokens(_, kv: Bucket):
-        w_uD, rows = _concatenate_rows(weights[0], kv, heads, dtype)
+        w_uD, ends = _concatenate_rows(weights[0], kv, heads, dtype)
 
         def body(carry, sharded, gathered):
             (x_BpD,), (positions_Bp,) = sharded, gathered
-            return carry, (), _split_projected(matmul_t(x_BpD, w_uD), norms, positions_Bp, rows, heads.config, dtype)
+            return carry, (), _split_projected(matmul_t(x_BpD, w_uD), norms, positions_Bp, ends, heads.config, dtype)
 
         return stationary.over_tokens(body, (), (x_BtD,), (positions_BT,))[2], None
 
@@ -111,26 +106,25 @@ def _in_backward(stationary: StationaryHeads, residuals, cotangents):
     heads, dtype = stationary.heads, x_BtD.dtype
 
     def all_tokens_vjp(_, kv: Bucket):
-        w_uD, rows = _concatenate_rows(weights[0], kv, heads, dtype)
+        w_uD, ends = _concatenate_rows(weights[0], kv, heads, dtype)
 
         def body(grads, sharded, gathered):
             (x_BpD,), (positions_Bp, *dqkv) = sharded, gathered
 
             def project(norms, projected_Bpu):
-                return _split_projected(projected_Bpu, norms, positions_Bp, rows, heads.config, dtype)
+                return _split_projected(projected_Bpu, norms, positions_Bp, ends, heads.config, dtype)
 
             # Without norms nothing below reads the product, and it is never computed.
             dnorms, dprojected_Bpu = jax.vjp(project, norms, matmul_t(x_BpD, w_uD))[1](tuple(dqkv))
             dprojected_Bpu = dprojected_Bpu.astype(dtype)
-            more = outer(dprojected_Bpu, x_BpD), dnorms
-            return add(grads, more), (matmul(dprojected_Bpu, w_uD).astype(dtype),), ()
+            return add(grads, (outer(dprojected_Bpu, x_BpD), dnorms)), (matmul(dprojected_Bpu, w_uD).astype(dtype),), ()
 
         grads = jax.tree.map(lambda array: zeros(array.shape, jnp.float32, like=x_BtD), (w_uD, norms))
         sharded = (lax.optimization_barrier(x_BtD),)  # see over_buckets_with_grads
-        gathered = positions_BT, *cotangents
-        (dw_uD, dnorms), (dx_BtD,), _ = stationary.over_tokens(body, grads, sharded, gathered)
-        dw_q, *dw_kv = jnp.split(dw_uD, [rows[0], rows[0] + rows[1]])
-        return (dx_BtD, dw_q, dnorms), tuple(heads.select_kv_rows_transpose(dw) for dw in dw_kv), None
+        (dw_uD, dnorms), (dx_BtD,), _ = stationary.over_tokens(body, grads, sharded, (positions_BT, *cotangents))
+        dw_q, *dw_kv = jnp.split(dw_uD, ends)
+        dw_kv = tuple(heads.select_rows_transpose(heads.keys_values, dw) for dw in dw_kv)
+        return (dx_BtD, dw_q, dnorms), dw_kv, None
 
     kv = heads.keys_values
     (dx_BtD, dw_q, dnorms), dw_kv, _ = over_buckets_with_grads(
@@ -169,7 +163,8 @@ def stationary_project_out(out_BTnH: jax.Array, wo_wD: jax.Array, stationary: St
 
 
 def _out_forward(out_BTnH, wo_wD, stationary: StationaryHeads):
-    (w_o,) = cast_all((wo_wD,), out_BTnH.dtype)
+
+    w_o = wo_wD.astype(out_BTnH.dtype)
 
     def body(carry, _, gathered):
         return carry, (matmul(gathered[0], w_o).astype(out_BTnH.dtype),), ()
@@ -180,7 +175,7 @@ def _out_forward(out_BTnH, wo_wD, stationary: StationaryHeads):
 
 def _out_backward(stationary: StationaryHeads, residuals, dy_BtD):
     out_BTnH, wo_wD = residuals
-    (w_o,) = cast_all((wo_wD,), out_BTnH.dtype)
+    w_o = wo_wD.astype(out_BTnH.dtype)
 
     def body(dwo_wD, sharded, gathered):
         (dy_BpD,), (out_Bpw,) = sharded, gathered

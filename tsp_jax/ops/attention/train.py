@@ -18,15 +18,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from tsp_jax.layout import Axes
-from tsp_jax.ops.attention.projections import (
-    AttentionConfig,
-    AttentionWeights,
-    HeadNorms,
-    ShardedHeads,
-    project_in,
-    project_out,
-    vary_inputs_alike,
-)
+from tsp_jax.ops.attention.projections import project_in, project_out, vary_inputs_alike
+from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, ShardedHeads
 from tsp_jax.ops.attention.stationary import StationaryHeads, stationary_project_in, stationary_project_out
 from tsp_jax.ops.kernels import delta
 from tsp_jax.ops.kernels.mask import Tokens
@@ -38,19 +31,11 @@ from tsp_jax.ops.stream import Stream, custom_vjp, zeros
 SAVED_NAMES = ("attention_out", "attention_lse")
 """checkpoint names of the arrays that `save_attention` keeps"""
 
-__all__ = ["SAVED_NAMES", "AttentionConfig", "AttentionWeights", "HeadNorms", "attention"]
-
 
 def attention(
-    x_BtD: jax.Array,
-    weights: AttentionWeights,
-    tokens_Bt: Tokens,
-    norms: HeadNorms | None = None,
-    *,
-    config: AttentionConfig,
-    axes: Axes = Axes(),
-    stream: Stream = Stream(),
-) -> jax.Array:
+    x_BtD: jax.Array, weights: AttentionWeights, tokens_Bt: Tokens, norms: HeadNorms | None = None, *,
+    config: AttentionConfig, axes: Axes = Axes(), stream: Stream = Stream(),
+) -> jax.Array:  # fmt: skip
     """Causal self-attention within segments.
 
     Forward: ``out_h = softmax(q_h k_h^T / sqrt(H)) v_h``, ``y = concat_h(out_h) Wo``, with q, k, v of `project_in`.
@@ -80,28 +65,27 @@ def attention(
     Source: arXiv 2604.26294, section on attention; separating projections from the exchange is ours.
     """
     with jax.named_scope("tsp/attention"):
-        x_BtD, weights, norms, tokens_Bt = vary_inputs_alike(x_BtD, weights, norms, tokens_Bt)
+        inputs = vary_inputs_alike(x_BtD, weights, norms, tokens_Bt)
         run = _stationary if moves_tokens(axes.folded, stream) else _streamed
-        y_BtD = run(x_BtD, weights, tokens_Bt, norms, config, axes, stream)
+        y_BtD = run(*inputs, config, axes, stream)
         return lax.psum(y_BtD, axes.tensor) if axes.tensor else y_BtD
 
 
-def _streamed(x_BtD, weights, tokens_Bt: Tokens, norms: HeadNorms, config, axes: Axes, stream: Stream) -> jax.Array:
+def _streamed(x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, config, axes: Axes, stream: Stream) -> jax.Array:
     heads = ShardedHeads.of(config, axes, stream, weights)
     q_BtNH, k_BtKH, v_BtKH = project_in(x_BtD, weights[:3], norms, tokens_Bt.positions, heads)
     out_BtNH = _attend(q_BtNH, k_BtKH, v_BtKH, tokens_Bt, heads)
     return project_out(out_BtNH, weights.o_wD, heads)
 
 
-def _stationary(x_BtD, weights, tokens_Bt: Tokens, norms: HeadNorms, config, axes: Axes, stream: Stream) -> jax.Array:
+def _stationary(x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, config, axes: Axes, stream: Stream) -> jax.Array:
     """Folded axes act as tensor axes on all their tokens, except that outputs are reduce-scattered, not summed."""
     tokens_BT = Tokens(*gather_sequence(*tokens_Bt, axes=axes.folded))
     roles = Axes(tensor=axes.tensor + axes.folded, sequence=tuple(a for a in axes.sequence if a not in axes.folded))
-    exchange_buckets = config.exchange_buckets if roles.sequence else 1  # nothing to exchange: all heads at once
-    one_bucket = config._replace(
-        query_buckets=1, kv_buckets=1, exchange_buckets=exchange_buckets, kernel=config.kernel.within(x_BtD.shape[1])
-    )
-    heads = ShardedHeads.of(one_bucket, roles, stream, weights)
+    config = config._replace(query_buckets=1, kv_buckets=1, kernel=config.kernel.within(x_BtD.shape[1]))
+    if not roles.sequence:  # nothing to exchange: all heads at once
+        config = config._replace(exchange_buckets=1)
+    heads = ShardedHeads.of(config, roles, stream, weights)
     stationary = StationaryHeads(heads, axes.folded, stream)
     q_BTnH, k_BTkH, v_BTkH = stationary_project_in(x_BtD, weights[:3], norms, tokens_BT.positions, stationary)
     return stationary_project_out(_attend(q_BTnH, k_BTkH, v_BTkH, tokens_BT, heads), weights.o_wD, stationary)
@@ -118,11 +102,10 @@ def _attend(q_BtNH, k_BtKH, v_BtKH, tokens_Bt: Tokens, heads: ShardedHeads) -> j
 
 
 class _KVBucket(NamedTuple):
-    """c of the K heads in arrays [B, t, K, ...]."""
+    """`size` (c) of the K heads in arrays [B, t, K, ...]."""
 
     index: Any
     size: int
-    """c"""
 
     def take(self, array_BtK: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(array_BtK, self.index * self.size, self.size, axis=2)
@@ -142,11 +125,11 @@ def _forward(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, heads: ShardedHeads)
     kernel = heads.config.kernel.within(q_BtKGH.shape[1])
 
     def fetch(_, index):
-        bucket = _KVBucket(index, heads.kv_heads // buckets)
+        bucket = _KVBucket(index, heads.keys_values.num_heads // buckets)
         return gather_sequence(bucket.take(k_BtKH), bucket.take(v_BtKH), axes=axes)
 
     def attend_bucket(carry, keys_values, index):
-        bucket = _KVBucket(index, heads.kv_heads // buckets)
+        bucket = _KVBucket(index, heads.keys_values.num_heads // buckets)
         k_BScH, v_BScH = keys_values
         new = kernel.attend(bucket.take(q_BtKGH), k_BScH, v_BScH, tokens_Bt, tokens_BS)
         return tuple(bucket.put(array, part) for array, part in zip(carry, new, strict=True)), (), ()
@@ -164,11 +147,11 @@ def _backward(heads: ShardedHeads, residuals, dout_BtKGH):
     kernel = heads.config.kernel.within(q_BtKGH.shape[1])
 
     def fetch(carry, index):
-        bucket = _KVBucket(index, heads.kv_heads // buckets)
+        bucket = _KVBucket(index, heads.keys_values.num_heads // buckets)
         return gather_sequence(bucket.take(carry[1]), bucket.take(carry[2]), axes=axes)
 
     def attend_bucket_vjp(carry, keys_values, index):
-        bucket = _KVBucket(index, heads.kv_heads // buckets)
+        bucket = _KVBucket(index, heads.keys_values.num_heads // buckets)
         delta_BtcG, lse_BtcG, dout_BtcGH = (bucket.take(array) for array in (delta_BtKG, lse_BtKG, dout_BtKGH))
         q_BtcGH, (k_BScH, v_BScH) = bucket.take(carry[0]), keys_values
         grads = kernel.attend_backward(q_BtcGH, k_BScH, v_BScH, tokens_Bt, tokens_BS, delta_BtcG, lse_BtcG, dout_BtcGH)

@@ -19,13 +19,9 @@ KERNELS: dict[str, type[Kernel]] = {"triton": TritonKernel, "xla": XlaKernel}
 
 
 def choose_kernel(name: str, mesh: Mesh | AbstractMesh, head_dim: int, dtype: Any) -> Kernel:
-    """The kernel for the devices of a mesh, with block sizes for them.
+    """The kernel for the devices of a mesh (a topology's or abstract ones too), with block sizes for them.
 
-    Args:
-      name: a name in `KERNELS`, or ``auto`` for the first one that is supported.
-      mesh: its devices may be absent: a topology's, or abstract ones.
-      head_dim: H.
-      dtype: compute dtype.
+    `name` is one of `KERNELS`, or ``auto`` for the first one that is supported; `dtype` is the compute dtype.
 
     Raises:
       ConfigError: the name is unknown, or the kernel does not support these devices and heads.

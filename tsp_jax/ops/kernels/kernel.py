@@ -45,53 +45,42 @@ class Kernel(abc.ABC):
 
     def unsupported(self, head_dim: int, dtype: Any) -> str:
         """Why the kernel cannot run with these heads on its architecture; empty if it can."""
-        del head_dim, dtype
         return ""
 
     def within(self, tokens: int) -> Self:
         """The kernel for `tokens` query tokens, two zigzag chunks: none of its blocks crosses from one to the other."""
-        del tokens
         return self
 
     @abc.abstractmethod
     def attend(
         self, q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries: Tokens, keys: Tokens
     ) -> tuple[jax.Array, jax.Array]:
-        """Causal attention within segments (`mask.may_attend`), scores over sqrt(H).
+        """Causal attention within segments (`mask.may_attend`).
 
         ``out = softmax(mask(q k^T / sqrt(H))) v``, ``lse = logsumexp(mask(q k^T / sqrt(H)))``
 
         Args:
           q_BTKGH: queries, grouped by KV head, in the compute dtype.
-          k_BSKH: keys, in the compute dtype.
-          v_BSKH: values, in the compute dtype.
+          k_BSKH: keys, and v_BSKH values, in the compute dtype.
           queries: positions and segments of the T query tokens.
-          keys: positions and segments of the S key tokens, in any order.
+          keys: those of the S key tokens, in any order.
 
         Returns:
-          (out [B, T, K, G, H] in q's dtype, lse [B, T, K, G] float32). A query without any key gets zeros and
-            `MASKED`.
+          (out [B, T, K, G, H] in q's dtype, lse [B, T, K, G] float32); zeros and `MASKED` for a query without keys.
         """
 
     @abc.abstractmethod
     def attend_backward(
-        self,
-        q_BTKGH: jax.Array,
-        k_BSKH: jax.Array,
-        v_BSKH: jax.Array,
-        queries: Tokens,
-        keys: Tokens,
-        delta_BTKG: jax.Array,
-        lse_BTKG: jax.Array,
-        dout_BTKGH: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        self, q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries: Tokens, keys: Tokens,
+        delta_BTKG: jax.Array, lse_BTKG: jax.Array, dout_BTKGH: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
         """Gradients of `attend`, accumulated in float32.
 
         ``p = exp(q k^T / sqrt(H) - lse)``, ``ds = p (dout v^T - delta) / sqrt(H)``;
         ``dq = ds k``, ``dk = ds^T q``, ``dv = p^T dout``
 
         Args:
-          q_BTKGH: as in `attend`, and so are k_BSKH, v_BSKH, queries and keys.
+          q_BTKGH, k_BSKH, v_BSKH, queries, keys: as in `attend`.
           delta_BTKG: float32, from `delta`.
           lse_BTKG: float32, from `attend`.
           dout_BTKGH: cotangent of out, in the compute dtype.

@@ -34,12 +34,7 @@ class Tokens(NamedTuple):
 def may_attend(queries: Tokens, keys: Tokens) -> jax.Array:
     """Whether a query may attend to a key: the key is not later, and both are in the same segment.
 
-    Args:
-      queries: positions and segments that broadcast against those of `keys`.
-      keys: likewise.
-
-    Returns:
-      bool, of the broadcast shape.
+    Positions and segments of queries broadcast against those of keys; the result is a bool array of that shape.
     """
     return (keys.positions <= queries.positions) & (keys.segments == queries.segments)
 
@@ -50,14 +45,9 @@ def tiles_to_visit(queries: Tokens, keys: Tokens, query_tile: int, key_tile: int
     A pair of tiles is visited if the bounds of positions and segments allow any pair of its tokens; with several
     segments in a tile this may hold although `may_attend` is false for all of them.
 
-    Args:
-      queries: [B, T].
-      keys: [B, S].
-      query_tile: tokens of a query tile; divides T.
-      key_tile: tokens of a key tile; divides S.
-
     Returns:
-      (visit [B, n, m] bool, unmasked [B, n, m] bool). Unmasked tiles are those in which every pair may attend.
+      (visit [B, n, m] bool, unmasked [B, n, m] bool), for tiles of `query_tile` of the T queries and `key_tile` of the
+      S keys. Unmasked tiles are those in which every pair may attend.
     """
 
     def bounds(x_BT: jax.Array, tile: int, other_dim: int) -> tuple[jax.Array, jax.Array]:
@@ -75,12 +65,7 @@ def mean_visits(q_len: int, k_len: int, query_tile: int, key_tile: int) -> tuple
 
     A function of shapes alone: it takes this device's queries as a fair sample of all positions (true of a zigzag order
     and of one rank) and all tokens as one document. Only cost estimates of compiled programs depend on it, no result.
-
-    Args:
-      q_len: this device's query tokens.
-      k_len: key tokens of the whole sequence.
-      query_tile: tokens of a query tile, contiguous in the sequence.
-      key_tile: tokens of a key tile, likewise.
+    `k_len` counts the whole sequence; the tokens of a tile are contiguous in it.
     """
     num_q, num_k = max(1, k_len // query_tile), k_len // key_tile
     visits = sum(min(num_k, -(-(a + 1) * query_tile // key_tile)) for a in range(num_q))

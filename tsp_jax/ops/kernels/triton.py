@@ -57,9 +57,7 @@ class TritonKernel(Kernel):
             raise ValueError(self.unsupported(q_BTKGH.shape[-1], q_BTKGH.dtype))
         return tiles
 
-    def attend(
-        self, q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries: Tokens, keys: Tokens
-    ) -> tuple[jax.Array, jax.Array]:
+    def attend(self, q_BTKGH, k_BSKH, v_BSKH, queries, keys):
         """Causal attention within segments; see `Kernel.attend`.
 
         Keeps: visit lists, int32 [B, T/Q, S/C] or smaller (`visits.MOST_ENTRIES`). Where Q does not divide T, C does
@@ -73,26 +71,14 @@ class TritonKernel(Kernel):
         q, k, v = _pad(q_BTKGH, tile.query), _pad(k_BSKH, tile.key), _pad(v_BSKH, tile.key)
         batch, length, kv_heads, group, _ = q.shape
         out, lse_BKGT = _call(
-            functools.partial(_forward_kernel, tile=tile, scale=q_BTKGH.shape[-1] ** -0.5),
-            plan,
-            self.arch,
+            functools.partial(_forward_kernel, tile=tile, scale=q_BTKGH.shape[-1] ** -0.5), plan, self.arch,
             products=("attention_forward", 2),
             inputs=[("BTKGH", q), ("BSKH", k), ("BSKH", v)],
             outputs=[("BTKGH", q), ("BKGT", jax.ShapeDtypeStruct((batch, kv_heads, group, length), jnp.float32))],
-        )
+        )  # fmt: skip
         return _crop(out, q_BTKGH), lse_BKGT.transpose(0, 3, 1, 2)[:, : q_BTKGH.shape[1]]
 
-    def attend_backward(
-        self,
-        q_BTKGH: jax.Array,
-        k_BSKH: jax.Array,
-        v_BSKH: jax.Array,
-        queries: Tokens,
-        keys: Tokens,
-        delta_BTKG: jax.Array,
-        lse_BTKG: jax.Array,
-        dout_BTKGH: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def attend_backward(self, q_BTKGH, k_BSKH, v_BSKH, queries, keys, delta_BTKG, lse_BTKG, dout_BTKGH):
         """Gradients of `attend`; see `Kernel.attend_backward`.
 
         Two kernels: dq by query tiles; dk and dv by key tiles, over the G query heads of a KV head. Both compute the
@@ -108,16 +94,16 @@ class TritonKernel(Kernel):
         def run(kernel, products: int, tile: Tile, by_key: bool, outputs: Sequence[str]):
             q, dout = _pad(q_BTKGH, tile.query), _pad(dout_BTKGH, tile.query)
             k, v = _pad(k_BSKH, tile.key), _pad(v_BSKH, tile.key)
-            rows = (_pad(x[..., None], tile.query, 1)[..., 0].transpose(0, 2, 3, 1) for x in (lse_BTKG, delta_BTKG))
-            lse, delta = rows
+            lse, delta = (
+                _pad(x[..., None], tile.query, 1)[..., 0].transpose(0, 2, 3, 1) for x in (lse_BTKG, delta_BTKG)
+            )
             return _call(
                 functools.partial(kernel, tile=tile, scale=q_BTKGH.shape[-1] ** -0.5),
-                Plan.of(queries, keys, tile, by_key),
-                self.arch,
+                Plan.of(queries, keys, tile, by_key), self.arch,
                 products=("attention_backward", products),
                 inputs=[("BTKGH", q), ("BSKH", k), ("BSKH", v), ("BTKGH", dout), ("BKGT", lse), ("BKGT", delta)],
                 outputs=[(dims, {"BTKGH": q, "BSKH": k}[dims]) for dims in outputs],
-            )
+            )  # fmt: skip
 
         (dq,) = run(_dq_kernel, 3, tiles.dq, False, ["BTKGH"])
         dk, dv = run(_dkv_kernel, 4, tiles.dkv, True, ["BSKH", "BSKH"])
@@ -138,24 +124,13 @@ def _crop(x: jax.Array, like: jax.Array) -> jax.Array:
     return x[:, : like.shape[1], ..., : like.shape[-1]]
 
 
-def _call(
-    kernel: Callable[..., None],
-    plan: Plan,
-    arch: str,
-    products: tuple[str, int],
-    inputs: Sequence[tuple[str, jax.Array]],
-    outputs: Sequence[tuple[str, Any]],
-) -> Sequence[jax.Array]:
+def _call(kernel: Callable[..., None], plan: Plan, arch: str, products: tuple[str, int], inputs, outputs):
     """Runs one program per tile, head (query head, or KV head if by key) and row of the batch.
 
-    Args:
-      kernel: reads visits, queries, keys and inputs, and writes outputs.
-      plan: the visit lists and tokens.
-      arch: GPU to compile for, or ``interpret``.
-      products: (kind, matrix products per pair of tiles), declared in the compiled program for `tsp_jax.inspect`,
-        which cannot see into a kernel; XLA drops Pallas' own cost estimate.
-      inputs: (dims, array); the queries come first. A program sees all tokens of its own head.
-      outputs: (dims, shape and dtype), likewise.
+    The kernel reads visits, queries, keys and `inputs`, pairs (dims, array) with the queries first, and writes
+    `outputs`, pairs (dims, shape and dtype). A program sees all tokens of its own head. `products` is (kind, matrix
+    products per pair of tiles). It is declared in the compiled program for `tsp_jax.inspect`, which cannot see into a
+    kernel; XLA drops Pallas' own cost estimate.
     """
     batch, _, kv_heads, group, size = inputs[0][1].shape
     kind, number = products

@@ -47,9 +47,7 @@ class XlaKernel(Kernel):
         chunk = max(1, tokens // 2)
         return type(self)(block_size(chunk, self.query_block), block_size(chunk, self.key_block))
 
-    def attend(
-        self, q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries: Tokens, keys: Tokens
-    ) -> tuple[jax.Array, jax.Array]:
+    def attend(self, q_BTKGH, k_BSKH, v_BSKH, queries, keys):
         """Causal attention within segments; see `Kernel.attend`.
 
         Keeps: the scores of one pair of blocks at a time; of size T x S only the table of T/Q x S/C pairs.
@@ -84,17 +82,7 @@ class XlaKernel(Kernel):
         _, (out_nBKMH, lse_nBKM) = lax.scan(query_block, (), jnp.arange(blocks.num_q))
         return blocks.join_queries(out_nBKMH), blocks.join_queries(lse_nBKM[..., None])[..., 0]
 
-    def attend_backward(
-        self,
-        q_BTKGH: jax.Array,
-        k_BSKH: jax.Array,
-        v_BSKH: jax.Array,
-        queries: Tokens,
-        keys: Tokens,
-        delta_BTKG: jax.Array,
-        lse_BTKG: jax.Array,
-        dout_BTKGH: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def attend_backward(self, q_BTKGH, k_BSKH, v_BSKH, queries, keys, delta_BTKG, lse_BTKG, dout_BTKGH):
         """Gradients of `attend`; see `Kernel.attend_backward`.
 
         The outer loop is over key blocks, so that dk and dv are accumulated one block at a time.

@@ -81,13 +81,13 @@ def find_peak(module: Module) -> Peak:
     """
     walk = Walk(module)
     groups = _groups(walk)
-    slots = _slots(walk, groups)
-    moment, total = _highest(slots, walk.now, host=False)
+    allocations = _allocations(walk, groups)
+    moment, total = _highest(allocations, walk.now, host=False)
     loop = next(((a, b) for a, b in walk.loops if a <= moment <= b), None)
     group_of = {value.root(): group for group in groups for value in group.values}
     found = []
-    for slot in slots:
-        if alive := [group for group in slot if group.counts(host=False) and group.alive(moment)]:
+    for allocation in allocations:
+        if alive := [group for group in allocation if group.counts(host=False) and group.alive(moment)]:
             found.append(_describe(walk, max(alive, key=lambda group: group.start), loop, group_of))
     found.sort(key=lambda buffer: -buffer.bytes)
     now = walk.moments[moment]
@@ -96,7 +96,7 @@ def find_peak(module: Module) -> Peak:
         at=f"{_label(module, now)[0]} {now.name}".strip(),
         buffers=tuple(found),
         by_kind={k: sum(b.bytes for b in found if b.kind == k) for k in ("state", "residual", "transient")},
-        host_bytes=_highest(slots, walk.now, host=True)[1],
+        host_bytes=_highest(allocations, walk.now, host=True)[1],
     )
 
 
@@ -187,29 +187,29 @@ def _groups(walk: Walk) -> list[_Group]:
     return [_Group(values, root in resident, walk.now) for root, values in collect().items()]
 
 
-def _slots(walk: Walk, groups: list[_Group]) -> list[list[_Group]]:
-    """Puts groups into one slot of memory where an operation may reuse an operand that dies."""
-    slot_of = {value.root(): [group] for group in groups for value in group.values}
-    spans = {id(slot): slot[0].spans for slot in slot_of.values()}
+def _allocations(walk: Walk, groups: list[_Group]) -> list[list[_Group]]:
+    """Puts groups into one allocation of memory where an operation may reuse an operand that dies."""
+    allocation_of = {value.root(): [group] for group in groups for value in group.values}
+    spans = {id(allocation): allocation[0].spans for allocation in allocation_of.values()}
     taken: set[tuple[int, int]] = set()
     for moment, operand, result in walk.reuse:
-        a, b = slot_of[operand.root()], slot_of[result.root()]
+        a, b = allocation_of[operand.root()], allocation_of[result.root()]
         if a is b or (moment, id(b)) in taken:
             continue
         if not any(g.resident for g in (*a, *b)) and _meet_only_at(spans[id(a)], spans[id(b)], (moment,)):
             spans[id(a)] = _joined([*spans[id(a)], *spans[id(b)]])
             a += b
             for group in b:
-                slot_of[group.values[0].root()] = a
+                allocation_of[group.values[0].root()] = a
             taken.add((moment, id(a)))
-    return list({id(slot): slot for slot in slot_of.values()}.values())
+    return list({id(allocation): allocation for allocation in allocation_of.values()}.values())
 
 
-def _highest(slots: list[list[_Group]], end: int, *, host: bool) -> tuple[int, int]:
+def _highest(allocations: list[list[_Group]], end: int, *, host: bool) -> tuple[int, int]:
     """(moment of most bytes, those bytes)"""
     change = [0] * (end + 2)
-    for slot in slots:
-        groups = [group for group in slot if group.counts(host)]
+    for allocation in allocations:
+        groups = [group for group in allocation if group.counts(host)]
         size = max((group.bytes for group in groups), default=0)
         for first, last in _joined(span for group in groups for span in group.spans):
             change[first] += size

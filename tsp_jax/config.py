@@ -32,9 +32,10 @@ def _check(owner: str, config: object, positive: str = "", not_negative: str = "
     """
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
+        if line := removal(f"{owner}{name}={value}"):
+            raise ConfigError(line)
         if get_origin(hint) is Literal and value not in get_args(hint):
-            unknown = f"{owner}{name}={value} is unknown; use one of {', '.join(get_args(hint))}"
-            raise ConfigError(removal(f"{owner}{name}={value}") or unknown)
+            raise ConfigError(f"{owner}{name}={value} is unknown; use one of {', '.join(get_args(hint))}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{owner}{name}={value} is not finite; use 1.0")
         if isinstance(value, int) and value > LARGEST:

@@ -14,6 +14,7 @@ from tests.builders.cli import BAD, SMALL
 from tests.builders.runs import small_config, write_config
 from tsp_jax.config import Config, StreamConfig
 from tsp_jax.errors import REMOVED
+from tsp_jax.ops.kernels import KERNELS
 from tsp_jax.tools import cli, train
 from tsp_jax.training import trainer as loop
 from tsp_jax.training.metrics import read_metrics
@@ -174,7 +175,7 @@ def exists(setting: str) -> bool:
     field, _, value = setting.partition("=")
     owner, _, name = field.partition(".")
     hints = get_type_hints(get_type_hints(Config)[owner])
-    return name in hints and (not value or value in get_args(hints[name]))
+    return name in hints and (not value or value in (get_args(hints[name]) or KERNELS))
 
 
 GONE = [setting for setting in REMOVED if not exists(setting)]

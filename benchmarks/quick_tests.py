@@ -14,38 +14,82 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FAULTS = {
     "MLP: dx lacks the up projection": (
-        "ops/mlp.py", "matmul(dgate_Btp, gate_pD) + matmul(dup_Btp, up_pD)", "matmul(dgate_Btp, gate_pD)",
+        "ops/mlp.py",
+        "matmul(dgate_Btp, gate_pD) + matmul(dup_Btp, up_pD)",
+        "matmul(dgate_Btp, gate_pD)",
     ),
     "ring: shards in the wrong order": ("ops/stream.py", "(me - index) % ranks", "(me + index) % ranks"),
     "pipeline: the current message fetched again": (
-        "ops/pipeline.py", "following = fetch(carry, index + 1)\n        received", "following = fetch(carry, index)\n        received",
+        "ops/pipeline.py",
+        "following = fetch(carry, index + 1)\n        received",
+        "following = fetch(carry, index)\n        received",
     ),
     "bucket: rows looked up without the shard": ("ops/stream.py", "row % shard_rows", "row % rows"),
     "row-wise: no sum over tensor axes": (
-        "ops/rowwise.py", "return lax.psum(y_BtD, axes.tensor) if axes.tensor else y_BtD", "return y_BtD",
+        "ops/rowwise.py",
+        "return lax.psum(y_BtD, axes.tensor) if axes.tensor else y_BtD",
+        "return y_BtD",
     ),
     "loss: softmax sum not rescaled": ("ops/cross_entropy.py", "sum_Bt * jnp.exp(max_Bt - new_max_Bt)", "sum_Bt"),
-    "mask: a token may not attend to itself": ("ops/kernels/mask.py", "keys.positions <= queries", "keys.positions < queries"),
+    "mask: a token may not attend to itself": (
+        "ops/kernels/mask.py",
+        "keys.positions <= queries",
+        "keys.positions < queries",
+    ),
     "mask: other segments are attended to": ("ops/kernels/mask.py", " & (keys.segments == queries.segments)", ""),
     "RoPE: the wrong direction": ("ops/rope.py", "first * cos - second * sin", "first * cos + second * sin"),
     "attention: keys' gradients not scattered": (
-        "ops/attention/train.py", "*scatter_sequence(*grads[1:], axes=axes)", "*(g[:, : q_BtcGH.shape[1]] for g in grads[1:])",
+        "ops/attention/train.py",
+        "*scatter_sequence(*grads[1:], axes=axes)",
+        "*(g[:, : q_BtcGH.shape[1]] for g in grads[1:])",
     ),
-    "heads: a group one head too large": ("heads.py", "group = -(-real_group // sharing) * sharing", "group = (real_group // sharing + 1) * sharing"),
-    "traffic: an all-reduce counted once": ("cost/traffic.py", "2 * elements * itemsize * _others(self.tensor)", "elements * itemsize * _others(self.tensor)"),
+    "heads: a group one head too large": (
+        "heads.py",
+        "group = -(-real_group // sharing) * sharing",
+        "group = (real_group // sharing + 1) * sharing",
+    ),
+    "traffic: an all-reduce counted once": (
+        "cost/traffic.py",
+        "2 * elements * itemsize * _others(self.tensor)",
+        "elements * itemsize * _others(self.tensor)",
+    ),
     "remat: layers backward in forward order": ("models/remat.py", "layers, reverse=True)", "layers)"),
     "optimizer: norms decay": ("training/optimizer.py", "path[-1].key not in NOT_DECAYED", "True"),
     "data: contiguous chunks instead of zigzag": ("training/data.py", "chunks[: shards - 1 : -1]", "chunks[shards:]"),
-    "step: infinite updates are taken": ("training/safety/finite.py", "jnp.isfinite(loss) & jnp.isfinite(grad_norm)", "jnp.isfinite(loss) | True"),
-    "checkpoint: hashes not compared": ("training/checkpoint_manifest.py", "found = _sha256(folder / name)", "found = digest"),
-    "serving: a rank gets all new tokens of its front": ("inference/cache.py", "front, back = new - new // 2, new // 2", "front, back = new, new * 0"),
-    "decode: partial softmaxes not weighted": ("ops/attention/decode.py", "weight_BN = jnp.exp(lse_BN - jax.nn.logsumexp(lse_RBN, axis=0))", "weight_BN = jnp.exp(lse_BN * 0)"),
-    "sampling: top-p keeps one token too few": ("inference/sampling.py", "jnp.cumsum(probs_BV, axis=-1) - probs_BV", "jnp.cumsum(probs_BV, axis=-1)"),
+    "step: infinite updates are taken": (
+        "training/safety/finite.py",
+        "jnp.isfinite(loss) & jnp.isfinite(grad_norm)",
+        "jnp.isfinite(loss) | True",
+    ),
+    "checkpoint: hashes not compared": (
+        "training/checkpoint_manifest.py",
+        "found = _sha256(folder / name)",
+        "found = digest",
+    ),
+    "serving: a rank gets all new tokens of its front": (
+        "inference/cache.py",
+        "front, back = new - new // 2, new // 2",
+        "front, back = new, new * 0",
+    ),
+    "decode: partial softmaxes not weighted": (
+        "ops/attention/decode.py",
+        "weight_BN = jnp.exp(lse_BN - jax.nn.logsumexp(lse_RBN, axis=0))",
+        "weight_BN = jnp.exp(lse_BN * 0)",
+    ),
+    "sampling: top-p keeps one token too few": (
+        "inference/sampling.py",
+        "jnp.cumsum(probs_BV, axis=-1) - probs_BV",
+        "jnp.cumsum(probs_BV, axis=-1)",
+    ),
     "inspect: an all-reduce moves half": ("inspect/collectives.py", '"all-reduce": 2}', '"all-reduce": 1}'),
     "links: a full mesh has one link": ("hardware/links.py", "min(len(members) - 1, hardware.num_links)", "1"),
-    "layout: folded axes count as tensor axes": ("layout.py", "folded=tuple(name for name in names if name in self.sequence)", "folded=()"),
+    "layout: folded axes count as tensor axes": (
+        "layout.py",
+        "folded=tuple(name for name in names if name in self.sequence)",
+        "folded=()",
+    ),
     "hf: RoPE's base is ignored": ("hf/config.py", 'rope.number("rope_theta", float, 10_000.0)', "10_000.0"),
-}  # fmt: skip
+}
 """fault -> (file of the package, text, wrong text)"""
 
 

@@ -63,7 +63,7 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     """llama3: a frequency with more periods than this in the original context is high"""
     original_context: int = 8192
-    """llama3: context length of the first training, in tokens (original_max_position_embeddings)"""
+    """llama3: context length of pretraining, in tokens (original_max_position_embeddings)"""
 
     def __post_init__(self):
         owner = "model.rope_scaling."
@@ -132,9 +132,9 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """What moves on folded axes, and the sizes that bound activation memory.
+    """What moves on folded axes (they shard weights and tokens), and bounds on activation memory.
 
-    Buckets and chunks are about as large on every layout and mesh: their counts follow from shapes. Layouts with
+    Bucket and chunk sizes hold for every layout and mesh; counts follow from shapes. Layouts with
     `Layout.whole_weights` send the weights of an op in one bucket.
     """
 

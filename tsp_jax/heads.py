@@ -20,9 +20,9 @@ from tsp_jax.layout import Placement
 class Heads(NamedTuple):
     """Attention heads, padded so that every rank holds equally many.
 
-    Padded query head (k, g) is query head g of KV head k; real heads come first along both dimensions. In row-major
-    order rank p of R holds padded query heads p kv group / R up to (p + 1) kv group / R. If there are fewer padded KV
-    heads than ranks, several ranks share a KV head.
+    Padded query head (k, g) is query head g of KV head k; real heads come first along both dimensions. In
+    row-major order rank p of R holds padded query heads p n up to (p + 1) n, n = kv * group / R. If there are
+    fewer padded KV heads than ranks, several ranks share a KV head.
     """
 
     kv: int
@@ -50,8 +50,9 @@ class Heads(NamedTuple):
 def pad_heads(num_heads: int, num_kv_heads: int, head_dim: int, *axes: int) -> Heads:
     """The fewest padded heads that the ranks of mesh axes of these sizes, outermost first, can share evenly.
 
-    The number of padded KV heads is a multiple of the ranks, or divides them; then the ranks that share a KV head store
-    equal parts of its columns. A group of ranks along inner axes never uses parts of several KV heads.
+    The number of padded KV heads is a multiple of the number of ranks, or divides it. If it divides it, the
+    ranks that share a KV head store equal parts of its rows. A group of ranks along inner axes has whole KV
+    heads or parts of a single one.
     """
     ranks = math.prod(axes)
     groups = list(itertools.accumulate(axes, operator.mul))
@@ -119,7 +120,7 @@ class NoPadding:
 
 
 def paddings(state: nnx.State) -> dict:
-    """For each parameter, the object that pads its layout-independent array to the stored shape and back."""
+    """For each parameter, the object that converts between its logical and its stored shape."""
 
     def padding(param: nnx.Variable) -> NoPadding | HeadPadding:
         return param.get_metadata().get("padding") or NoPadding()

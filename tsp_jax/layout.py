@@ -21,7 +21,7 @@ WEIGHT_DIMS = ("heads", "mlp", "vocab")
 
 
 class Axes(NamedTuple):
-    """The role of each mesh axis in one op; an empty tuple if no axis has the role."""
+    """The mesh axes of each role in one op; an empty tuple if no axis has the role."""
 
     folded: AxisNames = ()
     """shard both weights and tokens: weights move past tokens"""

@@ -82,10 +82,10 @@ class _Layer(nnx.Module):
         self, shape: Sequence[int], movement: str, traffic: Callable[..., Traffic],
         *, d_model: int, rows: int = 1, elements: int = 0, **sizes: Any,
     ) -> Stream:  # fmt: skip
-        """What moves for tokens [B, T, ...]: `auto` resolved, and bucket counts from the bucket size.
+        """The stream for tokens [B, T, ...]: `auto` resolved, and bucket counts from the bucket size.
 
-        `traffic` of the sharding, a movement and `sizes` gives the bytes that `auto` compares; `rows` are rows of
-        weights per device, `elements` those of all ranks' weights.
+        ``traffic(sharding, movement, **sizes)`` gives the bytes that `auto` compares; `rows` counts rows of
+        weights per device, `elements` the elements of all ranks' weights.
         """
         sharding, whole = self._sharding(shape), self.placement.layout.whole_weights
         received = partial(traffic, sharding, d_model=d_model, **sizes)
@@ -119,7 +119,7 @@ class Attention(_Layer):
       rope_scaling: scaling of those frequencies for long contexts.
       qk_norm: whether to apply RMSNorm to each query and key head before RoPE.
       norm_eps: epsilon of that norm.
-      remat: which part of this layer the model around it recomputes in backward; movement `auto` counts its bytes too.
+      remat: what the model recomputes of this layer in backward; `auto` counts bytes that this moves again.
       init_std: standard deviation of the initial input projections.
       out_std: the same for the output projection; init_std if None.
       dtype: compute dtype; parameters are float32.
@@ -209,7 +209,7 @@ class Attention(_Layer):
         return HeadNorms(*(None if norm is None else norm[...] for norm in (self.q_norm, self.k_norm)))
 
     def configure(self, shape: Sequence[int]) -> tuple[AttentionConfig, Stream]:
-        """What moves for tokens [B, T, D]: `auto` resolved, and bucket counts from the bucket size."""
+        """Settings for tokens [B, T, D]: `auto` resolved, bucket counts derived from the bucket size."""
         heads, d_model, sharding = self.heads, shape[2], self._sharding(shape)
         stream = self._stream(
             shape, self.stream.attention_movement, attention_traffic, d_model=d_model, heads=heads, remat=self.remat

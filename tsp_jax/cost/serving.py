@@ -48,7 +48,7 @@ def decode_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> 
 
 
 def _attention(config: Config, s: _Serving) -> dict[str, float]:
-    """One layer, in float32: queries and keys are normalized and rotated after the all-gather."""
+    """Bytes of one layer; float32, as the all-gather precedes q/k norm and RoPE."""
     row = s.batch * s.heads.dim * FLOAT32
     queries, keys_values = s.heads.query / s.tensor, 2 * s.heads.kv
     if s.heads.kv < s.tensor:  # several tensor shards hold parts of a KV head: each gathers all KV heads

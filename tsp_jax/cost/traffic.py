@@ -1,8 +1,8 @@
-"""Bytes that each op receives per device, from shapes alone, and what follows: movements and bucket counts.
+"""Bytes that a device receives for each op, from shapes alone; from these, movements and bucket counts.
 
 An all-gather, reduce-scatter or all-to-all of n bytes over r ranks receives n (r - 1) / r, an all-reduce twice that. On
 folded axes either weights move past tokens, or tokens past weights. Source of the terms: arXiv 2604.26294, section III,
-extended to every row of the layout table and to both movements.
+extended to every layout and to both movements.
 
 Dims: B batch, S all tokens, t this device's tokens, D model, F ffn, V vocabulary, H head.
 """
@@ -27,7 +27,7 @@ class OpSharding:
     """How one op's weights and tokens are sharded, and the bytes of an element."""
 
     folded: int
-    """ranks of the folded axes; `tensor`, `sequence` likewise"""
+    """number of ranks on folded axes; so `tensor`, `sequence`"""
     tensor: int
     sequence: int
     replicas: int
@@ -67,7 +67,7 @@ class OpSharding:
         return elements / self.tensor * _others(self.folded)
 
     def tokens_received(self, per_token: float) -> float:
-        """Elements received while all folded ranks' tokens pass once, or while their partial outputs return."""
+        """Elements received in one all-gather of all folded ranks' tokens, or one reduce-scatter of their outputs."""
         return self.tokens * per_token * (self.folded - 1)
 
     def tensor_sum_bytes(self, elements: float, itemsize: int) -> float:
@@ -79,7 +79,7 @@ class OpSharding:
         return 2 * elements / (self.folded * self.tensor) * FLOAT32 * _others(self.replicas)
 
     def weight_buckets(self, rows: int, elements: float, bucket_bytes: float) -> int:
-        """Number of buckets of an op's weights: `elements` of all ranks, `rows` per device that may be split."""
+        """Number of buckets of an op's weights, with `elements` on all ranks and `rows` to split on each device."""
         return num_buckets(rows, elements / self.tensor * self.itemsize, bucket_bytes)
 
     def token_buckets(self, d_model: int, bucket_bytes: float) -> int:
@@ -196,7 +196,7 @@ def _row_traffic(
     sharding: OpSharding, movement: str, weights: float, activations: float, sums: float, forward: bool,
     again: bool = True,
 ) -> Traffic:  # fmt: skip
-    """An op of `weights` elements, which move once in forward, and once more in backward if `again`."""
+    """Traffic of an op; its `weights` elements move once in forward and, if `again`, in backward."""
     moves_tokens = movement == "activations"
     passes = 1 if forward or not again else 2
     received = 0 if moves_tokens else sharding.weights_received(weights)

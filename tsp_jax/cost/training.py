@@ -78,7 +78,7 @@ class _Step:
 
 
 def movements(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, str]:
-    """Op (attention, mlp, embed, loss) -> its movement, with `auto` resolved."""
+    """Op (attention, mlp, embed, loss) -> how it moves data, `auto` resolved."""
     return {op: movement for op, (movement, _) in _Step(config, layout, sizes).ops().items()}
 
 
@@ -105,7 +105,7 @@ normed input, queries, keys, values, gradient of outputs, and chunks of others. 
 
 
 def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Peak bytes per device of a training step, by part; for `accumulate` = 1 and every remat policy but none.
+    """Peak bytes per device of a training step, by part; for `accumulate` = 1 and any remat except `none`.
 
     Parts: `state` (float32 weights and two moments); `residuals` that forward keeps on the device for backward;
     `gradients` that wait for the update and do not fit into the residuals' buffers (full remat puts them there); and

@@ -26,7 +26,7 @@ COMPILER_OPTIONS: Mapping[str, Mapping[str, Any]] = {
 
 
 def compiler_options(device: Any) -> dict[str, Any]:
-    """Options for ``lowered.compile(...)`` on a present `jax.Device`."""
+    """Options for ``lowered.compile(...)`` on a device of this machine."""
     platform = device.platform
     if platform == "gpu":
         platform = "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"

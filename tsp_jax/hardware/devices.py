@@ -48,7 +48,7 @@ class Hardware:
         return {"attention_forward": self.attention_forward, "attention_backward": self.attention_backward}
 
     def with_attention(self, efficiency: float) -> "Hardware":
-        """A copy with another share for the attention kernels, forward and backward.
+        """A copy whose attention kernels, forward and backward, reach this share of `sustained_flops`.
 
         Raises:
           ConfigError: it is not in (0, 1].

@@ -15,16 +15,16 @@ COLLECTIVES = (
 def collective_seconds(hardware: Hardware, op: str, received_bytes: float, groups: Sequence[Sequence[int]]) -> float:
     """Time that a collective (one of `COLLECTIVES`) keeps the links busy; the slowest group or pair counts.
 
-    Within a node. Full mesh: a device in a group of g uses g - 1 links at once, in a permute one. Switch: a device has
-    one link. Torus: a device uses its links along every dimension in which the group has another member, two along a
-    dimension longer than 2 (slices are assumed to wrap around), in a permute one.
+    Within a node. Full mesh: a device in a group of g uses g - 1 links at once. Switch: a device has one link.
+    Torus: a device uses its links along every dimension in which the group has another member, two along a
+    dimension longer than 2 (slices are assumed to wrap around). A permute uses one link per device.
 
     Across nodes. If m of the g members share a node, (g - m) / (g - 1) of the bytes come from other nodes. In a gather
     or scatter they enter the node once, over m network cards, and are passed on over the links while more come in, so
     the slower of the two counts. In an all-to-all, each device's card carries all that the device receives.
 
     `received_bytes` are per device, as `tsp_jax.inspect.list_collectives` counts them; `groups` hold the device numbers
-    of each group, for a permute (source, target) pairs. A node is `node_size` consecutive devices.
+    of each group, or a permute's (source, target) pairs. A node is `node_size` consecutive devices.
 
     Raises:
       ConfigError: the op is unknown, or no known slice of a torus has so many devices.

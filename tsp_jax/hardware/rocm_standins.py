@@ -60,7 +60,7 @@ def _loads(soname: str) -> bool:
 
 
 def _symbols(libraries: list[Path], missing: list[str]) -> dict[str, dict[str, str]]:
-    """missing library -> its symbols -> their versions (empty: none)"""
+    """missing library -> symbol -> version of the symbol, empty if it has none"""
     owners: dict[str, str] = {}
     wanted: dict[str, str] = {}
     for library in libraries:

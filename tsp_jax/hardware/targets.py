@@ -80,7 +80,7 @@ def use_target(target: Target) -> None:
 
 
 def parse_target(text: str, attention_efficiency: float = 0.0) -> Target:
-    """``mi300x:8`` -> Target, with another share of the sustained rate for attention kernels unless that is 0.
+    """``mi300x:8`` -> Target. `attention_efficiency`, unless 0, replaces its share of the sustained rate.
 
     Raises:
       ConfigError: the name is unknown, or the number or share is out of range.

@@ -56,7 +56,7 @@ class Tensors:
     def check(self, shapes: Mapping[str, Shape], ignored: Callable[[str], bool]) -> None:
         """Checks that the folder has these tensors, in these shapes and a float dtype, and no others.
 
-        Raises ConfigError if it does not; `ignored` tells whether another tensor of a name is allowed.
+        Raises ConfigError if it does not; further tensors are allowed if `ignored(name)`.
         """
         for name, shape in shapes.items():
             if name not in self.paths:

@@ -1,7 +1,7 @@
 """Load and save weights of Hugging Face folders (Llama, Mistral, Qwen3); each device reads its shard.
 
-RoPE rotates the two halves of a head in both, so rows keep their order. A matrix [out, in] of a folder is our
-[rows, D] if its rows are outputs; `o_proj` and `down_proj`, whose rows are inputs, are transposed.
+A folder's matrices are [out, in], ours [rows, D]: `o_proj` and `down_proj`, whose out is D, are transposed.
+Rows keep their order, because both formats rotate the two halves of a head (RoPE).
 Dims: D model, F ffn, H head, L layers, V vocabulary; rows are heads x H, F or V.
 """
 

@@ -84,7 +84,7 @@ def assign_tokens(starts: Sequence[int], counts: Sequence[int], chunk: int, rank
       ranks: R, of the sequence.
 
     Returns:
-      [B, T] int32 positions; rank p's T / R come at p T / R, `NO_TOKEN` for padding after its tokens.
+      [B, T] int32 positions: R blocks of T / R, one per rank, each padded at its end with `NO_TOKEN`.
     """
     positions = np.full((len(starts), ranks, chunk // ranks), NO_TOKEN, np.int32)
     for row, start, count in zip(positions, starts, counts, strict=True):

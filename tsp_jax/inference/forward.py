@@ -35,7 +35,7 @@ REPLICATED = PartitionSpec()
 
 
 def decode_placement(placement: Placement) -> Placement:
-    """The same weight shards on the same devices, with every token on every device of a batch shard."""
+    """Placement for decoding: weights are sharded as in `placement`, tokens over batch axes only."""
     return Placement(dataclasses.replace(placement.layout, sequence=()), placement.mesh)
 
 
@@ -124,7 +124,7 @@ def decode(model: Transformer, placement: Placement, cache: Cache, tokens_B: jax
 
 
 def _run(op: Callable, module: Attention, placement: Placement, x_BTD: jax.Array, x_spec: PartitionSpec, inputs, specs):
-    """(y like x, keys and values) of an attention op on x and further inputs, which start with keys and values."""
+    """Runs an attention op on x and `inputs` (keys, values, any others): (y like x, keys and values)."""
     weights = AttentionWeights(module.w_q[...], module.w_k[...], module.w_v[...], module.w_o[...])
     in_specs = (x_spec, placement.layout.spec("heads", None), REPLICATED, *specs)
     run = placement.shard_map(op, in_specs, (x_spec, specs[0]))

@@ -1,11 +1,11 @@
 """Reads compiled programs: memory, communication, and a simulated timeline. Knows no model.
 
-`report` is the door for users. What it is made of:
+`report` is the entry point. Behind it:
 
-shapes, instructions, module, parser: the text as a tree, with opcodes (tables) and scopes (names).
+shapes, instructions, module, parser: the text as a tree. opcodes: tables. scopes: names.
 collectives, groups: communication. memory, lifetimes, peak: memory.
 flops, roofline, schedule, queues, timeline, trace: cost of instructions, and the simulation.
-program_report, render, expect, units: the report, printed, and contracts on it.
+program_report, render, expect, units: the report, printing it, checks on it.
 """
 
 from tsp_jax.inspect.collectives import Collective, Total, list_collectives, total_by_op

@@ -37,7 +37,7 @@ class Collective:
     count: float
     """executions in one execution of the program"""
     bytes: int
-    """received per device in each execution; `elements` likewise"""
+    """received per device each time it runs; `elements` likewise"""
     elements: int
     dtype: str
     is_async: bool
@@ -100,7 +100,7 @@ def is_collective(i: Instruction) -> bool:
 
 
 def fused_phase(computation: Computation) -> tuple[str, str]:
-    """(start, step or done; id) of the asynchronous collective that a TPU fusion takes part in; ("", "") if none."""
+    """(phase, id) of the async collective in a TPU fusion, phase start, step or done; ("", "") if none."""
     ids = (
         re.search(r'chain_id="([^"]*)"', i.attributes.get("frontend_attributes", ""))
         for i in computation.instructions
@@ -154,16 +154,16 @@ def _has_custom_call(computation: Computation, target: str) -> bool:
 
 
 def _continues(computation: Computation, i: Instruction) -> bool:
-    """Whether a collective repeats one that an earlier fusion has started.
+    """Whether an instruction is another copy of a collective that an earlier fusion has started.
 
-    TPU fuses the start, the steps and the done of a collective with other work, and each fusion holds the collective.
+    TPU fuses a collective's start, steps and done with other work; each of these fusions holds a copy.
     """
     chained = "chain_id=" in i.attributes.get("frontend_attributes", "")
     return _has_custom_call(computation, ASYNC_DONE) or (chained and not _has_custom_call(computation, ASYNC_START))
 
 
 def _is_async(computation: Computation, i: Instruction, wrapper: Instruction | None) -> bool:
-    """GPU writes every collective as a start and a done, and marks those that block."""
+    """Whether it is asynchronous: GPU splits every collective into start and done, and marks blocking ones."""
     if i.phase == "start":
         return '"is_sync":true' not in i.backend_config
     return wrapper is not None and (wrapper.base == "async" or _has_custom_call(computation, ASYNC_START))

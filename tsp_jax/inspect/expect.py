@@ -65,7 +65,7 @@ ABSENCES = ("no-full-weight", "no-sync-collective")
 
 
 class Expectation(NamedTuple):
-    """One clause: an upper bound, or a name from `ABSENCES`."""
+    """One expectation: a quantity's upper bound, or a name from `ABSENCES`."""
 
     text: str
     name: str

@@ -72,7 +72,7 @@ def axis_of_pairs(pairs: Groups, mesh_axes: Mapping[str, int] | None) -> tuple[s
 
 
 def _device(place: int, order: str | None) -> int:
-    """The device at a place of a mesh whose devices are in the given order; None: in the order of their numbers."""
+    """Number of the device at a place of a mesh; `order` is the mesh's order of devices (None: ascending)."""
     if order is None:
         return place
     if iota := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order):

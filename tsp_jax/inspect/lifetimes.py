@@ -34,7 +34,7 @@ class Value:
         return value
 
     def unite(self, other: "Value") -> None:
-        """Lets two values, and all that share memory with either, share memory."""
+        """Makes two values share memory, and with them all that share with either."""
         other.root().parent = self.root()
 
 

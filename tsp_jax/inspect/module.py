@@ -19,7 +19,7 @@ _MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}
 _Scalar: TypeAlias = tuple[int | None, int]
 """(k, c): element k of the loop's state plus c; k is None for a plain number"""
 _Known: TypeAlias = dict[tuple[str, int], _Scalar]
-"""values known while following a scalar: ("state", k) in a loop's computations, ("argument", n) inside a fusion"""
+"""what is known while following a scalar; keys: ("state", k) in a loop, ("argument", n) in a fusion"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class Module:
             yield from ((i, times) for i in computation.instructions)
 
     def _calls(self, computation: Computation, unknown_trips: Trips, fusions: bool) -> list[tuple[str, float]]:
-        """(name, times) of what one execution of a computation calls."""
+        """(callee, number of calls) for each call in one execution of a computation."""
         calls: list[tuple[str, float]] = []
         for i in computation.instructions:
             if not i.called or i.phase in ("update", "done"):
@@ -141,7 +141,7 @@ def _callers_first(entry: str, calls: dict[str, list[tuple[str, float]]]) -> lis
 
 
 def _trips(direction: str, distance: int, step: int) -> int | None:
-    """Trips of a counter that starts at 0 and grows by `step` while it compares with `distance`."""
+    """Trips of a loop whose counter starts at 0 and grows by `step` while `counter <direction> distance` holds."""
     if direction == "NE":
         return distance // step if distance % step == 0 and distance // step >= 0 else None
     if direction not in (("LT", "LE") if step > 0 else ("GT", "GE")):

@@ -44,7 +44,7 @@ class LiveBuffer:
     holds: str
     """for a buffer that is filled slice by slice, the scope of the slices; else empty"""
     source: str
-    """file:line of the instruction that makes it, or empty; `name`, `opcode`, `computation`: of that instruction"""
+    """file:line of the instruction that makes it, or empty; `name`, `opcode`, `computation` are its too"""
     name: str
     opcode: str
     computation: str
@@ -63,7 +63,7 @@ class Peak:
     by_kind: dict[str, int]
     """bytes of state, residual and transient buffers"""
     host_bytes: int
-    """peak of what the program keeps in the host's memory, at another moment perhaps"""
+    """peak in the host's memory, possibly at another moment than the device's peak"""
 
 
 def find_peak(module: Module) -> Peak:
@@ -116,10 +116,10 @@ class _Group:
         self.ignored = constant and self.bytes < _LARGE_CONSTANT
 
     def counts(self, host: bool) -> bool:
-        """Whether the values take memory of the host, or else of the device's main memory.
+        """Whether the values take host memory (`host`), or device main memory (not `host`).
 
-        Spaces above 0 are TPU's on-chip memories (known by their tiled layouts) or the host's; GPU uses them for kinds
-        of main memory.
+        On TPU, spaces above 0 are on-chip (recognized by their tiled layouts) or the host's; on GPU, kinds of
+        main memory.
         """
         in_host, space = self.shape.memory_space == HOST_MEMORY_SPACE, self.shape.memory_space
         there = in_host if host else not in_host and (space == 0 or ":T(" not in self.shape.layout)
@@ -142,7 +142,7 @@ def _bytes(shape: Shape) -> int:
 
 
 def _joined(spans: Iterable[tuple[int, int]], gap: int = 1) -> list[tuple[int, int]]:
-    """Merges spans that share a moment (gap 0), or that also follow each other directly (gap 1)."""
+    """Merges spans that overlap (gap 0), or that overlap or are adjacent (gap 1)."""
     joined: list[tuple[int, int]] = []
     for first, last in sorted(spans):
         if joined and first <= joined[-1][1] + gap:
@@ -206,7 +206,7 @@ def _allocations(walk: Walk, groups: list[_Group]) -> list[list[_Group]]:
 
 
 def _highest(allocations: list[list[_Group]], end: int, *, host: bool) -> tuple[int, int]:
-    """(moment of most bytes, those bytes)"""
+    """(moment of the peak, bytes at the peak)"""
     change = [0] * (end + 2)
     for allocation in allocations:
         groups = [group for group in allocation if group.counts(host)]
@@ -223,7 +223,7 @@ def _highest(allocations: list[list[_Group]], end: int, *, host: bool) -> tuple[
 
 
 def _kind(walk: Walk, group: _Group, loop: tuple[int, int] | None) -> str:
-    """state, residual or transient, from the outermost loop that contains the peak."""
+    """state, residual or transient, relative to the outermost loop that contains the peak."""
     if group.resident:
         return "state"
     if not walk.has_backward:

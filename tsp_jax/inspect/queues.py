@@ -151,7 +151,7 @@ class Simulation:
         self.pending = [task._replace(end=task.end + seconds) for task in self.pending]
 
     def _state(self) -> list[tuple[str, float]]:
-        """How long each queue and all work in flight last beyond compute: what the next iteration depends on."""
+        """How much later than compute each queue and all work in flight end: the next iteration depends on it."""
         ends = [*self.now.items(), *((task.task, task.end) for task in self.pending)]
         return [(name, max(0.0, end - self.now["compute"])) for name, end in ends]
 

@@ -36,7 +36,7 @@ _KINDS = {
 
 
 def _table(title: str, *names: str, overflow: Literal["fold", "ellipsis"] = "ellipsis") -> Table:
-    """A table without rows; > marks columns that are aligned right."""
+    """An empty table; a > in the name of a column aligns it right."""
     table = Table(title=title, title_justify="left")
     for name in names:
         table.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow=overflow)

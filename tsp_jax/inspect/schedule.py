@@ -32,7 +32,7 @@ class Step(NamedTuple):
     queue: Queue = "compute"
     seconds: float = 0.0
     key: str = ""
-    """by which a wait finds its start; "" if the start belongs to an earlier iteration of a loop"""
+    """pairs an async op's start and wait; "" if it started in an earlier iteration of a loop"""
     callees: tuple[Computation, ...] = ()
     """(body, condition) of a loop, the branches of a conditional, the computations of a call"""
     trips: float = 1.0
@@ -48,7 +48,7 @@ class Task:
     scope: str
     """op_name: named scopes and the primitive"""
     label: str
-    """`readable_scope` of the scope"""
+    """its scope, by `readable_scope`"""
     queue: Queue
     seconds: float
     """per execution"""
@@ -59,7 +59,7 @@ class Task:
 
 
 class Schedule:
-    """Steps of a module's computations on given hardware, each computed once."""
+    """Steps of each computation of a module on given hardware, cached."""
 
     def __init__(self, module: Module, hardware: Hardware, unknown_trips: Trips = 1):
         self.module, self.hardware, self._unknown_trips = module, hardware, unknown_trips

@@ -31,8 +31,8 @@ def readable_scope(op_name: str, callers: Sequence[str] = ()) -> str:
     without differentiation have no such word. The primitive, transformations and control flow are left out. Where the
     compiler merged several instructions, the first one's name counts.
 
-    `callers` are the op_names of the loops around it, innermost first. A function that is called twice has the names of
-    only one call, so the outermost loop tells the pass most reliably.
+    `callers`: op_names of enclosing loops, innermost first. The body of a function called twice has the
+    op_names of one call only, so the outermost loop tells the pass most reliably.
     """
     *parts, _ = re.sub(r"\(([^():]*):.*", r"\1", op_name.partition(";")[0]).split("/")
     names = [part for part in parts if not _ADDED_BY_JAX.fullmatch(part)]

@@ -67,7 +67,7 @@ class Timeline:
     def hidden_fraction(self) -> dict[str, float]:
         """Instruction name -> share of the collective's time that overlaps with computation, over all executions.
 
-        It is also 0 if the compute queue waits longer than the collective takes, because others were started earlier.
+        Also 0 if compute waits longer than the collective takes, as when earlier collectives delay it.
         """
         return {
             total.task.name: max(0.0, 1.0 - total.exposed_s / total.seconds) if total.seconds else 1.0
@@ -144,7 +144,7 @@ def _loop_assumptions(module: Module, unknown_trips: Trips) -> list[str]:
 
 
 def _kernel_assumptions(module: Module, hardware: Hardware, kernels: Iterable[TaskTotal]) -> list[str]:
-    """Rates of kernels that the text does not describe."""
+    """The rates assumed for kernels that the HLO text does not describe."""
     calls = {i.name for i, _ in module.walk() if i.opcode == "custom-call"}
     opaque = sorted({t.task.op for t in kernels if t.task.name in calls and not t.task.flops})
     kinds = sorted({d.kind for d in map(declared_flops, (i for i, _ in module.walk(fusions=True))) if d})

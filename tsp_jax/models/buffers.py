@@ -98,7 +98,7 @@ class BufferFormat(NamedTuple):
         return self._shard_map(read, (self._spec, PartitionSpec()), self.x.spec)(buffers, index)
 
     def write_grads(self, buffers: jax.Array, index: jax.Array, grads: Params) -> jax.Array:
-        """`buffers` with the gradients of layer `index` in place of its input."""
+        """`buffers`, the saved input of layer `index` replaced by its gradients."""
 
         def write(buffers, index, *grads):
             for leaf, grad in zip(self.grads, grads, strict=True):

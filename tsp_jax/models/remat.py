@@ -53,14 +53,14 @@ def run_layers(
       shared: arrays that every layer reads; they get no gradients.
       specs: PartitionSpecs like `params`.
       placement: layout and mesh.
-      policy: what forward keeps; see above.
+      policy: what forward keeps.
       grad_dtype: dtype of the layers' gradients until backward is done.
 
     Returns:
       [B, T, D] in x's dtype.
 
-    Keeps: under `full`, for each layer, the larger of its input and its gradients. Otherwise what the policy says, and
-      all gradients.
+    Keeps: under `full`, one buffer per layer, for its input and later its gradients. Otherwise what the
+      policy says, and all gradients.
     """
     grad_dtype = jnp.dtype(grad_dtype)
     if policy == "full":
@@ -96,11 +96,11 @@ def add_attention(attend: Callable[[jax.Array], tuple[jax.Array, Any]], x_BTD: j
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _use_proxies(grad_dtype: Any, params: Params, proxies: Params) -> Params:
-    """`params`, whose gradients go to `proxies` (a tree like it in `grad_dtype`) instead.
+    """Returns `params`, but their gradients go to `proxies`, a tree like `params` in `grad_dtype`.
 
-    Autodiff gives a gradient the dtype of its primal: this keeps gradients of float32 weights in bfloat16 although no
-    bfloat16 copy of the weights is ever made, for the values of proxies are not read. Used inside the scan over layers,
-    so that no layer's gradients are stacked in the wider dtype.
+    Autodiff gives a gradient the dtype of its primal. With bfloat16 proxies, float32 weights get bfloat16
+    gradients, without a bfloat16 copy of the weights: the values of proxies are never read. Used inside the
+    scan over layers, so that gradients are stacked in the narrower dtype.
     """
     return params
 

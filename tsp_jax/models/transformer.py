@@ -76,7 +76,7 @@ class Transformer(nnx.Module):
       stream: movement, buckets and blocks.
       dtype: compute dtype; parameters are float32.
       remat: what backward recomputes; see `tsp_jax.models.remat`.
-      grad_dtype: dtype in which the layers' gradients wait until backward is done.
+      grad_dtype: dtype of the layers' gradients until the backward pass ends.
       rngs: stream `params`.
     """
 

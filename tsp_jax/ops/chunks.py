@@ -25,7 +25,7 @@ def over_chunks(
       body: (chunks of `updated_Bt`, chunks of `read_Bt`) -> (new chunks of `updated_Bt`, chunks of new arrays, terms to
         sum over chunks); chunks are [B, c, ...].
       updated_Bt: arrays [B, t, ...] that are updated in place.
-      read_Bt: arrays [B, t, ...] that are only read, gradients last.
+      read_Bt: arrays [B, t, ...] that are only read; incoming gradients, if any, last.
       chunk_tokens: at most this many tokens of all B rows form a chunk; c is the largest divisor of t that fits.
 
     Returns:

@@ -23,7 +23,7 @@ from tsp_jax.ops.stream import Bucket, Stream, custom_vjp, over_buckets, over_bu
 Sums = tuple[jax.Array, jax.Array, jax.Array]
 """per token, over the logits so far: their maximum, the sum of their exponentials relative to it, the label's logit"""
 IGNORE = -1
-"""label of a token without a label"""
+"""marks a token without a label; the loss skips it"""
 
 
 class TokenLosses(NamedTuple):
@@ -48,16 +48,16 @@ def cross_entropy(
       x_BtD: final hidden states, in the compute dtype.
       table_vD: this device's rows of the output head (or of a tied embedding), any float dtype.
       labels_Bt: next tokens, int32; negative: ignored.
-      axes: folded axes: buckets of the head move past tokens, or tokens past its rows; tensor axes: partial sums are
-        combined.
-      stream: movement (gather, ring or activations), buckets and chunks; v divisible by the buckets.
+      axes: over folded axes, buckets of the head move, or tokens; over tensor axes, partial sums are combined.
+      stream: movement (gather, ring or activations), buckets and chunks; the number of buckets divides v.
 
     Returns:
       `TokenLosses`, each [B, t].
 
-    Moves: forward all-gathers of V D (R - 1) / R elements; backward the same again, and reduce-scatters of as many
-      gradients. Or activations: forward an all-gather of x, B S D (R - 1) / R elements; backward an all-gather of x and
-      a reduce-scatter of dx; and seven numbers per token: its label twice, two partial sums, lse and two cotangents.
+    Moves: forward all-gathers of V D (R - 1) / R elements; backward the same again, and reduce-scatters of as
+      many gradients. If activations move: forward an all-gather of x, B S D (R - 1) / R elements; backward an
+      all-gather of x and a reduce-scatter of dx; and seven numbers per token: its label twice, two partial
+      sums, lse and two cotangents.
       Over tensor axes all-reduces of [B, t] float32 (two sums, a maximum), and one of [B, t, D] backward.
     Keeps: its inputs and one float32 per token.
     Source: online softmax, Milakov and Gimelshein, arXiv 1805.02867.

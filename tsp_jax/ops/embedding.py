@@ -17,7 +17,7 @@ from tsp_jax.ops.stream import Arrays, Bucket, Stream, zeros
 
 
 def local_ids(ids_Bt: jax.Array, table_vD: jax.Array, axes: Axes) -> jax.Array:
-    """Token ids relative to the first row of this device's tensor shard; ids of other shards fall outside [0, v R)."""
+    """Token ids relative to this tensor shard's first row; ids of other shards fall outside its v R rows."""
     if not axes.tensor:
         return ids_Bt
     ranks = lax.axis_size(axes.folded) if axes.folded else 1

@@ -23,7 +23,7 @@ def mlp(
     x_BtD: jax.Array, w_gate_fD: jax.Array, w_up_fD: jax.Array, w_down_fD: jax.Array, *, axes: Axes = Axes(),
     stream: Stream = Stream(), activation: str = "silu",
 ) -> jax.Array:  # fmt: skip
-    """``(act(x gate^T) * (x up^T)) down``, summed over all F columns.
+    """``(act(x gate^T) * (x up^T)) down``, summed over all F rows.
 
         forward:  g = x gate^T    u = x up^T    h = act(g) * u    y = h down
         dgrad:    dh = dy down^T    dg, du = vjp(act(g) * u)(dh)    dx = dg gate + du up
@@ -31,7 +31,7 @@ def mlp(
 
     Args:
       x_BtD: this device's tokens, in the compute dtype.
-      w_gate_fD: this device's columns, any float dtype.
+      w_gate_fD: this device's rows, any float dtype.
       w_up_fD: likewise.
       w_down_fD: likewise; all three are stored [F, D].
       axes: folded axes: weights move past tokens, or tokens past weights; tensor axes: partial outputs are summed.
@@ -42,7 +42,7 @@ def mlp(
       [B, t, D] in x's dtype; accumulated in float32.
 
     Moves: forward all-gathers of 3 D F (R - 1) / R weight elements; backward the same again, and reduce-scatters of as
-      many gradients. Or activations, in elements: forward an all-gather of x and a reduce-scatter of y, each
+      many gradients. With activations, in elements: forward an all-gather of x and a reduce-scatter of y, each
       B S D (R - 1) / R; backward all-gathers of x and dy, a reduce-scatter of dx. Over tensor axes one all-reduce of
       [B, t, D] forward, and one backward.
     Keeps: its inputs.

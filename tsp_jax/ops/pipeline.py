@@ -74,5 +74,5 @@ def stack_of_one(tree: Any) -> Any:
 
 
 def concatenated(stacks: list[Any]) -> Any:
-    """Trees of stacks [n, ...], one after another."""
+    """Trees of stacks [n, ...], concatenated along n."""
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)

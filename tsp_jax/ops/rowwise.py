@@ -66,7 +66,7 @@ def rowwise(op: RowwiseOp, inputs: Arrays, weights: Arrays, *, axes: Axes, strea
 
         forward:  y = sum_b partial(inputs, w_b)                                    over buckets b of all ranks
         dgrad:    dinputs = sum_b vjp_inputs(partial)(inputs, w_b)(dy)
-        wgrad:    dw_b = sum_ranks vjp_weights(partial)(inputs, w_b)(dy)            in their owner
+        wgrad:    dw_b = sum_ranks vjp_weights(partial)(inputs, w_b)(dy)            on b's owner
 
     Args:
       op: the op.
@@ -78,10 +78,10 @@ def rowwise(op: RowwiseOp, inputs: Arrays, weights: Arrays, *, axes: Axes, strea
     Returns:
       [B, t, D] in `op.dtype`.
 
-    Moves: `over_buckets` (forward) and `over_buckets_with_grads` (backward) of the weights. Or activations:
-      `over_gathered_tokens`, forward all-gathers of the inputs and a reduce-scatter of y, backward all-gathers of the
-      inputs and dy and reduce-scatters of the inputs' gradients. Over tensor axes one all-reduce of [B, t, D] forward,
-      and one of each input's gradient backward.
+    Moves: weights: `over_buckets` forward, `over_buckets_with_grads` backward. Or tokens
+      (`over_gathered_tokens`): forward all-gathers of the inputs and a reduce-scatter of y, backward
+      all-gathers of the inputs and dy and reduce-scatters of the inputs' gradients. Over tensor axes one
+      all-reduce of [B, t, D] forward, and one of each input's gradient backward.
     Keeps: the inputs and the weights.
     """
     arrays = vary_alike(*inputs, *weights)

@@ -30,18 +30,18 @@ def over_gathered_tokens(
     body: Callable[[Carry, Arrays, Arrays], tuple[Carry, Any, Any]], carry: Carry, sharded: Arrays,
     gathered: Arrays = (), *, axes: tuple[str, ...], stream: Stream,
 ) -> tuple[Carry, Any, Any]:  # fmt: skip
-    """Folds `body` over buckets of all ranks' tokens.
+    """Scans `body` over buckets of all ranks' tokens.
 
     While a bucket is used, the next bucket is gathered and the partial outputs of the previous one are scattered.
 
     Args:
-      body: (carry, bucket of `sharded`, bucket of `gathered`) -> (carry, partial, local). Buckets are tuples of arrays
-        [B, R p, ...], ranks in order; partial and local are trees of such arrays.
+      body: (carry, bucket of `sharded`, bucket of `gathered`) -> (carry, partial, local). Buckets are tuples
+        of arrays [B, R p, ...], p tokens of each rank; partial and local are trees of such arrays.
       carry: initial value.
       sharded: arrays of this rank's tokens, each [B, t, ...]; all-gathered one bucket at a time.
       gathered: arrays of all ranks' tokens that this rank already has, each [B, R t, ...], ranks in order.
       axes: folded mesh axes, at least one.
-      stream: `token_buckets`; the largest divisor of t that fits is used.
+      stream: `token_buckets`, lowered to the nearest divisor of t.
 
     Returns:
       (carry, reduced, local): reduced, each [B, t, ...], are the partials summed over ranks, for this rank's tokens;
@@ -76,7 +76,7 @@ class _TokenBuckets:
         self.gathered = tuple(a.reshape(a.shape[0], self.ranks, self.number, -1, *a.shape[2:]) for a in gathered)
 
     def gather(self, index) -> Arrays:
-        """All ranks' tokens of a bucket, of the sharded arrays."""
+        """One bucket of the sharded arrays, with all ranks' tokens."""
         mine = (lax.dynamic_index_in_dim(a, index, axis=1, keepdims=False) for a in self.sharded)
         with jax.named_scope("gather_tokens"):
             return tuple(lax.all_gather(a, self.axes, axis=1, tiled=True) for a in mine)

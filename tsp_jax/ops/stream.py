@@ -7,7 +7,7 @@ gather: bucket b holds the b-th part of every rank's shard, by all-gather; gradi
   mesh or a switch it uses every link, and no bucket waits for another.
 ring: a bucket is one rank's whole shard. Shards go from rank to rank by ppermute, R - 1 hops, as do their gradients.
 
-Dims: R ranks of the folded axes, D trailing dimension of every weight.
+Dims: R ranks of the folded axes (which shard both tokens and weights), D trailing dimension of every weight.
 Source: Shyam, Golubeva, Anthony, arXiv 2604.26294 (ring); gather is ours.
 """
 
@@ -24,7 +24,7 @@ Arrays = tuple[jax.Array, ...]
 
 
 class Stream(NamedTuple):
-    """How an op communicates over its folded axes. Static, so hashable. Counts refer to one device's shard."""
+    """How an op communicates over its folded axes. Static, so hashable. Counts divide one device's shard."""
 
     movement: str = "gather"
     """gather or ring move weights past tokens; activations moves tokens past weights (`tsp_jax.ops.stationary`)"""
@@ -48,16 +48,16 @@ class Bucket(NamedTuple):
     arrays: Arrays
     """each [num_ranks * rows, D], in the compute dtype"""
     index: Any
-    """step of the fold"""
+    """number of the loop step that processes it"""
     first_rank: Any
     num_ranks: int
     index_in_shard: Any = 0
     buckets_per_shard: int = 1
 
     def find(self, row: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(index, inside) of a row of the first weight, gathered with ranks in order.
+        """(index, inside) of a row of the first weight, all shards joined in rank order.
 
-        `inside` is whether this bucket has the row, `index` where; 0 if it has not.
+        `inside`: this bucket has the row; `index`: its place there, else 0.
         """
         rows = self.arrays[0].shape[0] // self.num_ranks
         shard_rows = rows * self.buckets_per_shard
@@ -102,14 +102,14 @@ def over_buckets(
     body: Callable[[Carry, Bucket], tuple[Carry, Any]], carry: Carry, shard: Arrays, *, axes: tuple[str, ...],
     stream: Stream, dtype: Any,
 ) -> tuple[Carry, Any]:  # fmt: skip
-    """Folds `body` over all buckets of a group of sharded weights.
+    """Scans `body` over all buckets of a group of sharded weights.
 
     Args:
       body: (carry, bucket) -> (carry, y).
       carry: initial value.
       shard: this rank's rows of each weight, each [rows, D]; rows divisible by `stream.buckets`.
       axes: folded mesh axes; empty: no communication, the buckets are those of this device's shard.
-      stream: movement and buckets.
+      stream: how buckets move; their number.
       dtype: compute dtype; each bucket is cast to it before it is sent.
 
     Returns:

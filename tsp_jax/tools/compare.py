@@ -40,7 +40,7 @@ class CompareOptions:
     step: Step = "train"
     """train: an optimizer step; forward: the loss of a batch; prefill; decode: one token per sequence"""
     attention_efficiency: float = 0.0
-    """share of the sustained rate that the attention kernel is assumed to reach; 0: the value that is printed"""
+    """share of the sustained rate that the attention kernel is assumed to reach; 0: the default, which is printed"""
     chunk: int = 0
     """prompt tokens that one prefill step processes; 0: all of them"""
     json: str = ""

@@ -39,7 +39,7 @@ class CompiledStep:
         return report(self.compiled, target=self.target.hardware, full_weights=weights, record=record)
 
     def facts(self) -> dict[str, Any]:
-        """What was compiled for what, for the JSON of a report."""
+        """The program and its target, for a report's JSON."""
         config = self.config
         return {
             "target": str(self.target), "num_devices": self.target.num_devices,
@@ -113,7 +113,7 @@ def check_chunk(config: Config, step: Step, chunk: int) -> None:
 
 
 def _lower(config: Config, placement: Placement, step: Step, chunk: int, optimizer: Optimizer) -> jax.stages.Lowered:
-    """Lowers a step: prefill of a chunk of a prompt, or all of it; decode with a cache of seq_len tokens."""
+    """Lowers a step. Prefill: of a chunk of a prompt, or of all; decode: with a cache of seq_len tokens."""
     if step in ("train", "forward"):
         program = make_program(config, placement, optimizer if step == "train" else None)
         if step == "train":

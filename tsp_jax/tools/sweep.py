@@ -53,14 +53,14 @@ class Row:
     tokens_per_s: float | None = None
     """over all devices"""
     largest_seq_len: int | None = None
-    """longest that fits with this batch, a multiple of 16384: the closed form scaled to the compiled peak"""
+    """longest that fits with this batch, a multiple of 16384: memory formula scaled to the compiled peak"""
     largest_batch: int | None = None
     """most sequences per replica that fit at this length: the closed form, scaled likewise"""
     compile_s: float | None = None
     paper_peak_gb: str = ""
     by_kind: dict[str, int] = dataclasses.field(default_factory=dict)
     note: str = ""
-    """why there are no figures, or the memory that it does not fit into"""
+    """why there are no figures, or the memory limit that the peak exceeds"""
 
 
 def parse_layout(text: str, num_devices: int) -> tuple[Layout, dict[str, int]]:

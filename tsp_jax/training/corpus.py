@@ -150,7 +150,7 @@ def _find_sources(data: DataConfig) -> tuple[Path, list[_Source]]:
 
 
 def _digest_sources(root: Path, sources: list[_Source]) -> str:
-    """Name of the cache folder. Includes the root, because an archive may give all its files the same mtime."""
+    """Name of the cache folder. The root is hashed too: two unpacked corpora may agree in names and mtimes."""
     listing = [_FORMAT_VERSION, str(root), [source[1:] for source in sources]]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:32]
 

@@ -77,6 +77,6 @@ def report(text: str) -> None:
 
 
 def report_once(text: str) -> None:
-    """Prints a warning that all processes would print; only the writer does."""
+    """Prints, on the writer only, a warning that every process reports."""
     if is_writer():
         report(text)

@@ -58,7 +58,7 @@ class MetricsFile:
             self._fails = True
 
     def sync(self) -> None:
-        """Flushes all lines to disk, so that a checkpoint written afterwards has no step without its line."""
+        """Flushes all lines to disk, so that every step in a checkpoint written afterwards has its line."""
         if self._file is not None:
             with contextlib.suppress(OSError):  # `write` has reported it
                 os.fsync(self._file)

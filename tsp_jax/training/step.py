@@ -38,7 +38,7 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array
     """global norm of the gradient before clipping"""
     learning_rate: jax.typing.ArrayLike
-    """NaN if the user's own optimizer does not tell it (`injected_learning_rate`)"""
+    """NaN if the user's own optimizer does not report it (`injected_learning_rate`)"""
     tokens: jax.Array
     """number of labels in the batch (tokens that have one)"""
 
@@ -50,13 +50,13 @@ class TrainProgram:
     init: Callable[[], TrainState]
     """() -> the state of step 0, sharded"""
     step: Any
-    """jitted (state, batch [a, B / a, S]) -> (state, StepMetrics); donates the state"""
+    """jitted (state, batch: `a` micro-batches, [a, B / a, S]) -> (state, StepMetrics); donates the state"""
     evaluate: Any
     """jitted (params, batch [1, B, S]) -> (sum of negative log-likelihoods, number of labels)"""
     abstract_state: TrainState
     """shapes, dtypes and shardings"""
     paddings: TrainState
-    """for each array, the object that pads its layout-independent array to the stored shape and back"""
+    """for each array, the object that pads it from the logical to the stored shape, and back"""
     batch_sharding: NamedSharding
     """sharding of a batch [a, B / a, S], a: micro-batches"""
 

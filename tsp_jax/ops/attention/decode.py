@@ -31,8 +31,8 @@ def decode_attention(
 ) -> tuple[jax.Array, KeyValues]:  # fmt: skip
     """Attention of one new token per sequence to itself and to all cached tokens.
 
-    Forward only: ``out = softmax([q K_cache^T, q k^T] / sqrt(H)) [V_cache; v]``, ``y = concat_h(out_h) Wo``. Devices
-    with cache entries i and outputs (out_i, lse_i) merge to ``sum_i out_i exp(lse_i - logsumexp_i(lse_i))``.
+    Forward only: ``out = softmax([q K_cache^T, q k^T] / sqrt(H)) [V_cache; v]``, ``y = concat_h(out_h) Wo``. Device i
+    has (out_i, lse_i) of its cache entries; merged: ``sum_i out_i exp(lse_i - logsumexp_i(lse_i))``.
 
     Args:
       x_B1D: the new tokens in the compute dtype, replicated over all axes except batch axes.
@@ -44,13 +44,13 @@ def decode_attention(
       entries: cache entries of the new tokens; exactly one rank of the sequence keeps each token.
       entry_positions_Bs: int32, positions of this device's cache entries, without the new tokens.
       config: static sizes.
-      axes: roles of the mesh axes of the heads. Folded axes act as tensor axes.
+      axes: the mesh axes by role. Folded axes act as tensor axes here.
 
     Returns:
       (y [B, 1, D] in x's dtype, replicated like x; keys and values to be written, [1, B, K, 1, H] in x's dtype).
 
     Moves: folded axes: one all-gather of B (N + 2 K) H and one reduce-scatter of B N H elements; sequence axes: one
-      all-gather of R B N log-sum-exps, one all-reduce of B n H over those that are not folded; weight axes: one
+      all-gather of R B N log-sum-exps, one all-reduce of B n H over the unfolded of them; weight axes: one
       all-reduce of B D. All float32; no weights, no cached keys.
     Keeps: nothing.
     Source: partial softmaxes merged by log-sum-exp: Dao et al., Flash-Decoding (2023); arXiv 2411.01783 (pass-Q).

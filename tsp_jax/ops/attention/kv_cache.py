@@ -61,10 +61,10 @@ def allocate_entries(positions_Bs: jax.Array, new_positions_Bt: jax.Array) -> tu
 
 
 def write_entries(cache: KeyValues, new: KeyValues, layer: jax.Array, entries: NewEntries) -> KeyValues:
-    """The cache of all layers with new tokens' keys and values in their entries, written in place.
+    """The cache of all layers after writing new tokens' keys and values to their entries, in place.
 
-    One sequence at a time: compilers run a scatter, which would write all at once, on a transposed copy of the cache.
-    `new` is of l layers from `layer` on, in any float dtype, with t at most s.
+    One sequence at a time: compilers would run a scatter of all on a transposed copy of the cache. `new`: l
+    layers from `layer` on, any float dtype; its t tokens fit s entries per sequence.
     """
     with jax.named_scope("write_entries"):
         return KeyValues(*(_write(old, fresh, layer, entries) for old, fresh in zip(cache, new, strict=True)))
@@ -92,8 +92,8 @@ def _write(array_LBKsH: jax.Array, new_lBKtH: jax.Array, layer: jax.Array, entri
 def own_positions(positions_Bt: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Positions of the tokens that this rank keeps, `NO_TOKEN` for the others.
 
-    For tokens that are on every rank of `axes`: rank (n mod R) keeps token n of a sequence. Ranks whose numbers of
-    tokens differ by at most one, earlier ranks having more, stay so.
+    Every rank of `axes` has all tokens; rank n mod R keeps token n of a sequence. If the ranks' token counts
+    differed by at most one before, the larger ones on earlier ranks, they still do.
     """
     if not axes:
         return positions_Bt
@@ -109,7 +109,7 @@ def to_cache_order(k_BtKH: jax.Array, v_BtKH: jax.Array) -> KeyValues:
 def row_major(array: jax.Array) -> jax.Array:
     """The array, constrained to a row-major layout in memory.
 
-    For a part of the cache. Without it a compiler may choose the layout that the part's one reader prefers for the
-    whole cache, and transpose the cache before and after the loop over layers.
+    For a part of the cache. Without it a compiler may give the whole cache the layout that the part's one
+    reader prefers, and transpose the cache before and after the loop over layers.
     """
     return with_layout_constraint(array, Layout(tuple(range(array.ndim))))

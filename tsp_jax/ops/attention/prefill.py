@@ -5,8 +5,8 @@ device's tokens and write keys and values into the cache; attend to all devices'
 read from the cache like old ones, so one program serves a whole prompt and a later chunk of it.
 
 Dims: B batch, t this device's new tokens, s this device's cache entries, S those of all ranks, p entries of a cache
-chunk (t of every rank), b buckets of KV heads, D model, N query heads and K KV heads of this tensor shard (in a
-bucket: of the bucket), G = N / K, H head, R ranks of the sequence, w this device's rows of a weight.
+chunk (t of every rank), b buckets of KV heads, D model, N query heads and K KV heads of this tensor shard (or of
+one bucket of it), G = N / K, H head, R ranks of the sequence, w this device's rows of a weight.
 """
 
 import jax
@@ -42,7 +42,7 @@ def prefill_attention(
       entries: cache entries of the new tokens.
       entry_positions_BS: int32, positions of all devices' cache entries, new tokens included, ranks in order.
       max_used: [] int32, the most entries that any device has in use; later entries are not read.
-      config: static sizes; keys of `exchange_buckets` buckets of KV heads are gathered one after another.
+      config: static sizes; `exchange_buckets`: number of buckets of KV heads, gathered one after another.
       axes: roles of the mesh axes of the heads.
       stream: its movement is ignored: weights are always gathered; its buckets are replaced by those of `config`.
 

@@ -24,7 +24,7 @@ from tsp_jax.ops.stream import Arrays, Bucket, custom_vjp, over_buckets, over_bu
 def vary_inputs_alike(
     x_BtD: jax.Array, weights: AttentionWeights, norms: HeadNorms | None, tokens: Any
 ) -> tuple[jax.Array, AttentionWeights, HeadNorms, Any]:
-    """An attention op's inputs, marked by `vary_alike`; `HeadNorms()` for no norms."""
+    """The inputs, all varying over the same mesh axes; None norms: `HeadNorms()`."""
     leaves, structure = jax.tree.flatten((x_BtD, weights, norms or HeadNorms(), tokens))
     return jax.tree.unflatten(structure, vary_alike(*leaves))
 

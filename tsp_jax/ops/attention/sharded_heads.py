@@ -117,7 +117,7 @@ class ShardedHeads(NamedTuple):
 
     @property
     def exchange_buckets(self) -> int:
-        """Buckets of the KV heads for the exchange of keys and values over the sequence."""
+        """Number of buckets in which KV heads are exchanged over the sequence axes."""
         return largest_divisor(self.keys_values.num_heads, self.config.exchange_buckets)
 
     @property
@@ -126,7 +126,7 @@ class ShardedHeads(NamedTuple):
         return self.keys_values.axes != self.axes.folded
 
     def first_kv_row(self) -> jax.Array:
-        """Row, among all KV heads', at which this tensor shard's one KV head starts (`kv_head_spans_shards`)."""
+        """First row of this tensor shard's one KV head, among all KV heads' rows (`kv_head_spans_shards`)."""
         head = lax.axis_index(self.axes.tensor) * self.config.padded_kv_heads // _size(self.axes.tensor)
         return head * self.config.head_dim
 

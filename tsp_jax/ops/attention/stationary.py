@@ -30,7 +30,7 @@ class StationaryHeads(NamedTuple):
     folded: AxisNames
     """axes over which tokens are gathered and partial outputs reduce-scattered"""
     stream: Stream
-    """token_buckets"""
+    """only its `token_buckets` is used"""
 
     def over_tokens(self, body, carry, sharded: Arrays, gathered: Arrays):
         """`over_gathered_tokens` on the folded axes."""
@@ -50,8 +50,8 @@ def stationary_project_in(
 ):
     """Queries, keys and values of all folded ranks' tokens, for this rank's heads.
 
-    The equations of `project_in`, with x of all folded ranks: dgrad is summed over the ranks by a reduce-scatter; each
-    rank has the whole wgrad of its rows.
+    The equations of `project_in`, with x gathered over the folded axes (which shard both tokens and weights):
+    dgrad is reduce-scattered over them; wgrad needs no sum over them.
 
     Args:
       x_BtD: this device's tokens, in the compute dtype.

@@ -55,7 +55,7 @@ def attention(
     Returns:
       [B, t, D] in x's dtype.
 
-    Moves: each times (R - 1) / R, R the ranks of its axes. Streamed weights: forward all-gathers of (2 N + 2 K) H D
+    Moves: every amount times (R - 1) / R for R ranks. Streamed weights: forward all-gathers of (2 N + 2 K) H D
       elements of weights and 2 B S K H of keys and values; backward the same again (besides what remat repeats of
       forward), and reduce-scatters of as many gradients of weights, keys and values. Stationary weights: forward
       2 B S D (all-gather of x, reduce-scatter of y), backward 3 B S D (x, dy, dx); keys and values only over sequence
@@ -79,7 +79,7 @@ def _streamed(x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, config, axes:
 
 
 def _stationary(x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, config, axes: Axes, stream: Stream) -> jax.Array:
-    """Folded axes act as tensor axes on all their tokens, except that outputs are reduce-scattered, not summed."""
+    """Folded axes act as tensor axes on all their tokens, but outputs are reduce-scattered, not all-reduced."""
     tokens_BT = Tokens(*gather_sequence(*tokens_Bt, axes=axes.folded))
     roles = Axes(tensor=axes.tensor + axes.folded, sequence=tuple(a for a in axes.sequence if a not in axes.folded))
     config = config._replace(query_buckets=1, kv_buckets=1, kernel=config.kernel.within(x_BtD.shape[1]))
@@ -102,7 +102,7 @@ def _attend(q_BtNH, k_BtKH, v_BtKH, tokens_Bt: Tokens, heads: ShardedHeads) -> j
 
 
 class _KVBucket(NamedTuple):
-    """`size` (c) of the K heads in arrays [B, t, K, ...]."""
+    """c (`size`) of the KV heads in arrays [B, t, K, ...]."""
 
     index: Any
     size: int

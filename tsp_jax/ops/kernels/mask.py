@@ -42,8 +42,8 @@ def may_attend(queries: Tokens, keys: Tokens) -> jax.Array:
 def tiles_to_visit(queries: Tokens, keys: Tokens, query_tile: int, key_tile: int) -> tuple[jax.Array, jax.Array]:
     """The tile form of `may_attend`: which pairs of tiles to visit, and which of these need no mask.
 
-    A pair of tiles is visited if the bounds of positions and segments allow any pair of its tokens; with several
-    segments in a tile this may hold although `may_attend` is false for all of them.
+    A pair of tiles is visited if the bounds of its positions and segments allow any pair of tokens. With
+    several segments in a tile, a visited pair of tiles may still have no tokens that may attend.
 
     Returns:
       (visit [B, n, m] bool, unmasked [B, n, m] bool), for tiles of `query_tile` of the T queries and `key_tile` of the

@@ -41,9 +41,9 @@ TILES = {"gfx942": _AMD, "gfx950": _CDNA4, "sm_90": _HOPPER, "interpret": {1 << 
 """arch -> largest size in bytes of one token's head -> tiles. These are the largest tiles that the compilers keep in
 registers; none of them is timed.
 
-AMD: both operands use LDS in turn (16 to 64 KiB), so registers are the limit. A second stage would leave one wavefront
-per SIMD; two of them hide each other's latency (forward). A wavefront has 32 rows of a product: with 16 rows, in blocks
-of eight, reading LDS would take as long as multiplying.
+AMD: both operands use LDS in turn (16 to 64 KiB), so registers are the limit. A second stage would leave
+one wavefront per SIMD; forward needs two, to hide each other's latency. A wavefront has 32 rows of a product:
+with 16 rows, and eight wavefronts per block, reading LDS would take as long as multiplying.
 Hopper: products of 64 rows per warp group, 96 to 200 KiB of shared memory. A third stage loads the visit lists ahead of
 the tiles.
 interpret: small tiles, so that short test sequences have many of them.
@@ -52,7 +52,7 @@ What the compilers made of these and other sizes: benchmarks/attention_kernel.md
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """Head dim inside the kernels: Triton arrays have powers of two of elements, its products 16 or more per side."""
+    """Head dim inside the kernels: Triton needs dims that are powers of two, and at least 16 in products."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 

@@ -114,7 +114,7 @@ class TritonKernel(Kernel):
 
 
 def _pad(x: jax.Array, tile: int, size: int | None = None) -> jax.Array:
-    """Pads with zeros to a multiple of `tile` tokens and to `size`, by default that of a padded head."""
+    """Pads with zeros: tokens to a multiple of `tile`, last axis to `size` (None: padded head dim)."""
     widths = [(0, 0)] * x.ndim
     widths[1], widths[-1] = (0, -x.shape[1] % tile), (0, (size or padded_head_dim(x.shape[-1])) - x.shape[-1])
     return jnp.pad(x, widths)
@@ -191,7 +191,7 @@ def _visit(visits: Visits, span: int, tile, step: Callable, carry: Any) -> Any:
 def _forward_kernel(
     visits, queries, keys, q_ref, k_ref, v_ref, out_ref, lse_ref, *, tile: Tile, scale: float, span: int
 ):
-    """out and lse of a query tile. Online softmax in powers of two (one instruction), divided by its sum at the end."""
+    """out and lse of a query tile. Online softmax by exp2 (one instruction), divided by its sum at the end."""
     i = visits.programs[pl.program_id(0)]
     rows = pl.ds(i * tile.query, tile.query)
     q_QH, q_tokens = q_ref[rows, :], _rows(queries, rows, 1)

@@ -24,7 +24,7 @@ class Visits(NamedTuple):
     programs: Any
     """[B, n]: tile of the i-th program; those with most to visit first"""
     order: Any
-    """[B, n, m]: the spans of each tile: unmasked ones, masked ones, then those not visited"""
+    """[B, n, m]: for each tile, its spans in order: unmasked, masked, then not visited"""
     unmasked: Any
     """[B, n]: how many tiles need no mask"""
     visited: Any
@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     by_key: bool
     """a program has a key tile and visits query tiles; else the other way round"""
     span: int
-    """tiles that an entry of a list stands for"""
+    """tiles that one list entry covers"""
 
     @classmethod
     def of(cls, queries: Tokens, keys: Tokens, tile: Tile, by_key: bool) -> "Plan":

@@ -20,9 +20,9 @@ from tsp_jax.ops.stream import zeros
 
 
 def block_size(length: int, target: int) -> int:
-    """The divisor of `length` nearest to `target` by ratio, and at most four times as large.
+    """The divisor of `length` nearest to `target` by ratio, at most four times `target`.
 
-    Lengths without such a divisor, large primes above all, get small and therefore slow blocks.
+    Lengths without a divisor near it, large primes above all, get small and therefore slow blocks.
     """
     divisors = [d for d in range(1, min(length, 4 * target) + 1) if length % d == 0]
     return min(divisors, key=lambda d: max(d / target, target / d))
@@ -50,7 +50,7 @@ class XlaKernel(Kernel):
     def attend(self, q_BTKGH, k_BSKH, v_BSKH, queries, keys):
         """Causal attention within segments; see `Kernel.attend`.
 
-        Keeps: the scores of one pair of blocks at a time; of size T x S only the table of T/Q x S/C pairs.
+        Keeps: the scores of one pair of blocks at a time; only the table of T/Q x S/C pairs grows as T S.
         Source: Rabe and Staats, arXiv 2112.05682; Dao et al., arXiv 2205.14135.
         """
         blocks = _Blocks(q_BTKGH, k_BSKH, queries, keys, self)
@@ -127,7 +127,7 @@ def _dot(pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _visited_first(visit: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[a, b] bool -> (columns [a, b], those to visit first and in order; how many these are [a])."""
+    """[a, b] bool -> (columns [a, b]: True ones in order, then the rest; number of True ones [a])."""
     return jnp.argsort(~visit, axis=1, stable=True).astype(jnp.int32), visit.sum(axis=1, dtype=jnp.int32)
 
 

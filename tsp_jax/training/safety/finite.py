@@ -48,7 +48,8 @@ def all_finite(state: Any) -> jax.Array:
 class NumbersWatch:
     """Checks the metrics of every step, on the host: reports skipped steps and spikes of the loss, one line each.
 
-    `skip_limit` consecutive skipped steps stop the run. A resumed run continues the counts of its `earlier` lines.
+    `skip_limit` consecutive skipped steps stop the run. A resumed run continues the counts from `earlier`, its
+    metrics lines so far.
     """
 
     def __init__(self, skip_limit: int, earlier: Iterable[dict], report: Callable[[str], Any]):

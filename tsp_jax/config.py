@@ -146,7 +146,7 @@ class StreamConfig:
     vocab_movement: Movement = "auto"
     """as mlp_movement, for the embedding and the output head"""
     bucket_mib: float = 64.0
-    """bucket size, about, in MiB: what a device receives at a time of weights, of keys and values, or of tokens; two
+    """approximate bucket size in MiB: weights, keys and values, or tokens that a device receives at a time; two
     buckets are in memory at once"""
     chunk_tokens: int = 4096
     """chunk size: at most this many tokens are multiplied with a bucket at once; bounds activation memory"""

@@ -41,7 +41,7 @@ class RunStopped(Exception):
 
 
 def removal(setting: str, *, flag: bool = False) -> str | None:
-    """Returns a line about a field, or field=value, that was removed; None for others. `flag`: writes it as a flag."""
+    """Returns a line if a field, or field=value, was removed, else None. `flag`: the line names it as a flag."""
     if setting not in REMOVED:
         return None
     replacement, explanation = REMOVED[setting]
@@ -62,5 +62,5 @@ def import_optional(module: str, extra: str) -> Any:
 
 
 def install_hint(extra: str) -> str:
-    """How to install an optional part of the package, which is on no index."""
+    """How to install an optional part of the package; the package is on no package index."""
     return f'use pip install ".[{extra}]" in a clone of tsp_jax'

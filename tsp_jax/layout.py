@@ -33,7 +33,7 @@ class Axes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A row of the table: logical dimension -> mesh axis names."""
+    """A row of the layout table: logical dimension -> mesh axis names."""
 
     name: str
     batch: AxisNames = ("data",)
@@ -138,7 +138,7 @@ class Placement:
 def parse_mesh(text: str, layout: Layout, num_devices: int) -> dict[str, int]:
     """Parses axis sizes such as ``data=1,tsp=8``; axes of the layout that are not named get size 1.
 
-    An empty text puts all devices on the layout's own axes: on its only one, or over its two as evenly as possible.
+    An empty text puts all devices on the layout's own axis or, if it has two, evenly over both if possible.
     """
     if not text:
         return _default_mesh(layout, num_devices)

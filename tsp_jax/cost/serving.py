@@ -35,7 +35,7 @@ def decode_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> 
 
     O(B (D + N H)) per layer, and the logits once, B V: neither weights nor keys and values move. Kinds: `heads`
     all-gathered over folded axes, `merges` of partial softmaxes over sequence axes, `sums` of partial outputs over
-    weight axes, `logits`. Left out: counts of cache entries.
+    weight axes, `logits`. Not included: exchanging the counts of cache entries.
     """
     s, model = _Serving(config, layout, sizes), config.model
     residual, vocab = s.batch * model.d_model * s.item, num_ranks(layout.vocab, sizes)

@@ -109,7 +109,7 @@ def choose_movement(movement: str, traffic: Callable[[str], Traffic]) -> str:
 def num_buckets(rows: int, nbytes: float, bucket_bytes: float) -> int:
     """The divisor of `rows` for which buckets are nearest to `bucket_bytes` by ratio.
 
-    `rows` are per device, `nbytes` of all ranks' rows; a bucket takes equally many rows from every rank.
+    `rows`: rows per device; `nbytes`: size of all ranks' rows; a bucket takes equally many from every rank.
     """
     wanted = max(1.0, nbytes / bucket_bytes)
     divisors = (n for n in range(rows, 0, -1) if rows % n == 0)
@@ -158,7 +158,7 @@ def attention_traffic(
 
 
 def mlp_traffic(sharding: OpSharding, movement: str, *, d_model: int, d_ff: int, forward: bool = False) -> Traffic:
-    """One layer's MLP. No remat policy repeats its forward: backward does not need the output."""
+    """One layer's MLP. No remat policy repeats forward's traffic: backward does not need the output."""
     activations = 2 if forward else 5  # forward gathers x and scatters y; backward gathers x and dy and scatters dx
     received = activations * sharding.tokens_received(d_model) * sharding.itemsize
     sums = (1 if forward else 2) * sharding.tensor_sum_bytes(sharding.tokens * d_model, sharding.itemsize)

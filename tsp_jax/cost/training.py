@@ -42,7 +42,7 @@ class _Step:
         )  # fmt: skip
 
     def ops(self) -> dict[str, tuple[str, Callable[..., Traffic]]]:
-        """Op -> (its movement, (movement, forward) -> bytes of one layer)."""
+        """Op -> (its movement, a function of (movement, forward) that gives the traffic of one layer)."""
         stream, model, vocab = self.config.stream, self.config.model, self.sharding_of("vocab")
         attention = partial(attention_traffic, self.sharding, heads=self.heads, d_model=model.d_model)
         mlp = partial(mlp_traffic, self.sharding_of("mlp"), d_model=model.d_model, d_ff=model.d_ff)
@@ -85,9 +85,9 @@ def movements(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[
 def step_traffic(
     config: Config, layout: Layout, sizes: Mapping[str, int], *, forward: bool = False
 ) -> dict[str, Traffic]:
-    """Bytes received per device for one micro-batch of a training step, by op and kind, of all layers.
+    """Bytes a device receives in one micro-batch of a training step, over all layers, by op and kind.
 
-    With `accumulate` = 1 that is the whole step. `forward` counts the forward pass up to the loss alone: weights or
+    With `accumulate` = 1 that is the whole step. `forward` counts the forward pass and the loss: weights or
     activations pass once, keys and values are exchanged once, and partial outputs are summed once.
     """
     received = {}
@@ -98,7 +98,7 @@ def step_traffic(
 
 
 _ACTIVATIONS, _KEY_VALUES = 8, 3
-"""How many arrays of a size are in memory at once in the backward pass of attention, counted in compiled programs
+"""How many arrays of each size are in memory at once in attention's backward pass, counted in compiled programs
 (ROCm, jax 0.10.2, Triton kernel). Activations are [B, t, D] in the compute dtype: a layer's input and its gradient,
 normed input, queries, keys, values, gradient of outputs, and chunks of others. Keys and values of an exchange are
 [2, B, S, c, H]: in use, being received, and their gradients."""

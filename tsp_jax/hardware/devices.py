@@ -19,7 +19,7 @@ class Hardware:
     """dense bfloat16 operations/s"""
     links: Literal["host", "full_mesh", "switch", "torus"]
     num_links: int
-    """links of a device within a node (a torus: directions)"""
+    """links of a device within a node; in a torus, its directions"""
     link_bandwidth: float
     """bytes/s that one link sustains"""
     node_size: int
@@ -38,7 +38,7 @@ class Hardware:
     attention_backward: float = 1.0
     attention_source: str = "no fused kernel is known"
     topology_kind: str = ""
-    """`device_kind` of a topology's devices, if it does not contain the name"""
+    """`device_kind` of a topology's devices, where it does not contain this device's name"""
     description: str = ""
     """the compiler's own description of the device (GPU): XLA's GpuTargetConfig as text"""
 

@@ -82,7 +82,7 @@ def _inside_bandwidth(hardware: Hardware, members: Sequence[int], extents: Seque
 
 
 def _torus_links(place: Sequence[int], places: Sequence[Sequence[int]], extents: Sequence[int]) -> int:
-    """Links of a device along the dimensions in which another member lies straight ahead."""
+    """Links of a device along each dimension in which another member differs from it in that coordinate alone."""
     differing = [[k for k in range(len(extents)) if place[k] != other[k]] for other in places]
     straight = {axes[0] for axes in differing if len(axes) == 1}
     return sum(2 if extents[k] > 2 else 1 for k in straight)

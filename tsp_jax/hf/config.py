@@ -143,7 +143,7 @@ def _rope_scaling(rope: _Json) -> RopeScaling:
 
 
 def config_json(config: ModelConfig, dtype: str, carried: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the content of `config.json` for a model, with the values of `CARRIED` that `carried` has."""
+    """Returns the content of `config.json` for a model, plus those keys of `carried` that are in `CARRIED`."""
     activation = {name: hf_name for hf_name, name in reversed(ACTIVATIONS.items())}[config.activation]
     family = "Qwen3" if config.qk_norm else "Llama"
     if family == "Llama" and config.d_model % config.num_heads:

@@ -52,7 +52,7 @@ COPIED = (
 )  # fmt: skip
 """files beside the weights that an export copies from the source folder"""
 PADDING_ROW = -2
-"""logical row of a stored row that is padding"""
+"""in place of a logical row number: the stored row is padding"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _logical_rows(count: int, form: NoPadding | HeadPadding) -> np.ndarray:
 
 
 def _check_divides(config: ModelConfig, placement: Placement) -> None:
-    """Raises ConfigError if the mesh does not divide the sizes, which given weights fix."""
+    """Raises ConfigError if the mesh does not divide the model's sizes, which the weights in the files fix."""
     for field, dim in (("vocab_size", "vocab"), ("d_ff", "mlp")):
         value, shards = getattr(config, field), placement.size(dim)
         if value % shards:
@@ -196,7 +196,7 @@ def save_params(
     All processes must call it; the first one writes.
 
     Args:
-      folder: must not exist, or be empty.
+      folder: absent or empty.
       params: parameters in stored form, as returned by `load_params` or in a training state.
       config: the model.
       placement: layout and mesh of the parameters.
@@ -205,7 +205,7 @@ def save_params(
       max_file_bytes: largest size of a file, and about what the host holds at a time.
 
     Raises:
-      ConfigError: the folder exists, or cannot be written.
+      ConfigError: the folder is not empty, or cannot be written.
     """
     tree, itemsize = _param_tree(config, placement), jnp.dtype(dtype).itemsize
     carried = read_json(Path(source) / "config.json") if source else None

@@ -1,6 +1,6 @@
 """The KV cache: its arrays, their shardings, and which rank keeps which token.
 
-Of n tokens of a sequence rank p of R keeps ceil((n - p) / R), so that ranks differ by one token at most, whatever
+Rank p of R keeps ceil((n - p) / R) of a sequence's n tokens, so that ranks differ by at most one, whatever
 was prefilled and decoded before. Which tokens these are does not matter to attention. `assign_tokens` gives each rank
 two runs of a chunk, one from the front and one from the back, as training's zigzag order does.
 

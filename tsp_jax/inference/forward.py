@@ -50,8 +50,8 @@ def prefill(
       decode_model: the same model on `decode_placement(placement)`; computes the logits.
       placement: layout and mesh.
       cache: with the tokens before this chunk.
-      tokens_BT: int32 ids, ordered by `tsp_jax.inference.cache.assign_tokens`, or in any order in which each rank has
-        free entries for its tokens, and they come before its padding.
+      tokens_BT: int32 ids, ordered by `tsp_jax.inference.cache.assign_tokens`, or in any order in which each
+        rank's tokens come before its padding and fit into its free entries.
       positions_BT: int32; `NO_TOKEN` for padding.
 
     Returns:

@@ -21,7 +21,7 @@ class Sampling:
     top_k: int = 0
     """draw from this many likeliest tokens; 0: from all"""
     top_p: float = 1.0
-    """draw from the fewest likeliest tokens whose probabilities sum to this"""
+    """draw from the smallest set of likeliest tokens whose probabilities sum to at least this"""
     seed: int = 0
     """a draw depends only on this, the index of the prompt and the position"""
 

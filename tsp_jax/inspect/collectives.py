@@ -5,7 +5,7 @@ Bytes are those that one device receives in a ring algorithm. With g devices in 
     all-gather (g - 1) n      reduce-scatter, all-to-all (g - 1) n / g      all-reduce 2 (g - 1) n / g
     collective-permute n      collective-broadcast n
 
-The CPU compiler widens bfloat16 to float32, in collectives too. A contract that is tested on CPU should use float32
+The CPU compiler widens bfloat16 to float32, in collectives too. A test that runs on CPU should use float32
 arrays or compare `Collective.elements`.
 """
 
@@ -179,7 +179,7 @@ def _keeps_a_slice(computation: Computation, i: Instruction) -> bool:
 
 
 def _received(op: str, operand: int, size: int) -> int:
-    """What a device receives, in the unit of `operand`."""
+    """What a device receives, in the unit of `operand`, such as bytes."""
     if size <= 1:
         return 0
     if op in ("collective-permute", "collective-broadcast"):

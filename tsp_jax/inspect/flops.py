@@ -28,7 +28,7 @@ def _product(left: Shape, result: Shape, contracting: str) -> float:
 
 
 def _convolution(left: Shape, right: Shape, result: Shape, attributes: dict[str, str]) -> float:
-    """Operations where the window lies on the array and not on its padding: TPU writes batched products as windows."""
+    """Operations of a convolution, padding not counted: TPU writes batched products as convolutions."""
     inputs, kernel, outputs = re.split("_|->", attributes["dim_labels"])
     sides = dict(re.findall(r"(\w+)=([\dx_\-]+)", attributes.get("window", "")))
     batch = left.dims[inputs.index("b")] // int(attributes.get("batch_group_count", 1))
@@ -40,7 +40,7 @@ def _convolution(left: Shape, right: Shape, result: Shape, attributes: dict[str,
 
 
 def _hits(size: int, window: int, out: int, n: int, sides: dict[str, str]) -> int:
-    """Pairs of an output position and a window position that lie on an element, along spatial dimension n."""
+    """Number of (output, window) position pairs that meet an input element, along spatial dimension n."""
 
     def side(name: str, otherwise: int) -> int:
         return ints(sides[name].split("x")[n])[0] if name in sides else otherwise

@@ -45,7 +45,7 @@ def replica_groups(text: str, devices: int) -> Groups:
 
 
 def axis_of_groups(groups: Groups, mesh_axes: Mapping[str, int] | None) -> str:
-    """The axes along which coordinates differ within a group; ? unless the groups are exactly those of these axes."""
+    """The axes along which coordinates differ within a group; '?' if groups are not exactly theirs."""
     if mesh_axes is None or not groups:
         return UNKNOWN_AXIS
     names, sizes = list(mesh_axes), list(mesh_axes.values())
@@ -91,7 +91,7 @@ def _rows(dims: Sequence[int], permutation: Sequence[int], size: int) -> Groups:
 
 
 def _mesh_groups(mesh: str, axes: str) -> Groups:
-    """Groups over named axes, or over a part of one: 'x':(2)4 splits x into 2 x 4 x the rest and takes the 4."""
+    """Groups over named axes, or over a part of one: 'a':(2)4 splits a into 2 * 4 * the rest and takes the 4."""
     sizes = {name: int(size) for name, size in re.findall(r"'?([\w.\-]+)'?=(\d+)", mesh)}
     parts = {name: (int(p), int(s)) for name, p, s in re.findall(r"'?([\w.\-]+)'?:\((\d+)\)(\d+)", axes)}
     chosen = re.findall(r"'?([\w.\-]+)'?(?::\(\d+\)\d+)?\s*(?:,|$)", axes)

@@ -42,7 +42,7 @@ Values = list[Value]
 
 
 class Walk:
-    """Every value of a program. Moment n is when instruction `moments[n]` runs."""
+    """A walk through a program, with every value found. Moment n is when instruction `moments[n]` runs."""
 
     def __init__(self, module: Module):
         self.module = module

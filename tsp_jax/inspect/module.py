@@ -11,7 +11,7 @@ from tsp_jax.inspect.opcodes import SCALAR_FORWARDING
 from tsp_jax.inspect.scopes import declared_trips
 
 Trips: TypeAlias = float | Callable[[Instruction], float]
-"""trips of loops that neither the text nor the program tells: a number, or a function of the while instruction"""
+"""trip count where neither the text nor the program gives it: a number, or a function of the while instruction"""
 
 _COMPILER_COUNT = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
 _MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}

@@ -1,4 +1,4 @@
-"""Tables of HLO opcodes: one place for what several readers must know about an instruction's kind."""
+"""Tables of HLO opcodes: what several modules must know about an instruction's kind, in one place."""
 
 import re
 
@@ -16,7 +16,7 @@ NO_KERNEL = TUPLES | ALIASES | {"parameter", "constant", "while", "conditional",
 """launch no kernel of their own, so cost nothing"""
 
 POINT_TO_POINT = frozenset(("copy", "send", "recv"))
-"""the start of an asynchronous one returns (destination, source, context), of other opcodes (operands, results, ...)"""
+"""their -start returns (destination, source, context), that of other opcodes (operands, results, ...)"""
 SCALAR_FORWARDING = {"copy", "bitcast", "convert", "reshape", "broadcast", "copy-start", "copy-done", "opt-barrier"}
 """a scalar passes through them with its value unchanged"""
 SLICES = frozenset(("slice", "dynamic-slice", "gather"))

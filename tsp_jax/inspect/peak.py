@@ -12,8 +12,8 @@ XLA may keep in one buffer do so if nothing else lives there meanwhile: a dynami
 the root of a fusion) writes into its operand; elementwise operations and fusions, sorts and all-reduces reuse an
 operand of equal size that dies there. Parameters live throughout, outputs to the end. Not counted are constants below
 1 MiB, scratch memory inside kernels, and arrays outside the device's main memory. TPU's tile padding is counted.
-Fragmentation is not modelled: arguments + temporaries + outputs - aliased is the same or a little more on GPU and CPU,
-and a fifth more on TPU, whose own `peak_memory_in_bytes` equals the figure of this module.
+Fragmentation is not modelled: XLA's arguments + temporaries + outputs - aliased is equal or slightly larger on
+GPU and CPU, and a fifth larger on TPU. TPU's own `peak_memory_in_bytes` equals the figure of this module.
 """
 
 import dataclasses
@@ -153,7 +153,7 @@ def _joined(spans: Iterable[tuple[int, int]], gap: int = 1) -> list[tuple[int, i
 
 
 def _meet_only_at(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]], moments: Collection[int]) -> bool:
-    """Whether two lists of spans overlap in nothing but single moments among `moments`."""
+    """Whether all overlaps of two lists of spans are single moments, each of them in `moments`."""
     i = j = 0
     while i < len(a) and j < len(b):
         first, last = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
@@ -188,7 +188,7 @@ def _groups(walk: Walk) -> list[_Group]:
 
 
 def _allocations(walk: Walk, groups: list[_Group]) -> list[list[_Group]]:
-    """Puts groups into one allocation of memory where an operation may reuse an operand that dies."""
+    """Merges groups into one allocation where an operation may write over an operand that dies."""
     allocation_of = {value.root(): [group] for group in groups for value in group.values}
     spans = {id(allocation): allocation[0].spans for allocation in allocation_of.values()}
     taken: set[tuple[int, int]] = set()
@@ -237,7 +237,7 @@ def _kind(walk: Walk, group: _Group, loop: tuple[int, int] | None) -> str:
 def _label(module: Module, i: Instruction) -> tuple[str, str]:
     """(scope, file:line) of an instruction.
 
-    A fusion without a name takes those of its results, another instruction those of its first operand.
+    An instruction without a name takes those of its first operand; a fusion, those of its results.
     """
     named = i
     if not i.op_name and i.opcode == "fusion":

@@ -26,7 +26,8 @@ class FullWeight:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `report` found for one device. Nothing is measured: memory is compiled, times are simulated."""
+    """What `report` found for one device. Nothing is measured: memory is read from the compiled program, and times are
+    simulated."""
 
     module: Module
     mesh: dict[str, int] | None
@@ -100,9 +101,9 @@ def report(
       program: what ``jax.jit(f).lower(...)`` or its ``.compile()`` returned, or the text of a compiled program.
       target: hardware for the timeline, or its name, such as mi300x or mi300x:8; None: the program's own devices.
       mesh_axes: axis name -> size; None: the mesh of the program's arguments.
-      full_weights: weights that the contract no-full-weight forbids to gather; None: the sharded matrices among the
-        arguments.
-      unknown_trips: trips of data-dependent loops that declare none; see `Module.executions`.
+      full_weights: weights that must never be gathered whole (the contract no-full-weight); None: the sharded
+        matrices among the arguments.
+      unknown_trips: trips to assume for data-dependent loops that declare none; see `Module.executions`.
       record: keep the timeline's events, to write a trace.
 
     Raises:

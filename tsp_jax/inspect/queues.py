@@ -13,11 +13,11 @@ from tsp_jax.inspect.instructions import Computation
 from tsp_jax.inspect.schedule import Queue, Schedule, Step, Task
 
 _SETTLED = 1e-11
-"""seconds; states of the queues that differ by less are equal, as sums are rounded"""
+"""seconds; queue states that differ by less count as equal, since sums are rounded"""
 
 Amounts = defaultdict[str, float]
 ComputeLoops = dict[str, tuple[float, Amounts]]
-"""task of a loop that stays on the compute queue -> (seconds, executions of each task)"""
+"""task of a loop that uses only the compute queue -> (its seconds, how often each task in it runs)"""
 
 
 class Event(NamedTuple):

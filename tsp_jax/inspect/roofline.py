@@ -26,7 +26,7 @@ class Cost:
     flops: float = 0.0
     """of matrix products; a multiply-add is two"""
     work: float = 0.0
-    """flops over the share of the sustained rate that the kernel reaches, so that work / rate is its time"""
+    """flops / the kernel's fraction of the sustained rate, so that work / sustained rate is its time"""
     bytes: float = 0.0
     """read from and written to main memory"""
     host_bytes: float = 0.0
@@ -42,7 +42,7 @@ class Costs:
     def __init__(self, module: Module, *, on_chip: bool = False, efficiency: Mapping[str, float] | None = None):
         """Makes a table that fills as instructions are asked for.
 
-        `on_chip`: memory spaces other than 0 are on-chip memory, as on TPU, and no main memory. `efficiency`: kind of
+        `on_chip`: memory spaces other than 0 are on-chip, as on TPU, and not main memory. `efficiency`: kind of
         `DeclaredFlops` -> share of the sustained rate that its kernels reach; default 1.
         """
         self.module, self._on_chip, self._efficiency = module, on_chip, efficiency or {}
@@ -138,7 +138,7 @@ def _in_place_traffic(i: Instruction, arrays: Sequence[tuple[Shape, ...]]) -> li
 
 
 def _source(computation: Computation, i: Instruction) -> Instruction:
-    """The instruction that makes the array of which another one is an alias."""
+    """The instruction that makes the array of which `i` is an alias."""
     while (i.opcode in ALIASES or i.opcode == "get-tuple-element") and (operands := computation.operands(i)):
         i = operands[0]
     return i

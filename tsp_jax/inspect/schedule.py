@@ -53,7 +53,7 @@ class Task:
     seconds: float
     """per execution"""
     bytes: float
-    """per execution: of main memory, received over links, or of host memory"""
+    """moved per execution: main memory, received over links, or host memory"""
     flops: float = 0.0
     """per execution, of matrix products"""
 
@@ -159,7 +159,7 @@ class Schedule:
         return readable_scope(scope or i.op_name or f"{around}/", callers)
 
     def _queue(self, start: Instruction) -> Queue:
-        """The queue that does an instruction's work. GPU also writes collectives that block as a start and a done."""
+        """The queue that does an instruction's work. On GPU even blocking collectives are a start and a done."""
         if is_collective(start):
             c = self._collectives.get((start.computation, start.name))
             return "links" if c and c.is_async else "compute"

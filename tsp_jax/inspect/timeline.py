@@ -49,7 +49,7 @@ class Timeline:
     flops: float
     """of matrix products"""
     matmul_s: float
-    """flops at the sustained rate: a lower bound of every schedule"""
+    """time of the flops at the sustained rate: a lower bound for any schedule"""
     kernels: tuple[TaskTotal, ...]
     """tasks of the compute queue, the longest first"""
     collectives: tuple[TaskTotal, ...]
@@ -88,9 +88,9 @@ def simulate(module: Module, hardware: Hardware, *, unknown_trips: Trips = 1, re
 
     Args:
       module: a parsed program.
-      hardware: rates and links, of the platform that the program was compiled for.
-      unknown_trips: trips of data-dependent loops that declare none; see `Module.executions`.
-      record: keep events for `write_trace`, of every iteration of loops with communication.
+      hardware: rates and links; its platform must be the one that the program was compiled for.
+      unknown_trips: trips to assume for data-dependent loops that declare none; see `Module.executions`.
+      record: keep events for `write_trace`; loops with communication record every iteration.
     """
     schedule = Schedule(module, hardware, unknown_trips)
     simulation = Simulation(schedule, record)

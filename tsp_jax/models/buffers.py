@@ -89,7 +89,7 @@ class BufferFormat(NamedTuple):
         return self._shard_map(write, (self._spec, PartitionSpec(), self.x.spec), self._spec)(buffers, index, x_BTD)
 
     def read_input(self, buffers: jax.Array, index: jax.Array) -> jax.Array:
-        """The input of layer `index`, before its gradients overwrite it."""
+        """The input of layer `index`; call it before the layer's gradients overwrite the buffer."""
 
         def read(buffers, index):
             rows = lax.dynamic_slice(buffers, (index, 0, 0), (1, self.x.rows, self.width))

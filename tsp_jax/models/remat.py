@@ -6,8 +6,8 @@ What forward keeps of a layer; backward recomputes the rest:
   full            the layer's input, in a buffer that the layer's gradients overwrite in backward.
   offload         the layer's input, in the host's memory.
 
-Under `full`, gradients that wait for the optimizer need no memory of their own as long as a device has at least as many
-tokens as rows of a layer's weights.
+Under `full`, gradients that wait for the optimizer need no memory of their own if a device has at least as
+many tokens as it has rows of a layer's weights.
 
 Gradients have the dtype of the weights, as autodiff wants it, but all layers' gradients are kept in `grad_dtype` until
 the last layer's backward is done. The conversion comes last, so that the compiler fuses it into the optimizer.

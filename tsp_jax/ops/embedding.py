@@ -56,7 +56,7 @@ def embed(
 
 @dataclasses.dataclass(frozen=True)
 class _TableRows:
-    """Of all partial outputs of a token one is its row and the others are zero: any dtype accumulates them exactly."""
+    """Partial outputs: a token's row on one rank, zeros on all others, so that any dtype sums them exactly."""
 
     dtype: Any
     accumulator_dtype: Any

@@ -49,7 +49,7 @@ class RowwiseOp(Protocol):
 
     @property
     def chunked(self) -> bool:
-        """`partial` makes intermediate results larger than its output, so forward processes tokens in chunks."""
+        """Whether forward runs in chunks of tokens: `partial` has intermediate results larger than its output."""
         ...
 
     def partial(self, inputs: Arrays, bucket: Bucket) -> jax.Array:

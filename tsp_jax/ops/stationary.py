@@ -82,7 +82,7 @@ class _TokenBuckets:
             return tuple(lax.all_gather(a, self.axes, axis=1, tiled=True) for a in mine)
 
     def local(self, index) -> Arrays:
-        """All ranks' tokens of a bucket, of the arrays that this rank already has."""
+        """All ranks' tokens of a bucket, from arrays that need no gather: this rank already has them."""
         mine = (lax.dynamic_index_in_dim(a, index, axis=2, keepdims=False) for a in self.gathered)
         return tuple(a.reshape(a.shape[0], -1, *a.shape[3:]) for a in mine)
 
@@ -98,7 +98,7 @@ class _TokenBuckets:
 
 
 def _in_order(stacks: Any, ranks: int) -> Any:
-    """Each array [buckets, B, ranks p, ...] -> [B, ranks t, ...], ranks in order."""
+    """Joins buckets: each array [buckets, B, ranks * p, ...] -> [B, ranks * t, ...], ranks in order."""
 
     def join(stacked: jax.Array) -> jax.Array:
         buckets, batch, tokens, *rest = stacked.shape

@@ -35,14 +35,14 @@ class Stream(NamedTuple):
     chunk_tokens: int = 1 << 30
     """chunk size: at most this many tokens are multiplied with a bucket at once; bounds activation memory"""
     token_buckets: int = 1
-    """buckets that a device's tokens are split into, at most (activations)"""
+    """activations: a device's tokens are split into at most this many buckets"""
 
 
 class Bucket(NamedTuple):
     """Some rows of each weight, from one or more ranks' shards.
 
-    With ``rows = array.shape[0] // num_ranks``, row i of an array is row ``index_in_shard * rows + i % rows`` of the
-    shard of rank ``first_rank + i // rows``.
+    An array has ``rows = array.shape[0] // num_ranks`` rows of each rank, rank after rank: its row i is row
+    ``index_in_shard * rows + i % rows`` of the shard of rank ``first_rank + i // rows``.
     """
 
     arrays: Arrays
@@ -189,7 +189,7 @@ class _ShardBuckets:
         self.rows = [array.shape[1] for array in self.split]
 
     def gather(self, index) -> jax.Array:
-        """The message of bucket `index`."""
+        """Bucket `index`, gathered from all ranks in one message."""
         with jax.named_scope("gather"):
             mine = [lax.dynamic_index_in_dim(array, index, keepdims=False) for array in self.split]
             message = _pack(mine, self.dtype)

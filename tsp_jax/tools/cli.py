@@ -39,7 +39,7 @@ def main(
 
     Args:
       command: the command's body; an int that it returns is the exit code.
-      options: makes the dataclass whose fields are the flags from the configuration.
+      options: makes, from the configuration, the dataclass whose fields are the flags.
       about: one sentence for ``--help``.
       text_command: (body, default options) for a first argument that is a .hlo or .txt file.
     """
@@ -75,7 +75,7 @@ def errors_in_a_line() -> Iterator[None]:
 
 
 def leave(code: int, together: bool = True) -> NoReturn:
-    """Ends the process now, even if its other threads hang; `together`: every process exits now, none waits for it."""
+    """Ends the process now, even if its threads hang; `together`: all processes do, so none waits for another."""
     if together and jax.distributed.is_initialized():
         with contextlib.suppress(RuntimeError):
             jax.distributed.shutdown()
@@ -165,7 +165,7 @@ def _unknown_field(error: str) -> str | None:
 
 
 def parse_flags(default: T, arguments: Sequence[str], about: str = "") -> T:
-    """Returns `default`, a dataclass, with the flags after the first argument applied; every field is a flag."""
+    """Returns `default`, a dataclass, with the flags in ``arguments[1:]`` applied; every field is a flag."""
     prog, flags = f"{program()} {arguments[0]}", arguments[1:]
     if "--help" in flags or "-h" in flags:
         return tyro.cli(type(default), default=default, args=["--help"], prog=prog, description=about or None)
@@ -178,7 +178,7 @@ def parse_flags(default: T, arguments: Sequence[str], about: str = "") -> T:
 
 
 def _removed_flag(flags: Sequence[str]) -> str | None:
-    """A line about the first flag or value that earlier versions had; None if there is none."""
+    """A line about the first flag or value that only earlier versions had; None if there is none."""
     for flag, following in zip(flags, [*flags[1:], ""], strict=True):
         name, equals, value = flag.partition("=")
         field = name.removeprefix("--").removeprefix("config.").replace("-", "_").replace(".no_", ".")

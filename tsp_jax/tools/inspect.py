@@ -35,9 +35,9 @@ class Outputs:
     expect: str = ""
     """contracts, such as no-full-weight,exposed<=0.1,peak<=24GB; exit code 1 if one is broken"""
     largest: int = 12
-    """largest number of rows of each table"""
+    """most rows to show of each table"""
     attention_efficiency: float = 0.0
-    """share of the sustained rate that the attention kernel is assumed to reach; 0: the value that is printed"""
+    """share of the sustained rate that the attention kernel is assumed to reach; 0: the device's default (printed)"""
 
     def check(self) -> None:
         """Raises ConfigError if a file cannot be written or a contract is not understood; call before long work."""

@@ -55,7 +55,7 @@ class Row:
     largest_seq_len: int | None = None
     """longest that fits with this batch, a multiple of 16384: memory formula scaled to the compiled peak"""
     largest_batch: int | None = None
-    """most sequences per replica that fit at this length: the closed form, scaled likewise"""
+    """most sequences per replica that fit at this length, by the closed form, scaled as the field above"""
     compile_s: float | None = None
     paper_peak_gb: str = ""
     by_kind: dict[str, int] = dataclasses.field(default_factory=dict)

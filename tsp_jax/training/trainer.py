@@ -154,7 +154,7 @@ class TrainLoop:
 
     def __post_init__(self):
         self.since = time.perf_counter()
-        """when the last step was known to be done, or the evaluation or checkpoint after it"""
+        """when the last step, or an evaluation or checkpoint after it, was known to be done"""
         self.numbers = NumbersWatch(self.config.faults.skip_limit, self.metrics.earlier, report_once)
 
     def run(self, state: TrainState, start: int) -> None:

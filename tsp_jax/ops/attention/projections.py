@@ -66,8 +66,8 @@ def project_in(x_BtD: jax.Array, weights, norms: HeadNorms, positions_Bt: jax.Ar
     Moves: forward (N + 2 K) H D (R - 1) / R elements of weights (R folded ranks), in the compute dtype; backward the
       same again, and a reduce-scatter of as many gradients in the stream's `grad_dtype`.
     Keeps: its inputs. Backward repeats a product only where there is a q/k norm.
-    Source: arXiv 2604.26294; it sends the four weights of a bucket in one message, sending [Wk Wv], Wq and Wo apart is
-      ours.
+    Source: arXiv 2604.26294, except that it sends a bucket's four weights in one message, and we send
+      [Wk Wv], Wq and Wo separately.
     """
     return _in_forward(x_BtD, weights, norms, positions_Bt, heads)[0]
 
@@ -92,7 +92,7 @@ def _in_backward(heads: ShardedHeads, residuals, cotangents):
 
 
 def _project(name: str, heads: ShardedHeads, group: HeadStream, weights, norm_H, tokens) -> Arrays:
-    """Products of tokens (x, positions) with a group of weights, [Wq] or [Wk Wv]; norm and RoPE only for the first."""
+    """Products of tokens (x, positions) with weights [Wq] or [Wk Wv]; norm and RoPE for Wq, Wk only."""
     config, dtype = heads.config, tokens[0].dtype
 
     def body(projected, bucket: Bucket):

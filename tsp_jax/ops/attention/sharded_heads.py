@@ -34,7 +34,7 @@ class HeadNorms(NamedTuple):
 
 
 class AttentionConfig(NamedTuple):
-    """Everything that does not depend on arrays; hashable."""
+    """Everything about an attention op that does not depend on arrays; hashable."""
 
     padded_kv_heads: int
     """KV heads of all ranks, padding included"""
@@ -42,7 +42,7 @@ class AttentionConfig(NamedTuple):
     rope_theta: float
     norm_eps: float = 1e-6
     query_buckets: int = 1
-    """buckets of a rank's query heads, at most: the largest divisor is used; `kv_buckets` likewise"""
+    """most buckets of a rank's query heads: the largest divisor up to this is used; `kv_buckets` likewise"""
     kv_buckets: int = 1
     kernel: Kernel = XlaKernel()
     """attention on one device"""
@@ -66,7 +66,7 @@ class HeadStream(NamedTuple):
         return self.stream.buckets == 1 and bucket.num_ranks == self.ranks
 
     def _by_bucket(self, heads_BtNH: jax.Array, bucket: Bucket) -> jax.Array:
-        """[B, t, ranks / ranks of a bucket, ranks of a bucket, buckets per rank, heads per rank and bucket, H]."""
+        """[B, t, groups of ranks, ranks per group (bucket), buckets per rank, heads per rank and bucket, H]."""
         shape, num_ranks = heads_BtNH.shape, bucket.num_ranks
         return heads_BtNH.reshape(*shape[:2], self.ranks // num_ranks, num_ranks, self.stream.buckets, -1, shape[-1])
 
@@ -102,7 +102,7 @@ class ShardedHeads(NamedTuple):
 
     @classmethod
     def of(cls, config: AttentionConfig, axes: Axes, stream: Stream, weights: AttentionWeights) -> "ShardedHeads":
-        """From the shapes of this device's rows; `stream.buckets` are replaced by those of `config`."""
+        """From the shapes of this device's weights; the bucket counts of `config` replace `stream.buckets`."""
         head_dim, folded, tensor = config.head_dim, _size(axes.folded), _size(axes.tensor)
         query_heads, kv_heads = weights.q_wD.shape[0] // head_dim, max(1, config.padded_kv_heads // tensor)
         buckets = largest_divisor(query_heads, config.query_buckets)

@@ -23,7 +23,7 @@ from tsp_jax.ops.stream import Arrays, Bucket, Stream, custom_vjp, over_buckets,
 
 
 class StationaryHeads(NamedTuple):
-    """Stationary heads, and the axes and buckets in which tokens are gathered to them. Hashable."""
+    """Heads with stationary weights; the axes and buckets in which tokens are gathered to them. Hashable."""
 
     heads: ShardedHeads
     """with folded axes as tensor axes, and one bucket of weights in each op"""

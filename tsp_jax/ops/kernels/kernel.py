@@ -48,7 +48,7 @@ class Kernel(abc.ABC):
         return ""
 
     def within(self, tokens: int) -> Self:
-        """The kernel for `tokens` query tokens, two zigzag chunks: none of its blocks crosses from one to the other."""
+        """The kernel for `tokens` query tokens that form two zigzag chunks, with blocks that never span both chunks."""
         return self
 
     @abc.abstractmethod

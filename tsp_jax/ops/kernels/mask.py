@@ -18,7 +18,7 @@ LATEST = 2**31 - 1
 
 
 class Tokens(NamedTuple):
-    """What decides who may attend to whom."""
+    """What decides which query tokens may attend to which key tokens."""
 
     positions: Any
     """[B, T] int32"""

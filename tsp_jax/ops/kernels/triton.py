@@ -1,8 +1,8 @@
 """Blockwise attention for AMD and NVIDIA GPUs: three Pallas kernels that are compiled by way of Triton.
 
 The scores of a pair of tiles stay in registers. Which tiles a program visits is worked out outside the kernels, in XLA
-(`tsp_jax.ops.kernels.visits`): first those in which every pair of tokens may attend, without a mask, then the rest with
-one. Other tiles cost nothing, whatever the order of tokens.
+(`tsp_jax.ops.kernels.visits`): first, without a mask, those in which every pair of tokens may attend; then, with
+a mask, those in which some may. Tiles in which none may cost nothing, whatever the order of tokens.
 
 Dims: B batch, T query tokens, S key tokens, K KV heads, G query heads per KV head, H head; Q tokens of a query tile,
 C tokens of a key tile; n tiles that have a program each, m spans that a program may visit.
@@ -125,12 +125,12 @@ def _crop(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _call(kernel: Callable[..., None], plan: Plan, arch: str, products: tuple[str, int], inputs, outputs):
-    """Runs one program per tile, head (query head, or KV head if by key) and row of the batch.
+    """Runs one program per tile, head (KV head if tiles are of keys, else query head) and row of the batch.
 
-    The kernel reads visits, queries, keys and `inputs`, pairs (dims, array) with the queries first, and writes
-    `outputs`, pairs (dims, shape and dtype). A program sees all tokens of its own head. `products` is (kind, matrix
-    products per pair of tiles). It is declared in the compiled program for `tsp_jax.inspect`, which cannot see into a
-    kernel; XLA drops Pallas' own cost estimate.
+    The kernel reads visits, queries, keys and `inputs`: (dims, array) pairs, the queries' first. It writes
+    `outputs`: (dims, shape and dtype) pairs. A program sees all tokens of its own head. `products`, (kind,
+    matrix products per pair of tiles), is written into the compiled program for `tsp_jax.inspect`, which
+    cannot see into a kernel; XLA drops Pallas' own cost estimate.
     """
     batch, _, kv_heads, group, size = inputs[0][1].shape
     kind, number = products

@@ -15,7 +15,7 @@ from tsp_jax.ops.kernels.mask import LATEST, Tokens, mean_visits, tiles_to_visit
 from tsp_jax.ops.kernels.tiles import Tile
 
 MOST_ENTRIES = 1 << 22
-"""of the lists of a kernel, per row of the batch: 16 MiB"""
+"""most entries of a kernel's lists of visits, per row of the batch: 16 MiB"""
 
 
 class Visits(NamedTuple):
@@ -32,7 +32,7 @@ class Visits(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a kernel reads besides heads, and its static sizes."""
+    """What a kernel reads besides queries, keys and values, and its static sizes."""
 
     visits: Visits
     queries: Tokens
@@ -63,7 +63,7 @@ class Plan(NamedTuple):
         return cls(Visits(programs, order, unmasked, visited), queries, keys, tile, by_key, span)
 
     def mean_pairs(self) -> float:
-        """Mean number of pairs of tiles that all programs of a head visit; see `mean_visits`."""
+        """Pairs of tiles that the programs of a head visit in total, averaged as in `mean_visits`."""
         lengths = self.queries.positions.shape[1], self.keys.positions.shape[1]
         if self.by_key:
             _, visits = mean_visits(*lengths, self.tile.query * self.span, self.tile.key)
@@ -73,7 +73,7 @@ class Plan(NamedTuple):
 
 
 def span_of(programs: int, tiles: int) -> int:
-    """The smallest power of two that divides `tiles` and keeps the lists short enough; if none does, the largest."""
+    """The smallest power of two that divides `tiles` and keeps visit lists short enough, else the largest."""
     span = 1
     while programs * tiles // span > MOST_ENTRIES and tiles % (2 * span) == 0:
         span *= 2

@@ -43,7 +43,7 @@ class XlaKernel(Kernel):
         return cls(size, size)
 
     def within(self, tokens: int) -> Self:
-        """Blocks of at most about half of the tokens: a zigzag chunk."""
+        """This kernel with blocks of at most about half of the tokens, the size of a zigzag chunk."""
         chunk = max(1, tokens // 2)
         return type(self)(block_size(chunk, self.query_block), block_size(chunk, self.key_block))
 

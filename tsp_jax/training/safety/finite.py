@@ -34,7 +34,7 @@ def update_if_finite(loss: jax.Array, grad_norm: jax.Array, new: T, old: T) -> T
 
 
 def is_skipped(line: dict[str, Any]) -> bool:
-    """Whether `update_if_finite` kept the old state in a step, given its line of metrics (null: not finite)."""
+    """Whether `update_if_finite` kept the old state in a step, from its line of metrics; null means not finite."""
     return not all(line[name] is not None and math.isfinite(line[name]) for name in ("loss", "grad_norm"))
 
 

@@ -181,7 +181,7 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with warm-up, cosine decay and global-norm clipping.
 
-    A configuration file that defines `optimizer`, an optax.GradientTransformation, uses only `zero1` of these fields.
+    If the configuration file defines its own `optimizer` (optax), all fields here but `zero1` are ignored.
     """
 
     learning_rate: float = 3e-4

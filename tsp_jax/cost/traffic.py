@@ -1,4 +1,4 @@
-"""Bytes that a device receives for each op, from shapes alone; from these, movements and bucket counts.
+"""Bytes that each op makes a device receive, from shapes alone; they decide movements and bucket counts.
 
 An all-gather, reduce-scatter or all-to-all of n bytes over r ranks receives n (r - 1) / r, an all-reduce twice that. On
 folded axes either weights move past tokens, or tokens past weights. Source of the terms: arXiv 2604.26294, section III,
@@ -124,7 +124,7 @@ def attention_traffic(
 ) -> Traffic:
     """One layer's attention, forward and backward, or forward alone; `remat` says what backward repeats.
 
-    Movement `activations` moves tokens; every other movement moves weights. So do the other ops below.
+    Here and in the ops below, movement `activations` moves tokens; every other movement moves weights.
     """
     moves_tokens = movement == "activations"
     weight_ranks = sharding.tensor * (sharding.folded if moves_tokens else 1)

@@ -44,7 +44,7 @@ class BufferFormat(NamedTuple):
 
     @classmethod
     def of(cls, placement: Placement, x_BTD: jax.Array, params: Params, specs: Params, grad_dtype) -> "BufferFormat":
-        """The format for layer inputs like x and gradients of `params` [L, ...]."""
+        """The format that holds gradients of `params` [L, ...], and layer inputs shaped like x."""
         width, itemsize = x_BTD.shape[-1], x_BTD.dtype.itemsize
 
         def leaf(spec: PartitionSpec, shape: tuple[int, ...], dtype: Any, first: int) -> _Leaf:

@@ -76,7 +76,7 @@ def check_optimizer(config: OptimizerConfig, steps: int, own: object) -> None:
 def choose_optimizer(
     config: OptimizerConfig, steps: int, own: Optimizer
 ) -> tuple[optax.GradientTransformation, Callable[[Any, Any], jax.typing.ArrayLike]]:
-    """Returns the user's optimizer or AdamW, and a function (steps before, updated state) -> learning rate."""
+    """Returns the user's optimizer or AdamW, and a function (steps so far, updated state) -> learning rate."""
     check_optimizer(config, steps, own)
     if own is not None:
         return own, lambda step, opt_state: injected_learning_rate(opt_state)

@@ -181,7 +181,8 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with warm-up, cosine decay and global-norm clipping.
 
-    If the configuration file defines its own `optimizer` (optax), all fields here but `zero1` are ignored.
+    If the configuration file defines its own `optimizer` (optax), `zero1` alone applies, and flags for the other fields
+    are refused.
     """
 
     learning_rate: float = 3e-4

@@ -53,9 +53,10 @@ class Module:
         return found[0]
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """How often a while loop's body runs, as the compiler notes it or as its text implies; None if data decide.
+        """Number of iterations of a while loop; None if it depends on data.
 
-        The text implies it for a condition `state[k] < limit`, a constant initial state and a body that adds a step.
+        It is the compiler's annotation or, without one, computed for a loop whose condition is
+        `state[k] < limit`, whose initial state is constant and whose body adds a constant step.
         """
         if noted := _COMPILER_COUNT.search(loop.backend_config):
             return int(noted[1])

@@ -129,7 +129,7 @@ def _assumptions(module: Module, hardware: Hardware, unknown: Trips, kernels: It
 
 
 def _loop_assumptions(module: Module, unknown_trips: Trips) -> list[str]:
-    """Trips of data-dependent loops."""
+    """Lines that say which trip count is assumed for each data-dependent loop."""
     loops = [i for i, _ in module.walk(unknown_trips) if i.opcode == "while" and module.trip_count(i) is None]
     declared = sorted({trips for loop in loops if (trips := declared_trips(loop)) is not None})
     unknown = [loop.name for loop in loops if declared_trips(loop) is None]

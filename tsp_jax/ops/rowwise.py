@@ -1,9 +1,11 @@
-"""Row-wise ops: the output is a sum over rows of the weights. They run on every layout, with either movement.
+"""Row-wise ops: the output is a sum over rows of the weights. They run on every layout.
 
-An op gives the partial output of some rows of its weights, and its VJP. This module moves weights past tokens, or
-tokens past stationary weights, and sums the partial outputs over buckets, folded axes and tensor axes.
+An op gives the partial output of some rows of its weights, and its VJP. This module moves weights past
+tokens, or tokens past stationary weights, and sums the partial outputs over buckets, folded axes and tensor
+axes.
 
-Dims: B batch, t this device's tokens, c tokens of a chunk, u tokens of one bucket of all R folded ranks, D model.
+Dims: B batch, t this device's tokens, c tokens of a chunk, u tokens in one bucket (from all R folded ranks),
+D model.
 """
 
 from typing import Any, Protocol

@@ -160,7 +160,7 @@ def _paper_peak_gb(name: str, config: Config, target: Target, step: Step) -> str
 
 
 def _with_limits(row: Row, config: Config, limit: float) -> Row:
-    """Adds the closed form's peak and the largest sizes that fit by it."""
+    """Adds the closed-form estimate of peak memory and the largest sizes that fit under it."""
     layout, sizes = get_layout(config.layout), parse_sizes(config.mesh)
     replicas = math.prod(sizes[name] for name in layout.batch)
 

@@ -126,7 +126,7 @@ class ShardedHeads(NamedTuple):
         return self.keys_values.axes != self.axes.folded
 
     def first_kv_row(self) -> jax.Array:
-        """First row of this tensor shard's one KV head, among all KV heads' rows (`kv_head_spans_shards`)."""
+        """First of all KV heads' rows that belongs to this shard's one head; needs `kv_head_spans_shards`."""
         head = lax.axis_index(self.axes.tensor) * self.config.padded_kv_heads // _size(self.axes.tensor)
         return head * self.config.head_dim
 

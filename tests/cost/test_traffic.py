@@ -43,3 +43,13 @@ def test_a_bucket_is_as_large_on_every_layout(layout, sizes, count):
     sharding = OpSharding.of(row, ranks, "mlp", batch=1, seq_len=131072, itemsize=2, grad_itemsize=4)
     local_rows = 16384 // (sharding.folded * sharding.tensor)
     assert sharding.weight_buckets(local_rows, 3 * 16384 * 4096, 64 * MIB) == count
+
+
+@pytest.mark.parametrize(
+    ("layout", "sizes", "count"), [("tsp", {"tsp": 8}, 4), ("sp", {"seq": 8}, 1), ("single", {}, 1)]
+)
+def test_no_bucket_is_a_full_weight_where_weights_are_gathered(layout, sizes, count):
+    row = LAYOUTS[layout]
+    ranks = {name: sizes.get(name, 1) for name in row.axis_names}
+    sharding = OpSharding.of(row, ranks, "heads", batch=1, seq_len=131072, itemsize=2, grad_itemsize=4)
+    assert sharding.weight_buckets(4, 4096 * 4096, 1e12) == count

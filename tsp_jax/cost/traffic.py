@@ -17,7 +17,7 @@ from tsp_jax.layout import Layout, num_ranks
 INT32 = FLOAT32 = 4
 """bytes"""
 FEWEST_BUCKETS = 4
-"""of an op's weights on folded axes. With two, XLA for ROCm pads copies of both buckets (benchmarks/step_128k.md)"""
+"""of weights, or tokens, on folded axes. With two, XLA for ROCm pads copies of both (benchmarks/step_128k.md)"""
 Traffic = dict[str, float]
 """Kind -> bytes. `weights` and their `weight_grads` over folded axes, or `activations` in their place; `keys_values`
 and `key_value_grads` over sequence axes; `tensor_sums` over tensor axes; `replica_sums` of gradients over the axes that
@@ -81,19 +81,19 @@ class OpSharding:
         return 2 * elements / (self.folded * self.tensor) * FLOAT32 * _others(self.replicas)
 
     def weight_buckets(self, rows: int, elements: float, bucket_bytes: float) -> int:
-        """Number of buckets of an op's weights, with `elements` on all ranks and `rows` to split on each device.
-
-        On folded axes a bucket is at most about a quarter of the weights, so that no device holds a full weight.
-        """
-        nbytes = elements / self.tensor * self.itemsize
-        if self.folded > 1:
-            bucket_bytes = min(bucket_bytes, max(1.0, nbytes / FEWEST_BUCKETS))
-        return num_buckets(rows, nbytes, bucket_bytes)
+        """Number of buckets of an op's weights, with `elements` on all ranks and `rows` to split on each device."""
+        return self._folded_buckets(rows, elements / self.tensor * self.itemsize, bucket_bytes)
 
     def token_buckets(self, d_model: int, bucket_bytes: float) -> int:
         """Number of buckets of the tokens [B, t, D] of all folded ranks."""
         nbytes = self.folded * self.tokens * d_model * self.itemsize
-        return num_buckets(self.seq_len // self.sequence, nbytes, bucket_bytes)
+        return self._folded_buckets(self.seq_len // self.sequence, nbytes, bucket_bytes)
+
+    def _folded_buckets(self, rows: int, nbytes: float, bucket_bytes: float) -> int:
+        """On folded axes a bucket is at most about a quarter, so that no device holds a full weight or all tokens."""
+        if self.folded > 1:
+            bucket_bytes = min(bucket_bytes, max(1.0, nbytes / FEWEST_BUCKETS))
+        return num_buckets(rows, nbytes, bucket_bytes)
 
     def exchange_buckets(self, heads: Heads, movement: str, bucket_bytes: float) -> int:
         """Number of buckets of KV heads in which keys and values of the whole sequence are exchanged."""

@@ -146,8 +146,8 @@ class StreamConfig:
     vocab_movement: Movement = "auto"
     """as mlp_movement, for the embedding and the output head"""
     bucket_mib: float = 64.0
-    """approximate bucket size in MiB: weights, keys and values, or tokens that a device receives at a time; two
-    buckets are in memory at once"""
+    """approximate bucket size in MiB: weights, keys and values, or tokens that a device receives at a time; on folded
+    axes at most a quarter of an op's weights or tokens; two buckets are in memory at once"""
     chunk_tokens: int = 4096
     """chunk size: at most this many tokens are multiplied with a bucket at once; bounds activation memory"""
     grad_dtype: DType = "float32"

@@ -12,24 +12,26 @@ ROOT = Path(tsp_jax.__file__).parent
 FOUNDATION = {"errors", "config", "layout", "heads"}
 ROOMS = {
     "errors": set(),
+    "files": {"errors"},
     "config": {"errors"},
     "layout": {"errors", "config"},
     "heads": {"errors", "config", "layout"},
     "cost": FOUNDATION,
-    "hardware": {"errors"},
-    "inspect": {"errors", "hardware"},
+    "hardware": {"errors", "files"},
+    "inspect": {"errors", "files", "hardware"},
     "ops": FOUNDATION,
     "nn": FOUNDATION | {"ops", "cost"},
     "models": FOUNDATION | {"ops", "nn"},
-    "hf": FOUNDATION | {"ops", "nn", "models"},
-    "training": FOUNDATION | {"hardware", "ops", "nn", "models", "hf", "inspect"},
-    "inference": FOUNDATION | {"hardware", "ops", "nn", "models", "hf", "inspect"},
+    "hf": FOUNDATION | {"files", "ops", "nn", "models"},
+    "training": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "inspect"},
+    "inference": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "inspect"},
 }
 """room -> rooms of tsp_jax that it may import from, besides itself"""
 TOP = {"__init__", "tools"}
 """may import everything, and nothing below them imports them"""
 OUTSIDE = {
     "errors": set(),
+    "files": {"msgspec"},
     "config": set(),
     "layout": {"jax"},
     "cost": set(),

@@ -1,6 +1,7 @@
 """Tensor and sequence parallelism folded onto one mesh axis, for JAX.
 
 config, layout, heads   what a run is; the layout table; how heads are stored
+errors, files           exit codes; files from outside, read and checked
 ops                     per-device functions: streamed weights, attention, kernels
 nn, models              layers on global arrays; a decoder and its remat policies
 hf                      Hugging Face folders: configurations, weights, tokenizers

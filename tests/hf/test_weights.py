@@ -15,9 +15,9 @@ from safetensors.numpy import load_file, save_file
 from tests.builders.arrays import place_case
 from tests.builders.folders import LLAMA, MODELS, QWEN, logical_params, place_params, save_folder
 from tsp_jax.errors import ConfigError
-from tsp_jax.hf import files as hf_files
+from tsp_jax.hf import tensors as hf_tensors
 from tsp_jax.hf import weights as hf
-from tsp_jax.hf.files import INDEX, SINGLE, split_files
+from tsp_jax.hf.tensors import INDEX, SINGLE, split_files
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -103,8 +103,8 @@ class CountedFile:
 def test_each_device_reads_its_own_slice(model, layout, tmp_path, monkeypatch):
     config, placement, reads = MODELS[model], place_case(layout), []
     folder = save_folder(tmp_path / "out", config)
-    plain = hf_files.open_file
-    monkeypatch.setattr(hf_files, "open_file", lambda path: CountedFile(plain(path), reads))
+    plain = hf_tensors.open_file
+    monkeypatch.setattr(hf_tensors, "open_file", lambda path: CountedFile(plain(path), reads))
     hf.load_params(folder, config, placement)
     most, whole = {}, {name: tensor.size for name, tensor in load_file(folder / SINGLE).items()}
     for param in jax.tree.leaves(hf._param_tree(config, placement)):

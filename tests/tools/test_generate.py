@@ -19,7 +19,7 @@ from tsp_jax import inference
 from tsp_jax.config import ModelConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.hf import weights as hf
-from tsp_jax.hf.files import SINGLE
+from tsp_jax.hf.tensors import SINGLE
 from tsp_jax.hf.tokenizer import Tokenizer as Text
 from tsp_jax.hf.tokenizer import read_stop_tokens
 from tsp_jax.inspect import compiled_memory

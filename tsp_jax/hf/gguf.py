@@ -13,7 +13,7 @@ import numpy as np
 from tsp_jax.config import ModelConfig
 from tsp_jax.errors import ConfigError, import_optional
 from tsp_jax.hf.config import config_json
-from tsp_jax.hf.files import MAX_FILE_BYTES, new_folder, write_json, write_tensors
+from tsp_jax.hf.tensors import MAX_FILE_BYTES, new_folder, write_json, write_tensors
 
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",

@@ -22,7 +22,7 @@ from tsp_jax.config import DType, ModelConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.heads import HeadPadding, NoPadding, paddings
 from tsp_jax.hf.config import config_json, read_config, read_json
-from tsp_jax.hf.files import MAX_FILE_BYTES, Shape, Tensors, new_folder, write_json, write_tensors
+from tsp_jax.hf.tensors import MAX_FILE_BYTES, Shape, Tensors, new_folder, write_json, write_tensors
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer
 

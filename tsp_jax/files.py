@@ -1,0 +1,118 @@
+"""Files from outside: regular files of a bounded size, and JSON that is checked against a schema."""
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from tsp_jax.errors import ConfigError
+
+MAX_BYTES = 2**28
+"""most bytes that a file may have which is read whole, unless its reader says another number"""
+_MAX_FLOAT = 1.7976931348623157e308
+
+Schema = TypeVar("Schema")
+Finite = Annotated[float, msgspec.Meta(ge=-_MAX_FLOAT, le=_MAX_FLOAT)]
+"""a number in a schema that is neither infinite nor NaN"""
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""a non-negative int64 in a schema"""
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+"""a positive int64 in a schema"""
+
+
+class FileError(ConfigError):
+    """A file that cannot be read, or does not hold what it should: path, reason and advice in one line."""
+
+
+def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES, advice: str = "use an intact copy") -> bytes:
+    """Reads a regular file whole. Never waits for a FIFO or device, never reads more than `max_bytes`.
+
+    Raises:
+      FileError: there is no such file, or it is not a regular file, too large, or not readable; ends with `advice`.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        regular, content = stat.S_ISREG(os.fstat(descriptor).st_mode), b""
+        if regular:
+            with os.fdopen(descriptor, "rb") as file:
+                content = file.read(max_bytes + 1)
+        else:
+            os.close(descriptor)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileError(f"{path} does not exist; {advice}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise FileError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {advice}") from None
+    if not regular:
+        raise FileError(f"{path} is not a regular file; {advice}")
+    if len(content) > max_bytes:
+        raise FileError(f"{path} has more than {max_bytes:,} bytes; {advice}")
+    return content
+
+
+def read_text(path: str | Path, max_bytes: int = MAX_BYTES, advice: str = "use an intact copy") -> str:
+    """Reads a regular file of UTF-8 text whole; raises FileError as `read_bytes` does, and if it is not UTF-8."""
+    try:
+        return read_bytes(path, max_bytes, advice).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is not UTF-8 text (byte {error.start}); {advice}") from None
+
+
+def read_json(
+    path: str | Path,
+    schema: type[Schema] = dict[str, Any],
+    max_bytes: int = MAX_BYTES,
+    advice: str = "use an intact copy",
+) -> Schema:
+    """Reads a JSON file and checks it against a schema.
+
+    `schema` is a type that msgspec converts to: a `msgspec.Struct`, or for example ``dict[str, int]``.
+
+    Raises:
+      FileError: `read_text` fails, the text is not JSON, a key stands twice in one object, or the content does not fit
+        the schema. The error names the key and its value.
+    """
+    return parse_json(read_text(path, max_bytes, advice), str(path), schema, advice)
+
+
+def parse_json(
+    text: str, source: str, schema: type[Schema] = dict[str, Any], advice: str = "use an intact copy"
+) -> Schema:
+    """Parses JSON text as `read_json` does; `source` names the text in errors."""
+    try:
+        content = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+        raise FileError(f"{source} cannot be read as JSON ({reason}); {advice}") from None
+    return check_json(content, source, schema, advice)
+
+
+def check_json(content: Any, source: str, schema: type[Schema], advice: str = "use an intact copy") -> Schema:
+    """Converts parsed JSON to a schema; raises FileError, which names key and value, if it does not fit."""
+    try:
+        return msgspec.convert(content, schema)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at ")
+        raise FileError(f"{source}: {_value_at(content, place.strip('`$'))}{reason}; {advice}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in content if keys.count(key) > 1)!r:.80} stands twice")
+    return content
+
+
+def _value_at(content: Any, place: str) -> str:
+    """``key[index]=value: `` at a place that msgspec names, such as ``.rope.factors[2]``; "" for the root."""
+    if not place:
+        return ""
+    if "[...]" in place:  # a value of a dict, whose key msgspec does not name
+        return f"{place.removeprefix('.')}: "
+    for key, index in re.findall(r"\.([^.\[]+)|\[(\d+)\]", place):
+        content = content[int(index)] if index else content.get(key) if isinstance(content, dict) else None
+    return f"{place.removeprefix('.')}={json.dumps(content):.80}: "

@@ -23,6 +23,8 @@ FailedSave = Literal["continue", "stop"]
 
 LARGEST = 2**31 - 1
 """the largest integer accepted: indices have 32 bits"""
+MOST_BYTES = 10**15
+"""more than any target holds: a whole v5p pod, 8,960 devices, has 0.85e15 bytes of memory"""
 
 
 def _check(owner: str, config: object, positive: str = "", not_negative: str = "") -> None:
@@ -47,6 +49,14 @@ def _check(owner: str, config: object, positive: str = "", not_negative: str = "
     for name in not_negative.split():
         if getattr(config, name) < 0:
             raise ConfigError(f"{owner}{name}={getattr(config, name)} must not be negative; use 0")
+
+
+def _check_bytes(what: str, nbytes: int, owner: str, config: object, fields: str) -> None:
+    """Raises ConfigError if no target holds so many bytes; `fields` are those that make them, the largest is named."""
+    if nbytes > MOST_BYTES:
+        name = max(fields.split(), key=lambda name: getattr(config, name))
+        too_many = f"{what} of {nbytes:,} bytes, more than any target holds"
+        raise ConfigError(f"{owner}{name}={getattr(config, name)} makes {too_many}; use a smaller {owner}{name}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,8 +119,8 @@ class ModelConfig:
     """standard deviation of initial weights; divided by sqrt(2 L) for projections into the residual stream"""
 
     def __post_init__(self):
-        sizes = "vocab_size d_model num_layers num_heads num_kv_heads head_dim d_ff rope_theta norm_eps init_std"
-        _check("model.", self, positive=sizes)
+        sizes = "vocab_size d_model num_layers num_heads num_kv_heads head_dim d_ff"
+        _check("model.", self, positive=f"{sizes} rope_theta norm_eps init_std")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}; "
@@ -120,6 +130,7 @@ class ModelConfig:
             raise ConfigError(
                 f"model.head_dim={self.head_dim} is odd, RoPE rotates pairs; use model.head_dim={self.head_dim + 1}"
             )
+        _check_bytes("weights in bfloat16", 2 * self.num_params, "model.", self, sizes)
 
     @property
     def num_params(self) -> int:
@@ -318,5 +329,7 @@ class Config:
     def __post_init__(self):
         not_negative = "cpu_devices z_loss seed checkpoint_every keep_every eval_every"
         _check("", self, "steps batch seq_len accumulate keep_checkpoints eval_batches", not_negative)
+        tokens = -(-self.batch // self.accumulate) * self.seq_len
+        _check_bytes("layer inputs in bfloat16", 2 * tokens * self.model.d_model, "", self, "batch seq_len")
         if not self.workdir:
             raise ConfigError("workdir='' is empty; use --workdir runs/default")

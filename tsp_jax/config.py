@@ -23,6 +23,8 @@ FailedSave = Literal["continue", "stop"]
 
 LARGEST = 2**31 - 1
 """the largest integer accepted: indices have 32 bits"""
+FLOAT32 = (2.0**-126, 2.0**128)
+"""the smallest normal number of float32, and the end of its range: what is smaller counts as 0 in a program"""
 MOST_BYTES = 10**15
 """more than any target holds: a whole v5p pod, 8,960 devices, has 0.85e15 bytes of memory"""
 
@@ -38,14 +40,15 @@ def _check(owner: str, config: object, positive: str = "", not_negative: str = "
             raise ConfigError(line)
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise ConfigError(f"{owner}{name}={value} is unknown; use one of {', '.join(get_args(hint))}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{owner}{name}={value} is not finite; use 1.0")
+        if isinstance(value, float) and not abs(value) < FLOAT32[1]:
+            raise ConfigError(f"{owner}{name}={value} is not finite{' in float32' * math.isfinite(value)}; use 1.0")
         if isinstance(value, int) and value > LARGEST:
             raise ConfigError(f"{owner}{name}={value} is too large; use {LARGEST} at most")
     for name in positive.split():
         value = getattr(config, name)
-        if not value > 0:
-            raise ConfigError(f"{owner}{name}={value} must be positive; use {1 if isinstance(value, int) else 1.0}")
+        if not value >= FLOAT32[0]:
+            use = 1 if isinstance(value, int) else 1.0
+            raise ConfigError(f"{owner}{name}={value} must be positive{' in float32' * (value > 0)}; use {use}")
     for name in not_negative.split():
         if getattr(config, name) < 0:
             raise ConfigError(f"{owner}{name}={getattr(config, name)} must not be negative; use 0")

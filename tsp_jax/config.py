@@ -58,7 +58,7 @@ def _check_bytes(what: str, nbytes: int, owner: str, config: object, fields: str
     """Raises ConfigError if no target holds so many bytes; `fields` are those that make them, the largest is named."""
     if nbytes > MOST_BYTES:
         name = max(fields.split(), key=lambda name: getattr(config, name))
-        too_many = f"{what} of {nbytes:,} bytes, more than any target holds"
+        too_many = f"{what} of {nbytes:.2e} bytes, more than any target holds"
         raise ConfigError(f"{owner}{name}={getattr(config, name)} makes {too_many}; use a smaller {owner}{name}")
 
 

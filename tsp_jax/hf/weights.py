@@ -28,7 +28,7 @@ from tsp_jax.hf.tensors import MAX_FILE_BYTES, Shape, Tensors, new_folder, write
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer
 
-__all__ = ["check_folder", "load_params", "read_config", "save_params"]
+__all__ = ["abstract_params", "check_folder", "load_params", "read_config", "save_params"]
 
 NAMES = {
     "embed.table": "model.embed_tokens.weight",
@@ -151,6 +151,15 @@ def _check_divides(config: ModelConfig, placement: Placement) -> None:
             works = max(n for n in range(1, shards) if value % n == 0)
             axes = ",".join(getattr(placement.layout, dim))
             raise ConfigError(f"{field}={value} of these weights is not divisible by {shards} over {axes}; use {works}")
+
+
+def abstract_params(config: ModelConfig, placement: Placement, dtype: jax.typing.DTypeLike) -> dict:
+    """Returns shapes and shardings of what `load_params` returns."""
+
+    def abstract(param: _Param) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(param.stored.shape, dtype, sharding=param.stored.sharding)
+
+    return jax.tree.map(abstract, _param_tree(config, placement))
 
 
 def check_folder(folder: str | Path, config: ModelConfig, placement: Placement) -> Tensors:

@@ -6,6 +6,7 @@ refused here; `tsp_jax.layout.check_fits` refuses a configuration that does not 
 
 import dataclasses
 import math
+import numbers
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from tsp_jax.errors import ConfigError, removal
@@ -25,6 +26,7 @@ LARGEST = 2**31 - 1
 """the largest integer accepted: indices have 32 bits"""
 FLOAT32 = (2.0**-126, 2.0**128)
 """the smallest normal number of float32, and the end of its range: what is smaller counts as 0 in a program"""
+_TYPES = {bool: bool, int: numbers.Integral, float: numbers.Real, str: str}
 MOST_BYTES = 10**15
 """more than any target holds: a whole v5p pod, 8,960 devices, has 0.85e15 bytes of memory"""
 
@@ -40,6 +42,8 @@ def _check(owner: str, config: object, positive: str = "", not_negative: str = "
             raise ConfigError(line)
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise ConfigError(f"{owner}{name}={value} is unknown; use one of {', '.join(get_args(hint))}")
+        if hint in _TYPES and not isinstance(value, _TYPES[hint]):
+            raise ConfigError(f"{owner}{name}={value!r:.80} is a {type(value).__name__}; use a value of {hint.__name__}")
         if isinstance(value, float) and not abs(value) < FLOAT32[1]:
             raise ConfigError(f"{owner}{name}={value} is not finite{' in float32' * math.isfinite(value)}; use 1.0")
         if isinstance(value, int) and value > LARGEST:

@@ -30,9 +30,9 @@ IMPOSSIBLE = {
     "heads": ({"num_heads": 2 * 10**9, "num_kv_heads": 2 * 10**9, "d_model": 10**6}, "model.num_heads=2000000000"),
     "layers": ({"num_layers": 2 * 10**9, "d_model": 4096}, "model.num_layers=2000000000"),
     "beyond 32 bits": ({"num_layers": 2**31}, "model.num_layers=2147483648 is too large"),
-    "text": ({"num_layers": "2"}, "model.num_layers='2' is a str; use a value of int"),
-    "half a layer": ({"num_layers": 1.5}, "model.num_layers=1.5 is a float; use a value of int"),
-    "text for a truth": ({"qk_norm": "false"}, "model.qk_norm='false' is a str; use a value of bool"),
+    "text": ({"num_layers": "2"}, "model.num_layers='2' is a str; use a int"),
+    "half a layer": ({"num_layers": 1.5}, "model.num_layers=1.5 is a float; use a int"),
+    "text for a truth": ({"qk_norm": "false"}, "model.qk_norm='false' is a str; use a bool"),
     "eps that is 0 in float32": ({"norm_eps": 1e-50}, "model.norm_eps=1e-50 must be positive in float32"),
     "theta beyond float32": ({"rope_theta": 1e39}, r"model.rope_theta=1e\+39 is not finite in float32"),
 }

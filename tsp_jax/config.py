@@ -43,7 +43,7 @@ def _check(owner: str, config: object, positive: str = "", not_negative: str = "
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise ConfigError(f"{owner}{name}={value} is unknown; use one of {', '.join(get_args(hint))}")
         if hint in _TYPES and not isinstance(value, _TYPES[hint]):
-            raise ConfigError(f"{owner}{name}={value!r:.80} is a {type(value).__name__}; use a value of {hint.__name__}")
+            raise ConfigError(f"{owner}{name}={value!r:.80} is a {type(value).__name__}; use a {hint.__name__}")
         if isinstance(value, float) and not abs(value) < FLOAT32[1]:
             raise ConfigError(f"{owner}{name}={value} is not finite{' in float32' * math.isfinite(value)}; use 1.0")
         if isinstance(value, int) and value > LARGEST:

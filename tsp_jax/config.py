@@ -6,6 +6,7 @@ refused here; `tsp_jax.layout.check_fits` refuses a configuration that does not 
 
 import dataclasses
 import math
+import numbers
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from tsp_jax.errors import ConfigError, removal
@@ -23,6 +24,11 @@ FailedSave = Literal["continue", "stop"]
 
 LARGEST = 2**31 - 1
 """the largest integer accepted: indices have 32 bits"""
+FLOAT32 = (2.0**-126, 2.0**128)
+"""the smallest normal number of float32, and the end of its range: what is smaller counts as 0 in a program"""
+_TYPES = {bool: bool, int: numbers.Integral, float: numbers.Real, str: str}
+MOST_BYTES = 10**15
+"""more than any target holds: a whole v5p pod, 8,960 devices, has 0.85e15 bytes of memory"""
 
 
 def _check(owner: str, config: object, positive: str = "", not_negative: str = "") -> None:
@@ -36,17 +42,28 @@ def _check(owner: str, config: object, positive: str = "", not_negative: str = "
             raise ConfigError(line)
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise ConfigError(f"{owner}{name}={value} is unknown; use one of {', '.join(get_args(hint))}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{owner}{name}={value} is not finite; use 1.0")
+        if hint in _TYPES and not isinstance(value, _TYPES[hint]):
+            raise ConfigError(f"{owner}{name}={value!r:.80} is a {type(value).__name__}; use a {hint.__name__}")
+        if isinstance(value, float) and not abs(value) < FLOAT32[1]:
+            raise ConfigError(f"{owner}{name}={value} is not finite{' in float32' * math.isfinite(value)}; use 1.0")
         if isinstance(value, int) and value > LARGEST:
             raise ConfigError(f"{owner}{name}={value} is too large; use {LARGEST} at most")
     for name in positive.split():
         value = getattr(config, name)
-        if not value > 0:
-            raise ConfigError(f"{owner}{name}={value} must be positive; use {1 if isinstance(value, int) else 1.0}")
+        if not value >= FLOAT32[0]:
+            use = 1 if isinstance(value, int) else 1.0
+            raise ConfigError(f"{owner}{name}={value} must be positive{' in float32' * (value > 0)}; use {use}")
     for name in not_negative.split():
         if getattr(config, name) < 0:
             raise ConfigError(f"{owner}{name}={getattr(config, name)} must not be negative; use 0")
+
+
+def _check_bytes(what: str, nbytes: int, owner: str, config: object, fields: str) -> None:
+    """Raises ConfigError if no target holds so many bytes; `fields` are those that make them, the largest is named."""
+    if nbytes > MOST_BYTES:
+        name = max(fields.split(), key=lambda name: getattr(config, name))
+        too_many = f"{what} of {nbytes:.2e} bytes, more than any target holds"
+        raise ConfigError(f"{owner}{name}={getattr(config, name)} makes {too_many}; use a smaller {owner}{name}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,8 +126,8 @@ class ModelConfig:
     """standard deviation of initial weights; divided by sqrt(2 L) for projections into the residual stream"""
 
     def __post_init__(self):
-        sizes = "vocab_size d_model num_layers num_heads num_kv_heads head_dim d_ff rope_theta norm_eps init_std"
-        _check("model.", self, positive=sizes)
+        sizes = "vocab_size d_model num_layers num_heads num_kv_heads head_dim d_ff"
+        _check("model.", self, positive=f"{sizes} rope_theta norm_eps init_std")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}; "
@@ -120,6 +137,7 @@ class ModelConfig:
             raise ConfigError(
                 f"model.head_dim={self.head_dim} is odd, RoPE rotates pairs; use model.head_dim={self.head_dim + 1}"
             )
+        _check_bytes("weights in bfloat16", 2 * self.num_params, "model.", self, sizes)
 
     @property
     def num_params(self) -> int:
@@ -318,5 +336,7 @@ class Config:
     def __post_init__(self):
         not_negative = "cpu_devices z_loss seed checkpoint_every keep_every eval_every"
         _check("", self, "steps batch seq_len accumulate keep_checkpoints eval_batches", not_negative)
+        tokens = -(-self.batch // self.accumulate) * self.seq_len
+        _check_bytes("layer inputs in bfloat16", 2 * tokens * self.model.d_model, "", self, "batch seq_len")
         if not self.workdir:
             raise ConfigError("workdir='' is empty; use --workdir runs/default")

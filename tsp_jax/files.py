@@ -28,29 +28,40 @@ class FileError(ConfigError):
     """A file that cannot be read, or does not hold what it should: path, reason and advice in one line."""
 
 
+def check_regular(path: str | Path, advice: str = "use an intact copy") -> None:
+    """Raises FileError unless a path names a regular file; for files that another library opens."""
+    os.close(_open(path, advice))
+
+
 def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES, advice: str = "use an intact copy") -> bytes:
     """Reads a regular file whole. Never waits for a FIFO or device, never reads more than `max_bytes`.
 
     Raises:
       FileError: there is no such file, or it is not a regular file, too large, or not readable; ends with `advice`.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        regular, content = stat.S_ISREG(os.fstat(descriptor).st_mode), b""
-        if regular:
-            with os.fdopen(descriptor, "rb") as file:
-                content = file.read(max_bytes + 1)
-        else:
-            os.close(descriptor)
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileError(f"{path} does not exist; {advice}") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise FileError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {advice}") from None
-    if not regular:
-        raise FileError(f"{path} is not a regular file; {advice}")
+    with os.fdopen(_open(path, advice), "rb") as file:
+        try:
+            content = file.read(max_bytes + 1)
+        except OSError as error:
+            raise FileError(f"{path} cannot be read ({error.strerror}); {advice}") from None
     if len(content) > max_bytes:
         raise FileError(f"{path} has more than {max_bytes:,} bytes; {advice}")
     return content
+
+
+def _open(path: str | Path, advice: str) -> int:
+    """Opens a regular file and returns its descriptor."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileError(f"{path} does not exist; {advice}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"{path} cannot be read ({reason}); {advice}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileError(f"{path} is not a regular file; {advice}")
+    return descriptor
 
 
 def read_text(path: str | Path, max_bytes: int = MAX_BYTES, advice: str = "use an intact copy") -> str:

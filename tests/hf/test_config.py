@@ -1,50 +1,248 @@
-"""config.json: both spellings of RoPE, and models that are not supported."""
+"""config.json: what its keys mean, alone and together, and what is refused."""
 
+import dataclasses
 import json
+import os
 
+import msgspec
+import numpy as np
 import pytest
 
-from tests.builders.folders import SCALED
+from tests.builders.arrays import place_case
+from tests.builders.folders import LLAMA, SCALED
 from tsp_jax.config import RopeScaling
 from tsp_jax.errors import ConfigError
+from tsp_jax.hf import config as hf_config
 from tsp_jax.hf import weights as hf
-from tsp_jax.hf.config import config_json
+from tsp_jax.hf.config import config_json, read_dtype
+from tsp_jax.ops.rope import frequencies
 
 ABSENT = "absent"
-BAD_CONFIGS = {
-    "architecture": ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
-    "no architecture": ({"architectures": None}, ["architectures=null"]),
-    "bias": ({"attention_bias": True}, ["attention_bias=true"]),
-    "quantized": ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
-    "window": ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, ["sliding_window=4096"]),
-    "window by default": (
-        {"architectures": ["MistralForCausalLM"], "sliding_window": ABSENT},
-        ["sliding_window is missing"],
+MODEL = dataclasses.replace(LLAMA, d_model=32)  # transformers demands that the heads of a Llama divide its width
+MISTRAL, QWEN3 = ({"architectures": None, "model_type": family} for family in ("mistral", "qwen3"))
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+LINEAR_4 = RopeScaling(kind="linear", factor=4.0)
+FACTORS = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CONTEXT = "original_max_position_embeddings"
+
+READ = {
+    "rope_scaling before rope_parameters": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": LINEAR, "rope_theta": ABSENT},
+        {"rope_scaling": LINEAR_4, "rope_theta": 10_000.0},
     ),
+    "theta beside both": (
+        {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": LINEAR, "rope_theta": 5e5},
+        {"rope_scaling": LINEAR_4, "rope_theta": 5e5},
+    ),
+    "theta inside before theta beside": (
+        {"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 5e5},
+        {"rope_theta": 1e6},
+    ),
+    "rope_type before type": ({"rope_scaling": {"type": "dynamic", **LINEAR}}, {"rope_scaling": LINEAR_4}),
+    "type": ({"rope_scaling": {"type": "linear", "factor": 4}}, {"rope_scaling": LINEAR_4}),
+    "empty rope_scaling": ({"rope_scaling": {}, "rope_parameters": LINEAR}, {"rope_scaling": LINEAR_4}),
+    "context of max_position_embeddings": (
+        {"rope_scaling": FACTORS, "max_position_embeddings": 64},
+        {"rope_scaling": RopeScaling(kind="llama3", factor=8.0, original_context=64)},
+    ),
+    "context by default": (
+        {"rope_scaling": FACTORS, "max_position_embeddings": ABSENT},
+        {"rope_scaling": RopeScaling(kind="llama3", factor=8.0, original_context=2048)},
+    ),
+    "context beside before context inside": (
+        {"rope_scaling": {**FACTORS, CONTEXT: 64}, CONTEXT: 32},
+        {"rope_scaling": RopeScaling(kind="llama3", factor=8.0, original_context=32)},
+    ),
+    "eps by default": ({"rms_norm_eps": ABSENT}, {"norm_eps": 1e-6}),
+    "sizes by default": (
+        {"vocab_size": ABSENT, "intermediate_size": ABSENT, "hidden_size": ABSENT, "head_dim": ABSENT},
+        {"vocab_size": 32_000, "d_ff": 11_008, "d_model": 4096, "head_dim": 512},
+    ),
+    "heads by default": ({"num_key_value_heads": ABSENT}, {"num_kv_heads": 8}),
+    "heads by default of mistral": (
+        {**MISTRAL, "num_key_value_heads": ABSENT, "num_attention_heads": 16},
+        {"num_heads": 16, "num_kv_heads": 8},
+    ),
+    "heads null": ({**MISTRAL, "num_key_value_heads": None}, {"num_kv_heads": 8}),
+    "width of heads of qwen3": ({**QWEN3, "head_dim": ABSENT}, {"head_dim": 128, "qk_norm": True}),
+    "width of heads that do not divide": (
+        {**MISTRAL, "head_dim": ABSENT, "hidden_size": 52},
+        {"d_model": 52, "head_dim": 6},
+    ),
+    "no window before max_window_layers": (
+        {**QWEN3, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+        {"qk_norm": True},
+    ),
+    "no window without use_sliding_window": ({**QWEN3, "sliding_window": ABSENT}, {"qk_norm": True}),
+    "layer types": ({"layer_types": ["full_attention", "attention"]}, {}),
+    "model_type before architectures": ({**QWEN3, "architectures": ["LlamaForCausalLM"]}, {"qk_norm": True}),
+    "no model_type": ({"model_type": ABSENT}, {}),
+    "no architectures": ({"architectures": None}, {}),
+    "tanh by another name": ({"hidden_act": "gelu_new"}, {"activation": "gelu"}),
+    "unknown keys": ({"final_logit_softcapping": 30.0, "attention_dropout": 0.1, "auto_map": {"a": "b"}}, {}),
+}
+"""changes of MODEL's config.json, changes of MODEL"""
+REFUSED = {
+    "architecture": ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
+    "no family": ({"architectures": None, "model_type": ABSENT}, ["model_type=null", "use llama, mistral, qwen3"]),
+    "other family": ({"model_type": "gemma"}, ['model_type="gemma"']),
+    "family of a wrong type": ({"model_type": ["llama"]}, ['model_type=["llama"]']),
+    "window of mistral with Llama's name": ({"model_type": "mistral", "sliding_window": 8}, ["sliding_window=8"]),
+    "bias": ({"attention_bias": True}, ["attention_bias=true"]),
+    "bias of the MLP": ({"mlp_bias": 1}, ["mlp_bias=1"]),
+    "quantized": ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+    "not causal": ({"is_causal": False}, ["is_causal=false"]),
+    "layers of several kinds": ({"per_layer_config": {"0": {"intermediate_size": 8}}}, ["per_layer_config"]),
+    "window": ({**MISTRAL, "sliding_window": 4096}, ["sliding_window=4096 is"]),
+    "window by default": ({**MISTRAL, "sliding_window": ABSENT}, ["sliding_window=4096 (mistral's default)"]),
+    "window of llama": ({"sliding_window": 8}, ["sliding_window=8"]),
     "window of some layers": ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types"]),
+    "window after max_window_layers": (
+        {**QWEN3, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        ["sliding_window=8"],
+    ),
+    "layer types of other layers": ({"layer_types": ["full_attention"]}, ["layer_types", "2 layers"]),
+    "layer types a number": ({"layer_types": 5}, ["layer_types=5", "`array | null`"]),
     "rope": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ['rope_type="yarn"', "llama3"]),
+    "rope beside rope_parameters": ({"rope_parameters": {}, "rope_scaling": {"type": "dynamic"}}, ['"dynamic"']),
     "rope without factor": ({"rope_scaling": {"rope_type": "linear"}}, ["factor is missing"]),
     "rope by layer": ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ["rope=", "one RoPE"]),
+    "rope a list": ({"rope_scaling": ["linear"]}, ["rope_scaling", "`object | null`"]),
+    "text for a factor": ({"rope_scaling": {**LINEAR, "factor": "4"}}, ['factor="4"']),
+    "theta null": ({"rope_theta": None}, ["rope_theta=null"]),
     "part of a head rotated": ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
     "activation": ({"hidden_act": "relu"}, ["hidden_act=relu", "silu"]),
-    "missing size": ({"hidden_size": None}, ["hidden_size is missing"]),
+    "activation of a wrong type": ({"hidden_act": []}, ["hidden_act=[]"]),
+    "missing size": ({"hidden_size": None}, ["hidden_size=null"]),
     "text for a size": ({"hidden_size": "28"}, ['hidden_size="28"']),
+    "text for a truth": ({"tie_word_embeddings": "false"}, ['tie_word_embeddings="false"']),
     "half a layer": ({"num_hidden_layers": 1.5}, ["num_hidden_layers=1.5"]),
+    "no heads": ({"num_attention_heads": 0}, ["num_attention_heads=0"]),
     "heads": ({"num_attention_heads": 7}, ["model.num_heads=7", "model.num_heads=8"]),
+    "heads narrower than one": ({"num_attention_heads": 64, "head_dim": None}, ["head_dim=0"]),
+    "size beyond int64": ({"hidden_size": 10**400}, ["hidden_size=1000"]),
+    "size beyond any target": (
+        {"vocab_size": 2 * 10**9, "hidden_size": 2 * 10**9},
+        ["bytes", "use a smaller model.vocab_size"],
+    ),
+    "layers beyond any target": (
+        {"num_hidden_layers": 2 * 10**9, "hidden_size": 10**6},
+        ["bytes", "num_layers=2000000000"],
+    ),
+    "number that is not finite": ({"rms_norm_eps": float("inf")}, ["rms_norm_eps=Infinity"]),
+    "dtype": ({"torch_dtype": "float31"}, ['torch_dtype="float31"', "bfloat16"]),
+    "dtype a number": ({"torch_dtype": 5}, ["torch_dtype=5"]),
 }
 
 
-@pytest.mark.parametrize("case", BAD_CONFIGS)
-def test_unsupported_models_are_refused(case, folder):
-    change, words = BAD_CONFIGS[case]
+def write_config(folder, changes: dict):
+    """Writes MODEL's config.json, changed; returns its path."""
     path = folder / "config.json"
-    raw = json.loads(path.read_text()) | change
+    raw = config_json(MODEL, "float32") | changes
     path.write_text(json.dumps({key: value for key, value in raw.items() if value != ABSENT}))
+    return path
+
+
+@pytest.mark.parametrize("case", READ)
+def test_keys_are_read_as_by_transformers(case, tmp_path):
+    changes, desired = READ[case]
+    write_config(tmp_path, changes)
+    assert hf.read_config(tmp_path) == dataclasses.replace(MODEL, **desired)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_unsupported_models_are_refused(case, tmp_path):
+    changes, words = REFUSED[case]
+    path = write_config(tmp_path, changes)
     with pytest.raises(ConfigError) as refused:
-        hf.read_config(folder)
+        hf.read_config(tmp_path)
     assert "\n" not in str(refused.value)
     for word in (str(path), *words):
         assert word in str(refused.value)
+
+
+OURS_ALONE = ("no model_type", "heads null")
+"""what transformers refuses, though it has one meaning"""
+
+
+@pytest.mark.index
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("case", [case for case in READ if case not in OURS_ALONE])
+def test_transformers_reads_the_same(case, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    write_config(tmp_path, READ[case][0])
+    ours, theirs = hf.read_config(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(theirs)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert shapes == dict(hf._shapes(hf._param_tree(ours, place_case("single"))))
+    rope = type(model.model.rotary_emb)(theirs)
+    assert rope.attention_scaling == 1.0
+    desired = rope.inv_freq.numpy()
+    np.testing.assert_allclose(frequencies(ours.head_dim, ours.rope_theta, ours.rope_scaling), desired, rtol=1e-5)
+    assert {layer.input_layernorm.variance_epsilon for layer in model.model.layers} == {ours.norm_eps}
+    assert {getattr(layer.self_attn, "sliding_window", None) for layer in model.model.layers} == {None}
+    assert model.config.hidden_act in ("silu", "gelu_new")
+    assert ours.activation == ("silu" if model.config.hidden_act == "silu" else "gelu")
+
+
+@pytest.mark.index
+def test_every_key_of_transformers_classes_is_decided():
+    """A key of a newer release is decided before it is supported."""
+    transformers = pytest.importorskip("transformers")
+    read = {field.name for field in msgspec.structs.fields(hf_config._Keys)} | {"architectures"}
+    for family, defaults in hf_config.DEFAULTS.items():
+        theirs = transformers.AutoConfig.for_model(family)
+        keys = {field.name for field in dataclasses.fields(theirs)}
+        assert keys - read - set(hf_config.REFUSED) - set(hf_config.IGNORED) == set()
+        fields = {field.name: field.default for field in dataclasses.fields(theirs)}
+        assert {key: fields.get(key) for key in defaults} == defaults
+        shared = {
+            f.name: f.default for f in msgspec.structs.fields(hf_config._Keys) if f.name in fields and not f.required
+        }
+        shared.pop("use_sliding_window", None)  # null here: not said, which mistral takes as true
+        assert {key: fields[key] for key in shared} == shared
+
+
+TEXTS = {
+    "a key twice": ('{"hidden_size": 8, "hidden_size": 16}', "'hidden_size' stands twice"),
+    "nested without end": ("[" * 100_000, "nested too deeply"),
+    "a list": ("[]", "Expected `object`"),
+    "no JSON": ("version https://git-lfs", "JSON"),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_what_is_no_config_is_refused(case, tmp_path):
+    text, words = TEXTS[case]
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        hf.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()],
+    ids=["FIFO", "zero", "dir"],
+)
+def test_what_is_no_regular_file_is_refused(make, tmp_path):
+    make(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=r"config\.json is not a regular file"):
+        hf.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "desired"),
+    [
+        ({"torch_dtype": "float32"}, "float32"),
+        ({"torch_dtype": "float16"}, "bfloat16"),
+        ({"torch_dtype": ABSENT}, "bfloat16"),
+        ({"torch_dtype": "float32", "dtype": "bfloat16"}, "bfloat16"),
+    ],
+)
+def test_the_newer_name_of_dtype_comes_first(changes, desired, tmp_path):
+    write_config(tmp_path, changes)
+    assert read_dtype(tmp_path) == desired
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Needs the extra `hf-test` (torch for CPUs is enough), and the last tests download 93 MB from the package index.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -125,6 +126,19 @@ def test_logits_equal_those_of_transformers(case, transformers, tmp_path, record
     hf.save_params(tmp_path / "ours", ours.params, ours.config, ours.placement, max_file_bytes=100_000)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert relative_error(their_logits(again, tokens), desired) == 0.0
+
+
+def test_logits_are_equal_where_two_keys_say_one_thing(transformers, tmp_path):
+    """A scaling that was added beside `rope_parameters`, to lengthen a model."""
+    random_model(transformers, "Llama", {}).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    raw["rope_scaling"] = {"rope_type": "linear", "factor": 4.0}
+    raw.pop("rope_theta", None)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (2, SEQ_LEN))
+    desired = their_logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), tokens)
+    assert relative_error(Ours(tmp_path, place_case("tsp4")).logits(tokens), desired) <= LOGITS_TOLERANCE
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import os
+import re
+import resource
 from pathlib import Path
 
 import chex
@@ -109,7 +112,7 @@ def test_each_device_reads_its_own_slice(model, layout, tmp_path, monkeypatch):
     most, whole = {}, {name: tensor.size for name, tensor in load_file(folder / SINGLE).items()}
     for param in jax.tree.leaves(hf._param_tree(config, placement)):
         slice_of_a_layer = param.stored.sharding.shard_shape(param.stored.shape)[param.stacked :]
-        most |= dict.fromkeys(param.names, math.prod(slice_of_a_layer))
+        most |= dict.fromkeys(param.names(), math.prod(slice_of_a_layer))
     assert [name for name, size in reads if size > most[name]] == []
     copies = {name: placement.size("heads") if "norm" in name else 1 for name in whole}
     assert {name: size * copies[name] for name, size in whole.items()} == {
@@ -140,8 +143,26 @@ def _truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
 
 
+def _replace(path: Path, make) -> None:
+    path.unlink()
+    make(path)
+
+
+def _link_zero(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
 def _unlisted(content):
-    return {"weight_map": {k: v for k, v in content["weight_map"].items() if k != "model.norm.weight"}}
+    return {"weight_map": {k: v for k, v in content["weight_map"].items() if k != NORM}}
+
+
+NORM = "model.norm.weight"
+
+
+def _without_norm(folder: Path) -> None:
+    path = folder / json.loads((folder / INDEX).read_text())["weight_map"][NORM]
+    save_file({name: tensor for name, tensor in load_file(path).items() if name != NORM}, path)
+    _index(_unlisted)(folder)
 
 
 Q_BIAS = "model.layers.0.self_attn.q_proj.bias"
@@ -152,9 +173,19 @@ BAD_FOLDERS = {
     "a file cut short": (_truncate, ["not an intact safetensors file", "-of-"]),
     "a file of something else": (lambda f: max(f.glob("*.safetensors")).write_text("<html>"), ["not an intact"]),
     "index broken": (lambda f: (f / INDEX).write_text("{"), [INDEX, "JSON"]),
-    "index empty": (_index(lambda content: {}), [INDEX, "no weight_map"]),
+    "index empty": (_index(lambda content: {}), [INDEX, "weight_map"]),
+    "index a list": (_index(lambda content: [1]), [INDEX, "Expected `object`"]),
+    "index without tensors": (_index(lambda content: {"weight_map": {}}), [INDEX, "weight_map={}"]),
+    "number for a file": (_index(lambda content: {"weight_map": {"a": 1}}), [INDEX, "weight_map", "`int`"]),
+    "name too long": (_index(lambda content: {"weight_map": {"a": "x" * 5000}}), [INDEX, "no file of the folder"]),
+    "file of two lines": (_index(lambda content: {"weight_map": {"a": "x\ny"}}), [INDEX, "no file of the folder"]),
+    "parent folder": (_index(lambda content: {"weight_map": {"a": ".."}}), [INDEX, "no file of the folder"]),
+    "index is a FIFO": (lambda f: _replace(f / INDEX, os.mkfifo), [INDEX, "not a regular file"]),
+    "file is a FIFO": (lambda f: _replace(max(f.glob("*.safetensors")), os.mkfifo), ["-of-", "not a regular file"]),
+    "file is a device": (lambda f: _replace(max(f.glob("*.safetensors")), _link_zero), ["not a regular file"]),
+    "file is a folder": (lambda f: (f / SINGLE).mkdir(), [SINGLE, "not a regular file"]),
     "index leaves the folder": (_index(lambda content: {"weight_map": {"a": "../a"}}), [INDEX, "../a"]),
-    "tensor not in the index": (_index(_unlisted), ["no tensor model.norm.weight"]),
+    "tensor in neither": (_without_norm, ["no tensor model.norm.weight"]),
     "tensor not in its file": (_tensors(lambda t, name: {k: v for k, v in t.items() if k != name}), ["lacks", O_PROJ]),
     "shape": (_tensors(lambda t, name: t | {name: t[name].T.copy()}), [O_PROJ, "[96, 28]", "[28, 96]"]),
     "dtype": (_tensors(lambda t, name: t | {name: t[name].astype(np.int8)}), [O_PROJ, "I8", "BF16"]),
@@ -175,6 +206,44 @@ def test_broken_folders_are_refused(case, folder):
     assert "\n" not in str(refused.value)
     for word in (str(folder), *words):
         assert word in str(refused.value)
+
+
+def test_tensors_that_the_index_leaves_out_are_read(folder):
+    _index(_unlisted)(folder)
+    placement = place_case("single")
+    chex.assert_trees_all_equal(hf.load_params(folder, LLAMA, placement), place_params(LLAMA, placement))
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_tied_model_may_hold_its_table_twice_but_no_other_head(other, tmp_path):
+    folder, placement = save_folder(tmp_path / "out", QWEN), place_case("tsp4")
+    tensors = load_file(folder / SINGLE)
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[-1, -1] += other
+    save_file({**tensors, "lm_head.weight": head}, folder / SINGLE)
+    if other:
+        with pytest.raises(ConfigError, match=r"lm_head\.weight is not .* use tie_word_embeddings=false"):
+            hf.load_params(folder, QWEN, placement)
+    else:
+        chex.assert_trees_all_equal(hf.load_params(folder, QWEN, placement), place_params(QWEN, placement))
+
+
+HUGE = {
+    "layers": ({"num_layers": 10**7}, "has no tensor model.layers.2."),
+    "vocabulary": ({"vocab_size": 2 * 10**9}, "[72, 28], the model needs [2000000000, 28]"),
+    "heads": ({"num_heads": 10**8, "num_kv_heads": 10**8, "d_model": 28}, "the model needs"),
+    "width of heads": ({"head_dim": 2 * 10**9}, "the model needs"),
+}
+
+
+@pytest.mark.parametrize("case", HUGE)
+def test_weights_that_contradict_huge_sizes_are_refused_first(case, folder):
+    """Before anything of those sizes is built: names of layers, numbers of rows."""
+    changes, words = HUGE[case]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        hf.load_params(folder, dataclasses.replace(LLAMA, **changes), place_case("tsp8"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
 
 def test_folders_that_are_not_there_are_refused(tmp_path):

@@ -5,6 +5,11 @@ from typing import Any, Literal
 
 from tsp_jax.errors import ConfigError
 
+MOST_CPU_DEVICES = 1024
+"""most virtual CPU devices: each starts threads, and tens of thousands of them end the process"""
+MOST_DEVICES = 16_384
+"""most devices of a target: its topology is made device by device"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hardware:

@@ -17,7 +17,7 @@ from jax.experimental import topologies
 
 from tsp_jax.errors import ConfigError, install_hint
 from tsp_jax.hardware.compiler_options import COMPILER_OPTIONS
-from tsp_jax.hardware.devices import HARDWARE, TPU_TOPOLOGIES, Hardware
+from tsp_jax.hardware.devices import HARDWARE, MOST_CPU_DEVICES, MOST_DEVICES, TPU_TOPOLOGIES, Hardware
 from tsp_jax.hardware.private_jax import hush_absent_plugins, register_rocm_plugin
 from tsp_jax.hardware.rocm_standins import load_rocm_libraries
 
@@ -88,9 +88,12 @@ def parse_target(text: str, attention_efficiency: float = 0.0) -> Target:
     name, _, count = text.partition(":")
     if name not in HARDWARE:
         raise ConfigError(f"target={text} is unknown; use one of {', '.join(f'{known}:8' for known in HARDWARE)}")
-    if not count.isdecimal() or int(count) < 1:
+    if not count.isdecimal() or not count.strip("0"):
         raise ConfigError(f"target={text} does not say how many devices; use {name}:8")
     hardware = HARDWARE[name]
+    most = MOST_CPU_DEVICES if hardware.platform == "cpu" else MOST_DEVICES
+    if len(count) > len(str(most)) or int(count) > most:
+        raise ConfigError(f"target={text:.80} has too many devices; use {name}:{most} at most")
     return Target(hardware.with_attention(attention_efficiency) if attention_efficiency else hardware, int(count))
 
 

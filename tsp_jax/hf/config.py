@@ -1,142 +1,194 @@
-"""`config.json` of a Hugging Face folder: read as a ModelConfig, and written from one."""
+"""`config.json` of a Hugging Face folder: read as a ModelConfig, and written from one.
+
+A folder means what transformers makes of it: `model_type` names the class, whose defaults stand for absent keys. Each
+key of these classes is decided: a field of `_Keys` is read, one of `REFUSED` may only have its plain value, one of
+`IGNORED` does not change what the model computes. Keys that the classes do not have are ignored, as they are there.
+Source: models/{llama,mistral,qwen3}/configuration_*.py and configuration_utils.py of transformers 5.24.
+"""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from tsp_jax.config import Activation, ModelConfig, RopeKind, RopeScaling
+import msgspec
+
+from tsp_jax.config import Activation, DType, ModelConfig
 from tsp_jax.errors import ConfigError
+from tsp_jax.files import Count, Finite, Size, check_json, read_json
+from tsp_jax.hf.rope import read_rope, rope_json
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM")
-ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
+MAX_BYTES = 2**24
+"""most bytes of a config.json"""
+FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+"""model_type -> the class that transformers makes, as `architectures` names it"""
+_SIZES = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        **_SIZES, "vocab_size": 32_000, "intermediate_size": 11_008, "num_key_value_heads": None, "head_dim": None,
+        "max_position_embeddings": 2048, "sliding_window": None,
+    },
+    "mistral": {
+        **_SIZES, "vocab_size": 32_000, "intermediate_size": 14_336, "num_key_value_heads": 8, "head_dim": None,
+        "max_position_embeddings": 131_072, "sliding_window": 4096,
+    },
+    "qwen3": {
+        **_SIZES, "vocab_size": 151_936, "intermediate_size": 22_016, "num_key_value_heads": 32, "head_dim": 128,
+        "max_position_embeddings": 32_768, "sliding_window": 4096,
+    },
+}  # fmt: skip
+"""model_type -> key -> what the family's class takes for an absent key; `_Keys` has those that all families share"""
+REFUSED = {
+    "attention_bias": (False, "without biases"),
+    "mlp_bias": (False, "without biases"),
+    "is_causal": (True, "with causal attention"),
+    "attention_chunk_size": (None, "without chunks of attention"),
+    "per_layer_config": (None, "whose layers are all alike"),
+    "quantization_config": (None, "that is not quantized"),
+    "compression_config": (None, "that is not quantized"),
+}
+"""key that changes the mathematics -> (the only value that is supported, what to use)"""
+IGNORED = {
+    "attention_dropout": "of training alone",
+    "pad_token_id": "its row of the table takes no gradient: of training alone",
+    "pretraining_tp": "splits sums, which are the same up to rounding",
+    "chunk_size_feed_forward": "splits work, not sums",
+    "bos_token_id": "of tokenizers",
+    "eos_token_id": "ends a text: tokenizer.read_stop_tokens",
+    **dict.fromkeys(("use_cache", "output_hidden_states", "return_dict"), "of what calls return"),
+    **dict.fromkeys(("is_encoder_decoder", "id2label", "label2id", "problem_type"), "of other heads"),
+    "transformers_version": "of the file",
+}
+"""key of transformers' classes that does not change what the model computes -> why not"""
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu", "swish": "silu",
+    "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "gelu_fast": "gelu", "gelu_python_tanh": "gelu",
+}  # fmt: skip
 """activation in config.json -> ModelConfig.activation, whose gelu is the tanh approximation"""
+DTYPES: dict[str | None, DType] = {
+    "float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16", None: "bfloat16",
+}  # fmt: skip
+"""dtype in config.json -> ours, if it is to be chosen"""
+FULL_ATTENTION = {"full_attention", "attention"}
+"""layer types without a window; transformers reads the second as the first"""
 SIZES = {
     "vocab_size": "vocab_size", "d_model": "hidden_size", "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads", "d_ff": "intermediate_size",
 }  # fmt: skip
-"""field of ModelConfig -> key of config.json that every folder has"""
-LLAMA3_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
-LLAMA3_CONTEXT = "original_max_position_embeddings"
+"""field of ModelConfig -> key of config.json, for those that correspond one to one"""
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 """keys of config.json without a field in ModelConfig, which an export copies from the source folder"""
 
 
-class _Json:
-    """The JSON object of a file; its values are checked when they are read."""
+class _Keys(msgspec.Struct):
+    """The keys of config.json that are read, and their types."""
 
-    def __init__(self, path: Path, raw: Mapping[str, Any]):
-        self.path, self.raw = path, raw
-
-    def number(self, key: str, kind: type, default: Any = None) -> Any:
-        value = self.raw.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise ConfigError(f"{self.path}: {key} is missing; use a complete config.json")
-        if type(value) not in (int, float) or not math.isfinite(value) or kind(value) != value:
-            raise ConfigError(
-                f"{self.path}: {key}={json.dumps(value):.80} is not a valid {kind.__name__}; use {kind(1)}"
-            )
-        return kind(value)
-
-    def refuse(self, key: str, reason: str) -> None:
-        if self.raw.get(key):
-            text = json.dumps(self.raw[key])
-            raise ConfigError(f"{self.path}: {key}={text:.80} is not supported; use a model {reason}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a file that holds a JSON object; raises ConfigError if it is missing or broken."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{path} does not exist; use a Hugging Face folder that holds it") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON ({error}); use an intact copy") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds no JSON object; use an intact copy")
-    return raw
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size | None
+    """null: as many as num_attention_heads"""
+    head_dim: Size | None
+    """null: hidden_size // num_attention_heads"""
+    max_position_embeddings: Size
+    sliding_window: Count | None
+    use_sliding_window: bool | None = None
+    max_window_layers: Count = 28
+    layer_types: list[str] | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: Finite = 1e-6
+    initializer_range: Finite = 0.02
+    tie_word_embeddings: bool = False
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+    """the older name of `dtype`, which is taken if both are there"""
 
 
 def read_config(folder: str | Path) -> ModelConfig:
     """Reads `config.json`; raises ConfigError if it is missing or broken, or the model is not supported."""
-    path = Path(folder) / "config.json"
-    source = _Json(path, read_json(path))
-    architecture = _architecture(source)
-    _refuse_options(source, architecture)
-    sizes = {field: source.number(key, int) for field, key in SIZES.items()}
-    rope = _rope(source)
-    qwen, llama = architecture == "Qwen3ForCausalLM", architecture == "LlamaForCausalLM"
-    head_dim = None if qwen or sizes["d_model"] % sizes["num_heads"] else sizes["d_model"] // sizes["num_heads"]
+    path, raw, family = _read(folder)
+    keys = check_json(DEFAULTS[family] | raw, str(path), _Keys)
+    _refuse(path, raw)
+    _refuse_windows(path, raw, family, keys)
+    _read_dtype(path, keys)
+    if keys.hidden_act not in ACTIVATIONS:
+        value = f"hidden_act={keys.hidden_act[:80]}"
+        raise ConfigError(f"{path}: {value} is not supported; use {', '.join(ACTIVATIONS)}")
     try:
+        theta, scaling = read_rope(str(path), raw, keys.max_position_embeddings)
         return ModelConfig(
-            **sizes,
-            num_kv_heads=source.number("num_key_value_heads", int, sizes["num_heads"] if llama else None),
-            head_dim=source.number("head_dim", int, head_dim),
-            activation=_activation(source),
-            qk_norm=qwen,
-            tie_embeddings=bool(source.raw.get("tie_word_embeddings", False)),
-            rope_theta=rope.number("rope_theta", float, 10_000.0),
-            rope_scaling=_rope_scaling(rope),
-            norm_eps=source.number("rms_norm_eps", float),
-            init_std=source.number("initializer_range", float, 0.02),
+            **{field: getattr(keys, key) for field, key in SIZES.items()},
+            num_kv_heads=keys.num_key_value_heads or keys.num_attention_heads,
+            head_dim=keys.head_dim or keys.hidden_size // keys.num_attention_heads,
+            activation=ACTIVATIONS[keys.hidden_act],
+            qk_norm=family == "qwen3",
+            tie_embeddings=keys.tie_word_embeddings,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            norm_eps=keys.rms_norm_eps,
+            init_std=keys.initializer_range,
         )
     except ConfigError as error:
         raise error if str(path) in str(error) else ConfigError(f"{path}: {error}") from None
 
 
-def _architecture(source: _Json) -> str:
-    names = source.raw.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
+def read_dtype(folder: str | Path) -> DType:
+    """Returns float32 if `config.json` says that the weights are, else bfloat16."""
+    path, raw, family = _read(folder)
+    return _read_dtype(path, check_json(DEFAULTS[family] | raw, str(path), _Keys))
+
+
+def _read(folder: str | Path) -> tuple[Path, dict[str, Any], str]:
+    """(path of config.json, its content, its model_type)."""
+    path = Path(folder) / "config.json"
+    raw = read_json(path, max_bytes=MAX_BYTES, advice="use a Hugging Face folder with an intact one")
+    known = {name: family for family, name in FAMILIES.items()}
+    names, family = raw.get("architectures"), raw.get("model_type")
+    if names is not None and not (isinstance(names, list) and len(names) == 1 and names[0] in FAMILIES.values()):
+        value = f"architectures={json.dumps(names):.80}"
+        raise ConfigError(f"{path}: {value} is not supported; use {', '.join(known)}")
+    family = known[names[0]] if family is None and names else family
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ConfigError(f"{path}: model_type={json.dumps(family):.80} is not supported; use {', '.join(FAMILIES)}")
+    return path, raw, family
+
+
+def _refuse(path: Path, raw: Mapping[str, Any]) -> None:
+    for key, (plain, use) in REFUSED.items():
+        if key in raw and raw[key] is not plain and raw[key] not in (None, {}):
+            raise ConfigError(f"{path}: {key}={json.dumps(raw[key]):.80} is not supported; use a model {use}")
+
+
+def _refuse_windows(path: Path, raw: Mapping[str, Any], family: str, keys: _Keys) -> None:
+    types = keys.layer_types
+    if types is not None and (len(types) != keys.num_hidden_layers or set(types) - FULL_ATTENTION):
         raise ConfigError(
-            f"{source.path}: architectures={json.dumps(names):.80} is not supported; use {', '.join(ARCHITECTURES)}"
+            f"{path}: layer_types={json.dumps(types):.80} is not supported; "
+            f"use a model of {keys.num_hidden_layers} layers (num_hidden_layers) that are all full_attention"
         )
-    return names[0]
+    if family == "qwen3":
+        windows = keys.use_sliding_window and types is None and keys.max_window_layers < keys.num_hidden_layers
+    else:
+        windows = family == "mistral" or keys.use_sliding_window is not False
+    if windows and keys.sliding_window is not None:
+        default = "" if "sliding_window" in raw else f" ({family}'s default)"
+        raise ConfigError(
+            f"{path}: sliding_window={keys.sliding_window}{default} is not supported; "
+            "use a model without windows (sliding_window null)"
+        )
 
 
-def _refuse_options(source: _Json, architecture: str) -> None:
-    source.refuse("attention_bias", "without biases")
-    source.refuse("mlp_bias", "without biases")
-    source.refuse("quantization_config", "that is not quantized")
-    mistral = architecture == "MistralForCausalLM"
-    if mistral and "sliding_window" not in source.raw:
-        raise ConfigError(f"{source.path}: sliding_window is missing, which means 4096; use a model without windows")
-    if mistral or source.raw.get("use_sliding_window"):
-        source.refuse("sliding_window", "without windows")
-    if set(source.raw.get("layer_types") or ()) - {"full_attention"}:
-        source.refuse("layer_types", "whose layers are all full_attention")
-
-
-def _activation(source: _Json) -> Activation:
-    name = source.raw.get("hidden_act", "silu")
-    if name not in ACTIVATIONS:
-        raise ConfigError(f"{source.path}: hidden_act={name} is not supported; use {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
-
-
-def _rope(source: _Json) -> _Json:
-    """RoPE options: newer folders keep all of them in `rope_parameters`, older ones some in `rope_scaling`."""
-    rope = source.raw.get("rope_parameters") or source.raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise ConfigError(f"{source.path}: rope={json.dumps(rope):.80} is not supported; use a model with one RoPE")
-    merged = _Json(source.path, {**source.raw, **rope})
-    if merged.number("partial_rotary_factor", float, 1.0) != 1.0:
-        merged.refuse("partial_rotary_factor", "that rotates whole heads")
-    return merged
-
-
-def _rope_scaling(rope: _Json) -> RopeScaling:
-    kind = rope.raw.get("rope_type", rope.raw.get("type", "default"))
-    if kind == "default":
-        return RopeScaling()
-    if kind == "linear":
-        return RopeScaling(kind="linear", factor=rope.number("factor", float))
-    if kind == "llama3":
-        factors = {key: rope.number(key, float) for key in LLAMA3_FACTORS}
-        return RopeScaling(kind="llama3", original_context=rope.number(LLAMA3_CONTEXT, int), **factors)
-    known = ", ".join(("default", *get_args(RopeKind)[1:]))
-    raise ConfigError(f"{rope.path}: rope_type={json.dumps(kind)} is not supported; use {known}")
+def _read_dtype(path: Path, keys: _Keys) -> DType:
+    key = "torch_dtype" if keys.dtype is None else "dtype"
+    name = getattr(keys, key)
+    if name not in DTYPES:
+        known = ", ".join(filter(None, DTYPES))
+        raise ConfigError(f"{path}: {key}={json.dumps(name):.80} is not supported; use {known}")
+    return DTYPES[name]
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -145,12 +197,12 @@ def _rope_scaling(rope: _Json) -> RopeScaling:
 def config_json(config: ModelConfig, dtype: str, carried: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Returns the content of `config.json` for a model, plus those keys of `carried` that are in `CARRIED`."""
     activation = {name: hf_name for hf_name, name in reversed(ACTIVATIONS.items())}[config.activation]
-    family = "Qwen3" if config.qk_norm else "Llama"
-    if family == "Llama" and config.d_model % config.num_heads:
-        family = "Mistral"  # the same model, without transformers' demand that the heads divide the width
+    family = "qwen3" if config.qk_norm else "llama"
+    if family == "llama" and config.d_model % config.num_heads:
+        family = "mistral"  # the same model, without transformers' demand that the heads divide the width
     return {
-        "architectures": [f"{family}ForCausalLM"],
-        "model_type": family.lower(),
+        "architectures": [FAMILIES[family]],
+        "model_type": family,
         **{key: getattr(config, field) for field, key in SIZES.items()},
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
@@ -158,19 +210,9 @@ def config_json(config: ModelConfig, dtype: str, carried: Mapping[str, Any] | No
         "attention_bias": False,
         "sliding_window": None,
         "tie_word_embeddings": config.tie_embeddings,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": _rope_json(config.rope_scaling),
+        **rope_json(config),
         "rms_norm_eps": config.norm_eps,
         "initializer_range": config.init_std,
         "torch_dtype": dtype,
         **{key: carried[key] for key in CARRIED if carried and key in carried},
     }
-
-
-def _rope_json(scaling: RopeScaling) -> dict[str, Any] | None:
-    if scaling.kind == "none":
-        return None
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    factors = {key: getattr(scaling, key) for key in LLAMA3_FACTORS}
-    return {"rope_type": "llama3", **factors, LLAMA3_CONTEXT: scaling.original_context}

@@ -2,21 +2,27 @@
 
 import contextlib
 import json
+import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 
 from tsp_jax.errors import ConfigError, import_optional
-from tsp_jax.hf.config import read_json
+from tsp_jax.files import check_regular, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16")
 """dtypes of weights, as safetensors names them"""
 MAX_FILE_BYTES = 5_000_000_000
+EQUAL_ELEMENTS = 2**24
+"""elements of a tensor that are compared at a time"""
+MAX_NAME = 255
+"""characters of a file's name on common file systems"""
 
 Shape = tuple[int, ...]
 
@@ -24,8 +30,7 @@ Shape = tuple[int, ...]
 def open_file(path: Path) -> Any:
     """Opens a safetensors file and reads its header alone."""
     package = import_optional("safetensors", "hf")
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; use a complete Hugging Face folder")
+    check_regular(path, "use a complete Hugging Face folder")
     try:
         return package.safe_open(path, framework="np")
     except (package.SafetensorError, OSError) as error:
@@ -42,7 +47,7 @@ class Tensors:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         single = self.folder / SINGLE
-        if single.is_file():
+        if os.path.lexists(single):
             self.files = {single: open_file(single)}
             self.paths = dict.fromkeys(self.files[single].keys(), single)
             return
@@ -51,14 +56,20 @@ class Tensors:
         names = {path: set(file.keys()) for path, file in self.files.items()}
         for name, path in self.paths.items():
             if name not in names[path]:
-                raise ConfigError(f"{path} lacks tensor {name}, which {INDEX} places in it; use a complete folder")
+                raise ConfigError(
+                    f"{path} lacks tensor {name!r:.80}, which {INDEX} places in it; use a complete folder"
+                )
+        # transformers reads tensors that the index leaves out, too
+        self.paths = {name: path for path, held in names.items() for name in held} | self.paths
 
-    def check(self, shapes: Mapping[str, Shape], ignored: Callable[[str], bool]) -> None:
+    def check(self, shapes: Iterable[tuple[str, Shape]], ignored: Callable[[str], bool]) -> None:
         """Checks that the folder has these tensors, in these shapes and a float dtype, and no others.
 
-        Raises ConfigError if it does not; further tensors are allowed if `ignored(name)`.
+        Raises ConfigError at the first (name, shape) that it has not; further tensors are allowed if `ignored(name)`.
         """
-        for name, shape in shapes.items():
+        found = set()
+        for name, shape in shapes:
+            found.add(name)
             if name not in self.paths:
                 raise ConfigError(f"{self.folder} has no tensor {name}; use a complete folder of this model")
             tensor, path = self.files[self.paths[name]].get_slice(name), self.paths[name]
@@ -70,23 +81,40 @@ class Tensors:
             if tensor.get_dtype() not in FLOATS:
                 raise ConfigError(f"{path}: tensor {name} is {tensor.get_dtype()}; use weights in {', '.join(FLOATS)}")
         for name, path in self.paths.items():
-            if name not in shapes and not ignored(name):
-                raise ConfigError(f"{path}: tensor {name} has no place in the model; use weights without it")
+            if name not in found and not ignored(name):
+                raise ConfigError(f"{path}: tensor {name!r:.80} has no place in the model; use weights without it")
+
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two matrices have the same shape and values; reads some rows of each at a time."""
+        a, b = (self.files[self.paths[name]].get_slice(name) for name in (first, second))
+        shape = a.get_shape()
+        if shape != b.get_shape() or len(shape) != 2 or {a.get_dtype(), b.get_dtype()} - set(FLOATS):
+            return False
+        step = max(1, EQUAL_ELEMENTS // max(1, shape[1]))
+        rows = (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+        return all(np.array_equal(a[part].astype(np.float32), b[part].astype(np.float32)) for part in rows)
 
     def read(self, name: str, *index: slice) -> np.ndarray:
         """Reads a slice of a tensor, and nothing else, in the dtype of its file."""
         return self.files[self.paths[name]].get_slice(name)[index]
 
 
+class _Index(msgspec.Struct):
+    """What is read of an index."""
+
+    weight_map: Annotated[dict[str, str], msgspec.Meta(min_length=1)]
+    """tensor -> file"""
+
+
 def _weight_map(folder: Path) -> dict[str, Path]:
-    if not (folder / INDEX).is_file():
+    index = folder / INDEX
+    if not os.path.lexists(index):
         raise ConfigError(f"{folder} holds neither {SINGLE} nor {INDEX}; use a Hugging Face folder of safetensors")
-    names = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise ConfigError(f"{folder / INDEX} has no weight_map; use an intact copy")
+    names = read_json(index, _Index).weight_map
     for tensor, name in names.items():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ConfigError(f"{folder / INDEX}: {tensor} is in {name!r}, no file of the folder; use an intact copy")
+        if Path(name).name != name or name == ".." or len(name) > MAX_NAME or not name.isprintable():
+            value = f"{tensor!r:.80} is in {name!r:.80}"
+            raise ConfigError(f"{index}: {value}, no file of the folder; use an intact copy")
     return {tensor: folder / name for tensor, name in names.items()}
 
 

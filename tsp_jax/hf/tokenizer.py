@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tsp_jax.errors import ConfigError, import_optional
-from tsp_jax.hf.config import read_json
+from tsp_jax.files import read_json
 
 
 class Tokenizer:

@@ -6,6 +6,7 @@ Dims: D model, F ffn, H head, L layers, V vocabulary; rows are heads x H, F or V
 """
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -20,13 +21,14 @@ from jax.experimental import multihost_utils
 
 from tsp_jax.config import DType, ModelConfig
 from tsp_jax.errors import ConfigError
+from tsp_jax.files import read_json
 from tsp_jax.heads import HeadPadding, NoPadding, paddings
-from tsp_jax.hf.config import config_json, read_config, read_json
+from tsp_jax.hf.config import config_json, read_config
 from tsp_jax.hf.tensors import MAX_FILE_BYTES, Shape, Tensors, new_folder, write_json, write_tensors
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer
 
-__all__ = ["check_folder", "load_params", "read_config", "save_params"]
+__all__ = ["abstract_params", "check_folder", "load_params", "read_config", "save_params"]
 
 NAMES = {
     "embed.table": "model.embed_tokens.weight",
@@ -61,25 +63,37 @@ class _Param:
 
     stored: jax.ShapeDtypeStruct
     """shape and sharding of the stored array"""
-    names: list[str]
-    """of the tensors"""
+    name: str
+    """of the tensors, with braces for the number of the layer if there is one for each"""
     stacked: bool
     """the first dim of the array is L"""
     transposed: bool
-    rows: np.ndarray
-    """[stored rows]: the logical row of each stored row, or PADDING_ROW"""
+    form: NoPadding | HeadPadding
 
-    @property
+    def names(self, layers: slice = slice(None)) -> Iterator[str]:
+        """Names of the tensors, one by one: a config.json may claim any number of layers."""
+        numbers = range(self.stored.shape[0])[layers] if self.stacked else range(1)
+        return (self.name.format(number) for number in numbers)
+
+    @functools.cached_property
     def shape(self) -> Shape:
         """Shape of each tensor."""
-        logical = (int((self.rows != PADDING_ROW).sum()), *self.stored.shape[1 + self.stacked :])
+        stored = jax.ShapeDtypeStruct(self.stored.shape[self.stacked :], self.stored.dtype)
+        logical = jax.eval_shape(self.form.unpad, stored).shape
         return logical[::-1] if self.transposed else logical
+
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """[stored rows]: the logical row of each stored row, or PADDING_ROW; found by padding the row numbers."""
+        count = self.shape[-1 if self.transposed else 0]
+        numbers = jnp.arange(count, dtype=jnp.int32)[:, None] - PADDING_ROW
+        return np.asarray(self.form.pad(numbers))[:, 0] + PADDING_ROW
 
     def slice(self, tensors: Tensors, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
         """Reads a slice of the stored array, and nothing else."""
         out = np.zeros([len(range(size)[part]) for size, part in zip(self.stored.shape, index, strict=True)], dtype)
         layers, index = (index[0], index[1:]) if self.stacked else (slice(None), index)
-        for name, target in zip(self.names[layers], out if self.stacked else out[None], strict=True):
+        for name, target in zip(self.names(layers), out if self.stacked else out[None], strict=True):
             for start, first, count in _consecutive(self.rows[index[0]]):
                 read = (slice(first, first + count), *index[1:])
                 value = tensors.read(name, *(read[::-1] if self.transposed else read))
@@ -97,7 +111,7 @@ class _Param:
     def tensors(self, array: jax.Array, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (name, tensor), one tensor at a time on the host. All processes must call it: it communicates."""
         real = self.rows != PADDING_ROW
-        for number, name in enumerate(self.names):
+        for number, name in enumerate(self.names()):
             stored = _on_host(array[number] if self.stacked else array)
             logical = np.empty((int(real.sum()), *stored.shape[1:]), dtype)
             logical[self.rows[real]] = stored[real]
@@ -124,18 +138,9 @@ def _param_tree(config: ModelConfig, placement: Placement) -> dict:
 
     def param(path: Any, stored: jax.ShapeDtypeStruct, form: NoPadding | HeadPadding) -> _Param:
         key = ".".join(entry.key for entry in path)
-        stacked = key.startswith("layers.")
-        names = [NAMES[key].format(layer) for layer in range(config.num_layers)] if stacked else [NAMES[key]]
-        return _Param(stored, names, stacked, key in TRANSPOSED, _logical_rows(stored.shape[stacked], form))
+        return _Param(stored, NAMES[key], key.startswith("layers."), key in TRANSPOSED, form)
 
     return jax.tree_util.tree_map_with_path(param, nnx.to_pure_dict(state), paddings(state))
-
-
-def _logical_rows(count: int, form: NoPadding | HeadPadding) -> np.ndarray:
-    """[stored rows]: the logical row of each stored row, or PADDING_ROW; found by padding the row numbers."""
-    logical = jax.eval_shape(form.unpad, jax.ShapeDtypeStruct((count, 1), jnp.int32)).shape[0]
-    numbers = jnp.arange(logical, dtype=jnp.int32)[:, None] - PADDING_ROW
-    return np.asarray(form.pad(numbers))[:, 0] + PADDING_ROW
 
 
 def _check_divides(config: ModelConfig, placement: Placement) -> None:
@@ -148,11 +153,21 @@ def _check_divides(config: ModelConfig, placement: Placement) -> None:
             raise ConfigError(f"{field}={value} of these weights is not divisible by {shards} over {axes}; use {works}")
 
 
+def abstract_params(config: ModelConfig, placement: Placement, dtype: jax.typing.DTypeLike) -> dict:
+    """Returns shapes and shardings of what `load_params` returns."""
+
+    def abstract(param: _Param) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(param.stored.shape, dtype, sharding=param.stored.sharding)
+
+    return jax.tree.map(abstract, _param_tree(config, placement))
+
+
 def check_folder(folder: str | Path, config: ModelConfig, placement: Placement) -> Tensors:
-    """Opens the weights of a model and checks them; reads headers alone.
+    """Opens the weights of a model and checks them; reads headers, and an output head that should be tied.
 
     Raises:
-      ConfigError: a file or tensor is missing, is broken, has another shape, or is not part of the model.
+      ConfigError: a file or tensor is missing, is broken, has another shape, or is not part of the model; or the model
+        is tied and the folder has another output head, which transformers would use.
     """
 
     def ignored(name: str) -> bool:
@@ -160,11 +175,19 @@ def check_folder(folder: str | Path, config: ModelConfig, placement: Placement) 
 
     tensors = Tensors(folder)
     tensors.check(_shapes(_param_tree(config, placement)), ignored)
+    head, table = NAMES["head.table"], NAMES["embed.table"]
+    if config.tie_embeddings and head in tensors.paths and not tensors.equal(head, table):
+        raise ConfigError(
+            f"{tensors.paths[head]}: {head} is not {table}, as tie_word_embeddings=true says; "
+            "use tie_word_embeddings=false in config.json"
+        )
     return tensors
 
 
-def _shapes(params: dict) -> dict[str, Shape]:
-    return {name: param.shape for param in jax.tree.leaves(params) for name in param.names}
+def _shapes(params: dict) -> Iterator[tuple[str, Shape]]:
+    """Yields the name and shape of each tensor."""
+    for param in jax.tree.leaves(params):
+        yield from ((name, param.shape) for name in param.names())
 
 
 def load_params(
@@ -211,7 +234,7 @@ def save_params(
     carried = read_json(Path(source) / "config.json") if source else None
     pairs = list(zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True))
     tensors = (tensor for param, array in pairs for tensor in param.tensors(array, jnp.dtype(dtype)))
-    nbytes = {name: int(np.prod(shape)) * itemsize for name, shape in _shapes(tree).items()}
+    nbytes = {name: int(np.prod(shape)) * itemsize for name, shape in _shapes(tree)}
     with new_folder(folder) if jax.process_index() == 0 else nullcontext() as partial:
         write_tensors(partial, nbytes, tensors, max_file_bytes)
         if partial:

@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
 
 from tsp_jax.config import DType, ModelConfig, StreamConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.hf.config import read_json
+from tsp_jax.hardware.memory import check_room, memory_bytes, shard_bytes
+from tsp_jax.hf.config import read_dtype
 from tsp_jax.hf.tokenizer import Tokenizer, read_stop_tokens
-from tsp_jax.hf.weights import check_folder, load_params, read_config
+from tsp_jax.hf.weights import abstract_params, check_folder, load_params, read_config
 from tsp_jax.inference.program import InferenceProgram, make_inference_program
 from tsp_jax.inference.sampling import Sampling
 from tsp_jax.inference.token_loop import OnToken, Stats, check_prompts, generate_tokens
@@ -89,17 +91,15 @@ def load(
         raise ConfigError(f"dtype={dtype} is unknown; use one of auto, {', '.join(get_args(DType))}")
     config, tokenizer, stop_tokens = read_config(folder), Tokenizer(folder), read_stop_tokens(folder)
     check_folder(folder, config, placement)
-    found: DType = _dtype(folder) if dtype == "auto" else dtype
+    found: DType = read_dtype(folder) if dtype == "auto" else dtype
+    nbytes = shard_bytes(abstract_params(config, placement, jnp.dtype(found)))
+    memory = memory_bytes(jax.local_devices())
+    check_room(f"on each device {folder} in {found}", nbytes, memory, "use more devices that shard weights")
     params = load_params(folder, config, placement, jnp.dtype(found))
     return Model(
         config=config, placement=placement, params=params, dtype=found, stream=stream, tokenizer=tokenizer,
         stop_tokens=stop_tokens,
     )  # fmt: skip
-
-
-def _dtype(folder: str | Path) -> DType:
-    raw = read_json(Path(folder) / "config.json")
-    return "float32" if raw.get("torch_dtype", raw.get("dtype")) == "float32" else "bfloat16"
 
 
 def generate(

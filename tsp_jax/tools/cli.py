@@ -16,6 +16,7 @@ import tyro
 
 from tsp_jax.config import Config
 from tsp_jax.errors import REFUSED, ConfigError, RunStopped, removal
+from tsp_jax.hardware.devices import MOST_CPU_DEVICES
 from tsp_jax.hardware.private_jax import hush_absent_plugins
 from tsp_jax.training.distributed import join_cluster
 from tsp_jax.training.optimizer import Optimizer, check_unused_flags
@@ -202,6 +203,8 @@ def _printable(text: str) -> str:
 
 def use_devices(cpu_devices: int) -> None:
     """Sets up this many virtual CPU devices, unless 0; must run before anything touches a device."""
+    if cpu_devices > MOST_CPU_DEVICES:
+        raise ConfigError(f"cpu_devices={cpu_devices} is too large; use {MOST_CPU_DEVICES} at most")
     if cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", cpu_devices)

@@ -15,6 +15,7 @@ from rich.console import Console
 from tsp_jax.config import Config
 from tsp_jax.errors import BAD_NUMBERS, PREEMPTED, ConfigError, RunStopped, install_hint
 from tsp_jax.hardware.compiler_options import compiler_options
+from tsp_jax.hardware.memory import check_room, host_bytes, memory_bytes, shard_bytes
 from tsp_jax.layout import Placement, check_fits, get_layout, make_mesh, parse_mesh
 from tsp_jax.training.checkpoint import Checkpoints
 from tsp_jax.training.data import Splits, load_splits, prefetch
@@ -55,8 +56,9 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
     check_optimizer(config.optimizer, config.steps, optimizer)
     check_init_from(config, placement)
     splits = load_splits(config, placement.size("sequence"))
-    workdir = _open_workdir(config)
     program = make_program(config, placement, optimizer)
+    _check_room(config, placement, program)
+    workdir = _open_workdir(config)
     checkpoints = Checkpoints(workdir / "checkpoints", program, config, splits.train.digest, report)
     start = checkpoints.newest_undamaged() or 0
     for difference in checkpoints.check(start) if start else []:
@@ -101,6 +103,24 @@ def _place(config: Config) -> Placement:
             f"use a mesh of all {jax.device_count()} devices, or fewer processes"
         )
     return Placement(layout, mesh)
+
+
+def _check_room(config: Config, placement: Placement, program: TrainProgram) -> None:
+    """Raises ConfigError if the state, a layer's input in forward, or prefetched batches exceed the memory."""
+    batch, length = config.batch, config.seq_len
+    layer_input = jax.ShapeDtypeStruct(
+        (batch // config.accumulate, length, config.model.d_model), config.compute_dtype,
+        sharding=placement.sharding("batch", "sequence"),
+    )  # fmt: skip
+    memory, batches = memory_bytes(jax.local_devices()), jax.tree.leaves(program.abstract_batch((1, batch, length)))
+    for what, nbytes, room, advice in (
+        ("on each device the state", shard_bytes(program.abstract_state), memory, "a smaller model, or more devices"),
+        (f"on each device a layer's input of {batch=}, seq_len={length}", shard_bytes(layer_input), memory,
+         f"--batch {config.accumulate} --accumulate {config.accumulate}, a smaller seq_len, or more devices"),
+        (f"on the host data.prefetch={config.data.prefetch}", config.data.prefetch * shard_bytes(batches), host_bytes(),
+         "--data.prefetch 1, or a smaller batch"),
+    ):  # fmt: skip
+        check_room(what, nbytes, room, f"use {advice}")
 
 
 def _describe(placement: Placement) -> str:

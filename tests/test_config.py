@@ -1,0 +1,52 @@
+"""Sizes and numbers of a configuration that no machine holds, or no program, are refused."""
+
+import pytest
+
+from tsp_jax.config import MOST_BYTES, Config, ModelConfig, OptimizerConfig
+from tsp_jax.errors import ConfigError
+from tsp_jax.hardware.devices import HARDWARE
+
+SIZES = {
+    "vocab_size": 288,
+    "d_model": 64,
+    "num_layers": 2,
+    "num_heads": 8,
+    "num_kv_heads": 8,
+    "head_dim": 8,
+    "d_ff": 192,
+}
+
+
+def test_no_target_holds_the_most_bytes():
+    largest = max(
+        hardware.memory_bytes * hardware.node_size for hardware in HARDWARE.values() if hardware.name != "cpu"
+    )
+    assert 0.5 < largest / MOST_BYTES < 1
+
+
+IMPOSSIBLE = {
+    "vocabulary": ({"vocab_size": 2 * 10**9, "d_model": 10**6}, "model.vocab_size=2000000000 makes weights .* bytes"),
+    "width": ({"d_model": 2 * 10**9, "d_ff": 2 * 10**9}, "model.d_model=2000000000 makes weights .* bytes"),
+    "heads": ({"num_heads": 2 * 10**9, "num_kv_heads": 2 * 10**9, "d_model": 10**6}, "model.num_heads=2000000000"),
+    "layers": ({"num_layers": 2 * 10**9, "d_model": 4096}, "model.num_layers=2000000000"),
+    "beyond 32 bits": ({"num_layers": 2**31}, "model.num_layers=2147483648 is too large"),
+    "text": ({"num_layers": "2"}, "model.num_layers='2' is a str; use a int"),
+    "half a layer": ({"num_layers": 1.5}, "model.num_layers=1.5 is a float; use a int"),
+    "text for a truth": ({"qk_norm": "false"}, "model.qk_norm='false' is a str; use a bool"),
+    "eps that is 0 in float32": ({"norm_eps": 1e-50}, "model.norm_eps=1e-50 must be positive in float32"),
+    "theta beyond float32": ({"rope_theta": 1e39}, r"model.rope_theta=1e\+39 is not finite in float32"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_impossible_models_are_refused(case):
+    changes, words = IMPOSSIBLE[case]
+    with pytest.raises(ConfigError, match=words):
+        ModelConfig(**(SIZES | changes))
+
+
+def test_impossible_batches_and_rates_are_refused():
+    with pytest.raises(ConfigError, match=r"batch=2000000000 makes layer inputs .* bytes"):
+        Config(model=ModelConfig(**SIZES), steps=1, batch=2 * 10**9, seq_len=10**6)
+    with pytest.raises(ConfigError, match=r"optimizer.learning_rate=1e\+39 is not finite in float32"):
+        OptimizerConfig(learning_rate=1e39)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -229,7 +230,7 @@ class TrainLoop:
             nll, labels = self.program.evaluate(state.params, batch)
             total, count = total + float(nll), count + float(labels)
             self.watchdog.pet(f"batch {index} of the evaluation at step {step}")
-        loss = total / max(count, 1.0)
+        loss = total / count if count else math.nan
         self.metrics.write({"step": step, "eval_loss": loss})
         self.progress.say(f"step {step}: held-out loss {loss:.4f} nats/token")
         return True

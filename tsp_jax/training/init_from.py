@@ -21,7 +21,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "voc
 
 
 def check_init_from(config: Config, placement: Placement) -> None:
-    """Raises ConfigError if `init_from` has no weights of the configured model, or its tokens are not those of the data.
+    """Raises ConfigError if `init_from` has no weights of the configured model, or its tokens are not the data's.
 
     A run that is resumed needs no weights.
     """

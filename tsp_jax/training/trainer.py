@@ -54,7 +54,7 @@ def train(config: Config, name: str = "run", optimizer: Optimizer = None) -> dic
 
 
 def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals) -> dict:
-    console = Console(quiet=not is_writer(), markup=False)  # nothing from a file is markup
+    console = Console(quiet=not is_writer(), markup=False, emoji=False)  # nothing from a file is markup
     placement = _place(config)
     check_optimizer(config.optimizer, config.steps, optimizer)
     check_init_from(config, placement)

@@ -1,6 +1,7 @@
 """Collectives of real programs of the CPU compiler, and groups of devices in every notation."""
 
 import itertools
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -136,3 +137,24 @@ def test_other_groups(text, axis, size):
     assert inspect.replica_groups("[4,2]<=[2,4]T(1,0)", 8) == [(0, 4), (1, 5), (2, 6), (3, 7)]
     ordered = "mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}"
     assert inspect.replica_groups(ordered, 8) == [(0, 1), (2, 3), (4, 5), (6, 7)]
+
+
+@pytest.mark.parametrize(
+    ("operands", "sizes", "sent"),
+    [
+        ("f32[128,32] %a, f32[128,128] %b, (s32[], s32[]) %i, (s32[], s32[]) %i", "{{16,32}}", 16 * 32),
+        ("f32[128,128] %b, f32[128,128] %b, ((s32[]), (s32[])) %j, ((s32[]), (s32[])) %j", "{{1,8},{2,8}}", 24),
+        ("(f32[128,32], f32[128,128]) %t, f32[128,128] %b, (s32[]) %i, (s32[]) %i", "{{1,8}, {2,8}}", 24),
+    ],
+)
+@pytest.mark.parametrize("phase", ["", "-start"])
+def test_a_permute_in_place_sends_its_slices(operands, sizes, sent, phase):
+    """Not the whole operand."""
+    names = re.findall(r"%\w+", operands)
+    made = dict(zip(names, re.split(r" %\w+(?:, )?", operands), strict=False))
+    lines = [f"  {name} = {shape} parameter({n})" for n, (name, shape) in enumerate(made.items())]
+    shape = "(f32[128,128], f32[128,128])" if phase else "f32[128,128]"
+    pairs = "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}"
+    lines += [f"  ROOT %x = {shape} collective-permute{phase}({', '.join(names)}), {pairs}, slice_sizes={sizes}"]
+    (c,) = inspect.list_collectives(entry("\n".join(lines), header="num_partitions=4"))
+    assert (c.bytes, c.elements) == (4 * sent, sent)

@@ -4,23 +4,40 @@ import math
 import re
 
 from tsp_jax.inspect.instructions import Computation, Instruction
+from tsp_jax.inspect.module import Module, Trips
+from tsp_jax.inspect.scopes import declared_flops
 from tsp_jax.inspect.shapes import Shape, ints, leaves
 
 
 def product_flops(computation: Computation, i: Instruction) -> float:
     """Operations of an instruction that is a matrix product, a multiply-add counting as two; 0 for others."""
-    operands = [leaves(operand.shape) for operand in computation.operands(i)]
-    if len(operands) < 2 or not operands[0] or not operands[1]:
+    operands, results = [leaves(operand.shape) for operand in computation.operands(i)], leaves(i.shape)
+    if len(operands) < 2 or not operands[0] or not operands[1] or not results:
         return 0.0
-    left, right, result = operands[0][0], operands[1][0], leaves(i.shape)[0]
+    left, right, result = operands[0][0], operands[1][0], results[0]
     if i.opcode in ("dot", "scaled-dot", "ragged-dot"):
-        return _product(left, result, i.attributes.get("lhs_contracting_dims", ""))
+        contracting = i.attributes.get("lhs_contracting_dims", "")
+        ragged = set(ints(i.attributes.get("lhs_ragged_dims", ""))) & set(ints(contracting))
+        # Groups divide a ragged contraction between them; the result has a first dim of groups.
+        return _product(left, result, contracting) / (result.dims[0] or 1 if ragged else 1)
     if i.opcode == "custom-call" and re.search("gemm|matmul", i.custom_call_target):
         dims = re.search(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]', i.backend_config)
         return _product(left, result, dims[1]) if dims else 0.0
     if i.opcode == "convolution":
         return _convolution(left, right, result, i.attributes)
     return 0.0
+
+
+def declared_or_product_flops(computation: Computation, i: Instruction) -> float:
+    """Operations of an instruction: those that the program declares for it, else those of a matrix product."""
+    declared = declared_flops(i)
+    return declared.flops if declared else product_flops(computation, i)
+
+
+def total_flops(module: Module, unknown_trips: Trips = 1) -> float:
+    """Operations of matrix products in one execution of a program, scheduled or not, on the arrays in its text."""
+    runs = module.executions(unknown_trips, fusions=True)
+    return sum(times * declared_or_product_flops(c, i) for c, times in runs for i in c.instructions)
 
 
 def _product(left: Shape, result: Shape, contracting: str) -> float:

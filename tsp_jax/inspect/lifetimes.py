@@ -150,14 +150,12 @@ class Walk:
         return results
 
     def _finished(self, computation: Computation, i: Instruction, started: Values) -> Values:
-        start = computation.operands(i)[0]
         self._read(started, i)
         count = len(leaves(i.shape))
-        if i.phase == "update" or len(started) == count or start.base in POINT_TO_POINT:
+        if i.phase == "update" or len(started) == count or i.base in POINT_TO_POINT:
             return started[:count]
-        while start.phase == "update":
-            start = computation.operands(start)[0]
-        skipped = sum(len(leaves(operand.shape)) for operand in computation.operands(start))
+        start = computation.operands(i)[0].shape  # (operands, results, ...); the start itself may be outside a loop
+        skipped = len(leaves(start[0])) if isinstance(start, tuple) else 0
         return started[skipped : skipped + count]
 
     def _made(self, i: Instruction, operands: list[Values], flat: Values) -> Values:

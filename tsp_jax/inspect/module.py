@@ -13,6 +13,9 @@ from tsp_jax.inspect.scopes import declared_trips
 Trips: TypeAlias = float | Callable[[Instruction], float]
 """trip count where neither the text nor the program gives it: a number, or a function of the while instruction"""
 
+UNSCHEDULED = "is_scheduled=true, so the compiler has not finished with it; use the text of compiled.as_text()"
+"""what is missing from a text from before scheduling"""
+
 _COMPILER_COUNT = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
 _MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}
 
@@ -29,6 +32,8 @@ class Module:
     name: str
     entry: Computation
     computations: dict[str, Computation] = dataclasses.field(repr=False)
+    is_scheduled: bool
+    """whether instructions stand in the order in which they run; if not, the compiler has not finished"""
     num_partitions: int
     replica_count: int
     input_output_alias: tuple[tuple[tuple[int, ...], int, tuple[int, ...]], ...]
@@ -38,6 +43,11 @@ class Module:
     def num_devices(self) -> int:
         """Devices that run the program together."""
         return self.num_partitions * self.replica_count
+
+    def check_scheduled(self) -> None:
+        """Raises ConfigError if the text is from before scheduling, and so has neither a peak nor a timeline."""
+        if not self.is_scheduled:
+            raise ConfigError(f"{self.name} has no peak and no timeline: its text lacks {UNSCHEDULED}")
 
     def called(self, instruction: Instruction, *roles: str) -> tuple[Computation, ...]:
         """The computations that an instruction calls in the given roles; an incomplete text raises ConfigError."""

@@ -45,6 +45,7 @@ def parse(text: str | None) -> Module:
         raise _incomplete("the module: it has no ENTRY computation")
     return Module(
         name=header[0].lstrip("%"), entry=entry, computations=computations,
+        is_scheduled=attributes.get("is_scheduled") == "true",
         num_partitions=int(attributes.get("num_partitions", 1)), replica_count=int(attributes.get("replica_count", 1)),
         input_output_alias=parse_aliases(attributes.get("input_output_alias", "")),
     )  # fmt: skip

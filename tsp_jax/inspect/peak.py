@@ -78,7 +78,11 @@ def find_peak(module: Module) -> Peak:
     transient: everything else, gradients included.
 
     The first moment of most bytes counts. If several values share a buffer, the one made last gives its name.
+
+    Raises:
+      ConfigError: the program is not scheduled.
     """
+    module.check_scheduled()
     walk = Walk(module)
     groups = _groups(walk)
     allocations = _allocations(walk, groups)
@@ -90,10 +94,10 @@ def find_peak(module: Module) -> Peak:
         if alive := [group for group in allocation if group.counts(host=False) and group.alive(moment)]:
             found.append(_describe(walk, max(alive, key=lambda group: group.start), loop, group_of))
     found.sort(key=lambda buffer: -buffer.bytes)
-    now = walk.moments[moment]
+    at = walk.moments[moment] if walk.moments else None  # None: the program does nothing
     return Peak(
         bytes=total,
-        at=f"{_label(module, now)[0]} {now.name}".strip(),
+        at=f"{_label(module, at)[0]} {at.name}".strip() if at else "",
         buffers=tuple(found),
         by_kind={k: sum(b.bytes for b in found if b.kind == k) for k in ("state", "residual", "transient")},
         host_bytes=_highest(allocations, walk.now, host=True)[1],

@@ -127,7 +127,6 @@ def test_axes_of_groups_in_every_spelling(axes):
         ("mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'b'}", "?", 2),
         ("mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", "data", 2),
         ("mesh['a'=4,'b'=2], device_ids=(0,4,1,5,2,6,3,7) {'a'}", "tsp", 4),
-        ("a spelling of next year", "?", 1),
     ],
 )
 def test_other_groups(text, axis, size):

@@ -17,7 +17,7 @@ PLAIN = "HloModule m, is_scheduled=true\n\nENTRY %e (x: f32[4]) -> f32[4] {\n  R
 def test_a_program_of_the_cpu_is_not_priced_as_a_gpus(compile_it):
     lowered = jax.jit(lambda x: x @ x).lower(jnp.ones((8, 8)))
     program = lowered.compile() if compile_it else lowered
-    with pytest.raises(ConfigError, match="target=mi300x is of platform rocm, .* compiled for cpu") as error:
+    with pytest.raises(ConfigError, match=r"target=mi300x is of platform rocm, .* compiled for cpu") as error:
         inspect.report(program, target="mi300x")
     assert "\n" not in str(error.value)
     found = inspect.report(program, target="cpu:1")
@@ -30,7 +30,7 @@ def test_a_program_of_the_cpu_is_not_priced_as_a_gpus(compile_it):
     [(CUDA, "v5p", "rocm or cuda"), (ROCM, "cpu", "rocm or cuda"), (TPU, "mi300x", "tpu"), (TPU, "cpu", "tpu")],
 )
 def test_a_text_that_names_another_platform_is_refused(text, target, compiled):
-    with pytest.raises(ConfigError, match=f"target={target} .* compiled for {compiled}"):
+    with pytest.raises(ConfigError, match=rf"target={target} .* compiled for {compiled}"):
         inspect.report(text, target=target)
 
 

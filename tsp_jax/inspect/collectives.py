@@ -14,6 +14,7 @@ arrays or compare `Collective.elements`.
 import dataclasses
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from tsp_jax.errors import ConfigError
@@ -180,11 +181,17 @@ def _is_async(computation: Computation, i: Instruction, wrapper: Instruction | N
 
 def _keeps_a_slice(computation: Computation, i: Instruction) -> bool:
     """Whether an all-reduce is a reduce-scatter: TPU fuses the all-reduce with the slice that this device keeps."""
-    users = [user for user in computation.instructions if i.name in user.operands]
-    return bool(users) and all(
-        user.opcode == "dynamic-slice" or (user.opcode == "bitcast" and _keeps_a_slice(computation, user))
-        for user in users
-    )
+    users: defaultdict[str, list[Instruction]] = defaultdict(list)
+    for user in computation.instructions:
+        for name in user.operands:
+            users[name].append(user)
+    todo = [i.name]
+    while todo:
+        found = users[todo.pop()]
+        if not found or any(user.opcode not in ("dynamic-slice", "bitcast") for user in found):
+            return False
+        todo += [user.name for user in found if user.opcode == "bitcast"]
+    return True
 
 
 def _received(op: str, operand: int, size: int) -> int:

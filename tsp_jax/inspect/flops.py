@@ -3,14 +3,28 @@
 import math
 import re
 
+from tsp_jax.inspect.checks import misfit
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.module import Module, Trips
 from tsp_jax.inspect.scopes import declared_flops
 from tsp_jax.inspect.shapes import Shape, ints, leaves
 
+_WIDEST_WINDOW = 2**20
+
 
 def product_flops(computation: Computation, i: Instruction) -> float:
-    """Operations of an instruction that is a matrix product, a multiply-add counting as two; 0 for others."""
+    """Operations of an instruction that is a matrix product, a multiply-add counting as two; 0 for others.
+
+    Raises:
+      ConfigError: its dimension numbers do not fit its operands.
+    """
+    try:
+        return _product_flops(computation, i)
+    except (IndexError, KeyError, ValueError, ZeroDivisionError):
+        raise misfit(i, "has dimension numbers or a window that do not fit its operands") from None
+
+
+def _product_flops(computation: Computation, i: Instruction) -> float:
     operands, results = [leaves(operand.shape) for operand in computation.operands(i)], leaves(i.shape)
     if len(operands) < 2 or not operands[0] or not operands[1] or not results:
         return 0.0
@@ -63,6 +77,10 @@ def _hits(size: int, window: int, out: int, n: int, sides: dict[str, str]) -> in
         return ints(sides[name].split("x")[n])[0] if name in sides else otherwise
 
     stride, low, spread, gap = side("stride", 1), side("pad", 0), side("lhs_dilate", 1), side("rhs_dilate", 1)
+    if out < window:  # positions of the two enter alike; the loop goes over the fewer
+        out, window, stride, gap = window, out, gap, stride
+    if window > _WIDEST_WINDOW or min(stride, spread, gap) < 1:
+        raise ValueError(window)
     hits, reach = 0, (size - 1) * spread
     period = spread // math.gcd(stride, spread)
     for k in range(window):

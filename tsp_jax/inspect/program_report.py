@@ -158,7 +158,9 @@ def report(
     if hardware:
         check_platform(hardware, platforms_of_text(module) if is_text else platforms_of_devices(_devices(program)))
     scheduled = module.is_scheduled
-    timeline = simulate(module, hardware, unknown_trips=unknown_trips, record=record) if hardware and scheduled else None
+    timeline = (
+        simulate(module, hardware, unknown_trips=unknown_trips, record=record) if hardware and scheduled else None
+    )
     if is_text and timeline and hardware:
         assumptions = *timeline.assumptions, *platform_assumption(module, hardware)
         timeline = dataclasses.replace(timeline, assumptions=assumptions)

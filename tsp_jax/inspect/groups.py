@@ -93,7 +93,7 @@ def axis_of_pairs(pairs: Groups, mesh_axes: Mapping[str, int] | None) -> tuple[s
 def _device_order(text: str | None) -> Sequence[int]:
     """Numbers of the devices at the places of a mesh; empty if they ascend."""
     if text and (iota := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)):
-        return _rows(ints(iota[1]), ints(iota[2] or ""), MOST_DEVICES)[0]
+        return _rows(dims := ints(iota[1]), ints(iota[2] or ""), math.prod(dims))[0]
     return ints(text or "")
 
 
@@ -119,6 +119,8 @@ def _mesh_groups(mesh: str, axes: str) -> Groups:
         before, part = parts.get(name, (1, size))
         inside += [len(dims) + 1] if name in chosen else []
         dims += [before, part, size // (before * part)]
+        if math.prod(dims[-3:]) != size:
+            raise ValueError(size)
     outside = [k for k in range(len(dims)) if k not in inside]
     return _rows(dims, outside + inside, math.prod(dims[k] for k in inside))
 

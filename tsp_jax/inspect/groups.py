@@ -12,24 +12,48 @@ from tsp_jax.inspect.module import Module
 from tsp_jax.inspect.shapes import ints
 
 UNKNOWN_AXIS = "?"
+_OF_WHOLE_REPLICAS = ("all-reduce", "all-gather", "reduce-scatter")
 Groups = list[tuple[int, ...]]
 """device numbers of each group, or (source, target) pairs of a permute"""
 
 
 def groups_of(module: Module, i: Instruction) -> Groups:
-    """Device numbers of each group of a collective; for a permute the (source, target) pairs."""
+    """Device numbers of each group of a collective; for a permute the (source, target) pairs.
+
+    Which numbers a text lists follows from two attributes, by XLA's rules (``GetCollectiveOpGroupMode``): of devices with
+    ``use_global_device_ids``; without ``channel_id`` of replicas; with it of partitions or, if it reduces or gathers, of
+    replicas that take part with all their partitions. Device = replica * partitions + partition.
+    """
+    replicas, partitions = module.replica_count, module.num_partitions
+    channel = "channel_id" in i.attributes
+    whole = channel and i.base in _OF_WHOLE_REPLICAS
+    numbered = partitions if channel and not whole else replicas
+    if i.attributes.get("use_global_device_ids") == "true":
+        numbered = module.num_devices
+    listed = _listed(i, numbered)
+    if numbered == module.num_devices or max(map(max, listed), default=0) >= numbered:
+        return listed
+    if whole:
+        return [tuple(r * partitions + p for r in group for p in range(partitions)) for group in listed]
+    if channel:
+        return [tuple(r * partitions + p for p in group) for r in range(replicas) for group in listed]
+    return [tuple(r * partitions + p for r in group) for p in range(partitions) for group in listed]
+
+
+def _listed(i: Instruction, everyone: int) -> Groups:
+    """The groups of numbers, or the pairs of a permute, as the text lists them."""
     if i.base == "collective-permute":
         return _brace_groups(i.attributes.get("source_target_pairs", ""))
     text = i.attributes.get("replica_groups", "{}")
     if "device_ids" in i.attributes:  # the parser reads the second half of a mesh's groups as an attribute of its own
         text += f", device_ids={i.attributes['device_ids']}"
-    return replica_groups(text, module.num_devices)
+    return replica_groups(text, everyone)
 
 
 def replica_groups(text: str, devices: int) -> Groups:
     """Groups of device numbers from any of HLO's three notations; empty if the text is none of them.
 
-    The notations are ``{{0,1},{2,3}}`` (``{}`` means all devices), ``[groups,size]<=[dims]T(permutation)``, and
+    The notations are ``{{0,1},{2,3}}`` (``{}`` means all of them), ``[groups,size]<=[dims]T(permutation)``, and
     ``mesh['a'=2,'b'=4] {'b'}``. The last may give the order of the devices in the mesh: ``mesh['a'=4,'b'=2],
     device_ids=([2,4]T(1,0)) {'b'}`` or ``device_ids=(1,0,...)``.
     """

@@ -42,7 +42,9 @@ def _calls(i: Instruction, operands: Sequence[ShapeTree]) -> Iterator[tuple[str,
     elif i.base == "conditional":
         branches = i.called.get("branch_computations", ())
         if not branches or len(operands) != len(branches) + 1:
-            raise _misfit(i, f"has {len(branches)} branches and {len(operands)} operands; it needs one more than branches")
+            raise _misfit(
+                i, f"has {len(branches)} branches and {len(operands)} operands; it needs one more than branches"
+            )
         yield from ((name, 1) for name in branches)
     elif i.opcode in ("call", "fusion"):
         yield from ((name, len(operands)) for role in ("calls", "to_apply") for name in i.called.get(role, ()))
@@ -68,8 +70,8 @@ def _check_aliases(module: Module) -> None:
         argument = parameters.get(number)
         if argument is None or not _holds(argument.shape, within) or not _holds(module.entry.root.shape, output):
             raise ConfigError(
-                f"input_output_alias of HLO text lets output {list(output)} reuse {list(within)} of parameter {number}, "
-                f"which {module.entry.name} lacks; pass the complete text"
+                f"input_output_alias lets output {list(output)} reuse {list(within)} of parameter {number}, of which "
+                f"{module.entry.name} lacks one; pass the complete HLO text"
             )
 
 

@@ -20,9 +20,9 @@ Groups = list[tuple[int, ...]]
 def groups_of(module: Module, i: Instruction) -> Groups:
     """Device numbers of each group of a collective; for a permute the (source, target) pairs.
 
-    Which numbers a text lists follows from two attributes, by XLA's rules (``GetCollectiveOpGroupMode``): of devices with
-    ``use_global_device_ids``; without ``channel_id`` of replicas; with it of partitions or, if it reduces or gathers, of
-    replicas that take part with all their partitions. Device = replica * partitions + partition.
+    The text numbers devices with ``use_global_device_ids``; else replicas without ``channel_id``, partitions with it;
+    but in reductions and gathers with it, replicas that take part with all their partitions. These are the rules of
+    XLA's ``GetCollectiveOpGroupMode``; a device is replica * partitions + partition.
     """
     replicas, partitions = module.replica_count, module.num_partitions
     channel = "channel_id" in i.attributes

@@ -185,9 +185,12 @@ class Walk:
             start = sources[0]
         ends = self._leaf_offsets(given)
         arguments = [before[a:b] for a, b in itertools.pairwise(ends)] + operands[1:]
-        if start.called:
-            return self._started(start, i, arguments)
-        return [value for values in arguments for value in values]  # it began in an earlier iteration of a loop
+        # Without a start the call began in an earlier iteration of a loop.
+        values = self._started(start, i, arguments) if start.called else [v for some in arguments for v in some]
+        for early, result in zip(before[ends[-1] :], values[sum(map(len, arguments)) :], strict=False):
+            if early.shape == result.shape:
+                early.unite(result)
+        return values
 
     def _finished(self, computation: Computation, i: Instruction, operands: list[Values]) -> Values:
         started = [value for values in operands for value in values]

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from tests.builders.hlo import BUCKETS, F32, LAYERS, MESH, D, compiled, entry, ring, text_of
 from tsp_jax import inspect
 from tsp_jax.errors import ConfigError
+from tsp_jax.inspect.groups import groups_of
 
 
 def test_counts_and_bytes_of_nested_scans(module):
@@ -117,7 +118,8 @@ def test_axes_of_groups_in_every_spelling(axes):
 @pytest.mark.parametrize(
     ("text", "axis", "size"),
     [
-        ("{}", "data,tsp", 8),
+        ("{}, channel_id=1", "data,tsp", 8),
+        ("{}", "", 1),
         ("[2,4]<=[8]", "tsp", 4),
         ("[4,2]<=[2,4]T(1,0)", "data", 2),
         ("{{0,1},{2,3},{4,5},{6,7}}", "?", 2),
@@ -157,3 +159,36 @@ def test_a_permute_in_place_sends_its_slices(operands, sizes, sent, phase):
     lines += [f"  ROOT %x = {shape} collective-permute{phase}({', '.join(names)}), {pairs}, slice_sizes={sizes}"]
     (c,) = inspect.list_collectives(entry("\n".join(lines), header="num_partitions=4"))
     assert (c.bytes, c.elements) == (4 * sent, sent)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "groups"),
+    [
+        ("replica_groups={{0,1}}", [(0, 3), (1, 4), (2, 5)]),
+        ("replica_groups={}", [(0, 3), (1, 4), (2, 5)]),
+        ("replica_groups={{1},{0}}, channel_id=1", [(3, 4, 5), (0, 1, 2)]),
+        ("replica_groups={}, channel_id=1", [(0, 1, 2, 3, 4, 5)]),
+        ("replica_groups={{0,5},{1,4},{2,3}}, channel_id=1, use_global_device_ids=true", [(0, 5), (1, 4), (2, 3)]),
+        ("replica_groups={}, channel_id=1, use_global_device_ids=true", [(0, 1, 2, 3, 4, 5)]),
+        ("replica_groups={{0,1,2},{3,4,5}}", [(0, 1, 2), (3, 4, 5)]),  # no replica is 5: these are devices
+    ],
+)
+def test_groups_of_two_replicas_of_three_partitions(attributes, groups):
+    line = f"  %p = f32[6]{{0}} parameter(0)\n  ROOT %g = f32[6]{{0}} all-reduce(%p), {attributes}"
+    module = entry(line, "replica_count=2, num_partitions=3")
+    assert groups_of(module, module.entry.root) == groups
+
+
+@pytest.mark.parametrize(
+    ("line", "groups"),
+    [
+        ("all-to-all(%p), channel_id=1, replica_groups={{0,1,2}}", [(0, 1, 2), (3, 4, 5)]),
+        ("collective-permute(%p), channel_id=1, source_target_pairs={{0,1}}", [(0, 1), (3, 4)]),
+        ("collective-permute(%p), source_target_pairs={{0,1}}", [(0, 3), (1, 4), (2, 5)]),
+    ],
+)
+def test_groups_that_list_partitions_or_replicas(line, groups):
+    module = entry(
+        f"  %p = f32[6]{{0}} parameter(0)\n  ROOT %g = f32[6]{{0}} {line}", "replica_count=2, num_partitions=3"
+    )
+    assert groups_of(module, module.entry.root) == groups

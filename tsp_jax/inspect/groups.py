@@ -15,6 +15,7 @@ from tsp_jax.inspect.shapes import ints
 
 UNKNOWN_AXIS = "?"
 MOST_DEVICES = 999_999
+_OF_WHOLE_REPLICAS = ("all-reduce", "all-gather", "reduce-scatter")
 Groups = list[tuple[int, ...]]
 """device numbers of each group, or (source, target) pairs of a permute"""
 
@@ -22,9 +23,31 @@ Groups = list[tuple[int, ...]]
 def groups_of(module: Module, i: Instruction) -> Groups:
     """Device numbers of each group of a collective; for a permute the (source, target) pairs.
 
+    The text numbers devices with ``use_global_device_ids``; else replicas without ``channel_id``, partitions with it;
+    but in reductions and gathers with it, replicas that take part with all their partitions. These are the rules of
+    XLA's ``GetCollectiveOpGroupMode``; a device is replica * partitions + partition.
+
     Raises:
       ConfigError: they are written in none of HLO's notations, or are more than `MOST_DEVICES`.
     """
+    replicas, partitions = module.replica_count, module.num_partitions
+    channel = "channel_id" in i.attributes
+    whole = channel and i.base in _OF_WHOLE_REPLICAS
+    numbered = partitions if channel and not whole else replicas
+    if i.attributes.get("use_global_device_ids") == "true":
+        numbered = module.num_devices
+    listed = _listed(i, numbered)
+    if numbered == module.num_devices or max(map(max, listed), default=0) >= numbered:
+        return listed
+    if whole:
+        return [tuple(r * partitions + p for r in group for p in range(partitions)) for group in listed]
+    if channel:
+        return [tuple(r * partitions + p for p in group) for r in range(replicas) for group in listed]
+    return [tuple(r * partitions + p for r in group) for p in range(partitions) for group in listed]
+
+
+def _listed(i: Instruction, everyone: int) -> Groups:
+    """The groups of numbers, or the pairs of a permute, as the text lists them."""
     if i.base == "collective-permute":
         text = i.attributes.get("source_target_pairs", "")
         pairs = _brace_groups(text)
@@ -35,7 +58,7 @@ def groups_of(module: Module, i: Instruction) -> Groups:
     if "device_ids" in i.attributes:  # the parser reads the second half of a mesh's groups as an attribute of its own
         text += f", device_ids={i.attributes['device_ids']}"
     try:
-        return replica_groups(text, module.num_devices)
+        return replica_groups(text, everyone)
     except (ValueError, IndexError, ZeroDivisionError) as error:
         reason = str(error) if isinstance(error, ConfigError) else "does not add up"
         raise misfit(i, f"has replica_groups={text:.80}, which {reason}") from None
@@ -44,7 +67,7 @@ def groups_of(module: Module, i: Instruction) -> Groups:
 def replica_groups(text: str, devices: int) -> Groups:
     """Groups of device numbers from any of HLO's three notations.
 
-    The notations are ``{{0,1},{2,3}}`` (``{}`` means all devices), ``[groups,size]<=[dims]T(permutation)``, and
+    The notations are ``{{0,1},{2,3}}`` (``{}`` means all of them), ``[groups,size]<=[dims]T(permutation)``, and
     ``mesh['a'=2,'b'=4] {'b'}``. The last may give the order of the devices in the mesh: ``mesh['a'=4,'b'=2],
     device_ids=([2,4]T(1,0)) {'b'}`` or ``device_ids=(1,0,...)``.
 
@@ -98,7 +121,7 @@ def _device_order(text: str | None) -> Sequence[int]:
 
 
 def _brace_groups(text: str) -> Groups:
-    return [ints(group) for group in re.findall(r"\{([\d, ]+)\}", text)]
+    return [ints(group) for group in re.findall(r"\{([\d, ]*\d[\d, ]*)\}", text)]
 
 
 def _rows(dims: Sequence[int], permutation: Sequence[int], size: int) -> Groups:

@@ -7,6 +7,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from tsp_jax.inspect.calls import check_calls
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.module import Module
 from tsp_jax.inspect.opcodes import ALIASES, ELEMENTWISE, IN_PLACE, POINT_TO_POINT
@@ -49,6 +50,7 @@ class Walk:
     """A walk through a program, with every value found. Moment n is when instruction `moments[n]` runs."""
 
     def __init__(self, module: Module):
+        check_calls(module)
         self.module = module
         self.moments: list[Instruction] = []
         self.values: Values = []
@@ -92,7 +94,7 @@ class Walk:
             if i.opcode == "parameter":
                 known[i.name] = arguments[int(i.literal)]
             else:
-                known[i.name] = self._result(computation, i, operands)
+                known[i.name] = self._fitted(i, self._result(computation, i, operands))
                 self.moments.append(i)
         results = known[computation.root.name]
         self._read(results, None)
@@ -114,17 +116,15 @@ class Walk:
         if i.opcode == "tuple":
             return flat
         if i.phase in ("update", "done"):
-            return self._finished(computation, i, flat)
+            return self._finished(computation, i, operands)
         if i.base == "while":
             return self._loop(i, flat)
         if i.base == "conditional":
             return self._branches(i, operands)
+        if i.opcode == "call":
+            return self._visit(self.module.callee(i, "to_apply", "calls"), operands)
         if i.base in ("call", "async"):
-            results = self._visit(self.module.callee(i, "to_apply", "calls"), operands)
-            if i.base == "call":
-                return results
-            contexts = leaves(i.shape)[len(flat) + len(results) :]
-            return [*flat, *results, *(self._new(leaf, i) for leaf in contexts)]
+            return self._started(i, i, operands)
         return self._made(i, operands, flat)
 
     def _leaf_offsets(self, shape: ShapeTree) -> list[int]:
@@ -133,6 +133,21 @@ class Walk:
             parts = shape if isinstance(shape, tuple) else ()
             self._offsets[id(shape)] = [0, *itertools.accumulate(len(leaves(part)) for part in parts)]
         return self._offsets[id(shape)]
+
+    def _fitted(self, i: Instruction, values: Values) -> Values:
+        """As many values as the result of an instruction has arrays: a token, say, is a value that nothing makes."""
+        shapes = leaves(i.shape)
+        if len(shapes) == len(values):
+            return values
+        return [*values[: len(shapes)], *(self._new(leaf, i) for leaf in shapes[len(values) :])]
+
+    def _started(self, start: Instruction, i: Instruction, operands: list[Values]) -> Values:
+        """(operands, results, ...) of an asynchronous call, which runs once all its operands have arrived."""
+        body = self.module.callee(start, "to_apply", "calls")
+        flat = [value for values in operands for value in values]
+        if len(operands) < sum(each.opcode == "parameter" for each in body.instructions):
+            return flat
+        return [*flat, *self._visit(body, operands)]
 
     def _loop(self, i: Instruction, initial: Values) -> Values:
         self._read(initial, None)
@@ -162,9 +177,27 @@ class Walk:
                 result.unite(value)
         return results
 
-    def _finished(self, computation: Computation, i: Instruction, started: Values) -> Values:
+    def _late(self, computation: Computation, i: Instruction, operands: list[Values]) -> Values:
+        """Values of an update that brings operands which its start has not been given yet."""
+        before, start = operands[0], computation.operands(i)[0]
+        given = start.shape[0] if isinstance(start.shape, tuple) and start.shape else ()
+        while start.phase == "update" and (sources := computation.operands(start)):
+            start = sources[0]
+        ends = self._leaf_offsets(given)
+        arguments = [before[a:b] for a, b in itertools.pairwise(ends)] + operands[1:]
+        # Without a start the call began in an earlier iteration of a loop.
+        values = self._started(start, i, arguments) if start.called else [v for some in arguments for v in some]
+        for early, result in zip(before[ends[-1] :], values[sum(map(len, arguments)) :], strict=False):
+            if early.shape == result.shape:
+                early.unite(result)
+        return values
+
+    def _finished(self, computation: Computation, i: Instruction, operands: list[Values]) -> Values:
+        started = [value for values in operands for value in values]
         self._read(started, i)
         count = len(leaves(i.shape))
+        if i.base in ("call", "async") and len(operands) > 1:
+            return self._late(computation, i, operands)
         if i.phase == "update" or len(started) == count or i.base in POINT_TO_POINT:
             return started[:count]
         start = computation.operands(i)[0].shape  # (operands, results, ...); the start itself may be outside a loop

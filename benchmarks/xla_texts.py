@@ -30,6 +30,8 @@ PRODUCTS = ("dot", "convolution", "ragged-dot", "scaled-dot")
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
 )  # fmt: skip
+IRRELEVANT = ("metadata", "backend_config", "sharding", "frontend_attributes", "control-predecessors")
+"""attributes that name what a program of one instruction lacks"""
 GEMM = re.compile("gemm|matmul")
 
 

@@ -56,7 +56,7 @@ def gather(name: str, seconds: int) -> tuple[str, str]:
     return start, f"%{name}-done = f32[{8 * n}] all-gather-done(%{name})"
 
 
-OPERAND = re.compile(r"(\w+\[[\d,]*\]|\([^()]*\)) (%[px]\.[\w.]+)")
+OPERAND = re.compile(r"(\w+\[[\d,]*\](?:\{[^}]*\})?|\([^()]*\)) (%[px]\.[\w.]+)")
 
 
 def lines(*instructions: str) -> str:

@@ -1,6 +1,7 @@
 """Collectives of real programs of the CPU compiler, and groups of devices in every notation."""
 
 import itertools
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from tests.builders.hlo import BUCKETS, F32, LAYERS, MESH, D, compiled, entry, ring, text_of
 from tsp_jax import inspect
 from tsp_jax.errors import ConfigError
+from tsp_jax.inspect.groups import groups_of
 
 
 def test_counts_and_bytes_of_nested_scans(module):
@@ -116,7 +118,8 @@ def test_axes_of_groups_in_every_spelling(axes):
 @pytest.mark.parametrize(
     ("text", "axis", "size"),
     [
-        ("{}", "data,tsp", 8),
+        ("{}, channel_id=1", "data,tsp", 8),
+        ("{}", "", 1),
         ("[2,4]<=[8]", "tsp", 4),
         ("[4,2]<=[2,4]T(1,0)", "data", 2),
         ("{{0,1},{2,3},{4,5},{6,7}}", "?", 2),
@@ -126,7 +129,6 @@ def test_axes_of_groups_in_every_spelling(axes):
         ("mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'b'}", "?", 2),
         ("mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", "data", 2),
         ("mesh['a'=4,'b'=2], device_ids=(0,4,1,5,2,6,3,7) {'a'}", "tsp", 4),
-        ("a spelling of next year", "?", 1),
     ],
 )
 def test_other_groups(text, axis, size):
@@ -136,3 +138,57 @@ def test_other_groups(text, axis, size):
     assert inspect.replica_groups("[4,2]<=[2,4]T(1,0)", 8) == [(0, 4), (1, 5), (2, 6), (3, 7)]
     ordered = "mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}"
     assert inspect.replica_groups(ordered, 8) == [(0, 1), (2, 3), (4, 5), (6, 7)]
+
+
+@pytest.mark.parametrize(
+    ("operands", "sizes", "sent"),
+    [
+        ("f32[128,32] %a, f32[128,128] %b, (s32[], s32[]) %i, (s32[], s32[]) %i", "{{16,32}}", 16 * 32),
+        ("f32[128,128] %b, f32[128,128] %b, ((s32[]), (s32[])) %j, ((s32[]), (s32[])) %j", "{{1,8},{2,8}}", 24),
+        ("(f32[128,32], f32[128,128]) %t, f32[128,128] %b, (s32[]) %i, (s32[]) %i", "{{1,8}, {2,8}}", 24),
+    ],
+)
+@pytest.mark.parametrize("phase", ["", "-start"])
+def test_a_permute_in_place_sends_its_slices(operands, sizes, sent, phase):
+    """Not the whole operand."""
+    names = re.findall(r"%\w+", operands)
+    made = dict(zip(names, re.split(r" %\w+(?:, )?", operands), strict=False))
+    lines = [f"  {name} = {shape} parameter({n})" for n, (name, shape) in enumerate(made.items())]
+    shape = "(f32[128,128], f32[128,128])" if phase else "f32[128,128]"
+    pairs = "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}"
+    lines += [f"  ROOT %x = {shape} collective-permute{phase}({', '.join(names)}), {pairs}, slice_sizes={sizes}"]
+    (c,) = inspect.list_collectives(entry("\n".join(lines), header="num_partitions=4"))
+    assert (c.bytes, c.elements) == (4 * sent, sent)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "groups"),
+    [
+        ("replica_groups={{0,1}}", [(0, 3), (1, 4), (2, 5)]),
+        ("replica_groups={}", [(0, 3), (1, 4), (2, 5)]),
+        ("replica_groups={{1},{0}}, channel_id=1", [(3, 4, 5), (0, 1, 2)]),
+        ("replica_groups={}, channel_id=1", [(0, 1, 2, 3, 4, 5)]),
+        ("replica_groups={{0,5},{1,4},{2,3}}, channel_id=1, use_global_device_ids=true", [(0, 5), (1, 4), (2, 3)]),
+        ("replica_groups={}, channel_id=1, use_global_device_ids=true", [(0, 1, 2, 3, 4, 5)]),
+        ("replica_groups={{0,1,2},{3,4,5}}", [(0, 1, 2), (3, 4, 5)]),  # no replica is 5: these are devices
+    ],
+)
+def test_groups_of_two_replicas_of_three_partitions(attributes, groups):
+    line = f"  %p = f32[6]{{0}} parameter(0)\n  ROOT %g = f32[6]{{0}} all-reduce(%p), {attributes}"
+    module = entry(line, "replica_count=2, num_partitions=3")
+    assert groups_of(module, module.entry.root) == groups
+
+
+@pytest.mark.parametrize(
+    ("line", "groups"),
+    [
+        ("all-to-all(%p), channel_id=1, replica_groups={{0,1,2}}", [(0, 1, 2), (3, 4, 5)]),
+        ("collective-permute(%p), channel_id=1, source_target_pairs={{0,1}}", [(0, 1), (3, 4)]),
+        ("collective-permute(%p), source_target_pairs={{0,1}}", [(0, 3), (1, 4), (2, 5)]),
+    ],
+)
+def test_groups_that_list_partitions_or_replicas(line, groups):
+    module = entry(
+        f"  %p = f32[6]{{0}} parameter(0)\n  ROOT %g = f32[6]{{0}} {line}", "replica_count=2, num_partitions=3"
+    )
+    assert groups_of(module, module.entry.root) == groups

@@ -75,9 +75,11 @@ def test_shares_and_their_source_are_among_the_assumptions():
     assert "source of these shares" not in " ".join(simulated(lines(kernel("k", 8))).assumptions)
 
 
-def test_a_declaration_that_is_no_number_is_named():
-    (i,) = (i for i in module_of(lines(fused("a", SCOPE.replace("600", "6.0.0")))).entry.instructions if i.name == "a")
-    with pytest.raises(ConfigError, match=r"mean_flops\[attention_forward=6.0.0\] is no number"):
+@pytest.mark.parametrize("number", ["6.0.0", "1e400", "-5", "0", "nan", ""])
+def test_a_declaration_that_is_no_positive_number_is_named(number):
+    scope = SCOPE.replace("600", number)
+    (i,) = (i for i in module_of(lines(fused("a", scope))).entry.instructions if i.name == "a")
+    with pytest.raises(ConfigError, match=rf"a: scope mean_flops\[attention_forward={number}\] is no number above 0"):
         declared_flops(i)
 
 

@@ -1,6 +1,7 @@
 """Simulated time of loops, branches and calls."""
 
 import itertools
+import re
 
 import pytest
 
@@ -116,9 +117,10 @@ def test_only_the_scope_directly_around_a_loop_declares(op_name, trips):
     assert declared_trips(module_of(lines(instruction), bodies).entry.by_name["outer"]) == trips
 
 
-def test_a_declaration_that_is_no_number_is_named():
-    instruction, bodies = declaring("mean_trips[1.2.3]/while")
-    with pytest.raises(ConfigError, match=r"mean_trips\[1.2.3\] is no number"):
+@pytest.mark.parametrize("number", ["1.2.3", "-5", "0", "1e400", "inf", "nan", "1e30", "", "many"])
+def test_a_declaration_that_is_no_positive_number_is_named(number):
+    instruction, bodies = declaring(f"mean_trips[{number}]/while")
+    with pytest.raises(ConfigError, match=f"outer: scope mean_trips{re.escape(f'[{number}]')} is no number above 0"):
         simulated(lines(instruction), bodies)
 
 

@@ -7,6 +7,7 @@ from tests.builders.hlo_texts import CPU, CUDA, ROCM, TPU
 from tsp_jax import inspect
 from tsp_jax.errors import ConfigError
 from tsp_jax.inspect import Shape
+from tsp_jax.inspect.parser import parse_aliases
 
 
 def test_instructions_know_scope_and_source(module):
@@ -95,6 +96,11 @@ def test_a_dtype_without_a_width_is_named():
     (i,) = entry("  ROOT %x = odd[3]{0} never-heard-of()").entry.instructions
     with pytest.raises(ConfigError, match="dtype=odd"):
         inspect.nbytes(i.shape)
+
+
+def test_aliases():
+    text = "{ {1}: (1, {}, may-alias), {2,0}: (2, {0}, must-alias) }"
+    assert parse_aliases(text) == (((1,), 1, ()), ((2, 0), 2, (0,)))
 
 
 def test_shapes_nest():

@@ -400,3 +400,41 @@ def test_against_the_compiler(donate):
     assert found.buffers[0].shape == (8, 1024, 256)  # one input of each layer
     assert found.buffers[0].kind == "residual"
     assert found.by_kind["state"] == 4 * (8 * 256 * 256 + 1024 * 256)
+
+
+def test_sends_and_receives_in_flight_between_iterations():
+    """A buffer for what arrives, one for what is sent, and the argument; the loop holds both beside a token."""
+    flight = "($, u32[], token[])"
+    state = f"(s32[], {flight}, {flight})"
+    body = f"""
+  %n = s32[] get-tuple-element(%b), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%n, %one)
+  %r = {flight} get-tuple-element(%b), index=1
+  %s = {flight} get-tuple-element(%b), index=2
+  %recv-done = ($, token[]) recv-done(%r)
+  %send-done = token[] send-done(%s)
+  %got = $ get-tuple-element(%recv-done), index=0
+  %y = $ custom-call(%got), custom_call_target="f"
+  %token = token[] after-all()
+  %recv = {flight} recv(%token)
+  %send = {flight} send(%y, %token)
+  ROOT %out = {state} tuple(%next, %recv, %send)
+"""
+    condition, text, call = loop("%init", body, state)
+    entry = f"""
+  %x = $ parameter(0)
+  %zero = s32[] constant(0)
+  %token.0 = token[] after-all()
+  %copy = $ copy(%x)
+  %recv.0 = {flight} recv(%token.0)
+  %send.0 = {flight} send(%copy, %token.0)
+  %init = {state} tuple(%zero, %recv.0, %send.0)
+{call}
+  %r.1 = {flight} get-tuple-element(%while), index=1
+  %recv-done.1 = ($, token[]) recv-done(%r.1)
+  ROOT %result = $ get-tuple-element(%recv-done.1), index=0
+"""
+    found = find_peak(module(entry, condition, text))
+    assert names(found) == ["recv.0", "x", "y"]
+    assert 3 * K <= found.bytes < 3 * K + 64

@@ -183,3 +183,27 @@ def test_products_in_nested_fusions_count():
 def test_on_chip_arrays_move_no_bytes_of_main_memory(on_chip, size):
     """On GPU the same mark is of main memory that collectives may use."""
     assert cost("%b = f32[100]{0:S(1)} copy(f32[100] %p.a)", on_chip=on_chip)[1] == size
+
+
+@pytest.mark.parametrize(
+    ("instruction", "flops"),
+    [
+        (  # each of 3 groups has some rows of the first
+            "%d = f32[11,7] ragged-dot(f32[11,5] %p.a, f32[3,5,7] %p.b, s32[3] %p.g), lhs_contracting_dims={1}, "
+            "rhs_contracting_dims={1}, lhs_ragged_dims={0}, rhs_group_dims={0}",
+            2 * 11 * 5 * 7,
+        ),
+        (  # each of 3 groups has some of the 5 terms
+            "%d = f32[3,11,7] ragged-dot(f32[11,5] %p.a, f32[5,7] %p.b, s32[3] %p.g), lhs_contracting_dims={1}, "
+            "rhs_contracting_dims={0}, lhs_ragged_dims={1}",
+            2 * 11 * 5 * 7,
+        ),
+        (
+            "%d = f32[3,2,11,7] ragged-dot(f32[2,11,5] %p.a, f32[2,5,7] %p.b, s32[2,3] %p.g), lhs_batch_dims={0}, "
+            "rhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_contracting_dims={1}, lhs_ragged_dims={2}",
+            2 * 2 * 11 * 5 * 7,
+        ),
+    ],
+)
+def test_groups_of_a_ragged_product_share_its_work(instruction, flops):
+    assert cost(instruction)[0] == flops

@@ -5,6 +5,8 @@ Bytes are those that one device receives in a ring algorithm. With g devices in 
     all-gather (g - 1) n      reduce-scatter, all-to-all (g - 1) n / g      all-reduce 2 (g - 1) n / g
     collective-permute n      collective-broadcast n
 
+A permute in place sends the slices that it names, of n bytes together, and not its whole operand.
+
 The CPU compiler widens bfloat16 to float32, in collectives too. A test that runs on CPU should use float32
 arrays or compare `Collective.elements`.
 """
@@ -12,6 +14,7 @@ arrays or compare `Collective.elements`.
 import dataclasses
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from tsp_jax.errors import ConfigError
@@ -19,7 +22,7 @@ from tsp_jax.inspect.groups import axis_of_groups, axis_of_pairs, groups_of
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.module import Module, Trips
 from tsp_jax.inspect.opcodes import ASYNC_DONE, ASYNC_START, COLLECTIVES
-from tsp_jax.inspect.shapes import leaves
+from tsp_jax.inspect.shapes import Shape, ints, leaves
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,10 +132,7 @@ def _collective(
     op = COLLECTIVES[i.base]
     if op == "all-reduce" and wrapper and wrapper.base == "fusion" and _keeps_a_slice(computation, i):
         op = "reduce-scatter"
-    operands = computation.operands(i)
-    if i.base == "ragged-all-to-all" or "slice_sizes" in i.attributes:
-        operands = operands[:1]  # the others are output buffers
-    payload = [leaf for operand in operands for leaf in leaves(operand.shape)]
+    payload = _payload(computation, i)
     groups = groups_of(module, i)
     if op == "collective-permute":
         axis, size = axis_of_pairs(groups, mesh_axes)
@@ -147,6 +147,16 @@ def _collective(
         dtype=payload[0].dtype if payload else "",
         is_async=_is_async(computation, i, wrapper),
     )  # fmt: skip
+
+
+def _payload(computation: Computation, i: Instruction) -> list[Shape]:
+    """The arrays that a collective sends."""
+    operands = computation.operands(i)
+    if i.base == "ragged-all-to-all" or "slice_sizes" in i.attributes:
+        operands = operands[:1]  # the others are output buffers and places in them
+    arrays = [leaf for operand in operands for leaf in leaves(operand.shape)]
+    slices = [ints(sizes) for sizes in re.findall(r"\{([\d, ]+)\}", i.attributes.get("slice_sizes", ""))]
+    return [Shape(arrays[min(k, len(arrays) - 1)].dtype, sizes) for k, sizes in enumerate(slices)] if slices else arrays
 
 
 def _has_custom_call(computation: Computation, target: str) -> bool:
@@ -171,11 +181,17 @@ def _is_async(computation: Computation, i: Instruction, wrapper: Instruction | N
 
 def _keeps_a_slice(computation: Computation, i: Instruction) -> bool:
     """Whether an all-reduce is a reduce-scatter: TPU fuses the all-reduce with the slice that this device keeps."""
-    users = [user for user in computation.instructions if i.name in user.operands]
-    return bool(users) and all(
-        user.opcode == "dynamic-slice" or (user.opcode == "bitcast" and _keeps_a_slice(computation, user))
-        for user in users
-    )
+    users: defaultdict[str, list[Instruction]] = defaultdict(list)
+    for user in computation.instructions:
+        for name in user.operands:
+            users[name].append(user)
+    todo = [i.name]
+    while todo:
+        found = users[todo.pop()]
+        if not found or any(user.opcode not in ("dynamic-slice", "bitcast") for user in found):
+            return False
+        todo += [user.name for user in found if user.opcode == "bitcast"]
+    return True
 
 
 def _received(op: str, operand: int, size: int) -> int:

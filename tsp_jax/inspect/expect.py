@@ -95,7 +95,13 @@ def _clause(item: str) -> Expectation:
 
 
 def broken(report: Report, expectations: list[Expectation]) -> list[str]:
-    """A line for each clause that does not hold, with the buffer or collective that breaks it."""
+    """A line for each clause that does not hold, with the buffer or collective that breaks it.
+
+    Raises:
+      ConfigError: the report cannot tell, as of a program that is not scheduled.
+    """
+    if expectations:
+        report.module.check_scheduled()
     return [line for e in expectations if (line := _broken(report, e))]
 
 

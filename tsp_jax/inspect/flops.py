@@ -3,24 +3,55 @@
 import math
 import re
 
+from tsp_jax.inspect.checks import misfit
 from tsp_jax.inspect.instructions import Computation, Instruction
+from tsp_jax.inspect.module import Module, Trips
+from tsp_jax.inspect.scopes import declared_flops
 from tsp_jax.inspect.shapes import Shape, ints, leaves
+
+_WIDEST_WINDOW = 2**20
 
 
 def product_flops(computation: Computation, i: Instruction) -> float:
-    """Operations of an instruction that is a matrix product, a multiply-add counting as two; 0 for others."""
-    operands = [leaves(operand.shape) for operand in computation.operands(i)]
-    if len(operands) < 2 or not operands[0] or not operands[1]:
+    """Operations of an instruction that is a matrix product, a multiply-add counting as two; 0 for others.
+
+    Raises:
+      ConfigError: its dimension numbers do not fit its operands.
+    """
+    try:
+        return _product_flops(computation, i)
+    except (IndexError, KeyError, ValueError, ZeroDivisionError):
+        raise misfit(i, "has dimension numbers or a window that do not fit its operands") from None
+
+
+def _product_flops(computation: Computation, i: Instruction) -> float:
+    operands, results = [leaves(operand.shape) for operand in computation.operands(i)], leaves(i.shape)
+    if len(operands) < 2 or not operands[0] or not operands[1] or not results:
         return 0.0
-    left, right, result = operands[0][0], operands[1][0], leaves(i.shape)[0]
+    left, right, result = operands[0][0], operands[1][0], results[0]
     if i.opcode in ("dot", "scaled-dot", "ragged-dot"):
-        return _product(left, result, i.attributes.get("lhs_contracting_dims", ""))
+        contracting = i.attributes.get("lhs_contracting_dims", "")
+        ragged = set(ints(i.attributes.get("lhs_ragged_dims", ""))) & set(ints(contracting))
+        # Groups divide a ragged contraction between them; the result has a first dim of groups.
+        return _product(left, result, contracting) / (result.dims[0] or 1 if ragged else 1)
     if i.opcode == "custom-call" and re.search("gemm|matmul", i.custom_call_target):
         dims = re.search(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]', i.backend_config)
         return _product(left, result, dims[1]) if dims else 0.0
     if i.opcode == "convolution":
         return _convolution(left, right, result, i.attributes)
     return 0.0
+
+
+def declared_or_product_flops(computation: Computation, i: Instruction) -> float:
+    """Operations of an instruction: those that the program declares for it, else those of a matrix product."""
+    declared = declared_flops(i)
+    return declared.flops if declared else product_flops(computation, i)
+
+
+def total_flops(module: Module, unknown_trips: Trips = 1) -> float:
+    """Operations of matrix products in one execution of a program, scheduled or not, on the arrays in its text."""
+    runs = module.executions(unknown_trips, fusions=True)
+    return sum(times * declared_or_product_flops(c, i) for c, times in runs for i in c.instructions)
 
 
 def _product(left: Shape, result: Shape, contracting: str) -> float:
@@ -46,6 +77,10 @@ def _hits(size: int, window: int, out: int, n: int, sides: dict[str, str]) -> in
         return ints(sides[name].split("x")[n])[0] if name in sides else otherwise
 
     stride, low, spread, gap = side("stride", 1), side("pad", 0), side("lhs_dilate", 1), side("rhs_dilate", 1)
+    if out < window:  # positions of the two enter alike; the loop goes over the fewer
+        out, window, stride, gap = window, out, gap, stride
+    if window > _WIDEST_WINDOW or min(stride, spread, gap) < 1:
+        raise ValueError(window)
     hits, reach = 0, (size - 1) * spread
     period = spread // math.gcd(stride, spread)
     for k in range(window):

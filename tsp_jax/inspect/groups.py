@@ -6,32 +6,75 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.links import coordinates
+from tsp_jax.inspect.checks import misfit
 from tsp_jax.inspect.instructions import Instruction
 from tsp_jax.inspect.module import Module
 from tsp_jax.inspect.shapes import ints
 
 UNKNOWN_AXIS = "?"
+MOST_DEVICES = 999_999
+_OF_WHOLE_REPLICAS = ("all-reduce", "all-gather", "reduce-scatter")
 Groups = list[tuple[int, ...]]
 """device numbers of each group, or (source, target) pairs of a permute"""
 
 
 def groups_of(module: Module, i: Instruction) -> Groups:
-    """Device numbers of each group of a collective; for a permute the (source, target) pairs."""
+    """Device numbers of each group of a collective; for a permute the (source, target) pairs.
+
+    The text numbers devices with ``use_global_device_ids``; else replicas without ``channel_id``, partitions with it;
+    but in reductions and gathers with it, replicas that take part with all their partitions. These are the rules of
+    XLA's ``GetCollectiveOpGroupMode``; a device is replica * partitions + partition.
+
+    Raises:
+      ConfigError: they are written in none of HLO's notations, or are more than `MOST_DEVICES`.
+    """
+    replicas, partitions = module.replica_count, module.num_partitions
+    channel = "channel_id" in i.attributes
+    whole = channel and i.base in _OF_WHOLE_REPLICAS
+    numbered = partitions if channel and not whole else replicas
+    if i.attributes.get("use_global_device_ids") == "true":
+        numbered = module.num_devices
+    listed = _listed(i, numbered)
+    if numbered == module.num_devices or max(map(max, listed), default=0) >= numbered:
+        return listed
+    if sum(map(len, listed)) * max(replicas, partitions) > 2 * MOST_DEVICES:
+        raise misfit(i, f"names more than {MOST_DEVICES:,} devices")
+    if whole:
+        return [tuple(r * partitions + p for r in group for p in range(partitions)) for group in listed]
+    if channel:
+        return [tuple(r * partitions + p for p in group) for r in range(replicas) for group in listed]
+    return [tuple(r * partitions + p for r in group) for p in range(partitions) for group in listed]
+
+
+def _listed(i: Instruction, everyone: int) -> Groups:
+    """The groups of numbers, or the pairs of a permute, as the text lists them."""
     if i.base == "collective-permute":
-        return _brace_groups(i.attributes.get("source_target_pairs", ""))
+        text = i.attributes.get("source_target_pairs", "")
+        pairs = _brace_groups(text)
+        if any(len(pair) != 2 for pair in pairs):
+            raise misfit(i, f"has source_target_pairs={text:.80}, which are no pairs")
+        return pairs
     text = i.attributes.get("replica_groups", "{}")
     if "device_ids" in i.attributes:  # the parser reads the second half of a mesh's groups as an attribute of its own
         text += f", device_ids={i.attributes['device_ids']}"
-    return replica_groups(text, module.num_devices)
+    try:
+        return replica_groups(text, everyone)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        reason = str(error) if isinstance(error, ConfigError) else "does not add up"
+        raise misfit(i, f"has replica_groups={text:.80}, which {reason}") from None
 
 
 def replica_groups(text: str, devices: int) -> Groups:
-    """Groups of device numbers from any of HLO's three notations; empty if the text is none of them.
+    """Groups of device numbers from any of HLO's three notations.
 
-    The notations are ``{{0,1},{2,3}}`` (``{}`` means all devices), ``[groups,size]<=[dims]T(permutation)``, and
+    The notations are ``{{0,1},{2,3}}`` (``{}`` means all of them), ``[groups,size]<=[dims]T(permutation)``, and
     ``mesh['a'=2,'b'=4] {'b'}``. The last may give the order of the devices in the mesh: ``mesh['a'=4,'b'=2],
     device_ids=([2,4]T(1,0)) {'b'}`` or ``device_ids=(1,0,...)``.
+
+    Raises:
+      ConfigError: the text is none of them, or names more than `MOST_DEVICES`.
     """
     if re.fullmatch(r"\{\s*\}", text):
         return [tuple(range(devices))]
@@ -40,8 +83,9 @@ def replica_groups(text: str, devices: int) -> Groups:
     if iota := re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         return _rows(ints(iota[2]), ints(iota[3] or ""), ints(iota[1])[-1])
     if mesh := re.fullmatch(r"mesh\[([^\]]*)\](?:,\s*device_ids=\((.*)\))?\s*\{([^}]*)\}", text):
-        return [tuple(_device(place, mesh[2]) for place in group) for group in _mesh_groups(mesh[1], mesh[3])]
-    return []
+        groups, order = _mesh_groups(mesh[1], mesh[3]), _device_order(mesh[2])
+        return [tuple(order[place] for place in group) for group in groups] if order else groups
+    raise ConfigError("is in none of HLO's notations")
 
 
 def axis_of_groups(groups: Groups, mesh_axes: Mapping[str, int] | None) -> str:
@@ -71,21 +115,21 @@ def axis_of_pairs(pairs: Groups, mesh_axes: Mapping[str, int] | None) -> tuple[s
     return ",".join(list(mesh_axes)[k] for k in sorted(axes)), math.prod(sizes[k] for k in axes)
 
 
-def _device(place: int, order: str | None) -> int:
-    """Number of the device at a place of a mesh; `order` is the mesh's order of devices (None: ascending)."""
-    if order is None:
-        return place
-    if iota := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order):
-        return _rows(ints(iota[1]), ints(iota[2] or ""), 1)[place][0]
-    return ints(order)[place]
+def _device_order(text: str | None) -> Sequence[int]:
+    """Numbers of the devices at the places of a mesh; empty if they ascend."""
+    if text and (iota := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)):
+        return _rows(dims := ints(iota[1]), ints(iota[2] or ""), math.prod(dims))[0]
+    return ints(text or "")
 
 
 def _brace_groups(text: str) -> Groups:
-    return [ints(group) for group in re.findall(r"\{([\d, ]+)\}", text)]
+    return [ints(group) for group in re.findall(r"\{([\d, ]*\d[\d, ]*)\}", text)]
 
 
 def _rows(dims: Sequence[int], permutation: Sequence[int], size: int) -> Groups:
     """0, 1, ... as an array of shape `dims`, transposed (not if the permutation is empty), in rows of `size`."""
+    if not 1 <= math.prod(dims) <= MOST_DEVICES or not size or math.prod(dims) % size:
+        raise ConfigError(f"names more than {MOST_DEVICES:,} devices, or no whole groups")
     order = np.arange(math.prod(dims)).reshape(dims).transpose(permutation or range(len(dims))).ravel().tolist()
     return [tuple(order[k : k + size]) for k in range(0, len(order), size)]
 
@@ -100,6 +144,8 @@ def _mesh_groups(mesh: str, axes: str) -> Groups:
         before, part = parts.get(name, (1, size))
         inside += [len(dims) + 1] if name in chosen else []
         dims += [before, part, size // (before * part)]
+        if math.prod(dims[-3:]) != size:
+            raise ValueError(size)
     outside = [k for k in range(len(dims)) if k not in inside]
     return _rows(dims, outside + inside, math.prod(dims[k] for k in inside))
 
@@ -108,6 +154,7 @@ def _largest_component(pairs: Groups) -> int:
     """Size of the largest set of devices that the messages connect."""
     members: dict[int, set[int]] = {}
     for source, target in pairs:
-        joined = members.get(source, {source}) | members.get(target, {target})
-        members.update(dict.fromkeys(joined, joined))
+        few, many = sorted((members.get(device, {device}) for device in (source, target)), key=len)
+        many |= few
+        members.update(dict.fromkeys((*few, source, target), many))
     return max(map(len, members.values()), default=1)

@@ -61,7 +61,7 @@ class Computation:
     @property
     def root(self) -> Instruction:
         """The instruction that makes the computation's result."""
-        return next((i for i in self.instructions if i.is_root), self.instructions[-1])
+        return next((i for i in reversed(self.instructions) if i.is_root), self.instructions[-1])
 
     def operands(self, instruction: Instruction) -> tuple[Instruction, ...]:
         """The instructions that make an instruction's operands."""

@@ -3,13 +3,18 @@
 The rules are in `tsp_jax.inspect.peak`; this module applies them while it walks the schedule.
 """
 
+import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from tsp_jax.inspect.calls import check_calls
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.module import Module
 from tsp_jax.inspect.opcodes import ALIASES, ELEMENTWISE, IN_PLACE, POINT_TO_POINT
 from tsp_jax.inspect.parser import parse_aliases
-from tsp_jax.inspect.shapes import Shape, leaves
+from tsp_jax.inspect.shapes import Shape, ShapeTree, leaves
+
+_OTHER_WORK = -1
 
 
 class Value:
@@ -45,6 +50,7 @@ class Walk:
     """A walk through a program, with every value found. Moment n is when instruction `moments[n]` runs."""
 
     def __init__(self, module: Module):
+        check_calls(module)
         self.module = module
         self.moments: list[Instruction] = []
         self.values: Values = []
@@ -56,7 +62,10 @@ class Walk:
         """(moment, operand, result) of instructions that may write their result over an operand that dies"""
         self.written: dict[tuple[str, str], Value] = {}
         """(computation, name) of an instruction that overwrites part of an operand -> the value that it writes"""
+        self.labels: dict[tuple[str, str], tuple[str, str]] = {}
+        """(computation, name) of an instruction without a name of its own -> (scope, file:line); see `find_peak`"""
         self._depth = 0
+        self._offsets: dict[int, list[int]] = {}
         entry = module.entry
         parameters = sorted((i for i in entry.instructions if i.opcode == "parameter"), key=lambda i: int(i.literal))
         arguments = [[self._new(leaf, i) for leaf in leaves(i.shape)] for i in parameters]
@@ -85,7 +94,7 @@ class Walk:
             if i.opcode == "parameter":
                 known[i.name] = arguments[int(i.literal)]
             else:
-                known[i.name] = self._result(computation, i, operands)
+                known[i.name] = self._fitted(i, self._result(computation, i, operands))
                 self.moments.append(i)
         results = known[computation.root.name]
         self._read(results, None)
@@ -98,28 +107,47 @@ class Walk:
                 value.readers.append(reader)
 
     def _result(self, computation: Computation, i: Instruction, operands: list[Values]) -> Values:
+        if i.opcode == "get-tuple-element":
+            offsets, index = self._leaf_offsets(computation.operands(i)[0].shape), int(i.attributes["index"])
+            return operands[0][offsets[index] : offsets[index + 1]]
+        if i.opcode in ALIASES:
+            return operands[0] if operands else []
         flat = [value for values in operands for value in values]
         if i.opcode == "tuple":
             return flat
-        if i.opcode == "get-tuple-element":
-            shape = computation.operands(i)[0].shape
-            first = _leaf_index(shape, (int(i.attributes["index"]),))
-            return flat[first : first + len(leaves(i.shape))]
-        if i.opcode in ALIASES:
-            return operands[0] if operands else []
         if i.phase in ("update", "done"):
-            return self._finished(computation, i, flat)
+            return self._finished(computation, i, operands)
         if i.base == "while":
             return self._loop(i, flat)
         if i.base == "conditional":
             return self._branches(i, operands)
+        if i.opcode == "call":
+            return self._visit(self.module.callee(i, "to_apply", "calls"), operands)
         if i.base in ("call", "async"):
-            results = self._visit(self.module.callee(i, "to_apply", "calls"), operands)
-            if i.base == "call":
-                return results
-            contexts = leaves(i.shape)[len(flat) + len(results) :]
-            return [*flat, *results, *(self._new(leaf, i) for leaf in contexts)]
+            return self._started(i, i, operands)
         return self._made(i, operands, flat)
+
+    def _leaf_offsets(self, shape: ShapeTree) -> list[int]:
+        """Position of the first leaf of each element of a tuple, and at the end the number of leaves."""
+        if id(shape) not in self._offsets:
+            parts = shape if isinstance(shape, tuple) else ()
+            self._offsets[id(shape)] = [0, *itertools.accumulate(len(leaves(part)) for part in parts)]
+        return self._offsets[id(shape)]
+
+    def _fitted(self, i: Instruction, values: Values) -> Values:
+        """As many values as the result of an instruction has arrays: a token, say, is a value that nothing makes."""
+        shapes = leaves(i.shape)
+        if len(shapes) == len(values):
+            return values
+        return [*values[: len(shapes)], *(self._new(leaf, i) for leaf in shapes[len(values) :])]
+
+    def _started(self, start: Instruction, i: Instruction, operands: list[Values]) -> Values:
+        """(operands, results, ...) of an asynchronous call, which runs once all its operands have arrived."""
+        body = self.module.callee(start, "to_apply", "calls")
+        flat = [value for values in operands for value in values]
+        if len(operands) < sum(each.opcode == "parameter" for each in body.instructions):
+            return flat
+        return [*flat, *self._visit(body, operands)]
 
     def _loop(self, i: Instruction, initial: Values) -> Values:
         self._read(initial, None)
@@ -149,15 +177,31 @@ class Walk:
                 result.unite(value)
         return results
 
-    def _finished(self, computation: Computation, i: Instruction, started: Values) -> Values:
-        start = computation.operands(i)[0]
+    def _late(self, computation: Computation, i: Instruction, operands: list[Values]) -> Values:
+        """Values of an update that brings operands which its start has not been given yet."""
+        before, start = operands[0], computation.operands(i)[0]
+        given = start.shape[0] if isinstance(start.shape, tuple) and start.shape else ()
+        while start.phase == "update" and (sources := computation.operands(start)):
+            start = sources[0]
+        ends = self._leaf_offsets(given)
+        arguments = [before[a:b] for a, b in itertools.pairwise(ends)] + operands[1:]
+        # Without a start the call began in an earlier iteration of a loop.
+        values = self._started(start, i, arguments) if start.called else [v for some in arguments for v in some]
+        for early, result in zip(before[ends[-1] :], values[sum(map(len, arguments)) :], strict=False):
+            if early.shape == result.shape:
+                early.unite(result)
+        return values
+
+    def _finished(self, computation: Computation, i: Instruction, operands: list[Values]) -> Values:
+        started = [value for values in operands for value in values]
         self._read(started, i)
         count = len(leaves(i.shape))
-        if i.phase == "update" or len(started) == count or start.base in POINT_TO_POINT:
+        if i.base in ("call", "async") and len(operands) > 1:
+            return self._late(computation, i, operands)
+        if i.phase == "update" or len(started) == count or i.base in POINT_TO_POINT:
             return started[:count]
-        while start.phase == "update":
-            start = computation.operands(start)[0]
-        skipped = sum(len(leaves(operand.shape)) for operand in computation.operands(start))
+        start = computation.operands(i)[0].shape  # (operands, results, ...); the start itself may be outside a loop
+        skipped = len(leaves(start[0])) if isinstance(start, tuple) else 0
         return started[skipped : skipped + count]
 
     def _made(self, i: Instruction, operands: list[Values], flat: Values) -> Values:
@@ -239,29 +283,16 @@ def _alike(a: Shape, b: Shape) -> bool:
 
 
 def _reusable_in_fusion(body: Computation) -> list[tuple[int, int]]:
-    users: dict[str, list[Instruction]] = {}
+    """(result, parameter) where a result is the only one that depends on a parameter, by elementwise work alone."""
     tuple_root = body.root if body.root.opcode == "tuple" else None
-    for i in body.instructions:
-        for name in () if i is tuple_root else i.operands:
-            users.setdefault(name, []).append(i)
-    places = {output.name: k for k, output in enumerate(_results(body))}
-    parameters = [i for i in body.instructions if i.opcode == "parameter"]
-    pairs = [(_only_output(parameter, users, places), int(parameter.literal)) for parameter in parameters]
-    return [(k, n) for k, n in pairs if k is not None]
-
-
-def _only_output(parameter: Instruction, users: dict[str, list[Instruction]], places: dict[str, int]) -> int | None:
-    """The one output that depends on a parameter, if it does so by elementwise operations alone."""
-    found, seen, todo = set(), {parameter.name}, [parameter]
-    while todo:
-        i = todo.pop()
-        if i.name in places:
-            found.add(places[i.name])
-        for user in users.get(i.name, ()):
-            over = user.opcode == "dynamic-update-slice" and user.operands[0] == i.name
-            if not over and user.opcode not in ELEMENTWISE and user.opcode != "bitcast":
-                return None
-            if user.name not in seen:
-                seen.add(user.name)
-                todo.append(user)
-    return found.pop() if len(found) == 1 else None
+    reached: defaultdict[str, set[int]] = defaultdict(set)
+    """instruction -> the results that depend on it, at most two; with _OTHER_WORK between"""
+    for k, output in enumerate(_results(body)):
+        reached[output.name].add(k)
+    for i in reversed(body.instructions):
+        in_order = i.opcode in ELEMENTWISE or i.opcode == "bitcast"
+        for n, name in enumerate(() if i is tuple_root else i.operands):
+            over = i.opcode == "dynamic-update-slice" and name == i.operands[0] and n == 0
+            reached[name].update(sorted(reached[i.name])[:2] if in_order or over else {_OTHER_WORK})
+    parameters = [(i, reached[i.name]) for i in body.instructions if i.opcode == "parameter"]
+    return [(k, int(i.literal)) for i, found in parameters if len(found) == 1 for k in found if k != _OTHER_WORK]

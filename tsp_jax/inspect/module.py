@@ -2,16 +2,20 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.opcodes import SCALAR_FORWARDING
 from tsp_jax.inspect.scopes import declared_trips
+from tsp_jax.inspect.shapes import Shape, natural
 
 Trips: TypeAlias = float | Callable[[Instruction], float]
 """trip count where neither the text nor the program gives it: a number, or a function of the while instruction"""
+
+UNSCHEDULED = "is_scheduled=true, so the compiler has not finished with it; use the text of compiled.as_text()"
+"""what is missing from a text from before scheduling"""
 
 _COMPILER_COUNT = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
 _MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}
@@ -20,6 +24,9 @@ _Scalar: TypeAlias = tuple[int | None, int]
 """(k, c): element k of the loop's state plus c; k is None for a plain number"""
 _Known: TypeAlias = dict[tuple[str, int], _Scalar]
 """what is known while following a scalar; keys: ("state", k) in a loop, ("argument", n) in a fusion"""
+_TOO_LARGE = 2**63
+"""no loop counts so far"""
+_MOST_RUNS = 1e30
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,15 +36,29 @@ class Module:
     name: str
     entry: Computation
     computations: dict[str, Computation] = dataclasses.field(repr=False)
+    is_scheduled: bool
+    """whether instructions stand in the order in which they run; if not, the compiler has not finished"""
     num_partitions: int
     replica_count: int
     input_output_alias: tuple[tuple[tuple[int, ...], int, tuple[int, ...]], ...]
     """(index of an output, number of the parameter whose memory it reuses, index within the parameter)"""
+    _trip_counts: dict[tuple[str, str], int | None] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _constants: dict[str, dict[str, _Scalar]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """computation -> what is known of its scalars whoever calls it"""
 
     @property
     def num_devices(self) -> int:
         """Devices that run the program together."""
         return self.num_partitions * self.replica_count
+
+    def check_scheduled(self) -> None:
+        """Raises ConfigError if the text is from before scheduling, and so has neither a peak nor a timeline."""
+        if not self.is_scheduled:
+            raise ConfigError(f"{self.name} has no peak and no timeline: its text lacks {UNSCHEDULED}")
 
     def called(self, instruction: Instruction, *roles: str) -> tuple[Computation, ...]:
         """The computations that an instruction calls in the given roles; an incomplete text raises ConfigError."""
@@ -59,14 +80,20 @@ class Module:
         `state[k] < limit`, whose initial state is constant and whose body adds a constant step.
         """
         if noted := _COMPILER_COUNT.search(loop.backend_config):
-            return int(noted[1])
+            return natural(noted[1])
+        if (key := (loop.computation, loop.name)) not in self._trip_counts:
+            self._trip_counts[key] = self._count(loop)
+        return self._trip_counts[key]
+
+    def _count(self, loop: Instruction) -> int | None:
         caller, body = self.computations[loop.computation], self.callee(loop, "body")
-        start = next(iter(caller.operands(loop)), None)
-        size = len(loop.shape) if start and isinstance(loop.shape, tuple) else 0
-        initial = {k: _element(self, caller, start, k, {}) for k in range(size) if start}
-        known: _Known = {("state", k): (k, 0) for k in initial}
-        fixed = {k: v for k, v in initial.items() if v and _element(self, body, body.root, k, known) == (k, 0)}
-        known |= {("state", k): value for k, value in fixed.items()}
+        if caller.name not in self._constants:
+            self._constants[caller.name] = _scalars(self, caller, {})
+        size = len(loop.shape) if isinstance(loop.shape, tuple) else 0
+        start = _elements(caller.operands(loop)[0], self._constants[caller.name], size)
+        known: _Known = {("state", k): (k, 0) for k in range(size)}
+        after = _elements(body.root, _scalars(self, body, known), size)
+        known |= {("state", k): v for k, v in enumerate(start) if v and after[k] == (k, 0)}
         direction, left, right = _comparison(self, self.callee(loop, "condition"), known)
         if left is None or right is None:
             return None
@@ -74,10 +101,10 @@ class Module:
             direction, left, right = _MIRRORED.get(direction, ""), right, left
         if left[0] is None or right[0] is not None:
             return None
-        first, after = initial[left[0]], _element(self, body, body.root, left[0], known)
-        if first is None or after is None or after[0] != left[0] or not after[1]:
+        first, last = start[left[0]], _elements(body.root, _scalars(self, body, known), size)[left[0]]
+        if first is None or last is None or last[0] != left[0] or not last[1]:
             return None
-        return _trips(direction, right[1] - left[1] - first[1], after[1])
+        return _trips(direction, right[1] - left[1] - first[1], last[1])
 
     def trips(self, loop: Instruction, unknown_trips: Trips = 1) -> float:
         """How often a while loop's body runs: counted in the text, else declared, else `unknown_trips`."""
@@ -103,6 +130,8 @@ class Module:
                 yield self.computations[name], times[name]
                 for target, factor in calls[name]:
                     times[target] += times[name] * factor
+                    if not times[target] < _MOST_RUNS:
+                        raise ConfigError(f"computation {target} runs {_MOST_RUNS:g} times or more; no program does")
 
     def walk(self, unknown_trips: Trips = 1, *, fusions: bool = False) -> Iterator[tuple[Instruction, float]]:
         """Every instruction that runs, and how often; see `executions`."""
@@ -126,18 +155,17 @@ class Module:
 
 
 def _callers_first(entry: str, calls: dict[str, list[tuple[str, float]]]) -> list[str]:
-    """Topological order by depth-first search; its recursion is as deep as the program's nesting, which is shallow."""
-    seen: set[str] = set()
-    order: list[str] = []
-
-    def visit(name: str) -> None:
-        seen.add(name)
-        for target, _ in calls[name]:
-            if target not in seen:
-                visit(target)
-        order.append(name)
-
-    visit(entry)
+    """The computations that run, in topological order by depth-first search."""
+    seen, order, stack = {entry}, [], [(entry, iter(calls[entry]))]
+    while stack:
+        name, rest = stack[-1]
+        target = next((target for target, _ in rest if target not in seen), None)
+        if target is None:
+            order.append(name)
+            stack.pop()
+        else:
+            seen.add(target)
+            stack.append((target, iter(calls[target])))
     return order[::-1]
 
 
@@ -155,35 +183,48 @@ def _comparison(module: Module, computation: Computation, known: _Known) -> tupl
     """(direction, left, right) of the one comparison that a loop's condition makes, which may be inside a fusion."""
     root = computation.root
     while root.opcode in ("fusion", "call"):
-        known = _arguments(module, computation, root, known)
+        found = _scalars(module, computation, known)
+        known = _arguments([found.get(name) for name in root.operands])
         computation = module.callee(root, "calls", "to_apply")
         root = computation.root
-    operands = computation.operands(root)
-    if root.opcode != "compare" or len(operands) != 2:
+    if root.opcode != "compare" or len(root.operands) != 2:
         return "", None, None
-    left, right = (_scalar(module, computation, o, known) for o in operands)
+    found = _scalars(module, computation, known)
+    left, right = map(found.get, root.operands)
     return root.attributes.get("direction", ""), left, right
 
 
-def _scalar(module: Module, computation: Computation, i: Instruction, known: _Known) -> _Scalar | None:
-    """Follows an integer back to an element of the loop's state or to a number."""
-    operands = computation.operands(i)
+def _scalars(module: Module, computation: Computation, known: _Known) -> dict[str, _Scalar]:
+    """Instruction -> its value, of those that follow from the loop's state or from numbers."""
+    found: dict[str, _Scalar] = {}
+    for i in computation.instructions:
+        value = _scalar(module, computation, i, known, found)
+        if value is not None and abs(value[1]) < _TOO_LARGE:
+            found[i.name] = value
+    return found
+
+
+def _scalar(
+    module: Module, computation: Computation, i: Instruction, known: _Known, found: dict[str, _Scalar]
+) -> _Scalar | None:
+    """The value of an instruction, from `known` and from what is `found` of the instructions before it."""
+    operands = [found.get(name) for name in i.operands]
     if i.opcode == "constant":
-        return (None, int(i.literal)) if re.fullmatch(r"-?\d+", i.literal) else None
+        return (None, int(i.literal)) if re.fullmatch(r"-?\d{1,19}", i.literal) else None
     if i.opcode == "parameter":
         return known.get(("argument", int(i.literal)))
-    if i.opcode == "get-tuple-element" and operands:
-        index = int(i.attributes.get("index", 0))
-        if operands[0].opcode == "parameter":
+    if i.opcode == "get-tuple-element":
+        source, index = computation.by_name[i.operands[0]], int(i.attributes["index"])
+        if source.opcode == "parameter":
             return known.get(("state", index))
-        return _element(module, computation, operands[0], index, known)
+        return found.get(source.operands[index]) if source.opcode == "tuple" and index < len(source.operands) else None
     if i.opcode in SCALAR_FORWARDING and operands:
-        return _scalar(module, computation, operands[0], known)
+        return operands[0]
     if i.opcode in ("add", "subtract") and len(operands) == 2:
-        return _sum(i.opcode, *(_scalar(module, computation, o, known) for o in operands))
-    if i.opcode in ("fusion", "call"):
+        return _sum(i.opcode, *operands)
+    if i.opcode in ("fusion", "call") and isinstance(i.shape, Shape) and i.shape.size == 1:
         body = module.callee(i, "calls", "to_apply")
-        return _scalar(module, body, body.root, _arguments(module, computation, i, known))
+        return _scalars(module, body, _arguments(operands)).get(body.root.name)
     return None
 
 
@@ -196,15 +237,12 @@ def _sum(opcode: str, left: _Scalar | None, right: _Scalar | None) -> _Scalar | 
     return None
 
 
-def _element(module: Module, computation: Computation, i: Instruction, k: int, known: _Known) -> _Scalar | None:
-    """Element k of a tuple."""
-    operands = computation.operands(i)
-    if i.opcode != "tuple" or k >= len(operands):
-        return None
-    return _scalar(module, computation, operands[k], known)
+def _elements(i: Instruction, found: dict[str, _Scalar], size: int) -> list[_Scalar | None]:
+    """The elements of a tuple of a size; unknown where `i` is no tuple."""
+    names = i.operands if i.opcode == "tuple" else ()
+    return [found.get(name) for name in names[:size]] + [None] * (size - len(names))
 
 
-def _arguments(module: Module, computation: Computation, i: Instruction, known: _Known) -> _Known:
+def _arguments(operands: Sequence[_Scalar | None]) -> _Known:
     """Known values of the arguments that an instruction passes to the computation it calls."""
-    values = {n: _scalar(module, computation, o, known) for n, o in enumerate(computation.operands(i))}
-    return {("argument", n): value for n, value in values.items() if value is not None}
+    return {("argument", n): value for n, value in enumerate(operands) if value is not None}

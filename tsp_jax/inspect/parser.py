@@ -8,9 +8,10 @@ import re
 from collections.abc import Mapping
 
 from tsp_jax.errors import ConfigError
+from tsp_jax.inspect.checks import DEEPEST, check_module
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.module import Module
-from tsp_jax.inspect.shapes import Shape, ShapeTree, ints
+from tsp_jax.inspect.shapes import Shape, ShapeTree, ints, natural
 
 _ROLES = ("body", "condition", "to_apply", "calls", "branch_computations", "called_computations")
 _SOURCE_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
@@ -43,11 +44,21 @@ def parse(text: str | None) -> Module:
     computations, entry = _computations(text, pos)
     if entry is None:
         raise _incomplete("the module: it has no ENTRY computation")
-    return Module(
+    module = Module(
         name=header[0].lstrip("%"), entry=entry, computations=computations,
-        num_partitions=int(attributes.get("num_partitions", 1)), replica_count=int(attributes.get("replica_count", 1)),
+        is_scheduled=attributes.get("is_scheduled") == "true",
+        num_partitions=_devices(attributes, "num_partitions"), replica_count=_devices(attributes, "replica_count"),
         input_output_alias=parse_aliases(attributes.get("input_output_alias", "")),
     )  # fmt: skip
+    check_module(module)
+    return module
+
+
+def _devices(attributes: dict[str, str], key: str) -> int:
+    text = attributes.get(key, "1")
+    if not re.fullmatch(r"\d{1,6}", text) or not int(text):
+        raise ConfigError(f"{key}={text:.80} of HLO text is no number of devices; it must be from 1 to 999999")
+    return int(text)
 
 
 def _computations(text: str, pos: int) -> tuple[dict[str, Computation], Computation | None]:
@@ -62,6 +73,8 @@ def _computations(text: str, pos: int) -> tuple[dict[str, Computation], Computat
         if match := _COMPUTATION.match(line):
             sources = sources or _sources(tables)
             computation, end = _computation(text, end, match[2], sources)
+            if computation.name in computations or (entry and match[1]):
+                raise ConfigError(f"HLO text has two computations {computation.name}, or two ENTRY; parse one module")
             computations[computation.name] = computation
             entry = computation if match[1] else entry
         elif line.startswith(("%", "ENTRY")):
@@ -85,6 +98,8 @@ def _computation(text: str, pos: int, name: str, sources: Sources) -> tuple[Comp
             raise _incomplete(f"computation {name}")
         instruction, pos = _instruction(text, match, name, sources)
         instructions.append(instruction)
+    if not instructions:
+        raise ConfigError(f"computation {name} of HLO text has no instruction; pass all of compiled.as_text()")
     return Computation(name, tuple(instructions), {i.name: i for i in instructions}), end.end()
 
 
@@ -108,21 +123,25 @@ def _instruction(text: str, match: re.Match, computation: str, sources: Sources)
     return instruction, pos
 
 
-def _shape(text: str, pos: int, where: str) -> tuple[ShapeTree, int]:
+def _shape(text: str, pos: int, where: str, depth: int = 0) -> tuple[ShapeTree, int]:
+    if depth > DEEPEST:
+        raise ConfigError(f"HLO text nests tuples more than {DEEPEST} deep in {where}; pass compiled.as_text()")
     if match := _ARRAY.match(text, pos):
         dims = (dim.strip().removeprefix("<=") for dim in match[2].split(",") if dim.strip())
         try:
-            return Shape(match[1], tuple(int(dim) for dim in dims), match[3] or ""), match.end()
+            return Shape(match[1], tuple(map(natural, dims)), match[3] or ""), match.end()
         except ValueError:
-            raise ConfigError(f"HLO text has shape {match[0]} in {where}; dimensions must be numbers") from None
+            raise ConfigError(
+                f"HLO text has shape {match[0]:.80} in {where}; dimensions must be numbers of at most 18 digits"
+            ) from None
     if text.startswith("b(", pos):  # a buffer, which holds one array
-        shape, pos = _shape(text, pos + 2, where)
+        shape, pos = _shape(text, pos + 2, where, depth + 1)
         return shape, pos + 1
     if not text.startswith("(", pos):
         raise _incomplete(where)
     parts, pos = [], pos + 1
     while not text.startswith(")", pos):
-        part, pos = _shape(text, pos, where)
+        part, pos = _shape(text, pos, where, depth + 1)
         parts.append(part)
         while text[pos : pos + 1] in (",", " "):
             pos += 1
@@ -170,7 +189,7 @@ def _metadata(text: str, sources: Sources) -> tuple[str, str, int]:
     op_name, file, line, frame = (re.search(pattern, text) for pattern in patterns)
     source = sources.get(frame[1], ("", 0)) if frame else ("", 0)
     name = op_name[1].replace('\\"', '"').replace("\\'", "'") if op_name else ""
-    return name, file[1] if file else source[0], int(line[1]) if line else source[1]
+    return name, file[1] if file else source[0], natural(line[1]) if line else source[1]
 
 
 def _sources(tables: dict[str, dict[str, str]]) -> dict[str, tuple[str, int]]:
@@ -178,7 +197,10 @@ def _sources(tables: dict[str, dict[str, str]]) -> dict[str, tuple[str, int]]:
     places, found = {}, {}
     for number, row in tables["FileLocations"].items():
         file, line = re.search(r"file_name_id=(\d+)", row), re.search(r"\bline=(\d+)", row)
-        places[number] = (tables["FileNames"].get(file[1], "").strip('"') if file else "", int(line[1]) if line else 0)
+        places[number] = (
+            tables["FileNames"].get(file[1], "").strip('"') if file else "",
+            natural(line[1]) if line else 0,
+        )
     for number, row in tables["StackFrames"].items():
         place = re.search(r"file_location_id=(\d+)", row)
         found[number] = places.get(place[1], ("", 0)) if place else ("", 0)
@@ -188,4 +210,4 @@ def _sources(tables: dict[str, dict[str, str]]) -> dict[str, tuple[str, int]]:
 def parse_aliases(text: str) -> tuple[tuple[tuple[int, ...], int, tuple[int, ...]], ...]:
     """(index of an output, number of the argument whose memory it reuses, index within the argument) of each alias."""
     found = re.findall(r"\{([\d, ]*)\}:\s*\((\d+),\s*\{([\d, ]*)\}", text)
-    return tuple((ints(output), int(number), ints(within)) for output, number, within in found)
+    return tuple((ints(output), natural(number), ints(within)) for output, number, within in found)

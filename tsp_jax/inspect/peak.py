@@ -17,14 +17,17 @@ GPU and CPU, and a fifth larger on TPU. TPU's own `peak_memory_in_bytes` equals 
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
 
 from tsp_jax.inspect.instructions import Instruction
 from tsp_jax.inspect.lifetimes import Value, Values, Walk, fusion_outputs, overwritten
 from tsp_jax.inspect.module import Module
 from tsp_jax.inspect.opcodes import ALLOCATE, FILLERS
 from tsp_jax.inspect.shapes import HOST_MEMORY_SPACE, Shape, ints
+from tsp_jax.inspect.spans import Span, Spans
 
 _LARGE_CONSTANT = 1 << 20
 
@@ -78,7 +81,11 @@ def find_peak(module: Module) -> Peak:
     transient: everything else, gradients included.
 
     The first moment of most bytes counts. If several values share a buffer, the one made last gives its name.
+
+    Raises:
+      ConfigError: the program is not scheduled.
     """
+    module.check_scheduled()
     walk = Walk(module)
     groups = _groups(walk)
     allocations = _allocations(walk, groups)
@@ -90,10 +97,10 @@ def find_peak(module: Module) -> Peak:
         if alive := [group for group in allocation if group.counts(host=False) and group.alive(moment)]:
             found.append(_describe(walk, max(alive, key=lambda group: group.start), loop, group_of))
     found.sort(key=lambda buffer: -buffer.bytes)
-    now = walk.moments[moment]
+    at = walk.moments[moment] if walk.moments else None  # None: the program does nothing
     return Peak(
         bytes=total,
-        at=f"{_label(module, now)[0]} {now.name}".strip(),
+        at=f"{_label(walk, at)[0]} {at.name}".strip() if at else "",
         buffers=tuple(found),
         by_kind={k: sum(b.bytes for b in found if b.kind == k) for k in ("state", "residual", "transient")},
         host_bytes=_highest(allocations, walk.now, host=True)[1],
@@ -105,7 +112,7 @@ class _Group:
 
     def __init__(self, values: Values, resident: bool, now: int):
         self.values, self.resident = values, resident
-        self.spans = _joined((value.start, value.end) for value in values)
+        self.spans = list(Spans(((value.start, value.end) for value in values), gap=1))
         self.makers = [value.maker for value in values if value.maker]
         self.start, self.end = self.spans[0][0], self.spans[-1][1]
         self.shape = max((value.shape for value in values), key=_bytes)
@@ -141,68 +148,63 @@ def _bytes(shape: Shape) -> int:
     return dataclasses.replace(shape, dims=tuple(padded)).bytes
 
 
-def _joined(spans: Iterable[tuple[int, int]], gap: int = 1) -> list[tuple[int, int]]:
-    """Merges spans that overlap (gap 0), or that overlap or are adjacent (gap 1)."""
-    joined: list[tuple[int, int]] = []
-    for first, last in sorted(spans):
-        if joined and first <= joined[-1][1] + gap:
-            joined[-1] = (joined[-1][0], max(joined[-1][1], last))
-        else:
-            joined.append((first, last))
-    return joined
-
-
-def _meet_only_at(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]], moments: Collection[int]) -> bool:
-    """Whether all overlaps of two lists of spans are single moments, each of them in `moments`."""
-    i = j = 0
-    while i < len(a) and j < len(b):
-        first, last = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
-        if first < last or (first == last and first not in moments):
-            return False
-        i, j = (i + 1, j) if a[i][1] < b[j][1] else (i, j + 1)
-    return True
-
-
 def _groups(walk: Walk) -> list[_Group]:
     """Groups values that share memory. An update happens in place if nothing reads the old content later."""
-
-    def collect() -> dict[Value, Values]:
-        members: dict[Value, Values] = {}
-        for value in walk.values:
-            members.setdefault(value.root(), []).append(value)
-        return members
-
-    members = collect()
+    lives: defaultdict[Value, list[Span]] = defaultdict(list)
+    for value in walk.values:
+        lives[value.root()].append((value.start, value.end))
+    spans = {root: Spans(found, gap=0) for root, found in lives.items()}
+    updates: defaultdict[int, list[tuple[Value, Value]]] = defaultdict(list)
+    for moment, operand, result in walk.in_place:
+        updates[moment].append((operand, result))
     for _, operand, result in walk.in_place:
         a, b = operand.root(), result.root()
-        if a is b:
+        if a is b or a in walk.resident:
             continue
-        before, after = (_joined(((v.start, v.end) for v in members[root]), gap=0) for root in (a, b))
+
         # In a loop, the result of the last of several updates is the operand of the first.
-        moments = {at for at, *pair in walk.in_place if {value.root() for value in pair} == {a, b}}
-        if a not in walk.resident and _meet_only_at(before, after, moments):
+        updating = functools.partial(_updates_between, updates, {a, b})
+        if spans[a].meets_only_at(spans[b], updating):
             a.unite(b)
-            members[a.root()] = members[a] + members[b]
+            spans[a] = spans[a].joined(spans[b])
+    members: defaultdict[Value, Values] = defaultdict(list)
+    for value in walk.values:
+        members[value.root()].append(value)
     resident = {root.root() for root in walk.resident}
-    return [_Group(values, root in resident, walk.now) for root, values in collect().items()]
+    return [_Group(values, root in resident, walk.now) for root, values in members.items()]
+
+
+def _updates_between(updates: Mapping[int, list[tuple[Value, Value]]], roots: set[Value], moment: int) -> bool:
+    """Whether the instruction of a moment overwrites one of two groups with the other."""
+    return any({operand.root(), result.root()} == roots for operand, result in updates.get(moment, ()))
+
+
+class _Allocation:
+    """Groups that use the same memory one after another."""
+
+    def __init__(self, group: _Group):
+        self.groups, self.spans, self.resident = [group], Spans(group.spans, gap=1), group.resident
+
+    def take(self, other: "_Allocation") -> None:
+        self.groups += other.groups
+        self.spans = self.spans.joined(other.spans)
 
 
 def _allocations(walk: Walk, groups: list[_Group]) -> list[list[_Group]]:
     """Merges groups into one allocation where an operation may write over an operand that dies."""
-    allocation_of = {value.root(): [group] for group in groups for value in group.values}
-    spans = {id(allocation): allocation[0].spans for allocation in allocation_of.values()}
-    taken: set[tuple[int, int]] = set()
+    allocation_of = {group.values[0].root(): _Allocation(group) for group in groups}
+    taken: set[tuple[int, _Allocation]] = set()
     for moment, operand, result in walk.reuse:
         a, b = allocation_of[operand.root()], allocation_of[result.root()]
-        if a is b or (moment, id(b)) in taken:
+        if a is b or (moment, b) in taken or a.resident or b.resident:
             continue
-        if not any(g.resident for g in (*a, *b)) and _meet_only_at(spans[id(a)], spans[id(b)], (moment,)):
-            spans[id(a)] = _joined([*spans[id(a)], *spans[id(b)]])
-            a += b
-            for group in b:
-                allocation_of[group.values[0].root()] = a
-            taken.add((moment, id(a)))
-    return list({id(allocation): allocation for allocation in allocation_of.values()}.values())
+        if a.spans.meets_only_at(b.spans, moment.__eq__):
+            few, many = sorted((a, b), key=lambda allocation: len(allocation.groups))
+            many.take(few)
+            for group in few.groups:
+                allocation_of[group.values[0].root()] = many
+            taken.add((moment, many))
+    return [allocation.groups for allocation in dict.fromkeys(allocation_of.values())]
 
 
 def _highest(allocations: list[list[_Group]], end: int, *, host: bool) -> tuple[int, int]:
@@ -211,7 +213,7 @@ def _highest(allocations: list[list[_Group]], end: int, *, host: bool) -> tuple[
     for allocation in allocations:
         groups = [group for group in allocation if group.counts(host)]
         size = max((group.bytes for group in groups), default=0)
-        for first, last in _joined(span for group in groups for span in group.spans):
+        for first, last in Spans((span for group in groups for span in group.spans), gap=1):
             change[first] += size
             change[last + 1] -= size
     best = moment = total = 0
@@ -228,35 +230,39 @@ def _kind(walk: Walk, group: _Group, loop: tuple[int, int] | None) -> str:
         return "state"
     if not walk.has_backward:
         return "residual" if loop and group.start < loop[0] and group.end > loop[1] else "transient"
-    made = [_label(walk.module, maker)[0] for maker in group.makers]
-    read = [_label(walk.module, reader)[0] for value in group.values for reader in value.readers]
+    made = [_label(walk, maker)[0] for maker in group.makers]
+    read = [_label(walk, reader)[0] for value in group.values for reader in value.readers]
     forward = any("jvp(" in scope and "transpose(" not in scope for scope in made)
     return "residual" if forward and any("transpose(" in scope for scope in read) else "transient"
 
 
-def _label(module: Module, i: Instruction) -> tuple[str, str]:
+def _label(walk: Walk, i: Instruction) -> tuple[str, str]:
     """(scope, file:line) of an instruction.
 
     An instruction without a name takes those of its first operand; a fusion, those of its results.
     """
-    named = i
+    named, passed = i, []
     if not i.op_name and i.opcode == "fusion":
-        body = module.callee(i, "calls")
+        body = walk.module.callee(i, "calls")
         candidates = [*fusion_outputs(body), *reversed(body.instructions)]
         named = next((inner for inner in candidates if inner.op_name), i)
-    while not named.op_name and (operands := module.computations[named.computation].operands(named)):
-        named = operands[0]
-    return named.op_name, f"{named.source_file}:{named.source_line}" if named.source_file else ""
+    while not named.op_name and named.operands and (named.computation, named.name) not in walk.labels:
+        passed.append(named)
+        named = walk.module.computations[named.computation].by_name[named.operands[0]]
+    own = named.op_name, f"{named.source_file}:{named.source_line}" if named.source_file else ""
+    label = walk.labels.get((named.computation, named.name), own)
+    walk.labels.update({(each.computation, each.name): label for each in passed})
+    return label
 
 
 def _describe(walk: Walk, group: _Group, loop: tuple[int, int] | None, group_of: dict[Value, _Group]) -> LiveBuffer:
     module = walk.module
     maker = _naming_maker(module, group)
-    scope, source = _label(module, maker)
+    scope, source = _label(walk, maker)
     part = walk.written.get((maker.computation, maker.name)) if overwritten(module, maker) else None
     return LiveBuffer(
         bytes=group.bytes, shape=group.shape.dims, dtype=group.shape.dtype, kind=_kind(walk, group, loop), scope=scope,
-        holds=_label(module, _naming_maker(module, group_of[part.root()]))[0] if part else "", source=source,
+        holds=_label(walk, _naming_maker(module, group_of[part.root()]))[0] if part else "", source=source,
         name=maker.name, opcode=maker.opcode, computation=maker.computation,
     )  # fmt: skip
 

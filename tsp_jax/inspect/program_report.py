@@ -1,16 +1,24 @@
 """Report on one compiled program: its memory, its communication and a simulated timeline."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import HARDWARE, Hardware
 from tsp_jax.inspect.collectives import Collective, list_collectives
+from tsp_jax.inspect.flops import total_flops
 from tsp_jax.inspect.memory import Memory, compiled_memory
-from tsp_jax.inspect.module import Module, Trips
+from tsp_jax.inspect.module import UNSCHEDULED, Module, Trips
 from tsp_jax.inspect.parser import parse
 from tsp_jax.inspect.peak import Peak, find_peak
+from tsp_jax.inspect.platforms import (
+    check_platform,
+    hardware_of,
+    platform_assumption,
+    platforms_of_devices,
+    platforms_of_text,
+)
 from tsp_jax.inspect.timeline import Timeline, simulate
 
 
@@ -34,13 +42,34 @@ class Report:
     """axis -> size; None: unknown"""
     memory: Memory | None
     """as the compiler reports it; None if only text was given"""
-    peak: Peak
-    """buffers alive at the peak, read from the text"""
+    live: Peak | None
+    """buffers alive at the peak, read from the text; None if the program is not scheduled"""
     collectives: list[Collective]
+    """in a program that is not scheduled, those that it holds so far"""
+    flops: float
+    """of matrix products, in one execution; before partitioning, of all devices"""
+    shardings: dict[str, str]
+    """name of an argument -> its sharding, as the text writes it"""
     timeline: Timeline | None
     """simulated; None if the hardware is not known"""
     hardware: Hardware | None
     full_weights: tuple[FullWeight, ...] = ()
+
+    @property
+    def missing(self) -> str:
+        """What the text lacks for a peak and a timeline; empty if nothing."""
+        return "" if self.module.is_scheduled else f"its text lacks {UNSCHEDULED}"
+
+    @property
+    def peak(self) -> Peak:
+        """Buffers alive at the peak, read from the text.
+
+        Raises:
+          ConfigError: the program is not scheduled.
+        """
+        self.module.check_scheduled()
+        assert self.live is not None
+        return self.live
 
     @property
     def peak_bytes(self) -> int:
@@ -54,6 +83,7 @@ class Report:
         Raises:
           ConfigError: there is no timeline.
         """
+        self.module.check_scheduled()
         if self.timeline is None:
             raise ConfigError(f"no timeline without a target; use target={next(iter(HARDWARE))}:8, for example")
         return self.timeline.exposed_comm_s / self.timeline.comm_s if self.timeline.comm_s else 0.0
@@ -64,16 +94,20 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain numbers and strings."""
-        compiled = {field.name: getattr(self.memory, field.name, None) for field in dataclasses.fields(Memory)}
-        peak = self.peak
         return {
-            "memory": {
-                **compiled, "peak_bytes": self.peak_bytes, "live_peak_bytes": peak.bytes, "host_bytes": peak.host_bytes,
-                "by_kind": dict(peak.by_kind), "peak_at": peak.at,
-                "largest": [dataclasses.asdict(buffer) for buffer in peak.buffers[:20]],
-            },
+            "missing": self.missing, "memory": self._memory_json(), "flops": self.flops, "shardings": self.shardings,
             "collectives": [self._collective_json(c) for c in self.collectives],
             "timeline": self._timeline_json(),
+        }  # fmt: skip
+
+    def _memory_json(self) -> dict[str, Any] | None:
+        if (peak := self.live) is None:
+            return None
+        compiled = {field.name: getattr(self.memory, field.name, None) for field in dataclasses.fields(Memory)}
+        return {
+            **compiled, "peak_bytes": self.peak_bytes, "live_peak_bytes": peak.bytes, "host_bytes": peak.host_bytes,
+            "by_kind": dict(peak.by_kind), "peak_at": peak.at,
+            "largest": [dataclasses.asdict(buffer) for buffer in peak.buffers[:20]],
         }  # fmt: skip
 
     def _collective_json(self, c: Collective) -> dict[str, Any]:
@@ -97,6 +131,9 @@ def report(
 ) -> Report:  # fmt: skip
     """Reports the memory, communication and simulated timeline of a compiled program.
 
+    A text from before scheduling (without ``is_scheduled=true``) has no peak and no timeline; its report holds the
+    products, shardings and collectives of the text, and says what is missing.
+
     Args:
       program: what ``jax.jit(f).lower(...)`` or its ``.compile()`` returned, or the text of a compiled program.
       target: hardware for the timeline, or its name, such as mi300x or mi300x:8; None: the program's own devices.
@@ -107,7 +144,8 @@ def report(
       record: keep the timeline's events, to write a trace.
 
     Raises:
-      ConfigError: the text is no compiled HLO, or mesh or target do not fit it.
+      ConfigError: the text is no HLO, mesh or target do not fit it, or it was compiled for another platform than the
+        target's.
     """
     if hasattr(program, "compile"):
         program = program.compile()
@@ -117,12 +155,21 @@ def report(
     mesh = max(meshes, key=lambda mesh: mesh.size, default=None)
     axes = dict(mesh_axes) if mesh_axes else dict(mesh.shape) if mesh is not None else None
     hardware = _hardware(target, mesh)
-    timeline = simulate(module, hardware, unknown_trips=unknown_trips, record=record) if hardware else None
+    if hardware:
+        check_platform(hardware, platforms_of_text(module) if is_text else platforms_of_devices(_devices(program)))
+    scheduled = module.is_scheduled
+    timeline = (
+        simulate(module, hardware, unknown_trips=unknown_trips, record=record) if hardware and scheduled else None
+    )
+    if is_text and timeline and hardware:
+        assumptions = *timeline.assumptions, *platform_assumption(module, hardware)
+        timeline = dataclasses.replace(timeline, assumptions=assumptions)
     if full_weights is None:
         full_weights = () if is_text else _sharded_matrices(program)
     return Report(
-        module=module, mesh=axes, memory=None if is_text else compiled_memory(program), peak=find_peak(module),
-        collectives=list_collectives(module, axes, unknown_trips=unknown_trips),
+        module=module, mesh=axes, memory=None if is_text else compiled_memory(program),
+        live=find_peak(module) if scheduled else None, flops=total_flops(module, unknown_trips),
+        shardings=_shardings(module), collectives=list_collectives(module, axes, unknown_trips=unknown_trips),
         timeline=timeline, hardware=hardware, full_weights=tuple(full_weights),
     )  # fmt: skip
 
@@ -133,6 +180,19 @@ def _arguments(compiled: Any) -> list[tuple[Any, Any]]:
 
     avals, shardings = jax.tree.leaves(compiled.in_avals), jax.tree.leaves(compiled.input_shardings)
     return list(zip(avals, shardings, strict=False)) if len(avals) == len(shardings) else []
+
+
+def _devices(compiled: Any) -> Iterator[Any]:
+    """The devices of a compiled program's arguments and results."""
+    import jax
+
+    for sharding in jax.tree.leaves((compiled.input_shardings, compiled.output_shardings)):
+        yield from sharding.device_set
+
+
+def _shardings(module: Module) -> dict[str, str]:
+    parameters = (i for i in module.entry.instructions if i.opcode == "parameter")
+    return {i.op_name or i.name: i.attributes["sharding"] for i in parameters if "sharding" in i.attributes}
 
 
 def _sharded_matrices(compiled: Any) -> tuple[FullWeight, ...]:
@@ -154,6 +214,4 @@ def _hardware(target: str | Hardware | None, mesh: Any) -> Hardware | None:
         raise ConfigError(f"target={target} is unknown; use one of {', '.join(HARDWARE)}")
     if mesh is None or not hasattr(mesh, "devices"):
         return None
-    device = mesh.devices.flat[0]
-    kind = f"{device.platform} {device.device_kind}".lower()
-    return next((h for h in HARDWARE.values() if h.name in kind or device.device_kind == h.topology_kind), None)
+    return hardware_of(mesh.devices.flat[0])

@@ -5,15 +5,19 @@ both busy. Asynchronous work begins when it has been issued and all earlier work
 program waits for its end, the compute queue stands idle: that is exposed time.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.instructions import Computation
 from tsp_jax.inspect.schedule import Queue, Schedule, Step, Task
 
 _SETTLED = 1e-11
 """seconds; queue states that differ by less count as equal, since sums are rounded"""
+
+_MOST_WORK = 2_000_000
+"""steps; a training step of a real model takes fewer than a hundred thousand, each iteration of its loops traced"""
 
 Amounts = defaultdict[str, float]
 ComputeLoops = dict[str, tuple[float, Amounts]]
@@ -45,7 +49,7 @@ class _Pending(NamedTuple):
 class Simulation:
     """State of the queues (until when each is busy, and the work in flight), and totals of what has run so far."""
 
-    def __init__(self, schedule: Schedule, record: bool = False, compute_loops: ComputeLoops | None = None):
+    def __init__(self, schedule: Schedule, record: bool = False, parent: "Simulation | None" = None):
         self.schedule, self.record = schedule, record
         self.now: dict[Queue, float] = {"compute": 0.0, "links": 0.0, "host": 0.0}
         self.pending: list[_Pending] = []
@@ -54,11 +58,13 @@ class Simulation:
         self.exposed: Amounts = defaultdict(float)
         """task -> seconds that the compute queue waited for it"""
         self.events: list[Event] = []
-        self._compute_loops = compute_loops if compute_loops is not None else {}
+        self._compute_loops: ComputeLoops = parent._compute_loops if parent else {}
+        self._work: Counter[str] = parent._work if parent else Counter()
 
     def run(self, computation: Computation) -> None:
         """Simulates the steps of a computation."""
         for step in self.schedule.steps(computation):
+            self._spend(1, step)
             if step.kind == "run":
                 self._note("compute", self.now["compute"], step.seconds, self.schedule.tasks[step.task])
                 self.now["compute"] += step.seconds
@@ -70,10 +76,20 @@ class Simulation:
             elif step.kind == "loop":
                 self._loop(step)
             elif step.kind == "branch":
+                self._spend(len(self.pending) * len(step.callees), step)
                 self._branch(step.callees)
             else:
                 for callee in step.callees:
                     self.run(callee)
+
+    def _spend(self, work: int, step: Step) -> None:
+        """Counts steps simulated and work in flight compared; ConfigError if they have no end in sight."""
+        self._work["done"] += work
+        if self._work["done"] > _MOST_WORK:
+            raise ConfigError(
+                f"simulation exceeds {_MOST_WORK:,} steps in {step.instruction.name} ({step.instruction.opcode}): "
+                "iterations never become alike, or are too many to trace; leave out the target for memory alone"
+            )
 
     def wait_for_all(self) -> None:
         """Ends the program: it lasts until all work that it started has ended."""
@@ -120,6 +136,7 @@ class Simulation:
             return
         iterations, state = round(step.trips), self._state()
         for done in range(1, iterations + 1):
+            self._spend(len(self.pending), step)
             begin, (runs, exposed) = self.now["compute"], (self.executions, self.exposed)
             self.executions, self.exposed = defaultdict(float), defaultdict(float)
             self.run(condition)
@@ -156,19 +173,23 @@ class Simulation:
         return [(name, max(0.0, end - self.now["compute"])) for name, end in ends]
 
     def _branch(self, branches: Iterable[Computation]) -> None:
-        """Simulates the branch that ends last."""
+        """Simulates every branch, and goes on from the one that ends last."""
         options = []
         for branch in branches:
-            trial = Simulation(self.schedule, compute_loops=self._compute_loops)
+            trial = Simulation(self.schedule, self.record, parent=self)
             trial.now, trial.pending = dict(self.now), list(self.pending)
             trial.run(branch)
-            options.append((trial.now["compute"], trial.now["links"], trial.now["host"], len(options), branch))
+            options.append((trial.now["compute"], trial.now["links"], trial.now["host"], len(options), trial))
         if options:
-            self.run(max(options)[-1])
+            last = max(options)[-1]
+            self.now, self.pending = last.now, last.pending
+            self.events += last.events
+            _add(self.executions, last.executions, 1)
+            _add(self.exposed, last.exposed, 1)
 
     def _compute_loop(self, step: Step) -> tuple[float, Amounts]:
         if step.task not in self._compute_loops:
-            body, condition = (Simulation(self.schedule, compute_loops=self._compute_loops) for _ in range(2))
+            body, condition = (Simulation(self.schedule, parent=self) for _ in range(2))
             body.run(step.callees[0])
             condition.run(step.callees[1])
             runs: Amounts = defaultdict(float)

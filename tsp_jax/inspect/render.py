@@ -12,8 +12,12 @@ from tsp_jax.inspect.units import format_bytes, format_seconds
 
 def show(report: Report, out: Console, *, largest: int = 12) -> None:
     """Prints memory, the largest buffers at the peak, communication and timeline of one device."""
-    out.print(_memory(report))
-    out.print(_buffers(report, largest))
+    if report.missing:
+        out.print(f"No peak and no timeline: {report.missing}", soft_wrap=True, highlight=False)
+        out.print(_known(report, largest))
+    else:
+        out.print(_memory(report))
+        out.print(_buffers(report, largest))
     if report.collectives:
         out.print(_traffic(report, largest))
     if report.timeline:
@@ -22,10 +26,13 @@ def show(report: Report, out: Console, *, largest: int = 12) -> None:
             out.print(f"  assumed: {line}", style="dim", soft_wrap=True, highlight=False)
 
 
-def console() -> Console:
-    """A console for the tables; output that goes elsewhere than to a terminal is 150 columns wide."""
-    plain = Console()
-    return plain if plain.is_terminal else Console(width=150)
+def console(*, stderr: bool = False) -> Console:
+    """A console for the tables, in which no text is markup.
+
+    Output that goes elsewhere than to a terminal is 150 columns wide.
+    """
+    width = None if Console(stderr=stderr).is_terminal else 150
+    return Console(stderr=stderr, width=width, markup=False, emoji=False)
 
 
 _KINDS = {
@@ -60,6 +67,21 @@ def _memory(report: Report) -> Table:
     return table
 
 
+def _known(report: Report, largest: int) -> Table:
+    """What a program that is not scheduled tells."""
+    devices, found = report.module.num_devices, report.shardings
+    whole = f"; where it is not partitioned yet, of all {devices} devices" if devices > 1 else ""
+    table = _table("What the text tells", "part", "value", overflow="fold")
+    table.add_row(f"matrix products{whole}", f"{report.flops / 1e15:.6g} PFLOP")
+    for name, sharding in list(found.items())[:largest]:
+        table.add_row(f"sharding of {name}", sharding)
+    if len(found) > largest:
+        table.add_row(f"shardings of {len(found) - largest} more arguments", "")
+    if devices > 1 and not report.collectives:
+        table.add_row("communication", "not in the text yet")
+    return table
+
+
 def _buffers(report: Report, largest: int) -> Table:
     title = f"Largest of {len(report.peak.buffers)} buffers alive at the peak, from the text of the program"
     table = _table(title, ">bytes", "array", "kind", "made by", "source", overflow="fold")
@@ -67,13 +89,15 @@ def _buffers(report: Report, largest: int) -> Table:
         source = "/".join(b.source.split("/")[-2:])
         shape = ",".join(map(str, b.shape))
         maker = b.scope if b.opcode == "parameter" else readable_scope(b.scope)
-        table.add_row(format_bytes(b.bytes), f"{b.dtype}\\[{shape}]", b.kind, maker, source)
+        table.add_row(format_bytes(b.bytes), f"{b.dtype}[{shape}]", b.kind, maker, source)
     return table
 
 
 def _traffic(report: Report, largest: int) -> Table:
     total = sum(c.total_bytes for c in report.collectives)
     title = f"Communication of one device in a step, compiled: receives {format_bytes(total)}"
+    if report.missing:
+        title = f"Collectives that the text holds so far: a device receives {format_bytes(total)}"
     table = _table(title, ">received", "op", "axis", ">count", ">each", "async", ">overlapped", "scope")
     found = sorted(report.collectives, key=lambda c: -c.total_bytes)
     for c in found[:largest]:

@@ -139,8 +139,11 @@ def _in_place_traffic(i: Instruction, arrays: Sequence[tuple[Shape, ...]]) -> li
 
 def _source(computation: Computation, i: Instruction) -> Instruction:
     """The instruction that makes the array of which `i` is an alias."""
-    while (i.opcode in ALIASES or i.opcode == "get-tuple-element") and (operands := computation.operands(i)):
-        i = operands[0]
+    while (i.opcode in ALIASES or i.opcode == "get-tuple-element") and i.operands:
+        source = computation.by_name[i.operands[0]]
+        if i.opcode == "get-tuple-element" and source.opcode == "tuple":
+            source = computation.by_name[source.operands[int(i.attributes["index"])]]
+        i = source
     return i
 
 

@@ -12,8 +12,11 @@ _ADDED_BY_JAX = re.compile(
     r"(jit|jvp|transpose|vmap|pjit|checkpoint|custom_jvp_call|custom_vjp_call)\(.*\)|custom_[jv][jv]p_call|.*->.*|"
     r"mean_\w+\[.*\]|"
 )
-_DECLARED_TRIPS = re.compile(r"(?:^|[/(])mean_trips\[([\d.e+\-]+)\]\)*/while$")
-_DECLARED_FLOPS = re.compile(r"(?:^|[/(])mean_flops\[(\w+)=([\d.e+\-]+)\]\)*/[^/]+$")
+_DECLARED_TRIPS = re.compile(r"(?:^|[/(])mean_trips\[([^\]/]*)\]\)*/while$")
+_DECLARED_FLOPS = re.compile(r"(?:^|[/(])mean_flops\[(\w+)=([^\]/]*)\]\)*/[^/]+$")
+
+
+_TOO_MANY = 1e30
 
 
 class DeclaredFlops(NamedTuple):
@@ -56,10 +59,7 @@ def declared_trips(loop: Instruction) -> float | None:
     It does so with a named scope directly around the loop, ``with jax.named_scope("mean_trips[64.5]")``.
     """
     found = _DECLARED_TRIPS.search(loop.op_name)
-    try:
-        return float(found[1]) if found else None
-    except ValueError:
-        raise ConfigError(f"scope mean_trips[{found[1] if found else ''}] is no number; use mean_trips[64.5]") from None
+    return _positive(loop, "mean_trips", "", found[1], "64.5") if found else None
 
 
 def declared_flops(i: Instruction) -> DeclaredFlops | None:
@@ -71,7 +71,16 @@ def declared_flops(i: Instruction) -> DeclaredFlops | None:
     if not found:
         return None
     kind, number = found.groups()
+    return DeclaredFlops(kind, _positive(i, "mean_flops", f"{kind}=", number, "1.5e12"))
+
+
+def _positive(i: Instruction, scope: str, kind: str, text: str, example: str) -> float:
+    """The number that a scope declares; ConfigError if it is none, or not above zero and below `_TOO_MANY`."""
     try:
-        return DeclaredFlops(kind, float(number))
+        number = float(text)
     except ValueError:
-        raise ConfigError(f"scope mean_flops[{kind}={number}] is no number; use mean_flops[{kind}=1.5e12]") from None
+        number = 0.0
+    if not 0 < number < _TOO_MANY:
+        number = f"number above 0 and below {_TOO_MANY:g}"
+        raise ConfigError(f"{i.name}: scope {scope}[{kind}{text}] is no {number}; use {scope}[{kind}{example}]")
+    return number

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.links import link_model
 from tsp_jax.inspect.module import Module, Trips
+from tsp_jax.inspect.platforms import check_platform, platforms_of_text
 from tsp_jax.inspect.queues import Event, Simulation
 from tsp_jax.inspect.schedule import Queue, Schedule, Task
 from tsp_jax.inspect.scopes import declared_flops, declared_trips
@@ -91,7 +92,12 @@ def simulate(module: Module, hardware: Hardware, *, unknown_trips: Trips = 1, re
       hardware: rates and links; its platform must be the one that the program was compiled for.
       unknown_trips: trips to assume for data-dependent loops that declare none; see `Module.executions`.
       record: keep events for `write_trace`; loops with communication record every iteration.
+
+    Raises:
+      ConfigError: the program is not scheduled, or was compiled for another platform.
     """
+    module.check_scheduled()
+    check_platform(hardware, platforms_of_text(module))
     schedule = Schedule(module, hardware, unknown_trips)
     simulation = Simulation(schedule, record)
     simulation.run(module.entry)

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import jax
 import tyro
-from rich.console import Console
 from rich.table import Column, Table
 
 from tsp_jax.config import Config
@@ -61,7 +60,7 @@ def compare(name: str, options: CompareOptions, optimizer: Optimizer = None) -> 
     if options.per_replica < 1:
         raise ConfigError(f"per_replica={options.per_replica} must be positive; use 1")
     use_target(target)
-    with Console(stderr=True).status("") as status:
+    with console(stderr=True).status("") as status:
         rows = compare_layouts(
             options.config, target, layouts, lengths,
             batch=options.per_replica, step=options.step, chunk=options.chunk, optimizer=optimizer,

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
+from tsp_jax.files import read_text
 from tsp_jax.hardware.targets import parse_target, standins_note, use_target
 from tsp_jax.inspect import Report, report
 from tsp_jax.inspect.expect import broken, parse_expectations
@@ -21,6 +22,7 @@ from tsp_jax.tools import cli
 from tsp_jax.tools.compile import Step, compile_step
 from tsp_jax.training.optimizer import Optimizer
 
+_LONGEST_TEXT = 2**31
 BROKEN = 1
 """exit code if a contract is broken"""
 
@@ -87,7 +89,7 @@ def inspect_step(name: str, options: StepOptions, optimizer: Optimizer = None) -
     check_writable(dump_hlo=options.dump_hlo)
     use_target(target)
     config = options.config
-    with Console(stderr=True).status(f"compiling {name} for {target}"):
+    with console(stderr=True).status(f"compiling {name} for {target}"):
         step = compile_step(config, target, options.step, options.chunk, optimizer)
     mesh = ",".join(f"{axis}={size}" for axis, size in step.placement.mesh.shape.items())
     tokens = f"{options.chunk} of {config.seq_len}" if options.chunk else str(config.seq_len)
@@ -106,10 +108,7 @@ def inspect_text(file: str, options: TextOptions) -> int:
     options.outputs.check()
     name = options.target if ":" in options.target else f"{options.target}:1"
     hardware = parse_target(name, options.outputs.attention_efficiency).hardware if options.target else None
-    try:
-        text = Path(file).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"file {file} cannot be read as text ({error}); use the text of a compiled program") from None
+    text = read_text(file, _LONGEST_TEXT, "use the text of a compiled program")
     axes = parse_sizes(options.mesh) if options.mesh else None
     found = report(text, target=hardware, mesh_axes=axes, record=bool(options.outputs.trace))
     return _finish(found, {"file": file, "target": options.target, "mesh": axes}, options.outputs, [])
@@ -128,7 +127,7 @@ def _finish(found: Report, facts: dict[str, Any], outputs: Outputs, headings: Se
     show(found, out, largest=outputs.largest)
     failures = broken(found, parse_expectations(outputs.expect))
     for line in failures:
-        out.print(f"broken: {line}", soft_wrap=True, highlight=False, markup=False)
+        out.print(f"broken: {line}", soft_wrap=True, highlight=False)
     return BROKEN if failures else 0
 
 

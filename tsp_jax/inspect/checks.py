@@ -1,0 +1,122 @@
+"""Checks that a text is a program: what instructions name, how calls nest, and shapes, before anything is computed."""
+
+import graphlib
+import re
+from collections.abc import Iterator
+
+from tsp_jax.errors import ConfigError
+from tsp_jax.inspect.instructions import Computation, Instruction
+from tsp_jax.inspect.module import Module
+from tsp_jax.inspect.opcodes import ALIASES, ELEMENTWISE
+from tsp_jax.inspect.shapes import Shape, ints, leaves
+
+DEEPEST = 100
+"""most computations that may be nested in one another; programs of real models have fewer than 20"""
+_MOST_EXPANDED = 1_000_000
+"""instructions of a program with every call written out that are always read; of longer texts, a multiple of theirs"""
+_LARGEST = 2**63
+_ARRAYS = {
+    "dot": 2, "ragged-dot": 2, "convolution": 2, "dynamic-update-slice": 2, "gather": 2, "scatter": 3,
+    "slice": 1, "dynamic-slice": 1, "sort": 1,
+} | dict.fromkeys(ELEMENTWISE, 1)  # fmt: skip
+"""opcode -> how many operands must be an array, as the result must"""
+_OPERANDS = {"get-tuple-element", "while", "conditional", "bitcast", "opt-barrier", "add-dependency", "domain"}
+"""opcodes that need an operand of any shape"""
+
+
+def check_module(module: Module) -> None:
+    """Raises ConfigError, in one line that names the instruction, if a program cannot be what a compiler wrote."""
+    for computation in module.computations.values():
+        _check_names(computation)
+        for i in computation.instructions:
+            if wrong := next(_misfits(computation, i), ""):
+                raise misfit(i, wrong)
+    numbers = sorted(int(i.literal) for i in module.entry.instructions if i.opcode == "parameter")
+    if numbers != list(range(len(numbers))):
+        gap = next(n for n, number in enumerate(numbers) if n != number)
+        raise ConfigError(f"{module.entry.name} of HLO text lacks parameter({gap}); pass the complete text")
+    _check_calls(module)
+
+
+def misfit(i: Instruction, wrong: str) -> ConfigError:
+    """An error about one instruction."""
+    return ConfigError(f"HLO instruction {i.name:.200} ({i.opcode}) {wrong}; pass the text as the compiler wrote it")
+
+
+def _check_names(computation: Computation) -> None:
+    """Instructions have names of their own, name earlier ones as operands, and parameters are numbered."""
+    known: set[str] = set()
+    numbers: set[int] = set()
+    roots = [i for i in computation.instructions if i.is_root]
+    if len(roots) > 1:
+        raise misfit(roots[1], f"is a second ROOT of {computation.name}")
+    for i in computation.instructions:
+        if i.name in known:
+            raise misfit(i, f"stands twice in {computation.name}")
+        if missing := next((name for name in i.operands if name not in known), None):
+            raise misfit(i, f"has operand {missing:.200}, which no earlier instruction of {computation.name} makes")
+        known.add(i.name)
+        if i.opcode == "parameter":
+            if not re.fullmatch(r"\d{1,18}", i.literal) or int(i.literal) in numbers:
+                raise misfit(i, f"has number {i.literal:.80}; it must be a number that no other parameter has")
+            numbers.add(int(i.literal))
+
+
+def _misfits(computation: Computation, i: Instruction) -> Iterator[str]:
+    """What is wrong with an instruction's shape, operands and attributes."""
+    yield from (f"has shape {leaf.dtype}{leaf.layout:.80}, whose layout does not fit" for leaf in leaves(i.shape)
+                if not _layout_fits(leaf))  # fmt: skip
+    if any(leaf.size >= _LARGEST for leaf in leaves(i.shape)):
+        yield f"has an array of {_LARGEST:g} elements or more"
+    needed = _ARRAYS.get(i.opcode, 0)
+    operands = computation.operands(i)
+    if needed and (len(operands) < needed or not all(leaves(o.shape) for o in (i, *operands[:needed]))):
+        yield f"needs {needed} arrays as operands, and one as its result"
+    if (i.opcode in _OPERANDS or i.phase in ("update", "done")) and not operands:
+        yield "needs an operand"
+    if i.opcode == "get-tuple-element":
+        source, index = operands[0].shape, i.attributes.get("index", "none")
+        if isinstance(source, Shape) or not re.fullmatch(r"\d{1,9}", index) or int(index) >= len(source):
+            elements = "no tuple" if isinstance(source, Shape) else f"a tuple of {len(source)} elements"
+            yield f"has index {index:.80}, and its operand is {elements}"
+        elif len(leaves(source[int(index)])) != len(leaves(i.shape)):
+            yield f"has another number of arrays than element {index} of its operand"
+    if i.opcode == "tuple" and len(leaves(i.shape)) != sum(len(leaves(o.shape)) for o in operands):
+        yield "has another number of arrays than its operands"
+    if i.opcode in ALIASES - {"after-all"} and len(leaves(i.shape)) != len(leaves(operands[0].shape)):
+        yield "has another number of arrays than its operand"
+
+
+def _layout_fits(shape: Shape) -> bool:
+    """Whether a layout such as {1,0:T(8,128)} names dims that the shape has, and tiles of at least 1."""
+    order, tiles = re.match(r"\{([\d,]*)", shape.layout), re.findall(r"T((?:\([\d,*]*\))+)", shape.layout)
+    dims = ints(order[1]) if order else ()
+    return (
+        len(set(dims)) == len(dims) and all(k < len(shape.dims) for k in dims) and all(0 not in ints(t) for t in tiles)
+    )
+
+
+def _check_calls(module: Module) -> None:
+    """Calls make no cycle, do not nest too deeply, and do not multiply beyond what can be read."""
+    calls = {
+        name: [(i, target) for i in c.instructions for names in i.called.values() for target in names]
+        for name, c in module.computations.items()
+    }
+    known = {name: [target for _, target in found if target in calls] for name, found in calls.items()}
+    try:
+        order = list(graphlib.TopologicalSorter(known).static_order())
+    except graphlib.CycleError as error:
+        callee, caller = error.args[1][:2]
+        i = next(i for i, target in calls[caller] if target == callee)
+        raise misfit(i, f"calls {callee}, which calls {caller} in turn: nothing ends a cycle of calls") from None
+    most = max(_MOST_EXPANDED, 8 * sum(len(c.instructions) for c in module.computations.values()))
+    depth, size = {}, {}
+    for name in order:
+        depth[name], size[name] = 1, len(module.computations[name].instructions)
+        for i, target in ((i, target) for i, target in calls[name] if target in calls):
+            depth[name] = max(depth[name], depth[target] + 1)
+            size[name] += size[target]
+            if depth[name] > DEEPEST:
+                raise misfit(i, f"nests computations more than {DEEPEST} deep")
+            if size[name] > most:
+                raise misfit(i, f"runs more than {most:,} instructions, with every call written out")

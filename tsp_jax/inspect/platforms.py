@@ -1,0 +1,62 @@
+"""Which platform a program was compiled for, as far as its devices or its text tell."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from tsp_jax.errors import ConfigError
+from tsp_jax.hardware.devices import HARDWARE, Hardware
+from tsp_jax.inspect.module import Module
+from tsp_jax.inspect.shapes import leaves
+
+_GPU = ("rocm", "cuda")
+_MARKS = (
+    (("tpu",), re.compile(r":T\(\d|tpu_custom_call|AsyncCollectiveStart")),
+    (_GPU, re.compile(r'"operation_queue_id"|"collective_backend_config"|__gpu\$|__cublas\$|__cudnn\$|__triton')),
+    (("cpu",), re.compile(r'"outer_dimension_partitions"|__ynn_|__onednn\$|xla_ffi_python_cpu_callback|__cpu\$')),
+)
+"""platforms, and what only their compilers write into layouts, backend_config and targets of custom calls"""
+
+
+def hardware_of(device: Any) -> Hardware | None:
+    """The row of `HARDWARE` that a device of JAX is; None if it has none."""
+    kind = f"{device.platform} {device.device_kind}".lower()
+    return next((h for h in HARDWARE.values() if h.name in kind or device.device_kind == h.topology_kind), None)
+
+
+def platforms_of_devices(devices: Iterable[Any]) -> tuple[str, ...]:
+    """The platforms that some devices may be of: JAX calls ROCm's and CUDA's alike gpu. Empty without devices."""
+    for device in devices:
+        known = hardware_of(device)
+        return (known.platform,) if known else _GPU if device.platform == "gpu" else (device.platform,)
+    return ()
+
+
+def platforms_of_text(module: Module) -> tuple[str, ...]:
+    """The platforms for which a text may have been compiled; empty if it has no mark of any."""
+    for computation in module.computations.values():
+        for i in computation.instructions:
+            text = " ".join([i.custom_call_target, i.backend_config, *(leaf.layout for leaf in leaves(i.shape))])
+            for platforms, mark in _MARKS:
+                if mark.search(text):
+                    return platforms
+    return ()
+
+
+def check_platform(hardware: Hardware, platforms: tuple[str, ...]) -> None:
+    """Raises ConfigError if a program was compiled for none of a target's platform."""
+    if platforms and hardware.platform not in platforms:
+        compiled, fits = " or ".join(platforms), [h.name for h in HARDWARE.values() if h.platform in platforms]
+        raise ConfigError(
+            f"target={hardware.name} is of platform {hardware.platform}, and the program was compiled for {compiled}; "
+            f"compile it for {hardware.name}" + (f", or use target={fits[0]}" if fits else "")
+        )
+
+
+def platform_assumption(module: Module, hardware: Hardware) -> list[str]:
+    """A line that says what the text of a program does not tell about its platform."""
+    platforms = platforms_of_text(module)
+    if platforms == (hardware.platform,):
+        return []
+    told = f"only that it is {' or '.join(platforms)}" if platforms else "nothing"
+    return [f"the program was compiled for {hardware.platform}: its text says {told} about its platform"]

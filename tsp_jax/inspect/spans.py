@@ -1,0 +1,53 @@
+"""Spans of moments: when a buffer is in use."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
+
+Span = tuple[int, int]
+"""(first, last) moment, ends included"""
+
+
+class Spans:
+    """A set of moments as disjoint spans in order, which grows by other sets in time that is linear in the smaller."""
+
+    def __init__(self, spans: Iterable[Span], gap: int):
+        """Merges spans that overlap (gap 0), or that overlap or are adjacent (gap 1)."""
+        self.gap = gap
+        self._firsts: list[int] = []
+        self._lasts: list[int] = []
+        for first, last in sorted(spans):
+            if self._lasts and first <= self._lasts[-1] + gap:
+                self._lasts[-1] = max(self._lasts[-1], last)
+            else:
+                self._firsts.append(first)
+                self._lasts.append(last)
+
+    def __len__(self) -> int:
+        return len(self._firsts)
+
+    def __iter__(self) -> Iterator[Span]:
+        return zip(self._firsts, self._lasts, strict=True)
+
+    def meets_only_at(self, other: "Spans", allowed: Callable[[int], bool]) -> bool:
+        """Whether all overlaps with another set are single moments, each of them allowed."""
+        few, many = sorted((self, other), key=len)
+        for first, last in few:
+            k = bisect_left(many._lasts, first)
+            while k < len(many) and many._firsts[k] <= last:
+                start, end = max(first, many._firsts[k]), min(last, many._lasts[k])
+                if start < end or not allowed(start):
+                    return False
+                k += 1
+        return True
+
+    def joined(self, other: "Spans") -> "Spans":
+        """This set and another as one; the larger of the two is changed and returned."""
+        few, many = sorted((self, other), key=len)
+        for first, last in few:
+            a = bisect_left(many._lasts, first - self.gap)
+            b = a
+            while b < len(many) and many._firsts[b] <= last + self.gap:
+                first, last = min(first, many._firsts[b]), max(last, many._lasts[b])
+                b += 1
+            many._firsts[a:b], many._lasts[a:b] = [first], [last]
+        return many

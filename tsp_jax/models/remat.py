@@ -25,6 +25,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from tsp_jax.config import Remat
+from tsp_jax.errors import ConfigError
 from tsp_jax.layout import Placement
 from tsp_jax.models.buffers import BufferFormat
 from tsp_jax.ops.attention.train import SAVED_NAMES
@@ -91,6 +92,17 @@ def add_attention(attend: Callable[[jax.Array], tuple[jax.Array, Any]], x_BTD: j
     return lax.optimization_barrier(x_BTD + y_BTD), extra
 
 
+@jax.custom_jvp
+def _differentiable_once(tree: Any) -> Any:
+    """The tree itself. In the forward rule of a VJP: refuses second derivatives, which that VJP would get wrong."""
+    return tree
+
+
+@_differentiable_once.defjvp
+def _refuse(primals, tangents):
+    raise ConfigError("the decoder has no second derivatives; build a model of your own from tsp_jax.nn for them")
+
+
 # ------------------------------------------------------------------------------------------------ proxies
 
 
@@ -106,7 +118,7 @@ def _use_proxies(grad_dtype: Any, params: Params, proxies: Params) -> Params:
 
 
 def _proxies_forward(grad_dtype, params, proxies):
-    return params, None
+    return _differentiable_once((params, proxies))[0], None
 
 
 def _proxies_backward(grad_dtype, _, grads):
@@ -125,6 +137,8 @@ def _run_in_buffers(layer: Layer, buffer_format: BufferFormat, x_BTD, params, sh
 
 
 def _forward(layer: Layer, buffer_format: BufferFormat, x_BTD, params, shared):
+    x_BTD, params = _differentiable_once((x_BTD, params))
+
     def step(carry, scanned):
         x_BTD, buffers = carry
         index, params = scanned

@@ -47,7 +47,7 @@ def cross_entropy(
     Args:
       x_BtD: final hidden states, in the compute dtype.
       table_vD: this device's rows of the output head (or of a tied embedding), any float dtype.
-      labels_Bt: next tokens, int32; negative: ignored.
+      labels_Bt: next tokens, int32; negative: ignored; V or more: its nll is not a number.
       axes: over folded axes, buckets of the head move, or tokens; over tensor axes, partial sums are combined.
       stream: movement (gather, ring or activations), buckets and chunks; the number of buckets divides v.
 
@@ -64,12 +64,15 @@ def cross_entropy(
     """
     with jax.named_scope("tsp/loss"):
         x_BtD, table_vD, labels_Bt = vary_alike(x_BtD, table_vD, labels_Bt)
+        weight_axes = axes.tensor + axes.folded
+        vocab_size = table_vD.shape[0] * (lax.axis_size(weight_axes) if weight_axes else 1)
         lse_Bt, label_Bt = _local_sums(x_BtD, table_vD, local_ids(labels_Bt, table_vD, axes), axes.folded, stream)
         if axes.tensor:
             top_Bt = lax.pmax(lax.stop_gradient(lse_Bt), axes.tensor)
             lse_Bt = top_Bt + jnp.log(lax.psum(jnp.exp(lse_Bt - top_Bt), axes.tensor))
             label_Bt = lax.psum(label_Bt, axes.tensor)
             labels_Bt = lax.pmax(labels_Bt, axes.tensor)
+        label_Bt = jnp.where(labels_Bt < vocab_size, label_Bt, jnp.nan)
         real_Bt = labels_Bt >= 0
         return TokenLosses(jnp.where(real_Bt, lse_Bt - label_Bt, 0.0), jnp.where(real_Bt, lse_Bt, 0.0))
 

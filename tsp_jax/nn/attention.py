@@ -14,7 +14,7 @@ from tsp_jax.config import Remat, RopeScaling, StreamConfig
 from tsp_jax.cost.traffic import attention_traffic
 from tsp_jax.errors import ConfigError
 from tsp_jax.heads import HeadPadding, padded_heads
-from tsp_jax.layout import Placement
+from tsp_jax.layout import Placement, largest_divisor
 from tsp_jax.nn.arguments import check_settings
 from tsp_jax.nn.layer import Layer
 from tsp_jax.ops import kernels
@@ -158,9 +158,10 @@ def _head_dim(d_model: int, num_heads: int, num_kv_heads: int, head_dim: int | N
         )
     if head_dim is None:
         if d_model % num_heads:
-            raise ConfigError(f"{layer}: d_model={d_model} is not a multiple of num_heads={num_heads}; use head_dim=64")
+            use = f"num_heads={largest_divisor(d_model, num_heads)}, or pass head_dim"
+            raise ConfigError(f"{layer}: d_model={d_model} is not a multiple of num_heads={num_heads}; use {use}")
         head_dim = d_model // num_heads
     check_settings(layer, head_dim=head_dim)
     if head_dim % 2:
         raise ConfigError(f"{layer}: head_dim={head_dim} is odd, RoPE rotates pairs; use head_dim={head_dim + 1}")
-    return head_dim
+    return int(head_dim)

@@ -239,3 +239,8 @@ def test_no_reader_of_one_row_makes_the_compiler_copy_all_buffers():
     made = {(b.opcode, b.shape) for b in list_buffers(module)}
     assert ("copy", (DEEP, ROWS, D)) not in made
     assert (DEEP, ROWS, D) in {shape for _, shape in made}
+
+
+@pytest.mark.parametrize("policy", ["none", "save_attention", "full", "offload"])
+def test_second_derivatives_are_refused(policy):
+    """Of whichever weights, forward over reverse and reverse over reverse."""

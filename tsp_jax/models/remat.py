@@ -64,6 +64,7 @@ def run_layers(
       policy says, and all gradients.
     """
     grad_dtype = jnp.dtype(grad_dtype)
+    x_BTD, params = _differentiable_once((x_BTD, params))
     if policy == "full":
         buffers = BufferFormat.of(placement, x_BTD, params, specs, grad_dtype)
         return _run_in_buffers(layer, buffers, x_BTD, params, shared)
@@ -92,15 +93,27 @@ def add_attention(attend: Callable[[jax.Array], tuple[jax.Array, Any]], x_BTD: j
     return lax.optimization_barrier(x_BTD + y_BTD), extra
 
 
+# ------------------------------------------------------------------------------------------------ one derivative
+
+
 @jax.custom_jvp
-def _differentiable_once(tree: Any) -> Any:
-    """The tree itself. In the forward rule of a VJP: refuses second derivatives, which that VJP would get wrong."""
+def _no_derivative(tree: Any) -> Any:
     return tree
 
 
-@_differentiable_once.defjvp
+@_no_derivative.defjvp
 def _refuse(primals, tangents):
     raise ConfigError("the decoder has no second derivatives; build a model of your own from tsp_jax.nn for them")
+
+
+@jax.custom_vjp
+def _differentiable_once(tree: Any) -> Any:
+    """The tree itself. Refuses second derivatives: gradients through proxies and buffers do not see their inputs."""
+    return tree
+
+
+# Only a second derivative differentiates the forward rule of a VJP.
+_differentiable_once.defvjp(lambda tree: (_no_derivative(tree), None), lambda _, grads: (grads,))
 
 
 # ------------------------------------------------------------------------------------------------ proxies
@@ -118,7 +131,7 @@ def _use_proxies(grad_dtype: Any, params: Params, proxies: Params) -> Params:
 
 
 def _proxies_forward(grad_dtype, params, proxies):
-    return _differentiable_once((params, proxies))[0], None
+    return params, None
 
 
 def _proxies_backward(grad_dtype, _, grads):
@@ -137,8 +150,6 @@ def _run_in_buffers(layer: Layer, buffer_format: BufferFormat, x_BTD, params, sh
 
 
 def _forward(layer: Layer, buffer_format: BufferFormat, x_BTD, params, shared):
-    x_BTD, params = _differentiable_once((x_BTD, params))
-
     def step(carry, scanned):
         x_BTD, buffers = carry
         index, params = scanned

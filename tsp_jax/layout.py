@@ -119,6 +119,7 @@ class Placement:
                 f"mesh={dict(self.mesh.shape)} lacks {', '.join(sorted(missing))} of layout {self.layout.name}; "
                 f"use a mesh with {', '.join(self.layout.axis_names)}"
             )
+        object.__setattr__(self, "mesh", _with_auto_axes(self.mesh))
         # An axis of size 1 shards nothing, but would still cost trivial collectives.
         object.__setattr__(self, "layout", self.layout.without([n for n, size in self.mesh.shape.items() if size == 1]))
 
@@ -132,7 +133,33 @@ class Placement:
 
     def shard_map(self, fn, in_specs, out_specs):
         """`jax.shard_map` of `fn` over the mesh: it runs once per device, on that device's shards."""
+        self.check_context()
         return jax.shard_map(fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+
+    def check_context(self) -> None:
+        """Raises ConfigError if a context mesh is set (`jax.set_mesh`) that is not this placement's."""
+        context = jax.sharding.get_abstract_mesh()
+        if not context.empty and context != self.mesh.abstract_mesh:
+            raise ConfigError(
+                f"the context mesh is {describe_mesh(context)}, that of the placement {describe_mesh(self.mesh)}; "
+                "use jax.set_mesh(placement.mesh), or set none, and call layers outside of jax.shard_map"
+            )
+
+
+def describe_mesh(mesh: Mesh | AbstractMesh) -> str:
+    """Such as ``data=1,tsp=8 (Auto, Auto)``."""
+    sizes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return f"{sizes} ({', '.join(kind.name for kind in mesh.axis_types)})"
+
+
+def _with_auto_axes(mesh: Mesh | AbstractMesh) -> Any:
+    """The mesh with Auto axes: layers say how arrays are sharded, so that types of arrays need not.
+
+    Raises ConfigError if an axis is Manual, as inside of `jax.shard_map`.
+    """
+    if AxisType.Manual in mesh.axis_types:
+        raise ConfigError(f"mesh={describe_mesh(mesh)} has Manual axes; use the mesh outside of jax.shard_map")
+    return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def parse_mesh(text: str, layout: Layout, num_devices: int) -> dict[str, int]:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.builders.arrays import F32_TOLERANCE, assert_trees_near, normal, place_case
 from tests.builders.targets import installed
+from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import parse_target
 from tsp_jax.inspect import compiled_memory, list_buffers, parse
 from tsp_jax.layout import Placement, place
@@ -239,3 +240,14 @@ def test_no_reader_of_one_row_makes_the_compiler_copy_all_buffers():
     made = {(b.opcode, b.shape) for b in list_buffers(module)}
     assert ("copy", (DEEP, ROWS, D)) not in made
     assert (DEEP, ROWS, D) in {shape for _, shape in made}
+
+
+@pytest.mark.parametrize("policy", ["none", "save_attention", "full", "offload"])
+def test_second_derivatives_are_refused(policy):
+    """They would miss what the weights' gradients owe to the weights."""
+    placement = place_case("tsp2")
+    x, params, aux = arguments(F32, FEW)
+    gradient = jax.grad(lambda params: (run(placement, x, params, aux, policy) ** 2).sum())
+    for second in (lambda p: jax.jvp(gradient, (p,), (p,)), jax.grad(lambda p: gradient(p)["odd"].sum())):
+        with pytest.raises(ConfigError, match="the decoder has no second derivatives"):
+            jax.eval_shape(second, params)

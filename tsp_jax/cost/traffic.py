@@ -84,6 +84,15 @@ class OpSharding:
         """Number of buckets of an op's weights, with `elements` on all ranks and `rows` to split on each device."""
         return self._folded_buckets(rows, elements / self.tensor * self.itemsize, bucket_bytes)
 
+    def head_buckets(self, heads: Heads, d_model: int, bucket_bytes: float) -> tuple[int, int]:
+        """(number of buckets of Wq and of Wo, that of Wk with Wv): a bucket holds whole heads of each device."""
+
+        def count(num_heads: int, weights: int) -> int:
+            per_device = max(1, num_heads // (self.folded * self.tensor))
+            return self.weight_buckets(per_device, weights * num_heads * heads.dim * d_model, bucket_bytes)
+
+        return count(heads.query, 1), count(heads.kv, 2)
+
     def token_buckets(self, d_model: int, bucket_bytes: float) -> int:
         """Number of buckets of the tokens [B, t, D] of all folded ranks."""
         nbytes = self.folded * self.tokens * d_model * self.itemsize

@@ -61,20 +61,14 @@ class _Step:
 
     def bucket_elements(self) -> float:
         """Elements of the largest bucket of weights, before tensor axes shard it."""
-        model, heads, sharding = self.config.model, self.heads, self.sharding
-        ranks = sharding.folded * sharding.tensor
-        messages = {
-            heads.query // ranks: heads.query * heads.dim,
-            max(1, heads.kv // ranks): 2 * heads.kv * heads.dim,
-            model.d_ff // ranks: 3 * model.d_ff,
-        }
+        model, heads, sharding, bucket_bytes = self.config.model, self.heads, self.sharding, self.bucket_bytes
+        sizes = heads.query * heads.dim, 2 * heads.kv * heads.dim, 3 * model.d_ff
         if self.layout.whole_weights:
-            return max(messages.values()) * model.d_model
-
-        def count(rows: int, columns: int) -> int:
-            return sharding.weight_buckets(rows, columns * model.d_model, self.bucket_bytes)
-
-        return max(columns / count(rows, columns) for rows, columns in messages.items()) * model.d_model
+            return max(sizes) * model.d_model
+        rows = model.d_ff // (sharding.folded * sharding.tensor)
+        mlp_buckets = sharding.weight_buckets(rows, 3 * model.d_ff * model.d_model, bucket_bytes)
+        counts = *sharding.head_buckets(heads, model.d_model, bucket_bytes), mlp_buckets
+        return max(size / count for size, count in zip(sizes, counts, strict=True)) * model.d_model
 
 
 def movements(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from tsp_jax.config import Remat
+from tsp_jax.errors import ConfigError
 from tsp_jax.layout import Placement
 from tsp_jax.models.buffers import BufferFormat
 from tsp_jax.ops.attention.train import SAVED_NAMES
@@ -63,6 +64,7 @@ def run_layers(
       policy says, and all gradients.
     """
     grad_dtype = jnp.dtype(grad_dtype)
+    x_BTD, params = _differentiable_once((x_BTD, params))
     if policy == "full":
         buffers = BufferFormat.of(placement, x_BTD, params, specs, grad_dtype)
         return _run_in_buffers(layer, buffers, x_BTD, params, shared)
@@ -89,6 +91,29 @@ def add_attention(attend: Callable[[jax.Array], tuple[jax.Array, Any]], x_BTD: j
         return x_BTD + y_BTD, extra
     y_BTD, extra = jax.checkpoint(attend, policy=_SAVE_ATTENTION)(x_BTD)
     return lax.optimization_barrier(x_BTD + y_BTD), extra
+
+
+# ------------------------------------------------------------------------------------------------ one derivative
+
+
+@jax.custom_jvp
+def _no_derivative(tree: Any) -> Any:
+    return tree
+
+
+@_no_derivative.defjvp
+def _refuse(primals, tangents):
+    raise ConfigError("the decoder has no second derivatives; build a model of your own from tsp_jax.nn for them")
+
+
+@jax.custom_vjp
+def _differentiable_once(tree: Any) -> Any:
+    """The tree itself. Refuses second derivatives: gradients through proxies and buffers do not see their inputs."""
+    return tree
+
+
+# Only a second derivative differentiates the forward rule of a VJP.
+_differentiable_once.defvjp(lambda tree: (_no_derivative(tree), None), lambda _, grads: (grads,))
 
 
 # ------------------------------------------------------------------------------------------------ proxies

@@ -64,6 +64,8 @@ def cross_entropy(
     """
     with jax.named_scope("tsp/loss"):
         x_BtD, table_vD, labels_Bt = vary_alike(x_BtD, table_vD, labels_Bt)
+        weight_axes = axes.tensor + axes.folded
+        vocab_size = table_vD.shape[0] * (lax.axis_size(weight_axes) if weight_axes else 1)
         lse_Bt, label_Bt = _local_sums(x_BtD, table_vD, local_ids(labels_Bt, table_vD, axes), axes.folded, stream)
         if axes.tensor:
             top_Bt = lax.pmax(lax.stop_gradient(lse_Bt), axes.tensor)
@@ -71,14 +73,8 @@ def cross_entropy(
             label_Bt = lax.psum(label_Bt, axes.tensor)
             labels_Bt = lax.pmax(labels_Bt, axes.tensor)
         no_label_Bt = jnp.where(labels_Bt < 0, 0.0, jnp.nan)
-        real_Bt = (labels_Bt >= 0) & (labels_Bt < _vocab_size(table_vD, axes))
+        real_Bt = (labels_Bt >= 0) & (labels_Bt < vocab_size)
         return TokenLosses(*(jnp.where(real_Bt, loss_Bt, no_label_Bt) for loss_Bt in (lse_Bt - label_Bt, lse_Bt)))
-
-
-def _vocab_size(table_vD: jax.Array, axes: Axes) -> int:
-    """V."""
-    ranks = (*axes.folded, *axes.tensor)
-    return table_vD.shape[0] * (lax.axis_size(ranks) if ranks else 1)
 
 
 @custom_vjp(3, 4)

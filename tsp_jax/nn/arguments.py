@@ -1,0 +1,85 @@
+"""Checks of what a layer is given: one line that names the layer, the argument, what it got and what it takes."""
+
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tsp_jax.config import LARGEST, Activation, Remat, RopeScaling, StreamConfig
+from tsp_jax.errors import ConfigError
+from tsp_jax.layout import Placement
+
+FLOATS, INTEGERS = "floats", "integers"
+_DTYPES = {FLOATS: jnp.floating, INTEGERS: jnp.integer}
+
+
+def check_array(layer: str, name: str, array: Any, kind: str, *shape: Any) -> None:
+    """Raises ConfigError unless an array holds `FLOATS` or `INTEGERS` and has this shape.
+
+    A letter in `shape` stands for any size but 0.
+    """
+    found, dims = getattr(array, "shape", None), f"[{', '.join(map(str, shape))}]"
+    if found is None:
+        raise ConfigError(f"{layer}: {name} is no array but {type(array).__name__}; use {kind} {dims}")
+    fits = len(found) == len(shape) and jnp.issubdtype(array.dtype, _DTYPES[kind])
+    if not fits or any(
+        size == 0 if isinstance(want, str) else size != want for size, want in zip(found, shape, strict=True)
+    ):
+        least = "".join(f", {want} at least 1" for want in shape if isinstance(want, str)) if 0 in found else ""
+        raise ConfigError(f"{layer}: {name} is {array.dtype}{list(found)}; use {kind} {dims}{least}")
+
+
+class _Rule(NamedTuple):
+    fits: Callable[[Any], bool]
+    use: str
+
+
+def _is_number(value: Any, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_float_dtype(value: Any) -> bool:
+    """Whether arrays can have this dtype (float64 needs `jax_enable_x64`) and it is a floating one."""
+    try:
+        dtype = None if value is None else jnp.dtype(value)
+    except TypeError:
+        return False
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jax.dtypes.canonicalize_dtype(dtype) == dtype
+
+
+def _one_of(literal: Any) -> _Rule:
+    values = get_args(literal)
+    return _Rule(lambda value: isinstance(value, str) and value in values, f"one of {', '.join(values)}")
+
+
+def _instance(kind: type, use: str) -> _Rule:
+    return _Rule(lambda value: isinstance(value, kind), use)
+
+
+_SIZE = _Rule(lambda value: _is_number(value, Integral) and 0 < value <= LARGEST, "a positive integer")
+_POSITIVE = _Rule(lambda value: _is_number(value) and value > 0, "a positive number")
+_NOT_NEGATIVE = _Rule(lambda value: _is_number(value) and value >= 0, "a number that is not negative")
+_RULES = {
+    **dict.fromkeys(["d_model", "d_ff", "vocab_size", "num_heads", "num_kv_heads", "head_dim", "num_layers"], _SIZE),
+    "rope_theta": _POSITIVE,
+    **dict.fromkeys(["norm_eps", "init_std", "out_std"], _NOT_NEGATIVE),
+    "activation": _one_of(Activation),
+    "remat": _one_of(Remat),
+    "qk_norm": _instance(bool, "True or False"),
+    "dtype": _Rule(_is_float_dtype, "jnp.float32 or jnp.bfloat16"),
+    "placement": _instance(Placement, 'a tsp_jax.Placement, such as tsp_jax.place("tsp", tsp=8)'),
+    "stream": _instance(StreamConfig, "a tsp_jax.StreamConfig"),
+    "rope_scaling": _instance(RopeScaling, "a tsp_jax.config.RopeScaling"),
+    "rngs": _instance(nnx.Rngs, "flax.nnx.Rngs"),
+}
+
+
+def check_settings(layer: str, **settings: Any) -> None:
+    """Raises ConfigError unless each setting of a layer is of its type and within its bounds."""
+    for name, value in settings.items():
+        if not _RULES[name].fits(value):
+            raise ConfigError(f"{layer}: {name}={value!r} does not fit; use {_RULES[name].use}")

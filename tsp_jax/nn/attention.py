@@ -1,0 +1,167 @@
+"""Attention as a layer.
+
+Dims: B batch, T tokens, D model, N query heads, K KV heads, H head; upper case is the full dimension.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tsp_jax.config import Remat, RopeScaling, StreamConfig
+from tsp_jax.cost.traffic import attention_traffic
+from tsp_jax.errors import ConfigError
+from tsp_jax.heads import HeadPadding, padded_heads
+from tsp_jax.layout import Placement, largest_divisor
+from tsp_jax.nn.arguments import check_settings
+from tsp_jax.nn.layer import Layer
+from tsp_jax.ops import kernels
+from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms
+from tsp_jax.ops.attention.train import attention
+from tsp_jax.ops.kernels.mask import Tokens
+from tsp_jax.ops.stream import Stream
+
+
+class Attention(Layer):
+    """Causal self-attention with grouped queries, RoPE, and optional q/k RMSNorm.
+
+    Heads that do not divide over the ranks are padded with zeros; padded heads get no gradient and change no result.
+
+    Args:
+      d_model: D.
+      num_heads: N.
+      num_kv_heads: K, a divisor of N; N if None.
+      head_dim: H; D / N if None.
+      placement: layout and mesh.
+      stream: movement, bucket and chunk size, kernel.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: scaling of those frequencies for long contexts.
+      qk_norm: whether to apply RMSNorm to each query and key head before RoPE.
+      norm_eps: epsilon of that norm.
+      remat: what the model recomputes of this layer in backward; `auto` counts bytes that this moves again.
+      init_std: standard deviation of the initial input projections.
+      out_std: the same for the output projection; init_std if None.
+      dtype: compute dtype; parameters are float32.
+      rngs: stream `params`.
+    """
+
+    dim = "heads"
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        placement: Placement,
+        stream: StreamConfig = StreamConfig(),
+        rope_theta: float = 10_000.0,
+        rope_scaling: RopeScaling = RopeScaling(),
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        remat: Remat = "none",
+        init_std: float = 0.02,
+        out_std: float | None = None,
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        rngs: nnx.Rngs,
+    ):
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        out_std = init_std if out_std is None else out_std
+        self._check_settings(
+            d_model=d_model, num_heads=num_heads, num_kv_heads=num_kv_heads, placement=placement, stream=stream,
+            rope_theta=rope_theta, rope_scaling=rope_scaling, qk_norm=qk_norm, norm_eps=norm_eps, remat=remat,
+            init_std=init_std, out_std=out_std, dtype=dtype, rngs=rngs,
+        )  # fmt: skip
+        head_dim = _head_dim(d_model, num_heads, num_kv_heads, head_dim)
+        heads = padded_heads(placement, num_heads, num_kv_heads, head_dim)
+        super().__init__(placement, stream, dtype)
+        self.heads = heads
+        self.remat: Remat = remat
+        self.config = AttentionConfig(
+            padded_kv_heads=heads.kv, head_dim=head_dim, rope_theta=rope_theta, rope_scaling=rope_scaling,
+            norm_eps=norm_eps, kernel=kernels.choose_kernel(stream.kernel, placement.mesh, head_dim, dtype),
+        )  # fmt: skip
+
+        def weight(num_heads: int, queries: bool, std: float) -> nnx.Param:
+            return self._param(rngs, num_heads * head_dim, d_model, std, HeadPadding(heads, queries))
+
+        def norm() -> nnx.Param | None:
+            sharding = {"out_sharding": placement.layout.spec(None), "mesh": placement.mesh}
+            return nnx.Param(jnp.ones((head_dim,), jnp.float32), **sharding) if qk_norm else None
+
+        self.w_q = weight(num_heads, True, init_std)
+        self.w_k = weight(num_kv_heads, False, init_std)
+        self.w_v = weight(num_kv_heads, False, init_std)
+        self.w_o = weight(num_heads, True, out_std)
+        self.q_norm, self.k_norm = norm(), norm()
+
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segment_ids_BT: jax.Array | None = None
+    ) -> jax.Array:
+        """Each token attends to the tokens of its segment whose positions are not later than its own.
+
+        Args:
+          x_BTD: input, any float dtype.
+          positions_BT: int32; 0 to T - 1 if None. Tokens may stand in any order over the sequence axes.
+          segment_ids_BT: int32 document numbers; one document if None.
+
+        Returns:
+          [B, T, D] in the compute dtype.
+        """
+        self._check_x(x_BTD, self.w_q.shape[-1])
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1], dtype=jnp.int32), x_BTD.shape[:2])
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.zeros(x_BTD.shape[:2], jnp.int32)
+        self._check_integers("positions_BT", positions_BT, *x_BTD.shape[:2])
+        self._check_integers("segment_ids_BT", segment_ids_BT, *x_BTD.shape[:2])
+        tokens = Tokens(positions_BT.astype(jnp.int32), segment_ids_BT.astype(jnp.int32))
+        heads, w_o = self.heads, self.w_o[...]
+        if heads.padded:  # a padded query head of a real KV head has an output, and so a gradient, to drop
+            real_rows = heads.num_kv_heads * heads.real_group * heads.dim
+            w_o *= HeadPadding(heads, True).pad(jnp.ones((real_rows, 1), w_o.dtype))
+        weights = AttentionWeights(self.w_q[...], self.w_k[...], self.w_v[...], w_o)
+        config, stream = self.configure(x_BTD.shape)
+        op = partial(attention, config=config, axes=self.placement.layout.axes(self.dim), stream=stream)
+        tokens_spec, x_spec, w_spec = self._specs()
+        in_specs = x_spec, w_spec, tokens_spec, self.placement.layout.spec(None)
+        return self._run(op, in_specs, x_spec, x_BTD.astype(self.dtype), weights, tokens, self.head_norms())
+
+    def head_norms(self) -> HeadNorms:
+        """Scales of the q/k norm, None without one."""
+        return HeadNorms(*(None if norm is None else norm[...] for norm in (self.q_norm, self.k_norm)))
+
+    def configure(self, shape: Sequence[int]) -> tuple[AttentionConfig, Stream]:
+        """Settings for tokens [B, T, D]: `auto` resolved, bucket counts derived from the bucket size."""
+        heads, d_model, sharding = self.heads, shape[2], self._sharding(shape)
+        stream = self._stream(
+            shape, self.stream.attention_movement, attention_traffic, d_model=d_model, heads=heads, remat=self.remat
+        )
+        exchange_buckets = sharding.exchange_buckets(heads, stream.movement, self._bucket_bytes)
+        config = self.config._replace(exchange_buckets=exchange_buckets)
+        if self.placement.layout.whole_weights:
+            return config, stream
+        query_buckets, kv_buckets = sharding.head_buckets(heads, d_model, self._bucket_bytes)
+        return config._replace(query_buckets=query_buckets, kv_buckets=kv_buckets), stream
+
+
+def _head_dim(d_model: int, num_heads: int, num_kv_heads: int, head_dim: int | None) -> int:
+    """H, by default D / N; raises ConfigError if these sizes make no heads."""
+    layer = Attention.__name__
+    if num_heads % num_kv_heads:
+        raise ConfigError(
+            f"{layer}: num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}; "
+            f"use num_heads={-(-num_heads // num_kv_heads) * num_kv_heads}"
+        )
+    if head_dim is None:
+        if d_model % num_heads:
+            use = f"num_heads={largest_divisor(d_model, num_heads)}, or pass head_dim"
+            raise ConfigError(f"{layer}: d_model={d_model} is not a multiple of num_heads={num_heads}; use {use}")
+        head_dim = d_model // num_heads
+    check_settings(layer, head_dim=head_dim)
+    if head_dim % 2:
+        raise ConfigError(f"{layer}: head_dim={head_dim} is odd, RoPE rotates pairs; use head_dim={head_dim + 1}")
+    return int(head_dim)

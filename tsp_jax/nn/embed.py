@@ -1,0 +1,80 @@
+"""The vocabulary table as a layer.
+
+Dims: B batch, T tokens, D model, V vocabulary; upper case is the full dimension.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tsp_jax.config import StreamConfig
+from tsp_jax.cost.traffic import Traffic, embed_traffic, loss_traffic
+from tsp_jax.layout import Placement
+from tsp_jax.nn.layer import Layer, shard_rows
+from tsp_jax.ops.cross_entropy import TokenLosses, cross_entropy
+from tsp_jax.ops.embedding import embed
+
+
+class Embed(Layer):
+    """A vocabulary table: an embedding of tokens, and an output head with its cross-entropy.
+
+    Args:
+      vocab_size: V, divisible by the shards of `vocab`.
+      d_model: D.
+      placement: layout and mesh.
+      stream: movement, bucket and chunk size.
+      init_std: standard deviation of the initial table.
+      dtype: compute dtype; the table is float32.
+      rngs: stream `params`.
+    """
+
+    dim = "vocab"
+
+    def __init__(
+        self, vocab_size: int, d_model: int, *, placement: Placement, stream: StreamConfig = StreamConfig(),
+        init_std: float = 0.02, dtype: jax.typing.DTypeLike = jnp.bfloat16, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self._check_settings(
+            vocab_size=vocab_size, d_model=d_model, placement=placement, stream=stream, init_std=init_std,
+            dtype=dtype, rngs=rngs,
+        )  # fmt: skip
+        self.rows = shard_rows("vocab_size", vocab_size, "vocab", placement)
+        super().__init__(placement, stream, dtype)
+        self.table = self._param(rngs, vocab_size, d_model, init_std)
+
+    def __call__(self, ids_BT: jax.Array) -> jax.Array:
+        """[B, T] token ids, of any integer dtype -> [B, T, D] in the compute dtype.
+
+        An id outside [0, V) gives a row of zeros: no program on a device can refuse it. Check ids where they come from.
+        """
+        self._check_integers("ids_BT", ids_BT, "B", "T")
+        tokens_spec, x_spec, w_spec = self._specs()
+        op = partial(embed, **self._options(ids_BT.shape, embed_traffic), dtype=self.dtype)
+        return self._run(op, (tokens_spec, w_spec), x_spec, ids_BT.astype(jnp.int32), self.table[...])
+
+    def cross_entropy(self, x_BTD: jax.Array, labels_BT: jax.Array) -> TokenLosses:
+        """Cross-entropy of each token, with the table as output head, without [B, T, V] logits.
+
+        Labels are next tokens, of any integer dtype, negative ones ignored; the losses are [B, T] float32, 0 where
+        ignored, and not-a-number where a label is V or more.
+        """
+        self._check_x(x_BTD, self.table.shape[1])
+        self._check_integers("labels_BT", labels_BT, *x_BTD.shape[:2])
+        tokens_spec, x_spec, w_spec = self._specs()
+        op = partial(cross_entropy, **self._options(labels_BT.shape, loss_traffic))
+        labels_BT = labels_BT.astype(jnp.int32)
+        specs = x_spec, w_spec, tokens_spec
+        return self._run(op, specs, tokens_spec, x_BTD.astype(self.dtype), self.table[...], labels_BT)
+
+    def _options(self, shape: Sequence[int], traffic: Callable[..., Traffic]) -> dict[str, Any]:
+        """Axes and stream of an op with this traffic, for tokens [B, T]."""
+        vocab_size, d_model = self.table.shape
+        stream = self._stream(
+            shape, self.stream.vocab_movement, traffic,
+            d_model=d_model, vocab_size=vocab_size, rows=self.rows, elements=vocab_size * d_model,
+        )  # fmt: skip
+        return {"axes": self.placement.layout.axes(self.dim), "stream": stream}

@@ -4,8 +4,8 @@ import json
 import random
 
 import pytest
-from tokenizers import Tokenizer as Package
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Package
 
 from tests.builders.fuzz import check_door
 from tests.builders.tokenizers import KINDS, byte_fallback, byte_level, characters, save_tokenizer

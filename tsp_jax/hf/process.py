@@ -5,6 +5,7 @@ size, and the package `tokenizers` ends the process where it cannot go on. A pro
 this one, is the only bound on all of them.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -83,10 +84,8 @@ def _end(child: subprocess.Popen) -> int:
     """Ends a child process; returns its exit code, negative for the signal that ended it."""
     assert child.stdin and child.stdout
     child.stdout.close()
-    try:
+    with contextlib.suppress(BrokenPipeError):
         child.stdin.close()
-    except BrokenPipeError:
-        pass
     try:
         return child.wait(timeout=1)
     except subprocess.TimeoutExpired:

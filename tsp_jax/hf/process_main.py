@@ -44,7 +44,7 @@ class Text:
         import tokenizers
 
         self.tokenizer = tokenizers.Tokenizer.from_str(content)
-        self.unknown = unknown and self.tokenizer.token_to_id(unknown)
+        self.unknown = self.tokenizer.token_to_id(unknown) if unknown else None
         known = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
         self.tokenizer.add_special_tokens([token for token in special.values() if token not in known])
         if ends is not None:
@@ -95,7 +95,7 @@ def environment() -> Any:
     class Generation(jinja2.ext.Extension):
         """``{% generation %}`` marks what the model wrote, which is text like any other here."""
 
-        tags = {"generation"}
+        tags = frozenset({"generation"})
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

@@ -7,19 +7,24 @@ two runs of a chunk, one from the front and one from the back, as training's zig
 Dims: B batch, T tokens of a chunk, S cache entries of all ranks, L layers, K KV heads, H head, R ranks of the sequence.
 """
 
+import math
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tsp_jax.config import ModelConfig
+from tsp_jax.errors import ConfigError
 from tsp_jax.heads import padded_heads
 from tsp_jax.layout import Placement, num_ranks
 from tsp_jax.ops.attention.kv_cache import EMPTY, NO_TOKEN, KeyValues
 
+MAX_CAPACITY = 2**30
+"""tokens of a sequence: positions are int32"""
 ENTRIES_MULTIPLE = 16
 """a rank's number of cache entries is a multiple of this"""
 
@@ -66,6 +71,33 @@ def abstract_cache(
     shardings = (NamedSharding(placement.mesh, spec) for spec in cache_specs(placement))
     fields = zip(shapes, dtypes, shardings, strict=True)
     return Cache(*(jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for shape, kind, sharding in fields))
+
+
+def check_room(
+    model: ModelConfig, placement: Placement, *, batch: int, capacity: int, dtype: jax.typing.DTypeLike,
+    weight_bytes: int = 0,
+) -> None:  # fmt: skip
+    """Raises ConfigError where weights and cache do not fit the memory of a device, as far as it is known."""
+    if capacity > MAX_CAPACITY:
+        raise ConfigError(f"capacity={capacity} is too large; use at most {MAX_CAPACITY}")
+    memory = memory_bytes(placement)
+    cache = abstract_cache(model, placement, batch=batch, capacity=capacity, dtype=dtype)
+    need = sum(math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in cache)
+    room = memory - weight_bytes if memory else need
+    if need > room:
+        raise ConfigError(
+            f"capacity={capacity} (a prompt and its max_new_tokens) needs {need:,} bytes per device for keys and "
+            f"values, {max(room, 0):,} are left beside the weights; use at most {max(1, capacity * room // need):,}"
+        )
+
+
+def memory_bytes(placement: Placement) -> int | None:
+    """Memory of a device of this process; a CPU's is shared by its virtual devices. None: not known."""
+    devices = placement.mesh.local_devices if isinstance(placement.mesh, Mesh) else []
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    if devices and devices[0].platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
+    return min(limit for limit in limits if limit) if any(limits) else None
 
 
 def empty_cache(abstract: Cache) -> Cache:

@@ -64,6 +64,7 @@ def generate_tokens(
       ConfigError: a prompt is empty, has an id that is no token, or is too long for the capacity with its new tokens.
     """
     check_prompts(prompts, max_new_tokens, program.capacity, program.vocab_size)
+    check_stop_tokens(stop_tokens, program.vocab_size)
     stats = stats or Stats()
     results: list[list[int]] = [[] for _ in prompts]
     for first in range(0, len(prompts), program.batch):
@@ -122,6 +123,13 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, capacit
                 f"capacity={capacity} is too small for the {len(prompt)} tokens of prompts[{row}] and "
                 f"max_new_tokens={max_new_tokens}; use capacity={needed}"
             )
+
+
+def check_stop_tokens(stop_tokens: Collection[int], vocab_size: int, name: str = "stop_tokens") -> None:
+    """Raises ConfigError where an id is no token, so that nothing would ever stop at it; `name` says whose ids."""
+    for token in stop_tokens:
+        if not 0 <= token < vocab_size:
+            raise ConfigError(f"{name}={token} is no token; use 0 to {vocab_size - 1}")
 
 
 @jax.jit

@@ -95,7 +95,7 @@ def environment() -> Any:
     class Generation(jinja2.ext.Extension):
         """``{% generation %}`` marks what the model wrote, which is text like any other here."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

@@ -115,6 +115,14 @@ def test_generate_refuses_what_cannot_be(model, arguments, message):
         inference.generate(model, **{"prompts": [PROMPT], "max_new_tokens": 2, **arguments})
 
 
+def test_logits_that_are_not_finite_draw_nothing(model):
+    """Else the likeliest of them is token 0."""
+    broken = dataclasses.replace(model, params=jax.tree.map(lambda array: array * np.nan, model.params))
+    for sampling in (inference.Sampling(), inference.Sampling(temperature=1.0)):
+        with pytest.raises(ConfigError, match=r"logits of prompts\[0\] are not finite; use intact weights"):
+            inference.generate(broken, [PROMPT], max_new_tokens=12, sampling=sampling)
+
+
 # ------------------------------------------------------------------------------------------------ the script
 
 

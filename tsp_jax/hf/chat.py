@@ -49,8 +49,6 @@ class TokenizerConfig(_NamedTokens):
     """What is read of tokenizer_config.json."""
 
     chat_template: str | list[_Template] | dict[str, str] | None = None
-    add_bos_token: bool | None = None
-    add_eos_token: bool | None = None
     added_tokens_decoder: dict[str, Any] | None = None
 
 

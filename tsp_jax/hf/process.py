@@ -44,10 +44,13 @@ class TextProcess:
 
     def _start(self) -> None:
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}  # a thread's time is not bounded apart
-        self._child = subprocess.Popen(
-            [sys.executable, "-P", str(PROGRAM)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, env=environment, start_new_session=True,
-        )  # fmt: skip
+        try:
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", str(PROGRAM)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, env=environment, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            raise TextError(f"its process cannot start: {error}") from None
         self._end = weakref.finalize(self, _end, self._child)
 
     def _ask(self, request: dict[str, Any]) -> Any:

@@ -35,25 +35,17 @@ class Text:
     tokenizer: Any
     unknown: int | None
 
-    def load(self, content: str, special: dict[str, str], ends: list[bool] | None, unknown: str | None) -> None:
+    def load(self, content: str, special: list[str], unknown: str | None) -> None:
         """Makes a tokenizer from the text of tokenizer.json.
 
-        `special` has the tokens that tokenizer_config.json names, which become special; `ends`: whether every text
-        begins with bos_token and ends with eos_token, or None where the post-processor of `content` decides.
+        `special`: tokens that are special, whatever `content` says; `unknown`: stands for what has no token.
         """
         import tokenizers
 
         self.tokenizer = tokenizers.Tokenizer.from_str(content)
         self.unknown = self.tokenizer.token_to_id(unknown) if unknown else None
         known = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
-        self.tokenizer.add_special_tokens([token for token in special.values() if token not in known])
-        if ends is not None:
-            names = [special[name] if on else None for name, on in zip(("bos_token", "eos_token"), ends, strict=True)]
-            self.tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-                single=[piece for piece in (names[0], "$A", names[1]) if piece],
-                pair=["$A", "$B"],
-                special_tokens=[(name, self.tokenizer.token_to_id(name)) for name in dict.fromkeys(names) if name],
-            )
+        self.tokenizer.add_special_tokens([token for token in special if token not in known])
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Token ids; fails where only the unknown token stands for a part of the text."""

@@ -32,7 +32,9 @@ class Tokenizer:
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
         content = read_json(path, advice="use a Hugging Face folder with an intact copy of it")
-        self._process = TextProcess({"content": json.dumps(_plain(content)), **_settings(self.folder, content)})
+        special = list(read_tokenizer_config(self.folder)[1].values())
+        unknown = _unknown(content.get("model"))
+        self._process = TextProcess({"content": json.dumps(_plain(content)), "special": special, "unknown": unknown})
         try:
             self._process.call("encode", text="", special=True)
         except TextError as error:
@@ -123,14 +125,6 @@ def _plain(content: dict[str, Any]) -> dict[str, Any]:
     if isinstance(model := plain.get("model"), dict):
         plain["model"] = {key: value for key, value in model.items() if key not in AT_RANDOM}
     return plain
-
-
-def _settings(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `process_main.Text.load` beside the tokenizer itself."""
-    config, tokens = read_tokenizer_config(folder)
-    on = {"bos_token": config.add_bos_token, "eos_token": config.add_eos_token}
-    ends = None if set(on.values()) == {None} else [bool(on[name]) and name in tokens for name in on]
-    return {"special": tokens, "ends": ends, "unknown": _unknown(content.get("model"))}
 
 
 def _unknown(model: Any) -> str | None:

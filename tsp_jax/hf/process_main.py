@@ -13,7 +13,7 @@ from typing import Any
 
 CPU_S, CPU_S_PER_BYTE = 2, 2e-5
 """processor time of a call: so much, and so much for each byte of its arguments; the tokenizer takes about 1e-6"""
-MEMORY_BYTES, MEMORY_PER_BYTE = 2**30, 500
+MEMORY_BYTES, MEMORY_PER_BYTE = 3 * 2**29, 500
 LARGEST_TEXT = 2**24
 """most characters of a text that a chat template or decoder makes, beside those of its arguments"""
 

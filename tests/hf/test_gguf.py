@@ -185,7 +185,7 @@ REFUSED = [
     ({"llama.expert_count": 8}, "llama.expert_count=8"),
     ({"llama.context_length": None}, "missing required field `llama.context_length`"),
     ({"llama.rope.freq_base": float("nan")}, "llama.rope.freq_base=NaN"),
-    ({"split.count": 2}, "split.count=2; use llama-gguf-split --merge"),
+    ({"split.count": 2, "llama.block_count": None}, "split.count=2; use llama-gguf-split --merge"),
     ({"tokenizer.ggml.tokens": None}, "missing required field `tokenizer.ggml.tokens`"),
     ({"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": [1, 1]}, "2 tokens, 1 of them different"),
     ({"tokenizer.ggml.token_type": None}, "missing required field `tokenizer.ggml.token_type`"),

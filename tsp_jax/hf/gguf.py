@@ -14,7 +14,7 @@ import numpy as np
 
 from tsp_jax.config import ModelConfig, RopeScaling
 from tsp_jax.errors import ConfigError
-from tsp_jax.files import Count, Finite, Size, check_json
+from tsp_jax.files import Finite, Size, check_json
 from tsp_jax.hf.config import config_json
 from tsp_jax.hf.gguf_file import Tensor, read_gguf
 from tsp_jax.hf.gguf_tokenizer import GGUFTokenizer, read_tokenizer, tokenizer_config, tokenizer_json
@@ -42,7 +42,6 @@ LAYER_NAMES = {
 class _Metadata(msgspec.Struct, kw_only=True):
     """The metadata that is read. Defaults are those of llama.cpp (src/llama-model.cpp)."""
 
-    split_count: Count = msgspec.field(name="split.count", default=1)
     context: Size = msgspec.field(name="llama.context_length")
     d_model: Size = msgspec.field(name="llama.embedding_length")
     num_layers: Size = msgspec.field(name="llama.block_count")
@@ -140,11 +139,12 @@ def _tensors(path: str | Path, found: Mapping[str, Tensor], config: ModelConfig)
 
 
 def _metadata(path: str | Path, fields: Mapping[str, Any]) -> _Metadata:
+    if fields.get("split.count", 1) not in (0, 1):  # all parts but the first lack the metadata below
+        split = f"split.count={fields['split.count']!s:.80}"
+        raise ConfigError(f"{path}: {split}; use llama-gguf-split --merge to make one file")
     if fields.get("general.architecture") != "llama":
         raise ConfigError(f"{path}: {fields.get('general.architecture')!s:.80} is not supported; use a plain llama")
     metadata = check_json(dict(fields), str(path), _Metadata, "use a complete file")
-    if metadata.split_count > 1:
-        raise ConfigError(f"{path}: split.count={metadata.split_count}; use llama-gguf-split --merge to make one file")
     schemas = (*msgspec.structs.fields(_Metadata), *msgspec.structs.fields(GGUFTokenizer))
     known = {field.encode_name for field in schemas} | set(NO_EFFECT)
     for key, value in fields.items():

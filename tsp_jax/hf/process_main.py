@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 CPU_S, CPU_S_PER_BYTE = 2, 2e-5
-"""processor time of a call: so much, and so much for each byte of its arguments; the tokenizer takes about 1e-6"""
+"""processor time of a call: so much, and so much for each byte of its arguments; a tokenizer takes about a tenth"""
 MEMORY_BYTES, MEMORY_PER_BYTE = 3 * 2**29, 500
 LARGEST_TEXT = 2**24
 """most characters of a text that a chat template or decoder makes, beside those of its arguments"""

@@ -124,6 +124,8 @@ def _value_at(content: Any, place: str) -> str:
         return ""
     if "[...]" in place:  # a value of a dict, whose key msgspec does not name
         return f"{place.removeprefix('.')}: "
+    if isinstance(content, dict) and place[1:] in content:  # a key with dots
+        return f"{place[1:]}={json.dumps(content[place[1:]]):.80}: "
     for key, index in re.findall(r"\.([^.\[]+)|\[(\d+)\]", place):
         content = content[int(index)] if index else content.get(key) if isinstance(content, dict) else None
     return f"{place.removeprefix('.')}={json.dumps(content):.80}: "

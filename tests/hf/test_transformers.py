@@ -17,9 +17,11 @@ import pytest
 from flax import nnx
 
 from tests.builders.arrays import place_case, relative_error, zigzag
+from tests.builders.tokenizers import KINDS, save_tokenizer
 from tsp_jax import inference
 from tsp_jax.config import ModelConfig
 from tsp_jax.hf import weights as hf
+from tsp_jax.hf.tokenizer import Tokenizer
 from tsp_jax.inference.token_loop import prefill_prompts
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer
@@ -225,3 +227,51 @@ def test_smollm2_answers_a_question(transformers, smollm2, theirs):
     print(done.stdout, done.stderr)
     assert (done.returncode, done.stdout) == (0, found.text + "\n")
     assert f"prefill {len(tokens)} tokens, " in done.stderr
+
+
+SETTINGS = [
+    {},
+    {"tokenizer_config.json": {"add_bos_token": True, "bos_token": "<s>"}},
+    {
+        "tokenizer_config.json": {
+            "add_bos_token": True,
+            "add_eos_token": True,
+            "eos_token": {"__type": "AddedToken", "content": "</s>"},
+        }
+    },
+    {"special_tokens_map.json": {"bos_token": "<s>", "eos_token": "</s>"}},
+    {
+        "special_tokens_map.json": {"bos_token": "<s>"},
+        "tokenizer_config.json": {"bos_token": "</s>", "add_bos_token": True, "added_tokens_decoder": {}},
+    },
+]
+TEMPLATE = """{{ strftime_now('%Y') }}{{ bos_token is defined }}{{ bos_token }}
+{% for m in messages %}
+    {% if m.content is string %}{{ m.role }}: {{ m.content | trim }}{{ eos_token }}
+    {% elif m.content %}{% for part in m.content %}{{ part.type }}{{ loop.index }}{% endfor %}{% endif %}
+    {% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}
+    {% generation %}{{ m.reasoning_content }}{% endgeneration %}
+{% endfor %}{{ tools | tojson(indent=4) }}{{ documents }}{% if add_generation_prompt %}!{% endif %}"""
+CHATS = [
+    ([{"role": "user", "content": " <b>\u00e9</b> "}], {}),
+    ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], {"tools": [{"name": "<f>"}]}),
+    ([{"role": "assistant", "content": None, "reasoning": "hm", "tool_calls": [{"id": 1}]}], {"documents": [{"a": 1}]}),
+]
+
+
+@pytest.mark.parametrize("number", range(len(SETTINGS)))
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_tokenizers_give_the_tokens_of_transformers(kind, number, transformers, tmp_path):
+    """Also where a training tool has left truncation in the file."""
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    folder = save_tokenizer(tmp_path, KINDS[kind](), SETTINGS[number], truncation=cut)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    ours, theirs = Tokenizer(folder), transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    for text in ("hello do", "<s>hello</s>"):
+        assert ours.encode(text) == theirs(text)["input_ids"]
+        assert ours.encode(text, special=False) == theirs(text, add_special_tokens=False)["input_ids"]
+    tokens = ours.encode("hello do")
+    assert ours.decode(tokens) == theirs.decode(tokens, skip_special_tokens=True)
+    for messages, given in CHATS:
+        desired = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **given)
+        assert ours.chat(messages, **given) == desired

@@ -40,8 +40,28 @@ def test_draws_follow_the_probabilities():
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"temperature": -1.0}, "temperature=-1.0 must not be negative"), ({"top_p": 0.0}, r"top_p=0.0 must lie in")],
+    [
+        ({"temperature": -1.0}, r"temperature=-1.0 must be 0, or lie in"),
+        ({"temperature": float("nan")}, "temperature=nan must be 0, or lie in"),
+        ({"temperature": float("inf")}, "temperature=inf must be 0, or lie in"),
+        ({"temperature": 1e-40}, "temperature=1e-40 must be 0, or lie in"),
+        ({"top_p": 0.0}, r"top_p=0.0 must lie in"),
+        ({"top_p": float("nan")}, r"top_p=nan must lie in"),
+        ({"top_k": -1}, "top_k=-1 must be 0, or lie in"),
+        ({"top_k": 2**31}, "top_k=2147483648 must be 0, or lie in"),
+        ({"seed": -1}, "seed=-1 must be 0, or lie in"),
+        ({"seed": 2**32}, r"seed=4294967296 must be 0, or lie in \[1, 4294967295\]"),
+    ],
 )
 def test_sampling_refuses(fields, message):
     with pytest.raises(ConfigError, match=message):
         Sampling(**fields)
+
+
+def test_the_ends_of_the_ranges_draw_tokens():
+    """Largest logits over the lowest temperature are finite; no two seeds are one."""
+    logits, rows = jnp.asarray(LOGITS * 1e5), jnp.arange(2)
+    for seed in (0, 2**32 - 1):
+        drawn = sample(logits, row_keys(seed, rows, rows), Sampling(temperature=1e-6, seed=seed))
+        assert drawn.tolist() == [1, 0]
+    assert (row_keys(0, rows, rows) != row_keys(2**32 - 1, rows, rows)).all()

@@ -4,7 +4,6 @@ refused in a line."""
 import dataclasses
 import json
 import runpy
-import string
 import sys
 from pathlib import Path
 
@@ -12,36 +11,23 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.builders.arrays import normal, place_case
+from tests.builders.tokenizers import characters, save_tokenizer
 from tsp_jax import inference
 from tsp_jax.config import ModelConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.hf import weights as hf
 from tsp_jax.hf.tensors import SINGLE
-from tsp_jax.hf.tokenizer import Tokenizer as Text
-from tsp_jax.hf.tokenizer import read_stop_tokens
 from tsp_jax.inspect import compiled_memory
 from tsp_jax.tools.generate import GenerateOptions, generate_text
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
-CHARACTERS = string.ascii_letters + string.digits + " .,?!\n\u00e9"
-SPECIAL = ["<unk>", "<eos>", "<user>"]
 CONFIG = ModelConfig(
     vocab_size=72, d_model=28, num_layers=2, num_heads=9, num_kv_heads=3, head_dim=10, d_ff=120, tie_embeddings=True
 )
-EOS = 1
+EOS = 2
 PROMPT = "the quick brown fox"
-
-
-def write_tokenizer(path: Path) -> None:
-    """One token for each of 69 characters, and three that are special."""
-    vocab = {token: number for number, token in enumerate([*SPECIAL, *CHARACTERS])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.save(str(path))
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +38,12 @@ def folder(tmp_path_factory) -> Path:
     leaves, structure = jax.tree.flatten(tree)
     arrays = [normal(seed, *leaf.stored.shape, std=0.3) for seed, leaf in enumerate(leaves, start=40)]
     hf.save_params(folder, jax.tree.unflatten(structure, map(jax.numpy.asarray, arrays)), CONFIG, placement)
-    write_tokenizer(folder / "tokenizer.json")
+    save_tokenizer(folder, characters())
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS]}))
-    template = "{% for m in messages %}<user>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    template = "{% for m in messages %}<s>{{ m['content'] }}{{ eos_token }}{% endfor %}"
     template += "{% if add_generation_prompt %}!{% endif %}"
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"eos_token": {"content": "<eos>"}, "chat_template": template})
+        json.dumps({"eos_token": {"content": "</s>"}, "chat_template": template})
     )
     return folder
 
@@ -117,6 +103,9 @@ def test_weights_are_served_in_the_dtype_asked_for(folder):
     [
         ({"prompts": [[72]]}, "prompts.0. has token id 72, which is unknown"),
         ({"prompts": [""]}, "prompts.0. is empty"),
+        ({"capacity": 2**28}, r"capacity=268435456 .* bytes per device .* use at most [\d,]+$"),
+        ({"max_new_tokens": 10**30}, "capacity=.* is too large; use at most 1073741824"),
+        ({"stop_tokens": [2**40]}, "stop_tokens=1099511627776 is no token; use 0 to 71"),
         ({"chunk": -8}, "chunk=-8 must not be negative"),
         ({"chunk": 9}, "chunk=9 is not divisible by 8 over tsp; use 16"),
     ],
@@ -126,43 +115,12 @@ def test_generate_refuses_what_cannot_be(model, arguments, message):
         inference.generate(model, **{"prompts": [PROMPT], "max_new_tokens": 2, **arguments})
 
 
-# ------------------------------------------------------------------------------------------------ tokens
-
-
-def test_characters_of_several_tokens_come_whole(tmp_path):
-    """Byte-level tokens, as most models have them."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    text = Text(tmp_path)
-    tokens, decoder = text.encode("a\u20ac\u4e2d!"), text.decoder()
-    assert [decoder.step(token) for token in tokens] == ["a", "", "", "\u20ac", "", "", "\u4e2d", "!"]
-    assert decoder.finish() == ""
-    decoder = text.decoder()
-    assert [decoder.step(token) for token in tokens[:3]] == ["a", "", ""]
-    assert decoder.finish() == "\ufffd"
-
-
-@pytest.mark.parametrize(
-    ("files", "stops"),
-    [
-        ({"generation_config": {"eos_token_id": [3, 5]}, "config": {"eos_token_id": 7}}, (3, 5)),
-        ({"generation_config": {}, "config": {"eos_token_id": 7}}, (7,)),
-        ({"config": {"eos_token_id": None}}, ()),
-    ],
-)
-def test_stop_tokens_are_those_of_the_folder(files, stops, tmp_path):
-    for name, content in files.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    assert read_stop_tokens(tmp_path) == stops
-
-
-def test_stop_tokens_that_are_none_are_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"eos_token_id": "</s>"}')
-    with pytest.raises(ConfigError, match=r"eos_token_id=.*is neither a token id"):
-        read_stop_tokens(tmp_path)
+def test_logits_that_are_not_finite_draw_nothing(model):
+    """Else the likeliest of them is token 0."""
+    broken = dataclasses.replace(model, params=jax.tree.map(lambda array: array * np.nan, model.params))
+    for sampling in (inference.Sampling(), inference.Sampling(temperature=1.0)):
+        with pytest.raises(ConfigError, match=r"logits of prompts\[0\] are not finite; use intact weights"):
+            inference.generate(broken, [PROMPT], max_new_tokens=12, sampling=sampling)
 
 
 # ------------------------------------------------------------------------------------------------ the script
@@ -220,7 +178,7 @@ def test_script_continues_a_file_after_the_chat_template(script, folder, model, 
     flags = ["--prompt-file", str(tmp_path / "prompt.txt"), "--chat", "--max-new-tokens", "5"]
     code, out, err = script(str(folder), *flags, "--temperature", "0.7", "--top-k", "9", "--seed", "3")
     sampling = inference.Sampling(temperature=0.7, top_k=9, seed=3)
-    found = inference.generate(model, ["<user>Why?<eos>!"], max_new_tokens=5, sampling=sampling)[0]
+    found = inference.generate(model, ["<s>Why?</s>!"], max_new_tokens=5, sampling=sampling)[0]
     assert (code, out) == (0, found.text + "\n")
     assert err.startswith("tsp (data=1,tsp=8): prefill 7 tokens, ")
 
@@ -284,6 +242,10 @@ FLAGS = {
     "unknown tokens": (["--prompt", "fox \u00fc"], ["has no token for '\u00fc'"]),
     "no new tokens": (["--max-new-tokens", "0"], ["max_new_tokens=0", "use 1"]),
     "negative temperature": (["--temperature", "-1"], ["temperature=-1.0", "use 0"]),
+    "no temperature": (["--temperature", "nan"], ["temperature=nan", "use 0"]),
+    "seed of 33 bits": (["--seed", "4294967296"], ["seed=4294967296", "4294967295"]),
+    "no end of memory": (["--capacity", "1000000000"], ["capacity=1000000000", "use at most"]),
+    "no end of a file": (["--prompt", "", "--prompt-file", "/dev/zero"], ["/dev/zero has more than"]),
     "top p": (["--top-p", "1.5"], ["top_p=1.5"]),
     "unknown layout": (["--layout", "tps"], ["layout=tps", "tp_sp"]),
     "unknown axis": (["--mesh", "model=2"], ["'model'", "tsp"]),

@@ -4,15 +4,20 @@ RoPE rotates rows 2i and 2i + 1 of q and k in GGUF (llama.cpp's order), rows i a
 Dims: D model, H head.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
-from tsp_jax.config import ModelConfig
-from tsp_jax.errors import ConfigError, import_optional
+from tsp_jax.config import ModelConfig, RopeScaling
+from tsp_jax.errors import ConfigError
+from tsp_jax.files import Finite, Size, check_json
 from tsp_jax.hf.config import config_json
+from tsp_jax.hf.gguf_file import Tensor, read_gguf
+from tsp_jax.hf.gguf_tokenizer import GGUFTokenizer, read_tokenizer, tokenizer_config, tokenizer_json
 from tsp_jax.hf.tensors import MAX_FILE_BYTES, new_folder, write_json, write_tensors
 
 NAMES = {
@@ -32,11 +37,35 @@ LAYER_NAMES = {
     "ffn_down.weight": "mlp.down_proj.weight",
 }
 """name after ``blk.N.`` in GGUF -> name after ``model.layers.N.`` in a Hugging Face folder"""
-SPLITS: dict[str, list[dict[str, Any]]] = {"gpt-2": [], "smollm": [{"type": "Digits", "individual_digits": True}]}
-"""name of the tokenizer in GGUF -> pre-tokenizers that split a text before byte-level BPE"""
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-CONTROL, USER_DEFINED = 3, 4
-"""types of tokens that are matched before pre-tokenization"""
+
+
+class _Metadata(msgspec.Struct, kw_only=True):
+    """The metadata that is read. Defaults are those of llama.cpp (src/llama-model.cpp)."""
+
+    context: Size = msgspec.field(name="llama.context_length")
+    d_model: Size = msgspec.field(name="llama.embedding_length")
+    num_layers: Size = msgspec.field(name="llama.block_count")
+    d_ff: Size = msgspec.field(name="llama.feed_forward_length")
+    num_heads: Size = msgspec.field(name="llama.attention.head_count")
+    num_kv_heads: Size | None = msgspec.field(name="llama.attention.head_count_kv", default=None)
+    norm_eps: Finite = msgspec.field(name="llama.attention.layer_norm_rms_epsilon")
+    key_length: Size | None = msgspec.field(name="llama.attention.key_length", default=None)
+    value_length: Size | None = msgspec.field(name="llama.attention.value_length", default=None)
+    rotated: Size | None = msgspec.field(name="llama.rope.dimension_count", default=None)
+    rope_theta: Finite = msgspec.field(name="llama.rope.freq_base", default=10_000.0)
+    scaling: Literal["linear", "none"] = msgspec.field(name="llama.rope.scaling.type", default="linear")
+    factor: Finite | None = msgspec.field(name="llama.rope.scaling.factor", default=None)
+    older_factor: Finite = msgspec.field(name="llama.rope.scale_linear", default=0.0)
+    no_experts: Literal[0] = msgspec.field(name="llama.expert_count", default=0)
+    no_experts_used: Literal[0] = msgspec.field(name="llama.expert_used_count", default=0)
+
+
+NO_EFFECT = (
+    "llama.vocab_size", "llama.rope.scaling.original_context_length", "llama.rope.scaling.finetuned",
+)  # fmt: skip
+"""keys that change nothing here: the vocabulary is its tokens, the others belong to YaRN"""
+CHECKED = ("llama.", "tokenizer.ggml.add_")
+"""a key that begins so, and is not known, would be mathematics or tokens that are left out"""
 
 
 def convert_gguf(path: str | Path, folder: str | Path) -> ModelConfig:
@@ -46,34 +75,31 @@ def convert_gguf(path: str | Path, folder: str | Path) -> ModelConfig:
       The model's configuration.
 
     Raises:
-      ConfigError: the file is not a readable GGUF file of a Llama with a byte-level BPE tokenizer; or the folder
-        exists.
+      ConfigError: the file is not a whole GGUF file of a Llama with a byte-level BPE tokenizer; or the folder exists.
     """
-    gguf = import_optional("gguf", "hf")
-    try:
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ConfigError(f"{path} cannot be read as GGUF ({error}); use an intact file") from None
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    config = _model_config(path, fields, {tensor.name for tensor in reader.tensors})
-    tokenizer = tokenizer_json(path, fields)
-    tensors = {_hf_name(path, tensor.name): tensor for tensor in reader.tensors}
+    fields, found = read_gguf(path)
+    metadata, tokenizer = _metadata(path, fields), read_tokenizer(path, fields)
+    config = _model_config(path, metadata, len(tokenizer.tokens), tie_embeddings="output.weight" not in found)
+    tensors, special = _tensors(path, found, config), tokenizer.special_ids()
+    settings = tokenizer_config(path, tokenizer, fields, metadata.context)
 
     def values() -> Iterator[tuple[str, np.ndarray]]:
         for name, tensor in tensors.items():
-            value = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
             heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
+            try:
+                value = tensor.values()
+            except NotImplementedError:
+                raise ConfigError(f"{path}: type {tensor.kind.name} of {name} is not supported; use Q8_0") from None
             yield name, halves(value, heads) if heads else np.ascontiguousarray(value)
 
-    special = _special_ids(fields)
     with new_folder(folder) as partial:
-        nbytes = {name: int(tensor.n_elements) * 4 for name, tensor in tensors.items()}
+        nbytes = {name: math.prod(tensor.shape) * 4 for name, tensor in tensors.items()}
         write_tensors(partial, nbytes, values(), MAX_FILE_BYTES)
-        carried = {**special, "max_position_embeddings": fields["llama.context_length"]}
+        carried = {**special, "max_position_embeddings": metadata.context}
         write_json(partial / "config.json", config_json(config, "float32", carried))
         write_json(partial / "generation_config.json", special)
-        write_json(partial / "tokenizer.json", tokenizer)
-        write_json(partial / "tokenizer_config.json", _tokenizer_config(fields, special))
+        write_json(partial / "tokenizer.json", tokenizer_json(tokenizer))
+        write_json(partial / "tokenizer_config.json", settings)
     return config
 
 
@@ -86,71 +112,73 @@ def _hf_name(path: str | Path, name: str) -> str:
     if name in NAMES:
         return NAMES[name]
     block, _, rest = name.removeprefix("blk.").partition(".")
-    if not name.startswith("blk.") or rest not in LAYER_NAMES:
-        raise ConfigError(f"{path}: tensor {name} has no place in the model; use a plain Llama")
-    return f"model.layers.{block}.{LAYER_NAMES[rest]}"
+    if not name.startswith("blk.") or not block.isdecimal() or rest not in LAYER_NAMES:
+        raise ConfigError(f"{path}: tensor {name:.80} has no place in the model; use a plain Llama")
+    return f"model.layers.{int(block)}.{LAYER_NAMES[rest]}"
 
 
-def _model_config(path: str | Path, fields: Mapping[str, Any], names: set[str]) -> ModelConfig:
-    if fields.get("general.architecture") != "llama" or "llama.rope.scaling.type" in fields:
-        raise ConfigError(f"{path}: {fields.get('general.architecture')} is not supported; use a plain llama")
+def _tensors(path: str | Path, found: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors by their names in a Hugging Face folder; raises ConfigError if one is missing or of another shape."""
+    named = {_hf_name(path, name): tensor for name, tensor in found.items()}
+    total = len(NAMES) - config.tie_embeddings + config.num_layers * len(LAYER_NAMES)
+    if len(found) != total or len(named) != total:
+        raise ConfigError(f"{path} has {len(named)} of the {total} tensors of the model; use a whole file")
+    D, V, F = config.d_model, config.vocab_size, config.d_ff
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes = {
+        "embed_tokens": (V, D), "lm_head": (V, D), "q_proj": (queries, D), "k_proj": (keys, D), "v_proj": (keys, D),
+        "o_proj": (D, queries), "gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F),
+    }  # fmt: skip
+    for name, tensor in named.items():
+        shape = shapes.get(name.split(".")[-2], (D,))
+        if tensor.shape != shape:
+            raise ConfigError(
+                f"{path}: {name} has shape {list(tensor.shape)}, its metadata says {list(shape)}; use an intact file"
+            )
+    return named
 
-    def of(key: str) -> Any:
-        if f"llama.{key}" not in fields:
-            raise ConfigError(f"{path}: llama.{key} is missing; use a complete file")
-        return fields[f"llama.{key}"]
 
-    num_heads, d_model = of("attention.head_count"), of("embedding_length")
-    return ModelConfig(
-        vocab_size=len(fields["tokenizer.ggml.tokens"]), tie_embeddings="output.weight" not in names,
-        d_model=d_model, num_layers=of("block_count"), d_ff=of("feed_forward_length"),
-        num_heads=num_heads, num_kv_heads=of("attention.head_count_kv"),
-        head_dim=fields.get("llama.attention.key_length", d_model // num_heads),
-        rope_theta=_shortest(of("rope.freq_base")), norm_eps=_shortest(of("attention.layer_norm_rms_epsilon")),
-    )  # fmt: skip
+def _metadata(path: str | Path, fields: Mapping[str, Any]) -> _Metadata:
+    if fields.get("split.count", 1) not in (0, 1):  # all parts but the first lack the metadata below
+        split = f"split.count={fields['split.count']!s:.80}"
+        raise ConfigError(f"{path}: {split}; use llama-gguf-split --merge to make one file")
+    if fields.get("general.architecture") != "llama":
+        raise ConfigError(f"{path}: {fields.get('general.architecture')!s:.80} is not supported; use a plain llama")
+    metadata = check_json(dict(fields), str(path), _Metadata, "use a complete file")
+    schemas = (*msgspec.structs.fields(_Metadata), *msgspec.structs.fields(GGUFTokenizer))
+    known = {field.encode_name for field in schemas} | set(NO_EFFECT)
+    for key, value in fields.items():
+        if key.startswith(CHECKED) and key not in known:
+            raise ConfigError(f"{path}: {key:.80}={value!r:.80} is not supported; use a plain llama")
+    return metadata
+
+
+def _model_config(path: str | Path, metadata: _Metadata, vocab_size: int, tie_embeddings: bool) -> ModelConfig:
+    if not metadata.key_length and metadata.d_model % metadata.num_heads:
+        raise ConfigError(
+            f"{path}: llama.attention.head_count={metadata.num_heads} does not divide "
+            f"llama.embedding_length={metadata.d_model}; use an intact file"
+        )
+    head_dim = metadata.key_length or metadata.d_model // metadata.num_heads
+    for key, value in (("rope.dimension_count", metadata.rotated), ("attention.value_length", metadata.value_length)):
+        if value not in (None, head_dim):
+            raise ConfigError(
+                f"{path}: llama.{key}={value} is not supported; use a model with {head_dim}, a whole head"
+            )
+    factor = (metadata.older_factor if metadata.factor is None else metadata.factor) or 1.0  # 0 says nothing, too
+    scaled = metadata.scaling == "linear" and factor != 1.0
+    try:
+        return ModelConfig(
+            vocab_size=vocab_size, tie_embeddings=tie_embeddings,
+            d_model=metadata.d_model, num_layers=metadata.num_layers, d_ff=metadata.d_ff, head_dim=head_dim,
+            num_heads=metadata.num_heads, num_kv_heads=metadata.num_kv_heads or metadata.num_heads,
+            rope_theta=_shortest(metadata.rope_theta), norm_eps=_shortest(metadata.norm_eps),
+            rope_scaling=RopeScaling(kind="linear", factor=_shortest(factor)) if scaled else RopeScaling(),
+        )  # fmt: skip
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _shortest(value: float) -> float:
     """The shortest decimal number with the same float32: 1e-5, not 9.99999975e-6."""
     return float(str(np.float32(value)))
-
-
-def tokenizer_json(path: str | Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the content of `tokenizer.json` (of the tokenizers library) from the metadata of a GGUF file."""
-    kind, splits = fields.get("tokenizer.ggml.model"), SPLITS.get(fields.get("tokenizer.ggml.pre", ""))
-    if kind != "gpt2" or splits is None:
-        pre = fields.get("tokenizer.ggml.pre")
-        raise ConfigError(f"{path}: tokenizer {kind}, {pre} is not supported; use gpt2 with {', '.join(SPLITS)}")
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": number, "content": token, **flags, "special": kind == CONTROL}
-            for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind in (CONTROL, USER_DEFINED)
-        ],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, BYTES]},
-        "decoder": BYTES,
-        "model": {
-            "type": "BPE",
-            "vocab": {token: number for number, token in enumerate(tokens)},
-            "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]],
-        },
-    }
-
-
-def _special_ids(fields: Mapping[str, Any]) -> dict[str, int]:
-    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    ids = {key: fields.get(f"tokenizer.ggml.{name}_token_id") for key, name in names.items()}
-    return {key: int(value) for key, value in ids.items() if value is not None}
-
-
-def _tokenizer_config(fields: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
-    tokens = fields["tokenizer.ggml.tokens"]
-    config = {key.removesuffix("_id"): tokens[number] for key, number in special.items()}
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config["model_max_length"] = fields["llama.context_length"]
-    if "tokenizer.chat_template" in fields:
-        config["chat_template"] = fields["tokenizer.chat_template"]
-    return config

@@ -1,11 +1,23 @@
-"""Tokenizer, stop tokens and chat template of a Hugging Face folder."""
+"""Tokenizer and stop tokens of a Hugging Face folder."""
 
-from functools import partial
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from tsp_jax.errors import ConfigError, import_optional
-from tsp_jax.files import read_json
+from tsp_jax.files import Count, read_json
+from tsp_jax.hf.chat import Message, read_tokenizer_config, render_chat
+from tsp_jax.hf.process import TextError, TextProcess
+
+CUT_OR_PAD = ("truncation", "padding")
+"""settings of a training tool in tokenizer.json that would change every text"""
+AT_RANDOM = ("dropout", "alpha", "nbest_size")
+"""settings of the model in tokenizer.json that would draw another tokenization of a text each time"""
+REPLACEMENT = "\ufffd"
+"""stands for bytes that are no character, or not yet"""
 
 
 class Tokenizer:
@@ -16,92 +28,123 @@ class Tokenizer:
     """
 
     def __init__(self, folder: str | Path):
-        tokenizers = import_optional("tokenizers", "hf")
+        import_optional("tokenizers", "hf")
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
-        read_json(path)
+        content = read_json(path, advice="use a Hugging Face folder with an intact copy of it")
+        special = list(read_tokenizer_config(self.folder)[1].values())
+        unknown = _unknown(content.get("model"))
+        self._process = TextProcess({"content": json.dumps(_plain(content)), "special": special, "unknown": unknown})
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises nothing narrower
+            self._process.call("encode", text="", special=True)
+        except TextError as error:
             raise ConfigError(f"{path} is not a tokenizer ({error}); use an intact copy") from None
-        self._new_stream = partial(tokenizers.decoders.DecodeStream, skip_special_tokens=True)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Returns the token ids of a text; names of special tokens in it become these tokens.
 
         `special` adds the tokens that the tokenizer puts around every text. Raises ConfigError if no token stands for a
-        part of the text.
+        part of the text, or the tokenizer fails.
         """
-        encoding = self._tokenizer.encode(text, add_special_tokens=special)
-        unknown = getattr(self._tokenizer.model, "unk_token", None)
-        for token, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True):
-            if token == unknown and text[start:end] not in ("", unknown):
-                raise ConfigError(
-                    f"the tokenizer in {self.folder} has no token for {text[start:end]!r:.80}; use a text without it"
-                )
-        return encoding.ids
+        return self._call("encode", text=text, special=special)
 
-    def decode(self, tokens: list[int]) -> str:
+    def decode(self, tokens: Sequence[int]) -> str:
         """Returns the text of token ids, without special tokens."""
-        return self._tokenizer.decode(tokens)
+        return self._call("decode", tokens=list(map(int, tokens)))[0]
 
     def decoder(self) -> "Decoder":
         """Returns a decoder of one token at a time."""
-        return Decoder(self._tokenizer, self._new_stream())
+        return Decoder(self)
 
-    def chat(self, message: str) -> str:
-        """Wraps a user's message in the folder's chat template, up to where the answer begins.
+    def chat(
+        self, messages: str | Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None, template: str | None = None,
+        add_generation_prompt: bool = True, **variables: Any,
+    ) -> str:  # fmt: skip
+        """Writes a conversation as text, by the folder's chat template.
+
+        Args:
+          messages: a message of the user, or all messages, each with its role and content.
+          tools: functions that the model may call, as JSON schemas.
+          documents: texts that the model may use, each with its title and text.
+          template: name of a template, where the folder has several; None: "tool_use" with tools, else "default".
+          add_generation_prompt: end where the model's answer begins.
+          variables: what else the template reads.
 
         Raises:
-          ConfigError: the folder has no template, the template fails, or the package `jinja2` is not installed.
+          ConfigError: the folder has no such template, it fails, or the package `jinja2` is not installed.
         """
-        jinja2, sandbox = (import_optional(name, "hf") for name in ("jinja2", "jinja2.sandbox"))
-        path = self.folder / "tokenizer_config.json"
-        config = read_json(path) if path.is_file() else {}
-        file = self.folder / "chat_template.jinja"
-        template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
-        if not isinstance(template, str):
-            raise ConfigError(f"{self.folder} has no chat template; use the prompt alone, without --chat")
-        tokens = {key: config.get(key) or "" for key in ("bos_token", "eos_token")}  # strings, or objects
-        names = {key: token.get("content", "") if isinstance(token, dict) else token for key, token in tokens.items()}
-        messages = [{"role": "user", "content": message}]
+        return render_chat(
+            self.folder, messages, tools=tools, documents=documents, template=template,
+            add_generation_prompt=add_generation_prompt, variables=variables,
+        )  # fmt: skip
+
+    def _call(self, name: str, **arguments: Any) -> Any:
         try:
-            compiled = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
-            return compiled.render(messages=messages, add_generation_prompt=True, **names)
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"the chat template of {self.folder} fails ({error}); use the prompt alone") from None
+            return self._process.call(name, **arguments)
+        except TextError as error:
+            raise ConfigError(f"the tokenizer in {self.folder} fails ({error}); use another text") from None
 
 
 class Decoder:
-    """Converts one token at a time to text; a character of several tokens is returned with the last of them."""
+    """Converts one token at a time to text, which together is the text of all tokens.
 
-    def __init__(self, tokenizer: Any, stream: Any):
-        self._tokenizer, self._stream = tokenizer, stream
-        self._tokens: list[int] = []
-        self._text = ""
+    Bytes wait until they are a character, and bytes that have tokens of their own until another token follows: only
+    then is it known whether they are characters.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._before: list[int] = []
+        """the last tokens whose text was returned: a token's text may depend on those before it"""
+        self._waiting: list[int] = []
+        self._shown = self._text = ""
+        """the texts of `before`, and of both"""
 
     def step(self, token: int) -> str:
         """Returns the text that a token completes, which may be empty."""
-        self._tokens.append(token)
-        text = self._stream.step(self._tokenizer, token) or ""
-        self._text += text
-        return text
+        self._waiting.append(int(token))
+        text, is_byte = self._tokenizer._call("decode", tokens=self._before + self._waiting)
+        adds, self._text = text != self._text, text
+        return "" if is_byte or not adds or text.endswith(REPLACEMENT) else self._take()
 
     def finish(self) -> str:
-        """Returns the rest of the text after the last token: characters that were not completed."""
-        whole = self._tokenizer.decode(self._tokens)
-        return whole[len(self._text) :] if whole.startswith(self._text) else ""
+        """Returns the rest of the text after the last token, with bytes that are no character shown as such."""
+        return self._take()
+
+    def _take(self) -> str:
+        new = self._text[len(self._shown) :]
+        self._before, self._waiting = self._waiting, []
+        self._shown = self._text = self._tokenizer.decode(self._before)
+        return new
+
+
+def _plain(content: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer.json without what makes the ids of a text depend on anything but the text."""
+    plain = {key: value for key, value in content.items() if key not in CUT_OR_PAD}
+    if isinstance(model := plain.get("model"), dict):
+        plain["model"] = {key: value for key, value in model.items() if key not in AT_RANDOM}
+    return plain
+
+
+def _unknown(model: Any) -> str | None:
+    """The token for what has no token; None if there is none, or the model is not what it should be."""
+    try:
+        token = model["vocab"][model["unk_id"]][0] if model.get("type") == "Unigram" else model.get("unk_token")
+    except (AttributeError, KeyError, IndexError, TypeError):
+        return None
+    return token if isinstance(token, str) else None
+
+
+class _StopTokens(msgspec.Struct):
+    eos_token_id: Count | list[Count] | None = None
 
 
 def read_stop_tokens(folder: str | Path) -> tuple[int, ...]:
     """Returns the ids of the tokens that end a text, from generation_config.json or else config.json; () if none."""
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
-        ids = read_json(path).get("eos_token_id") if path.is_file() else None
-        if ids is None:
-            continue
-        ids = ids if isinstance(ids, list) else [ids]
-        if not all(type(token) is int and token >= 0 for token in ids):
-            raise ConfigError(f"{path}: eos_token_id={ids} is neither a token id nor a list of them; use a number")
-        return tuple(ids)
+        ids = read_json(path, _StopTokens).eos_token_id if path.exists() else None
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (ids,)
     return ()

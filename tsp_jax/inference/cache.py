@@ -13,13 +13,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tsp_jax.config import ModelConfig
+from tsp_jax.errors import ConfigError
+from tsp_jax.hardware.memory import memory_bytes, shard_bytes
 from tsp_jax.heads import padded_heads
 from tsp_jax.layout import Placement, num_ranks
 from tsp_jax.ops.attention.kv_cache import EMPTY, NO_TOKEN, KeyValues
 
+MAX_CAPACITY = 2**30
+"""tokens of a sequence: positions are int32"""
 ENTRIES_MULTIPLE = 16
 """a rank's number of cache entries is a multiple of this"""
 
@@ -66,6 +70,25 @@ def abstract_cache(
     shardings = (NamedSharding(placement.mesh, spec) for spec in cache_specs(placement))
     fields = zip(shapes, dtypes, shardings, strict=True)
     return Cache(*(jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for shape, kind, sharding in fields))
+
+
+def check_capacity(
+    model: ModelConfig, placement: Placement, *, batch: int, capacity: int, dtype: jax.typing.DTypeLike,
+    weight_bytes: int = 0,
+) -> None:  # fmt: skip
+    """Raises ConfigError where weights and cache do not fit the memory of a device, as far as it is known."""
+    if capacity > MAX_CAPACITY:
+        raise ConfigError(f"capacity={capacity} is too large; use at most {MAX_CAPACITY}")
+    devices = placement.mesh.local_devices if isinstance(placement.mesh, Mesh) else []
+    memory = memory_bytes(devices)
+    cache = abstract_cache(model, placement, batch=batch, capacity=capacity, dtype=dtype)
+    need = shard_bytes(cache)
+    room = memory - weight_bytes if memory else need
+    if need > room:
+        raise ConfigError(
+            f"capacity={capacity} (a prompt and its max_new_tokens) needs {need:,} bytes per device for keys and "
+            f"values, {max(room, 0):,} are left beside the weights; use at most {max(1, capacity * room // need):,}"
+        )
 
 
 def empty_cache(abstract: Cache) -> Cache:

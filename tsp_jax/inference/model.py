@@ -14,9 +14,10 @@ from tsp_jax.hardware.memory import check_room, memory_bytes, shard_bytes
 from tsp_jax.hf.config import read_dtype
 from tsp_jax.hf.tokenizer import Tokenizer, read_stop_tokens
 from tsp_jax.hf.weights import abstract_params, check_folder, load_params, read_config
+from tsp_jax.inference.cache import check_capacity
 from tsp_jax.inference.program import InferenceProgram, make_inference_program
 from tsp_jax.inference.sampling import Sampling
-from tsp_jax.inference.token_loop import OnToken, Stats, check_prompts, generate_tokens
+from tsp_jax.inference.token_loop import OnToken, Stats, check_prompts, check_stop_tokens, generate_tokens
 from tsp_jax.layout import Placement, check_divides
 
 Prompt = str | Sequence[int]
@@ -46,6 +47,11 @@ class Model:
         """The compiled program for these sizes; see `make_inference_program`."""
         sizes = batch, capacity, chunk
         if sizes not in self.programs:
+            weight_bytes = sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(self.params))
+            check_capacity(
+                self.config, self.placement,
+                batch=batch, capacity=capacity, dtype=self.dtype, weight_bytes=weight_bytes,
+            )  # fmt: skip
             program = make_inference_program(
                 self.config, self.placement,
                 stream=self.stream, dtype=self.dtype, batch=batch, capacity=capacity, chunk=chunk,
@@ -90,6 +96,7 @@ def load(
     if dtype not in ("auto", *get_args(DType)):
         raise ConfigError(f"dtype={dtype} is unknown; use one of auto, {', '.join(get_args(DType))}")
     config, tokenizer, stop_tokens = read_config(folder), Tokenizer(folder), read_stop_tokens(folder)
+    check_stop_tokens(stop_tokens, config.vocab_size, f"{folder}: eos_token_id")
     check_folder(folder, config, placement)
     found: DType = read_dtype(folder) if dtype == "auto" else dtype
     nbytes = shard_bytes(abstract_params(config, placement, jnp.dtype(found)))
@@ -137,16 +144,17 @@ def generate(
     longest = max((len(tokens) for tokens in encoded), default=1)
     capacity = capacity or _round_up(longest + max_new_tokens, 1)
     check_prompts(encoded, max_new_tokens, capacity, model.config.vocab_size)
+    stops = model.stop_tokens if stop_tokens is None else stop_tokens
+    check_stop_tokens(stops, model.config.vocab_size)
     batch = -(-len(prompts) // shards) * shards
     chunk = min(chunk or _round_up(CHUNK, ranks), _round_up(longest, ranks))
     program = model.program(batch, capacity, chunk)
     tokens = generate_tokens(
         program, model.params, encoded,
         max_new_tokens=max_new_tokens, sampling=sampling,
-        stop_tokens=model.stop_tokens if stop_tokens is None else stop_tokens, on_token=on_token, stats=stats,
+        stop_tokens=stops, on_token=on_token, stats=stats,
     )  # fmt: skip
-    stops = set(model.stop_tokens)
-    return [Continuation(new, _text(model, new, stops)) for new in tokens]
+    return [Continuation(new, _text(model, new, set(model.stop_tokens))) for new in tokens]
 
 
 def _text(model: Model, tokens: list[int], stops: set[int]) -> str:

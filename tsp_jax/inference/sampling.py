@@ -11,6 +11,11 @@ from jax import lax
 
 from tsp_jax.errors import ConfigError
 
+LEAST_TEMPERATURE = 1e-6
+"""below this, logits over temperature may leave the range of float32"""
+MAX_SEED = 2**32 - 1
+"""JAX takes 32 bits of a seed and drops the rest"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -26,9 +31,14 @@ class Sampling:
     """a draw depends only on this, the index of the prompt and the position"""
 
     def __post_init__(self):
-        for name in ("temperature", "top_k", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"sampling.{name}={getattr(self, name)} must not be negative; use 0")
+        for name, least, most in (
+            ("temperature", LEAST_TEMPERATURE, 1e6),
+            ("top_k", 1, 2**31 - 1),
+            ("seed", 1, MAX_SEED),
+        ):
+            value = getattr(self, name)
+            if value != 0 and not least <= value <= most:
+                raise ConfigError(f"sampling.{name}={value} must be 0, or lie in [{least}, {most}]; use 0")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"sampling.top_p={self.top_p} must lie in (0, 1]; use 1.0")
 

@@ -22,6 +22,8 @@ from tsp_jax.ops.attention.kv_cache import NO_TOKEN
 
 STOPPED = -1
 """in place of a token, where the sequence has ended"""
+NOT_FINITE = -2
+"""in place of a token, where its logits have infinity or NaN"""
 
 OnToken = Callable[[int, int], None]
 """(index of the prompt, token)"""
@@ -64,6 +66,7 @@ def generate_tokens(
       ConfigError: a prompt is empty, has an id that is no token, or is too long for the capacity with its new tokens.
     """
     check_prompts(prompts, max_new_tokens, program.capacity, program.vocab_size)
+    check_stop_tokens(stop_tokens, program.vocab_size)
     stats = stats or Stats()
     results: list[list[int]] = [[] for _ in prompts]
     for first in range(0, len(prompts), program.batch):
@@ -124,6 +127,13 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, capacit
             )
 
 
+def check_stop_tokens(stop_tokens: Collection[int], vocab_size: int, name: str = "stop_tokens") -> None:
+    """Raises ConfigError where an id is no token, so that nothing would ever stop at it; `name` says whose ids."""
+    for token in stop_tokens:
+        if not 0 <= token < vocab_size:
+            raise ConfigError(f"{name}={token} is no token; use 0 to {vocab_size - 1}")
+
+
 @jax.jit
 def _where_rows(rows_B: jax.Array, new_BV: jax.Array, old_BV: jax.Array) -> jax.Array:
     return jnp.where(rows_B[:, None], new_BV, old_BV)
@@ -146,6 +156,9 @@ def _generate_group(program: InferenceProgram, params, prompts, first, max_new_t
         if step < max_new_tokens:  # devices run the next step while the host reads these tokens
             logits_BV, cache = program.decode(params, cache, tokens_B)
         drawn, active = np.asarray(tokens_B), np.asarray(active_B)
+        if (bad := drawn == NOT_FINITE).any():
+            row = first + int(bad.argmax())
+            raise ConfigError(f"logits of prompts[{row}] are not finite; use intact weights, or dtype=float32")
         now, count = time.perf_counter(), int((drawn != STOPPED).sum())
         stats.new_tokens += count
         if step > 1:
@@ -159,8 +172,9 @@ def _generate_group(program: InferenceProgram, params, prompts, first, max_new_t
 
 @partial(jax.jit, static_argnames=("sampling", "stops", "sharding"))
 def _draw(logits_BV, lengths_B, active_B, rows_B, *, sampling: Sampling, stops: tuple[int, ...], sharding):
-    """(tokens [B], `STOPPED` where a sequence has ended; [B] bool, whether the sequence continues after its token)."""
+    """(tokens [B], `STOPPED` or `NOT_FINITE` in place of some; [B] bool, whether the sequence continues)."""
     drawn_B = sample(logits_BV, row_keys(sampling.seed, rows_B, lengths_B), sampling)
-    tokens_B = jnp.where(active_B, drawn_B, STOPPED)
+    finite_B = jnp.isfinite(logits_BV.max(axis=-1))  # NaN if any of them is
+    tokens_B = jnp.where(active_B, jnp.where(finite_B, drawn_B, NOT_FINITE), STOPPED)
     stop_B = (drawn_B[:, None] == jnp.asarray(stops, jnp.int32)[None]).any(axis=1)
     return tuple(lax.with_sharding_constraint(array, sharding) for array in (tokens_B, active_B & ~stop_B))

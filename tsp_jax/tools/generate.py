@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from tsp_jax.config import StreamConfig
 from tsp_jax.errors import ConfigError
+from tsp_jax.files import MAX_BYTES
 from tsp_jax.inference import Model, Sampling, Stats, generate, load
 from tsp_jax.inspect.units import format_bytes
 from tsp_jax.layout import Placement, get_layout, make_mesh, parse_mesh
@@ -86,9 +87,13 @@ def _prompt(options: GenerateOptions) -> str:
     if options.prompt:
         return options.prompt
     try:
-        text = Path(options.prompt_file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with Path(options.prompt_file).open("rb") as file:  # may be a pipe: <(command), /dev/stdin
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode("utf-8")
+    except (OSError, ValueError) as error:
         raise ConfigError(f"prompt_file={options.prompt_file} cannot be read as text ({error}); use another") from None
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"prompt_file={options.prompt_file} has more than {MAX_BYTES:,} bytes; use a shorter text")
     if not text:
         raise ConfigError(f"prompt_file={options.prompt_file} is empty; use a file that holds text")
     return text

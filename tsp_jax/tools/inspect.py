@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 
 from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError

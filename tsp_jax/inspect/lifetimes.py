@@ -3,6 +3,7 @@
 The rules are in `tsp_jax.inspect.peak`; this module applies them while it walks the schedule.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from tsp_jax.inspect.instructions import Computation, Instruction
@@ -114,12 +115,17 @@ class Walk:
         if i.base == "conditional":
             return self._branches(i, operands)
         if i.base in ("call", "async"):
-            results = self._visit(self.module.callee(i, "to_apply", "calls"), operands)
-            if i.base == "call":
-                return results
-            contexts = leaves(i.shape)[len(flat) + len(results) :]
-            return [*flat, *results, *(self._new(leaf, i) for leaf in contexts)]
+            return self._call(i, operands, flat)
         return self._made(i, operands, flat)
+
+    def _call(self, i: Instruction, operands: list[Values], flat: Values) -> Values:
+        late = i.phase == "start" and not operands  # its operands arrive at an update, if it has any
+        body = self.module.callee(i, "to_apply", "calls")
+        results = [] if late and _has_parameters(body) else self._visit(body, operands)
+        if not i.phase:
+            return results
+        contexts = leaves(i.shape)[len(flat) + len(results) :]
+        return [*flat, *results, *(self._new(leaf, i) for leaf in contexts)]
 
     def _loop(self, i: Instruction, initial: Values) -> Values:
         self._read(initial, None)
@@ -150,14 +156,21 @@ class Walk:
         return results
 
     def _finished(self, computation: Computation, i: Instruction, started: Values) -> Values:
-        start = computation.operands(i)[0]
+        start, *late = computation.operands(i)
         self._read(started, i)
+        if late:  # (start, operands that it lacks)
+            sizes = [len(leaves(operand.shape)) for operand in late]
+            ends = list(itertools.accumulate(sizes, initial=len(started) - sum(sizes)))
+            arguments = [started[first:last] for first, last in itertools.pairwise(ends)]
+            return [*started[ends[0] :], *self._visit(self.module.callee(start, "to_apply", "calls"), arguments)]
         count = len(leaves(i.shape))
         if i.phase == "update" or len(started) == count or start.base in POINT_TO_POINT:
             return started[:count]
+        passed = computation.operands(start)
         while start.phase == "update":
-            start = computation.operands(start)[0]
-        skipped = sum(len(leaves(operand.shape)) for operand in computation.operands(start))
+            start, *passed = computation.operands(start)
+            passed = passed or computation.operands(start)
+        skipped = sum(len(leaves(operand.shape)) for operand in passed)
         return started[skipped : skipped + count]
 
     def _made(self, i: Instruction, operands: list[Values], flat: Values) -> Values:
@@ -180,6 +193,10 @@ class Walk:
             self.written[i.computation, i.name] = max(others, key=lambda value: value.shape.bytes)
         self.reuse += [(self.now, one[n], results[k]) for k, n in _reusable(self.module, i) if n in one]
         return results
+
+
+def _has_parameters(computation: Computation) -> bool:
+    return any(i.opcode == "parameter" for i in computation.instructions)
 
 
 def _leaf_index(shape: object, index: Sequence[int]) -> int:

@@ -15,8 +15,8 @@ import jax
 from jax.experimental import topologies
 
 from tsp_jax.errors import ConfigError, install_hint
-from tsp_jax.hardware.devices import HARDWARE, TPU_TOPOLOGIES, Hardware
-from tsp_jax.hardware.private_jax import hush_absent_plugins, register_rocm_plugin
+from tsp_jax.hardware.devices import HARDWARE, TPU_TOPOLOGIES, Hardware, is_present
+from tsp_jax.hardware.private_jax import register_rocm_plugin
 from tsp_jax.hardware.rocm_standins import load_rocm_libraries
 
 _STANDINS: set[str] = set()
@@ -54,14 +54,6 @@ class Target:
         return found[: self.num_devices] if len(found) >= self.num_devices else []
 
 
-_DEVICE_FILES = {"rocm": ("/dev/kfd",), "cuda": ("/dev/nvidiactl",), "tpu": ("/dev/accel0", "/dev/vfio/0")}
-
-
-def is_present(platform: str) -> bool:
-    """Whether the machine has a device of a platform, from its device files: no runtime starts."""
-    return any(Path(file).exists() for file in _DEVICE_FILES.get(platform, ()))
-
-
 def use_target(target: Target) -> None:
     """Sets JAX up to compile for a target; call it before anything else uses a device."""
     if target.hardware.platform == "cpu":
@@ -70,7 +62,6 @@ def use_target(target: Target) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
     if not is_present(target.hardware.platform):
         jax.config.update("jax_platforms", "cpu")
-        hush_absent_plugins()
 
 
 def parse_target(text: str, attention_efficiency: float = 0.0) -> Target:

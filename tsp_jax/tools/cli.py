@@ -16,7 +16,6 @@ import tyro
 
 from tsp_jax.config import Config
 from tsp_jax.errors import REFUSED, ConfigError, RunStopped, removal
-from tsp_jax.hardware.private_jax import hush_absent_plugins
 from tsp_jax.training.distributed import join_cluster
 from tsp_jax.training.optimizer import Optimizer, check_unused_flags
 
@@ -44,7 +43,6 @@ def main(
       text_command: (body, default options) for a first argument that is a .hlo or .txt file.
     """
     arguments = sys.argv[1:]
-    hush_absent_plugins()
     with errors_in_a_line():
         if text_command and arguments and arguments[0].endswith((".hlo", ".txt")):
             sys.exit(text_command[0](*first_argument(text_command[1], about=about)))

@@ -1,17 +1,19 @@
-# Every target sets up .venv first; PYTHON chooses the interpreter (3.11 or newer).
+# Every target sets up VENV first: of the interpreter PYTHON (3.11 or newer), with the package's EXTRAS.
 PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev
 # What `make index` compares with; a release that package indexes may hold as a build for CPUs, of 0.2 GB instead of 3.
 TORCH ?= torch==2.13.0
-BIN := .venv/bin
-INSTALLED := .venv/.installed
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo quick test soak index check clean
+.PHONY: setup demo quick test newest soak index check clean
 
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
 	touch $@
 
 demo: $(INSTALLED)
@@ -22,6 +24,10 @@ quick: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2
+
+# All tests on the newest Python, with the newest JAX and its compilers for ROCm and TPU.
+newest:
+	python=$$(.ci/python newest) && $(MAKE) test PYTHON="$$python" VENV=.venv-newest EXTRAS=dev,aot-rocm,aot-tpu
 
 soak: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m soak
@@ -36,4 +42,4 @@ check: $(INSTALLED)
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-newest runs

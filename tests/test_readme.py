@@ -1,9 +1,13 @@
 """The README's example runs as it stands, and its commands exist."""
 
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,5 +30,25 @@ def test_example_runs_as_it_stands_and_learns(tmp_path):
 
 
 def test_continuous_integration_calls_the_test_command_of_the_readme():
+    """On the oldest Python and, through make newest, on the newest one."""
     assert "make test" in README
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert {"make test", "make newest"} <= set((ROOT / ".ci" / "run").read_text().splitlines())
+    newest = re.search(r"^newest:\n\t(.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert newest and "$(MAKE) test " in newest[1]
+
+
+def test_pip_installs_from_the_clone():
+    """The package is on no index."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    commands = re.findall(r"pip install ([^\s`]+)", README)
+    assert set(commands) <= {".", *(f'".[{extra}]"' for extra in extras)}
+
+
+@pytest.mark.parametrize(("end", "install"), [("oldest", "3.11"), ("newest", "3.13")])
+def test_a_missing_python_is_said_in_a_line(tmp_path, end, install):
+    env = {"PATH": str(tmp_path), "PYENV_ROOT": str(tmp_path)}
+    (tmp_path / "seq").symlink_to(shutil.which("seq") or "")
+    done = subprocess.run(["/bin/bash", ROOT / ".ci" / "python", end], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: Python 3.1") and line.endswith(f"use pyenv install {install}")

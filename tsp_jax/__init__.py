@@ -15,7 +15,10 @@ tools                   bodies of the commands
 from tsp_jax import inference, nn
 from tsp_jax.config import Config, ModelConfig, StreamConfig
 from tsp_jax.errors import ConfigError
+from tsp_jax.hardware.private_jax import hush_absent_plugins
 from tsp_jax.layout import LAYOUTS, Layout, Placement, make_mesh, place
+
+hush_absent_plugins()
 
 __version__ = "0.1.0"
 __all__ = [

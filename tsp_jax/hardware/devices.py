@@ -1,6 +1,7 @@
 """Facts about devices: data sheets, rates that real programs reach, and the links between devices."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
 from tsp_jax.errors import ConfigError
@@ -158,3 +159,9 @@ HARDWARE = {
 
 TPU_TOPOLOGIES = {4: "v5:2x2x1", 8: "v5:2x2x2", 16: "v5:2x2x4", 32: "v5:2x4x4", 64: "v5:4x4x4"}
 """number of chips of a v5p slice -> its name, with the extents of its torus"""
+_DEVICE_FILES = {"rocm": ("/dev/kfd",), "cuda": ("/dev/nvidiactl",), "tpu": ("/dev/accel0", "/dev/vfio/0")}
+
+
+def is_present(platform: str) -> bool:
+    """Whether the machine has a device of a platform, from its device files: no runtime starts."""
+    return any(Path(file).exists() for file in _DEVICE_FILES.get(platform, ()))

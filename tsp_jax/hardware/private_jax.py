@@ -1,10 +1,13 @@
 """The only module that uses private names of JAX, each with the reason why no public name will do."""
 
 import logging
+import re
 from pathlib import Path
 
 from jax._src import xla_bridge
 from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
+
+from tsp_jax.hardware.devices import is_present
 
 
 def register_rocm_plugin(library: Path) -> None:
@@ -14,11 +17,13 @@ def register_rocm_plugin(library: Path) -> None:
 
 
 def hush_absent_plugins() -> None:
-    """Drops the traceback that JAX logs for each installed plugin whose hardware is absent, which is no error here."""
-    logger = logging.getLogger(xla_bridge.__name__)
-    if _not_about_plugins not in logger.filters:
-        logger.addFilter(_not_about_plugins)
+    """Drops the traceback that JAX logs for an installed plugin whose hardware is absent: compilers need no hardware.
+
+    Of hardware that is present, and of anything else, JAX logs what it did.
+    """
+    logging.getLogger(xla_bridge.__name__).addFilter(_is_not_about_absent_hardware)
 
 
-def _not_about_plugins(record: logging.LogRecord) -> bool:
-    return "plugin configuration error" not in record.getMessage().lower()
+def _is_not_about_absent_hardware(record: logging.LogRecord) -> bool:
+    plugin = re.search(r"plugin configuration error.*jax_plugins\.xla_(rocm|cuda)", record.getMessage())
+    return plugin is None or is_present(plugin[1])

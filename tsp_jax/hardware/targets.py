@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import importlib.util
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,15 @@ import jax
 from jax.experimental import topologies
 
 from tsp_jax.errors import ConfigError, install_hint
-from tsp_jax.hardware.compiler_options import COMPILER_OPTIONS
-from tsp_jax.hardware.devices import HARDWARE, MOST_CPU_DEVICES, MOST_DEVICES, TPU_TOPOLOGIES, Hardware
-from tsp_jax.hardware.private_jax import hush_absent_plugins, register_rocm_plugin
+from tsp_jax.hardware.devices import (
+    HARDWARE,
+    MOST_CPU_DEVICES,
+    MOST_DEVICES,
+    TPU_TOPOLOGIES,
+    Hardware,
+    is_present,
+)
+from tsp_jax.hardware.private_jax import register_rocm_plugin
 from tsp_jax.hardware.rocm_standins import load_rocm_libraries
 
 _STANDINS: set[str] = set()
@@ -55,18 +60,6 @@ class Target:
         found = [d for d in jax.devices() if self.hardware.name in f"{d.platform} {d.device_kind}".lower()]
         return found[: self.num_devices] if len(found) >= self.num_devices else []
 
-    def compiler_options(self) -> Mapping[str, Any]:
-        """Options for ``lowered.compile(...)``."""
-        return COMPILER_OPTIONS.get(self.hardware.platform, {})
-
-
-_DEVICE_FILES = {"rocm": ("/dev/kfd",), "cuda": ("/dev/nvidiactl",), "tpu": ("/dev/accel0", "/dev/vfio/0")}
-
-
-def is_present(platform: str) -> bool:
-    """Whether the machine has a device of a platform, from its device files: no runtime starts."""
-    return any(Path(file).exists() for file in _DEVICE_FILES.get(platform, ()))
-
 
 def use_target(target: Target) -> None:
     """Sets JAX up to compile for a target; call it before anything else uses a device."""
@@ -76,7 +69,6 @@ def use_target(target: Target) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
     if not is_present(target.hardware.platform):
         jax.config.update("jax_platforms", "cpu")
-        hush_absent_plugins()
 
 
 def parse_target(text: str, attention_efficiency: float = 0.0) -> Target:
@@ -150,6 +142,8 @@ def _tpu(target: Target) -> Any:
     if target.num_devices not in TPU_TOPOLOGIES:
         raise ConfigError(f"target={target}: no such slice; use v5p: with one of {', '.join(map(str, TPU_TOPOLOGIES))}")
     known = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-16", "TPU_WORKER_HOSTNAMES": "localhost"}
+    if not is_present("tpu"):  # else one process alone may use the TPU, and libtpu locks it
+        known["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     for name, value in (known | {"TPU_LIBRARY_PATH": str(library)}).items():
         os.environ.setdefault(name, value)
     name, bounds = TPU_TOPOLOGIES[target.num_devices], {"chips_per_host_bounds": (2, 2, 1)}

@@ -58,7 +58,7 @@ class InferenceProgram:
     def compile(self) -> "InferenceProgram":
         """The program with prefill and decode compiled, so that no later call compiles."""
         args = self.abstract_params, self.abstract_cache
-        options = compiler_options(jax.devices()[0])
+        options = dict(compiler_options(jax.devices()[0]))
         prefill = self.prefill.lower(*args, *self.abstract_chunk).compile(options)
         decode = self.decode.lower(*args, self.abstract_tokens).compile(options)
         peak = max(compiled_memory(compiled).peak_bytes for compiled in (prefill, decode))

@@ -8,7 +8,7 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.instructions import Instruction
 
 _ADDED_BY_JAX = re.compile(
-    r"while|body|cond|closed_call|shard_map|checkpoint|rematted_computation|scan|pjit|branch_\d+_fun|"
+    r"while|body|cond|closed_call|shard_map|checkpoint|rematted_computation|eval_jaxpr|scan|pjit|branch_\d+_fun|"
     r"(jit|jvp|transpose|vmap|pjit|checkpoint|custom_jvp_call|custom_vjp_call)\(.*\)|custom_[jv][jv]p_call|.*->.*|"
     r"mean_\w+\[.*\]|"
 )

@@ -18,7 +18,6 @@ import tyro
 from tsp_jax.config import Config
 from tsp_jax.errors import REFUSED, ConfigError, RunStopped, removal
 from tsp_jax.hardware.devices import MOST_CPU_DEVICES
-from tsp_jax.hardware.private_jax import hush_absent_plugins
 from tsp_jax.tools.streams import guarded_streams
 from tsp_jax.training.distributed import join_cluster
 from tsp_jax.training.optimizer import Optimizer, check_unused_flags
@@ -49,7 +48,6 @@ def main(
       needs_output: the command ends if standard output cannot be written; otherwise it goes on without.
     """
     arguments = sys.argv[1:]
-    hush_absent_plugins()
     with errors_in_a_line(needs_output):
         if text_command and arguments and arguments[0].endswith((".hlo", ".txt")):
             sys.exit(text_command[0](*first_argument(text_command[1], about=about)))

@@ -9,6 +9,7 @@ import jax
 
 from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
+from tsp_jax.hardware.compiler_options import compiler_options
 from tsp_jax.hardware.targets import Target
 from tsp_jax.heads import padded_heads
 from tsp_jax.inference.program import make_inference_program
@@ -87,7 +88,8 @@ def compile_step(
     check_chunk(config, step, chunk)
     placement = place_on(config, target)
     began = time.perf_counter()
-    compiled = _lower(config, placement, step, chunk, optimizer).compile(dict(target.compiler_options()))
+    options = compiler_options(target.devices()[0])
+    compiled = _lower(config, placement, step, chunk, optimizer).compile(dict(options))
     return CompiledStep(config, target, placement, step, compiled, time.perf_counter() - began)
 
 

@@ -76,7 +76,7 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
 
     write_or_report(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     with console.status("compiling the training step"):
-        compiled = program.lower_step(config).compile(compiler_options(jax.devices()[0]))
+        compiled = program.lower_step(config).compile(dict(compiler_options(jax.devices()[0])))
     origin = f"restored step {start}" if start else "starting afresh"
     console.print(f"{origin} on {_describe(placement)}", highlight=False)
     with contextlib.ExitStack() as stack:

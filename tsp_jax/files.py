@@ -4,8 +4,10 @@ import json
 import os
 import re
 import stat
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import msgspec
 
@@ -28,26 +30,35 @@ class FileError(ConfigError):
     """A file that cannot be read, or does not hold what it should: path, reason and advice in one line."""
 
 
-def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES, advice: str = "use an intact copy") -> bytes:
-    """Reads a regular file whole. Never waits for a FIFO or device, never reads more than `max_bytes`.
+def open_regular(path: str | Path, advice: str = "use an intact copy") -> BinaryIO:
+    """Opens a regular file for reading. Never waits for a FIFO or device.
 
     Raises:
-      FileError: there is no such file, or it is not a regular file, too large, or not readable; ends with `advice`.
+      FileError: there is no such file, or it is not a regular file, or not readable; ends with `advice`.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        regular, content = stat.S_ISREG(os.fstat(descriptor).st_mode), b""
-        if regular:
-            with os.fdopen(descriptor, "rb") as file:
-                content = file.read(max_bytes + 1)
-        else:
-            os.close(descriptor)
     except (FileNotFoundError, NotADirectoryError):
         raise FileError(f"{path} does not exist; {advice}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise FileError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {advice}") from None
-    if not regular:
-        raise FileError(f"{path} is not a regular file; {advice}")
+        raise FileError(_unreadable(path, error, advice)) from None
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise FileError(f"{path} is not a regular file; {advice}")
+
+
+def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES, advice: str = "use an intact copy") -> bytes:
+    """Reads a regular file whole, if it has at most `max_bytes`.
+
+    Raises:
+      FileError: `open_regular` fails, or the file is too large or cannot be read; ends with `advice`.
+    """
+    with open_regular(path, advice) as file:
+        try:
+            content = file.read(max_bytes + 1)
+        except OSError as error:
+            raise FileError(_unreadable(path, error, advice)) from None
     if len(content) > max_bytes:
         raise FileError(f"{path} has more than {max_bytes:,} bytes; {advice}")
     return content
@@ -97,6 +108,32 @@ def check_json(content: Any, source: str, schema: type[Schema], advice: str = "u
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at ")
         raise FileError(f"{source}: {_value_at(content, place.strip('`$'))}{reason}; {advice}") from None
+
+
+def folders_below(root: str | Path, *, hidden: bool = True) -> Iterator[Path]:
+    """Yields a folder and the folders below it, sorted by depth and name; links are followed, after all others.
+
+    Each folder is yielded once, however many links lead to it. `hidden`: also those whose name begins with a dot.
+    """
+    seen: set[tuple[int, int]] = set()
+    folders, links = deque([Path(root)]), deque[Path]()
+    while folders or links:
+        folder = folders.popleft() if folders else links.popleft()
+        try:
+            status, entries = folder.stat(), sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        yield folder
+        for entry in entries:
+            if entry.is_dir() and (hidden or not entry.name.startswith(".")):
+                (links if entry.is_symlink() else folders).append(folder / entry.name)
+
+
+def _unreadable(path: str | Path, error: Exception, advice: str) -> str:
+    return f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {advice}"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import gc
+import json
+import os
 import shutil
 
 import jax
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.builders.fuzz import check_door
 from tests.builders.runs import small_config
 from tsp_jax.config import FaultsConfig
 from tsp_jax.errors import NOT_SAVED, ConfigError, RunStopped
@@ -94,10 +97,57 @@ def test_every_part_of_the_files_is_somebodys(folder):
     assert sum(find_damage(folder, part, 3) is not None for part in range(3)) == 1
 
 
-@pytest.mark.parametrize("content", ["", "null", "[]", "{}", '{"sha256": {}}', '{"sha256": {"a": 3}}', "\xff\xfe"])
+MANIFESTS = ["", "null", "[]", "{}", '{"sha256": {}}', '{"sha256": {"a": 3}}', '{"sha256": {"a": ""}}', "\xff\xfe"]
+
+
+@pytest.mark.parametrize("content", [*MANIFESTS, "[" * 100_000])
 def test_a_manifest_of_anything_else_is_damage(content, folder):
     (folder / MANIFEST).write_text(content, encoding="latin-1")
-    assert find_damage(folder)
+    assert find_damage(folder).startswith(f"{MANIFEST} (")
+
+
+ADDED = {
+    "a file": ("state/three", lambda folder: (folder / "state" / "three").write_text("altered")),
+    "in a hidden folder": (".state/x", lambda folder: ((folder / ".state").mkdir(), (folder / ".state/x").touch())),
+    "a FIFO": ("fifo", lambda folder: os.mkfifo(folder / "fifo")),
+    "a link to nothing": ("link", lambda folder: (folder / "link").symlink_to("nowhere")),
+    "a link to a device": ("state/zero", lambda folder: (folder / "state" / "zero").symlink_to("/dev/zero")),
+}
+
+
+@pytest.mark.parametrize("case", ADDED)
+def test_a_file_that_the_manifest_does_not_list_is_damage(case, folder):
+    name, add = ADDED[case]
+    add(folder)
+    assert find_damage(folder) == f"{name} (is not listed in manifest.json)"
+
+
+def test_an_altered_file_is_found_though_its_line_is_cut_from_the_manifest(folder):
+    flip_bit(folder / "state" / "two")
+    listing = json.loads((folder / MANIFEST).read_text())
+    del listing["sha256"]["state/two"]
+    (folder / MANIFEST).write_text(json.dumps(listing))
+    assert find_damage(folder) == "state/two (is not listed in manifest.json)"
+
+
+@pytest.mark.parametrize("name", ["state/one", MANIFEST])
+@pytest.mark.parametrize("replace", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["FIFO", "device"])
+def test_what_is_no_regular_file_is_damage_and_not_waited_for(name, replace, folder):
+    (folder / name).unlink()
+    replace(folder / name)
+    assert find_damage(folder).startswith(f"{name} (")
+    assert "is not a regular file" in find_damage(folder)
+
+
+def test_a_folder_that_was_moved_to_another_disk_and_linked_is_no_damage(folder, tmp_path):
+    (folder / "state").rename(tmp_path / "elsewhere")
+    (folder / "state").symlink_to(tmp_path / "elsewhere")
+    assert find_damage(folder) is None
+
+
+def test_paths_out_of_the_folder_are_not_opened(folder):
+    (folder / MANIFEST).write_text(json.dumps({"sha256": {"../../etc/passwd": "0" * 64}}))
+    assert find_damage(folder) == "../../etc/passwd (is missing)"
 
 
 # ------------------------------------------------------------------------------------------------ falling back
@@ -134,6 +184,29 @@ def test_where_all_are_damaged_nothing_starts_afresh(open_folder, states):
 def test_nothing_saved_is_nothing_damaged(open_folder, said):
     assert open_folder().newest_undamaged() is None
     assert said == []
+
+
+def test_only_a_folder_named_as_a_step_is_written_is_a_checkpoint(open_folder, states):
+    checkpoints = open_folder()
+    checkpoints.save(states(20), 20)
+    checkpoints.close(20)
+    for name in ("5000000000", "99999999999999999999", "030", "0", "3\u0663", "30.damaged", "30-copy"):
+        (checkpoints.folder / name).mkdir()
+    (checkpoints.folder / "40").write_text("a file")
+    assert saved_steps(checkpoints.folder) == [20]
+    assert open_folder().newest_undamaged() == 20
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text(""), lambda path: path.symlink_to("/"), os.mkfifo])
+def test_what_stands_where_a_damaged_checkpoint_goes_is_replaced(make, open_folder, states):
+    checkpoints = open_folder()
+    for step in (1, 2):
+        checkpoints.save(states(step), step)
+    checkpoints.close(2)
+    truncate(checkpoints.folder / "2" / "meta.json")
+    make(checkpoints.folder / "2.damaged")
+    assert open_folder().newest_undamaged() == 1
+    assert (checkpoints.folder / "2.damaged" / "meta.json").is_file()
 
 
 # ------------------------------------------------------------------------------------------------ saving
@@ -242,3 +315,59 @@ def test_another_models_checkpoint_is_refused(open_folder, states, program, tmp_
     other = dataclasses.replace(other, model=dataclasses.replace(other.model, rope_theta=5.0))
     with pytest.raises(ConfigError, match=r"model.rope_theta=5.0.*10000.0"):
         Checkpoints(checkpoints.folder, program, other, "digest").check(1)
+
+
+# ------------------------------------------------------------------------------------------------ meta.json
+
+
+@pytest.fixture
+def saved(open_folder, states):
+    """Checkpoints with step 1, and its meta.json."""
+    checkpoints = open_folder()
+    checkpoints.save(states(1), 1)
+    checkpoints.close(1)
+    return checkpoints, checkpoints.folder / "1" / "meta.json"
+
+
+METAS = {
+    "": "cannot be read as JSON",
+    "[]": "Expected `object`, got `array`",
+    "[" * 100_000: "nested too deeply",
+    '{"data": {"digest": ""}}': "missing required field `config`",
+    '{"config": {}, "data": {"digest": ""}}': "config.model: Expected `object`, got `null`",
+    '{"config": {"model": 5}, "data": {"digest": ""}}': "config.model: Expected `object`, got `int`",
+    '{"config": {"model": {}}}': "missing required field `data`",
+    '{"config": {"model": {}}, "data": {"digest": 5}}': "data.digest=5",
+    '{"config": {"model": {}}, "data": {"digest": ""}, "opt_state": {"a": [1.5]}}': "Expected `int`, got `float`",
+    '{"config": {"model": {"d_ff": "[/]"}}, "data": {"digest": ""}}': "has model.d_ff=[/]",
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), METAS.items(), ids=[reason[:30] for reason in METAS.values()])
+def test_a_meta_of_the_wrong_shape_is_refused_in_a_line(content, reason, saved):
+    checkpoints, path = saved
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"^[^\n]*another --workdir$") as error:
+        checkpoints.check(1)
+    assert reason in str(error.value)
+
+
+@pytest.mark.soak
+def test_fuzz_of_meta(saved):
+    checkpoints, path = saved
+    check_door(lambda content: (path.write_bytes(content), checkpoints.check(1)), [path.read_bytes()], (ConfigError,))
+
+
+@pytest.mark.soak
+def test_fuzz_of_a_manifest(saved):
+    """Damage is named in a line, or what the manifest says is unchanged."""
+    path = saved[1].with_name(MANIFEST)
+    whole = path.read_bytes()
+
+    def read(content: bytes):
+        path.write_bytes(content)
+        damage = find_damage(path.parent)
+        assert damage is None or "\n" not in damage
+        assert damage or json.loads(content)["sha256"] == json.loads(whole)["sha256"]
+
+    check_door(read, [whole], ())

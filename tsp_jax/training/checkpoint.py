@@ -223,8 +223,8 @@ class Checkpoints:
         for field, value in model.items():
             if here["model"].get(field) != value:
                 raise ConfigError(
-                    f"model.{field:.80}={here['model'].get(field)}: the checkpoint in workdir={self.config.workdir} has "
-                    f"model.{field:.80}={value!s:.80}; use that, or another --workdir"
+                    f"model.{field:.80}={here['model'].get(field)}: the checkpoint in workdir={self.config.workdir} "
+                    f"has model.{field:.80}={value!s:.80}; use that, or another --workdir"
                 )
         self._check_opt_state(meta.opt_state)
         changed = [f"{f}={here[f]}, was {there.get(f)!s:.300}" for f in CONTINUED if here[f] != there.get(f)]
@@ -247,8 +247,8 @@ class Checkpoints:
             if saved.get(name) != here.get(name):
                 raise ConfigError(
                     f"optimizer: its state has {name:.200}={here.get(name)}, the checkpoint in workdir="
-                    f"{self.config.workdir} has {name:.200}={saved.get(name)!s:.80}; use the optimizer that it was trained with, "
-                    "or another --workdir"
+                    f"{self.config.workdir} has {name:.200}={saved.get(name)!s:.80}; use the optimizer that it was "
+                    "trained with, or another --workdir"
                 )
 
 

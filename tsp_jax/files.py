@@ -1,5 +1,6 @@
 """Files from outside: regular files of a bounded size, and JSON that is checked against a schema."""
 
+import io
 import json
 import os
 import re
@@ -7,7 +8,7 @@ import stat
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -30,38 +31,40 @@ class FileError(ConfigError):
     """A file that cannot be read, or does not hold what it should: path, reason and advice in one line."""
 
 
-def open_regular(path: str | Path, advice: str = "use an intact copy") -> BinaryIO:
-    """Opens a regular file for reading. Never waits for a FIFO or device.
+def check_regular(path: str | Path, advice: str = "use an intact copy") -> None:
+    """Raises FileError unless a path names a regular file; for files that another library opens."""
+    os.close(_open(path, advice))
+
+
+def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES, advice: str = "use an intact copy") -> bytes:
+    """Reads a regular file whole. Never waits for a FIFO or device, never reads more than `max_bytes`.
 
     Raises:
-      FileError: there is no such file, or it is not a regular file, or not readable; ends with `advice`.
+      FileError: there is no such file, or it is not a regular file, too large, or not readable; ends with `advice`.
     """
+    with os.fdopen(_open(path, advice), "rb") as file:
+        try:
+            content = file.read(max_bytes + 1)
+        except OSError as error:
+            raise FileError(f"{path} cannot be read ({error.strerror}); {advice}") from None
+    if len(content) > max_bytes:
+        raise FileError(f"{path} has more than {max_bytes:,} bytes; {advice}")
+    return content
+
+
+def _open(path: str | Path, advice: str) -> int:
+    """Opens a regular file and returns its descriptor."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         raise FileError(f"{path} does not exist; {advice}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise FileError(_unreadable(path, error, advice)) from None
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return os.fdopen(descriptor, "rb")
-    os.close(descriptor)
-    raise FileError(f"{path} is not a regular file; {advice}")
-
-
-def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES, advice: str = "use an intact copy") -> bytes:
-    """Reads a regular file whole, if it has at most `max_bytes`.
-
-    Raises:
-      FileError: `open_regular` fails, or the file is too large or cannot be read; ends with `advice`.
-    """
-    with open_regular(path, advice) as file:
-        try:
-            content = file.read(max_bytes + 1)
-        except OSError as error:
-            raise FileError(_unreadable(path, error, advice)) from None
-    if len(content) > max_bytes:
-        raise FileError(f"{path} has more than {max_bytes:,} bytes; {advice}")
-    return content
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"{path} cannot be read ({reason}); {advice}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileError(f"{path} is not a regular file; {advice}")
+    return descriptor
 
 
 def read_text(path: str | Path, max_bytes: int = MAX_BYTES, advice: str = "use an intact copy") -> str:
@@ -110,6 +113,11 @@ def check_json(content: Any, source: str, schema: type[Schema], advice: str = "u
         raise FileError(f"{source}: {_value_at(content, place.strip('`$'))}{reason}; {advice}") from None
 
 
+def open_regular(path: str | Path, advice: str = "use an intact copy") -> io.BufferedReader:
+    """Opens a regular file of any size for reading; raises FileError as `read_bytes` does."""
+    return os.fdopen(_open(path, advice), "rb")
+
+
 def folders_below(root: str | Path, *, hidden: bool = True) -> Iterator[Path]:
     """Yields a folder and the folders below it, sorted by depth and name; links are followed, after all others.
 
@@ -130,10 +138,6 @@ def folders_below(root: str | Path, *, hidden: bool = True) -> Iterator[Path]:
         for entry in entries:
             if entry.is_dir() and (hidden or not entry.name.startswith(".")):
                 (links if entry.is_symlink() else folders).append(folder / entry.name)
-
-
-def _unreadable(path: str | Path, error: Exception, advice: str) -> str:
-    return f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {advice}"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def mutate_json(content: Any, chance: random.Random) -> str:
         elif kind == 2:
             holder[key] = [copy.deepcopy(holder[key])] * 2
         else:
-            holder[key] = chance.choice(HOSTILE)
+            holder[key] = copy.deepcopy(chance.choice(HOSTILE))
     return json.dumps(content)
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from tsp_jax.training.safety.finite import NumbersWatch, all_finite
 from tsp_jax.training.safety.preemption import Agreement, StopSignals
 from tsp_jax.training.safety.watchdog import Watchdog
 from tsp_jax.training.step import StepMetrics, TrainProgram, TrainState, make_program
+from tsp_jax.training.workdir import open_workdir
 
 
 def train(config: Config, name: str = "run", optimizer: Optimizer = None) -> dict:
@@ -45,17 +45,17 @@ def train(config: Config, name: str = "run", optimizer: Optimizer = None) -> dic
       ConfigError: the configuration does not fit the machine, the data or the working directory.
       RunStopped: training ended early: a signal, bad numbers, or a checkpoint that could not be saved.
     """
-    with StopSignals() as signals:
-        return _train(config, name, optimizer, signals)
+    with StopSignals() as signals, contextlib.ExitStack() as held:
+        return _train(config, name, optimizer, signals, held)
 
 
-def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals) -> dict:
+def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals, held: contextlib.ExitStack) -> dict:
     console = Console(quiet=not is_writer())
     placement = _place(config)
     check_optimizer(config.optimizer, config.steps, optimizer)
     check_init_from(config, placement)
     splits = load_splits(config, placement.size("sequence"))
-    workdir = _open_workdir(config)
+    workdir = held.enter_context(open_workdir(config.workdir))
     program = make_program(config, placement, optimizer)
     checkpoints = Checkpoints(workdir / "checkpoints", program, config, splits.train.digest, report)
     start = checkpoints.newest_undamaged() or 0
@@ -108,19 +108,6 @@ def _describe(placement: Placement) -> str:
     mesh = " x ".join(f"{name}={size}" for name, size in placement.mesh.shape.items())
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"{placement.layout.name}, {mesh}, {jax.devices()[0].device_kind}{processes}"
-
-
-def _open_workdir(config: Config) -> Path:
-    """Makes the working directory if it is missing; raises ConfigError if it cannot be written."""
-    workdir = Path(config.workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".writable.{jax.process_index()}.{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"workdir={workdir} cannot be written ({error.strerror}); use --workdir runs/NAME") from error
-    return workdir
 
 
 def _finish(config: Config, name: str, placement: Placement, compiled: Any, console: Console) -> dict:

@@ -294,7 +294,7 @@ class Embed(_Layer):
         self.table = self._param(rngs, vocab_size, d_model, init_std)
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
-        """[B, T] int32 token ids -> [B, T, D] in the compute dtype."""
+        """[B, T] int32 token ids -> [B, T, D] in the compute dtype; an id outside [0, V) gives zeros."""
         self._check_tokens(ids_BT.shape)
         tokens_spec, x_spec, w_spec = self._specs()
         op = partial(embed, **self._options(ids_BT.shape, embed_traffic), dtype=self.dtype)
@@ -303,7 +303,8 @@ class Embed(_Layer):
     def cross_entropy(self, x_BTD: jax.Array, labels_BT: jax.Array) -> TokenLosses:
         """Cross-entropy of each token, with the table as output head, without [B, T, V] logits.
 
-        Labels are int32 next tokens, negative ones ignored; the losses are [B, T] float32, 0 where ignored.
+        Labels are int32 next tokens; the losses are [B, T] float32, 0 where a label is negative (ignored), NaN where
+        it is V or more.
         """
         self._check_tokens(labels_BT.shape)
         tokens_spec, x_spec, w_spec = self._specs()

@@ -17,7 +17,7 @@ LARGE_LOGITS_TOLERANCE = 1e-3
 """relative; a logit of 500 is known to 5e-5, and so is the logarithm of its probability"""
 
 
-def sharded_cross_entropy(layout: str, stream: Stream):
+def sharded_cross_entropy(layout: str, stream: Stream, labels: np.ndarray | None = None):
     placement = place_case(layout)
     spec = placement.layout.spec
     tokens = spec("batch", "sequence")
@@ -26,7 +26,7 @@ def sharded_cross_entropy(layout: str, stream: Stream):
         return tuple(cross_entropy(x, table, labels, axes=placement.layout.axes("vocab"), stream=stream))
 
     f = placement.shard_map(local, (spec("batch", "sequence", None), spec("vocab", None), tokens), (tokens, tokens))
-    return lambda x, table: f(x, table, some_ignored())
+    return lambda x, table: f(x, table, some_ignored() if labels is None else labels)
 
 
 CE_COTANGENTS = normal(6, B, S), normal(7, B, S)
@@ -72,6 +72,18 @@ def test_ignored_labels_have_no_loss_and_no_gradient(layout):
     for array in (*out, dx):
         assert not array[ignored].any()
         assert array[~ignored].all()
+
+
+@pytest.mark.parametrize("layout", ["single", "tp8", "tsp8", "mix2_4"])
+@pytest.mark.parametrize("movement", ["gather", "activations"])
+def test_labels_at_or_above_the_vocabulary_have_no_finite_loss(layout, movement):
+    labels = some_ignored()
+    labels[:, 1::7], labels[:, 2::7], labels[:, 3::7] = V, 2**31 - 1, -100
+    losses = jax.jit(sharded_cross_entropy(layout, Stream(movement, 3), labels))(*ce_args())
+    for loss, desired in zip(losses, reference.cross_entropy(*ce_args(), labels), strict=True):
+        np.testing.assert_array_equal(np.isnan(loss), labels >= V)
+        np.testing.assert_allclose(loss, desired, rtol=1e-5)
+        assert not loss[labels < 0].any()
 
 
 @pytest.mark.parametrize("layout", ["single", "mix2_4"])

@@ -47,6 +47,17 @@ def test_refuses_a_corpus_shorter_than_a_sequence():
         make_batches(counting_corpus((5,)), seq_len=32, sequence_shards=4)
 
 
+@pytest.mark.parametrize("lengths", [(1,) * 40, (1,) * 32 + (7,)], ids=["all", "all in whole windows"])
+def test_refuses_a_corpus_without_a_label(lengths):
+    with pytest.raises(ConfigError, match=r"the test corpus has no label: each .* use files of several tokens"):
+        make_batches(counting_corpus(lengths))
+
+
+def test_one_label_is_enough():
+    batches = make_batches(counting_corpus((1,) * 31 + (2,)), batch=2)
+    assert (batches.at(0).labels != IGNORE).sum() == 1
+
+
 def test_refuses_a_batch_that_micro_batches_do_not_divide():
     with pytest.raises(ConfigError, match="batch=4 is not a multiple of accumulate=3; use batch=6"):
         make_batches().place(0, NamedSharding(make_mesh(), P()), accumulate=3)

@@ -1,9 +1,11 @@
 """A run starts from the weights of a Hugging Face folder of its own model."""
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 
 import chex
+import numpy as np
 import pytest
 
 from tests.builders.arrays import place_case
@@ -54,6 +56,31 @@ def test_given_weights_of_another_model_are_refused(change, words, folder):
     with pytest.raises(ConfigError, match=words) as refused:
         check_init_from(run_config(folder, dataclasses.replace(LLAMA, **change)), place_case("single"))
     assert str(folder) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tokenizer", "npy", "refused"),
+    [
+        (72, "", False, ""),
+        (512, "", False, ""),
+        (520, "", False, "a vocabulary of 520"),
+        (520, "", True, ""),
+        (72, "tokenizer.json", False, "tokenizer.json"),
+        (72, "tokenizer.model", False, "tokenizer.model"),
+        (72, "tokenizer.json", True, ""),
+    ],
+)
+def test_text_is_bytes_to_a_model_of_bytes_only(vocab_size, tokenizer, npy, refused, tmp_path):
+    model = dataclasses.replace(LLAMA, vocab_size=vocab_size, num_layers=1)
+    folder = save_folder(tmp_path / "model", model)
+    if tokenizer:
+        (folder / tokenizer).write_text("{}")
+    (tmp_path / "a.txt").write_text("text")
+    np.save(tmp_path / "a.npy", np.arange(64))
+    files = str(tmp_path / ("*.npy" if npy else "*.txt"))
+    config = dataclasses.replace(run_config(folder, model), data=DataConfig(files=files, order="contiguous"))
+    with pytest.raises(ConfigError, match=f"is text.*{refused}.*use .npy files") if refused else nullcontext():
+        check_init_from(config, place_case("single"))
 
 
 def test_initial_spread_may_differ_and_a_run_to_resume_needs_no_folder(folder, tmp_path):

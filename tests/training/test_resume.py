@@ -18,7 +18,6 @@ from tsp_jax.layout import place
 from tsp_jax.training import trainer
 from tsp_jax.training.checkpoint import Checkpoints, saved_steps
 from tsp_jax.training.data import Batches, prefetch
-from tsp_jax.training.metrics import MetricsFile, read_metrics
 from tsp_jax.training.safety.preemption import SIGNALS, Agreement, StopSignals
 from tsp_jax.training.trainer import TrainLoop
 
@@ -207,34 +206,3 @@ def test_what_is_ready_is_not_interrupted():
     interrupt.set_result(15)
     got = prefetch(lambda step: step, 0, 3, 2, interrupt)
     assert all(step == made for step, made in got)
-
-
-def test_metrics_wait_for_a_full_disk_and_lose_nothing(tmp_path, monkeypatch):
-    said = []
-    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0, said.append)
-    write, full = os.write, [False]
-
-    def short_write(file, data):
-        if full[0] and len(data) > 5:
-            return write(file, data[:5])  # a disk takes part of a line before it is full
-        if full[0]:
-            raise OSError(28, "No space left on device")
-        return write(file, data)
-
-    monkeypatch.setattr(os, "write", short_write)
-    for step in range(1, 7):
-        full[0] = 2 <= step < 5
-        metrics.write({"step": step, "loss": 1.0})
-    metrics.close()
-    assert [line["step"] for line in read_metrics(metrics.path)] == [1, 2, 3, 4, 5, 6]
-    assert len(said) == 1
-    assert "No space left on device" in said[0]
-
-
-def test_a_line_cut_short_and_later_lines_are_dropped_on_resume(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    metrics = MetricsFile(path, 2)
-    metrics.write({"step": 3})
-    metrics.close()
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'

@@ -27,7 +27,7 @@ IGNORE = -1
 
 
 class TokenLosses(NamedTuple):
-    """Per token, float32; both 0 where the label is ignored."""
+    """Per token, float32; both 0 where the label is ignored, both NaN where it is at or above the vocabulary."""
 
     nll_Bt: jax.Array
     """negative log-likelihood of the label, nats"""
@@ -47,7 +47,7 @@ def cross_entropy(
     Args:
       x_BtD: final hidden states, in the compute dtype.
       table_vD: this device's rows of the output head (or of a tied embedding), any float dtype.
-      labels_Bt: next tokens, int32; negative: ignored.
+      labels_Bt: next tokens, int32; negative: ignored; V or more: NaN, so that no loss is finite by mistake.
       axes: over folded axes, buckets of the head move, or tokens; over tensor axes, partial sums are combined.
       stream: movement (gather, ring or activations), buckets and chunks; the number of buckets divides v.
 
@@ -70,8 +70,15 @@ def cross_entropy(
             lse_Bt = top_Bt + jnp.log(lax.psum(jnp.exp(lse_Bt - top_Bt), axes.tensor))
             label_Bt = lax.psum(label_Bt, axes.tensor)
             labels_Bt = lax.pmax(labels_Bt, axes.tensor)
-        real_Bt = labels_Bt >= 0
-        return TokenLosses(jnp.where(real_Bt, lse_Bt - label_Bt, 0.0), jnp.where(real_Bt, lse_Bt, 0.0))
+        no_label_Bt = jnp.where(labels_Bt < 0, 0.0, jnp.nan)
+        real_Bt = (labels_Bt >= 0) & (labels_Bt < _vocab_size(table_vD, axes))
+        return TokenLosses(*(jnp.where(real_Bt, loss_Bt, no_label_Bt) for loss_Bt in (lse_Bt - label_Bt, lse_Bt)))
+
+
+def _vocab_size(table_vD: jax.Array, axes: Axes) -> int:
+    """V."""
+    ranks = (*axes.folded, *axes.tensor)
+    return table_vD.shape[0] * (lax.axis_size(ranks) if ranks else 1)
 
 
 @custom_vjp(3, 4)

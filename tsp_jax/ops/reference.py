@@ -51,11 +51,13 @@ def embed(ids_BT, table_VD):
 
 
 def cross_entropy(x_BTD, table_VD, labels_BT):
-    """(nll, lse) per token, 0 where the label is negative."""
+    """(nll, lse) per token, 0 where the label is negative, NaN where it is V or more."""
     logits_BTV = x_BTD @ table_VD.T
     lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     label_BT = jnp.take_along_axis(logits_BTV, jnp.maximum(labels_BT, 0)[..., None], axis=-1)[..., 0]
-    return jnp.where(labels_BT >= 0, lse_BT - label_BT, 0.0), jnp.where(labels_BT >= 0, lse_BT, 0.0)
+    no_label_BT = jnp.where(labels_BT < 0, 0.0, jnp.nan)
+    real_BT = (labels_BT >= 0) & (labels_BT < table_VD.shape[0])
+    return jnp.where(real_BT, lse_BT - label_BT, no_label_BT), jnp.where(real_BT, lse_BT, no_label_BT)
 
 
 def decoder_loss(params, tokens, labels, positions, segments, *, config, z_loss=0.0):

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,8 @@ from tsp_jax.training.step import TrainProgram, TrainState
 CONTINUED = ("seed", "batch", "seq_len", "steps", "optimizer", "z_loss")
 """fields of Config that change the losses of a resumed run; a difference is reported"""
 
+METRICS = "metrics.jsonl"
+"""file of a checkpoint: the lines up to its step that the metrics file lacked when it was saved"""
 SAVE_TIMEOUT_S = 1200
 """seconds after which a save in the background counts as failed"""
 
@@ -96,8 +98,11 @@ class Checkpoints:
 
     # -------------------------------------------------------------------------------------------- saving
 
-    def save(self, state: TrainState, step: int) -> None:
-        """Copies the state and writes it in the background. First waits for the previous save, as `wait` does."""
+    def save(self, state: TrainState, step: int, metrics: str = "") -> None:
+        """Copies the state and writes it in the background. First waits for the previous save, as `wait` does.
+
+        `metrics` are lines that a full disk has kept from the metrics file; the checkpoint keeps them.
+        """
         self.wait()
         self.last = step
         meta = {
@@ -105,11 +110,12 @@ class Checkpoints:
             "data": {"step": step, "digest": self.data_digest},
             "opt_state": self._opt_state_shapes(),
         }
+        files = {"meta.json": json.dumps(meta, indent=1)} | ({METRICS: metrics} if metrics else {})
         failed: Future[None] = Future()
         try:
             # Orbax has copied the state when this returns; the next step may overwrite it.
             self._writer.save(self._partial(step) / "state", self._to_logical(state))
-            self._current = step, self._pool.submit(self._commit, self._writer, step, json.dumps(meta, indent=1))
+            self._current = step, self._pool.submit(self._commit, self._writer, step, files)
         except (OSError, RuntimeError, ValueError) as error:
             failed.set_exception(error)
             self._current = step, failed
@@ -152,12 +158,13 @@ class Checkpoints:
         if is_writer():
             self._drop_old()
 
-    def _commit(self, writer: ocp.StandardCheckpointer, step: int, meta: str) -> None:
+    def _commit(self, writer: ocp.StandardCheckpointer, step: int, files: Mapping[str, str]) -> None:
         writer.wait_until_finished()
         if not is_writer():
             return
         folder = self._partial(step)
-        (folder / "meta.json").write_text(meta)
+        for name, text in files.items():
+            (folder / name).write_text(text)
         write_manifest(folder)
         folder.rename(self.folder / str(step))
         self._drop_old()

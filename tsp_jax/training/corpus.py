@@ -101,6 +101,16 @@ def load_corpus(data: DataConfig, vocab_size: int, split: Split) -> Corpus:
     return Corpus(tokens=tokens, starts=starts, name=name, digest=facts["sha256"][split])
 
 
+def is_text(data: DataConfig) -> bool:
+    """Whether the files are text, whose bytes are the token ids; otherwise they are .npy files of token ids.
+
+    Raises:
+      ConfigError: there are no files, or files of both kinds.
+    """
+    _, sources = _find_sources(data)
+    return sources[0].path.suffix != ".npy"
+
+
 class _Source(NamedTuple):
     path: Path
     name: str  # path below the root, with forward slashes

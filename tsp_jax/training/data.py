@@ -51,7 +51,8 @@ class Batches:
       shuffle: permute the windows anew in every epoch; otherwise they are in the order of the corpus.
 
     Raises:
-      ConfigError: `seq_len` is not a multiple of what the ranks need, or the corpus is shorter than one sequence.
+      ConfigError: `seq_len` is not a multiple of what the ranks need, the corpus is shorter than one sequence, or no
+        token of it has a label.
     """
 
     def __init__(
@@ -72,6 +73,11 @@ class Batches:
         self.digest = corpus.digest
         self._tokens = corpus.tokens
         self._borders = np.append(corpus.starts, num_tokens)  # document d is tokens [borders[d], borders[d + 1])
+        used = self.num_windows * seq_len
+        if np.searchsorted(self._borders[1:], used, side="right") == used:
+            raise ConfigError(
+                f"the {corpus.name} has no label: each of its documents is one token long; use files of several tokens"
+            )
         self._batch, self._seq_len, self._seed, self._shuffle = batch, seq_len, seed, shuffle
 
     def at(self, step: int) -> Batch[np.ndarray]:

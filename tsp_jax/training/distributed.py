@@ -1,5 +1,6 @@
 """Several processes: how they connect, exchange integers, and report. Process 0 is the writer."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -62,12 +63,28 @@ def gather_from_all(value: int) -> list[int]:
     return [int(each) for each in np.ravel(multihost_utils.process_allgather(np.int32(value)))]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file atomically; does nothing on processes other than the writer."""
-    if is_writer():
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(text)
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces a file atomically; does nothing on processes other than the writer. Text is written as UTF-8."""
+    if not is_writer():
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # it may be a FIFO, which would be waited for
+    try:
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_or_report(path: Path, content: str) -> None:
+    """Replaces a file of a run; a failure is reported, and does not end the run."""
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        report(f"{path} cannot be written ({error.strerror})")
 
 
 def report(text: str) -> None:

@@ -11,14 +11,20 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hf.weights import check_folder, load_params, read_config
 from tsp_jax.layout import Placement
 from tsp_jax.training.checkpoint import saved_steps
+from tsp_jax.training.corpus import ByteTokenizer, is_text
 from tsp_jax.training.step import TrainProgram, TrainState
 
 FREE = ("init_std",)
 """fields of ModelConfig that a folder of weights does not determine"""
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+"""files of a tokenizer; a folder with one of them has weights of other tokens than bytes"""
 
 
 def check_init_from(config: Config, placement: Placement) -> None:
-    """Raises ConfigError if `init_from` has no weights of the configured model. A run that is resumed needs none."""
+    """Raises ConfigError if `init_from` has no weights of the configured model, or its tokens are not the data's.
+
+    A run that is resumed needs no weights.
+    """
     if not config.init_from or saved_steps(Path(config.workdir) / "checkpoints"):
         return
     here, there = (_fields(model) for model in (config.model, read_config(config.init_from)))
@@ -30,6 +36,19 @@ def check_init_from(config: Config, placement: Placement) -> None:
             f"use {' '.join(_flag(name, there[name]) for name in different)}"
         )
     check_folder(config.init_from, config.model, placement)
+    _check_tokens(config)
+
+
+def _check_tokens(config: Config) -> None:
+    """Raises ConfigError if text would be read as bytes by a model whose tokens are those of a tokenizer."""
+    found = [name for name in TOKENIZERS if (Path(config.init_from) / name).exists()]
+    larger = config.model.vocab_size > 2 * ByteTokenizer.vocab_size  # up to that, bytes may have been padded
+    if (found or larger) and is_text(config.data):
+        reason = found[0] if found else f"a vocabulary of {config.model.vocab_size:,}"
+        raise ConfigError(
+            f"data.files={config.data.files!r} is text, which is read as bytes; the model in init_from="
+            f"{config.init_from} has {reason}, so its tokens are others; use .npy files of its token ids"
+        )
 
 
 def init_state(config: Config, program: TrainProgram, placement: Placement) -> TrainState:

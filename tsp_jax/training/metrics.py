@@ -1,175 +1,240 @@
-"""Metrics of a run: JSON lines, progress bar, loss curve, and the summary at the end."""
+"""``metrics.jsonl``: a line for every step and evaluation of a run."""
 
 import contextlib
+import errno
+import itertools
 import json
 import math
 import os
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+import msgspec
 
-from tsp_jax.config import Config
-from tsp_jax.inspect import compiled_memory, list_collectives, parse
-from tsp_jax.layout import Placement
+from tsp_jax.files import Count, FileError, Finite, check_json, parse_json, read_bytes
 from tsp_jax.training.distributed import is_writer, write_atomically
-from tsp_jax.training.safety.finite import is_skipped
+
+MAX_BYTES = 2**30
+"""a larger file is not read"""
+
+
+class EvaluationLine(msgspec.Struct):
+    """What the line of an evaluation holds. Null is a number that was not finite."""
+
+    step: Count
+    eval_loss: Finite | None
+
+
+class StepLine(msgspec.Struct):
+    """What the line of a step holds, beside further numbers."""
+
+    step: Count
+    loss: Finite | None
+    grad_norm: Finite | None
+    tokens_per_s: Finite | None
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one line per step or evaluation. Numbers that are not finite are null.
+    """The metrics file of one run. Its lines are in memory too, so nothing that happens to the file loses one.
 
-    Lines later than `resume_step`, the step resumed from, are dropped. Lines that a full disk rejects are kept in
-    memory until they can be written; `report` is called with one line about it.
+    Lines later than `resume_step`, the step resumed from, are dropped; so are damaged ones. Lines that cannot be
+    written are tried again with each further line; a file that was removed is written anew. What is in its place at the
+    start and is not a regular file is renamed to ``metrics.jsonl.damaged``.
+
+    Args:
+      path: of the file.
+      resume_step: the step resumed from.
+      report: called with one line about each fault, on the writer only.
+      saved: file of the lines that `sync` returned when the step resumed from was saved, if there were any.
     """
 
-    def __init__(self, path: Path, resume_step: int, report: Callable[[str], Any] = print):
-        self.path, self.report = path, report
-        lines = [line for line in (read_metrics(path) if path.exists() else []) if line["step"] <= resume_step]
-        self.earlier = [line for line in lines if "loss" in line]
+    def __init__(self, path: Path, resume_step: int, report: Callable[[str], Any] = print, saved: Path | None = None):
+        self.path, self._report = path, report if is_writer() else lambda text: None
+        found, lines = self._read()
+        waiting = read_metrics(saved) if saved and saved.exists() else []
+        kept = {_place(line): line for line in (*lines, *waiting) if line["step"] <= resume_step}
+        lines = [kept[place] for place in sorted(kept)]
+        self.earlier = [line for line in lines if "eval_loss" not in line]
         """lines of training steps up to the one resumed from"""
         self.evaluations = {line["step"] for line in lines if "eval_loss" in line}
         """steps that have an evaluation"""
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
-        self._pending, self._fails = b"", False
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND) if is_writer() else None
+        self._report_gaps(resume_step)
+        self._content = bytearray().join(map(_encode, lines if is_writer() else ()))
+        self._file: int | None = None
+        self._written = self._synced = 0
+        self._fails = False
+        if is_writer():
+            self._start(found)
+
+    @property
+    def lines(self) -> list[dict]:
+        """All lines of the run, whether they are on disk or not."""
+        return [json.loads(line) for line in self._content.splitlines()]
 
     def write(self, line: dict) -> None:
         """Appends a line; does nothing on processes other than the writer."""
         if "eval_loss" in line:
             self.evaluations.add(line["step"])
-        if self._file is None:
-            return
-        infinite = {name: None for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
-        self._pending += json.dumps(line | infinite, allow_nan=False).encode() + b"\n"
-        try:
-            while self._pending:
-                self._pending = self._pending[os.write(self._file, self._pending) :]
-            self._fails = False
-        except OSError as error:
-            if not self._fails:
-                self.report(f"{self.path} cannot be written ({error.strerror}); its lines are kept in memory")
-            self._fails = True
+        if is_writer():
+            self._content += _encode(line)
+            self._flush()
 
-    def sync(self) -> None:
-        """Flushes all lines to disk, so that every step in a checkpoint written afterwards has its line."""
+    def sync(self) -> str:
+        """Flushes all lines to disk, so that every step in a checkpoint written afterwards has its line.
+
+        Returns:
+          The lines that are not on disk; the checkpoint should keep them.
+        """
+        self._flush()
         if self._file is not None:
-            with contextlib.suppress(OSError):  # `write` has reported it
+            try:
                 os.fsync(self._file)
+                self._synced = self._written
+            except OSError as error:  # the disk has not taken what it seemed to take
+                self._written = self._synced
+                self._failed(error)
+        start = self._content.rfind(b"\n", 0, self._synced) + 1
+        return self._content[start:].decode()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file; reports each line that could not be written."""
+        for line in self.sync().splitlines():
+            self._report(f"not in {self.path}: {line}")
+        self._close_file()
+
+    # ---------------------------------------------------------------------------------------------- reading
+
+    def _read(self) -> tuple[bytes, list[dict]]:
+        """(content, lines); nothing if there is no file, or no regular one."""
+        if not os.path.lexists(self.path):
+            return b"", []
+        try:
+            content = read_bytes(self.path, MAX_BYTES)
+        except FileError as error:
+            aside = self.path.with_name(f"{self.path.name}.damaged")
+            self._report(f"{str(error).partition(';')[0]}; it is renamed to {aside.name}")
+            if is_writer():
+                with contextlib.suppress(OSError):  # `_flush` reports it
+                    os.replace(self.path, aside)
+            return b"", []
+        lines, damaged = _parse(content)
+        if damaged:
+            self._report(f"{damaged} line{'s' * (damaged > 1)} of {self.path} cannot be read and are left out")
+        return content, lines
+
+    def _report_gaps(self, resume_step: int) -> None:
+        steps = [0, *(line["step"] for line in self.earlier), resume_step + 1]
+        gaps = [(before + 1, after - 1) for before, after in itertools.pairwise(steps) if after - before > 1]
+        if gaps:
+            texts = [str(first) if first == last else f"{first}-{last}" for first, last in gaps[:20]]
+            self._report(f"{self.path} has no line of steps {', '.join(texts)}{', ...' * (len(gaps) > 20)}")
+
+    # ---------------------------------------------------------------------------------------------- writing
+
+    def _start(self, found: bytes) -> None:
+        """Replaces the file, whose content was `found`, by the lines that are kept."""
+        if found != self._content:
+            try:
+                write_atomically(self.path, bytes(self._content))
+                found = bytes(self._content)
+            except OSError:  # a full disk: what the file has of these lines stays, the others wait
+                pairs = zip(found, self._content, strict=False)
+                found = found[: sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))]
+        self._written = len(found)
+        self._flush()
+
+    def _flush(self) -> None:
+        """Writes the lines that are not in the file."""
+        if not is_writer():
+            return
+        try:
+            file = self._open()
+            while self._written < len(self._content):
+                self._written += os.write(file, bytes(self._content[self._written :]))
+            self._fails = False
+        except OSError as error:
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        if not self._fails:
+            self._report(f"{self.path} cannot be written ({error.strerror}); its lines are kept in memory")
+        self._fails = True
+
+    def _open(self) -> int:
+        """Opens the file, anew if it has vanished, and cuts off what is not known to be its lines.
+
+        Raises:
+          OSError: it cannot be opened, or something else is in its place.
+        """
+        there = os.stat(self.path) if os.path.exists(self.path) else None
+        mine = None if self._file is None else os.fstat(self._file)
+        if not there:
+            self._written = self._synced = 0
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = self._file
+        if file is None or not (there and mine and os.path.samestat(there, mine)):
+            if there and mine and not self._is_copy():
+                self._written = self._synced = 0
+                raise OSError(errno.EEXIST, "something else is in its place")
+            self._close_file()
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+            self._file = file = os.open(self.path, flags, 0o666)
+        if mine and not there:
+            self._report(f"{self.path} was removed or renamed while training; it is written anew")
+        size = os.fstat(file).st_size
+        if size != self._written:
+            self._written = min(size, self._written)
+            self._synced = min(self._synced, self._written)
+            os.ftruncate(file, self._written)
+        return file
+
+    def _is_copy(self) -> bool:
+        """Whether the file at the path ends as the one that was written, as an editor leaves it."""
+        try:
+            tail = read_bytes(self.path, MAX_BYTES)[-4096:]
+        except FileError:
+            return False
+        return tail == self._content[: self._written][-4096:]
+
+    def _close_file(self) -> None:
         if self._file is not None:
             os.close(self._file)
+            self._file = None
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Reads the complete lines of a metrics file; skips a last line that a crash left incomplete."""
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    """Reads a metrics file, without damaged lines, such as a last one that a crash cut short.
 
-
-class TrainProgress(Progress):
-    """A progress bar on a terminal; otherwise about `LINES` lines per run."""
-
-    LINES = 20
-
-    def __init__(self, start: int, steps: int, console: Console):
-        columns = ("[bold]train", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
-        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        super().__init__(*columns, *times, console=console, disable=not console.is_terminal)
-        self.bar = self.add_task("train", total=steps, completed=start, text="")
-        self.began, self.first, self.steps, self.every = time.perf_counter(), start, steps, max(1, steps // self.LINES)
-
-    def show(self, line: dict) -> None:
-        """Shows the metrics of a step."""
-        step = line["step"]
-        text = f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"
-        self.update(self.bar, completed=step, text=text)
-        if not (self.console.quiet or self.console.is_terminal) and (step % self.every == 0 or step == self.steps):
-            left = (time.perf_counter() - self.began) / (step - self.first) * (self.steps - step)
-            print(f"step {step}/{self.steps}  {text}  {left:.0f} s left", file=sys.stdout, flush=True)
-
-    def say(self, text: str) -> None:
-        """Prints a line above the bar."""
-        self.console.print(text, highlight=False, soft_wrap=True)
-
-
-def plot_losses(metrics: list[dict], path: Path) -> bool:
-    """Plots training loss, its running mean and held-out loss by step; returns False if matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    train = np.array([(line["step"], line["loss"]) for line in metrics if line.get("loss") is not None])
-    held_out = np.array([(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line])
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    if len(train):
-        axes.plot(*train.T, color="tab:blue", alpha=0.35, linewidth=1, label="training")
-        window = max(1, len(train) // 30)
-        smooth = np.convolve(train[:, 1], np.ones(window) / window, mode="valid")
-        axes.plot(train[window - 1 :, 0], smooth, color="tab:blue", label=f"mean of {window} steps")
-    if len(held_out):
-        axes.plot(*held_out.T, "o-", color="tab:orange", markersize=4, label="held out")
-    axes.set(xlabel="step", ylabel="loss (nats/token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return True
-
-
-def summarize(config: Config, name: str, placement: Placement, compiled: Any, lines: list[dict]) -> dict:
-    """The content of summary.json: last losses, median speed, memory and communication of the compiled step.
-
-    `name` is that of the configuration; `lines` are all lines of the metrics file.
+    Raises:
+      FileError: the file is missing, not a regular one, or larger than `MAX_BYTES`.
     """
-    steps = [line for line in lines if "loss" in line]
-    received = list_collectives(parse(compiled.as_text()), dict(placement.mesh.shape))
-    return {
-        "config": name,
-        "layout": placement.layout.name,
-        "mesh": ",".join(f"{axis}={size}" for axis, size in placement.mesh.shape.items()),
-        "step": steps[-1]["step"],
-        "loss": next((line["loss"] for line in reversed(steps) if not is_skipped(line)), math.nan),
-        "eval_loss": next(line["eval_loss"] for line in reversed(lines) if "eval_loss" in line),
-        "skipped_steps": sum(map(is_skipped, steps)),
-        "tokens_per_s": float(np.median([line["tokens_per_s"] for line in steps])),
-        "peak_bytes": compiled_memory(compiled).peak_bytes,
-        "bytes_per_step": int(sum(collective.total_bytes for collective in received)),
-        "num_params": config.model.num_params,
-    }
+    return _parse(read_bytes(path, MAX_BYTES))[0]
 
 
-def print_summary(summary: dict, console: Console) -> dict:
-    """Prints the summary of a run as a table, and returns it."""
-    table = Table(title=f"{summary['config']} · {summary['layout']} · {summary['mesh']}", show_header=False)
-    rows = {
-        "steps": f"{summary['step']:,}",
-        "loss, last training step (nats/token)": f"{summary['loss']:.4f}",
-        "loss, held-out files (nats/token)": f"{summary['eval_loss']:.4f}",
-        "tokens/s, median step": f"{summary['tokens_per_s']:,.0f}",
-        "peak bytes per device, compiled step": f"{summary['peak_bytes']:,}",
-        "bytes received per device and step": f"{summary['bytes_per_step']:,}",
-        "parameters": f"{summary['num_params']:,}",
-    }
-    if summary.get("skipped_steps"):
-        rows["steps skipped, their numbers not finite"] = f"{summary['skipped_steps']:,}"
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(table)
-    return summary
+def _parse(content: bytes) -> tuple[list[dict], int]:
+    """(lines, number of damaged ones); a last line that a crash cut short is neither."""
+    *whole, last = content.split(b"\n")
+    lines = [_parse_line(text) for text in whole]
+    kept = [line for line in (*lines, _parse_line(last)) if line is not None]
+    return kept, lines.count(None)
+
+
+def _parse_line(text: bytes) -> dict | None:
+    try:
+        line = parse_json(text.decode(), "")
+        check_json(line, "", EvaluationLine if "eval_loss" in line else StepLine)
+    except (FileError, UnicodeDecodeError):
+        return None
+    return line
+
+
+def _place(line: dict) -> tuple[int, bool]:
+    """Lines are in the order of their steps, a step before its evaluation."""
+    return line["step"], "eval_loss" in line
+
+
+def _encode(line: dict) -> bytes:
+    """The line as it is written, its numbers null that are not finite."""
+    infinite = {name: None for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps(line | infinite, allow_nan=False).encode() + b"\n"

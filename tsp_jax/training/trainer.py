@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,18 @@ from tsp_jax.config import Config
 from tsp_jax.errors import BAD_NUMBERS, PREEMPTED, ConfigError, RunStopped, install_hint
 from tsp_jax.hardware.compiler_options import compiler_options
 from tsp_jax.layout import Placement, check_fits, get_layout, make_mesh, parse_mesh
-from tsp_jax.training.checkpoint import Checkpoints
+from tsp_jax.training.checkpoint import METRICS, Checkpoints
 from tsp_jax.training.data import Splits, load_splits, prefetch
-from tsp_jax.training.distributed import is_writer, report, report_once, write_atomically
+from tsp_jax.training.distributed import is_writer, report, report_once, write_or_report
 from tsp_jax.training.init_from import check_init_from, init_state
-from tsp_jax.training.metrics import MetricsFile, TrainProgress, plot_losses, print_summary, read_metrics, summarize
+from tsp_jax.training.metrics import MetricsFile
 from tsp_jax.training.optimizer import Optimizer, check_optimizer
+from tsp_jax.training.progress import TrainProgress
 from tsp_jax.training.safety.finite import NumbersWatch, all_finite
 from tsp_jax.training.safety.preemption import Agreement, StopSignals
 from tsp_jax.training.safety.watchdog import Watchdog
 from tsp_jax.training.step import StepMetrics, TrainProgram, TrainState, make_program
+from tsp_jax.training.summary import plot_losses, print_summary, read_summary, summarize
 from tsp_jax.training.workdir import open_workdir
 
 
@@ -50,7 +54,7 @@ def train(config: Config, name: str = "run", optimizer: Optimizer = None) -> dic
 
 
 def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals, held: contextlib.ExitStack) -> dict:
-    console = Console(quiet=not is_writer())
+    console = Console(quiet=not is_writer(), markup=False)  # nothing from a file is markup
     placement = _place(config)
     check_optimizer(config.optimizer, config.steps, optimizer)
     check_init_from(config, placement)
@@ -61,18 +65,21 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
     start = checkpoints.newest_undamaged() or 0
     for difference in checkpoints.check(start) if start else []:
         console.print(f"resuming with a difference: {difference}", highlight=False, soft_wrap=True)
-    if start >= config.steps and (workdir / "summary.json").exists():
+    open_metrics = partial(MetricsFile, workdir / METRICS, start, report, checkpoints.folder / str(start) / METRICS)
+    if start >= config.steps:
         text = f"workdir={workdir} is complete at step {start}; --steps {2 * start} trains on"
         console.print(text, highlight=False, soft_wrap=True)
-        return print_summary(json.loads((workdir / "summary.json").read_text()), console)
+        if summary := read_summary(workdir / "summary.json", start, report_once):
+            open_metrics().close()  # writes what a full disk has kept from it
+            return print_summary(summary, console)
 
-    write_atomically(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+    write_or_report(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     with console.status("compiling the training step"):
         compiled = program.lower_step(config).compile(compiler_options(jax.devices()[0]))
     origin = f"restored step {start}" if start else "starting afresh"
     console.print(f"{origin} on {_describe(placement)}", highlight=False)
     with contextlib.ExitStack() as stack:
-        metrics = stack.enter_context(contextlib.closing(MetricsFile(workdir / "metrics.jsonl", start, report)))
+        metrics = stack.enter_context(contextlib.closing(open_metrics()))
         progress = stack.enter_context(TrainProgress(start, config.steps, console))
         watchdog = stack.enter_context(Watchdog(config.faults.hang_s))
         state = checkpoints.restore(start) if start else init_state(config, program, placement)
@@ -82,7 +89,10 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
         except RunStopped:
             checkpoints.wait()  # a save in progress is completed
             raise
-    return _finish(config, name, placement, compiled, console) if is_writer() else {}
+    if not is_writer():
+        return {}
+    summary = summarize(config, name, placement, compiled, metrics.lines, max(start, config.steps))
+    return _finish(workdir, summary, metrics.lines, console)
 
 
 # ------------------------------------------------------------------------------------------------ before and after
@@ -110,15 +120,16 @@ def _describe(placement: Placement) -> str:
     return f"{placement.layout.name}, {mesh}, {jax.devices()[0].device_kind}{processes}"
 
 
-def _finish(config: Config, name: str, placement: Placement, compiled: Any, console: Console) -> dict:
-    """Writes loss.png and summary.json, and prints the summary."""
-    workdir = Path(config.workdir)
-    lines = read_metrics(workdir / "metrics.jsonl")
-    if not plot_losses(lines, workdir / "loss.png"):
-        hint = f"no loss.png: matplotlib is not installed; {install_hint('viz')}"
-        console.print(hint, markup=False, highlight=False, soft_wrap=True)
-    summary = summarize(config, name, placement, compiled, lines)
-    write_atomically(workdir / "summary.json", json.dumps(summary, indent=1))
+def _finish(workdir: Path, summary: dict, lines: list[dict], console: Console) -> dict:
+    """Writes loss.png and summary.json as far as they can be, and prints the summary."""
+    picture = workdir / "loss.png"
+    try:
+        if not plot_losses(lines, picture):
+            hint = f"no loss.png: matplotlib is not installed; {install_hint('viz')}"
+            console.print(hint, highlight=False, soft_wrap=True)
+    except Exception as error:  # a picture never fails a run
+        report(f"{picture} cannot be drawn ({' '.join(str(error).split()):.200})")
+    write_or_report(workdir / "summary.json", json.dumps(summary, indent=1))
     return print_summary(summary, console)
 
 
@@ -181,7 +192,7 @@ class TrainLoop:
             raise RunStopped(f"by a signal; step {done} of {self.config.steps} is saved; start again", PREEMPTED)
 
     def _due(self, done: int, every: int) -> bool:
-        return done == self.config.steps or (every > 0 and done % every == 0)
+        return done >= self.config.steps or (every > 0 and done % every == 0)
 
     def _batches(self, start: int) -> Iterator:
         def make(step: int):
@@ -216,7 +227,7 @@ class TrainLoop:
             nll, labels = self.program.evaluate(state.params, batch)
             total, count = total + float(nll), count + float(labels)
             self.watchdog.pet(f"batch {index} of the evaluation at step {step}")
-        loss = total / max(count, 1.0)
+        loss = total / count if count else math.nan
         self.metrics.write({"step": step, "eval_loss": loss})
         self.progress.say(f"step {step}: held-out loss {loss:.4f} nats/token")
         return True
@@ -224,6 +235,5 @@ class TrainLoop:
     def _save(self, state: TrainState, step: int) -> None:
         if not all_finite(state):
             raise RunStopped(f"the state of step {step} is not finite; it was not saved", BAD_NUMBERS)
-        self.metrics.sync()
-        self.checkpoints.save(state, step)
+        self.checkpoints.save(state, step, self.metrics.sync())
         self.watchdog.pet(f"the start of saving step {step}")

@@ -6,6 +6,7 @@ refused here; `tsp_jax.layout.check_fits` refuses a configuration that does not 
 
 import dataclasses
 import math
+import re
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from tsp_jax.errors import ConfigError, removal
@@ -47,6 +48,14 @@ def _check(owner: str, config: object, positive: str = "", not_negative: str = "
     for name in not_negative.split():
         if getattr(config, name) < 0:
             raise ConfigError(f"{owner}{name}={getattr(config, name)} must not be negative; use 0")
+
+
+def check_local(name: str, path: str) -> None:
+    """Raises ConfigError if a path is a URL, such as gs://bucket/run, which Python's own functions do not open."""
+    scheme, separator, rest = path.partition("://")
+    if separator and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        local = f"/{rest.lstrip('/')}" if scheme == "file" else f"a folder where {scheme}:// is mounted"
+        raise ConfigError(f"{name}={path} is not on a file system; use {local}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,6 +184,8 @@ class DataConfig:
 
     def __post_init__(self):
         _check("data.", self, positive="prefetch")
+        for name in ("files", "cache_dir"):
+            check_local(f"data.{name}", getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,7 +199,7 @@ class OptimizerConfig:
     learning_rate: float = 3e-4
     """peak learning rate"""
     warmup_steps: int = 100
-    """number of steps of linear warm-up from 0"""
+    """number of steps of linear warm-up from 0; a run with no more steps than that warms up for a tenth of them"""
     final_fraction: float = 0.1
     """learning rate after the last step, as a fraction of the peak"""
     b1: float = 0.9
@@ -320,3 +331,5 @@ class Config:
         _check("", self, "steps batch seq_len accumulate keep_checkpoints eval_batches", not_negative)
         if not self.workdir:
             raise ConfigError("workdir='' is empty; use --workdir runs/default")
+        for name in ("workdir", "init_from"):
+            check_local(name, getattr(self, name))

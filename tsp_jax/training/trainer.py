@@ -22,7 +22,7 @@ from tsp_jax.training.data import Splits, load_splits, prefetch
 from tsp_jax.training.distributed import is_writer, report, report_once, write_or_report
 from tsp_jax.training.init_from import check_init_from, init_state
 from tsp_jax.training.metrics import MetricsFile
-from tsp_jax.training.optimizer import Optimizer, check_optimizer
+from tsp_jax.training.optimizer import Optimizer, check_optimizer, describe_shorter_warmup
 from tsp_jax.training.progress import TrainProgress
 from tsp_jax.training.safety.finite import NumbersWatch, all_finite
 from tsp_jax.training.safety.preemption import Agreement, StopSignals
@@ -56,7 +56,7 @@ def train(config: Config, name: str = "run", optimizer: Optimizer = None) -> dic
 def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals, held: contextlib.ExitStack) -> dict:
     console = Console(quiet=not is_writer(), markup=False)  # nothing from a file is markup
     placement = _place(config)
-    check_optimizer(config.optimizer, config.steps, optimizer)
+    check_optimizer(optimizer)
     check_init_from(config, placement)
     splits = load_splits(config, placement.size("sequence"))
     workdir = held.enter_context(open_workdir(config.workdir))
@@ -76,6 +76,8 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
     write_or_report(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     with console.status("compiling the training step"):
         compiled = program.lower_step(config).compile(compiler_options(jax.devices()[0]))
+    if line := describe_shorter_warmup(config.optimizer, config.steps, optimizer):
+        console.print(line, highlight=False, soft_wrap=True)
     origin = f"restored step {start}" if start else "starting afresh"
     console.print(f"{origin} on {_describe(placement)}", highlight=False)
     with contextlib.ExitStack() as stack:

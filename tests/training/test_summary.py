@@ -113,7 +113,7 @@ def test_a_complete_run_writes_the_lines_that_its_checkpoint_kept(whole, again):
     assert metrics.read_text() == text
 
 
-# ------------------------------------------------------------------------------------------------ what cannot be written
+# ------------------------------------------------------------------------------------------------ files in the way
 
 
 @pytest.mark.parametrize("kind", ["folder", "fifo", "link to /dev/full"])

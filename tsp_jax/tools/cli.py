@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import tyro
 from tsp_jax.config import Config
 from tsp_jax.errors import REFUSED, ConfigError, RunStopped, printable, removal
 from tsp_jax.hardware.private_jax import hush_absent_plugins
+from tsp_jax.tools.streams import guarded_streams
 from tsp_jax.training.distributed import join_cluster
 from tsp_jax.training.optimizer import Optimizer, check_unused_flags
 
@@ -34,6 +36,7 @@ def main(
     *,
     about: str,
     text_command: tuple[Callable[[str, Any], Any], Any] | None = None,
+    needs_output: bool = True,
 ) -> None:
     """Runs ``command(name, options, optimizer)`` with the command line ``CONFIG [--flag value ...]`` and exits.
 
@@ -42,10 +45,11 @@ def main(
       options: makes, from the configuration, the dataclass whose fields are the flags.
       about: one sentence for ``--help``.
       text_command: (body, default options) for a first argument that is a .hlo or .txt file.
+      needs_output: the command ends if standard output cannot be written; otherwise it goes on without.
     """
     arguments = sys.argv[1:]
     hush_absent_plugins()
-    with errors_in_a_line():
+    with errors_in_a_line(needs_output):
         if text_command and arguments and arguments[0].endswith((".hlo", ".txt")):
             sys.exit(text_command[0](*first_argument(text_command[1], about=about)))
         name, parsed, optimizer = parse(arguments, options, about=about)
@@ -57,21 +61,35 @@ def main(
 
 
 @contextlib.contextmanager
-def errors_in_a_line() -> Iterator[None]:
-    """Prints a ConfigError or RunStopped as one line and ends the process with its exit code."""
-    try:
-        yield
-    except ConfigError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(REFUSED)
-    except RunStopped as stop:
-        print(f"stopped: {printable(str(stop))}", file=sys.stderr)
-        leave(stop.code)
-    except Exception:
-        if jax.distributed.is_initialized():  # others wait for this process, and its own shutdown would wait for them
-            traceback.print_exc()
-            leave(1, together=False)
-        raise
+def errors_in_a_line(needs_output: bool = True) -> Iterator[None]:
+    """Prints a ConfigError or RunStopped as one line and ends the process with its exit code.
+
+    `needs_output` is that of `main`.
+    """
+    with guarded_streams(needs_output):
+        try:
+            _check_clock()
+            try:
+                yield
+            finally:
+                sys.stdout.flush()
+        except ConfigError as error:
+            print(f"error: {printable(str(error))}", file=sys.stderr)
+            sys.exit(REFUSED)
+        except RunStopped as stop:
+            print(f"stopped: {printable(str(stop))}", file=sys.stderr)
+            leave(stop.code)
+        except Exception:
+            if jax.distributed.is_initialized():  # others wait for this process, and its shutdown would wait for them
+                traceback.print_exc()
+                leave(1, together=False)
+            raise
+
+
+def _check_clock() -> None:
+    """Raises ConfigError if the clock is before 1970, which files and checkpoints cannot hold."""
+    if (now := time.time()) < 0:
+        raise ConfigError(f"the clock says {time.strftime('%Y-%m-%d', time.gmtime(now))}, before 1970; set it")
 
 
 def leave(code: int, together: bool = True) -> NoReturn:

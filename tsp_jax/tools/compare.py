@@ -67,9 +67,6 @@ def compare(name: str, options: CompareOptions, optimizer: Optimizer = None) -> 
             batch=options.per_replica, step=options.step, chunk=options.chunk, optimizer=optimizer,
             progress=lambda line: status.update(f"compiling {line}"),
         )  # fmt: skip
-    _print_table(name, rows, target, options.step)
-    if options.chunk:
-        print("chunk: figures are averages per chunk; the time of attention to earlier chunks is underestimated")
     if options.csv:
         write_csv(rows, Path(options.csv))
     if options.json:
@@ -78,6 +75,9 @@ def compare(name: str, options: CompareOptions, optimizer: Optimizer = None) -> 
         write_json(rows, facts, Path(options.json))
     if draw:
         draw(rows, target, Path(options.png))
+    _print_table(name, rows, target, options.step)  # after the files, which need no standard output
+    if options.chunk:
+        print("chunk: figures are averages per chunk; the time of attention to earlier chunks is underestimated")
 
 
 def _drawer():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,21 +86,19 @@ def inspect_step(name: str, options: StepOptions, optimizer: Optimizer = None) -
     options.outputs.check()
     check_writable(dump_hlo=options.dump_hlo)
     use_target(target)
-    config, out = options.config, console()
+    config = options.config
     with Console(stderr=True).status(f"compiling {name} for {target}"):
         step = compile_step(config, target, options.step, options.chunk, optimizer)
     mesh = ",".join(f"{axis}={size}" for axis, size in step.placement.mesh.shape.items())
     tokens = f"{options.chunk} of {config.seq_len}" if options.chunk else str(config.seq_len)
-    out.print(
+    heading = (
         f"{name}, {config.model.num_params / 1e9:.2f} B parameters, {options.step} step of {config.batch} x "
-        f"{tokens} tokens, layout {config.layout} on {target} ({mesh}), compiled in {step.compile_s:.1f} s",
-        soft_wrap=True, highlight=False,
-    )  # fmt: skip
-    if note := standins_note():
-        out.print(note, soft_wrap=True, highlight=False)
+        f"{tokens} tokens, layout {config.layout} on {target} ({mesh}), compiled in {step.compile_s:.1f} s"
+    )
     if options.dump_hlo:
         Path(options.dump_hlo).write_text(step.compiled.as_text())
-    return _finish(step.report(record=bool(options.outputs.trace)), step.facts(), options.outputs, out)
+    found = step.report(record=bool(options.outputs.trace))
+    return _finish(found, step.facts(), options.outputs, [heading, standins_note()])
 
 
 def inspect_text(file: str, options: TextOptions) -> int:
@@ -113,17 +112,20 @@ def inspect_text(file: str, options: TextOptions) -> int:
         raise ConfigError(f"file {file} cannot be read as text ({error}); use the text of a compiled program") from None
     axes = parse_sizes(options.mesh) if options.mesh else None
     found = report(text, target=hardware, mesh_axes=axes, record=bool(options.outputs.trace))
-    return _finish(found, {"file": file, "target": options.target, "mesh": axes}, options.outputs, console())
+    return _finish(found, {"file": file, "target": options.target, "mesh": axes}, options.outputs, [])
 
 
-def _finish(found: Report, facts: dict[str, Any], outputs: Outputs, out: Console) -> int:
-    show(found, out, largest=outputs.largest)
+def _finish(found: Report, facts: dict[str, Any], outputs: Outputs, headings: Sequence[str | None]) -> int:
     if outputs.json:
         Path(outputs.json).write_text(json.dumps({**facts, **found.to_json()}, indent=1) + "\n")
     if outputs.trace:
         if found.timeline is None:
             raise ConfigError("trace: there is no timeline without a target; use --target mi300x:8, for example")
         write_trace(found.timeline, Path(outputs.trace))
+    out = console()  # after the files, which need no standard output
+    for line in filter(None, headings):
+        out.print(line, soft_wrap=True, highlight=False)
+    show(found, out, largest=outputs.largest)
     failures = broken(found, parse_expectations(outputs.expect))
     for line in failures:
         out.print(f"broken: {line}", soft_wrap=True, highlight=False, markup=False)

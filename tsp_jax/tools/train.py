@@ -12,4 +12,5 @@ def train(name: str, config: Config, optimizer: cli.Optimizer) -> None:
 
 def main() -> None:
     """Runs the command."""
-    cli.main(train, about="Train a configuration, or resume the run in its working directory.")
+    about = "Train a configuration, or resume the run in its working directory."
+    cli.main(train, about=about, needs_output=False)  # metrics.jsonl has what is printed

@@ -103,11 +103,7 @@ def load_corpus(data: DataConfig, vocab_size: int, split: Split) -> Corpus:
             "use data.cache_dir=<a folder with space>"
         ) from error
     try:
-        facts = read_json(folder / "corpus.json", Facts)
-        tokens = TokenFile(folder / f"{split}.npy", f"delete {folder}")
-        starts = np.asarray(TokenFile(folder / f"{split}_starts.npy", f"delete {folder}"))
-        if not (len(starts) and starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < len(tokens)):
-            raise FileError(f"{split}_starts.npy does not divide {split}.npy")
+        facts, tokens, starts = _open_cached(folder, split)
     except FileError as error:
         reason = str(error).partition(";")[0]
         raise ConfigError(f"data.cache_dir={str(cache)!r} holds a damaged corpus ({reason}); delete {folder}") from None
@@ -119,6 +115,16 @@ def load_corpus(data: DataConfig, vocab_size: int, split: Split) -> Corpus:
         )
     name = f"{split} split of data.files={data.files!r}"
     return Corpus(tokens=tokens, starts=starts, name=name, digest=getattr(facts.sha256, split))
+
+
+def _open_cached(folder: Path, split: Split) -> tuple[Facts, TokenFile, np.ndarray]:
+    """Returns (facts, tokens, starts); raises FileError if one is damaged."""
+    facts = read_json(folder / "corpus.json", Facts)
+    tokens = TokenFile(folder / f"{split}.npy", f"delete {folder}")
+    starts = np.asarray(TokenFile(folder / f"{split}_starts.npy", f"delete {folder}"))
+    if not (len(starts) and starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < len(tokens)):
+        raise FileError(f"{split}_starts.npy does not divide {split}.npy")
+    return facts, tokens, starts
 
 
 class _Document(NamedTuple):

@@ -54,7 +54,8 @@ def train(config: Config, name: str = "run", optimizer: Optimizer = None) -> dic
 
 
 def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals, held: contextlib.ExitStack) -> dict:
-    console = Console(quiet=not is_writer(), markup=False)  # nothing from a file is markup
+    console = Console(quiet=not is_writer(), markup=False, emoji=False)  # nothing from a file is markup
+    say = partial(console.print, highlight=False, soft_wrap=True)
     placement = _place(config)
     check_optimizer(optimizer)
     check_init_from(config, placement)
@@ -63,12 +64,11 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
     program = make_program(config, placement, optimizer)
     checkpoints = Checkpoints(workdir / "checkpoints", program, config, splits.train.digest, report)
     start = checkpoints.newest_undamaged() or 0
-    for difference in checkpoints.check(start) if start else []:
-        console.print(f"resuming with a difference: {difference}", highlight=False, soft_wrap=True)
+    for line in _remarks(config, optimizer, checkpoints, start):
+        say(line)
     open_metrics = partial(MetricsFile, workdir / METRICS, start, report, checkpoints.folder / str(start) / METRICS)
     if start >= config.steps:
-        text = f"workdir={workdir} is complete at step {start}; --steps {2 * start} trains on"
-        console.print(text, highlight=False, soft_wrap=True)
+        say(f"workdir={workdir} is complete at step {start}; --steps {2 * start} trains on")
         if summary := read_summary(workdir / "summary.json", start, report_once):
             open_metrics().close()  # writes what a full disk has kept from it
             return print_summary(summary, console)
@@ -76,10 +76,7 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
     write_or_report(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     with console.status("compiling the training step"):
         compiled = program.lower_step(config).compile(compiler_options(jax.devices()[0]))
-    if line := describe_shorter_warmup(config.optimizer, config.steps, optimizer):
-        console.print(line, highlight=False, soft_wrap=True)
-    origin = f"restored step {start}" if start else "starting afresh"
-    console.print(f"{origin} on {_describe(placement)}", highlight=False)
+    say(f"{f'restored step {start}' if start else 'starting afresh'} on {_describe(placement)}")
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(contextlib.closing(open_metrics()))
         progress = stack.enter_context(TrainProgress(start, config.steps, console))
@@ -120,6 +117,13 @@ def _describe(placement: Placement) -> str:
     mesh = " x ".join(f"{name}={size}" for name, size in placement.mesh.shape.items())
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"{placement.layout.name}, {mesh}, {jax.devices()[0].device_kind}{processes}"
+
+
+def _remarks(config: Config, optimizer: Optimizer, checkpoints: Checkpoints, start: int) -> list[str]:
+    """Lines about what the run does otherwise than the checkpoint was trained, or than its configuration says."""
+    lines = [f"resuming with a difference: {text}" for text in (checkpoints.check(start) if start else ())]
+    warmup = describe_shorter_warmup(config.optimizer, config.steps, optimizer)
+    return [*lines, warmup] if warmup else lines
 
 
 def _finish(workdir: Path, summary: dict, lines: list[dict], console: Console) -> dict:

@@ -1,0 +1,89 @@
+"""Standard output and standard error that may be closed, full, or unable to encode what is printed."""
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+from tsp_jax.errors import ConfigError
+
+
+@contextlib.contextmanager
+def guarded_streams(needs_output: bool) -> Iterator[None]:
+    """Replaces both streams by ones whose failures end no command in a traceback.
+
+    What the encoding of a stream does not have is written as an escape. When standard output fails for the first time,
+    a command that `needs_output` is refused; another one goes on, a line on stderr says so, and what it prints is lost.
+    When standard error fails, what is printed there is lost.
+
+    Raises:
+      ConfigError: standard output cannot be written, and `needs_output`.
+    """
+    before = sys.stdout, sys.stderr
+    _occupy_closed_descriptors()
+    sys.stdout, sys.stderr = _Guarded(before[0], _output_failed(needs_output)), _Guarded(before[1], lambda error: None)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def _output_failed(needs_output: bool) -> Callable[[OSError], None]:
+    def failed(error: OSError) -> None:
+        text = f"standard output cannot be written ({error.strerror})"
+        if needs_output:
+            raise ConfigError(f"{text}; use a file or a program that takes all of it")
+        print(f"warning: {text}; the command goes on without it", file=sys.stderr, flush=True)
+
+    return failed
+
+
+def _occupy_closed_descriptors() -> None:
+    """Opens /dev/null as each closed one of 0, 1, 2: the next file opened would else take what is printed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+class _Closed(io.StringIO):
+    """A stream that was closed before the process began."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EBADF, "it is closed")
+
+
+class _Guarded:
+    """A text stream that calls `failed` when it fails for the first time, and writes nothing from then on."""
+
+    def __init__(self, stream: TextIO | None, failed: Callable[[OSError], None]):
+        self._stream, self._failed, self._lost = stream or _Closed(), failed, False
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        """Writes a text; returns its length."""
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Writes what is buffered."""
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, action: Callable, *arguments: str) -> None:
+        if self._lost:
+            return
+        try:
+            action(*arguments)
+        except OSError as error:
+            self._lost = True
+            with contextlib.suppress(OSError), open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), self._stream.fileno())  # what is buffered must not fail again at exit
+            self._failed(error)

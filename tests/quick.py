@@ -39,7 +39,10 @@ QUICK = {
     "training/test_corpus.py": "order|digest|heldout|held_out|refuses_a_vocabulary|round_trip",
     "training/test_optimizer.py": "",
     "training/test_own_optimizer.py": "every_kind|wrong_type",
+    "training/test_sources.py": "",
+    "training/test_token_file.py": "indexing|truncated",
     "training/test_training.py": "twenty_steps.*tsp|zero1_shards|zigzag_place",
+    "training/test_workdir.py": "gone|ended|elsewhere|succeeds",
 }
 """file or folder of tests -> regular expression for the names of its quick tests; empty: all of them"""
 

@@ -110,6 +110,13 @@ def test_only_a_folder_named_as_a_step_is_written_is_a_checkpoint(open_folder, s
     assert open_folder().newest_undamaged() == 20
 
 
+@pytest.mark.parametrize("make", [lambda path: path.write_text(""), lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_folder_in_the_place_of_the_checkpoints_is_refused(make, open_folder, tmp_path):
+    make(tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match=r"checkpoints is not a folder; move it away, or use another --workdir"):
+        open_folder()
+
+
 @pytest.mark.parametrize("make", [lambda path: path.write_text(""), lambda path: path.symlink_to("/"), os.mkfifo])
 def test_what_stands_where_a_damaged_checkpoint_goes_is_replaced(make, open_folder, states):
     checkpoints = open_folder()

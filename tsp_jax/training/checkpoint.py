@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -79,10 +80,15 @@ class Checkpoints:
       config: saved with each checkpoint, and compared before a restore.
       data_digest: SHA-256 of the training split; saved and compared too.
       report: called with one line about each damaged checkpoint and each failed save.
+
+    Raises:
+      ConfigError: a file, or a link to nothing, is in the place of the folder.
     """
 
     def __init__(self, folder: Path, program: TrainProgram, config: Config, data_digest: str, report: Callable = print):
         self.folder, self.config, self.data_digest, self.report = folder.absolute(), config, data_digest, report
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise ConfigError(f"{self.folder} is not a folder; move it away, or use another --workdir")
         self._logical = _abstract_logical(program)
         self._to_logical = _convert(to_logical, program.paddings, self._logical)
         self._to_stored = _convert(to_stored, program.paddings, program.abstract_state)

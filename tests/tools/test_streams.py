@@ -93,6 +93,15 @@ def test_a_clock_before_1970_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: the clock says 1969-01-01, before 1970; set it\n"
 
 
+def test_an_argument_that_is_not_utf8_is_one_line(monkeypatch, capsys):
+    """As é arrives under LC_ALL=POSIX PYTHONUTF8=0, or as a name in Latin-1 does."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "tiny", "--workdir", "runs/\udce9"])
+    with pytest.raises(SystemExit, match="2"), cli.errors_in_a_line():
+        raise AssertionError("the command should not begin")
+    error = capsys.readouterr().err
+    assert error == "error: argument 'runs/\\udce9' is not UTF-8; use UTF-8, and LC_ALL=C.UTF-8\n"
+
+
 def test_streams_are_as_before_afterwards():
     before = sys.stdout, sys.stderr
     with cli.errors_in_a_line():

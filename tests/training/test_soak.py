@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import json
 import random
 import shutil
 import subprocess
@@ -356,3 +357,27 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(tmp_path)
         truncate(tmp_path / "run" / "checkpoints" / str(step) / "manifest.json", random.Random(0))
     with pytest.raises(ConfigError, match="no checkpoint that is not damaged"):
         trainer.train(config, "again")
+
+
+def test_lines_that_a_disk_has_no_room_for_are_in_the_checkpoint(tmp_path, capsys, monkeypatch):
+    """The disk of the metrics is full from step 8 to the end; that of the checkpoints never is."""
+    log = TrainLoop._log
+    with small_disk(tmp_path / "run", "256k") as disk, small_disk(disk / "checkpoints", "8m"):
+
+        def fill(run, unseen):
+            if unseen and unseen[0] == 8:
+                with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as file:
+                    while True:
+                        file.write(bytes(512))
+            return log(run, unseen)
+
+        monkeypatch.setattr(TrainLoop, "_log", fill)
+        config = small_config(tmp_path, checkpoint_every=5)
+        trainer.train(config, "disk")
+        warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+        said = [json.loads(line[line.index("{") :])["step"] for line in warnings if "not in " in line]
+        on_disk = [line["step"] for line in numbers(disk) if "loss" in line]
+        assert on_disk + sorted(set(said)) == list(range(1, 21))
+        (disk / "ballast").unlink()
+        trainer.train(config, "disk")
+        assert [line["step"] for line in numbers(disk) if "loss" in line] == list(range(1, 21))

@@ -68,7 +68,7 @@ def errors_in_a_line(needs_output: bool = True) -> Iterator[None]:
     """
     with guarded_streams(needs_output):
         try:
-            _check_clock()
+            _check_process()
             try:
                 yield
             finally:
@@ -86,10 +86,15 @@ def errors_in_a_line(needs_output: bool = True) -> Iterator[None]:
             raise
 
 
-def _check_clock() -> None:
-    """Raises ConfigError if the clock is before 1970, which files and checkpoints cannot hold."""
+def _check_process() -> None:
+    """Raises ConfigError if an argument is not text, or the clock shows a time that checkpoints cannot hold."""
     if (now := time.time()) < 0:
         raise ConfigError(f"the clock says {time.strftime('%Y-%m-%d', time.gmtime(now))}, before 1970; set it")
+    for argument in sys.argv[1:]:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:  # JAX's and Hugging Face's libraries take paths and texts that are UTF-8
+            raise ConfigError(f"argument {argument!r:.200} is not UTF-8; use UTF-8, and LC_ALL=C.UTF-8") from None
 
 
 def leave(code: int, together: bool = True) -> NoReturn:

@@ -134,13 +134,12 @@ class MetricsFile:
 
     def _start(self, found: bytes) -> None:
         """Replaces the file, whose content was `found`, by the lines that are kept."""
-        if found != self._content:
-            try:
-                write_atomically(self.path, bytes(self._content))
-                found = bytes(self._content)
-            except OSError:  # a full disk: what the file has of these lines stays, the others wait
-                pairs = zip(found, self._content, strict=False)
-                found = found[: sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))]
+        try:
+            write_atomically(self.path, bytes(self._content))
+            found = bytes(self._content)
+        except OSError:  # a full disk: what the file has of these lines stays, the others wait
+            pairs = zip(found, self._content, strict=False)
+            found = found[: sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))]
         self._written = len(found)
         self._flush()
 

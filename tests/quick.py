@@ -33,12 +33,16 @@ QUICK = {
     "tools/test_cli.py": "bad_flags|removed|every_field|bad_configurations|configurations_load",
     "tools/test_compare.py": "layouts|files",
     "training/safety/test_finite.py": "an_update|spike|in_a_row|resumed",
-    "training/test_checkpoint.py": "damage_is_found|newest_and_every",
+    "training/test_checkpoint.py": "newest_and_every",
+    "training/test_checkpoint_manifest.py": "damage_is_found",
     "training/test_data.py": "",
     "training/test_corpus.py": "order|digest|heldout|held_out|refuses_a_vocabulary|round_trip",
     "training/test_optimizer.py": "",
     "training/test_own_optimizer.py": "every_kind|wrong_type",
+    "training/test_sources.py": "",
+    "training/test_token_file.py": "indexing|truncated",
     "training/test_training.py": "twenty_steps.*tsp|zero1_shards|zigzag_place",
+    "training/test_workdir.py": "gone|ended|elsewhere|succeeds",
 }
 """file or folder of tests -> regular expression for the names of its quick tests; empty: all of them"""
 

@@ -7,6 +7,7 @@ refused here; `tsp_jax.layout.check_fits` refuses a configuration that does not 
 import dataclasses
 import math
 import numbers
+import re
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from tsp_jax.errors import ConfigError, removal
@@ -64,6 +65,14 @@ def _check_bytes(what: str, nbytes: int, owner: str, config: object, fields: str
         name = max(fields.split(), key=lambda name: getattr(config, name))
         too_many = f"{what} of {nbytes:.2e} bytes, more than any target holds"
         raise ConfigError(f"{owner}{name}={getattr(config, name)} makes {too_many}; use a smaller {owner}{name}")
+
+
+def check_local(name: str, path: str) -> None:
+    """Raises ConfigError if a path is a URL, such as gs://bucket/run, which Python's own functions do not open."""
+    scheme, separator, rest = path.partition("://")
+    if separator and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        local = f"/{rest.lstrip('/')}" if scheme == "file" else f"a folder where {scheme}:// is mounted"
+        raise ConfigError(f"{name}={path} is not on a file system; use {local}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,6 +202,8 @@ class DataConfig:
 
     def __post_init__(self):
         _check("data.", self, positive="prefetch")
+        for name in ("files", "cache_dir"):
+            check_local(f"data.{name}", getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,7 +217,7 @@ class OptimizerConfig:
     learning_rate: float = 3e-4
     """peak learning rate"""
     warmup_steps: int = 100
-    """number of steps of linear warm-up from 0"""
+    """number of steps of linear warm-up from 0; a run with no more steps than that warms up for a tenth of them"""
     final_fraction: float = 0.1
     """learning rate after the last step, as a fraction of the peak"""
     b1: float = 0.9
@@ -340,3 +351,5 @@ class Config:
         _check_bytes("layer inputs in bfloat16", 2 * tokens * self.model.d_model, "", self, "batch seq_len")
         if not self.workdir:
             raise ConfigError("workdir='' is empty; use --workdir runs/default")
+        for name in ("workdir", "init_from"):
+            check_local(name, getattr(self, name))

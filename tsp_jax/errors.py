@@ -40,6 +40,11 @@ class RunStopped(Exception):
         self.code = code
 
 
+def printable(text: str) -> str:
+    """Text with every character escaped that would break a line or cannot be printed."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def removal(setting: str, *, flag: bool = False) -> str | None:
     """Returns a line if a field, or field=value, was removed, else None. `flag`: the line names it as a flag."""
     if setting not in REMOVED:

@@ -1,9 +1,12 @@
 """Files from outside: regular files of a bounded size, and JSON that is checked against a schema."""
 
+import io
 import json
 import os
 import re
 import stat
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -108,6 +111,33 @@ def check_json(content: Any, source: str, schema: type[Schema], advice: str = "u
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at ")
         raise FileError(f"{source}: {_value_at(content, place.strip('`$'))}{reason}; {advice}") from None
+
+
+def open_regular(path: str | Path, advice: str = "use an intact copy") -> io.BufferedReader:
+    """Opens a regular file of any size for reading; raises FileError as `read_bytes` does."""
+    return os.fdopen(_open(path, advice), "rb")
+
+
+def folders_below(root: str | Path, *, hidden: bool = True) -> Iterator[Path]:
+    """Yields a folder and the folders below it, sorted by depth and name; links are followed, after all others.
+
+    Each folder is yielded once, however many links lead to it. `hidden`: also those whose name begins with a dot.
+    """
+    seen: set[tuple[int, int]] = set()
+    folders, links = deque([Path(root)]), deque[Path]()
+    while folders or links:
+        folder = folders.popleft() if folders else links.popleft()
+        try:
+            status, entries = folder.stat(), sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        yield folder
+        for entry in entries:
+            if entry.is_dir() and (hidden or not entry.name.startswith(".")):
+                (links if entry.is_symlink() else folders).append(folder / entry.name)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -272,3 +272,11 @@ def test_an_export_is_whole_or_absent(tmp_path, monkeypatch):
         save_folder(tmp_path / "out")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert list(tmp_path.iterdir()) == [taken]
+
+
+def test_an_export_to_a_url_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    placement = place_case("single")
+    with pytest.raises(ConfigError, match="folder=s3://bucket/model is not on a file system"):
+        hf.save_params("s3://bucket/model", place_params(LLAMA, placement), LLAMA, placement)
+    assert not list(tmp_path.iterdir())

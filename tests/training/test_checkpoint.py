@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import os
 import shutil
 
 import jax
@@ -9,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.builders.fuzz import check_door
 from tests.builders.runs import small_config
 from tsp_jax.config import FaultsConfig
 from tsp_jax.errors import NOT_SAVED, ConfigError, RunStopped
 from tsp_jax.layout import place
 from tsp_jax.training.checkpoint import Checkpoints, saved_steps, steps_to_drop
-from tsp_jax.training.checkpoint_manifest import MANIFEST, find_damage, write_manifest
 from tsp_jax.training.step import make_program
 
 
@@ -49,7 +50,7 @@ def same(a, b) -> bool:
     return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in pairs)
 
 
-# ------------------------------------------------------------------------------------------------ the manifest
+# ------------------------------------------------------------------------------------------------ falling back
 
 
 def flip_bit(path):
@@ -63,44 +64,6 @@ def truncate(path):
 
 
 DAMAGES = {"a bit flipped": flip_bit, "truncated": truncate, "deleted": lambda path: path.unlink()}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    folder = tmp_path / "folder"
-    (folder / "state").mkdir(parents=True)
-    for name in ("state/one", "state/two", "meta.json"):
-        (folder / name).write_text(name * 100)
-    write_manifest(folder)
-    return folder
-
-
-def test_what_was_written_has_no_damage(folder):
-    assert find_damage(folder) is None
-
-
-@pytest.mark.parametrize("name", ["state/one", "state/two", "meta.json", MANIFEST])
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_found_and_the_file_named(damage, name, folder):
-    DAMAGES[damage](folder / name)
-    if name == MANIFEST and damage == "a bit flipped":
-        assert find_damage(folder)  # by the digest or the name that it hit
-    else:
-        assert find_damage(folder).startswith(name)
-
-
-def test_every_part_of_the_files_is_somebodys(folder):
-    flip_bit(folder / "state" / "two")
-    assert sum(find_damage(folder, part, 3) is not None for part in range(3)) == 1
-
-
-@pytest.mark.parametrize("content", ["", "null", "[]", "{}", '{"sha256": {}}', '{"sha256": {"a": 3}}', "\xff\xfe"])
-def test_a_manifest_of_anything_else_is_damage(content, folder):
-    (folder / MANIFEST).write_text(content, encoding="latin-1")
-    assert find_damage(folder)
-
-
-# ------------------------------------------------------------------------------------------------ falling back
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -134,6 +97,36 @@ def test_where_all_are_damaged_nothing_starts_afresh(open_folder, states):
 def test_nothing_saved_is_nothing_damaged(open_folder, said):
     assert open_folder().newest_undamaged() is None
     assert said == []
+
+
+def test_only_a_folder_named_as_a_step_is_written_is_a_checkpoint(open_folder, states):
+    checkpoints = open_folder()
+    checkpoints.save(states(20), 20)
+    checkpoints.close(20)
+    for name in ("5000000000", "99999999999999999999", "030", "0", "3\u0663", "30.damaged", "30-copy"):
+        (checkpoints.folder / name).mkdir()
+    (checkpoints.folder / "40").write_text("a file")
+    assert saved_steps(checkpoints.folder) == [20]
+    assert open_folder().newest_undamaged() == 20
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text(""), lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_folder_in_the_place_of_the_checkpoints_is_refused(make, open_folder, tmp_path):
+    make(tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match=r"checkpoints is not a folder; move it away, or use another --workdir"):
+        open_folder()
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text(""), lambda path: path.symlink_to("/"), os.mkfifo])
+def test_what_stands_where_a_damaged_checkpoint_goes_is_replaced(make, open_folder, states):
+    checkpoints = open_folder()
+    for step in (1, 2):
+        checkpoints.save(states(step), step)
+    checkpoints.close(2)
+    truncate(checkpoints.folder / "2" / "meta.json")
+    make(checkpoints.folder / "2.damaged")
+    assert open_folder().newest_undamaged() == 1
+    assert (checkpoints.folder / "2.damaged" / "meta.json").is_file()
 
 
 # ------------------------------------------------------------------------------------------------ saving
@@ -242,3 +235,44 @@ def test_another_models_checkpoint_is_refused(open_folder, states, program, tmp_
     other = dataclasses.replace(other, model=dataclasses.replace(other.model, rope_theta=5.0))
     with pytest.raises(ConfigError, match=r"model.rope_theta=5.0.*10000.0"):
         Checkpoints(checkpoints.folder, program, other, "digest").check(1)
+
+
+# ------------------------------------------------------------------------------------------------ meta.json
+
+
+@pytest.fixture
+def saved(open_folder, states):
+    """Checkpoints with step 1, and its meta.json."""
+    checkpoints = open_folder()
+    checkpoints.save(states(1), 1)
+    checkpoints.close(1)
+    return checkpoints, checkpoints.folder / "1" / "meta.json"
+
+
+METAS = {
+    "": "cannot be read as JSON",
+    "[]": "Expected `object`, got `array`",
+    "[" * 100_000: "nested too deeply",
+    '{"data": {"digest": ""}}': "missing required field `config`",
+    '{"config": {}, "data": {"digest": ""}}': "config.model: Expected `object`, got `null`",
+    '{"config": {"model": 5}, "data": {"digest": ""}}': "config.model: Expected `object`, got `int`",
+    '{"config": {"model": {}}}': "missing required field `data`",
+    '{"config": {"model": {}}, "data": {"digest": 5}}': "data.digest=5",
+    '{"config": {"model": {}}, "data": {"digest": ""}, "opt_state": {"a": [1.5]}}': "Expected `int`, got `float`",
+    '{"config": {"model": {"d_ff": "[/]"}}, "data": {"digest": ""}}': "has model.d_ff=[/]",
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), METAS.items(), ids=[reason[:30] for reason in METAS.values()])
+def test_a_meta_of_the_wrong_shape_is_refused_in_a_line(content, reason, saved):
+    checkpoints, path = saved
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"^[^\n]*another --workdir$") as error:
+        checkpoints.check(1)
+    assert reason in str(error.value)
+
+
+@pytest.mark.soak
+def test_fuzz_of_meta(saved):
+    checkpoints, path = saved
+    check_door(lambda content: (path.write_bytes(content), checkpoints.check(1)), [path.read_bytes()], (ConfigError,))

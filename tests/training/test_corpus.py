@@ -268,7 +268,7 @@ def test_refuses_a_file_that_shrinks_while_read(data: DataConfig, tmp_path: Path
         (np.zeros(3, bool), "is bool [3]"),
         (np.array([4, -1, 2]), "holds -1"),
         (np.array([4, 2**32]), f"holds {2**32}"),
-        (np.array([None]), "is not a whole .npy array"),
+        (np.array([None]), "is object [1]"),
     ],
     ids=["matrix", "float", "bool", "negative", "large", "object"],
 )
@@ -318,6 +318,6 @@ def test_refuses_a_damaged_cache(data: DataConfig, tmp_path: Path):
     load_corpus(data, 256, "train")
     (tokens,) = (tmp_path / "cache").glob("*/train.npy")
     tokens.write_bytes(b"")
-    expect_refusal(data, "damaged corpus; delete", str(tokens.parent))
+    expect_refusal(data, "holds a damaged corpus (", "is not a whole .npy array); delete", str(tokens.parent))
     shutil.rmtree(tokens.parent)
     assert len(load_corpus(data, 256, "train").tokens)

@@ -1,4 +1,4 @@
-"""Moments that wait in bfloat16: what they become, and what is refused."""
+"""Moments that wait in bfloat16, and the warm-up of short runs: what they become, and what is refused."""
 
 import re
 
@@ -11,7 +11,7 @@ import pytest
 from tests.builders.arrays import normal, relative_error
 from tsp_jax.config import OptimizerConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.training.optimizer import make_optimizer, make_schedule
+from tsp_jax.training.optimizer import describe_shorter_warmup, make_optimizer, make_schedule
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
 
@@ -53,6 +53,23 @@ def test_moments_are_updated_in_float32_and_rounded_once_a_step(dtype):
     assert relative_error(moved, by_hand(other, start, grads) - start) > 10 * TOLERANCE
     kept = [leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert kept == [jnp.dtype(dtype)] * 2
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "used"), [(20, 21, 20), (20, 20, 2), (20, 10, 1), (100, 9, 0), (1, 1, 0), (0, 1, 0)]
+)
+def test_a_warm_up_as_long_as_the_run_is_shortened_and_said(warmup, steps, used):
+    config = OptimizerConfig(warmup_steps=warmup, learning_rate=0.5)
+    rates = [float(make_schedule(config, steps)(step)) for step in range(steps + 1)]
+    assert rates.index(max(rates)) == used
+    assert rates[used] == pytest.approx(0.5)
+    assert rates[-1] == pytest.approx(0.05)
+    line = describe_shorter_warmup(config, steps, None)
+    if used == warmup:
+        assert line is None
+    else:
+        assert line == f"optimizer.warmup_steps={warmup} is not less than steps={steps}; the warm-up has {used}"
+    assert describe_shorter_warmup(config, steps, optax.sgd(0.1)) is None
 
 
 @pytest.mark.parametrize("name", ["b1", "b2"])

@@ -15,10 +15,11 @@ import pytest
 
 from tests.builders.runs import ROOT, finish, numbers, small_config, start_processes, write_config
 from tsp_jax.config import ClusterConfig, FaultsConfig
-from tsp_jax.errors import HUNG, PREEMPTED, ConfigError
+from tsp_jax.errors import HUNG, PREEMPTED, REFUSED, ConfigError
 from tsp_jax.tools import cli
 from tsp_jax.training import trainer
 from tsp_jax.training.checkpoint import saved_steps
+from tsp_jax.training.workdir import open_workdir
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
 
@@ -63,6 +64,19 @@ def test_losses_equal_one_process_and_data_is_disjoint_and_complete(count, tmp_p
         read.update((window, column) for windows, columns in lines for window in windows for column in columns)
     assert set(read.values()) == {1}, "a token was read by two processes"
     assert len(read) == config.steps * config.batch * config.seq_len
+
+
+@pytest.mark.soak
+def test_two_processes_are_refused_a_working_directory_that_is_held(tmp_path):
+    config = config_of(tmp_path, cpu_devices=2)
+    path = write_config(config, tmp_path / "config.py")
+    with open_workdir(config.workdir):
+        assert finish(start_processes(2, path), 60) == [REFUSED] * 2
+    errors = [(tmp_path / f"{rank}.err").read_text() for rank in range(2)]
+    assert f"held by process {os.getpid()} on" in errors[0]
+    assert "cannot be held by process 0, which says why" in errors[1]
+    assert [error.count("\n") for error in errors] == [1, 1]
+    assert [file.name for file in Path(config.workdir).iterdir()] == ["lock.1"]
 
 
 SLOW = """

@@ -72,6 +72,24 @@ def test_resuming_at_any_step_is_bitwise(step, whole, moved, capsys):
     assert everything(moved) == whole[1]
 
 
+def test_a_run_that_is_past_its_steps_is_complete(whole, moved, capsys):
+    """It was preempted at step 8, and is started again with fewer steps; without and with an old summary."""
+    original, folder = Path(whole[0].workdir), Path(moved.workdir)
+    shutil.copytree(original / "checkpoints" / "8", folder / "checkpoints" / "8")
+    shutil.copy(original / "metrics.jsonl", folder)
+    shutil.copy(original / "summary.json", folder)  # of step 20
+    shorter = dataclasses.replace(moved, steps=3)
+    for _ in range(2):
+        summary = trainer.train(shorter, "shorter")
+        assert summary["step"] == 8
+        assert summary["eval_loss"] is not None
+        said = capsys.readouterr().out
+        assert "is complete at step 8; --steps 16 trains on" in said
+        assert "optimizer.warmup_steps=3 is not less than steps=3; the warm-up has 0" in said
+    assert saved_steps(folder / "checkpoints") == [8]
+    assert numbers(folder)[-1]["step"] == 8
+
+
 # ------------------------------------------------------------------------------------------------ signals
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from tsp_jax.config import DType, ModelConfig
+from tsp_jax.config import DType, ModelConfig, check_local
 from tsp_jax.errors import ConfigError
 from tsp_jax.files import read_json
 from tsp_jax.heads import HeadPadding, NoPadding, paddings
@@ -228,8 +228,9 @@ def save_params(
       max_file_bytes: largest size of a file, and about what the host holds at a time.
 
     Raises:
-      ConfigError: the folder is not empty, or cannot be written.
+      ConfigError: the folder is not empty, is a URL, or cannot be written.
     """
+    check_local("folder", str(folder))
     tree, itemsize = _param_tree(config, placement), jnp.dtype(dtype).itemsize
     carried = read_json(Path(source) / "config.json") if source else None
     pairs = list(zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True))

@@ -16,7 +16,7 @@ import jax
 import tyro
 
 from tsp_jax.config import Config
-from tsp_jax.errors import REFUSED, ConfigError, RunStopped, removal
+from tsp_jax.errors import REFUSED, ConfigError, RunStopped, printable, removal
 from tsp_jax.hardware.devices import MOST_CPU_DEVICES
 from tsp_jax.tools.streams import guarded_streams
 from tsp_jax.training.distributed import join_cluster
@@ -73,10 +73,10 @@ def errors_in_a_line(needs_output: bool = True) -> Iterator[None]:
             finally:
                 sys.stdout.flush()
         except ConfigError as error:
-            print(f"error: {_printable(str(error))}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             sys.exit(REFUSED)
         except RunStopped as stop:
-            print(f"stopped: {stop}", file=sys.stderr)
+            print(f"stopped: {printable(str(stop))}", file=sys.stderr)
             leave(stop.code)
         except Exception:
             if jax.distributed.is_initialized():  # others wait for this process, and its shutdown would wait for them
@@ -215,11 +215,6 @@ def _one_line(box: str) -> str:
     words = re.split(r"Argument helptext|For full helptext", words)[0]
     headings = r"^(Value error|Invalid choice|Parsing error|Missing argument|Unrecognized options(?= Unrecognized)) "
     return re.sub(headings + r"|Error parsing \w+: ", "", words).strip()
-
-
-def _printable(text: str) -> str:
-    """Text with every character escaped that would break a line or cannot be printed."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def use_devices(cpu_devices: int) -> None:

@@ -5,21 +5,27 @@
 manifest detects damage since then. A damaged checkpoint is renamed to ``STEP.damaged`` and never used.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
+import msgspec
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tsp_jax.config import Config
+from tsp_jax.config import LARGEST, Config
 from tsp_jax.errors import NOT_SAVED, ConfigError, RunStopped
+from tsp_jax.files import check_json, read_json
 from tsp_jax.heads import to_logical, to_stored
 from tsp_jax.training.checkpoint_manifest import find_damage, write_manifest
 from tsp_jax.training.distributed import broadcast_from_writer, gather_from_all, is_writer
@@ -34,9 +40,30 @@ SAVE_TIMEOUT_S = 1200
 """seconds after which a save in the background counts as failed"""
 
 
+Shapes = dict[str, list[int]]
+"""path in a state -> shape of the array there"""
+
+
+class _Data(msgspec.Struct):
+    digest: str
+
+
+class Meta(msgspec.Struct):
+    """What is read of ``meta.json``."""
+
+    config: dict[str, Any]
+    data: _Data
+    opt_state: Shapes = {}
+    """of the optimizer; earlier versions did not save it"""
+
+
 def saved_steps(folder: Path) -> list[int]:
-    """Returns the steps of the checkpoints in a folder, oldest first, damaged or not."""
-    return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal())
+    """Returns the steps of the checkpoints in a folder, oldest first, damaged or not.
+
+    A checkpoint is a folder whose name is a step, as a run writes it: 20, but not 020, 20.partial or 5000000000.
+    """
+    names = [path.name for path in folder.glob("[1-9]*") if path.is_dir()]
+    return sorted(int(name) for name in names if re.fullmatch("[0-9]{1,10}", name) and int(name) <= LARGEST)
 
 
 def steps_to_drop(steps: Iterable[int], newest: int, every: int) -> list[int]:
@@ -53,10 +80,15 @@ class Checkpoints:
       config: saved with each checkpoint, and compared before a restore.
       data_digest: SHA-256 of the training split; saved and compared too.
       report: called with one line about each damaged checkpoint and each failed save.
+
+    Raises:
+      ConfigError: a file, or a link to nothing, is in the place of the folder.
     """
 
     def __init__(self, folder: Path, program: TrainProgram, config: Config, data_digest: str, report: Callable = print):
         self.folder, self.config, self.data_digest, self.report = folder.absolute(), config, data_digest, report
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise ConfigError(f"{self.folder} is not a folder; move it away, or use another --workdir")
         self._logical = _abstract_logical(program)
         self._to_logical = _convert(to_logical, program.paddings, self._logical)
         self._to_stored = _convert(to_stored, program.paddings, program.abstract_state)
@@ -68,7 +100,7 @@ class Checkpoints:
         self._last_undamaged: int | None = None
         if is_writer():
             for left in self.folder.glob("*.partial"):
-                shutil.rmtree(left, ignore_errors=True)
+                _remove(left)
 
     # -------------------------------------------------------------------------------------------- saving
 
@@ -115,7 +147,7 @@ class Checkpoints:
             return
         self._writer = _orbax()  # the old one may keep raising the error
         if is_writer():
-            shutil.rmtree(self._partial(step), ignore_errors=True)
+            _remove(self._partial(step))
         self.report(f"checkpoint {step} could not be saved: {' '.join(str(error).split())[:300]}")
         if self.config.faults.failed_save == "stop":
             raise RunStopped(f"checkpoint {step} could not be saved; {self._resume_from()}", NOT_SAVED)
@@ -146,7 +178,7 @@ class Checkpoints:
     def _drop_old(self) -> None:
         for step in steps_to_drop(saved_steps(self.folder), self.config.keep_checkpoints, self.config.keep_every):
             # renamed first: a partly deleted folder must not look like a checkpoint
-            shutil.rmtree((self.folder / str(step)).rename(self._partial(step)), ignore_errors=True)
+            _remove((self.folder / str(step)).rename(self._partial(step)))
 
     def _partial(self, step: int) -> Path:
         return self.folder / f"{step}.partial"
@@ -172,9 +204,7 @@ class Checkpoints:
                 return step
             damaged += 1
             if is_writer():
-                aside = self.folder / f"{step}.damaged"
-                shutil.rmtree(aside, ignore_errors=True)
-                (self.folder / str(step)).rename(aside)
+                self._move_aside(step)
         if damaged:
             raise ConfigError(
                 f"workdir={self.config.workdir} has no checkpoint that is not damaged; "
@@ -182,23 +212,36 @@ class Checkpoints:
             )
         return None
 
+    def _move_aside(self, step: int) -> None:
+        aside = self.folder / f"{step}.damaged"
+        _remove(aside)
+        try:
+            (self.folder / str(step)).rename(aside)
+        except OSError as error:
+            raise ConfigError(
+                f"the damaged checkpoint {self.folder / str(step)} cannot be renamed to {aside} ({error.strerror}); "
+                "move it away, or use another --workdir"
+            ) from None
+
     def check(self, step: int) -> list[str]:
         """Compares a checkpoint with this run's configuration and data.
 
         Returns one line about each difference that does not prevent resuming; raises ConfigError if the model or the
-        optimizer is another one.
+        optimizer is another one, or ``meta.json`` does not say.
         """
-        meta = json.loads((self.folder / str(step) / "meta.json").read_text())
-        here, there = json.loads(json.dumps(dataclasses.asdict(self.config))), meta["config"]
-        for field, value in there["model"].items():
+        path, advice = self.folder / str(step) / "meta.json", f"move checkpoints/{step} away, or use another --workdir"
+        meta = read_json(path, Meta, advice=advice)
+        model = check_json(meta.config.get("model"), f"{path}: config.model", dict[str, Any], advice)
+        here, there = json.loads(json.dumps(dataclasses.asdict(self.config))), meta.config
+        for field, value in model.items():
             if here["model"].get(field) != value:
                 raise ConfigError(
-                    f"model.{field}={here['model'].get(field)}: the checkpoint in workdir={self.config.workdir} has "
-                    f"model.{field}={value}; use that, or another --workdir"
+                    f"model.{field:.80}={here['model'].get(field)}: the checkpoint in workdir={self.config.workdir} "
+                    f"has model.{field:.80}={value!s:.80}; use that, or another --workdir"
                 )
-        self._check_opt_state(meta.get("opt_state", {}))
-        changed = [f"{f}={here[f]}, was {there[f]}" for f in CONTINUED if here[f] != there.get(f)]
-        if meta["data"]["digest"] != self.data_digest:
+        self._check_opt_state(meta.opt_state)
+        changed = [f"{f}={here[f]}, was {there.get(f)!s:.300}" for f in CONTINUED if here[f] != there.get(f)]
+        if meta.data.digest != self.data_digest:
             changed.append("the training text is not the one that the checkpoint was trained on")
         return changed
 
@@ -206,20 +249,29 @@ class Checkpoints:
         """Restores the state of a step, in this run's layout."""
         return self._to_stored(self._writer.restore(self.folder / str(step) / "state", self._logical))
 
-    def _opt_state_shapes(self) -> dict[str, list[int]]:
+    def _opt_state_shapes(self) -> Shapes:
         """Path -> shape of each array of the optimizer."""
         leaves = jax.tree_util.tree_leaves_with_path(self._logical.opt_state)
         return {jax.tree_util.keystr(path): list(leaf.shape) for path, leaf in leaves}
 
-    def _check_opt_state(self, saved: dict[str, list[int]]) -> None:
+    def _check_opt_state(self, saved: Shapes) -> None:
         here = self._opt_state_shapes()
-        for name in {**saved, **here} if saved else ():  # earlier versions did not save it
+        for name in {**saved, **here} if saved else ():
             if saved.get(name) != here.get(name):
                 raise ConfigError(
-                    f"optimizer: its state has {name}={here.get(name)}, the checkpoint in workdir="
-                    f"{self.config.workdir} has {name}={saved.get(name)}; use the optimizer that it was trained with, "
-                    "or another --workdir"
+                    f"optimizer: its state has {name:.200}={here.get(name)}, the checkpoint in workdir="
+                    f"{self.config.workdir} has {name:.200}={saved.get(name)!s:.80}; use the optimizer that it was "
+                    "trained with, or another --workdir"
                 )
+
+
+def _remove(path: Path) -> None:
+    """Deletes a folder, a file or a link, as far as it can be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _orbax() -> ocp.StandardCheckpointer:

@@ -5,18 +5,30 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from tsp_jax.files import FileError, folders_below, open_regular, read_json
 
 MANIFEST = "manifest.json"
 THREADS = 8
 """number of files hashed at a time; hashing releases Python's lock"""
 
 
+class Manifest(msgspec.Struct):
+    """The content of ``manifest.json``."""
+
+    sha256: dict[str, Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]]
+    """path below the folder -> SHA-256 of the file, in hexadecimal digits"""
+
+
 def write_manifest(folder: Path) -> None:
     """Writes ``manifest.json``, the SHA-256 of every file below a folder; returns after it is on disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = _files_below(folder)
     with ThreadPoolExecutor(THREADS) as pool:
-        digests = pool.map(_sha256, files)
-        listing = {path.relative_to(folder).as_posix(): digest for path, digest in zip(files, digests, strict=True)}
+        digests = pool.map(lambda name: _sha256(folder / name), names)
+        listing = dict(zip(names, digests, strict=True))
     with (folder / MANIFEST).open("w") as file:
         json.dump({"sha256": listing}, file, indent=1)
         file.flush()
@@ -24,33 +36,42 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Verifies one of `parts` parts of a folder's files against its manifest, and the manifest itself.
+    """Verifies one of `parts` parts of a folder's files against its manifest, and that no file is missing or added.
 
     Returns the first damaged file and what is wrong with it, or None.
     """
     try:
-        listing = json.loads((folder / MANIFEST).read_text())["sha256"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        listing = read_json(folder / MANIFEST, Manifest).sha256
+    except FileError as error:
         return f"{MANIFEST} ({_reason(error)})"
     if not listing:
         return f"{MANIFEST} (lists no file)"
+    names = _files_below(folder)
+    for name in sorted(listing.keys() ^ set(names)):
+        return f"{name:.200} ({'is missing' if name in listing else f'is not listed in {MANIFEST}'})"
     with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda item: _damage(folder, *item), sorted(listing)[part::parts])
+        found = pool.map(lambda name: _damage(folder, name, listing[name]), names[part::parts])
         return next(filter(None, found), None)
+
+
+def _files_below(folder: Path) -> list[str]:
+    """Sorted paths below a folder of everything that is not a folder, without the manifest."""
+    paths = (path for parent in folders_below(folder) for path in parent.iterdir() if not path.is_dir())
+    return sorted(path.relative_to(folder).as_posix() for path in paths if path != folder / MANIFEST)
 
 
 def _damage(folder: Path, name: str, digest: str) -> str | None:
     try:
         found = _sha256(folder / name)
-    except (OSError, ValueError) as error:
+    except (FileError, OSError) as error:
         return f"{name} ({_reason(error)})"
     return None if found == digest else f"{name} (its SHA-256 is not the manifest's)"
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or "is not as it was written"
+    return str(error).rpartition(";")[0] or str(error)  # without the advice

@@ -1,37 +1,38 @@
-"""Text or token files -> one memory-mapped array of token ids for each split, built once and then cached.
+"""Text or token files -> one file of token ids for each split, built once and then cached.
 
 Every file is a document. About one file in `HELD_OUT` is held out. It is chosen by a hash of its path relative to the
 fixed part of the glob, so that adding files moves no other file to the other split. If the hash leaves a split empty,
 the last file is held out; of a single file, the last ``max(1, tokens // HELD_OUT)`` tokens are held out.
 """
 
-import contextlib
 import dataclasses
-import glob
 import hashlib
 import json
 import os
 import shutil
-import stat
-import sysconfig
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 
 from tsp_jax.config import DataConfig
 from tsp_jax.errors import ConfigError
+from tsp_jax.files import FileError, read_json
+from tsp_jax.training.sources import Source, find_sources, reading
+from tsp_jax.training.token_file import TokenFile
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 HELD_OUT = 50
 """one document in this many is held out"""
 
+LARGEST_ID = 2**32 - 1
 _FORMAT_VERSION = 1
 _CHUNK = 1 << 22  # number of tokens in memory at a time while a corpus is built
-_NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
+_USE_IDS = f"use one dimension of integers from 0 to {LARGEST_ID}"
 
 
 class ByteTokenizer:
@@ -53,14 +54,32 @@ class ByteTokenizer:
 class Corpus:
     """One split: its documents concatenated to one array of tokens."""
 
-    tokens: np.ndarray
-    """[tokens] uint8, uint16 or uint32; memory-mapped"""
+    tokens: TokenFile | np.ndarray
+    """[tokens] uint8, uint16 or uint32"""
     starts: np.ndarray
     """[documents] int64: index of the first token of each document; strictly increasing from 0"""
     name: str
     """split and files, for messages"""
     digest: str
     """SHA-256 of tokens and starts: the same on every host, and when a run is resumed"""
+
+
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Digests(msgspec.Struct):
+    """SHA-256 of each split."""
+
+    train: Digest
+    heldout: Digest
+
+
+class Facts(msgspec.Struct):
+    """The content of ``corpus.json``."""
+
+    max_token_id: Annotated[int, msgspec.Meta(ge=0, le=LARGEST_ID)]
+    max_token_file: str
+    sha256: Digests
 
 
 def load_corpus(data: DataConfig, vocab_size: int, split: Split) -> Corpus:
@@ -72,7 +91,7 @@ def load_corpus(data: DataConfig, vocab_size: int, split: Split) -> Corpus:
       ConfigError: the files are missing, empty, unreadable or not token ids; an id is not below `vocab_size`; the
         cache cannot be written.
     """
-    root, sources = _find_sources(data)
+    root, sources = find_sources(data)
     cache = _cache_dir(data)
     folder = cache / _digest_sources(root, sources)
     try:
@@ -84,38 +103,28 @@ def load_corpus(data: DataConfig, vocab_size: int, split: Split) -> Corpus:
             "use data.cache_dir=<a folder with space>"
         ) from error
     try:
-        facts = json.loads((folder / "corpus.json").read_text())
-        arrays = [np.load(folder / f"{split}{part}.npy", mmap_mode="r") for part in ("", "_starts")]
-    except (OSError, EOFError, ValueError) as error:
-        raise ConfigError(f"data.cache_dir={str(cache)!r} holds a damaged corpus; delete {folder}") from error
-    if facts["max_token_id"] >= vocab_size:
-        is_text = not facts["max_token_file"].endswith(".npy")
+        facts, tokens, starts = _open_cached(folder, split)
+    except FileError as error:
+        reason = str(error).partition(";")[0]
+        raise ConfigError(f"data.cache_dir={str(cache)!r} holds a damaged corpus ({reason}); delete {folder}") from None
+    if facts.max_token_id >= vocab_size:
+        fitting = facts.max_token_id + 1 if facts.max_token_file.endswith(".npy") else ByteTokenizer.vocab_size
         raise ConfigError(
-            f"model.vocab_size={vocab_size} is too small for token id {facts['max_token_id']} in "
-            f"{facts['max_token_file']}; "
-            f"use model.vocab_size={ByteTokenizer.vocab_size if is_text else facts['max_token_id'] + 1}"
+            f"model.vocab_size={vocab_size} is too small for token id {facts.max_token_id} in "
+            f"{facts.max_token_file:.500}; use model.vocab_size={fitting}"
         )
-    # asarray drops the memmap subclass, not the mapping
-    tokens, starts = (np.asarray(array) for array in arrays)
     name = f"{split} split of data.files={data.files!r}"
-    return Corpus(tokens=tokens, starts=starts, name=name, digest=facts["sha256"][split])
+    return Corpus(tokens=tokens, starts=starts, name=name, digest=getattr(facts.sha256, split))
 
 
-def is_text(data: DataConfig) -> bool:
-    """Whether the files are text, whose bytes are the token ids; otherwise they are .npy files of token ids.
-
-    Raises:
-      ConfigError: there are no files, or files of both kinds.
-    """
-    _, sources = _find_sources(data)
-    return sources[0].path.suffix != ".npy"
-
-
-class _Source(NamedTuple):
-    path: Path
-    name: str  # path below the root, with forward slashes
-    size: int  # bytes
-    mtime_ns: int
+def _open_cached(folder: Path, split: Split) -> tuple[Facts, TokenFile, np.ndarray]:
+    """Returns (facts, tokens, starts); raises FileError if one is damaged."""
+    facts = read_json(folder / "corpus.json", Facts)
+    tokens = TokenFile(folder / f"{split}.npy", f"delete {folder}")
+    starts = np.asarray(TokenFile(folder / f"{split}_starts.npy", f"delete {folder}"))
+    if not (len(starts) and starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < len(tokens)):
+        raise FileError(f"{split}_starts.npy does not divide {split}.npy")
+    return facts, tokens, starts
 
 
 class _Document(NamedTuple):
@@ -126,40 +135,7 @@ class _Document(NamedTuple):
     max_id: int
 
 
-def _find_sources(data: DataConfig) -> tuple[Path, list[_Source]]:
-    """Returns (folder that names are relative to, regular files sorted by name)."""
-    if data.files:
-        pattern = os.path.abspath(os.path.expanduser(data.files))
-        fixed = pattern
-        while glob.escape(fixed) != fixed:
-            fixed = os.path.dirname(fixed)
-        root = Path(fixed if fixed != pattern else os.path.dirname(pattern))
-        paths = {Path(path) for path in glob.glob(pattern, recursive=True)}
-    else:
-        root, paths = Path(sysconfig.get_path("stdlib")), set()
-        for folder, subfolders, names in os.walk(root):
-            subfolders[:] = set(subfolders) - _NOT_STDLIB
-            paths |= {Path(folder, name) for name in names if name.endswith(".py")}
-    sources = []
-    for path in paths:
-        with _reading(data, path):
-            status = path.stat()
-        if stat.S_ISREG(status.st_mode):  # a glob such as ** matches folders too
-            name = path.relative_to(root).as_posix()
-            sources.append(_Source(path, name, status.st_size, status.st_mtime_ns))
-    if not sources:
-        fix = os.path.join(data.files, "**", "*.txt") if os.path.isdir(data.files) else "<a glob of text or .npy files>"
-        raise ConfigError(f"data.files={data.files!r} matches no file ({root} was searched); use data.files={fix}")
-    kinds = {source.path.suffix == ".npy": source.path for source in sources}
-    if len(kinds) > 1:
-        raise ConfigError(
-            f"data.files={data.files!r} matches both text and token ids ({kinds[False]} and {kinds[True]}); "
-            "use data.files=<a glob of one kind>"
-        )
-    return root, sorted(sources, key=lambda source: source.name)
-
-
-def _digest_sources(root: Path, sources: list[_Source]) -> str:
+def _digest_sources(root: Path, sources: list[Source]) -> str:
     """Name of the cache folder. The root is hashed too: two unpacked corpora may agree in names and mtimes."""
     listing = [_FORMAT_VERSION, str(root), [source[1:] for source in sources]]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:32]
@@ -170,7 +146,7 @@ def _cache_dir(data: DataConfig) -> Path:
     return Path(os.path.expanduser(data.cache_dir or default))
 
 
-def _build(folder: Path, sources: list[_Source], data: DataConfig) -> None:
+def _build(folder: Path, sources: list[Source], data: DataConfig) -> None:
     """Writes both splits to a folder of this process, then renames it to `folder`."""
     measured = (_measure(data, source) for source in sources)
     documents = [document for document in measured if document.stop]
@@ -214,19 +190,18 @@ def _split_documents(data: DataConfig, documents: list[_Document]) -> dict[Split
     return splits
 
 
-def _measure(data: DataConfig, source: _Source) -> _Document:
+def _measure(data: DataConfig, source: Source) -> _Document:
     """Reads length and largest id of a file; refuses arrays that are not token ids."""
     length = source.size
     if source.path.suffix == ".npy":
-        array = _map_npy(data, source.path)
-        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-            raise _not_ids(data, source.path, f"is {array.dtype} {list(array.shape)}")
-        length = len(array)
+        with reading(data, source.path):
+            length = len(TokenFile(source.path, _USE_IDS))
     whole = _Document(source.path, source.name, 0, length, max_id=0)
     ranges = [(int(chunk.min()), int(chunk.max())) for chunk in _chunks(data, whole)]
     low, high = min((low for low, _ in ranges), default=0), max((high for _, high in ranges), default=0)
-    if low < 0 or high > np.iinfo(np.uint32).max:
-        raise _not_ids(data, source.path, f"holds {low if low < 0 else high}")
+    if low < 0 or high > LARGEST_ID:
+        wrong = low if low < 0 else high
+        raise ConfigError(f"data.files={data.files!r}: {source.path} holds {wrong}; {_USE_IDS}")
     return whole._replace(max_id=high)
 
 
@@ -252,34 +227,11 @@ def _chunks(data: DataConfig, document: _Document) -> Iterator[np.ndarray]:
     """Yields the tokens of a document, at most _CHUNK at a time."""
     for start in range(document.start, document.stop, _CHUNK):
         count = min(_CHUNK, document.stop - start)
-        if document.path.suffix == ".npy":
-            chunk = _map_npy(data, document.path)[start : start + count]
-        else:
-            with _reading(data, document.path):
+        with reading(data, document.path):
+            if document.path.suffix == ".npy":
+                chunk = TokenFile(document.path, "run again").read(start, start + count)
+            else:
                 chunk = np.fromfile(document.path, np.uint8, count, offset=start)
         if len(chunk) != count:
             raise ConfigError(f"data.files={data.files!r}: {document.path} changed while it was read; run again")
         yield chunk
-
-
-def _map_npy(data: DataConfig, path: Path) -> np.ndarray:
-    with _reading(data, path):
-        try:
-            return np.lib.format.open_memmap(path, mode="r")
-        except (ValueError, EOFError) as error:
-            raise _not_ids(data, path, "is not a whole .npy array") from error
-
-
-def _not_ids(data: DataConfig, path: Path, what: str) -> ConfigError:
-    return ConfigError(f"data.files={data.files!r}: {path} {what}; use one dimension of integers from 0 to 2**32 - 1")
-
-
-@contextlib.contextmanager
-def _reading(data: DataConfig, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"data.files={data.files!r} matches {path}, which cannot be read ({error.strerror}); "
-            "make it readable or use data.files=<a narrower glob>"
-        ) from error

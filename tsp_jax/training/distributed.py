@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tsp_jax.config import ClusterConfig
-from tsp_jax.errors import ConfigError
+from tsp_jax.errors import ConfigError, printable
 
 SHUTDOWN_S = 60
 """seconds that a process waits at exit for the others to exit"""
@@ -90,7 +90,7 @@ def write_or_report(path: Path, content: str) -> None:
 def report(text: str) -> None:
     """Prints a warning to stderr, with the process index if there are several processes."""
     who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
-    print(f"warning: {who}{text}", file=sys.stderr, flush=True)
+    print(f"warning: {who}{printable(text)}", file=sys.stderr, flush=True)
 
 
 def report_once(text: str) -> None:

@@ -11,7 +11,8 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hf.weights import check_folder, load_params, read_config
 from tsp_jax.layout import Placement
 from tsp_jax.training.checkpoint import saved_steps
-from tsp_jax.training.corpus import ByteTokenizer, is_text
+from tsp_jax.training.corpus import ByteTokenizer
+from tsp_jax.training.sources import is_text
 from tsp_jax.training.step import TrainProgram, TrainState
 
 FREE = ("init_std",)

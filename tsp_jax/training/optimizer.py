@@ -21,13 +21,20 @@ ALWAYS_USED = ("zero1",)
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by step: linear from 0 to the peak, then half a cosine down to the final fraction at `steps`."""
-    if config.warmup_steps >= steps:
-        raise ConfigError(
-            f"optimizer.warmup_steps={config.warmup_steps} leaves nothing of steps={steps}; "
-            f"use --optimizer.warmup-steps {steps // 10}"
-        )
-    peak = config.learning_rate
-    return optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, steps, peak * config.final_fraction)
+    peak, warmup = config.learning_rate, warmup_steps(config, steps)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, peak * config.final_fraction)
+
+
+def warmup_steps(config: OptimizerConfig, steps: int) -> int:
+    """Steps of warm-up: those of the configuration, or a tenth of a run that has no more steps than that."""
+    return config.warmup_steps if config.warmup_steps < steps else steps // 10
+
+
+def describe_shorter_warmup(config: OptimizerConfig, steps: int, own: Optimizer) -> str | None:
+    """A line about a warm-up that is shorter than the configuration says; None if it is not."""
+    if own is not None or (used := warmup_steps(config, steps)) == config.warmup_steps:
+        return None
+    return f"optimizer.warmup_steps={config.warmup_steps} is not less than steps={steps}; the warm-up has {used}"
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -62,11 +69,9 @@ def keep_state_in(dtype: Any, inner: optax.GradientTransformation) -> optax.Grad
 # ------------------------------------------------------------------------------------------------ the user's own
 
 
-def check_optimizer(config: OptimizerConfig, steps: int, own: object) -> None:
-    """Raises ConfigError if the user's own optimizer has a wrong type or, without one, if warm-up is too long."""
-    if own is None:
-        make_schedule(config, steps)
-    elif not isinstance(own, optax.GradientTransformation):
+def check_optimizer(own: object) -> None:
+    """Raises ConfigError if the user's own optimizer has a wrong type."""
+    if own is not None and not isinstance(own, optax.GradientTransformation):
         raise ConfigError(
             f"optimizer is of type {type(own).__name__}, not an optax.GradientTransformation; "
             "use optimizer = optax.chain(...), or Config(optimizer=OptimizerConfig(...)) for AdamW"
@@ -77,7 +82,7 @@ def choose_optimizer(
     config: OptimizerConfig, steps: int, own: Optimizer
 ) -> tuple[optax.GradientTransformation, Callable[[Any, Any], jax.typing.ArrayLike]]:
     """Returns the user's optimizer or AdamW, and a function (steps so far, updated state) -> learning rate."""
-    check_optimizer(config, steps, own)
+    check_optimizer(own)
     if own is not None:
         return own, lambda step, opt_state: injected_learning_rate(opt_state)
     schedule = make_schedule(config, steps)

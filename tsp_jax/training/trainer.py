@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -24,13 +23,14 @@ from tsp_jax.training.data import Splits, load_splits, prefetch
 from tsp_jax.training.distributed import is_writer, report, report_once, write_or_report
 from tsp_jax.training.init_from import check_init_from, init_state
 from tsp_jax.training.metrics import MetricsFile
-from tsp_jax.training.optimizer import Optimizer, check_optimizer
+from tsp_jax.training.optimizer import Optimizer, check_optimizer, describe_shorter_warmup
 from tsp_jax.training.progress import TrainProgress
 from tsp_jax.training.safety.finite import NumbersWatch, all_finite
 from tsp_jax.training.safety.preemption import Agreement, StopSignals
 from tsp_jax.training.safety.watchdog import Watchdog
 from tsp_jax.training.step import StepMetrics, TrainProgram, TrainState, make_program
 from tsp_jax.training.summary import plot_losses, print_summary, read_summary, summarize
+from tsp_jax.training.workdir import open_workdir
 
 
 def train(config: Config, name: str = "run", optimizer: Optimizer = None) -> dict:
@@ -50,35 +50,35 @@ def train(config: Config, name: str = "run", optimizer: Optimizer = None) -> dic
       ConfigError: the configuration does not fit the machine, the data or the working directory.
       RunStopped: training ended early: a signal, bad numbers, or a checkpoint that could not be saved.
     """
-    with StopSignals() as signals:
-        return _train(config, name, optimizer, signals)
+    with StopSignals() as signals, contextlib.ExitStack() as held:
+        return _train(config, name, optimizer, signals, held)
 
 
-def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals) -> dict:
+def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals, held: contextlib.ExitStack) -> dict:
     console = Console(quiet=not is_writer(), markup=False, emoji=False)  # nothing from a file is markup
+    say = partial(console.print, highlight=False, soft_wrap=True)
     placement = _place(config)
-    check_optimizer(config.optimizer, config.steps, optimizer)
+    check_optimizer(optimizer)
     check_init_from(config, placement)
     splits = load_splits(config, placement.size("sequence"))
     program = make_program(config, placement, optimizer)
     _check_room(config, placement, program)
-    workdir = _open_workdir(config)
+    workdir = held.enter_context(open_workdir(config.workdir))
     checkpoints = Checkpoints(workdir / "checkpoints", program, config, splits.train.digest, report)
     start = checkpoints.newest_undamaged() or 0
-    for difference in checkpoints.check(start) if start else []:
-        console.print(f"resuming with a difference: {difference}", highlight=False, soft_wrap=True)
+    for line in _remarks(config, optimizer, checkpoints, start):
+        say(line)
     open_metrics = partial(MetricsFile, workdir / METRICS, start, report, checkpoints.folder / str(start) / METRICS)
-    if start >= config.steps and (summary := read_summary(workdir / "summary.json", start, report_once)):
-        open_metrics().close()  # writes what a full disk has kept from it
-        text = f"workdir={workdir} is complete at step {start}; --steps {2 * start} trains on"
-        console.print(text, highlight=False, soft_wrap=True)
-        return print_summary(summary, console)
+    if start >= config.steps:
+        say(f"workdir={workdir} is complete at step {start}; --steps {2 * start} trains on")
+        if summary := read_summary(workdir / "summary.json", start, report_once):
+            open_metrics().close()  # writes what a full disk has kept from it
+            return print_summary(summary, console)
 
     write_or_report(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     with console.status("compiling the training step"):
         compiled = program.lower_step(config).compile(dict(compiler_options(jax.devices()[0])))
-    origin = f"restored step {start}" if start else "starting afresh"
-    console.print(f"{origin} on {_describe(placement)}", highlight=False)
+    say(f"{f'restored step {start}' if start else 'starting afresh'} on {_describe(placement)}")
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(contextlib.closing(open_metrics()))
         progress = stack.enter_context(TrainProgress(start, config.steps, console))
@@ -139,17 +139,11 @@ def _describe(placement: Placement) -> str:
     return f"{placement.layout.name}, {mesh}, {jax.devices()[0].device_kind}{processes}"
 
 
-def _open_workdir(config: Config) -> Path:
-    """Makes the working directory if it is missing; raises ConfigError if it cannot be written."""
-    workdir = Path(config.workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".writable.{jax.process_index()}.{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"workdir={workdir} cannot be written ({error.strerror}); use --workdir runs/NAME") from error
-    return workdir
+def _remarks(config: Config, optimizer: Optimizer, checkpoints: Checkpoints, start: int) -> list[str]:
+    """Lines about what the run does otherwise than the checkpoint was trained, or than its configuration says."""
+    lines = [f"resuming with a difference: {text}" for text in (checkpoints.check(start) if start else ())]
+    warmup = describe_shorter_warmup(config.optimizer, config.steps, optimizer)
+    return [*lines, warmup] if warmup else lines
 
 
 def _finish(workdir: Path, summary: dict, lines: list[dict], console: Console) -> dict:
@@ -224,7 +218,7 @@ class TrainLoop:
             raise RunStopped(f"by a signal; step {done} of {self.config.steps} is saved; start again", PREEMPTED)
 
     def _due(self, done: int, every: int) -> bool:
-        return done == self.config.steps or (every > 0 and done % every == 0)
+        return done >= self.config.steps or (every > 0 and done % every == 0)
 
     def _batches(self, start: int) -> Iterator:
         def make(step: int):

@@ -1,0 +1,93 @@
+"""The files of a corpus: found by a glob, or the Python standard library's sources."""
+
+import contextlib
+import glob
+import os
+import stat
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tsp_jax.config import DataConfig
+from tsp_jax.errors import ConfigError
+from tsp_jax.files import FileError, folders_below
+
+_NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
+
+
+class Source(NamedTuple):
+    path: Path
+    name: str  # path below the root, with forward slashes
+    size: int  # bytes
+    mtime_ns: int
+
+
+def find_sources(data: DataConfig) -> tuple[Path, list[Source]]:
+    """Returns (folder that names are relative to, regular files sorted by name)."""
+    if data.files:
+        pattern = os.path.abspath(os.path.expanduser(data.files))
+        fixed = pattern
+        while glob.escape(fixed) != fixed:
+            fixed = os.path.dirname(fixed)
+        root = Path(fixed if fixed != pattern else os.path.dirname(pattern))
+        paths = _match(pattern)
+    else:
+        root, paths = Path(sysconfig.get_path("stdlib")), set()
+        for folder, subfolders, names in os.walk(root):
+            subfolders[:] = set(subfolders) - _NOT_STDLIB
+            paths |= {Path(folder, name) for name in names if name.endswith(".py")}
+    sources = []
+    for path in paths:
+        with reading(data, path):
+            status = path.stat()
+        if stat.S_ISREG(status.st_mode):  # a glob such as ** matches folders too
+            name = path.relative_to(root).as_posix()
+            sources.append(Source(path, name, status.st_size, status.st_mtime_ns))
+    if not sources:
+        fix = os.path.join(data.files, "**", "*.txt") if os.path.isdir(data.files) else "<a glob of text or .npy files>"
+        raise ConfigError(f"data.files={data.files!r} matches no file ({root} was searched); use data.files={fix}")
+    kinds = {source.path.suffix == ".npy": source.path for source in sources}
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"data.files={data.files!r} matches both text and token ids ({kinds[False]} and {kinds[True]}); "
+            "use data.files=<a glob of one kind>"
+        )
+    return root, sorted(sources, key=lambda source: source.name)
+
+
+def is_text(data: DataConfig) -> bool:
+    """Whether the files are text, whose bytes are the token ids; otherwise they are .npy files of token ids.
+
+    Raises:
+      ConfigError: there are no files, or files of both kinds.
+    """
+    _, sources = find_sources(data)
+    return sources[0].path.suffix != ".npy"
+
+
+@contextlib.contextmanager
+def reading(data: DataConfig, path: Path) -> Iterator[None]:
+    """Turns errors of reading a source into one line."""
+    try:
+        yield
+    except FileError as error:
+        raise ConfigError(f"data.files={data.files!r}: {error}") from None
+    except OSError as error:
+        raise ConfigError(
+            f"data.files={data.files!r} matches {path}, which cannot be read ({error.strerror}); "
+            "make it readable or use data.files=<a narrower glob>"
+        ) from error
+
+
+def _match(pattern: str) -> set[Path]:
+    """What an absolute pattern matches, as glob does; but no folder below ``**`` is searched twice, by another link."""
+    parts = pattern.split(os.sep)
+    if "**" not in parts:
+        return set(map(Path, glob.glob(pattern)))
+    place = parts.index("**")
+    rest = parts[place + 1 :] or ["*"]
+    folders = {
+        below for top in glob.glob(os.sep.join(parts[:place]) or os.sep) for below in folders_below(top, hidden=False)
+    }
+    return set().union(*(_match(os.path.join(glob.escape(str(folder)), *rest)) for folder in folders))

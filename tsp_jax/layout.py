@@ -241,8 +241,8 @@ def check_attention_movement(axes: Axes, movement: str) -> None:
     """
     if movement == "activations" and axes.folded_batch:
         raise ConfigError(
-            f"stream.attention_movement=activations cannot move tokens over {','.join(axes.folded_batch)}, which shards "
-            "the batch; use stream.attention_movement=gather"
+            f"stream.attention_movement=activations cannot move tokens over {','.join(axes.folded_batch)}, which "
+            "shards the batch; use stream.attention_movement=gather"
         )
 
 

@@ -47,6 +47,7 @@ LAYOUT_CASES: dict[str, tuple[Layout, dict[str, int]]] = {
 UNUSUAL_CASES: dict[str, tuple[Layout, dict[str, int]]] = {
     "two_axes2_4": (TWO_AXES, {"node": 2, "gpu": 4}),
     "partial2_4": (PARTIAL, {"seq": 2, "tsp": 4}),
+    "fsdp4": (LAYOUTS["fsdp"], {"data": 4}),
     "mix2_3": (MIX, {"model": 2, "tsp": 3}),
     "mix3_2": (MIX, {"model": 3, "tsp": 2}),
 }

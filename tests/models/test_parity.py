@@ -126,8 +126,8 @@ def abstract_model(model: str, placement: Placement, movement: str, remat: Remat
 
     def make():
         return Transformer(
-            MODELS[model], placement=placement, stream=stream_config(movement, placement), dtype=jnp.float32, remat=remat,
-            rngs=nnx.Rngs(0),
+            MODELS[model], placement=placement, stream=stream_config(movement, placement), dtype=jnp.float32,
+            remat=remat, rngs=nnx.Rngs(0),
         )  # fmt: skip
 
     return nnx.split(nnx.eval_shape(make))
@@ -170,7 +170,8 @@ def tsp_result(layout: str, model: str, movement: str, remat: Remat):
     stored = to_stored(paddings(state), reference_params(model))
     shardings = nnx.to_pure_dict(nnx.get_named_sharding(state, placement.mesh))
     nnx.replace_by_pure_dict(state, jax.device_put(stored, shardings))
-    batch = reorder(packed_batch(batch_size(placement), SEQ_LEN, MODELS[model].vocab_size), zigzag(SEQ_LEN, placement))
+    batch = packed_batch(batch_size(placement), SEQ_LEN, MODELS[model].vocab_size)
+    batch = reorder(batch, zigzag(SEQ_LEN, placement))
 
     def loss(state, batch):
         nll, lse = nnx.merge(graphdef, state).token_losses(batch)

@@ -1,12 +1,13 @@
 """Attention of one new token per sequence to the KV cache, with stationary weights: queries are sent to the keys.
 
-The new tokens are on every device that their weights are on. Each device projects them with its own rows of the
-weights. Queries are gathered, so that each device attends to its own cache entries, of its own sequences, for all heads
-of its tensor shard. The partial softmaxes are merged on the devices that hold the heads' output weights. The cache is only read: the new keys and values of all layers are
-written at once, after the last layer.
+Every device has the new tokens, except that batch axes without weights shard them. Each device projects them with its
+own rows of the weights. Queries are gathered, so that each device attends to its own cache entries, of its own
+sequences, for all heads of its tensor shard. The partial softmaxes are merged on the devices that hold the heads'
+output weights. The cache is only read: the new keys and values of all layers are written at once, after the last layer.
 
-Dims: B batch, b this device's sequences (fewer than B if folded axes shard the batch), s this device's cache entries, D model, N query heads and K KV heads of this tensor shard, n this
-device's query heads, G = N / K, H head, w this device's rows of a weight, R ranks of the sequence.
+Dims: B batch, b sequences whose cache this device has (fewer if folded axes shard the batch), s this device's cache
+entries, D model, N query heads and K KV heads of this tensor shard, n this device's query heads, G = N / K, H head, w
+this device's rows of a weight, R ranks of the sequence.
 """
 
 from functools import partial

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from tests.builders.arrays import LAYOUT_CASES, MIX, PARTIAL, TWO_AXES, place_case
+from tests.builders.arrays import LAYOUT_CASES, MIX, PARTIAL, REPLICAS, TWO_AXES, place_case
 from tsp_jax.config import Config, DataConfig, ModelConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.layout import (
@@ -29,6 +29,8 @@ from tsp_jax.layout import (
 
 ROLES = {
     "single": Axes(),
+    "dp": Axes(),
+    "fsdp": Axes(folded=("data",)),
     "tp": Axes(tensor=("model",)),
     "sp": Axes(sequence=("seq",)),
     "tp_sp": Axes(tensor=("model",), sequence=("seq",)),
@@ -39,6 +41,7 @@ UNUSUAL_ROLES = [
     (MIX, Axes(folded=("tsp",), tensor=("model",), sequence=("tsp",))),
     (TWO_AXES, Axes(folded=("node", "gpu"), sequence=("node", "gpu"))),
     (PARTIAL, Axes(folded=("tsp",), sequence=("seq", "tsp"))),
+    (REPLICAS, Axes(folded=("data", "tsp"), sequence=("tsp",))),
 ]
 
 
@@ -66,8 +69,8 @@ def test_only_fsdp_cp_gathers_whole_weights():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"heads": ("a", "a")}, "heads=('a', 'a') uses an axis twice"),
-        ({"mlp": ("data",)}, "mlp=('data',) uses an axis twice, or one of batch=('data',)"),
+        ({"heads": ("a", "a")}, "heads=('a', 'a') names an axis twice; use each once"),
+        ({"sequence": ("data",)}, "batch=('data',) and sequence=('data',) share an axis"),
         ({"sequence": ("a",), "vocab": ("a", "m")}, "must name tensor axes before folded ones; use ('m', 'a')"),
     ],
 )
@@ -82,7 +85,9 @@ def test_get_layout(name):
 
 
 def test_an_unknown_layout_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="layout=zp is unknown; use one of single, tp, sp, tp_sp, tsp, fsdp_cp"):
+    with pytest.raises(
+        ConfigError, match="layout=zp is unknown; use one of single, dp, fsdp, tp, sp, tp_sp, tsp, fsdp_cp"
+    ):
         get_layout("zp")
 
 
@@ -208,7 +213,7 @@ def changed(field: str, value: int, **changes) -> Config:
 @pytest.mark.parametrize("name", LAYOUT_CASES)
 def test_check_fits_accepts(name):
     layout, sizes = LAYOUT_CASES[name]
-    config = dataclasses.replace(changed("model.vocab_size", 72), seq_len=96)
+    config = dataclasses.replace(changed("model.vocab_size", 72), seq_len=96, batch=8)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=120))
     check_fits(config, layout, {axis: sizes.get(axis, 1) for axis in layout.axis_names})
 

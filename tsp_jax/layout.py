@@ -1,8 +1,9 @@
 """The layout table: which mesh axes shard which logical dimension. Every axis name is defined here.
 
-Let W be the axes that shard a weight's dimension (heads, mlp or vocab) and Q the axes that shard the sequence. Axes in
-both W and Q are *folded*: weights move past tokens. Axes in W alone are *tensor* axes: partial outputs are summed. Axes
-in Q exchange keys and values. TP, SP, TP+SP, FSDP+CP and TSP are rows of one table.
+Let W be the axes that shard a weight's dimension (heads, mlp or vocab) and T the axes that shard tokens, by batch or by
+sequence. Axes in both W and T are *folded*: weights move past tokens. Axes in W alone are *tensor* axes: partial
+outputs are summed. Keys and values are exchanged over the axes that shard the sequence. Data parallelism, FSDP, TP, SP,
+TP+SP, FSDP+CP and TSP are rows of one table.
 """
 
 import dataclasses
@@ -24,11 +25,16 @@ class Axes(NamedTuple):
     """The mesh axes of each role in one op; an empty tuple if no axis has the role."""
 
     folded: AxisNames = ()
-    """shard both weights and tokens: weights move past tokens"""
+    """shard both weights and tokens, by batch or by sequence: weights move past tokens"""
     tensor: AxisNames = ()
     """shard weights alone: partial outputs are summed"""
     sequence: AxisNames = ()
     """shard the sequence: keys and values are all-gathered over them"""
+
+    @property
+    def folded_batch(self) -> AxisNames:
+        """Folded axes that shard the batch, so that no keys and values are exchanged over them."""
+        return tuple(name for name in self.folded if name not in self.sequence)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,13 +51,12 @@ class Layout:
     """all-gather each op's weights at once instead of bucket by bucket (ZeRO-3 / FSDP over the context axis)"""
 
     def __post_init__(self):
-        tokens = self.batch + self.sequence
-        if len(set(tokens)) < len(tokens):
+        if len(set(self.tokens)) < len(self.tokens):
             raise ConfigError(f"layout {self.name}: batch={self.batch} and sequence={self.sequence} share an axis")
         for dim in WEIGHT_DIMS:
             names = getattr(self, dim)
-            if len({*names, *self.batch}) < len(names) + len(self.batch):
-                raise ConfigError(f"layout {self.name}: {dim}={names} uses an axis twice, or one of batch={self.batch}")
+            if len(set(names)) < len(names):
+                raise ConfigError(f"layout {self.name}: {dim}={names} names an axis twice; use each once")
             axes = self.axes(dim)
             if names != axes.tensor + axes.folded:
                 raise ConfigError(
@@ -59,12 +64,17 @@ class Layout:
                     f"use {axes.tensor + axes.folded}"
                 )
 
+    @property
+    def tokens(self) -> AxisNames:
+        """The axes that shard tokens: batch, then sequence."""
+        return self.batch + self.sequence
+
     def axes(self, dim: str) -> Axes:
         """The roles of mesh axes in an op whose weights are sharded along `dim` (heads, mlp or vocab)."""
         names = getattr(self, dim)
         return Axes(
-            folded=tuple(name for name in names if name in self.sequence),
-            tensor=tuple(name for name in names if name not in self.sequence),
+            folded=tuple(name for name in names if name in self.tokens),
+            tensor=tuple(name for name in names if name not in self.tokens),
             sequence=self.sequence,
         )
 
@@ -80,7 +90,7 @@ class Layout:
     @property
     def axis_names(self) -> AxisNames:
         """Every mesh axis of the layout, batch first."""
-        return tuple(dict.fromkeys((*self.batch, *self.sequence, *self.heads, *self.mlp, *self.vocab)))
+        return tuple(dict.fromkeys((*self.tokens, *self.heads, *self.mlp, *self.vocab)))
 
 
 def _preset(name: str, weights: AxisNames = (), sequence: AxisNames = (), whole_weights: bool = False) -> Layout:
@@ -89,6 +99,8 @@ def _preset(name: str, weights: AxisNames = (), sequence: AxisNames = (), whole_
 
 _PRESETS = (
     _preset("single"),
+    _preset("dp"),
+    _preset("fsdp", weights=("data",)),
     _preset("tp", weights=("model",)),
     _preset("sp", sequence=("seq",)),
     _preset("tp_sp", weights=("model",), sequence=("seq",)),
@@ -165,7 +177,8 @@ def _with_auto_axes(mesh: Mesh | AbstractMesh) -> Any:
 def parse_mesh(text: str, layout: Layout, num_devices: int) -> dict[str, int]:
     """Parses axis sizes such as ``data=1,tsp=8``; axes of the layout that are not named get size 1.
 
-    An empty text puts all devices on the layout's own axis or, if it has two, evenly over both if possible.
+    An empty text puts all devices on the layout's own axis or, if it has two, evenly over both if possible; batch axes
+    get devices only if there is no other axis. `single` gets one device.
     """
     if not text:
         return _default_mesh(layout, num_devices)
@@ -193,8 +206,10 @@ def parse_sizes(text: str, example: str = "data=1,tsp=8") -> dict[str, int]:
 
 
 def _default_mesh(layout: Layout, num_devices: int) -> dict[str, int]:
-    own = [name for name in layout.axis_names if name not in layout.batch]
     sizes = dict.fromkeys(layout.axis_names, 1)
+    if layout == LAYOUTS["single"]:
+        return sizes
+    own = [name for name in layout.axis_names if name not in layout.batch] or list(layout.batch)
     if len(own) < 2:
         return sizes | dict.fromkeys(own, num_devices)
     first = largest_divisor(num_devices, math.isqrt(num_devices))
@@ -246,12 +261,25 @@ def check_divides(field: str, value: int, ranks: int, axes: AxisNames, why: str 
         raise ConfigError(f"{field}={value} is not divisible by {ranks}{over}{why}; use {use}")
 
 
+def check_attention_movement(axes: Axes, movement: str) -> None:
+    """Raises ConfigError if attention is to move tokens over folded axes that shard the batch.
+
+    A rank would have tokens of several ranks' sequences as one sequence.
+    """
+    if movement == "activations" and axes.folded_batch:
+        raise ConfigError(
+            f"stream.attention_movement=activations cannot move tokens over {','.join(axes.folded_batch)}, which "
+            "shards the batch; use stream.attention_movement=gather"
+        )
+
+
 def check_fits(config: Config, layout: Layout, sizes: Mapping[str, int]) -> None:
     """Raises ConfigError, with a value that works, if the sizes of a configuration do not divide over a mesh."""
 
     def check(field: str, value: int, axes: AxisNames, times: int, why: str) -> None:
         check_divides(field, value, num_ranks(axes, sizes) * times, axes, why if times > 1 else "")
 
+    check_attention_movement(layout.axes("heads"), config.stream.attention_movement)
     zigzag = config.data.order == "zigzag" and num_ranks(layout.sequence, sizes) > 1
     check("seq_len", config.seq_len, layout.sequence, 2 if zigzag else 1, " (two zigzag chunks a rank)")
     check("model.d_ff", config.model.d_ff, layout.mlp, 1, "")

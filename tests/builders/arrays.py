@@ -23,6 +23,8 @@ TWO_AXES = _custom("two_axes", ("node", "gpu"), ("node", "gpu"))
 """one fold over two mesh axes"""
 PARTIAL = _custom("partial", ("seq", "tsp"), ("tsp",))
 """weights folded with one of two sequence axes, replicated over the other"""
+REPLICAS = _custom("replicas", ("tsp",), ("data", "tsp"))
+"""weights folded with the sequence and with the batch: every rank holds another shard"""
 
 LAYOUT_CASES: dict[str, tuple[Layout, dict[str, int]]] = {
     "single": (LAYOUTS["single"], {}),
@@ -35,6 +37,9 @@ LAYOUT_CASES: dict[str, tuple[Layout, dict[str, int]]] = {
     "tsp4": (LAYOUTS["tsp"], {"tsp": 4}),
     "tsp8": (LAYOUTS["tsp"], {"tsp": 8}),
     "data2_tsp4": (LAYOUTS["tsp"], {"data": 2, "tsp": 4}),
+    "dp8": (LAYOUTS["dp"], {"data": 8}),
+    "fsdp8": (LAYOUTS["fsdp"], {"data": 8}),
+    "replicas2_4": (REPLICAS, {"data": 2, "tsp": 4}),
     "fsdp_cp8": (LAYOUTS["fsdp_cp"], {"tsp": 8}),
     "mix2_4": (MIX, {"model": 2, "tsp": 4}),
 }
@@ -42,6 +47,7 @@ LAYOUT_CASES: dict[str, tuple[Layout, dict[str, int]]] = {
 UNUSUAL_CASES: dict[str, tuple[Layout, dict[str, int]]] = {
     "two_axes2_4": (TWO_AXES, {"node": 2, "gpu": 4}),
     "partial2_4": (PARTIAL, {"seq": 2, "tsp": 4}),
+    "fsdp4": (LAYOUTS["fsdp"], {"data": 4}),
     "mix2_3": (MIX, {"model": 2, "tsp": 3}),
     "mix3_2": (MIX, {"model": 3, "tsp": 2}),
 }

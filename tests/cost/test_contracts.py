@@ -10,7 +10,7 @@ from tests.builders.arrays import LAYOUT_CASES, MIX, UNUSUAL_CASES
 from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
 from tsp_jax.cost.training import movements, step_traffic
 from tsp_jax.inspect import list_buffers, list_collectives, parse
-from tsp_jax.layout import Layout, place
+from tsp_jax.layout import Layout, num_ranks, place
 from tsp_jax.training.step import make_program
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
@@ -97,6 +97,7 @@ def traffic(config: Config, case: str, forward: bool = False) -> dict[str, dict[
 def check_traffic(config: Config, case: str, forward: bool = False) -> None:
     layout, sizes = CASES[case]
     sizes = {name: sizes.get(name, 1) for name in layout.axis_names}
+    config = dataclasses.replace(config, batch=max(config.batch, num_ranks(layout.batch, sizes)))
     moved = traffic(config, case, forward)
     for op, kinds in step_traffic(config, layout, sizes, forward=forward).items():
         got = {kind: moved[op][kind] for kind in kinds}

@@ -70,6 +70,15 @@ CASES = [
     ("tp2_sp4", "grouped", GATHER, SAVE),
     ("tp4_sp2", "multi_head", GATHER, FULL),
     ("tp4_sp2", "grouped", GATHER, NONE),
+    # tokens are sharded by batch; attention gathers weights under every movement
+    ("dp8", "grouped", GATHER, FULL),
+    ("dp8", "odd_heads_tied", GATHER, SAVE),
+    ("fsdp8", "odd_heads_tied", GATHER, FULL),
+    ("fsdp8", "grouped", PAPER, SAVE),
+    ("fsdp8", "multi_head", ACTIVATIONS, NONE),
+    ("replicas2_4", "grouped", GATHER, FULL),
+    ("replicas2_4", "multi_head", PAPER, NONE),
+    ("replicas2_4", "odd_heads_tied", ACTIVATIONS, SAVE),
     # whole weights are gathered under every movement
     ("fsdp_cp8", "multi_head", GATHER, FULL),
     ("fsdp_cp8", "odd_heads_tied", GATHER, SAVE),
@@ -102,10 +111,10 @@ CASES = [
 """(layout, model, movement, remat)"""
 
 
-def stream_config(movement: str) -> StreamConfig:
+def stream_config(movement: str, placement: Placement) -> StreamConfig:
     paper = movement == "paper"
     return StreamConfig(
-        attention_movement="gather" if paper else movement,
+        attention_movement="gather" if paper or placement.layout.axes("heads").folded_batch else movement,
         mlp_movement="ring" if paper else movement,
         vocab_movement="ring" if paper else movement,
         bucket_mib=0.008,  # two to three buckets in most ops
@@ -117,11 +126,15 @@ def abstract_model(model: str, placement: Placement, movement: str, remat: Remat
 
     def make():
         return Transformer(
-            MODELS[model], placement=placement, stream=stream_config(movement), dtype=jnp.float32, remat=remat,
-            rngs=nnx.Rngs(0),
+            MODELS[model], placement=placement, stream=stream_config(movement, placement), dtype=jnp.float32,
+            remat=remat, rngs=nnx.Rngs(0),
         )  # fmt: skip
 
     return nnx.split(nnx.eval_shape(make))
+
+
+def batch_size(placement: Placement) -> int:
+    return max(BATCH, placement.size("batch"))
 
 
 @functools.cache
@@ -139,14 +152,14 @@ def reference_params(model: str):
 
 
 @functools.cache
-def reference_result(model: str):
+def reference_result(model: str, rows: int):
     """(loss, gradients) of the plain mathematics."""
     config = MODELS[model]
 
     def loss(params, batch):
         return reference.decoder_loss(params, *batch, config=config, z_loss=Z_LOSS)
 
-    batch = packed_batch(BATCH, SEQ_LEN, config.vocab_size)
+    batch = packed_batch(rows, SEQ_LEN, config.vocab_size)
     return jax.device_get(jax.jit(jax.value_and_grad(loss))(reference_params(model), batch))
 
 
@@ -157,7 +170,8 @@ def tsp_result(layout: str, model: str, movement: str, remat: Remat):
     stored = to_stored(paddings(state), reference_params(model))
     shardings = nnx.to_pure_dict(nnx.get_named_sharding(state, placement.mesh))
     nnx.replace_by_pure_dict(state, jax.device_put(stored, shardings))
-    batch = reorder(packed_batch(BATCH, SEQ_LEN, MODELS[model].vocab_size), zigzag(SEQ_LEN, placement))
+    batch = packed_batch(batch_size(placement), SEQ_LEN, MODELS[model].vocab_size)
+    batch = reorder(batch, zigzag(SEQ_LEN, placement))
 
     def loss(state, batch):
         nll, lse = nnx.merge(graphdef, state).token_losses(batch)
@@ -171,7 +185,7 @@ def tsp_result(layout: str, model: str, movement: str, remat: Remat):
 @pytest.mark.parametrize(("layout", "model", "movement", "remat"), CASES)
 def test_loss_and_gradients_equal_the_reference(layout, model, movement, remat):
     loss, grads = tsp_result(layout, model, movement, remat)
-    desired_loss, desired_grads = reference_result(model)
+    desired_loss, desired_grads = reference_result(model, batch_size(place_case(layout)))
     assert relative_error(loss, desired_loss) <= LOSS_TOLERANCE
     assert_trees_near(grads, desired_grads, GRAD_TOLERANCE)
 

@@ -11,12 +11,18 @@ FLOAT32 = 4
 
 
 class _Serving:
-    """Ranks by role, and the sequences of one device."""
+    """Ranks by role, and the sequences whose cache (`batch`) and whose new tokens (`decoded`) a device has."""
 
     def __init__(self, config: Config, layout: Layout, sizes: Mapping[str, int]):
         model = config.model
-        self.folded, self.tensor, self.sequence = (num_ranks(names, sizes) for names in layout.axes("heads"))
+        axes = layout.axes("heads")
+        self.folded, self.tensor, self.sequence = (num_ranks(names, sizes) for names in axes)
+        unfolded = tuple(name for name in axes.sequence if name not in axes.folded)
+        self.unfolded_sequence = num_ranks(unfolded, sizes)
         self.batch = config.batch // num_ranks(layout.batch, sizes)
+        weight_axes = {*layout.heads, *layout.mlp, *layout.vocab}
+        copies = tuple(name for name in layout.batch if name not in weight_axes)
+        self.decoded = config.batch // num_ranks(copies, sizes)
         self.item = ITEMSIZE[config.compute_dtype]
         shards = (sizes[name] for name in layout.heads)
         self.heads = pad_heads(model.num_heads, model.num_kv_heads, model.head_dim, *shards)
@@ -38,29 +44,29 @@ def decode_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> 
     weight axes, `logits`. Not included: exchanging the counts of cache entries.
     """
     s, model = _Serving(config, layout, sizes), config.model
-    residual, vocab = s.batch * model.d_model * s.item, num_ranks(layout.vocab, sizes)
+    residual, vocab = s.decoded * model.d_model * s.item, num_ranks(layout.vocab, sizes)
     return {
         "attention": {kind: model.num_layers * n for kind, n in _attention(config, s).items()},
         "mlp": {"sums": model.num_layers * _summed(residual, num_ranks(layout.mlp, sizes))},
         "embed": {"sums": _summed(residual, vocab)},
-        "logits": {"logits": _gathered(s.batch * model.vocab_size * FLOAT32, vocab)},
+        "logits": {"logits": _gathered(s.decoded * model.vocab_size * FLOAT32, vocab)},
     }
 
 
 def _attention(config: Config, s: _Serving) -> dict[str, float]:
     """Bytes of one layer; float32, as the all-gather precedes q/k norm and RoPE."""
-    row = s.batch * s.heads.dim * FLOAT32
+    row = s.decoded * s.heads.dim * FLOAT32
     queries, keys_values = s.heads.query / s.tensor, 2 * s.heads.kv
     if s.heads.kv < s.tensor:  # several tensor shards hold parts of a KV head: each gathers all KV heads
         gathered = _gathered(keys_values * row, s.folded * s.tensor)
     else:
         gathered = _gathered(keys_values / s.tensor * row, s.folded)
     lse = _gathered(s.sequence * s.batch * queries * FLOAT32, s.sequence)
-    outputs = _gathered(queries * row, s.folded) + _summed(queries / s.folded * row, s.sequence // s.folded)
+    outputs = _gathered(queries * row, s.folded) + _summed(queries / s.folded * row, s.unfolded_sequence)
     return {
         "heads": _gathered(queries * row, s.folded) + gathered,
         "merges": lse + outputs,
-        "sums": _summed(s.batch * config.model.d_model * FLOAT32, s.folded * s.tensor),
+        "sums": _summed(s.decoded * config.model.d_model * FLOAT32, s.folded * s.tensor),
     }
 
 

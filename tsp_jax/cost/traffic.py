@@ -53,7 +53,7 @@ class OpSharding:
         `sizes` are the ranks of each mesh axis, `batch` is B, sequences over all devices.
         """
         folded, tensor, sequence = (num_ranks(names, sizes) for names in layout.axes(dim))
-        copies = layout.batch + tuple(name for name in layout.sequence if name not in getattr(layout, dim))
+        copies = tuple(name for name in layout.tokens if name not in getattr(layout, dim))
         return cls(
             folded=folded, tensor=tensor, sequence=sequence, replicas=num_ranks(copies, sizes), seq_len=seq_len,
             batch=batch // num_ranks(layout.batch, sizes), itemsize=itemsize, grad_itemsize=grad_itemsize,
@@ -116,10 +116,15 @@ def _others(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def choose_movement(movement: str, traffic: Callable[[str], Traffic]) -> str:
-    """Resolves `auto`: whichever of gather and activations receives fewer bytes by `traffic`."""
+def choose_movement(movement: str, traffic: Callable[[str], Traffic], tokens_may_move: bool = True) -> str:
+    """Resolves `auto`: whichever of gather and activations receives fewer bytes by `traffic`.
+
+    Unless `tokens_may_move`, as in attention whose weights are folded over batch axes, it is gather.
+    """
     if movement != "auto":
         return movement
+    if not tokens_may_move:
+        return "gather"
     return min(("gather", "activations"), key=lambda candidate: sum(traffic(candidate).values()))
 
 

@@ -53,9 +53,12 @@ class _Step:
             "embed": (stream.vocab_movement, partial(embed_traffic, vocab, **table)),
             "loss": (stream.vocab_movement, partial(loss_traffic, vocab, **table)),
         }
-        whole = self.layout.whole_weights
+        whole, folded_batch = self.layout.whole_weights, self.layout.axes("heads").folded_batch
         return {
-            op: ("gather" if whole else choose_movement(movement, traffic), traffic)
+            op: (
+                "gather" if whole else choose_movement(movement, traffic, not (folded_batch and op == "attention")),
+                traffic,
+            )
             for op, (movement, traffic) in functions.items()
         }
 
@@ -112,7 +115,8 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dic
     layer = (2 * heads.query + 2 * heads.kv) * heads.dim * model.d_model + 3 * model.d_ff * model.d_model
     tables = model.vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
     layers = model.num_layers * layer
-    replicas = num_ranks(layout.batch, sizes) if config.optimizer.zero1 else 1
+    copies = tuple(name for name in layout.batch if name not in layout.heads)
+    replicas = num_ranks(copies, sizes) if config.optimizer.zero1 else 1
     activation = sharding.tokens * model.d_model * step.itemsize
     outputs = sharding.tokens * heads.query * heads.dim / sharding.tensor * step.itemsize
     kept = {"offload": 0.0, "save_attention": activation + outputs}.get(config.remat, activation)

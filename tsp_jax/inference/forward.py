@@ -2,9 +2,9 @@
 
 Both run the layers of one Transformer on the same parameters. Prefill is the training forward with another attention.
 In decode, activations are so small that every device has all of them. So the model is placed by `decode_placement`: the
-same layout, except that no axis shards the sequence. The weights are sharded as before, and since their axes shard no
-tokens, they are tensor axes: embedding, MLP and head are tensor-parallel. Only attention uses the original layout,
-whose sequence axes shard the cache.
+same layout, except that no axis shards the sequence and none that shards weights the batch. The weights are sharded as
+before, and since their axes shard no tokens, they are tensor axes: embedding, MLP and head are tensor-parallel. Only
+attention uses the original layout, whose batch and sequence axes shard the cache.
 
 Dims: B batch, T tokens of a chunk, S cache entries of all ranks, D model, V vocabulary, L layers, K KV heads, H head,
 R ranks of the sequence; lower case: this device's shard.
@@ -21,6 +21,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from tsp_jax.errors import ConfigError
 from tsp_jax.inference.cache import Cache, cache_specs
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer
@@ -35,8 +36,17 @@ REPLICATED = PartitionSpec()
 
 
 def decode_placement(placement: Placement) -> Placement:
-    """Placement for decoding: weights are sharded as in `placement`, tokens over batch axes only."""
-    return Placement(dataclasses.replace(placement.layout, sequence=()), placement.mesh)
+    """Placement for decoding: weights are sharded as in `placement`, tokens over batch axes without weights only."""
+    layout = placement.layout
+    weight_axes = {*layout.heads, *layout.mlp, *layout.vocab}
+    batch = tuple(name for name in layout.batch if name not in weight_axes)
+    if layout.batch[: len(batch)] != batch:
+        # Otherwise a device's sequences are not among those whose tokens it has.
+        folded = tuple(name for name in layout.batch if name in weight_axes)
+        raise ConfigError(
+            f"layout {layout.name}: batch={layout.batch} must name axes that shard weights last; use {batch + folded}"
+        )
+    return Placement(dataclasses.replace(layout, batch=batch, sequence=()), placement.mesh)
 
 
 def prefill(
@@ -111,7 +121,7 @@ def decode(model: Transformer, placement: Placement, cache: Cache, tokens_B: jax
         op = partial(decode_attention, config=module.config, axes=layout.axes("heads"))
         inputs = cache.key_values, layer, positions_B1, entries, cache.positions_BS
         attend_specs = kv_specs, REPLICATED, token_spec, entries_spec, entries_spec
-        x_spec = layout.spec("batch", None, None)
+        x_spec = module.placement.layout.spec("batch", None, None)
         y_B1D, new = _run(op, module, placement, x_B1D, x_spec, inputs, attend_specs)
         return y_B1D, None, new
 

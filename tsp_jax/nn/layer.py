@@ -96,8 +96,9 @@ class Layer(nnx.Module):
         """
         sharding, whole = self._sharding(shape), self.placement.layout.whole_weights
         received = partial(traffic, sharding, d_model=d_model, **sizes)
+        tokens_may_move = self.dim != "heads" or not self.placement.layout.axes(self.dim).folded_batch
         return Stream(
-            movement="gather" if whole else choose_movement(movement, received),
+            movement="gather" if whole else choose_movement(movement, received, tokens_may_move),
             buckets=1 if whole else sharding.weight_buckets(rows, elements, self._bucket_bytes),
             token_buckets=sharding.token_buckets(d_model, self._bucket_bytes),
             grad_dtype=self.stream.grad_dtype, chunk_tokens=self.stream.chunk_tokens,

@@ -66,14 +66,17 @@ class Row:
 def parse_layout(text: str, num_devices: int) -> tuple[Layout, dict[str, int]]:
     """``tp_sp:2x4`` -> (layout, mesh sizes): sizes of weight axes, then of sequence axes.
 
-    The data axis takes the remaining devices.
+    The data axis takes the remaining devices; ``dp`` and ``fsdp`` need no size.
 
     Raises:
       ConfigError: unknown layout, or sizes that do not divide the devices.
     """
     name, _, shape = text.partition(":")
     layout = get_layout(name)
-    axes = list(dict.fromkeys((*layout.heads, *layout.sequence)))
+    own = dict.fromkeys((*layout.heads, *layout.sequence))
+    axes = [name for name in own if name not in layout.batch]
+    if not axes:
+        axes, shape = list(layout.batch), shape or str(num_devices)
     example = f"{name}:{'x'.join(['2'] * (len(axes) - 1) + ['4'])}" if axes else name
     sizes = [int(size) if size.isdecimal() else 0 for size in shape.split("x")] if shape else []
     if len(sizes) != len(axes) or not all(sizes):
@@ -83,6 +86,8 @@ def parse_layout(text: str, num_devices: int) -> tuple[Layout, dict[str, int]]:
     replica = math.prod(sizes)
     if num_devices % replica:
         raise ConfigError(f"layouts={text}: {replica} devices per replica do not divide {num_devices}; use {example}")
+    if layout.batch[0] in axes and replica != num_devices:
+        raise ConfigError(f"layouts={text} uses {replica} of {num_devices} devices; use {name}")
     found = {layout.batch[0]: num_devices // replica} | dict(zip(axes, sizes, strict=True))
     # In the layout's order: weight axes innermost, on neighbouring devices.
     return layout, {axis: found[axis] for axis in layout.axis_names}

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tsp_jax.config import Config
 from tsp_jax.heads import NoPadding, paddings
-from tsp_jax.layout import Placement
+from tsp_jax.layout import Placement, num_ranks
 from tsp_jax.models.transformer import Transformer, make_merge
 from tsp_jax.training.data import Batch
 from tsp_jax.training.optimizer import Optimizer, choose_optimizer
@@ -182,10 +182,12 @@ def _state_trees(
 
 
 def _moment_sharding(param: jax.ShapeDtypeStruct, placement: Placement) -> NamedSharding:
-    """ZeRO-1: the parameter's sharding, with the batch axes on the last unsharded dim that they divide."""
+    """ZeRO-1: the parameter's sharding, with the batch axes that replicate it on the last dim that they divide."""
     spec = [*param.sharding.spec, *[None] * (param.ndim - len(param.sharding.spec))]
+    used = {name for names in spec for name in ((names,) if isinstance(names, str) else names or ())}
+    copies = tuple(name for name in placement.layout.batch if name not in used)
     for dim in reversed(range(param.ndim)):
-        if spec[dim] is None and param.shape[dim] % placement.size("batch") == 0:
-            spec[dim] = placement.layout.batch
+        if spec[dim] is None and param.shape[dim] % num_ranks(copies, placement.mesh.shape) == 0:
+            spec[dim] = copies or None
             break
     return NamedSharding(placement.mesh, PartitionSpec(*spec))

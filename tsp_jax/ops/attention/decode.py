@@ -1,12 +1,13 @@
 """Attention of one new token per sequence to the KV cache, with stationary weights: queries are sent to the keys.
 
-The new token is on every device. Each device projects it with its own rows of the weights. Queries are gathered, so
-that each device attends to its own cache entries for all heads of its tensor shard. The partial softmaxes are merged on
-the devices that hold the heads' output weights. The cache is only read: the new keys and values of all layers are
-written at once, after the last layer.
+Every device has the new tokens, except that batch axes without weights shard them. Each device projects them with its
+own rows of the weights. Queries are gathered, so that each device attends to its own cache entries, of its own
+sequences, for all heads of its tensor shard. The partial softmaxes are merged on the devices that hold the heads'
+output weights. The cache is only read: the new keys and values of all layers are written at once, after the last layer.
 
-Dims: B batch, s this device's cache entries, D model, N query heads and K KV heads of this tensor shard, n this
-device's query heads, G = N / K, H head, w this device's rows of a weight, R ranks of the sequence.
+Dims: B batch, b sequences whose cache this device has (fewer if folded axes shard the batch), s this device's cache
+entries, D model, N query heads and K KV heads of this tensor shard, n this device's query heads, G = N / K, H head, w
+this device's rows of a weight, R ranks of the sequence.
 """
 
 from functools import partial
@@ -21,12 +22,12 @@ from tsp_jax.ops.attention.projections import normalize_and_rotate, split_heads
 from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, ShardedHeads
 from tsp_jax.ops.kernels.mask import MASKED, Tokens, may_attend
 from tsp_jax.ops.linear import matmul, matmul_t
-from tsp_jax.ops.stream import Stream
+from tsp_jax.ops.stream import Stream, zeros
 
 
 def decode_attention(
     x_B1D: jax.Array, weights: AttentionWeights, norms: HeadNorms | None, cache: KeyValues, layer: jax.Array,
-    positions_B1: jax.Array, entries: NewEntries, entry_positions_Bs: jax.Array, *, config: AttentionConfig,
+    positions_b1: jax.Array, entries: NewEntries, entry_positions_bs: jax.Array, *, config: AttentionConfig,
     axes: Axes = Axes(),
 ) -> tuple[jax.Array, KeyValues]:  # fmt: skip
     """Attention of one new token per sequence to itself and to all cached tokens.
@@ -35,41 +36,44 @@ def decode_attention(
     has (out_i, lse_i) of its cache entries; merged: ``sum_i out_i exp(lse_i - logsumexp_i(lse_i))``.
 
     Args:
-      x_B1D: the new tokens in the compute dtype, replicated over all axes except batch axes.
+      x_B1D: the new tokens in the compute dtype, replicated over all axes except batch axes that are not folded.
       weights: this device's rows, any float dtype.
       norms: scales of q/k RMSNorm, or None.
       cache: this device's shard, in the compute dtype.
       layer: [] int32, layer of the cache to read.
-      positions_B1: int32, of the new tokens; `NO_TOKEN` where a sequence has none.
+      positions_b1: int32, of the new tokens; `NO_TOKEN` where a sequence has none.
       entries: cache entries of the new tokens; exactly one rank of the sequence keeps each token.
-      entry_positions_Bs: int32, positions of this device's cache entries, without the new tokens.
+      entry_positions_bs: int32, positions of this device's cache entries, without the new tokens.
       config: static sizes.
       axes: the mesh axes by role. Folded axes act as tensor axes here.
 
     Returns:
-      (y [B, 1, D] in x's dtype, replicated like x; keys and values to be written, [1, B, K, 1, H] in x's dtype).
+      (y [B, 1, D] in x's dtype, replicated like x; keys and values to be written, [1, b, K, 1, H] in x's dtype).
 
     Moves: folded axes: one all-gather of B (N + 2 K) H and one reduce-scatter of B N H elements; sequence axes: one
-      all-gather of R B N log-sum-exps, one all-reduce of B n H over the unfolded of them; weight axes: one
+      all-gather of R b N log-sum-exps, one all-reduce of B n H over the unfolded of them; weight axes: one
       all-reduce of B D. All float32; no weights, no cached keys.
     Keeps: nothing.
     Source: partial softmaxes merged by log-sum-exp: Dao et al., Flash-Decoding (2023); arXiv 2411.01783 (pass-Q).
     """
     with jax.named_scope("tsp/attention/decode"):
         heads = ShardedHeads.of(config, axes, Stream(), weights)
-        q_B1NH, k_B1KH, v_B1KH = _project_and_gather(x_B1D, weights, norms or HeadNorms(), positions_B1, heads)
-        new = to_cache_order(k_B1KH, v_B1KH)
-        attended_Bs = may_attend(Tokens.one_document(positions_B1), Tokens.one_document(entry_positions_Bs))
+        q_b1NH, k_b1KH, v_b1KH = _project_and_gather(x_B1D, weights, norms or HeadNorms(), positions_b1, heads)
+        new = to_cache_order(k_b1KH, v_b1KH)
+        attended_bs = may_attend(Tokens.one_document(positions_b1), Tokens.one_document(entry_positions_bs))
         cache = KeyValues(*(row_major(lax.dynamic_slice_in_dim(array, layer, 1)) for array in cache))
-        out_BNH, lse_BN = _attend_to_shard(q_B1NH, cache, new, attended_Bs, entries.count_B1 > 0)
-        out_BnH = _merge_ranks(out_BNH, lse_BN, axes).astype(x_B1D.dtype)
+        out_bNH, lse_bN = _attend_to_shard(q_b1NH, cache, new, attended_bs, entries.count_B1 > 0)
+        out_BnH = _merge_ranks(out_bNH, lse_bN, axes).astype(x_B1D.dtype)
         y_B1D = matmul(out_BnH.reshape(out_BnH.shape[0], 1, -1), weights.o_wD.astype(x_B1D.dtype))
         weight_axes = axes.tensor + axes.folded
         return (lax.psum(y_B1D, weight_axes) if weight_axes else y_B1D).astype(x_B1D.dtype), new
 
 
-def _project_and_gather(x_B1D, weights: AttentionWeights, norms: HeadNorms, positions_B1, heads: ShardedHeads):
-    """(q, k, v) of all heads of this tensor shard: each device projects with its own rows, the results are gathered."""
+def _project_and_gather(x_B1D, weights: AttentionWeights, norms: HeadNorms, positions_b1, heads: ShardedHeads):
+    """(q, k, v) of this device's sequences, for all heads of this tensor shard.
+
+    Each device projects all tokens with its own rows; the results are gathered.
+    """
     config, axes, dtype = heads.config, heads.axes, x_B1D.dtype
     q, k, v = (matmul_t(x_B1D, w.astype(dtype)) for w in weights[:3])
     if heads.kv_head_spans_shards:
@@ -78,8 +82,25 @@ def _project_and_gather(x_B1D, weights: AttentionWeights, norms: HeadNorms, posi
         k, v = (lax.dynamic_slice_in_dim(a, heads.first_kv_row(), config.head_dim, axis=2) for a in (k, v))
     else:
         q, k, v = _gather_rows((q, k, v), axes.folded)
-    q, k = (normalize_and_rotate(a, norm, positions_B1, config, dtype) for a, norm in ((q, norms.q_H), (k, norms.k_H)))
+    q, k, v = (_own_sequences(a, positions_b1.shape[0], axes) for a in (q, k, v))
+    q, k = (normalize_and_rotate(a, norm, positions_b1, config, dtype) for a, norm in ((q, norms.q_H), (k, norms.k_H)))
     return q, k, split_heads(v, config.head_dim).astype(dtype)
+
+
+def _own_sequences(array_B: jax.Array, size: int, axes: Axes) -> jax.Array:
+    """[B, ...] -> [b, ...]: the `size` sequences whose cache entries this device has."""
+    if not axes.folded_batch:
+        return array_B
+    return lax.dynamic_slice_in_dim(array_B, lax.axis_index(axes.folded_batch) * size, size)
+
+
+def _among_all_sequences(array_b: jax.Array, axes: Axes) -> jax.Array:
+    """[b, ...] -> [B, ...]: zeros for sequences of other devices."""
+    if not axes.folded_batch:
+        return array_b
+    size, ranks = array_b.shape[0], lax.axis_size(axes.folded_batch)
+    zeros_B = zeros((size * ranks, *array_b.shape[1:]), array_b.dtype, like=array_b)
+    return lax.dynamic_update_slice_in_dim(zeros_B, array_b, lax.axis_index(axes.folded_batch) * size, axis=0)
 
 
 def _gather_rows(arrays_B1w: tuple[jax.Array, ...], axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
@@ -115,15 +136,15 @@ def _attend_to_shard(q_B1NH, cache: KeyValues, new: KeyValues, attended_Bs, keep
     return out_BKGH.reshape(batch, heads, head_dim), jnp.where(is_empty_BKG1, MASKED, lse_BKG1).reshape(batch, heads)
 
 
-def _merge_ranks(out_BNH, lse_BN, axes: Axes) -> jax.Array:
+def _merge_ranks(out_bNH, lse_bN, axes: Axes) -> jax.Array:
     """[B, n, H]: attention to all cache entries, for the heads whose output weights this device holds."""
-    if not axes.sequence:
-        return out_BNH
     with jax.named_scope("merge_ranks"):
-        lse_RBN = lax.all_gather(lse_BN, axes.sequence)
-        weight_BN = jnp.exp(lse_BN - jax.nn.logsumexp(lse_RBN, axis=0))
-        out_BNH = out_BNH * weight_BN[..., None]
+        if axes.sequence:
+            lse_RbN = lax.all_gather(lse_bN, axes.sequence)
+            weight_bN = jnp.exp(lse_bN - jax.nn.logsumexp(lse_RbN, axis=0))
+            out_bNH = out_bNH * weight_bN[..., None]
+        out_BnH = _among_all_sequences(out_bNH, axes)
         if axes.folded:
-            out_BNH = lax.psum_scatter(out_BNH, axes.folded, scatter_dimension=1, tiled=True)
+            out_BnH = lax.psum_scatter(out_BnH, axes.folded, scatter_dimension=1, tiled=True)
         unfolded = tuple(name for name in axes.sequence if name not in axes.folded)
-        return lax.psum(out_BNH, unfolded) if unfolded else out_BNH
+        return lax.psum(out_BnH, unfolded) if unfolded else out_BnH

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from tsp_jax.layout import Axes
+from tsp_jax.layout import Axes, check_attention_movement
 from tsp_jax.ops.attention.projections import project_in, project_out, vary_inputs_alike
 from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, ShardedHeads
 from tsp_jax.ops.attention.stationary import StationaryHeads, stationary_project_in, stationary_project_out
@@ -55,6 +55,9 @@ def attention(
     Returns:
       [B, t, D] in x's dtype.
 
+    Raises:
+      ConfigError: the movement is activations and a folded axis shards the batch.
+
     Moves: every amount times (R - 1) / R for R ranks. Streamed weights: forward all-gathers of (2 N + 2 K) H D
       elements of weights and 2 B S K H of keys and values; backward the same again (besides what remat repeats of
       forward), and reduce-scatters of as many gradients of weights, keys and values. Stationary weights: forward
@@ -65,6 +68,7 @@ def attention(
     Source: arXiv 2604.26294, section on attention; separating projections from the exchange is ours.
     """
     with jax.named_scope("tsp/attention"):
+        check_attention_movement(axes, stream.movement)
         inputs = vary_inputs_alike(x_BtD, weights, norms, tokens_Bt)
         run = _stationary if moves_tokens(axes.folded, stream) else _streamed
         y_BtD = run(*inputs, config, axes, stream)

@@ -197,6 +197,16 @@ def test_nothing_in_a_summary_is_markup(whole):
     assert "[bold]a[/], [/red], ?[31m" in shown
 
 
+def test_nothing_in_a_checkpoint_is_markup(again, monkeypatch, capsys):
+    path = Path(again.workdir) / "checkpoints" / str(STEPS) / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["config"]["seed"] = "[/red]:bug:"
+    path.write_text(json.dumps(meta))
+    monkeypatch.setattr("tsp_jax.training.checkpoint.find_damage", lambda *_: None)
+    trainer.train(again, "whole")
+    assert "was [/red]:bug:" in capsys.readouterr().out
+
+
 def test_numbers_that_no_step_has_are_none(whole):
     shown = show(read(whole) | {"loss": None, "eval_loss": None, "tokens_per_s": None})
     assert shown.count("none") == 3

@@ -58,13 +58,13 @@ def program(*lines: str, header: str = "") -> str:
         ),
         (f"%bad = {PAIR} while(%t), condition=%go, body=%long", "bad .while. makes 2 arrays by long, which returns 3"),
         ("%bad = (f32[4]{0}) while(%t), condition=%go, body=%short", "bad .while. makes 2 arrays by short"),
-        (f"%bad = {PAIR} while(), condition=%go, body=%short", "bad .while. passes 0 arguments"),
+        (f"%bad = {PAIR} while(), condition=%go, body=%short", "bad .while. needs an operand"),
         ("%bad = f32[4]{0} conditional(%i, %x), branch_computations={%one, %one}", "has 2 branches and 2 operands"),
         ("%bad = f32[4]{0} conditional(%i, %x), branch_computations={%two}", "passes 1 arguments to two"),
-        ("%bad = f32[4]{0} conditional()", "bad .conditional. has 0 branches and 0 operands"),
+        ("%bad = f32[4]{0} conditional()", "bad .conditional. needs an operand"),
         (f"%bad = {PAIR} conditional(%i, %x), branch_computations={{%one}}", "makes 2 arrays by one, which returns 1"),
-        ("%bad = f32[4]{0} async-done()", "bad .async-done. has no operand"),
-        ("%bad = f32[4]{0} all-gather-done()", "bad .all-gather-done. has no operand"),
+        ("%bad = f32[4]{0} async-done()", "bad .async-done. needs an operand"),
+        ("%bad = f32[4]{0} all-gather-done()", "bad .all-gather-done. needs an operand"),
     ],
 )
 def test_a_call_that_does_not_fit_is_named(line, message):

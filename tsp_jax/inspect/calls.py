@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from tsp_jax.errors import ConfigError
+from tsp_jax.inspect.checks import misfit
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.module import Module
 from tsp_jax.inspect.shapes import ShapeTree, leaves
@@ -16,17 +17,15 @@ def check_calls(module: Module) -> None:
     parameters = {name: _parameters(c) for name, c in module.computations.items()}
     for computation in module.computations.values():
         for i in computation.instructions:
-            if i.phase in ("update", "done") and not i.operands:
-                raise _misfit(i, "has no operand; it must name what it ends")
             operands = [operand.shape for operand in computation.operands(i)]
             for name, given in _calls(i, operands):
                 if name in parameters and parameters[name] > given:
-                    raise _misfit(i, f"passes {given} arguments to {name}, which has {parameters[name]} parameters")
+                    raise misfit(i, f"passes {given} arguments to {name}, which has {parameters[name]} parameters")
             for name, shape in _results(i, operands):
                 callee = module.computations.get(name)
                 if callee and _arrays(callee.root.shape) != _arrays(shape):
                     returned = f"{name}, which returns {_arrays(callee.root.shape)}"
-                    raise _misfit(i, f"makes {_arrays(shape)} arrays by {returned}; their shapes must be equal")
+                    raise misfit(i, f"makes {_arrays(shape)} arrays by {returned}; their shapes must be equal")
     _check_aliases(module)
 
 
@@ -42,7 +41,7 @@ def _calls(i: Instruction, operands: Sequence[ShapeTree]) -> Iterator[tuple[str,
     elif i.base == "conditional":
         branches = i.called.get("branch_computations", ())
         if not branches or len(operands) != len(branches) + 1:
-            raise _misfit(
+            raise misfit(
                 i, f"has {len(branches)} branches and {len(operands)} operands; it needs one more than branches"
             )
         yield from ((name, 1) for name in branches)
@@ -82,7 +81,3 @@ def _holds(shape: ShapeTree, index: Sequence[int]) -> bool:
             return False
         shape = shape[k]
     return True
-
-
-def _misfit(i: Instruction, why: str) -> ConfigError:
-    return ConfigError(f"HLO instruction {i.name} ({i.opcode}) {why}; pass the text as the compiler wrote it")

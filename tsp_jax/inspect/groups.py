@@ -39,6 +39,8 @@ def groups_of(module: Module, i: Instruction) -> Groups:
     listed = _listed(i, numbered)
     if numbered == module.num_devices or max(map(max, listed), default=0) >= numbered:
         return listed
+    if sum(map(len, listed)) * max(replicas, partitions) > 2 * MOST_DEVICES:
+        raise misfit(i, f"names more than {MOST_DEVICES:,} devices")
     if whole:
         return [tuple(r * partitions + p for r in group for p in range(partitions)) for group in listed]
     if channel:

@@ -2,11 +2,12 @@
 
 ``python benchmarks/xla_texts.py CHECKOUT [--ref REF] [--json FILE]`` takes a checkout or a bare git directory of
 openxla/xla. Each text is read twice: as it is written, and as XLA prints it, marked as scheduled, so that its peak and
-timeline are computed too. Every text has ten seconds, in a process of its own that is replaced if it dies.
+timeline are computed too. A text has ten seconds of CPU time; a process that a text ends is replaced.
 """
 
 import argparse
 import collections
+import contextlib
 import io
 import itertools
 import json
@@ -24,7 +25,10 @@ from pathlib import Path
 
 from xla_count import GEMM, PRODUCTS, ask_xla
 
+SINGLE = 1e-6
+"""XLA counts in single precision"""
 LIMIT_S = 10
+"""of CPU time, since other work may share the machine"""
 RAW = re.compile(r'R"(\w*)\((.*?)\)\1"', re.DOTALL)
 SEPARATOR = re.compile(r"^(?://)?\s*-----+.*$|^(?=HloModule\s)", re.MULTILINE)
 
@@ -59,7 +63,8 @@ def read(text: str) -> dict:
         report = inspect.report(text)
         fits = platforms_of_text(report.module) or ("rocm", "tpu")
         for target in [name for name, hardware in HARDWARE.items() if hardware.platform in fits]:
-            report = inspect.report(text, target=target, record=True)
+            with contextlib.suppress(ConfigError):  # a target may not have as many devices
+                report = inspect.report(text, target=target, record=True)
         json.dumps(report.to_json())
         show(report, Console(file=io.StringIO()))
         module, products = report.module, {}
@@ -78,15 +83,15 @@ def read(text: str) -> dict:
 
 
 def worker(job: str, file: str, start: int) -> None:
-    """Runs a job on each text of a file from a number on; a line of JSON each. The alarm ends the process."""
+    """Runs a job on each text of a file from a number on; a line of JSON each. The timer ends the process."""
     run = {"xla": ask_xla, "read": read}[job]
     run("HloModule m\n\nENTRY e {\n  ROOT p = f32[] parameter(0)\n}\n")  # import before the clock starts
     for text in json.loads(Path(file).read_text())[start:]:
-        signal.alarm(LIMIT_S)
-        begin = time.perf_counter()
+        signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
+        begin = time.process_time()
         result = run(text)
-        seconds = time.perf_counter() - begin
-        signal.alarm(0)
+        seconds = time.process_time() - begin
+        signal.setitimer(signal.ITIMER_PROF, 0)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps({**result, "seconds": seconds, "peak_mb": peak}), flush=True)
 
@@ -106,7 +111,7 @@ def run_all(job: str, some: list[str]) -> Iterator[dict]:
                     done += 1
             if done < len(some):
                 code = process.returncode
-                died = f"over {LIMIT_S} s" if code == -signal.SIGALRM else f"process died with {code}"
+                died = f"over {LIMIT_S} s" if code == -signal.SIGPROF else f"process died with {code}"
                 yield {"traceback": died, "seconds": 0.0, "peak_mb": 0.0}
                 done += 1
 
@@ -122,7 +127,7 @@ def compare(ours: dict, theirs: dict, kind: str) -> tuple[int, list[str]]:
     """(number of instructions that both count, lines on those that differ); XLA also lists some that never run."""
     found = {key: value if kind == "products" else value[1] for key, value in ours[kind].items()}
     both = [key for key in theirs[kind] if key in found]
-    wrong = [key for key in both if found[key] != theirs[kind][key]]
+    wrong = [key for key in both if abs(found[key] - theirs[kind][key]) > SINGLE * found[key]]
     return len(both), [f"{key}: {found[key]} here, {theirs[kind][key]} by XLA" for key in wrong]
 
 

@@ -48,6 +48,7 @@ def read_all(text: str) -> None:
         ("  ROOT %bad = f32[4] parameter(1000000000)", "lacks parameter(0)"),
         ("  %x = f32[4] parameter(0)\n  ROOT %bad = f32[4] parameter(0)", "number 0"),
         ("  ROOT %bad = f32[4] parameter(one)", "number one"),
+        (X + "  ROOT %bad = f32[4,4] add(%x, 1)", "operand 1, which no earlier"),
         (T + "  ROOT %bad = s32[] get-tuple-element(%t)", "index none"),
         (T + "  ROOT %bad = s32[] get-tuple-element(%t), index=2", "index 2, and its operand is a tuple of 2"),
         (T + "  ROOT %bad = s32[] get-tuple-element(%t), index=-1", "index -1"),

@@ -31,10 +31,6 @@ def check_module(module: Module) -> None:
         for i in computation.instructions:
             if wrong := next(_misfits(computation, i), ""):
                 raise misfit(i, wrong)
-    numbers = sorted(int(i.literal) for i in module.entry.instructions if i.opcode == "parameter")
-    if numbers != list(range(len(numbers))):
-        gap = next(n for n, number in enumerate(numbers) if n != number)
-        raise ConfigError(f"{module.entry.name} of HLO text lacks parameter({gap}); pass the complete text")
     _check_calls(module)
 
 
@@ -60,6 +56,8 @@ def _check_names(computation: Computation) -> None:
             if not re.fullmatch(r"\d{1,18}", i.literal) or int(i.literal) in numbers:
                 raise misfit(i, f"has number {i.literal:.80}; it must be a number that no other parameter has")
             numbers.add(int(i.literal))
+    if gaps := set(range(len(numbers))) - numbers:
+        raise ConfigError(f"computation {computation.name:.200} lacks parameter({min(gaps)}); pass the complete text")
 
 
 def _misfits(computation: Computation, i: Instruction) -> Iterator[str]:

@@ -7,7 +7,6 @@ manifest detects damage since then. A damaged checkpoint is renamed to ``STEP.da
 
 import dataclasses
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,11 +15,10 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from tsp_jax.config import Config
 from tsp_jax.errors import NOT_SAVED, ConfigError, RunStopped
-from tsp_jax.heads import to_logical, to_stored
+from tsp_jax.heads import abstract_logical, to_logical, to_stored
 from tsp_jax.training.checkpoint_manifest import find_damage, write_manifest
 from tsp_jax.training.distributed import broadcast_from_writer, gather_from_all, is_writer
 from tsp_jax.training.step import TrainProgram, TrainState
@@ -55,7 +53,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, program: TrainProgram, config: Config, data_digest: str, report: Callable = print):
         self.folder, self.config, self.data_digest, self.report = folder.absolute(), config, data_digest, report
-        self._logical = _abstract_logical(program)
+        self._logical = abstract_logical(program.paddings, program.abstract_state)
         self._to_logical = _convert(to_logical, program.paddings, self._logical)
         self._to_stored = _convert(to_stored, program.paddings, program.abstract_state)
         self._writer = _orbax()
@@ -226,18 +224,3 @@ def _convert(function: Callable, paddings: TrainState, result: TrainState) -> Ca
         return lambda state: state
     shardings = jax.tree.map(lambda array: array.sharding, result)
     return jax.jit(partial(function, paddings), out_shardings=shardings)
-
-
-def _abstract_logical(program: TrainProgram) -> TrainState:
-    """The logical arrays with the stored arrays' shardings, but replicated along dims that do not divide."""
-
-    def abstract(logical: jax.ShapeDtypeStruct, stored: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        mesh, spec = stored.sharding.mesh, list(stored.sharding.spec)
-        for dim, names in enumerate(spec):
-            names = (names,) if isinstance(names, str) else names or ()
-            if logical.shape[dim] % math.prod(mesh.shape[name] for name in names):
-                spec[dim] = None
-        return jax.ShapeDtypeStruct(logical.shape, logical.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
-
-    shapes = jax.eval_shape(partial(to_logical, program.paddings), program.abstract_state)
-    return jax.tree.map(abstract, shapes, program.abstract_state)

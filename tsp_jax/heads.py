@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
-from tsp_jax.layout import Placement
+from tsp_jax.layout import Placement, num_ranks
 
 
 class Heads(NamedTuple):
@@ -138,6 +139,22 @@ def to_logical(paddings: Any, stored: Any) -> Any:
 def to_stored(paddings: Any, logical: Any) -> Any:
     """Inverse of `to_logical`; padding is zero."""
     return jax.tree.map(lambda padding, array: padding.pad(array), paddings, logical)
+
+
+def abstract_logical(paddings: Any, stored: Any) -> Any:
+    """Shapes of logical arrays, with the stored arrays' shardings, but replicated along dims that do not divide.
+
+    `stored`: arrays on a mesh, or ShapeDtypeStructs with shardings.
+    """
+
+    def abstract(padding: Any, array: Any) -> jax.ShapeDtypeStruct:
+        shape, mesh, spec = jax.eval_shape(padding.unpad, array).shape, array.sharding.mesh, list(array.sharding.spec)
+        for dim, names in enumerate(spec):
+            if shape[dim] % num_ranks((names,) if isinstance(names, str) else names or (), mesh.shape):
+                spec[dim] = None
+        return jax.ShapeDtypeStruct(shape, array.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree.map(abstract, paddings, stored)
 
 
 def logical_params(state: nnx.State) -> dict:

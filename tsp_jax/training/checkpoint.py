@@ -8,7 +8,6 @@ manifest detects damage since then. A damaged checkpoint is renamed to ``STEP.da
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import re
 import shutil
@@ -21,12 +20,11 @@ from typing import Any
 import jax
 import msgspec
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from tsp_jax.config import LARGEST, Config
 from tsp_jax.errors import NOT_SAVED, ConfigError, RunStopped
 from tsp_jax.files import check_json, read_json
-from tsp_jax.heads import to_logical, to_stored
+from tsp_jax.heads import abstract_logical, to_logical, to_stored
 from tsp_jax.training.checkpoint_manifest import find_damage, write_manifest
 from tsp_jax.training.distributed import broadcast_from_writer, gather_from_all, is_writer
 from tsp_jax.training.step import TrainProgram, TrainState
@@ -89,7 +87,7 @@ class Checkpoints:
         self.folder, self.config, self.data_digest, self.report = folder.absolute(), config, data_digest, report
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             raise ConfigError(f"{self.folder} is not a folder; move it away, or use another --workdir")
-        self._logical = _abstract_logical(program)
+        self._logical = abstract_logical(program.paddings, program.abstract_state)
         self._to_logical = _convert(to_logical, program.paddings, self._logical)
         self._to_stored = _convert(to_stored, program.paddings, program.abstract_state)
         self._writer = _orbax()
@@ -285,18 +283,3 @@ def _convert(function: Callable, paddings: TrainState, result: TrainState) -> Ca
         return lambda state: state
     shardings = jax.tree.map(lambda array: array.sharding, result)
     return jax.jit(partial(function, paddings), out_shardings=shardings)
-
-
-def _abstract_logical(program: TrainProgram) -> TrainState:
-    """The logical arrays with the stored arrays' shardings, but replicated along dims that do not divide."""
-
-    def abstract(logical: jax.ShapeDtypeStruct, stored: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        mesh, spec = stored.sharding.mesh, list(stored.sharding.spec)
-        for dim, names in enumerate(spec):
-            names = (names,) if isinstance(names, str) else names or ()
-            if logical.shape[dim] % math.prod(mesh.shape[name] for name in names):
-                spec[dim] = None
-        return jax.ShapeDtypeStruct(logical.shape, logical.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
-
-    shapes = jax.eval_shape(partial(to_logical, program.paddings), program.abstract_state)
-    return jax.tree.map(abstract, shapes, program.abstract_state)

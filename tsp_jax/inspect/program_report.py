@@ -154,6 +154,4 @@ def _hardware(target: str | Hardware | None, mesh: Any) -> Hardware | None:
         raise ConfigError(f"target={target} is unknown; use one of {', '.join(HARDWARE)}")
     if mesh is None or not hasattr(mesh, "devices"):
         return None
-    device = mesh.devices.flat[0]
-    kind = f"{device.platform} {device.device_kind}".lower()
-    return next((h for h in HARDWARE.values() if h.name in kind or device.device_kind == h.topology_kind), None)
+    return next((hardware for hardware in HARDWARE.values() if hardware.is_kind_of(mesh.devices.flat[0])), None)

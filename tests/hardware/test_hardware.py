@@ -3,6 +3,8 @@
 import dataclasses
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 
@@ -143,5 +145,23 @@ sys.modules["tsp_jax"] = package
 import tsp_jax.hardware.devices
 assert "jax" not in sys.modules
 """
-    folder = str(targets.__file__).rsplit("/", 1)[0]
+    folder = str(Path(targets.__file__).parents[1])
     subprocess.run([sys.executable, "-c", code, folder], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "name"),
+    [
+        ("gpu", "AMD Instinct MI300X", "mi300x"),
+        ("gpu", "gfx942", "mi300x"),
+        ("gpu", "gfx950", "mi355x"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "h100"),
+        ("tpu", "TPU v5", "v5p"),  # so in jax 0.10 to 0.12
+        ("tpu", "TPU v5p", "v5p"),
+        ("tpu", "TPU v5 lite", None),
+        ("cpu", "cpu", "cpu"),
+    ],
+)
+def test_devices_of_jax_are_told_apart(platform, kind, name):
+    device = types.SimpleNamespace(platform=platform, device_kind=kind)
+    assert [h.name for h in HARDWARE.values() if h.is_kind_of(device)] == ([name] if name else [])

@@ -43,8 +43,8 @@ class Hardware:
     """share of sustained_flops that the fused attention kernel reaches; `attention_backward` likewise"""
     attention_backward: float = 1.0
     attention_source: str = "no fused kernel is known"
-    topology_kind: str = ""
-    """`device_kind` of a topology's devices, where it does not contain this device's name"""
+    jax_kind: str = ""
+    """`device_kind` that JAX gives such devices where it does not contain their name"""
     description: str = ""
     """the compiler's own description of the device (GPU): XLA's GpuTargetConfig as text"""
 
@@ -52,6 +52,10 @@ class Hardware:
     def efficiency(self) -> dict[str, float]:
         """Kind of kernel, as programs declare it -> share of sustained_flops that the kernel reaches."""
         return {"attention_forward": self.attention_forward, "attention_backward": self.attention_backward}
+
+    def is_kind_of(self, device: Any) -> bool:
+        """Whether a device of JAX, present or of a topology, is of this kind."""
+        return self.name in f"{device.platform} {device.device_kind}".lower() or device.device_kind == self.jax_kind
 
     def with_attention(self, efficiency: float) -> "Hardware":
         """A copy whose attention kernels, forward and backward, reach this share of `sustained_flops`.
@@ -107,7 +111,7 @@ HARDWARE = {
             source="placeholders of a small host: virtual devices share one memory",
         ),
         Hardware(
-            name="mi300x", platform="rocm", topology_kind="gfx942",
+            name="mi300x", platform="rocm", jax_kind="gfx942",
             memory_bytes=192e9, memory_bandwidth=5.3e12, peak_flops=1307e12,
             links="full_mesh", num_links=7, link_bandwidth=48e9, node_size=8, node_bandwidth=50e9,
             sustained_flops=620e12, sustained_bandwidth=4.1e12, host_bandwidth=50e9,
@@ -120,7 +124,7 @@ HARDWARE = {
             description=_amd("gfx942", 304, 65536, 2.1, 206141652992, 5300000000000),
         ),
         Hardware(
-            name="mi355x", platform="rocm", topology_kind="gfx950",
+            name="mi355x", platform="rocm", jax_kind="gfx950",
             memory_bytes=288e9, memory_bandwidth=8e12, peak_flops=2500e12,
             links="full_mesh", num_links=7, link_bandwidth=58e9, node_size=8, node_bandwidth=50e9,
             sustained_flops=1180e12, sustained_bandwidth=6.2e12, host_bandwidth=50e9,
@@ -148,7 +152,8 @@ HARDWARE = {
             ),
         ),
         Hardware(
-            name="v5p", platform="tpu", memory_bytes=95e9, memory_bandwidth=2.765e12, peak_flops=459e12,
+            name="v5p", platform="tpu", jax_kind="TPU v5",
+            memory_bytes=95e9, memory_bandwidth=2.765e12, peak_flops=459e12,
             links="torus", num_links=6, link_bandwidth=90e9, node_size=8960, node_bandwidth=25e9,
             sustained_flops=367e12, sustained_bandwidth=2.5e12, host_bandwidth=16e9,
             source="Google Cloud TPU v5p page (4,800 Gb/s of interconnect a chip, over six directions); products 0.8 "

@@ -57,7 +57,7 @@ class Target:
         """The machine's own devices of this kind; empty if there are too few."""
         if not is_present(self.hardware.platform):
             return []
-        found = [d for d in jax.devices() if self.hardware.name in f"{d.platform} {d.device_kind}".lower()]
+        found = list(filter(self.hardware.is_kind_of, jax.devices()))
         return found[: self.num_devices] if len(found) >= self.num_devices else []
 
 

@@ -20,8 +20,7 @@ _MARKS = (
 
 def hardware_of(device: Any) -> Hardware | None:
     """The row of `HARDWARE` that a device of JAX is; None if it has none."""
-    kind = f"{device.platform} {device.device_kind}".lower()
-    return next((h for h in HARDWARE.values() if h.name in kind or device.device_kind == h.topology_kind), None)
+    return next((hardware for hardware in HARDWARE.values() if hardware.is_kind_of(device)), None)
 
 
 def platforms_of_devices(devices: Iterable[Any]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 A folder means what transformers makes of it: `model_type` names the class, whose defaults stand for absent keys. Each
 key of these classes is decided: a field of `_Keys` is read, one of `REFUSED` may only have its plain value, one of
-`IGNORED` does not change what the model computes. Keys that the classes do not have are ignored, as they are there.
+`IGNORED` does not change what the model computes. Keys unknown to the class are ignored, as transformers does.
 Source: models/{llama,mistral,qwen3}/configuration_*.py and configuration_utils.py of transformers 5.24.
 """
 

@@ -34,7 +34,7 @@ class GGUFTokenizer(msgspec.Struct, kw_only=True):
     add_bos: bool = msgspec.field(name="tokenizer.ggml.add_bos_token", default=False)
     add_eos: bool = msgspec.field(name="tokenizer.ggml.add_eos_token", default=False)
     add_space: bool = msgspec.field(name="tokenizer.ggml.add_space_prefix", default=False)
-    """of SentencePiece alone: nothing reads it here"""
+    """a setting of SentencePiece tokenizers; not used, since only byte-level BPE is read"""
 
     def special_ids(self) -> dict[str, int | list[int]]:
         """Keys of config.json; several tokens may end a text."""

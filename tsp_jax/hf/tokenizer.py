@@ -99,7 +99,7 @@ class Decoder:
         """the last tokens whose text was returned: a token's text may depend on those before it"""
         self._waiting: list[int] = []
         self._shown = self._text = ""
-        """the texts of `before`, and of both"""
+        """(text of the tokens in `_before`, text of these and the tokens after them)"""
 
     def step(self, token: int) -> str:
         """Returns the text that a token completes, which may be empty."""

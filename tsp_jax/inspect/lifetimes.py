@@ -178,7 +178,7 @@ class Walk:
         return results
 
     def _late(self, computation: Computation, i: Instruction, operands: list[Values]) -> Values:
-        """Values of an update that brings operands which its start has not been given yet."""
+        """Values of an async update whose operands include some that its start did not receive."""
         before, start = operands[0], computation.operands(i)[0]
         given = start.shape[0] if isinstance(start.shape, tuple) and start.shape else ()
         while start.phase == "update" and (sources := computation.operands(start)):

@@ -14,7 +14,7 @@ from tsp_jax.inspect.instructions import Computation
 from tsp_jax.inspect.schedule import Queue, Schedule, Step, Task
 
 _SETTLED = 1e-11
-"""seconds; queue states that differ by less count as equal, since sums are rounded"""
+"""tolerance in seconds: queue states closer than this are taken as equal, since sums are rounded"""
 
 _MOST_WORK = 2_000_000
 """steps; a training step of a real model takes fewer than a hundred thousand, each iteration of its loops traced"""

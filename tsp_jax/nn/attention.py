@@ -40,7 +40,7 @@ class Attention(Layer):
       rope_scaling: scaling of those frequencies for long contexts.
       qk_norm: whether to apply RMSNorm to each query and key head before RoPE.
       norm_eps: epsilon of that norm.
-      remat: what the model recomputes of this layer in backward; `auto` counts bytes that this moves again.
+      remat: what backward recomputes of this layer; `auto` counts the bytes that recomputing moves a second time.
       init_std: standard deviation of the initial input projections.
       out_std: the same for the output projection; init_std if None.
       dtype: compute dtype; parameters are float32.

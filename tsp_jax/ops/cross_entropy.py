@@ -48,7 +48,7 @@ def cross_entropy(
       x_BtD: final hidden states, in the compute dtype.
       table_vD: this device's rows of the output head (or of a tied embedding), any float dtype.
       labels_Bt: next tokens, int32; negative: ignored; V or more: NaN, so that no loss is finite by mistake.
-      axes: over folded axes, buckets of the head move, or tokens; over tensor axes, partial sums are combined.
+      axes: over folded axes, either buckets of the head move or tokens do; over tensor axes, partial sums are combined.
       stream: movement (gather, ring or activations), buckets and chunks; the number of buckets divides v.
 
     Returns:

@@ -115,7 +115,7 @@ def check_chunk(config: Config, step: Step, chunk: int) -> None:
 
 
 def _lower(config: Config, placement: Placement, step: Step, chunk: int, optimizer: Optimizer) -> jax.stages.Lowered:
-    """Lowers a step. Prefill: of a chunk of a prompt, or of all; decode: with a cache of seq_len tokens."""
+    """Lowers a step. Prefill takes a chunk of a prompt, or all of it; decode has a cache of seq_len tokens."""
     if step in ("train", "forward"):
         program = make_program(config, placement, optimizer if step == "train" else None)
         if step == "train":

@@ -42,7 +42,7 @@ class AttentionConfig(NamedTuple):
     rope_theta: float
     norm_eps: float = 1e-6
     query_buckets: int = 1
-    """largest number of buckets of a rank's query heads; the next smaller number that divides them is used. So for KV heads"""
+    """at most this many buckets of a rank's query heads: the largest number that divides them; so for KV heads"""
     kv_buckets: int = 1
     kernel: Kernel = XlaKernel()
     """attention on one device"""

@@ -26,7 +26,7 @@ FailedSave = Literal["continue", "stop"]
 LARGEST = 2**31 - 1
 """the largest integer accepted: indices have 32 bits"""
 FLOAT32 = (2.0**-126, 2.0**128)
-"""the smallest normal number of float32, and the end of its range: what is smaller counts as 0 in a program"""
+"""smallest normal float32 and largest finite float32; programs flush anything smaller to 0"""
 _TYPES = {bool: bool, int: numbers.Integral, float: numbers.Real, str: str}
 MOST_BYTES = 10**15
 """more than any target holds: a whole v5p pod, 8,960 devices, has 0.85e15 bytes of memory"""
@@ -60,7 +60,7 @@ def _check(owner: str, config: object, positive: str = "", not_negative: str = "
 
 
 def _check_bytes(what: str, nbytes: int, owner: str, config: object, fields: str) -> None:
-    """Raises ConfigError if no target holds so many bytes; `fields` are those that make them, the largest is named."""
+    """Raises ConfigError if no target has this much memory; names the largest of `fields`, which cause the size."""
     if nbytes > MOST_BYTES:
         name = max(fields.split(), key=lambda name: getattr(config, name))
         too_many = f"{what} of {nbytes:.2e} bytes, more than any target holds"
@@ -217,7 +217,7 @@ class OptimizerConfig:
     learning_rate: float = 3e-4
     """peak learning rate"""
     warmup_steps: int = 100
-    """number of steps of linear warm-up from 0; a run with no more steps than that warms up for a tenth of them"""
+    """steps of linear warm-up from 0; a run of at most that many steps warms up for a tenth of its steps"""
     final_fraction: float = 0.1
     """learning rate after the last step, as a fraction of the peak"""
     b1: float = 0.9

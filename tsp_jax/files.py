@@ -15,7 +15,7 @@ import msgspec
 from tsp_jax.errors import ConfigError
 
 MAX_BYTES = 2**28
-"""most bytes that a file may have which is read whole, unless its reader says another number"""
+"""largest file, in bytes, that is read whole, unless the caller gives another limit"""
 _MAX_FLOAT = 1.7976931348623157e308
 
 Schema = TypeVar("Schema")
@@ -86,7 +86,7 @@ def read_json(
     `schema` is a type that msgspec converts to: a `msgspec.Struct`, or for example ``dict[str, int]``.
 
     Raises:
-      FileError: `read_text` fails, the text is not JSON, a key stands twice in one object, or the content does not fit
+      FileError: `read_text` fails, the text is not JSON, a key is twice in one object, or the content does not fit
         the schema. The error names the key and its value.
     """
     return parse_json(read_text(path, max_bytes, advice), str(path), schema, advice)
@@ -119,9 +119,9 @@ def open_regular(path: str | Path, advice: str = "use an intact copy") -> io.Buf
 
 
 def folders_below(root: str | Path, *, hidden: bool = True) -> Iterator[Path]:
-    """Yields a folder and the folders below it, sorted by depth and name; links are followed, after all others.
+    """Yields a folder and the folders below it, sorted by depth and name; folders behind links come last.
 
-    Each folder is yielded once, however many links lead to it. `hidden`: also those whose name begins with a dot.
+    Each folder is yielded once, however many links lead to it. `hidden` includes those whose name begins with a dot.
     """
     seen: set[tuple[int, int]] = set()
     folders, links = deque([Path(root)]), deque[Path]()
@@ -149,7 +149,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _value_at(content: Any, place: str) -> str:
-    """``key[index]=value: `` at a place that msgspec names, such as ``.rope.factors[2]``; "" for the root."""
+    """``key[index]=value: `` for a path as msgspec writes it, such as ``.rope.factors[2]``; "" for the root."""
     if not place:
         return ""
     if "[...]" in place:  # a value of a dict, whose key msgspec does not name

@@ -142,7 +142,7 @@ def to_stored(paddings: Any, logical: Any) -> Any:
 
 
 def abstract_logical(paddings: Any, stored: Any) -> Any:
-    """Shapes of logical arrays, with the stored arrays' shardings, but replicated along dims that do not divide.
+    """Shapes of logical arrays, sharded as the stored arrays, but replicated along dims that do not divide evenly.
 
     `stored`: arrays on a mesh, or ShapeDtypeStructs with shardings.
     """

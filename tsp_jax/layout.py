@@ -159,13 +159,13 @@ class Placement:
 
 
 def describe_mesh(mesh: Mesh | AbstractMesh) -> str:
-    """Such as ``data=1,tsp=8 (Auto, Auto)``."""
+    """Describes a mesh, such as ``data=1,tsp=8 (Auto, Auto)``."""
     sizes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
     return f"{sizes} ({', '.join(kind.name for kind in mesh.axis_types)})"
 
 
 def _with_auto_axes(mesh: Mesh | AbstractMesh) -> Any:
-    """The mesh with Auto axes: layers say how arrays are sharded, so that types of arrays need not.
+    """The mesh with Auto axes: layers say how arrays are sharded, so array types need not carry shardings.
 
     Raises ConfigError if an axis is Manual, as inside of `jax.shard_map`.
     """
@@ -264,7 +264,7 @@ def check_divides(field: str, value: int, ranks: int, axes: AxisNames, why: str 
 def check_attention_movement(axes: Axes, movement: str) -> None:
     """Raises ConfigError if attention is to move tokens over folded axes that shard the batch.
 
-    A rank would have tokens of several ranks' sequences as one sequence.
+    Otherwise a rank would treat the tokens of several ranks' sequences as one sequence.
     """
     if movement == "activations" and axes.folded_batch:
         raise ConfigError(

@@ -11,7 +11,7 @@ FLOAT32 = 4
 
 
 class _Serving:
-    """Ranks by role, and the sequences whose cache (`batch`) and whose new tokens (`decoded`) a device has."""
+    """Ranks by role, and the sequences of which a device has the cache (`batch`) and the new tokens (`decoded`)."""
 
     def __init__(self, config: Config, layout: Layout, sizes: Mapping[str, int]):
         model = config.model

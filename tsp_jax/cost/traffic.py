@@ -85,7 +85,7 @@ class OpSharding:
         return self._folded_buckets(rows, elements / self.tensor * self.itemsize, bucket_bytes)
 
     def head_buckets(self, heads: Heads, d_model: int, bucket_bytes: float) -> tuple[int, int]:
-        """(number of buckets of Wq and of Wo, that of Wk with Wv): a bucket holds whole heads of each device."""
+        """(buckets for Wq and for Wo, buckets for Wk with Wv); each bucket holds whole heads of each device."""
 
         def count(num_heads: int, weights: int) -> int:
             per_device = max(1, num_heads // (self.folded * self.tensor))
@@ -117,9 +117,9 @@ def _others(ranks: int) -> float:
 
 
 def choose_movement(movement: str, traffic: Callable[[str], Traffic], tokens_may_move: bool = True) -> str:
-    """Resolves `auto`: whichever of gather and activations receives fewer bytes by `traffic`.
+    """Resolves `auto` to gather or activations, whichever receives fewer bytes according to `traffic`.
 
-    Unless `tokens_may_move`, as in attention whose weights are folded over batch axes, it is gather.
+    It is gather if not `tokens_may_move`, as in attention whose weights are folded over batch axes.
     """
     if movement != "auto":
         return movement

@@ -1,6 +1,6 @@
 """Compiler options for each platform, each with the measurement that justifies it.
 
-A compiler refuses a program with an option that it does not know, and each release of JAX knows others:
+A compiler refuses a program with an option that it does not know, and releases of JAX know different options:
 `compiler_options` asks the compiler.
 """
 
@@ -43,7 +43,7 @@ _UNKNOWN = re.compile(r"No such compile option: '(\w+)'")
 
 @functools.cache
 def compiler_options(device: Any) -> Mapping[str, Any]:
-    """Options for ``lowered.compile(...)`` on a device, present or of a topology: those that its compiler knows."""
+    """Options for ``lowered.compile(...)`` that the compiler of a device (present, or of a topology) knows."""
     options = dict(COMPILER_OPTIONS.get(_platform(device), {}))
     while options and (unknown := _unknown_option(device, options)):
         del options[unknown]

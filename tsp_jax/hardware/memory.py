@@ -40,6 +40,6 @@ def shard_bytes(arrays: Any) -> int:
 
 
 def check_room(what: str, nbytes: int, memory: int | None, advice: str) -> None:
-    """Raises ConfigError, which says the bytes, if something is larger than a memory whose size is known."""
+    """Raises ConfigError, which states the sizes, if something does not fit a memory of known size."""
     if memory is not None and nbytes > memory:
         raise ConfigError(f"{what} needs {nbytes:,} bytes of memory, there are {memory:,}; {advice}")

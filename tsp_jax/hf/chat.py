@@ -1,4 +1,4 @@
-"""Chat templates of a Hugging Face folder and what they are given, as in transformers.
+"""Chat templates of a Hugging Face folder and the variables that they receive, as in transformers.
 
 Templates are programs in Jinja; `process` runs them.
 """
@@ -15,7 +15,7 @@ from tsp_jax.hf.process import TextError, TextProcess
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""names of what a model thought before a message: templates read the first or the second"""
+"""keys of a message's reasoning text: a template reads either the first or the second"""
 
 Message = Mapping[str, Any]
 """role, content (a text, or a list of parts), and what else the template reads"""
@@ -46,7 +46,7 @@ class _NamedTokens(msgspec.Struct):
 
 
 class TokenizerConfig(_NamedTokens):
-    """What is read of tokenizer_config.json."""
+    """The keys of tokenizer_config.json that are read."""
 
     chat_template: str | list[_Template] | dict[str, str] | None = None
     added_tokens_decoder: dict[str, Any] | None = None
@@ -66,7 +66,7 @@ def read_tokenizer_config(folder: Path) -> tuple[TokenizerConfig, dict[str, str]
 
 
 def read_templates(folder: Path, config: TokenizerConfig) -> dict[str, str]:
-    """Returns chat templates by name; files of their own take precedence over tokenizer_config.json."""
+    """Returns chat templates by name; separate template files take precedence over tokenizer_config.json."""
     files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (folder / "chat_template.jinja").exists():
         files["default"] = folder / "chat_template.jinja"
@@ -93,7 +93,7 @@ def render_chat(
     documents: Sequence[Mapping[str, Any]] | None = None, template: str | None = None,
     add_generation_prompt: bool = True, variables: Mapping[str, Any] = {},
 ) -> str:  # fmt: skip
-    """The text of a conversation by the folder's chat template; see `Tokenizer.chat`."""
+    """Returns a conversation as text, made by the folder's chat template; see `Tokenizer.chat`."""
     import_optional("jinja2", "hf")
     config, tokens = read_tokenizer_config(folder)
     chosen = choose_template(folder, read_templates(folder, config), template, tools is not None)
@@ -109,7 +109,7 @@ def render_chat(
 
 
 def _message(message: Message) -> dict[str, Any]:
-    """Without fields that are None, and with what the model thought under both names that templates read."""
+    """The message without fields that are None, and with its reasoning text under both keys that templates read."""
     fields = {key: value for key, value in message.items() if value is not None}
     thought = next((fields[key] for key in REASONING if key in fields), None)
     return fields if thought is None else {"thinking": thought, **fields, "reasoning_content": thought}

@@ -1,7 +1,7 @@
 """`config.json` of a Hugging Face folder: read as a ModelConfig, and written from one.
 
-A folder means what transformers makes of it: `model_type` names the class, whose defaults stand for absent keys. Each
-key of these classes is decided: a field of `_Keys` is read, one of `REFUSED` may only have its plain value, one of
+A folder is read as transformers reads it: `model_type` names the class, whose defaults replace absent keys. Every
+key of these classes is handled: those in `_Keys` are read, those in `REFUSED` may only have the value given there,
 `IGNORED` does not change what the model computes. Keys unknown to the class are ignored, as transformers does.
 Source: models/{llama,mistral,qwen3}/configuration_*.py and configuration_utils.py of transformers 5.24.
 """
@@ -37,7 +37,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32_768, "sliding_window": 4096,
     },
 }  # fmt: skip
-"""model_type -> key -> what the family's class takes for an absent key; `_Keys` has those that all families share"""
+"""model_type -> key -> default of the family's class; `_Keys` has the defaults that all families share"""
 REFUSED = {
     "attention_bias": (False, "without biases"),
     "mlp_bias": (False, "without biases"),
@@ -47,7 +47,7 @@ REFUSED = {
     "quantization_config": (None, "that is not quantized"),
     "compression_config": (None, "that is not quantized"),
 }
-"""key that changes the mathematics -> (the only value that is supported, what to use)"""
+"""key that changes the mathematics -> (the only supported value, what to use instead)"""
 IGNORED = {
     "attention_dropout": "of training alone",
     "pad_token_id": "its row of the table takes no gradient: of training alone",
@@ -68,9 +68,9 @@ ACTIVATIONS: dict[str, Activation] = {
 DTYPES: dict[str | None, DType] = {
     "float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16", None: "bfloat16",
 }  # fmt: skip
-"""dtype in config.json -> ours, if it is to be chosen"""
+"""dtype in config.json -> our dtype, used if the caller does not choose one"""
 FULL_ATTENTION = {"full_attention", "attention"}
-"""layer types without a window; transformers reads the second as the first"""
+"""names of layer types without a window; transformers treats the second as the first"""
 SIZES = {
     "vocab_size": "vocab_size", "d_model": "hidden_size", "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads", "d_ff": "intermediate_size",
@@ -105,7 +105,7 @@ class _Keys(msgspec.Struct):
     rope_parameters: dict[str, Any] | None = None
     dtype: str | None = None
     torch_dtype: str | None = None
-    """the older name of `dtype`, which is taken if both are there"""
+    """the older name of `dtype`; if both are present, `dtype` is used"""
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -137,7 +137,7 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def read_dtype(folder: str | Path) -> DType:
-    """Returns float32 if `config.json` says that the weights are, else bfloat16."""
+    """Returns float32 if `config.json` gives it as the dtype of the weights, else bfloat16."""
     path, raw, family = _read(folder)
     return _read_dtype(path, check_json(DEFAULTS[family] | raw, str(path), _Keys))
 

@@ -63,9 +63,9 @@ class _Metadata(msgspec.Struct, kw_only=True):
 NO_EFFECT = (
     "llama.vocab_size", "llama.rope.scaling.original_context_length", "llama.rope.scaling.finetuned",
 )  # fmt: skip
-"""keys that change nothing here: the vocabulary is its tokens, the others belong to YaRN"""
+"""keys without effect here: the vocabulary size follows from the tokens, the others belong to YaRN"""
 CHECKED = ("llama.", "tokenizer.ggml.add_")
-"""a key that begins so, and is not known, would be mathematics or tokens that are left out"""
+"""prefixes of keys that must be known: an unknown one could change the mathematics or the tokens"""
 
 
 def convert_gguf(path: str | Path, folder: str | Path) -> ModelConfig:
@@ -75,7 +75,7 @@ def convert_gguf(path: str | Path, folder: str | Path) -> ModelConfig:
       The model's configuration.
 
     Raises:
-      ConfigError: the file is not a whole GGUF file of a Llama with a byte-level BPE tokenizer; or the folder exists.
+      ConfigError: the file is not a complete GGUF file of a Llama with byte-level BPE; or the folder is not empty.
     """
     fields, found = read_gguf(path)
     metadata, tokenizer = _metadata(path, fields), read_tokenizer(path, fields)
@@ -118,7 +118,7 @@ def _hf_name(path: str | Path, name: str) -> str:
 
 
 def _tensors(path: str | Path, found: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors by their names in a Hugging Face folder; raises ConfigError if one is missing or of another shape."""
+    """The tensors by their Hugging Face names; raises ConfigError if one is missing or has another shape."""
     named = {_hf_name(path, name): tensor for name, tensor in found.items()}
     total = len(NAMES) - config.tie_embeddings + config.num_layers * len(LAYER_NAMES)
     if len(found) != total or len(named) != total:

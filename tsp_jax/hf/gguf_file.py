@@ -1,6 +1,6 @@
 """The layout of GGUF files (ggml's docs/gguf.md): metadata, and tensors that stay on the disk until they are read.
 
-Every length is held against the size of the file before anything is read or allocated.
+Every length is checked against the size of the file before anything is read or allocated.
 """
 
 import math
@@ -29,10 +29,10 @@ class Tensor(NamedTuple):
     kind: Any
     """a gguf.GGMLQuantizationType"""
     data: np.ndarray
-    """uint8, mapped: the shape, with the bytes of a row as its last dimension"""
+    """memory-mapped uint8: the tensor's shape, but with the bytes of a row as its last dimension"""
 
     def values(self) -> np.ndarray:
-        """Its numbers, float32."""
+        """The tensor's values as float32."""
         dequantized = import_optional("gguf", "hf").dequantize(np.ascontiguousarray(self.data), self.kind)
         return dequantized.astype(np.float32, copy=False)
 
@@ -59,12 +59,12 @@ def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 class _Reader:
-    """Reads values one after the other; raises ValueError where the file is not what it should be."""
+    """Reads values one after the other; raises ValueError if the file is malformed."""
 
     def __init__(self, data: np.ndarray):
         self.data, self.place = data, 0
         self.end = min(len(data), MAX_BYTES)
-        """of metadata and the list of tensors"""
+        """where the metadata and the list of tensors end"""
 
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if self.take(4) != b"GGUF":

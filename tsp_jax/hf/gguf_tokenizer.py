@@ -37,7 +37,7 @@ class GGUFTokenizer(msgspec.Struct, kw_only=True):
     """a setting of SentencePiece tokenizers; not used, since only byte-level BPE is read"""
 
     def special_ids(self) -> dict[str, int | list[int]]:
-        """Keys of config.json; several tokens may end a text."""
+        """The ids of special tokens, as keys of config.json; several tokens may end a text."""
         ends = dict.fromkeys(token for token in (self.eos, self.end_of_turn, self.end_of_message) if token is not None)
         ids = {"bos_token_id": self.bos, "eos_token_id": list(ends) or None, "pad_token_id": self.padding}
         found = {key: value for key, value in ids.items() if value is not None}

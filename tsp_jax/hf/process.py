@@ -1,8 +1,8 @@
-"""A child process, bounded in time and memory, for what a folder makes this program run: tokenizers and templates.
+"""A child process, bounded in time and memory, that runs a folder's tokenizer and chat templates.
 
 A regular expression of tokenizer.json may backtrack for years, a normalizer or chat template may make a text of any
-size, and the package `tokenizers` ends the process where it cannot go on. A process that the kernel ends, rather than
-this one, is the only bound on all of them.
+size, and the package `tokenizers` aborts its process on some errors. Only a separate process, which the kernel ends
+at its limits, bounds all of these.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ PROGRAM = Path(__file__).with_name("process_main.py")
 
 
 class TextError(Exception):
-    """A call that failed; the reason, in a line."""
+    """A call failed; the message gives the reason in one line."""
 
 
 class TextProcess:
     """Calls of `process_main.Text`. The process starts with the first call, and again after a call that ended it.
 
-    `load`: arguments of its first call, or None.
+    `load`: arguments of the process's first call, `Text.load`, or None.
     """
 
     def __init__(self, load: dict[str, Any] | None = None):

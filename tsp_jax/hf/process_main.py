@@ -1,7 +1,7 @@
 """The program of the child process that runs a folder's tokenizer and chat templates (see `process`).
 
 Each line of stdin is a call in JSON: {"call": name, ...arguments}; each line of stdout is {"result": ...} or
-{"error": ...}. Imports nothing of tsp_jax, so that it starts in a tenth of a second.
+{"error": ...}. The program imports nothing from tsp_jax, so that it starts in a tenth of a second.
 """
 
 import json
@@ -12,14 +12,14 @@ from datetime import datetime
 from typing import Any
 
 CPU_S, CPU_S_PER_BYTE = 2, 2e-5
-"""processor time of a call: so much, and so much for each byte of its arguments; a tokenizer takes about a tenth"""
+"""limit on a call's processor time: a constant plus a time per byte of arguments; tokenizers need about a tenth"""
 MEMORY_BYTES, MEMORY_PER_BYTE = 3 * 2**29, 500
 LARGEST_TEXT = 2**24
-"""most characters of a text that a chat template or decoder makes, beside those of its arguments"""
+"""most characters that a chat template or decoder may produce beyond those of its arguments"""
 
 
 def allow(request_bytes: int) -> None:
-    """Bounds processor time and memory from now on; the kernel ends the process where it needs more."""
+    """Limits processor time and memory from now on; the kernel ends the process if it needs more."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = used.ru_utime + used.ru_stime + CPU_S + CPU_S_PER_BYTE * request_bytes
     limits = {resource.RLIMIT_CPU: int(seconds) + 1, resource.RLIMIT_CORE: 0}
@@ -30,7 +30,7 @@ def allow(request_bytes: int) -> None:
 
 
 class Text:
-    """The calls: `load` comes first, except before `render`."""
+    """The calls that the process answers; `load` must come before all others except `render`."""
 
     tokenizer: Any
     unknown: int | None
@@ -38,7 +38,7 @@ class Text:
     def load(self, content: str, special: list[str], unknown: str | None) -> None:
         """Makes a tokenizer from the text of tokenizer.json.
 
-        `special`: tokens that are special, whatever `content` says; `unknown`: stands for what has no token.
+        `special`: tokens that are special, whatever `content` says; `unknown`: the token for text that has no token.
         """
         import tokenizers
 
@@ -48,7 +48,7 @@ class Text:
         self.tokenizer.add_special_tokens([token for token in special if token not in known])
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """Token ids; fails where only the unknown token stands for a part of the text."""
+        """Returns token ids; fails if a part of the text can only be encoded as the unknown token."""
         encoding = self.tokenizer.encode(text, add_special_tokens=special)
         if self.unknown in encoding.ids:
             name = self.tokenizer.id_to_token(self.unknown)
@@ -80,12 +80,12 @@ def bounded(pieces: Any, largest: int = LARGEST_TEXT) -> str:
 
 
 def environment() -> Any:
-    """Jinja as chat templates are written for: what transformers gives them, in a sandbox."""
+    """A sandboxed Jinja environment that offers chat templates what transformers offers them."""
     import jinja2.ext
     from jinja2 import nodes, sandbox, utils
 
     class Generation(jinja2.ext.Extension):
-        """``{% generation %}`` marks what the model wrote, which is text like any other here."""
+        """``{% generation %}`` marks text that the model wrote; here it is rendered like any other text."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -95,7 +95,7 @@ def environment() -> Any:
             return nodes.Scope(body, lineno=line)
 
     class Namespace(utils.Namespace):
-        """Refuses names of Python's own attributes."""
+        """A Jinja namespace that refuses the names of Python's own attributes."""
 
         def __setitem__(self, name: str, value: Any) -> None:
             if name.startswith("_"):
@@ -112,7 +112,7 @@ def environment() -> Any:
         raise jinja2.exceptions.TemplateError(message)
 
     def to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        """Jinja's own escapes HTML."""
+        """Replaces Jinja's own filter, which escapes HTML."""
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     made = sandbox.ImmutableSandboxedEnvironment(
@@ -129,7 +129,7 @@ def environment() -> Any:
 
 
 def answer(text: Text, line: bytes) -> dict[str, Any]:
-    """The answer to a call; whatever it raises, a panic of tokenizers included, is an error of one line."""
+    """Returns the answer to a call; any exception, a panic of tokenizers included, becomes a one-line error."""
     try:
         arguments = json.loads(line)
         return {"result": getattr(text, arguments.pop("call"))(**arguments)}

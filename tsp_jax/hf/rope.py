@@ -19,7 +19,7 @@ CONTEXT = "original_max_position_embeddings"
 
 
 class _Rope(msgspec.Struct):
-    """What the sources of RoPE's parameters make together; absent: `rope_type` needs it, or does not."""
+    """RoPE's parameters, merged from all sources; any may be absent, whether `rope_type` needs it or not."""
 
     rope_type: str
     rope_theta: Finite = 10_000.0
@@ -39,9 +39,9 @@ class _Rope(msgspec.Struct):
 def read_rope(source: str, raw: Mapping[str, Any], context: int) -> tuple[float, RopeScaling]:
     """Returns rope_theta and the scaling of a config.json.
 
-    Of two keys that say one thing, transformers takes: `rope_scaling`, all of it, before `rope_parameters`;
-    `rope_theta` in there before the one beside it; `rope_type` before `type`; but the `CONTEXT` beside it before the
-    one in there, and before `context`.
+    Of two keys for the same parameter, transformers prefers: `rope_scaling` as a whole to `rope_parameters`;
+    the nested `rope_theta` to the top-level one; `rope_type` to `type`; but the top-level `CONTEXT` to the
+    nested one, and to `context`.
 
     Args:
       source: names the file in errors.

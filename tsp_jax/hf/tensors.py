@@ -22,7 +22,7 @@ MAX_FILE_BYTES = 5_000_000_000
 EQUAL_ELEMENTS = 2**24
 """elements of a tensor that are compared at a time"""
 MAX_NAME = 255
-"""characters of a file's name on common file systems"""
+"""most characters of a file name on common file systems"""
 
 Shape = tuple[int, ...]
 
@@ -65,7 +65,7 @@ class Tensors:
     def check(self, shapes: Iterable[tuple[str, Shape]], ignored: Callable[[str], bool]) -> None:
         """Checks that the folder has these tensors, in these shapes and a float dtype, and no others.
 
-        Raises ConfigError at the first (name, shape) that it has not; further tensors are allowed if `ignored(name)`.
+        Raises ConfigError at the first (name, shape) that it lacks; extra tensors are allowed if `ignored(name)`.
         """
         found = set()
         for name, shape in shapes:
@@ -100,7 +100,7 @@ class Tensors:
 
 
 class _Index(msgspec.Struct):
-    """What is read of an index."""
+    """The keys of an index file that are read."""
 
     weight_map: Annotated[dict[str, str], msgspec.Meta(min_length=1)]
     """tensor -> file"""

@@ -13,11 +13,11 @@ from tsp_jax.hf.chat import Message, read_tokenizer_config, render_chat
 from tsp_jax.hf.process import TextError, TextProcess
 
 CUT_OR_PAD = ("truncation", "padding")
-"""settings of a training tool in tokenizer.json that would change every text"""
+"""settings in tokenizer.json, left by a training tool, that would truncate or pad every text"""
 AT_RANDOM = ("dropout", "alpha", "nbest_size")
-"""settings of the model in tokenizer.json that would draw another tokenization of a text each time"""
+"""settings of the model in tokenizer.json that would make a text's tokenization random"""
 REPLACEMENT = "\ufffd"
-"""stands for bytes that are no character, or not yet"""
+"""shown for bytes that do not form a character, or do not yet"""
 
 
 class Tokenizer:
@@ -87,9 +87,9 @@ class Tokenizer:
 
 
 class Decoder:
-    """Converts one token at a time to text, which together is the text of all tokens.
+    """Converts tokens to text one at a time; the pieces together are the text of all tokens.
 
-    Bytes wait until they are a character, and bytes that have tokens of their own until another token follows: only
+    Bytes are held back until they form a character; bytes of byte tokens, until another token follows, because only
     then is it known whether they are characters.
     """
 
@@ -109,7 +109,7 @@ class Decoder:
         return "" if is_byte or not adds or text.endswith(REPLACEMENT) else self._take()
 
     def finish(self) -> str:
-        """Returns the rest of the text after the last token, with bytes that are no character shown as such."""
+        """Returns the rest of the text after the last token, with `REPLACEMENT` for bytes that form no character."""
         return self._take()
 
     def _take(self) -> str:
@@ -120,7 +120,7 @@ class Decoder:
 
 
 def _plain(content: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer.json without what makes the ids of a text depend on anything but the text."""
+    """tokenizer.json without the settings that make a text's ids depend on anything but the text."""
     plain = {key: value for key, value in content.items() if key not in CUT_OR_PAD}
     if isinstance(model := plain.get("model"), dict):
         plain["model"] = {key: value for key, value in model.items() if key not in AT_RANDOM}
@@ -128,7 +128,7 @@ def _plain(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unknown(model: Any) -> str | None:
-    """The token for what has no token; None if there is none, or the model is not what it should be."""
+    """The unknown token; None if there is none, or if the model in tokenizer.json is malformed."""
     try:
         token = model["vocab"][model["unk_id"]][0] if model.get("type") == "Unigram" else model.get("unk_token")
     except (AttributeError, KeyError, IndexError, TypeError):

@@ -64,14 +64,14 @@ class _Param:
     stored: jax.ShapeDtypeStruct
     """shape and sharding of the stored array"""
     name: str
-    """of the tensors, with braces for the number of the layer if there is one for each"""
+    """name of the tensors, with braces for the layer number if every layer has one"""
     stacked: bool
     """the first dim of the array is L"""
     transposed: bool
     form: NoPadding | HeadPadding
 
     def names(self, layers: slice = slice(None)) -> Iterator[str]:
-        """Names of the tensors, one by one: a config.json may claim any number of layers."""
+        """Yields the names of the tensors; makes no list, as a config.json may claim any number of layers."""
         numbers = range(self.stored.shape[0])[layers] if self.stacked else range(1)
         return (self.name.format(number) for number in numbers)
 
@@ -163,7 +163,7 @@ def abstract_params(config: ModelConfig, placement: Placement, dtype: jax.typing
 
 
 def check_folder(folder: str | Path, config: ModelConfig, placement: Placement) -> Tensors:
-    """Opens the weights of a model and checks them; reads headers, and an output head that should be tied.
+    """Opens and checks a model's weights; reads only the headers, and any output head that should be tied.
 
     Raises:
       ConfigError: a file or tensor is missing, is broken, has another shape, or is not part of the model; or the model

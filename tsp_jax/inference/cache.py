@@ -23,7 +23,7 @@ from tsp_jax.layout import Placement, num_ranks
 from tsp_jax.ops.attention.kv_cache import EMPTY, NO_TOKEN, KeyValues
 
 MAX_CAPACITY = 2**30
-"""tokens of a sequence: positions are int32"""
+"""most tokens of a sequence: positions are int32"""
 ENTRIES_MULTIPLE = 16
 """a rank's number of cache entries is a multiple of this"""
 
@@ -76,7 +76,7 @@ def check_capacity(
     model: ModelConfig, placement: Placement, *, batch: int, capacity: int, dtype: jax.typing.DTypeLike,
     weight_bytes: int = 0,
 ) -> None:  # fmt: skip
-    """Raises ConfigError where weights and cache do not fit the memory of a device, as far as it is known."""
+    """Raises ConfigError if weights and cache do not fit a device's memory, where its size is known."""
     if capacity > MAX_CAPACITY:
         raise ConfigError(f"capacity={capacity} is too large; use at most {MAX_CAPACITY}")
     devices = placement.mesh.local_devices if isinstance(placement.mesh, Mesh) else []

@@ -1,8 +1,8 @@
 """The decoder over a KV cache: prefill of a chunk of tokens, or decode of one token per sequence.
 
-Both run the layers of one Transformer on the same parameters. Prefill is the training forward with another attention.
+Both run the layers of one Transformer on the same parameters. Prefill is the training forward with other attention.
 In decode, activations are so small that every device has all of them. So the model is placed by `decode_placement`: the
-same layout, except that no axis shards the sequence and none that shards weights the batch. The weights are sharded as
+same layout, except that no axis shards the sequence, and no weight axis shards the batch. The weights are sharded as
 before, and since their axes shard no tokens, they are tensor axes: embedding, MLP and head are tensor-parallel. Only
 attention uses the original layout, whose batch and sequence axes shard the cache.
 
@@ -36,7 +36,7 @@ REPLICATED = PartitionSpec()
 
 
 def decode_placement(placement: Placement) -> Placement:
-    """Placement for decoding: weights are sharded as in `placement`, tokens over batch axes without weights only."""
+    """Placement for decoding: weights sharded as in `placement`, tokens only over batch axes without weights."""
     layout = placement.layout
     weight_axes = {*layout.heads, *layout.mlp, *layout.vocab}
     batch = tuple(name for name in layout.batch if name not in weight_axes)

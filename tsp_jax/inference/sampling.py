@@ -14,7 +14,7 @@ from tsp_jax.errors import ConfigError
 LEAST_TEMPERATURE = 1e-6
 """below this, logits over temperature may leave the range of float32"""
 MAX_SEED = 2**32 - 1
-"""JAX takes 32 bits of a seed and drops the rest"""
+"""largest seed: JAX takes 32 bits of a seed and drops the rest"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

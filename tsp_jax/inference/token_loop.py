@@ -23,7 +23,7 @@ from tsp_jax.ops.attention.kv_cache import NO_TOKEN
 STOPPED = -1
 """in place of a token, where the sequence has ended"""
 NOT_FINITE = -2
-"""in place of a token, where its logits have infinity or NaN"""
+"""returned in place of a token whose logits contain infinity or NaN"""
 
 OnToken = Callable[[int, int], None]
 """(index of the prompt, token)"""
@@ -128,7 +128,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, capacit
 
 
 def check_stop_tokens(stop_tokens: Collection[int], vocab_size: int, name: str = "stop_tokens") -> None:
-    """Raises ConfigError where an id is no token, so that nothing would ever stop at it; `name` says whose ids."""
+    """Raises ConfigError if a stop id is not a token id and so would never match; `name` says whose ids."""
     for token in stop_tokens:
         if not 0 <= token < vocab_size:
             raise ConfigError(f"{name}={token} is no token; use 0 to {vocab_size - 1}")

@@ -1,4 +1,4 @@
-"""Checks that the computations of a text fit the instructions that call them, before anything follows the calls."""
+"""Checks that the computations in an HLO text match the instructions that call them, before calls are followed."""
 
 from collections.abc import Iterator, Sequence
 
@@ -50,7 +50,7 @@ def _calls(i: Instruction, operands: Sequence[ShapeTree]) -> Iterator[tuple[str,
 
 
 def _results(i: Instruction, operands: Sequence[ShapeTree]) -> Iterator[tuple[str, ShapeTree]]:
-    """(computation, shape that it must return) of the calls whose result an instruction takes as it is."""
+    """(computation, shape that it must return) for each call whose result an instruction takes unchanged."""
     if i.base == "while":
         yield from ((name, shape) for name in i.called.get("body", ()) for shape in (i.shape, *operands[:1]))
     elif i.base == "conditional":
@@ -75,7 +75,7 @@ def _check_aliases(module: Module) -> None:
 
 
 def _holds(shape: ShapeTree, index: Sequence[int]) -> bool:
-    """Whether a shape has a part at an index."""
+    """Whether a shape has a subshape at an index."""
     for k in index:
         if not isinstance(shape, tuple) or k >= len(shape):
             return False

@@ -1,4 +1,4 @@
-"""Checks that a text is a program: what instructions name, how calls nest, and shapes, before anything is computed."""
+"""Checks that a text is a valid program (names, nesting of calls, shapes), before anything is computed from it."""
 
 import graphlib
 import re
@@ -13,13 +13,13 @@ from tsp_jax.inspect.shapes import Shape, ints, leaves
 DEEPEST = 100
 """most computations that may be nested in one another; programs of real models have fewer than 20"""
 _MOST_EXPANDED = 1_000_000
-"""instructions of a program with every call written out that are always read; of longer texts, a multiple of theirs"""
+"""instructions, with every call expanded, that are always accepted; for longer texts, a multiple of their own"""
 _LARGEST = 2**63
 _ARRAYS = {
     "dot": 2, "ragged-dot": 2, "convolution": 2, "dynamic-update-slice": 2, "gather": 2, "scatter": 3,
     "slice": 1, "dynamic-slice": 1, "sort": 1,
 } | dict.fromkeys(ELEMENTWISE, 1)  # fmt: skip
-"""opcode -> how many operands must be an array, as the result must"""
+"""opcode -> how many operands must be arrays; the result must be one too"""
 _OPERANDS = {"get-tuple-element", "while", "conditional", "bitcast", "opt-barrier", "add-dependency", "domain"}
 """opcodes that need an operand of any shape"""
 
@@ -40,7 +40,7 @@ def misfit(i: Instruction, wrong: str) -> ConfigError:
 
 
 def _check_names(computation: Computation) -> None:
-    """Instructions have names of their own, name earlier ones as operands, and parameters are numbered."""
+    """Checks that instruction names are unique, operands name earlier ones, and parameters are numbered."""
     known: set[str] = set()
     numbers: set[int] = set()
     roots = [i for i in computation.instructions if i.is_root]
@@ -95,7 +95,7 @@ def _layout_fits(shape: Shape) -> bool:
 
 
 def _check_calls(module: Module) -> None:
-    """Calls make no cycle, do not nest too deeply, and do not multiply beyond what can be read."""
+    """Checks that calls form no cycle, are not nested too deeply, and do not expand to too many instructions."""
     calls = {
         name: [(i, target) for i in c.instructions for names in i.called.values() for target in names]
         for name, c in module.computations.items()

@@ -5,7 +5,7 @@ Bytes are those that one device receives in a ring algorithm. With g devices in 
     all-gather (g - 1) n      reduce-scatter, all-to-all (g - 1) n / g      all-reduce 2 (g - 1) n / g
     collective-permute n      collective-broadcast n
 
-A permute in place sends the slices that it names, of n bytes together, and not its whole operand.
+An in-place permute sends only the slices that it names, n bytes in total, not its whole operand.
 
 The CPU compiler widens bfloat16 to float32, in collectives too. A test that runs on CPU should use float32
 arrays or compare `Collective.elements`.

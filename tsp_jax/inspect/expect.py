@@ -95,10 +95,10 @@ def _clause(item: str) -> Expectation:
 
 
 def broken(report: Report, expectations: list[Expectation]) -> list[str]:
-    """A line for each clause that does not hold, with the buffer or collective that breaks it.
+    """Returns a line for each clause that does not hold, with the buffer or collective that breaks it.
 
     Raises:
-      ConfigError: the report cannot tell, as of a program that is not scheduled.
+      ConfigError: the report cannot tell, for example because the program is not scheduled.
     """
     if expectations:
         report.module.check_scheduled()

@@ -23,12 +23,12 @@ Groups = list[tuple[int, ...]]
 def groups_of(module: Module, i: Instruction) -> Groups:
     """Device numbers of each group of a collective; for a permute the (source, target) pairs.
 
-    The text numbers devices with ``use_global_device_ids``; else replicas without ``channel_id``, partitions with it;
-    but in reductions and gathers with it, replicas that take part with all their partitions. These are the rules of
-    XLA's ``GetCollectiveOpGroupMode``; a device is replica * partitions + partition.
+    The numbers are devices with ``use_global_device_ids``; else replicas without ``channel_id``, partitions with it,
+    except in reductions and gathers, where they are replicas with all their partitions. These are the rules of
+    XLA's ``GetCollectiveOpGroupMode``; device number = replica * partitions + partition.
 
     Raises:
-      ConfigError: they are written in none of HLO's notations, or are more than `MOST_DEVICES`.
+      ConfigError: the groups are in none of HLO's notations, or name more than `MOST_DEVICES`.
     """
     replicas, partitions = module.replica_count, module.num_partitions
     channel = "channel_id" in i.attributes
@@ -74,7 +74,7 @@ def replica_groups(text: str, devices: int) -> Groups:
     device_ids=([2,4]T(1,0)) {'b'}`` or ``device_ids=(1,0,...)``.
 
     Raises:
-      ConfigError: the text is none of them, or names more than `MOST_DEVICES`.
+      ConfigError: the text is in none of these notations, or names more than `MOST_DEVICES`.
     """
     if re.fullmatch(r"\{\s*\}", text):
         return [tuple(range(devices))]
@@ -116,7 +116,7 @@ def axis_of_pairs(pairs: Groups, mesh_axes: Mapping[str, int] | None) -> tuple[s
 
 
 def _device_order(text: str | None) -> Sequence[int]:
-    """Numbers of the devices at the places of a mesh; empty if they ascend."""
+    """Device numbers in the order of the mesh; empty if they ascend."""
     if text and (iota := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)):
         return _rows(dims := ints(iota[1]), ints(iota[2] or ""), math.prod(dims))[0]
     return ints(text or "")

@@ -135,7 +135,7 @@ class Walk:
         return self._offsets[id(shape)]
 
     def _fitted(self, i: Instruction, values: Values) -> Values:
-        """As many values as the result of an instruction has arrays: a token, say, is a value that nothing makes."""
+        """One value for each array in an instruction's result; for example, nothing makes a token's value."""
         shapes = leaves(i.shape)
         if len(shapes) == len(values):
             return values
@@ -283,10 +283,10 @@ def _alike(a: Shape, b: Shape) -> bool:
 
 
 def _reusable_in_fusion(body: Computation) -> list[tuple[int, int]]:
-    """(result, parameter) where a result is the only one that depends on a parameter, by elementwise work alone."""
+    """(result, parameter) pairs: no other result depends on the parameter, and only elementwise work lies between."""
     tuple_root = body.root if body.root.opcode == "tuple" else None
     reached: defaultdict[str, set[int]] = defaultdict(set)
-    """instruction -> the results that depend on it, at most two; with _OTHER_WORK between"""
+    """instruction -> results that depend on it, at most two, and _OTHER_WORK if not by elementwise work alone"""
     for k, output in enumerate(_results(body)):
         reached[output.name].add(k)
     for i in reversed(body.instructions):

@@ -15,7 +15,7 @@ Trips: TypeAlias = float | Callable[[Instruction], float]
 """trip count where neither the text nor the program gives it: a number, or a function of the while instruction"""
 
 UNSCHEDULED = "is_scheduled=true, so the compiler has not finished with it; use the text of compiled.as_text()"
-"""what is missing from a text from before scheduling"""
+"""what a text from before scheduling lacks"""
 
 _COMPILER_COUNT = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
 _MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}
@@ -25,7 +25,7 @@ _Scalar: TypeAlias = tuple[int | None, int]
 _Known: TypeAlias = dict[tuple[str, int], _Scalar]
 """what is known while following a scalar; keys: ("state", k) in a loop, ("argument", n) in a fusion"""
 _TOO_LARGE = 2**63
-"""no loop counts so far"""
+"""more iterations than any loop has"""
 _MOST_RUNS = 1e30
 
 
@@ -37,7 +37,7 @@ class Module:
     entry: Computation
     computations: dict[str, Computation] = dataclasses.field(repr=False)
     is_scheduled: bool
-    """whether instructions stand in the order in which they run; if not, the compiler has not finished"""
+    """whether instructions are listed in the order in which they run; if not, the compiler has not finished"""
     num_partitions: int
     replica_count: int
     input_output_alias: tuple[tuple[tuple[int, ...], int, tuple[int, ...]], ...]
@@ -48,7 +48,7 @@ class Module:
     _constants: dict[str, dict[str, _Scalar]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    """computation -> what is known of its scalars whoever calls it"""
+    """computation -> its scalars whose values are known whoever calls it"""
 
     @property
     def num_devices(self) -> int:
@@ -195,7 +195,7 @@ def _comparison(module: Module, computation: Computation, known: _Known) -> tupl
 
 
 def _scalars(module: Module, computation: Computation, known: _Known) -> dict[str, _Scalar]:
-    """Instruction -> its value, of those that follow from the loop's state or from numbers."""
+    """Instruction -> value, for scalars that follow from the loop's state or from constants."""
     found: dict[str, _Scalar] = {}
     for i in computation.instructions:
         value = _scalar(module, computation, i, known, found)
@@ -207,7 +207,7 @@ def _scalars(module: Module, computation: Computation, known: _Known) -> dict[st
 def _scalar(
     module: Module, computation: Computation, i: Instruction, known: _Known, found: dict[str, _Scalar]
 ) -> _Scalar | None:
-    """The value of an instruction, from `known` and from what is `found` of the instructions before it."""
+    """The value of an instruction, from `known` and from the values already `found` of earlier instructions."""
     operands = [found.get(name) for name in i.operands]
     if i.opcode == "constant":
         return (None, int(i.literal)) if re.fullmatch(r"-?\d{1,19}", i.literal) else None
@@ -238,7 +238,7 @@ def _sum(opcode: str, left: _Scalar | None, right: _Scalar | None) -> _Scalar | 
 
 
 def _elements(i: Instruction, found: dict[str, _Scalar], size: int) -> list[_Scalar | None]:
-    """The elements of a tuple of a size; unknown where `i` is no tuple."""
+    """The elements of a tuple of a given size; they are unknown if `i` is not a tuple."""
     names = i.operands if i.opcode == "tuple" else ()
     return [found.get(name) for name in names[:size]] + [None] * (size - len(names))
 

@@ -80,7 +80,7 @@ def find_peak(module: Module) -> Peak:
       before and after the outermost loop that contains the peak.
     transient: everything else, gradients included.
 
-    The first moment of most bytes counts. If several values share a buffer, the one made last gives its name.
+    If several moments have the most bytes, the first counts. A buffer shared by values is named after the last.
 
     Raises:
       ConfigError: the program is not scheduled.
@@ -175,7 +175,7 @@ def _groups(walk: Walk) -> list[_Group]:
 
 
 def _updates_between(updates: Mapping[int, list[tuple[Value, Value]]], roots: set[Value], moment: int) -> bool:
-    """Whether the instruction of a moment overwrites one of two groups with the other."""
+    """Whether the instruction at a moment overwrites one of two groups with the other."""
     return any({operand.root(), result.root()} == roots for operand, result in updates.get(moment, ()))
 
 

@@ -19,12 +19,12 @@ _MARKS = (
 
 
 def hardware_of(device: Any) -> Hardware | None:
-    """The row of `HARDWARE` that a device of JAX is; None if it has none."""
+    """The row of `HARDWARE` for a JAX device; None if there is none."""
     return next((hardware for hardware in HARDWARE.values() if hardware.is_kind_of(device)), None)
 
 
 def platforms_of_devices(devices: Iterable[Any]) -> tuple[str, ...]:
-    """The platforms that some devices may be of: JAX calls ROCm's and CUDA's alike gpu. Empty without devices."""
+    """The platforms that devices may belong to (JAX calls both ROCm and CUDA gpu); empty without devices."""
     for device in devices:
         known = hardware_of(device)
         return (known.platform,) if known else _GPU if device.platform == "gpu" else (device.platform,)
@@ -32,7 +32,7 @@ def platforms_of_devices(devices: Iterable[Any]) -> tuple[str, ...]:
 
 
 def platforms_of_text(module: Module) -> tuple[str, ...]:
-    """The platforms for which a text may have been compiled; empty if it has no mark of any."""
+    """The platforms for which a text may have been compiled; empty if it has no mark of any platform."""
     for computation in module.computations.values():
         for i in computation.instructions:
             text = " ".join([i.custom_call_target, i.backend_config, *(leaf.layout for leaf in leaves(i.shape))])
@@ -43,7 +43,7 @@ def platforms_of_text(module: Module) -> tuple[str, ...]:
 
 
 def check_platform(hardware: Hardware, platforms: tuple[str, ...]) -> None:
-    """Raises ConfigError if a program was compiled for none of a target's platform."""
+    """Raises ConfigError if a program cannot have been compiled for a target's platform."""
     if platforms and hardware.platform not in platforms:
         compiled, fits = " or ".join(platforms), [h.name for h in HARDWARE.values() if h.platform in platforms]
         raise ConfigError(
@@ -53,7 +53,7 @@ def check_platform(hardware: Hardware, platforms: tuple[str, ...]) -> None:
 
 
 def platform_assumption(module: Module, hardware: Hardware) -> list[str]:
-    """A line that says what the text of a program does not tell about its platform."""
+    """A line about what a program's text leaves open about its platform."""
     platforms = platforms_of_text(module)
     if platforms == (hardware.platform,):
         return []

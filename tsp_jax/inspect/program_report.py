@@ -45,9 +45,9 @@ class Report:
     live: Peak | None
     """buffers alive at the peak, read from the text; None if the program is not scheduled"""
     collectives: list[Collective]
-    """in a program that is not scheduled, those that it holds so far"""
+    """collectives of the program; if it is not scheduled, those that it has so far"""
     flops: float
-    """of matrix products, in one execution; before partitioning, of all devices"""
+    """operations of matrix products in one execution; of all devices if the program is not partitioned yet"""
     shardings: dict[str, str]
     """name of an argument -> its sharding, as the text writes it"""
     timeline: Timeline | None

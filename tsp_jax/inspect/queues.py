@@ -17,7 +17,7 @@ _SETTLED = 1e-11
 """tolerance in seconds: queue states closer than this are taken as equal, since sums are rounded"""
 
 _MOST_WORK = 2_000_000
-"""steps; a training step of a real model takes fewer than a hundred thousand, each iteration of its loops traced"""
+"""most steps; a real training step, with every loop iteration traced, takes fewer than a hundred thousand"""
 
 Amounts = defaultdict[str, float]
 ComputeLoops = dict[str, tuple[float, Amounts]]
@@ -83,7 +83,7 @@ class Simulation:
                     self.run(callee)
 
     def _spend(self, work: int, step: Step) -> None:
-        """Counts steps simulated and work in flight compared; ConfigError if they have no end in sight."""
+        """Counts simulated steps and comparisons of work in flight; raises ConfigError if there are too many."""
         self._work["done"] += work
         if self._work["done"] > _MOST_WORK:
             raise ConfigError(

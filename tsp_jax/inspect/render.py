@@ -27,9 +27,9 @@ def show(report: Report, out: Console, *, largest: int = 12) -> None:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console for the tables, in which no text is markup.
+    """A console for the tables, which treats no text as markup.
 
-    Output that goes elsewhere than to a terminal is 150 columns wide.
+    Output that does not go to a terminal is 150 columns wide.
     """
     width = None if Console(stderr=stderr).is_terminal else 150
     return Console(stderr=stderr, width=width, markup=False, emoji=False)
@@ -68,7 +68,7 @@ def _memory(report: Report) -> Table:
 
 
 def _known(report: Report, largest: int) -> Table:
-    """What a program that is not scheduled tells."""
+    """What is known about a program that is not scheduled."""
     devices, found = report.module.num_devices, report.shardings
     whole = f"; where it is not partitioned yet, of all {devices} devices" if devices > 1 else ""
     table = _table("What the text tells", "part", "value", overflow="fold")

@@ -75,7 +75,7 @@ def declared_flops(i: Instruction) -> DeclaredFlops | None:
 
 
 def _positive(i: Instruction, scope: str, kind: str, text: str, example: str) -> float:
-    """The number that a scope declares; ConfigError if it is none, or not above zero and below `_TOO_MANY`."""
+    """The number that a scope declares; raises ConfigError unless it is above zero and below `_TOO_MANY`."""
     try:
         number = float(text)
     except ValueError:

@@ -53,12 +53,12 @@ ShapeTree: TypeAlias = "Shape | tuple[ShapeTree, ...]"
 
 
 def ints(text: str) -> tuple[int, ...]:
-    """The integers of a text; ConfigError if one has more than 18 digits, as none in a program has."""
+    """The integers in a text; raises ConfigError if one has more than 18 digits, which no program has."""
     return tuple(-natural(digits) if sign else natural(digits) for sign, digits in re.findall(r"(-?)(\d+)", text))
 
 
 def natural(text: str) -> int:
-    """A number of at most 18 digits; ConfigError if it has more, ValueError if it is none."""
+    """A number of at most 18 digits; raises ConfigError if it has more, and ValueError if it is not a number."""
     if len(text) > 18 and text.isdecimal():
         raise ConfigError(f"number {text:.40} in HLO text has more than 18 digits; pass compiled.as_text()")
     if not text.isdecimal():

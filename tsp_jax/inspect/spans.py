@@ -8,7 +8,7 @@ Span = tuple[int, int]
 
 
 class Spans:
-    """A set of moments as disjoint spans in order, which grows by other sets in time that is linear in the smaller."""
+    """A set of moments as sorted disjoint spans; adding another set takes time linear in the smaller one."""
 
     def __init__(self, spans: Iterable[Span], gap: int):
         """Merges spans that overlap (gap 0), or that overlap or are adjacent (gap 1)."""

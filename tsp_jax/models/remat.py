@@ -108,7 +108,7 @@ def _refuse(primals, tangents):
 
 @jax.custom_vjp
 def _differentiable_once(tree: Any) -> Any:
-    """The tree itself. Refuses second derivatives: gradients through proxies and buffers do not see their inputs."""
+    """Returns the tree; refuses second derivatives, as gradients through proxies and buffers ignore their inputs."""
     return tree
 
 

@@ -1,4 +1,4 @@
-"""Checks of what a layer is given: one line that names the layer, the argument, what it got and what it takes."""
+"""Checks of a layer's arguments; an error is one line: the layer, the argument, what it got and what it takes."""
 
 import math
 from collections.abc import Callable

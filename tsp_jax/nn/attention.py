@@ -149,7 +149,7 @@ class Attention(Layer):
 
 
 def _head_dim(d_model: int, num_heads: int, num_kv_heads: int, head_dim: int | None) -> int:
-    """H, by default D / N; raises ConfigError if these sizes make no heads."""
+    """H, by default D / N; raises ConfigError if these sizes do not give whole heads."""
     layer = Attention.__name__
     if num_heads % num_kv_heads:
         raise ConfigError(

@@ -49,7 +49,7 @@ class Embed(Layer):
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """[B, T] token ids, of any integer dtype -> [B, T, D] in the compute dtype.
 
-        An id outside [0, V) gives a row of zeros: no program on a device can refuse it. Check ids where they come from.
+        An id outside [0, V) gives a row of zeros, because a device program cannot raise errors. Check ids beforehand.
         """
         self._check_integers("ids_BT", ids_BT, "B", "T")
         tokens_spec, x_spec, w_spec = self._specs()

@@ -27,7 +27,7 @@ IGNORE = -1
 
 
 class TokenLosses(NamedTuple):
-    """Per token, float32; both 0 where the label is ignored, both NaN where it is at or above the vocabulary."""
+    """Per token, float32; both 0 where the label is ignored, both NaN where it is the vocabulary size or more."""
 
     nll_Bt: jax.Array
     """negative log-likelihood of the label, nats"""

@@ -42,7 +42,7 @@ def main(
 
     Args:
       command: the command's body; an int that it returns is the exit code.
-      options: makes, from the configuration, the dataclass whose fields are the flags.
+      options: function that makes the dataclass whose fields are the flags, given the configuration.
       about: one sentence for ``--help``.
       text_command: (body, default options) for a first argument that is a .hlo or .txt file.
       needs_output: the command ends if standard output cannot be written; otherwise it goes on without.
@@ -63,7 +63,7 @@ def main(
 def errors_in_a_line(needs_output: bool = True) -> Iterator[None]:
     """Prints a ConfigError or RunStopped as one line and ends the process with its exit code.
 
-    `needs_output` is that of `main`.
+    `needs_output` is as in `main`.
     """
     with guarded_streams(needs_output):
         try:

@@ -13,14 +13,14 @@ from tsp_jax.errors import ConfigError
 
 @contextlib.contextmanager
 def guarded_streams(needs_output: bool) -> Iterator[None]:
-    """Replaces both streams by ones whose failures end no command in a traceback.
+    """Replaces both streams by ones whose failures never end a command with a traceback.
 
-    What the encoding of a stream does not have is written as an escape. When standard output fails for the first time,
-    a command that `needs_output` is refused; another one goes on, a line on stderr says so, and what it prints is lost.
+    Characters that a stream's encoding lacks are written as escapes. When standard output fails for the first time,
+    a command that `needs_output` ends; any other goes on, a line on stderr says so, and its output is lost.
     When standard error fails, what is printed there is lost.
 
     Raises:
-      ConfigError: standard output cannot be written, and `needs_output`.
+      ConfigError: standard output cannot be written, and `needs_output` is set.
     """
     before = sys.stdout, sys.stderr
     _occupy_closed_descriptors()
@@ -42,7 +42,7 @@ def _output_failed(needs_output: bool) -> Callable[[OSError], None]:
 
 
 def _occupy_closed_descriptors() -> None:
-    """Opens /dev/null as each closed one of 0, 1, 2: the next file opened would else take what is printed."""
+    """Opens /dev/null on each closed descriptor of 0, 1, 2; else the next opened file would get what is printed."""
     for number in range(3):
         try:
             os.fstat(number)

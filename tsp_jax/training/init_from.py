@@ -18,11 +18,11 @@ from tsp_jax.training.step import TrainProgram, TrainState
 FREE = ("init_std",)
 """fields of ModelConfig that a folder of weights does not determine"""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-"""files of a tokenizer; a folder with one of them has weights of other tokens than bytes"""
+"""files of a tokenizer; a folder with one of them has weights of a model whose tokens are not bytes"""
 
 
 def check_init_from(config: Config, placement: Placement) -> None:
-    """Raises ConfigError if `init_from` has no weights of the configured model, or its tokens are not the data's.
+    """Raises ConfigError if `init_from` has no weights of the configured model, or its tokens differ from the data's.
 
     A run that is resumed needs no weights.
     """

@@ -20,14 +20,14 @@ MAX_BYTES = 2**30
 
 
 class EvaluationLine(msgspec.Struct):
-    """What the line of an evaluation holds. Null is a number that was not finite."""
+    """The content of the line of an evaluation. Null stands for a number that was not finite."""
 
     step: Count
     eval_loss: Finite | None
 
 
 class StepLine(msgspec.Struct):
-    """What the line of a step holds, beside further numbers."""
+    """The content of the line of a step, which may hold further numbers."""
 
     step: Count
     loss: Finite | None
@@ -36,17 +36,17 @@ class StepLine(msgspec.Struct):
 
 
 class MetricsFile:
-    """The metrics file of one run. Its lines are in memory too, so nothing that happens to the file loses one.
+    """The metrics file of one run. Its lines are also in memory, so that damage to the file loses none.
 
     Lines later than `resume_step`, the step resumed from, are dropped; so are damaged ones. Lines that cannot be
-    written are tried again with each further line; a file that was removed is written anew. What is in its place at the
-    start and is not a regular file is renamed to ``metrics.jsonl.damaged``.
+    written are tried again with each further line; a file that was removed is written anew. At the start, anything
+    at its path that is not a regular file is renamed to ``metrics.jsonl.damaged``.
 
     Args:
-      path: of the file.
+      path: path of the file.
       resume_step: the step resumed from.
       report: called with one line about each fault, on the writer only.
-      saved: file of the lines that `sync` returned when the step resumed from was saved, if there were any.
+      saved: file with the lines that `sync` returned when the step `resume_step` was saved, if there were any.
     """
 
     def __init__(self, path: Path, resume_step: int, report: Callable[[str], Any] = print, saved: Path | None = None):
@@ -161,7 +161,7 @@ class MetricsFile:
         self._fails = True
 
     def _open(self) -> int:
-        """Opens the file, anew if it has vanished, and cuts off what is not known to be its lines.
+        """Opens the file, creates it if it has vanished, and cuts off everything after its known lines.
 
         Raises:
           OSError: it cannot be opened, or something else is in its place.
@@ -189,7 +189,7 @@ class MetricsFile:
         return file
 
     def _is_copy(self) -> bool:
-        """Whether the file at the path ends as the one that was written, as an editor leaves it."""
+        """Whether the file at the path ends like the one that was written, as when an editor has saved a copy."""
         try:
             tail = read_bytes(self.path, MAX_BYTES)[-4096:]
         except FileError:
@@ -229,11 +229,11 @@ def _parse_line(text: bytes) -> dict | None:
 
 
 def _place(line: dict) -> tuple[int, bool]:
-    """Lines are in the order of their steps, a step before its evaluation."""
+    """Sort key: lines are in the order of their steps, a step before its evaluation."""
     return line["step"], "eval_loss" in line
 
 
 def _encode(line: dict) -> bytes:
-    """The line as it is written, its numbers null that are not finite."""
+    """The line as it is written, with null for numbers that are not finite."""
     infinite = {name: None for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
     return json.dumps(line | infinite, allow_nan=False).encode() + b"\n"

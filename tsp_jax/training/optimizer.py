@@ -26,7 +26,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def warmup_steps(config: OptimizerConfig, steps: int) -> int:
-    """Steps of warm-up: those of the configuration, or a tenth of a run that has no more steps than that."""
+    """Warm-up steps: those configured, or a tenth of the run's steps if it has no more than those."""
     return config.warmup_steps if config.warmup_steps < steps else steps // 10
 
 

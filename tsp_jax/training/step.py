@@ -182,7 +182,7 @@ def _state_trees(
 
 
 def _moment_sharding(param: jax.ShapeDtypeStruct, placement: Placement) -> NamedSharding:
-    """ZeRO-1: the parameter's sharding, with the batch axes that replicate it on the last dim that they divide."""
+    """ZeRO-1: the parameter's sharding, plus its replicating batch axes on the last dim that they divide."""
     spec = [*param.sharding.spec, *[None] * (param.ndim - len(param.sharding.spec))]
     used = {name for names in spec for name in ((names,) if isinstance(names, str) else names or ())}
     copies = tuple(name for name in placement.layout.batch if name not in used)

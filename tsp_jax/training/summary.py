@@ -1,4 +1,4 @@
-"""The end of a run: its summary, as summary.json and as a table, and the picture of its losses."""
+"""The end of a run: its summary, as summary.json and as a table, and the plot of its losses."""
 
 import io
 import os
@@ -21,7 +21,7 @@ from tsp_jax.training.safety.finite import is_skipped
 
 
 class Summary(msgspec.Struct, kw_only=True):
-    """The content of summary.json. Null is a number that no step has."""
+    """The content of summary.json. Null stands for a number that no step has."""
 
     config: str
     layout: str
@@ -61,7 +61,7 @@ def summarize(config: Config, name: str, placement: Placement, compiled: Any, li
 
 
 def read_summary(path: Path, step: int, report: Callable[[str], Any]) -> dict | None:
-    """Reads summary.json; None if there is none of this step, or it is damaged, which is reported."""
+    """Reads summary.json; None if there is none for this step, or if it is damaged (which is reported)."""
     if not os.path.lexists(path):
         return None
     try:
@@ -93,7 +93,7 @@ def print_summary(summary: dict, console: Console) -> dict:
 
 
 def _plain(text: str) -> Text:
-    """Text from a file, of which nothing is markup or a code for the terminal."""
+    """Text from a file, escaped so that none of it acts as markup or as a terminal control code."""
     return Text("".join(c if c.isprintable() else "?" for c in text))
 
 

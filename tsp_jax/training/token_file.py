@@ -17,11 +17,11 @@ class TokenFile:
     The file is read, not mapped: where a mapped file is truncated, the next access kills the process (SIGBUS).
 
     Args:
-      path: of the file.
-      advice: what to do if the file is damaged, for errors.
+      path: path of the file.
+      advice: what errors say to do if the file is damaged.
 
     Raises:
-      FileError: the file cannot be read, or is not a whole array of that kind; also raised by reading later.
+      FileError: the file cannot be read, or is not a complete array of that kind; later reads raise it too.
     """
 
     def __init__(self, path: Path, advice: str):
@@ -44,7 +44,7 @@ class TokenFile:
         return self.read(0, self._length).astype(dtype or self.dtype, copy=False)
 
     def __getitem__(self, at: np.ndarray) -> np.ndarray:
-        """[..., n] indices -> [..., n]; what lies between the smallest and largest index of a row is read at once."""
+        """[..., n] indices -> [..., n]; one read per row covers its smallest to its largest index."""
         found = np.empty(at.shape, self.dtype)
         for place in np.ndindex(at.shape[:-1]):
             first = int(at[place].min())

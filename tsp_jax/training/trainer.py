@@ -140,7 +140,7 @@ def _describe(placement: Placement) -> str:
 
 
 def _remarks(config: Config, optimizer: Optimizer, checkpoints: Checkpoints, start: int) -> list[str]:
-    """Lines about what the run does otherwise than the checkpoint was trained, or than its configuration says."""
+    """Lines about how the run differs from the checkpoint's training, or from its own configuration."""
     lines = [f"resuming with a difference: {text}" for text in (checkpoints.check(start) if start else ())]
     warmup = describe_shorter_warmup(config.optimizer, config.steps, optimizer)
     return [*lines, warmup] if warmup else lines

@@ -4,7 +4,7 @@ Every run that holds the directory makes a file ``lock.N`` with the next N; the 
 process, and its modification time is renewed every `BEAT_S` (and set to 0 at the end). A run that finds a lock takes
 over, with ``lock.(N + 1)``, if the holder has ended or is dead, and is refused otherwise:
 
-- If the process is of this machine, whether it runs decides at once: nothing waits after kill -9.
+- If the process is of this machine, whether it runs decides at once: a restart after kill -9 need not wait.
 - Else its renewals decide: if none is seen for `STALE_S`, the process, its container or its node is dead. No times of
   two hosts are compared.
 
@@ -36,7 +36,7 @@ BEAT_S = 5.0
 STALE_S = 60.0
 """seconds without a renewal after which a holder on another machine counts as dead"""
 POLL_S = 1.0
-"""seconds between two looks at the lock of another machine"""
+"""seconds between two checks of another machine's lock"""
 
 _WAITING, _HELD, _REFUSED = range(3)
 
@@ -147,7 +147,7 @@ class Lock:
         return self.folder / f"lock.{number}"
 
     def _is_free(self, path: Path) -> bool:
-        """Whether the holder of a lock has ended or is dead; sets `refusal` if it runs. Neither: not known yet."""
+        """Whether a lock's holder has ended or is dead; sets `refusal` if it runs. Neither: not known yet."""
         owner, now = _read(path), time.monotonic()
         try:
             renewal = path.stat().st_mtime_ns
@@ -185,7 +185,7 @@ class Lock:
 
 
 def this_process() -> Owner:
-    """The owner that this process is, with a new `run`."""
+    """The `Owner` record of this process, with a new `run`."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"

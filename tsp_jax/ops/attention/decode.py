@@ -51,7 +51,7 @@ def decode_attention(
       (y [B, 1, D] in x's dtype, replicated like x; keys and values to be written, [1, b, K, 1, H] in x's dtype).
 
     Moves: folded axes: one all-gather of B (N + 2 K) H and one reduce-scatter of B N H elements; sequence axes: one
-      all-gather of R b N log-sum-exps, one all-reduce of B n H over the unfolded of them; weight axes: one
+      all-gather of R b N log-sum-exps, one all-reduce of B n H over those not folded; weight axes: one
       all-reduce of B D. All float32; no weights, no cached keys.
     Keeps: nothing.
     Source: partial softmaxes merged by log-sum-exp: Dao et al., Flash-Decoding (2023); arXiv 2411.01783 (pass-Q).

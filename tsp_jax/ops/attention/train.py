@@ -48,8 +48,8 @@ def attention(
       tokens_Bt: positions and segments of this device's tokens; tokens may be in any order over the ranks.
       norms: scales of q/k RMSNorm (Qwen3), or None.
       config: static sizes.
-      axes: folded axes: weights are streamed past tokens, or tokens past weights; tensor axes: partial outputs are
-        summed; sequence axes: keys and values are gathered.
+      axes: over folded axes, weights or tokens are exchanged (see `stream`); over tensor axes, partial outputs are
+        summed; over sequence axes, keys and values are gathered.
       stream: movement; its buckets are replaced by those of `config`.
 
     Returns:
@@ -59,7 +59,7 @@ def attention(
       ConfigError: the movement is activations and a folded axis shards the batch.
 
     Moves: every amount times (R - 1) / R for R ranks. Streamed weights: forward all-gathers of (2 N + 2 K) H D
-      elements of weights and 2 B S K H of keys and values; backward the same again (besides what remat repeats of
+      elements of weights and 2 B S K H of keys and values; backward the same again (plus what remat repeats of
       forward), and reduce-scatters of as many gradients of weights, keys and values. Stationary weights: forward
       2 B S D (all-gather of x, reduce-scatter of y), backward 3 B S D (x, dy, dx); keys and values only over sequence
       axes that are not folded. Both: all-gathers of 8 B S bytes of positions and segments; over tensor axes an

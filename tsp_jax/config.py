@@ -305,7 +305,7 @@ class Config:
     faults: FaultsConfig = FaultsConfig()
     cluster: ClusterConfig = ClusterConfig()
     layout: str = "tsp"
-    """single, tp, sp, tp_sp, tsp or fsdp_cp"""
+    """single, dp, fsdp, tp, sp, tp_sp, tsp or fsdp_cp"""
     mesh: str = ""
     """mesh axis sizes, such as data=1,tsp=8; empty: all devices on the layout's own axes"""
     cpu_devices: int = 0

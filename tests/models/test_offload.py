@@ -70,7 +70,8 @@ def test_layers_inputs_wait_in_the_memory_of_the_host(name):
     needs_compiler(HARDWARE[name].platform)
     offloaded, full = on_target(name, "offload"), on_target(name, "full")
     assert full.peak.host_bytes == full.timeline.host_s == 0
-    assert offloaded.peak.host_bytes == RESIDUALS
+    # A TPU's layouts pad rows of 64 elements to tiles of 128.
+    assert offloaded.peak.host_bytes == RESIDUALS * (2 if name == "v5p" else 1)
     assert offloaded.timeline.host_s == pytest.approx(2 * RESIDUALS / HARDWARE[name].host_bandwidth)
     assert "in the host's memory" in shown(offloaded)
     assert "host" not in shown(full).split("assumed")[0]

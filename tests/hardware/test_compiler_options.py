@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from tests.builders.targets import installed
+from tests.builders.targets import needs_compiler
 from tsp_jax.hardware import compiler_options as module
 from tsp_jax.hardware.compiler_options import COMPILER_OPTIONS, SUCCESSORS, compiler_options
 from tsp_jax.hardware.devices import HARDWARE
@@ -61,8 +61,7 @@ def test_a_value_that_the_compiler_refuses_is_an_error(options_of_cpu):
 @pytest.mark.parametrize("name", ["mi300x", "h100", "v5p"])
 def test_installed_compilers_know_every_option_or_its_successor(name, caplog):
     platform = HARDWARE[name].platform
-    if not installed(platform):
-        pytest.skip(f"the compiler of {platform} is not installed; make newest brings those of rocm and tpu")
+    needs_compiler(platform)
     compiler_options.cache_clear()
     with caplog.at_level(logging.WARNING, logger=module.__name__):
         found = compiler_options(parse_target(f"{name}:8").devices()[0])
@@ -70,9 +69,9 @@ def test_installed_compilers_know_every_option_or_its_successor(name, caplog):
     assert not said(caplog)
 
 
-@pytest.mark.skipif(not installed("tpu"), reason="the compiler of tpu is not installed; make newest brings it")
 def test_two_processes_compile_for_tpu_at_once():
     """libtpu lets one process alone in, unless told that no TPU is there to share."""
+    needs_compiler("tpu")
     code = (
         "from tsp_jax.hardware.targets import *; t = parse_target('v5p:8'); use_target(t); t.devices();"
         "print('ready', flush=True); input()"

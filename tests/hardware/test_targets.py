@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tests.builders.targets import installed
+from tests.builders.targets import installed, needs_compiler
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import HARDWARE, parse_target
 from tsp_jax.inspect import report
@@ -36,15 +36,14 @@ def test_cpu_devices_are_the_machines_own():
 def test_a_missing_compiler_is_a_line_with_its_command(name):
     platform = HARDWARE[name].platform
     if installed(platform):
-        pytest.skip("its compiler is installed")
+        pytest.skip(f"a compiler for {platform} is installed")
     with pytest.raises(ConfigError, match=rf'target={name}:8: .*pip install "\.\[aot-{platform}\]"'):
         parse_target(f"{name}:8").devices()
 
 
 @pytest.mark.parametrize("name", ["mi300x", "mi355x", "h100", "v5p"])
 def test_programs_compile_for_absent_hardware(name):
-    if not installed(HARDWARE[name].platform):
-        pytest.skip("its compiler is not installed")
+    needs_compiler(HARDWARE[name].platform)
     mesh = Mesh(np.array(parse_target(f"{name}:8").devices()), ("tsp",), axis_types=(AxisType.Auto,))
     gather = jax.shard_map(
         lambda x: jax.lax.all_gather(x, "tsp").sum(axis=0), mesh=mesh, in_specs=PartitionSpec("tsp"),

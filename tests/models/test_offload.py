@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from tests.builders.arrays import BF16_TOLERANCE, F32_TOLERANCE, assert_trees_near, packed_batch
-from tests.builders.targets import installed
+from tests.builders.targets import needs_compiler
 from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
 from tsp_jax.hardware.targets import HARDWARE, parse_target
 from tsp_jax.inspect.render import show
@@ -67,11 +67,11 @@ def on_target(name: str, remat: str):
 
 @pytest.mark.parametrize("name", ["mi300x", "h100", "v5p"])
 def test_layers_inputs_wait_in_the_memory_of_the_host(name):
-    if not installed(HARDWARE[name].platform):
-        pytest.skip("its compiler is not installed")
+    needs_compiler(HARDWARE[name].platform)
     offloaded, full = on_target(name, "offload"), on_target(name, "full")
     assert full.peak.host_bytes == full.timeline.host_s == 0
-    assert offloaded.peak.host_bytes == RESIDUALS
+    # A TPU's layouts pad rows of 64 elements to tiles of 128.
+    assert offloaded.peak.host_bytes == RESIDUALS * (2 if name == "v5p" else 1)
     assert offloaded.timeline.host_s == pytest.approx(2 * RESIDUALS / HARDWARE[name].host_bandwidth)
     assert "in the host's memory" in shown(offloaded)
     assert "host" not in shown(full).split("assumed")[0]

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.builders.arrays import F32_TOLERANCE, assert_trees_near, normal, place_case
-from tests.builders.targets import installed
+from tests.builders.targets import needs_compiler
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import parse_target
 from tsp_jax.inspect import compiled_memory, list_buffers, parse
@@ -227,8 +227,7 @@ def test_other_policies_stack_gradients_in_grad_dtype():
 
 def test_no_reader_of_one_row_makes_the_compiler_copy_all_buffers():
     """The TPU compiler did, to the order in memory that suits the gradients of `scale`."""
-    if not installed("tpu"):
-        pytest.skip("its compiler is not installed")
+    needs_compiler("tpu")
     placement = place("tsp", parse_target("v5p:8").devices(), tsp=8)
     arrays = on(placement, *arguments(BF16, MANY, DEEP), put=abstract)
 

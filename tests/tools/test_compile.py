@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from tests.builders.arrays import place_case
 from tests.builders.steps import CONFIG, CPU, train_step
-from tests.builders.targets import installed
+from tests.builders.targets import needs_compiler
 from tsp_jax import inspect
 from tsp_jax.cost.serving import cache_bytes, decode_traffic
 from tsp_jax.errors import ConfigError
@@ -87,10 +87,10 @@ def test_a_chunk_of_a_prompt_holds_less_and_fetches_what_came_before():
 
 
 @pytest.mark.soak
-@pytest.mark.skipif(not installed("rocm"), reason="no compiler for MI300X")
 @pytest.mark.parametrize(("kv_heads", "most"), [(32, 96e9), (8, 40e9)])
 def test_a_million_tokens_are_served_from_one_node(kv_heads, most):
     """Prefilled at once, with the paper's model; less in chunks; and a decoded token moves what its form says."""
+    needs_compiler("rocm")
     config, target = load_config("llama_7b"), parse_target("mi300x:8")
     model = dataclasses.replace(config.model, num_kv_heads=kv_heads)
     config = dataclasses.replace(config, model=model, seq_len=1 << 20, mesh="data=1,tsp=8")

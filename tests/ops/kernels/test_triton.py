@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tests.builders.arrays import F32_TOLERANCE, assert_trees_near
 from tests.builders.attention import Case, S, jitted_run, run, run_reference
-from tests.builders.targets import installed
+from tests.builders.targets import needs_compiler
 from tsp_jax.hardware.targets import HARDWARE, Target
 from tsp_jax.inspect import parse
 from tsp_jax.inspect.scopes import declared_flops
@@ -106,8 +106,7 @@ def test_under_shard_map():
 
 def devices_of(name: str):
     """Devices of a topology."""
-    if not installed(HARDWARE[name].platform):
-        pytest.skip("its compiler is not installed")
+    needs_compiler(HARDWARE[name].platform)
     return np.array(Target(HARDWARE[name], 8).devices())
 
 

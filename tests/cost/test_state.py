@@ -16,8 +16,10 @@ def test_state_of_the_closed_form(name):
     """Weights and moments of the layout's shard, to the byte: what the compiled program takes as arguments."""
     layout = get_layout(name)
     own = [axis for axis in layout.axis_names if axis not in layout.batch]
+    if name in ("dp", "fsdp"):
+        own = list(layout.batch)
     sizes = dict.fromkeys(layout.axis_names, 1) | dict(zip(own, {0: (), 1: (8,), 2: (2, 4)}[len(own)], strict=True))
-    shards = {"single": 1, "sp": 1, "tp_sp": sizes.get("model")}.get(name, 8)
+    shards = {"single": 1, "dp": 1, "sp": 1, "tp_sp": sizes.get("model")}.get(name, 8)
     matrices = CONFIG.model.num_params - 32 * (2 * CONFIG.model.num_layers + 1)
     assert step_memory(CONFIG, layout, sizes)["state"] == pytest.approx(12 * matrices / shards)
     narrow = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, moments_dtype="bfloat16"))

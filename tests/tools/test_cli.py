@@ -18,6 +18,7 @@ from tsp_jax.ops.kernels import KERNELS
 from tsp_jax.tools import cli, train
 from tsp_jax.training import trainer as loop
 from tsp_jax.training.metrics import read_metrics
+from tsp_jax.training.step import TrainProgram
 
 ROOT = Path(__file__).parents[2]
 TEXT = "for line in text:\n    print(line)\n" * 20
@@ -32,7 +33,7 @@ def text(tmp_path):
 
 
 class Compiled(AssertionError):
-    """Raised in place of building a program."""
+    """Raised in place of compiling a program."""
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def refuse(text, tmp_path, monkeypatch, capsys):
         raise Compiled
 
     monkeypatch.setattr(cli, "use_devices", lambda cpu_devices: None)
-    monkeypatch.setattr(loop, "make_program", build)
+    monkeypatch.setattr(TrainProgram, "lower_step", build)
 
     def run(*flags: str) -> str:
         workdir = tmp_path / "run"
@@ -139,10 +140,16 @@ def test_script_trains_under_two_dimensional_parallelism(text, tmp_path):
     assert "data=2,model=2,seq=2" in done.stdout
 
 
+def files_but_locks(folder: Path) -> dict[Path, bytes]:
+    """Content of every file, without the locks that runs leave behind."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("lock."))
+    return {path: path.read_bytes() for path in files}
+
+
 def test_checkpoint_of_another_model_is_refused_and_kept(tmp_path, monkeypatch, capsys, optax_promotes):
     config = small_config(tmp_path, steps=4)
     loop.train(config, "small")
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    before = files_but_locks(tmp_path / "run")
     path = write_config(config, tmp_path / "small.py")
     monkeypatch.setattr(sys, "argv", ["train.py", str(path), "--model.d-ff", "96"])
     capsys.readouterr()
@@ -152,7 +159,7 @@ def test_checkpoint_of_another_model_is_refused_and_kept(tmp_path, monkeypatch, 
     assert error.count("\n") == 1
     assert "model.d_ff=96" in error
     assert "model.d_ff=48" in error
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert files_but_locks(tmp_path / "run") == before
 
 
 def test_script_refuses_with_exit_code_two(tmp_path):

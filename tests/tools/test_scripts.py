@@ -47,7 +47,7 @@ WRONG = {
     "folder": (inspect, [*SMALL, "--json", "no/such/out.json"], "json=no/such/out.json cannot be written"),
     "not HLO": (inspect, ["novel.txt"], "HloModule"),
     "truncated": (inspect, ["cut.hlo"], "ends early"),
-    "absent": (inspect, ["absent.hlo"], "cannot be read"),
+    "absent": (inspect, ["absent.hlo"], "does not exist"),
     "compare": (compare, ["tiny", "--target", "cpu:8", "--layouts", "tsp:8,bogus:8"], "layout=bogus is unknown"),
     "lengths": (compare, ["tiny", "--target", "cpu:8", "--seq-lens", "16k"], "seq_lens=16k"),
 }

@@ -100,7 +100,8 @@ CASES = {
     "sp 8": {"layout": "sp", "mesh": "seq=8"},
     "data 2 x tp_sp 2x2": {"layout": "tp_sp", "mesh": "data=2,model=2,seq=2"},
     "fsdp_cp 8": {"layout": "fsdp_cp", "mesh": "tsp=8"},
-    "data 4": {"layout": "single", "mesh": "data=4"},
+    "data 4": {"layout": "dp", "mesh": "data=4"},
+    "fsdp 4": {"layout": "fsdp", "mesh": "data=4"},
 }
 
 

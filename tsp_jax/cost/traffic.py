@@ -17,7 +17,8 @@ from tsp_jax.layout import Layout, num_ranks
 INT32 = FLOAT32 = 4
 """bytes"""
 FEWEST_BUCKETS = 4
-"""of weights, or tokens, on folded axes. With two, XLA for ROCm pads copies of both (benchmarks/step_128k.md)"""
+"""fewest buckets of weights, or of tokens, on folded axes: with only two, XLA for ROCm pads a copy of each
+(benchmarks/step_128k.md)"""
 Traffic = dict[str, float]
 """Kind -> bytes. `weights` and their `weight_grads` over folded axes, or `activations` in their place; `keys_values`
 and `key_value_grads` over sequence axes; `tensor_sums` over tensor axes; `replica_sums` of gradients over the axes that

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from tsp_jax.errors import ConfigError
 
 MOST_CPU_DEVICES = 1024
-"""most virtual CPU devices: each starts threads, and tens of thousands of them end the process"""
+"""limit on virtual CPU devices: each starts threads, and a process with tens of thousands of threads dies"""
 MOST_DEVICES = 16_384
 """most devices of a target: its topology is made device by device"""
 

@@ -55,7 +55,8 @@ class TokenizerConfig(_NamedTokens):
 def read_tokenizer_config(folder: Path) -> tuple[TokenizerConfig, dict[str, str]]:
     """Returns tokenizer_config.json and the special tokens that have a name, such as bos_token.
 
-    Both files may be absent. Raises FileError if one is damaged.
+    Reads tokenizer_config.json and special_tokens_map.json, either of which may be absent; raises FileError if one is
+    damaged.
     """
     path, names = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     config = read_json(path, TokenizerConfig) if path.exists() else TokenizerConfig()

@@ -168,7 +168,7 @@ class Simulation:
         self.pending = [task._replace(end=task.end + seconds) for task in self.pending]
 
     def _state(self) -> list[tuple[str, float]]:
-        """How much later than compute each queue and all work in flight end: the next iteration depends on it."""
+        """How long after compute each queue and all work in flight end; the next iteration depends on these delays."""
         ends = [*self.now.items(), *((task.task, task.end) for task in self.pending)]
         return [(name, max(0.0, end - self.now["compute"])) for name, end in ends]
 

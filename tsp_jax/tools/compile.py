@@ -51,7 +51,7 @@ class CompiledStep:
 
 
 def place_on(config: Config, target: Target) -> Placement:
-    """Places a configuration's layout on a target, on every device.
+    """Places a configuration's layout on all devices of a target.
 
     Raises:
       ConfigError: layout, mesh, target and sizes do not fit together, or the target's compiler is not installed.

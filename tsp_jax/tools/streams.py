@@ -16,7 +16,7 @@ def guarded_streams(needs_output: bool) -> Iterator[None]:
     """Replaces both streams by ones whose failures never end a command with a traceback.
 
     Characters that a stream's encoding lacks are written as escapes. When standard output fails for the first time,
-    a command that `needs_output` ends; any other goes on, a line on stderr says so, and its output is lost.
+    the command ends if `needs_output` is set; else it goes on, a line on stderr says so, and its output is lost.
     When standard error fails, what is printed there is lost.
 
     Raises:

@@ -42,7 +42,7 @@ class AttentionConfig(NamedTuple):
     rope_theta: float
     norm_eps: float = 1e-6
     query_buckets: int = 1
-    """at most this many buckets of a rank's query heads: the largest number that divides them; so for KV heads"""
+    """upper bound: a rank's query heads have as many buckets as their largest divisor up to it; so do KV heads"""
     kv_buckets: int = 1
     kernel: Kernel = XlaKernel()
     """attention on one device"""

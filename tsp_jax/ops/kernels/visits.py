@@ -63,7 +63,7 @@ class Plan(NamedTuple):
         return cls(Visits(programs, order, unmasked, visited), queries, keys, tile, by_key, span)
 
     def mean_pairs(self) -> float:
-        """Pairs of tiles that the programs of a head visit in total, averaged as in `mean_visits`."""
+        """Pairs of tiles visited per head, summed over its programs; the mean that `mean_visits` defines."""
         lengths = self.queries.positions.shape[1], self.keys.positions.shape[1]
         if self.by_key:
             _, visits = mean_visits(*lengths, self.tile.query * self.span, self.tile.key)

@@ -75,8 +75,8 @@ FAULTS = {
     ),
     "decode: partial softmaxes not weighted": (
         "ops/attention/decode.py",
-        "weight_BN = jnp.exp(lse_BN - jax.nn.logsumexp(lse_RBN, axis=0))",
-        "weight_BN = jnp.exp(lse_BN * 0)",
+        "weight_bN = jnp.exp(lse_bN - jax.nn.logsumexp(lse_RbN, axis=0))",
+        "weight_bN = jnp.exp(lse_bN * 0)",
     ),
     "sampling: top-p keeps one token too few": (
         "inference/sampling.py",
@@ -87,10 +87,10 @@ FAULTS = {
     "links: a full mesh has one link": ("hardware/links.py", "min(len(members) - 1, hardware.num_links)", "1"),
     "layout: folded axes count as tensor axes": (
         "layout.py",
-        "folded=tuple(name for name in names if name in self.sequence)",
+        "folded=tuple(name for name in names if name in self.tokens)",
         "folded=()",
     ),
-    "hf: RoPE's base is ignored": ("hf/config.py", 'rope.number("rope_theta", float, 10_000.0)', "10_000.0"),
+    "hf: RoPE's base is ignored": ("hf/rope.py", "return rope.rope_theta, ", "return 10_000.0, "),
 }
 """fault -> (file of the package, text, wrong text)"""
 

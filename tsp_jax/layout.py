@@ -32,6 +32,11 @@ class Axes(NamedTuple):
     """shard the sequence: keys and values are all-gathered over them"""
 
     @property
+    def unfolded_sequence(self) -> AxisNames:
+        """Axes that shard the sequence and not the weights."""
+        return tuple(name for name in self.sequence if name not in self.folded)
+
+    @property
     def folded_batch(self) -> AxisNames:
         """Folded axes that shard the batch, so that no keys and values are exchanged over them."""
         return tuple(name for name in self.folded if name not in self.sequence)
@@ -68,6 +73,12 @@ class Layout:
     def tokens(self) -> AxisNames:
         """The axes that shard tokens: batch, then sequence."""
         return self.batch + self.sequence
+
+    @property
+    def replica_batch(self) -> AxisNames:
+        """The batch axes that shard no weights."""
+        weight_axes = {*self.heads, *self.mlp, *self.vocab}
+        return tuple(name for name in self.batch if name not in weight_axes)
 
     def axes(self, dim: str) -> Axes:
         """The roles of mesh axes in an op whose weights are sharded along `dim` (heads, mlp or vocab)."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.builders.damage import DAMAGES, truncate
 from tests.builders.fuzz import check_door
 from tests.builders.runs import small_config
 from tsp_jax.config import FaultsConfig
@@ -51,19 +52,6 @@ def same(a, b) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ falling back
-
-
-def flip_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-DAMAGES = {"a bit flipped": flip_bit, "truncated": truncate, "deleted": lambda path: path.unlink()}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -5,21 +5,9 @@ import os
 
 import pytest
 
+from tests.builders.damage import DAMAGES, flip_bit
 from tests.builders.fuzz import check_door
 from tsp_jax.training.checkpoint_manifest import MANIFEST, find_damage, write_manifest
-
-
-def flip_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-DAMAGES = {"a bit flipped": flip_bit, "truncated": truncate, "deleted": lambda path: path.unlink()}
 
 
 @pytest.fixture

@@ -17,12 +17,9 @@ class _Serving:
         model = config.model
         axes = layout.axes("heads")
         self.folded, self.tensor, self.sequence = (num_ranks(names, sizes) for names in axes)
-        unfolded = tuple(name for name in axes.sequence if name not in axes.folded)
-        self.unfolded_sequence = num_ranks(unfolded, sizes)
+        self.unfolded_sequence = num_ranks(axes.unfolded_sequence, sizes)
         self.batch = config.batch // num_ranks(layout.batch, sizes)
-        weight_axes = {*layout.heads, *layout.mlp, *layout.vocab}
-        copies = tuple(name for name in layout.batch if name not in weight_axes)
-        self.decoded = config.batch // num_ranks(copies, sizes)
+        self.decoded = config.batch // num_ranks(layout.replica_batch, sizes)
         self.item = ITEMSIZE[config.compute_dtype]
         shards = (sizes[name] for name in layout.heads)
         self.heads = pad_heads(model.num_heads, model.num_kv_heads, model.head_dim, *shards)

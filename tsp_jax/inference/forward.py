@@ -38,11 +38,10 @@ REPLICATED = PartitionSpec()
 def decode_placement(placement: Placement) -> Placement:
     """Placement for decoding: weights sharded as in `placement`, tokens only over batch axes without weights."""
     layout = placement.layout
-    weight_axes = {*layout.heads, *layout.mlp, *layout.vocab}
-    batch = tuple(name for name in layout.batch if name not in weight_axes)
+    batch = layout.replica_batch
     if layout.batch[: len(batch)] != batch:
         # Otherwise a device's sequences are not among those whose tokens it has.
-        folded = tuple(name for name in layout.batch if name in weight_axes)
+        folded = tuple(name for name in layout.batch if name not in batch)
         raise ConfigError(
             f"layout {layout.name}: batch={layout.batch} must name axes that shard weights last; use {batch + folded}"
         )

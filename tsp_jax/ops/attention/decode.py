@@ -146,5 +146,4 @@ def _merge_ranks(out_bNH, lse_bN, axes: Axes) -> jax.Array:
         out_BnH = _among_all_sequences(out_bNH, axes)
         if axes.folded:
             out_BnH = lax.psum_scatter(out_BnH, axes.folded, scatter_dimension=1, tiled=True)
-        unfolded = tuple(name for name in axes.sequence if name not in axes.folded)
-        return lax.psum(out_BnH, unfolded) if unfolded else out_BnH
+        return lax.psum(out_BnH, axes.unfolded_sequence) if axes.unfolded_sequence else out_BnH

@@ -85,7 +85,7 @@ def _streamed(x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, config, axes:
 def _stationary(x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, config, axes: Axes, stream: Stream) -> jax.Array:
     """Folded axes act as tensor axes on all their tokens, but outputs are reduce-scattered, not all-reduced."""
     tokens_BT = Tokens(*gather_sequence(*tokens_Bt, axes=axes.folded))
-    roles = Axes(tensor=axes.tensor + axes.folded, sequence=tuple(a for a in axes.sequence if a not in axes.folded))
+    roles = Axes(tensor=axes.tensor + axes.folded, sequence=axes.unfolded_sequence)
     config = config._replace(query_buckets=1, kv_buckets=1, kernel=config.kernel.within(x_BtD.shape[1]))
     if not roles.sequence:  # nothing to exchange: all heads at once
         config = config._replace(exchange_buckets=1)

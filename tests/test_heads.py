@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.builders.arrays import normal
-from tsp_jax.heads import HeadPadding, pad_heads
+from tsp_jax.heads import pad_heads
+from tsp_jax.stored import HeadPadding
 
 
 @st.composite

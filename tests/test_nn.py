@@ -24,10 +24,11 @@ from tests.builders.arrays import (
 )
 from tsp_jax.config import ModelConfig, StreamConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.heads import HeadPadding, logical_params, pad_heads, paddings, to_logical, to_stored
+from tsp_jax.heads import pad_heads
 from tsp_jax.models.transformer import Transformer
 from tsp_jax.nn import MLP, Attention, Embed
 from tsp_jax.ops import reference
+from tsp_jax.stored import HeadPadding, logical_params, paddings, to_logical, to_stored
 from tsp_jax.training.data import sequence_order
 
 B, S, D, F, V, N, H = 2, 48, 20, 120, 72, 9, 8

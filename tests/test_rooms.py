@@ -9,13 +9,14 @@ import pytest
 import tsp_jax
 
 ROOT = Path(tsp_jax.__file__).parent
-FOUNDATION = {"errors", "config", "layout", "heads"}
+FOUNDATION = {"errors", "config", "layout", "heads", "stored"}
 ROOMS = {
     "errors": set(),
     "files": {"errors"},
     "config": {"errors"},
     "layout": {"errors", "config"},
     "heads": {"errors", "config", "layout"},
+    "stored": {"errors", "config", "layout", "heads"},
     "cost": FOUNDATION,
     "hardware": {"errors", "files"},
     "inspect": {"errors", "files", "hardware"},

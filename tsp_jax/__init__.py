@@ -1,6 +1,7 @@
 """Tensor and sequence parallelism folded onto one mesh axis, for JAX.
 
-config, layout, heads   what a run is; the layout table; how heads are stored
+config, layout         what a run is; the layout table
+heads, stored           padded heads; how parameters are stored on a mesh
 errors, files           exit codes; files from outside, read and checked
 ops                     per-device functions: streamed weights, attention, kernels
 nn, models              layers on global arrays; a decoder and its remat policies

@@ -9,10 +9,10 @@ from flax import nnx
 
 from tests.builders.arrays import normal, place_case
 from tsp_jax.config import ModelConfig, RopeScaling
-from tsp_jax.heads import paddings, to_stored
 from tsp_jax.hf import weights as hf
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer
+from tsp_jax.stored import paddings, to_stored
 
 # No two of V, D, F, N H and K H are alike, nor what 8 ranks have of them.
 LLAMA = ModelConfig(vocab_size=72, d_model=28, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=12, d_ff=120)

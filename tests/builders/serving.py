@@ -9,11 +9,11 @@ import numpy as np
 
 from tests.builders.arrays import place_case
 from tsp_jax.config import Config, DType, ModelConfig, StreamConfig
-from tsp_jax.heads import to_stored
 from tsp_jax.inference import make_inference_program
 from tsp_jax.inference.token_loop import prefill_prompts
 from tsp_jax.ops import reference
 from tsp_jax.ops.norm import rms_norm
+from tsp_jax.stored import to_stored
 
 LOGITS_TOLERANCE = 1e-4
 """relative; float32 sums in another order, through two layers: 1e-6 is typical"""

@@ -25,10 +25,10 @@ from tests.builders.arrays import (
     zigzag,
 )
 from tsp_jax.config import ModelConfig, Remat, RopeScaling, StreamConfig
-from tsp_jax.heads import logical_params, paddings, to_stored
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer
 from tsp_jax.ops import reference
+from tsp_jax.stored import logical_params, paddings, to_stored
 
 LOSS_TOLERANCE = 1e-5
 """relative; float32 sums in another order: 2e-7 is typical"""

@@ -20,8 +20,8 @@ from tests.builders.cli import BAD, SMALL
 from tests.builders.runs import ROOT, compile_once, finish, numbers, small_config, start_train, write_config
 from tsp_jax.config import FaultsConfig
 from tsp_jax.errors import NOT_SAVED, REFUSED, ConfigError, RunStopped
-from tsp_jax.heads import to_logical
 from tsp_jax.layout import place
+from tsp_jax.stored import to_logical
 from tsp_jax.training import trainer
 from tsp_jax.training.checkpoint import Checkpoints, saved_steps
 from tsp_jax.training.checkpoint_manifest import find_damage

@@ -13,8 +13,8 @@ import pytest
 from tests.builders.runs import compile_once, numbers, write_text
 from tsp_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, StreamConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.heads import to_logical
 from tsp_jax.layout import LAYOUTS, place
+from tsp_jax.stored import to_logical
 from tsp_jax.training import trainer
 from tsp_jax.training.checkpoint import Checkpoints
 from tsp_jax.training.corpus import load_corpus

@@ -22,11 +22,11 @@ from jax.experimental import multihost_utils
 from tsp_jax.config import DType, ModelConfig, check_local
 from tsp_jax.errors import ConfigError
 from tsp_jax.files import read_json
-from tsp_jax.heads import HeadPadding, NoPadding, paddings
 from tsp_jax.hf.config import config_json, read_config
 from tsp_jax.hf.tensors import MAX_FILE_BYTES, Shape, Tensors, new_folder, write_json, write_tensors
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer
+from tsp_jax.stored import HeadPadding, NoPadding, paddings
 
 __all__ = ["abstract_params", "check_folder", "load_params", "read_config", "save_params"]
 

@@ -12,12 +12,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tsp_jax.config import DType, ModelConfig, StreamConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.compiler_options import compiler_options
-from tsp_jax.heads import paddings
 from tsp_jax.inference.cache import Cache, abstract_cache, empty_cache
 from tsp_jax.inference.forward import decode, decode_placement, prefill
 from tsp_jax.inspect.memory import compiled_memory
 from tsp_jax.layout import Placement, check_divides
 from tsp_jax.models.transformer import Transformer, make_merge
+from tsp_jax.stored import paddings
 
 ONE_BUCKET = StreamConfig(bucket_mib=1e9)
 """for decode, where weights are stationary: one bucket per op"""

@@ -13,7 +13,7 @@ from flax import nnx
 from tsp_jax.config import Remat, RopeScaling, StreamConfig
 from tsp_jax.cost.traffic import attention_traffic
 from tsp_jax.errors import ConfigError
-from tsp_jax.heads import HeadPadding, padded_heads
+from tsp_jax.heads import padded_heads
 from tsp_jax.layout import Placement, largest_divisor
 from tsp_jax.nn.arguments import check_settings
 from tsp_jax.nn.layer import Layer
@@ -22,6 +22,7 @@ from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeight
 from tsp_jax.ops.attention.train import attention
 from tsp_jax.ops.kernels.mask import Tokens
 from tsp_jax.ops.stream import Stream
+from tsp_jax.stored import HeadPadding
 
 
 class Attention(Layer):

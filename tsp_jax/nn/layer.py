@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec
 from tsp_jax.config import StreamConfig
 from tsp_jax.cost.traffic import OpSharding, Traffic, choose_movement
 from tsp_jax.errors import ConfigError
-from tsp_jax.heads import HeadPadding
 from tsp_jax.layout import Placement, check_divides
 from tsp_jax.nn.arguments import FLOATS, INTEGERS, check_array, check_settings
 from tsp_jax.ops.stream import Stream
+from tsp_jax.stored import HeadPadding
 
 
 class Layer(nnx.Module):

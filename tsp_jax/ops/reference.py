@@ -63,7 +63,7 @@ def cross_entropy(x_BTD, table_VD, labels_BT):
 def decoder_loss(params, tokens, labels, positions, segments, *, config, z_loss=0.0):
     """Mean loss of a decoder (`ModelConfig`) over tokens whose label is not ignored.
 
-    `params` are those of `tsp_jax.heads.logical_params`, layers stacked [L, ...]; the other arrays are [B, T] int32.
+    `params` are those of `tsp_jax.stored.logical_params`, layers stacked [L, ...]; the other arrays are [B, T] int32.
     """
     x_BTD = embed(tokens, params["embed"]["table"])
     for index in range(config.num_layers):

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from tsp_jax.config import LARGEST, Config
 from tsp_jax.errors import NOT_SAVED, ConfigError, RunStopped
 from tsp_jax.files import check_json, read_json
-from tsp_jax.heads import abstract_logical, to_logical, to_stored
+from tsp_jax.stored import abstract_logical, to_logical, to_stored
 from tsp_jax.training.checkpoint_manifest import find_damage, write_manifest
 from tsp_jax.training.distributed import broadcast_from_writer, gather_from_all, is_writer
 from tsp_jax.training.step import TrainProgram, TrainState

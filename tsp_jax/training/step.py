@@ -12,9 +12,9 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tsp_jax.config import Config
-from tsp_jax.heads import NoPadding, paddings
 from tsp_jax.layout import Placement, num_ranks
 from tsp_jax.models.transformer import Transformer, make_merge
+from tsp_jax.stored import NoPadding, paddings
 from tsp_jax.training.data import Batch
 from tsp_jax.training.optimizer import Optimizer, choose_optimizer
 from tsp_jax.training.safety.finite import update_if_finite

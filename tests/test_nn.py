@@ -24,7 +24,6 @@ from tests.builders.arrays import (
 )
 from tsp_jax.config import ModelConfig, StreamConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.heads import pad_heads
 from tsp_jax.models.transformer import Transformer
 from tsp_jax.nn import MLP, Attention, Embed
 from tsp_jax.ops import reference
@@ -73,16 +72,15 @@ def test_every_parameter_has_a_partition_spec():
 
 def test_shapes_of_parameters():
     shapes = jax.tree.map(lambda array: array.shape, nnx.to_pure_dict(nnx.state(make_model("tsp8"))))
-    L, heads = CONFIG.num_layers, pad_heads(N, K, H, 8)
-    assert (heads.query, heads.kv) == (16, 4)
+    L = CONFIG.num_layers
     assert shapes == {
         "embed": {"table": (V, D)},
         "head": {"table": (V, D)},
         "final_norm": {"scale": (D,)},
         "layers": {
             "attention": {
-                **dict.fromkeys(("w_q", "w_o"), (L, 16 * H, D)),
-                **dict.fromkeys(("w_k", "w_v"), (L, 4 * H, D)),
+                **dict.fromkeys(("w_q", "w_o"), (L, N * H, D)),
+                **dict.fromkeys(("w_k", "w_v"), (L, K * H, D)),
                 **dict.fromkeys(("q_norm", "k_norm"), (L, H)),
             },
             "mlp": dict.fromkeys(("w_gate", "w_up", "w_down"), (L, F, D)),
@@ -194,10 +192,10 @@ def test_the_result_has_the_compute_dtype(layer):
 # ------------------------------------------------------------------------------------------------ padded heads
 
 
-@pytest.mark.parametrize("layout", ["tsp4", "tsp8", "tp8", "mix2_4"])
+@pytest.mark.parametrize("layout", ["tp8", "tp2_sp4", "mix2_4"])
 def test_padded_heads_get_exactly_no_gradient(layout):
     attention = make_attention(layout, qk_norm=True)
-    assert attention.heads.padded
+    assert attention.head_sharding.heads.padded
     graphdef, state = nnx.split(attention)
     x, cotangent = normal(0, B, S, D), normal(1, B, S, D)
     grads = jax.jit(jax.grad(lambda state: (nnx.merge(graphdef, state)(x) * cotangent).sum()))(state)
@@ -212,8 +210,8 @@ def test_padded_heads_get_exactly_no_gradient(layout):
 @pytest.mark.parametrize("noise", [0.0, 1.0])
 def test_padded_heads_change_nothing(noise):
     """Even if their rows of the output projection are not zero."""
-    attention = make_attention("tsp8")
-    padding = HeadPadding(attention.heads, True)
+    attention = make_attention("tp8")
+    padding = HeadPadding(attention.head_sharding, True)
     no_head = 1 - padding.pad(jnp.ones_like(padding.unpad(attention.w_o[...])))
     attention.w_o[...] += noise * no_head
     x = normal(0, B, S, D)

@@ -142,7 +142,7 @@ def test_sizes_that_make_no_heads(settings, message):
 
 def test_settings_of_numpy_are_taken():
     layer = nnx.eval_shape(lambda: make(Attention, d_model=np.int64(D), num_heads=np.int64(N), dtype="bfloat16"))
-    assert (layer.heads.query, layer.w_q.shape[1], layer.dtype) == (N, D, jnp.bfloat16)
+    assert (layer.head_sharding.heads.query, layer.w_q.shape[1], layer.dtype) == (N, D, jnp.bfloat16)
 
 
 def test_residual_std():

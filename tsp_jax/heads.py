@@ -1,18 +1,25 @@
-"""Attention heads, padded so that every rank holds equally many.
+"""Attention heads over ranks: which are padded, and which rows of their weights a rank stores.
+
+Tensor axes shard heads, so heads are padded until every tensor shard has equally many. Folded axes shard the rows of
+weights: ranks gather whole heads before they use them, so no head is padded for them.
 
 Dims: N query heads, K KV heads, G = N / K, H head, R ranks.
 """
 
 import itertools
-import math
-import operator
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from tsp_jax.layout import Placement
+import numpy as np
+
+from tsp_jax.layout import Layout, num_ranks
+
+LARGEST_WASTE = 1 / 16
+"""a unit has so many heads that at most this share of its rows is added to divide over the ranks, if any number does"""
 
 
 class Heads(NamedTuple):
-    """Attention heads, padded so that every rank holds equally many.
+    """Attention heads, padded so that ranks hold equally many.
 
     Padded query head (k, g) is query head g of KV head k; real heads come first along both dimensions. In
     row-major order rank p of R holds padded query heads p n up to (p + 1) n, n = kv * group / R. If there are
@@ -40,30 +47,168 @@ class Heads(NamedTuple):
         """Whether there is any head that is not real."""
         return (self.kv, self.group) != (self.num_kv_heads, self.real_group)
 
+    def shard(self, ranks: int) -> "Heads":
+        """The heads that each of `ranks` ranks holds; padded ones count as real."""
+        kv = max(1, self.kv // ranks)
+        group = self.query // ranks // kv
+        return Heads(kv=kv, group=group, num_kv_heads=kv, real_group=group, dim=self.dim)
 
-def pad_heads(num_heads: int, num_kv_heads: int, head_dim: int, *axes: int) -> Heads:
-    """The fewest padded heads that the ranks of mesh axes of these sizes, outermost first, can share evenly.
 
-    The number of padded KV heads is a multiple of the number of ranks, or divides it. If it divides it, the
-    ranks that share a KV head store equal parts of its rows. A group of ranks along inner axes has whole KV
-    heads or parts of a single one.
+def pad_heads(num_heads: int, num_kv_heads: int, head_dim: int, ranks: int = 1) -> Heads:
+    """The fewest padded heads that `ranks` ranks can share evenly.
+
+    The number of padded KV heads is a multiple of the number of ranks, or divides it.
     """
-    ranks = math.prod(axes)
-    groups = list(itertools.accumulate(axes, operator.mul))
-
-    def can_share(kv: int) -> bool:
-        if kv % ranks and (ranks % kv or head_dim % (ranks // kv)):
-            return False
-        return all(kv % count == 0 or count % kv == 0 for count in groups)
-
-    kv = next(kv for kv in itertools.count(num_kv_heads) if can_share(kv))
+    kv = next(kv for kv in itertools.count(num_kv_heads) if kv % ranks == 0 or ranks % kv == 0)
     real_group = num_heads // num_kv_heads
     sharing = max(1, ranks // kv)
     group = -(-real_group // sharing) * sharing
     return Heads(kv=kv, group=group, num_kv_heads=num_kv_heads, real_group=real_group, dim=head_dim)
 
 
-def padded_heads(placement: Placement, num_heads: int, num_kv_heads: int, head_dim: int) -> Heads:
-    """`pad_heads` for the ranks of a placement."""
-    axes = (placement.mesh.shape[name] for name in placement.layout.heads)
-    return pad_heads(num_heads, num_kv_heads, head_dim, *axes)
+class HeadRows(NamedTuple):
+    """Which rows of a projection over heads each rank stores.
+
+    A unit is some consecutive heads. Rank r of R has the r-th part of the rows of each unit, unit after unit, so that
+    gathering any number of units gives whole heads. Where R does not divide the rows of a unit, zeros follow them.
+    """
+
+    num_heads: int
+    """heads whose rows the ranks share"""
+    dim: int
+    """H, rows of a head"""
+    ranks: int
+    """R"""
+    unit: int
+    """heads of a unit; with a single unit each rank has consecutive rows"""
+    whole: bool
+    """every rank has whole heads (of a single unit)"""
+
+    @classmethod
+    def of(cls, num_heads: int, dim: int, ranks: int, whole: bool) -> "HeadRows":
+        """Whole heads on each rank, or else the smallest units that waste little."""
+        sizes = (size for size in range(1, num_heads) if num_heads % size == 0)
+        small = (size for size in sizes if -size * dim % ranks <= LARGEST_WASTE * size * dim)
+        return cls(num_heads, dim, ranks, num_heads if whole else next(small, num_heads), whole)
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return self.num_heads // self.unit
+
+    @property
+    def rows_of_unit(self) -> int:
+        """Rows of a unit on each rank, zeros included."""
+        return -(-self.unit * self.dim // self.ranks)
+
+    @property
+    def stored(self) -> int:
+        """Rows on all ranks, zeros included."""
+        return self.units * self.rows_of_unit * self.ranks
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the ranks' rows, joined, are those of the heads in their order, without zeros."""
+        return self.units == 1 and self.stored == self.num_heads * self.dim
+
+    @property
+    def parts(self) -> int:
+        """Number of parts into which each rank's rows can be split, so that gathering a part gives whole heads."""
+        return self.num_heads // self.ranks if self.whole else self.units
+
+    def units_of(self, head_numbers: Sequence[Sequence[int]]) -> list[list[int]]:
+        """[R, u]: for each rank, the units with the heads that stand in its row of `head_numbers`.
+
+        Negative numbers stand for padded heads. Rows are made equally long by repeating unit 0.
+        """
+        units = [sorted({head // self.unit for head in row if head >= 0}) for row in head_numbers]
+        most = max(1, *map(len, units))
+        return [[*row, *[0] * (most - len(row))] for row in units]
+
+    def places_of(self, head_numbers: Sequence[Sequence[int]]) -> list[list[int]]:
+        """[R, n]: where each rank finds its heads among all heads of its `units_of`; -1 for padded heads."""
+        return [
+            [units.index(head // self.unit) * self.unit + head % self.unit if head >= 0 else -1 for head in row]
+            for units, row in zip(self.units_of(head_numbers), head_numbers, strict=True)
+        ]
+
+
+class HeadSharding(NamedTuple):
+    """Heads on tensor shards, each of which has several folded ranks."""
+
+    heads: Heads
+    """padded so that every tensor shard has equally many"""
+    tensor: int
+    """number of tensor shards"""
+    folded: int
+    """number of folded ranks of a tensor shard"""
+
+    @classmethod
+    def of(
+        cls, layout: Layout, sizes: Mapping[str, int], num_heads: int, num_kv_heads: int, head_dim: int
+    ) -> "HeadSharding":
+        """Of the real heads of a model, under a layout whose mesh axes have these sizes."""
+        axes = layout.axes("heads")
+        tensor, folded = num_ranks(axes.tensor, sizes), num_ranks(axes.folded, sizes)
+        return cls(pad_heads(num_heads, num_kv_heads, head_dim, tensor), tensor, folded)
+
+    @property
+    def shard(self) -> Heads:
+        """Heads of one tensor shard."""
+        return self.heads.shard(self.tensor)
+
+    @property
+    def by_rank(self) -> Heads:
+        """Heads of one tensor shard, padded so that its folded ranks share them evenly, for tokens that move."""
+        return pad_heads(self.shard.query, self.shard.kv, self.heads.dim, self.folded)
+
+    @property
+    def own(self) -> Heads:
+        """Heads with which one rank attends to the tokens of all folded ranks of its tensor shard."""
+        return self.by_rank.shard(self.folded)
+
+    @property
+    def even(self) -> bool:
+        """Whether the folded ranks of a tensor shard share its heads evenly, without padding."""
+        return not self.by_rank.padded
+
+    @property
+    def kv_head_spans_shards(self) -> bool:
+        """Whether tensor shards share KV heads, so that each gathers all KV heads and uses one."""
+        return self.heads.kv < self.tensor
+
+    @property
+    def queries(self) -> HeadRows:
+        """Rows of Wq, and of Wo, of one tensor shard."""
+        return HeadRows.of(self.shard.query, self.heads.dim, self.folded, whole=self.even)
+
+    @property
+    def keys_values(self) -> HeadRows:
+        """Rows of Wk, and of Wv, of one tensor shard; of all shards if they share KV heads."""
+        if self.kv_head_spans_shards:
+            return HeadRows.of(self.heads.kv, self.heads.dim, self.tensor * self.folded, whole=False)
+        whole = self.even and self.shard.kv % self.folded == 0
+        return HeadRows.of(self.shard.kv, self.heads.dim, self.folded, whole)
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Rows of Wq (as of Wo) and of Wk (as of Wv) on all ranks, zeros included."""
+        spans = self.kv_head_spans_shards
+        return self.tensor * self.queries.stored, (1 if spans else self.tensor) * self.keys_values.stored
+
+    def own_heads(self) -> tuple[list[list[int]], list[list[int]]]:
+        """For each rank, the numbers of its heads `own`: query heads [R, n], KV heads [R, k]; -1 for padded heads.
+
+        Numbers and ranks are those of `queries` and of `keys_values`.
+        """
+        shard, padded = self.shard, self.by_rank
+        more_kv, more_group = (0, padded.kv - shard.kv), (0, padded.group - shard.group)
+        numbers = np.arange(shard.query).reshape(shard.kv, shard.group)
+        queries = np.pad(numbers, (more_kv, more_group), constant_values=-1).reshape(self.folded, -1)
+        if self.kv_head_spans_shards:
+            keys_values = np.arange(self.tensor) * self.heads.kv // self.tensor
+        else:
+            keys_values = np.pad(np.arange(shard.kv), more_kv, constant_values=-1)
+        ranks = self.keys_values.ranks
+        keys_values = np.repeat(keys_values, max(1, ranks // len(keys_values))).reshape(ranks, -1)
+        return queries.tolist(), keys_values.tolist()

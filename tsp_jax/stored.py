@@ -12,40 +12,62 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tsp_jax.heads import Heads
+from tsp_jax.heads import HeadRows, HeadSharding
 from tsp_jax.layout import num_ranks
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadPadding:
-    """Pads the rows of a projection over heads from the logical to the stored shape, and back."""
+    """Converts the rows of a projection over heads from their logical to their stored form, and back.
 
-    heads: Heads
+    Logical rows are those of the real heads, in order. Stored rows are those of the padded heads, in the order of the
+    ranks that have them; see `HeadRows`.
+    """
+
+    sharding: HeadSharding
     queries: bool
     """whether the rows belong to query heads; else to KV heads"""
 
     @property
     def padded(self) -> bool:
-        """Whether the logical and the stored shape differ."""
-        return self.heads.padded
+        """Whether the logical and the stored form differ."""
+        return self.sharding.heads.padded or not self._rows.in_order
+
+    @property
+    def _rows(self) -> HeadRows:
+        return self.sharding.queries if self.queries else self.sharding.keys_values
 
     def _by_head(self, rows: jax.Array, kv: int, group: int) -> jax.Array:
         """[..., rows, D] -> [..., kv, group, H, D]."""
-        return rows.reshape(*rows.shape[:-2], kv, group if self.queries else 1, self.heads.dim, rows.shape[-1])
+        group = group if self.queries else 1
+        return rows.reshape(*rows.shape[:-2], kv, group, self.sharding.heads.dim, rows.shape[-1])
 
     def pad(self, rows: jax.Array) -> jax.Array:
-        """[..., logical rows, D] -> [..., stored rows, D], with zeros for padded heads."""
-        heads = self.heads
+        """[..., logical rows, D] -> [..., stored rows, D], with zeros for padding."""
+        heads, stored = self.sharding.heads, self._rows
         by_head = self._by_head(rows, heads.num_kv_heads, heads.real_group)
         more = (heads.kv - heads.num_kv_heads, heads.group - heads.real_group if self.queries else 0)
-        widths = [(0, 0)] * (by_head.ndim - 4) + [(0, more[0]), (0, more[1]), (0, 0), (0, 0)]
-        return jnp.pad(by_head, widths).reshape(*rows.shape[:-2], -1, rows.shape[-1])
+        by_head = _pad_dims(by_head, (*more, 0, 0))
+        by_unit = by_head.reshape(*rows.shape[:-2], -1, stored.unit * heads.dim, rows.shape[-1])
+        by_unit = _pad_dims(by_unit, (stored.ranks * stored.rows_of_unit - stored.unit * heads.dim, 0))
+        by_rank = by_unit.reshape(*rows.shape[:-2], -1, stored.units, stored.ranks, stored.rows_of_unit, rows.shape[-1])
+        return by_rank.swapaxes(-4, -3).reshape(*rows.shape[:-2], -1, rows.shape[-1])
 
     def unpad(self, rows: jax.Array) -> jax.Array:
         """[..., stored rows, D] -> [..., logical rows, D]."""
-        heads = self.heads
-        by_head = self._by_head(rows, heads.kv, heads.group)[..., : heads.num_kv_heads, : heads.real_group, :, :]
+        heads, stored = self.sharding.heads, self._rows
+        by_rank = rows.reshape(*rows.shape[:-2], -1, stored.ranks, stored.units, stored.rows_of_unit, rows.shape[-1])
+        by_unit = by_rank.swapaxes(-4, -3)
+        by_unit = by_unit.reshape(*rows.shape[:-2], -1, stored.ranks * stored.rows_of_unit, rows.shape[-1])
+        by_unit = by_unit[..., : stored.unit * heads.dim, :]
+        by_head = self._by_head(by_unit.reshape(*rows.shape[:-2], -1, rows.shape[-1]), heads.kv, heads.group)
+        by_head = by_head[..., : heads.num_kv_heads, : heads.real_group, :, :]
         return by_head.reshape(*rows.shape[:-2], -1, rows.shape[-1])
+
+
+def _pad_dims(array: jax.Array, widths: tuple[int, ...]) -> jax.Array:
+    """`array` with so many zeros after each of its last dims."""
+    return jnp.pad(array, [(0, 0)] * (array.ndim - len(widths)) + [(0, width) for width in widths])
 
 
 class NoPadding:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from tsp_jax.config import Config
 from tsp_jax.cost.training import ITEMSIZE
-from tsp_jax.heads import pad_heads
+from tsp_jax.heads import HeadSharding
 from tsp_jax.layout import Layout, num_ranks
 
 FLOAT32 = 4
@@ -21,8 +21,7 @@ class _Serving:
         self.batch = config.batch // num_ranks(layout.batch, sizes)
         self.decoded = config.batch // num_ranks(layout.replica_batch, sizes)
         self.item = ITEMSIZE[config.compute_dtype]
-        shards = (sizes[name] for name in layout.heads)
-        self.heads = pad_heads(model.num_heads, model.num_kv_heads, model.head_dim, *shards)
+        self.heads = HeadSharding.of(layout, sizes, model.num_heads, model.num_kv_heads, model.head_dim)
 
 
 def _gathered(nbytes: float, ranks: int) -> float:
@@ -52,16 +51,16 @@ def decode_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> 
 
 def _attention(config: Config, s: _Serving) -> dict[str, float]:
     """Bytes of one layer; float32, as the all-gather precedes q/k norm and RoPE."""
-    row = s.decoded * s.heads.dim * FLOAT32
-    queries, keys_values = s.heads.query / s.tensor, 2 * s.heads.kv
-    if s.heads.kv < s.tensor:  # several tensor shards hold parts of a KV head: each gathers all KV heads
-        gathered = _gathered(keys_values * row, s.folded * s.tensor)
+    row, (query_rows, kv_rows) = s.decoded * FLOAT32, s.heads.stored
+    if s.heads.kv_head_spans_shards:  # each tensor shard gathers all KV heads
+        gathered = _gathered(2 * kv_rows * row, s.folded * s.tensor)
     else:
-        gathered = _gathered(keys_values / s.tensor * row, s.folded)
-    lse = _gathered(s.sequence * s.batch * queries * FLOAT32, s.sequence)
-    outputs = _gathered(queries * row, s.folded) + _summed(queries / s.folded * row, s.unfolded_sequence)
+        gathered = _gathered(2 * kv_rows / s.tensor * row, s.folded)
+    queries = query_rows / s.tensor * row
+    lse = _gathered(s.sequence * s.batch * s.heads.shard.query * FLOAT32, s.sequence)
+    outputs = _gathered(queries, s.folded) + _summed(queries / s.folded, s.unfolded_sequence)
     return {
-        "heads": _gathered(queries * row, s.folded) + gathered,
+        "heads": _gathered(queries, s.folded) + gathered,
         "merges": lse + outputs,
         "sums": _summed(s.decoded * config.model.d_model * FLOAT32, s.folded * s.tensor),
     }
@@ -74,5 +73,5 @@ def cache_bytes(config: Config, layout: Layout, sizes: Mapping[str, int]) -> flo
     stored once on each of them.
     """
     s = _Serving(config, layout, sizes)
-    kv_heads = max(1, s.heads.kv / s.tensor)
-    return 2 * config.model.num_layers * s.batch * config.seq_len / s.sequence * kv_heads * s.heads.dim * s.item
+    heads = s.heads.shard
+    return 2 * config.model.num_layers * s.batch * config.seq_len / s.sequence * heads.kv * heads.dim * s.item

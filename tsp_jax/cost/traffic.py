@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from tsp_jax.config import Remat
-from tsp_jax.heads import Heads
-from tsp_jax.layout import Layout, num_ranks
+from tsp_jax.heads import HeadRows, HeadSharding
+from tsp_jax.layout import Axes, Layout, num_ranks
 
 INT32 = FLOAT32 = 4
 """bytes"""
@@ -85,14 +85,13 @@ class OpSharding:
         """Number of buckets of an op's weights, with `elements` on all ranks and `rows` to split on each device."""
         return self._folded_buckets(rows, elements / self.tensor * self.itemsize, bucket_bytes)
 
-    def head_buckets(self, heads: Heads, d_model: int, bucket_bytes: float) -> tuple[int, int]:
-        """(buckets for Wq and for Wo, buckets for Wk with Wv); each bucket holds whole heads of each device."""
+    def head_buckets(self, heads: HeadSharding, d_model: int, bucket_bytes: float) -> tuple[int, int]:
+        """(buckets for Wq and for Wo, buckets for Wk with Wv); each bucket holds whole heads."""
 
-        def count(num_heads: int, weights: int) -> int:
-            per_device = max(1, num_heads // (self.folded * self.tensor))
-            return self.weight_buckets(per_device, weights * num_heads * heads.dim * d_model, bucket_bytes)
+        def count(rows: HeadRows, weights: int) -> int:
+            return self.weight_buckets(rows.parts, weights * self.tensor * rows.stored * d_model, bucket_bytes)
 
-        return count(heads.query, 1), count(heads.kv, 2)
+        return count(heads.queries, 1), 1 if heads.kv_head_spans_shards else count(heads.keys_values, 2)
 
     def token_buckets(self, d_model: int, bucket_bytes: float) -> int:
         """Number of buckets of the tokens [B, t, D] of all folded ranks."""
@@ -105,11 +104,22 @@ class OpSharding:
             bucket_bytes = min(bucket_bytes, max(1.0, nbytes / FEWEST_BUCKETS))
         return num_buckets(rows, nbytes, bucket_bytes)
 
-    def exchange_buckets(self, heads: Heads, movement: str, bucket_bytes: float) -> int:
+    def exchange_buckets(self, heads: HeadSharding, movement: str, bucket_bytes: float) -> int:
         """Number of buckets of KV heads in which keys and values of the whole sequence are exchanged."""
-        kv_heads = max(1, heads.kv // (self.tensor * (self.folded if movement == "activations" else 1)))
-        nbytes = 2 * self.batch * self.seq_len * kv_heads * heads.dim * self.itemsize
+        kv_heads = (heads.own if movement == "activations" else heads.shard).kv
+        nbytes = 2 * self.batch * self.seq_len * kv_heads * heads.heads.dim * self.itemsize
         return num_buckets(kv_heads, nbytes, bucket_bytes)
+
+
+def _exchanged_heads(heads: HeadSharding, d_model: int) -> tuple[float, float]:
+    """Elements (of Wq, of Wk and Wv together) that a rank receives so that it has the rows of its own heads."""
+
+    def received(rows: HeadRows, head_numbers: list[list[int]]) -> float:
+        units = len(rows.units_of(head_numbers)[0])
+        return 0 if rows.whole else units * rows.rows_of_unit * (rows.ranks - 1) * d_model
+
+    query_heads, kv_heads = heads.own_heads()
+    return received(heads.queries, query_heads), 2 * received(heads.keys_values, kv_heads)
 
 
 def _others(ranks: int) -> float:
@@ -120,13 +130,22 @@ def _others(ranks: int) -> float:
 def choose_movement(movement: str, traffic: Callable[[str], Traffic], tokens_may_move: bool = True) -> str:
     """Resolves `auto` to gather or activations, whichever receives fewer bytes according to `traffic`.
 
-    It is gather if not `tokens_may_move`, as in attention whose weights are folded over batch axes.
+    It is gather if not `tokens_may_move`; see `attention_may_move_tokens`.
     """
     if movement != "auto":
         return movement
     if not tokens_may_move:
         return "gather"
     return min(("gather", "activations"), key=lambda candidate: sum(traffic(candidate).values()))
+
+
+def attention_may_move_tokens(axes: Axes, heads: HeadSharding) -> bool:
+    """Whether `auto` may move attention's tokens to stationary weights.
+
+    Not over axes that shard the batch, where a rank would take the tokens of several sequences for one sequence, nor
+    where ranks do not share heads evenly, so that they would compute with padded heads.
+    """
+    return not axes.folded_batch and heads.even
 
 
 def num_buckets(rows: int, nbytes: float, bucket_bytes: float) -> int:
@@ -143,35 +162,37 @@ def num_buckets(rows: int, nbytes: float, bucket_bytes: float) -> int:
 
 
 def attention_traffic(
-    sharding: OpSharding, movement: str, *, heads: Heads, d_model: int, remat: Remat, forward: bool = False
+    sharding: OpSharding, movement: str, *, heads: HeadSharding, d_model: int, remat: Remat, forward: bool = False
 ) -> Traffic:
     """One layer's attention, forward and backward, or forward alone; `remat` says what backward repeats.
 
     Here and in the ops below, movement `activations` moves tokens; every other movement moves weights.
     """
-    moves_tokens = movement == "activations"
-    weight_ranks = sharding.tensor * (sharding.folded if moves_tokens else 1)
-    query, kv = heads.query * heads.dim * d_model, heads.kv * heads.dim * d_model
-    if heads.kv < weight_ranks:  # several ranks hold parts of a KV head: each gathers all KV heads
-        kv_weights = 2 * kv * _others(sharding.folded * sharding.tensor)
+    moves_tokens, dim = movement == "activations", heads.heads.dim
+    query, kv = (rows * d_model for rows in heads.stored)
+    if moves_tokens:
+        query_weights, kv_weights = _exchanged_heads(heads, d_model)
     else:
-        kv_weights = 0 if moves_tokens else sharding.weights_received(2 * kv)
-    query_weights = 0 if moves_tokens else sharding.weights_received(query)
+        query_weights = sharding.weights_received(query)
+        spans = heads.kv_head_spans_shards  # each tensor shard gathers all KV heads
+        kv_weights = 2 * kv * _others(heads.keys_values.ranks) if spans else sharding.weights_received(2 * kv)
     into, out = kv_weights + query_weights, query_weights
-    used_heads = max(1, heads.kv // weight_ranks)
+    used_heads = (heads.own if moves_tokens else heads.shard).kv
     exchanged = _others(sharding.sequence // sharding.folded if moves_tokens else sharding.sequence)
-    keys_values = 2 * sharding.batch * sharding.seq_len * used_heads * heads.dim * sharding.itemsize * exchanged
+    keys_values = 2 * sharding.batch * sharding.seq_len * used_heads * dim * sharding.itemsize * exchanged
     again = 0 if remat == "none" else 1
     # Full remat projects queries, keys and values once more, after the MLP's backward.
     twice = 1 if remat in ("full", "offload") else 0
-    into_passes, out_passes = (1, 1) if forward else (2 + again + twice, 2 + again)
+    # Backward streams weights again; heads that were exchanged it has.
+    backward = 0 if forward or moves_tokens else 1
+    into_passes, out_passes = (1, 1) if forward else (1 + backward + again + twice, 1 + backward + again)
     # Forward gathers x and scatters y; backward gathers x and dy and scatters dx, and repeats forward's.
     activations = 2 if forward else 5 + 2 * again + twice
     received = sharding.tokens_received(d_model) * sharding.itemsize if moves_tokens else 0
     outputs = sharding.tensor_sum_bytes(sharding.tokens * d_model, sharding.itemsize)
     return {
-        "weights": (into_passes * into + out_passes * out) * sharding.itemsize,
-        "weight_grads": 0 if forward else (into + out) * sharding.grad_itemsize,
+        "weights": (into_passes * into + out_passes * out) * (FLOAT32 if moves_tokens else sharding.itemsize),
+        "weight_grads": 0 if forward else (into + out) * (FLOAT32 if moves_tokens else sharding.grad_itemsize),
         "keys_values": keys_values if forward else (2 + twice) * keys_values,
         "key_value_grads": 0 if forward else keys_values,
         "activations": activations * received,

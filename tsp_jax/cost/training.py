@@ -10,13 +10,14 @@ from tsp_jax.config import Config
 from tsp_jax.cost.traffic import (
     OpSharding,
     Traffic,
+    attention_may_move_tokens,
     attention_traffic,
     choose_movement,
     embed_traffic,
     loss_traffic,
     mlp_traffic,
 )
-from tsp_jax.heads import pad_heads
+from tsp_jax.heads import HeadSharding
 from tsp_jax.layout import Layout, num_ranks
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -31,8 +32,7 @@ class _Step:
         self.itemsize, self.grad_itemsize = ITEMSIZE[config.compute_dtype], ITEMSIZE[config.stream.grad_dtype]
         self.bucket_bytes = config.stream.bucket_mib * 2**20
         self.sharding = self.sharding_of("heads")
-        shards = (sizes[name] for name in layout.heads)
-        self.heads = pad_heads(model.num_heads, model.num_kv_heads, model.head_dim, *shards)
+        self.heads = HeadSharding.of(layout, sizes, model.num_heads, model.num_kv_heads, model.head_dim)
 
     def sharding_of(self, dim: str) -> OpSharding:
         batch = self.config.batch // self.config.accumulate
@@ -53,10 +53,11 @@ class _Step:
             "embed": (stream.vocab_movement, partial(embed_traffic, vocab, **table)),
             "loss": (stream.vocab_movement, partial(loss_traffic, vocab, **table)),
         }
-        whole, folded_batch = self.layout.whole_weights, self.layout.axes("heads").folded_batch
+        may_move = dict.fromkeys(functions, True)
+        may_move["attention"] = attention_may_move_tokens(self.layout.axes("heads"), self.heads)
         return {
             op: (
-                "gather" if whole else choose_movement(movement, traffic, not (folded_batch and op == "attention")),
+                "gather" if self.layout.whole_weights else choose_movement(movement, traffic, may_move[op]),
                 traffic,
             )
             for op, (movement, traffic) in functions.items()
@@ -65,7 +66,8 @@ class _Step:
     def bucket_elements(self) -> float:
         """Elements of the largest bucket of weights, before tensor axes shard it."""
         model, heads, sharding, bucket_bytes = self.config.model, self.heads, self.sharding, self.bucket_bytes
-        sizes = heads.query * heads.dim, 2 * heads.kv * heads.dim, 3 * model.d_ff
+        query_rows, kv_rows = heads.stored
+        sizes = query_rows, 2 * kv_rows, 3 * model.d_ff
         if self.layout.whole_weights:
             return max(sizes) * model.d_model
         rows = model.d_ff // (sharding.folded * sharding.tensor)
@@ -112,27 +114,26 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dic
     step, model = _Step(config, layout, sizes), config.model
     sharding, heads = step.sharding, step.heads
     shards = sharding.folded * sharding.tensor
-    layer = (2 * heads.query + 2 * heads.kv) * heads.dim * model.d_model + 3 * model.d_ff * model.d_model
+    layer = (2 * sum(heads.stored) + 3 * model.d_ff) * model.d_model
     tables = model.vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
     layers = model.num_layers * layer
     copies = tuple(name for name in layout.batch if name not in layout.heads)
     replicas = num_ranks(copies, sizes) if config.optimizer.zero1 else 1
     activation = sharding.tokens * model.d_model * step.itemsize
-    outputs = sharding.tokens * heads.query * heads.dim / sharding.tensor * step.itemsize
+    outputs = sharding.tokens * heads.shard.query * heads.heads.dim * step.itemsize
     kept = {"offload": 0.0, "save_attention": activation + outputs}.get(config.remat, activation)
     residuals = model.num_layers * kept
     waiting = layers * ITEMSIZE[config.grad_dtype] / shards
     if config.remat == "full":
         waiting = max(0.0, waiting - residuals)
     movement = step.ops()["attention"][0]
-    kv_heads = max(1, heads.kv / sharding.tensor)
-    exchanged = kv_heads / sharding.exchange_buckets(heads, movement, step.bucket_bytes)
+    exchanged = heads.shard.kv / sharding.exchange_buckets(heads, movement, step.bucket_bytes)
     bucket = step.bucket_elements() / sharding.tensor
     return {
         "state": (layers + tables) / shards * (4 + 2 * ITEMSIZE[config.optimizer.moments_dtype] / replicas),
         "gradients": waiting + tables * 4 / shards,
         "residuals": residuals,
         "activations": _ACTIVATIONS * activation,
-        "keys_values": _KEY_VALUES * 2 * sharding.batch * config.seq_len * exchanged * heads.dim * step.itemsize,
+        "keys_values": _KEY_VALUES * 2 * sharding.batch * config.seq_len * exchanged * heads.heads.dim * step.itemsize,
         "weights": bucket * (2 * step.itemsize + step.grad_itemsize),
     }

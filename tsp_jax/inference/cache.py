@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tsp_jax.config import ModelConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.memory import memory_bytes, shard_bytes
-from tsp_jax.heads import padded_heads
-from tsp_jax.layout import Placement, num_ranks
+from tsp_jax.heads import HeadSharding
+from tsp_jax.layout import Placement
 from tsp_jax.ops.attention.kv_cache import EMPTY, NO_TOKEN, KeyValues
 
 MAX_CAPACITY = 2**30
@@ -59,13 +59,12 @@ def abstract_cache(
     """Shapes, dtypes and shardings of a cache with keys and values in `dtype`.
 
     `capacity` is in tokens of a sequence, rounded up to a multiple of `ENTRIES_MULTIPLE` on every rank. KV heads
-    include padded heads, as in the weights. A head that several tensor shards use has a copy on each.
+    include those padded for tensor shards. A head that several tensor shards use has a copy on each.
     """
-    tensor_shards = num_ranks(placement.layout.axes("heads").tensor, placement.mesh.shape)
-    heads = padded_heads(placement, model.num_heads, model.num_kv_heads, model.head_dim)
+    heads = HeadSharding.of(placement.layout, placement.mesh.shape, model.num_heads, model.num_kv_heads, model.head_dim)
     multiple = ENTRIES_MULTIPLE * placement.size("sequence")
     entries = -(-capacity // multiple) * multiple
-    array = (model.num_layers, batch, max(heads.kv, tensor_shards), entries, model.head_dim)
+    array = (model.num_layers, batch, heads.shard.kv * heads.tensor, entries, model.head_dim)
     shapes, dtypes = (array, array, (batch, entries), (batch,)), (dtype, dtype, jnp.int32, jnp.int32)
     shardings = (NamedSharding(placement.mesh, spec) for spec in cache_specs(placement))
     fields = zip(shapes, dtypes, shardings, strict=True)

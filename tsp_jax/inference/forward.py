@@ -29,7 +29,7 @@ from tsp_jax.nn import Attention
 from tsp_jax.ops.attention.decode import decode_attention
 from tsp_jax.ops.attention.kv_cache import EMPTY, NO_TOKEN, allocate_entries, own_positions, write_entries
 from tsp_jax.ops.attention.prefill import prefill_attention
-from tsp_jax.ops.attention.sharded_heads import AttentionWeights
+from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights
 from tsp_jax.ops.linear import matmul_t
 
 REPLICATED = PartitionSpec()
@@ -92,11 +92,14 @@ def prefill(
     return _logits(decode_model, x_B1D), Cache(kv.k_LBKsH, kv.v_LBKsH, entry_positions_BS, lengths_B)
 
 
-def decode(model: Transformer, placement: Placement, cache: Cache, tokens_B: jax.Array) -> tuple[jax.Array, Cache]:
+def decode(
+    model: Transformer, config: AttentionConfig, placement: Placement, cache: Cache, tokens_B: jax.Array
+) -> tuple[jax.Array, Cache]:
     """Runs one token per sequence and writes it into the cache.
 
     Args:
       model: on `decode_placement(placement)`.
+      config: attention's settings on `placement`, which say how its weights are stored.
       placement: layout and mesh.
       cache: with the tokens before this one.
       tokens_B: int32 ids; negative: no token for this sequence, whose logits are then undefined.
@@ -117,7 +120,7 @@ def decode(model: Transformer, placement: Placement, cache: Cache, tokens_B: jax
     )(cache.positions_BS, positions_B1)
 
     def attend(module: Attention, x_B1D, _, layer):
-        op = partial(decode_attention, config=module.config, axes=layout.axes("heads"))
+        op = partial(decode_attention, config=config, axes=layout.axes("heads"))
         inputs = cache.key_values, layer, positions_B1, entries, cache.positions_BS
         attend_specs = kv_specs, REPLICATED, token_spec, entries_spec, entries_spec
         x_spec = module.placement.layout.spec("batch", None, None)

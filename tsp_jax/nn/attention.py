@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tsp_jax.config import Remat, RopeScaling, StreamConfig
-from tsp_jax.cost.traffic import attention_traffic
+from tsp_jax.cost.traffic import attention_may_move_tokens, attention_traffic
 from tsp_jax.errors import ConfigError
-from tsp_jax.heads import padded_heads
+from tsp_jax.heads import HeadSharding
 from tsp_jax.layout import Placement, largest_divisor
 from tsp_jax.nn.arguments import check_settings
 from tsp_jax.nn.layer import Layer
@@ -28,7 +28,9 @@ from tsp_jax.stored import HeadPadding
 class Attention(Layer):
     """Causal self-attention with grouped queries, RoPE, and optional q/k RMSNorm.
 
-    Heads that do not divide over the ranks are padded with zeros; padded heads get no gradient and change no result.
+    Heads that do not divide over the tensor axes are padded with zeros; padded heads get no gradient and change no
+    result. Folded axes need no padded heads: each rank stores an equal part of the rows of all heads. Only the movement
+    `activations` computes with padded heads where ranks do not share heads evenly, and `auto` never takes it there.
 
     Args:
       d_model: D.
@@ -77,17 +79,17 @@ class Attention(Layer):
             init_std=init_std, out_std=out_std, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         head_dim = _head_dim(d_model, num_heads, num_kv_heads, head_dim)
-        heads = padded_heads(placement, num_heads, num_kv_heads, head_dim)
+        sharding = HeadSharding.of(placement.layout, placement.mesh.shape, num_heads, num_kv_heads, head_dim)
         super().__init__(placement, stream, dtype)
-        self.heads = heads
+        self.head_sharding = sharding
         self.remat: Remat = remat
         self.config = AttentionConfig(
-            padded_kv_heads=heads.kv, head_dim=head_dim, rope_theta=rope_theta, rope_scaling=rope_scaling,
+            heads=sharding.heads, rope_theta=rope_theta, rope_scaling=rope_scaling,
             norm_eps=norm_eps, kernel=kernels.choose_kernel(stream.kernel, placement.mesh, head_dim, dtype),
         )  # fmt: skip
 
         def weight(num_heads: int, queries: bool, std: float) -> nnx.Param:
-            return self._param(rngs, num_heads * head_dim, d_model, std, HeadPadding(heads, queries))
+            return self._param(rngs, num_heads * head_dim, d_model, std, HeadPadding(sharding, queries))
 
         def norm() -> nnx.Param | None:
             sharding = {"out_sharding": placement.layout.spec(None), "mesh": placement.mesh}
@@ -120,10 +122,10 @@ class Attention(Layer):
         self._check_integers("positions_BT", positions_BT, *x_BTD.shape[:2])
         self._check_integers("segment_ids_BT", segment_ids_BT, *x_BTD.shape[:2])
         tokens = Tokens(positions_BT.astype(jnp.int32), segment_ids_BT.astype(jnp.int32))
-        heads, w_o = self.heads, self.w_o[...]
+        heads, w_o = self.head_sharding.heads, self.w_o[...]
         if heads.padded:  # a padded query head of a real KV head has an output, and so a gradient, to drop
             real_rows = heads.num_kv_heads * heads.real_group * heads.dim
-            w_o *= HeadPadding(heads, True).pad(jnp.ones((real_rows, 1), w_o.dtype))
+            w_o *= HeadPadding(self.head_sharding, True).pad(jnp.ones((real_rows, 1), w_o.dtype))
         weights = AttentionWeights(self.w_q[...], self.w_k[...], self.w_v[...], w_o)
         config, stream = self.configure(x_BTD.shape)
         op = partial(attention, config=config, axes=self.placement.layout.axes(self.dim), stream=stream)
@@ -137,10 +139,11 @@ class Attention(Layer):
 
     def configure(self, shape: Sequence[int]) -> tuple[AttentionConfig, Stream]:
         """Settings for tokens [B, T, D]: `auto` resolved, bucket counts derived from the bucket size."""
-        heads, d_model, sharding = self.heads, shape[2], self._sharding(shape)
+        heads, d_model, sharding = self.head_sharding, shape[2], self._sharding(shape)
         stream = self._stream(
-            shape, self.stream.attention_movement, attention_traffic, d_model=d_model, heads=heads, remat=self.remat
-        )
+            shape, self.stream.attention_movement, attention_traffic, d_model=d_model, heads=heads, remat=self.remat,
+            tokens_may_move=attention_may_move_tokens(self.placement.layout.axes(self.dim), heads),
+        )  # fmt: skip
         exchange_buckets = sharding.exchange_buckets(heads, stream.movement, self._bucket_bytes)
         config = self.config._replace(exchange_buckets=exchange_buckets)
         if self.placement.layout.whole_weights:

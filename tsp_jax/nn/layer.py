@@ -87,16 +87,15 @@ class Layer(nnx.Module):
 
     def _stream(
         self, shape: Sequence[int], movement: str, traffic: Callable[..., Traffic],
-        *, d_model: int, rows: int = 1, elements: int = 0, **sizes: Any,
+        *, d_model: int, rows: int = 1, elements: int = 0, tokens_may_move: bool = True, **sizes: Any,
     ) -> Stream:  # fmt: skip
         """The stream for tokens [B, T, ...]: `auto` resolved, and bucket counts from the bucket size.
 
         ``traffic(sharding, movement, **sizes)`` gives the bytes that `auto` compares; `rows` counts rows of
-        weights per device, `elements` the elements of all ranks' weights.
+        weights per device, `elements` the elements of all ranks' weights. `tokens_may_move`: `auto` may choose to.
         """
         sharding, whole = self._sharding(shape), self.placement.layout.whole_weights
         received = partial(traffic, sharding, d_model=d_model, **sizes)
-        tokens_may_move = self.dim != "heads" or not self.placement.layout.axes(self.dim).folded_batch
         return Stream(
             movement="gather" if whole else choose_movement(movement, received, tokens_may_move),
             buckets=1 if whole else sharding.weight_buckets(rows, elements, self._bucket_bytes),

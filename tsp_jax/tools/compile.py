@@ -11,7 +11,7 @@ from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.compiler_options import compiler_options
 from tsp_jax.hardware.targets import Target
-from tsp_jax.heads import padded_heads
+from tsp_jax.heads import HeadSharding
 from tsp_jax.inference.program import make_inference_program
 from tsp_jax.inspect import FullWeight, Report, report
 from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh, place
@@ -96,8 +96,8 @@ def compile_step(
 def full_weights(config: Config, placement: Placement) -> tuple[FullWeight, ...]:
     """For each op, the elements of its whole weights, which no device should gather at once."""
     model, layout = config.model, placement.layout
-    heads = padded_heads(placement, model.num_heads, model.num_kv_heads, model.head_dim)
-    query, kv = heads.query * heads.dim, heads.kv * heads.dim
+    heads = HeadSharding.of(layout, placement.mesh.shape, model.num_heads, model.num_kv_heads, model.head_dim)
+    query, kv = heads.stored
     ops = [
         ("attention/queries", layout.heads, query), ("attention/keys_values", layout.heads, 2 * kv),
         ("attention/out", layout.heads, query), ("mlp", layout.mlp, 3 * model.d_ff),

@@ -2,12 +2,12 @@
 
 Every device has the new tokens, except that batch axes without weights shard them. Each device projects them with its
 own rows of the weights. Queries are gathered, so that each device attends to its own cache entries, of its own
-sequences, for all heads of its tensor shard. The partial softmaxes are merged on the devices that hold the heads'
-output weights. The cache is only read: the new keys and values of all layers are written at once, after the last layer.
+sequences, for all heads of its tensor shard. The partial softmaxes are merged on the devices that hold the output
+weights. The cache is only read: the new keys and values of all layers are written at once, after the last layer.
 
 Dims: B batch, b sequences whose cache this device has (fewer if folded axes shard the batch), s this device's cache
-entries, D model, N query heads and K KV heads of this tensor shard, n this device's query heads, G = N / K, H head, w
-this device's rows of a weight, R ranks of the sequence.
+entries, D model, N query heads and K KV heads of this tensor shard, G = N / K, H head, w this device's rows of a
+weight, R ranks of the sequence, or those that share the rows of weights.
 """
 
 from functools import partial
@@ -57,14 +57,14 @@ def decode_attention(
     Source: partial softmaxes merged by log-sum-exp: Dao et al., Flash-Decoding (2023); arXiv 2411.01783 (pass-Q).
     """
     with jax.named_scope("tsp/attention/decode"):
-        heads = ShardedHeads.of(config, axes, Stream(), weights)
+        heads = ShardedHeads.of(config, axes, Stream())
         q_b1NH, k_b1KH, v_b1KH = _project_and_gather(x_B1D, weights, norms or HeadNorms(), positions_b1, heads)
         new = to_cache_order(k_b1KH, v_b1KH)
         attended_bs = may_attend(Tokens.one_document(positions_b1), Tokens.one_document(entry_positions_bs))
         cache = KeyValues(*(row_major(lax.dynamic_slice_in_dim(array, layer, 1)) for array in cache))
         out_bNH, lse_bN = _attend_to_shard(q_b1NH, cache, new, attended_bs, entries.count_B1 > 0)
-        out_BnH = _merge_ranks(out_bNH, lse_bN, axes).astype(x_B1D.dtype)
-        y_B1D = matmul(out_BnH.reshape(out_BnH.shape[0], 1, -1), weights.o_wD.astype(x_B1D.dtype))
+        out_B1w = _merge_ranks(out_bNH, lse_bN, heads).astype(x_B1D.dtype)
+        y_B1D = matmul(out_B1w, weights.o_wD.astype(x_B1D.dtype))
         weight_axes = axes.tensor + axes.folded
         return (lax.psum(y_B1D, weight_axes) if weight_axes else y_B1D).astype(x_B1D.dtype), new
 
@@ -75,13 +75,13 @@ def _project_and_gather(x_B1D, weights: AttentionWeights, norms: HeadNorms, posi
     Each device projects all tokens with its own rows; the results are gathered.
     """
     config, axes, dtype = heads.config, heads.axes, x_B1D.dtype
+    queries, keys_values = heads.queries, heads.keys_values
     q, k, v = (matmul_t(x_B1D, w.astype(dtype)) for w in weights[:3])
-    if heads.kv_head_spans_shards:
-        (q,) = _gather_rows((q,), axes.folded)
-        k, v = _gather_rows((k, v), axes.tensor + axes.folded)
-        k, v = (lax.dynamic_slice_in_dim(a, heads.first_kv_row(), config.head_dim, axis=2) for a in (k, v))
+    if queries.axes == keys_values.axes:
+        q, k, v = _gather_rows((q, k, v), queries.axes)
     else:
-        q, k, v = _gather_rows((q, k, v), axes.folded)
+        (q,), (k, v) = _gather_rows((q,), queries.axes), _gather_rows((k, v), keys_values.axes)
+    q, k, v = (heads.select_rows(g, rows).T[:, None] for g, rows in ((queries, q), (keys_values, k), (keys_values, v)))
     q, k, v = (_own_sequences(a, positions_b1.shape[0], axes) for a in (q, k, v))
     q, k = (normalize_and_rotate(a, norm, positions_b1, config, dtype) for a, norm in ((q, norms.q_H), (k, norms.k_H)))
     return q, k, split_heads(v, config.head_dim).astype(dtype)
@@ -104,13 +104,14 @@ def _among_all_sequences(array_b: jax.Array, axes: Axes) -> jax.Array:
 
 
 def _gather_rows(arrays_B1w: tuple[jax.Array, ...], axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
-    """Each [B, 1, rows of this device] -> [B, 1, rows of all devices], in one message."""
+    """Each [B, 1, w] -> [R w, B], the rows of all devices, rank after rank; all arrays in one message."""
+    arrays_wB = [array[:, 0].T for array in arrays_B1w]
     if not axes:
-        return arrays_B1w
+        return tuple(arrays_wB)
     with jax.named_scope("gather_rows"):
-        message_RB1w = lax.all_gather(jnp.concatenate(arrays_B1w, axis=-1), axes)
-    parts_RB1w = lax.split(message_RB1w, [array.shape[-1] for array in arrays_B1w], axis=3)
-    return tuple(jnp.moveaxis(part, 0, 2).reshape(*arrays_B1w[0].shape[:2], -1) for part in parts_RB1w)
+        message_RwB = lax.all_gather(jnp.concatenate(arrays_wB), axes)
+    parts_RwB = lax.split(message_RwB, [array.shape[0] for array in arrays_wB], axis=1)
+    return tuple(part.reshape(-1, part.shape[-1]) for part in parts_RwB)
 
 
 def _attend_to_shard(q_B1NH, cache: KeyValues, new: KeyValues, attended_Bs, keeps_new_B1):
@@ -136,14 +137,18 @@ def _attend_to_shard(q_B1NH, cache: KeyValues, new: KeyValues, attended_Bs, keep
     return out_BKGH.reshape(batch, heads, head_dim), jnp.where(is_empty_BKG1, MASKED, lse_BKG1).reshape(batch, heads)
 
 
-def _merge_ranks(out_bNH, lse_bN, axes: Axes) -> jax.Array:
-    """[B, n, H]: attention to all cache entries, for the heads whose output weights this device holds."""
+def _merge_ranks(out_bNH, lse_bN, heads: ShardedHeads) -> jax.Array:
+    """[B, 1, w]: attention to all cache entries, for the rows of Wo that this device holds."""
+    axes = heads.axes
     with jax.named_scope("merge_ranks"):
         if axes.sequence:
             lse_RbN = lax.all_gather(lse_bN, axes.sequence)
             weight_bN = jnp.exp(lse_bN - jax.nn.logsumexp(lse_RbN, axis=0))
             out_bNH = out_bNH * weight_bN[..., None]
-        out_BnH = _among_all_sequences(out_bNH, axes)
+        out_BNH = _among_all_sequences(out_bNH, axes)
+        out_wB = heads.queries.by_rank(out_BNH.reshape(out_BNH.shape[0], -1).T)
         if axes.folded:
-            out_BnH = lax.psum_scatter(out_BnH, axes.folded, scatter_dimension=1, tiled=True)
-        return lax.psum(out_BnH, axes.unfolded_sequence) if axes.unfolded_sequence else out_BnH
+            out_wB = lax.psum_scatter(out_wB, axes.folded, scatter_dimension=0, tiled=True)
+        if axes.unfolded_sequence:
+            out_wB = lax.psum(out_wB, axes.unfolded_sequence)
+        return out_wB.T[:, None]

@@ -59,7 +59,7 @@ def prefill_attention(
     with jax.named_scope("tsp/attention/prefill"):
         x_BtD, weights, norms, positions_Bt = vary_inputs_alike(x_BtD, weights, norms, positions_Bt)
         tokens_Bt = Tokens.one_document(positions_Bt)
-        heads = ShardedHeads.of(config, axes, stream._replace(movement="gather"), weights)
+        heads = ShardedHeads.of(config, axes, stream._replace(movement="gather"))
         q_BtNH, k_BtKH, v_BtKH = project_in(x_BtD, weights[:3], norms, positions_Bt, heads)
         cache = write_entries(cache, to_cache_order(k_BtKH, v_BtKH), layer, entries)
         out_BtNH = _attend_to_cache(q_BtNH, cache, layer, tokens_Bt, entry_positions_BS, max_used, heads)
@@ -73,9 +73,7 @@ def _attend_to_cache(q_BtNH, cache: KeyValues, layer, tokens_Bt, entry_positions
     buckets, kernel = heads.exchange_buckets, heads.config.kernel.within(t)
     positions_BRs = entry_positions_BS.reshape(batch, -1, cache.k_LBKsH.shape[3])
     max_chunks = -(-positions_BRs.shape[2] // t)
-    q_bBtKGH = jnp.moveaxis(
-        q_BtNH.reshape(batch, t, buckets, heads.keys_values.num_heads // buckets, -1, head_dim), 2, 0
-    )
+    q_bBtKGH = jnp.moveaxis(q_BtNH.reshape(batch, t, buckets, heads.num_kv_heads // buckets, -1, head_dim), 2, 0)
 
     def attend_bucket(_, xs):
         q_BtKGH, bucket = xs

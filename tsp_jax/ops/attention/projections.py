@@ -74,8 +74,9 @@ def project_in(x_BtD: jax.Array, weights, norms: HeadNorms, positions_Bt: jax.Ar
 
 def _in_forward(x_BtD, weights, norms, positions_Bt, heads: ShardedHeads):
     tokens = x_BtD, positions_Bt
-    keys_values = _project("keys_values", heads, heads.keys_values, weights[1:], norms.k_H, tokens)
-    queries = _project("queries", heads, heads.queries, weights[:1], norms.q_H, tokens)
+    num_heads = heads.sharding.shard
+    keys_values = _project("keys_values", heads, heads.keys_values, num_heads.kv, weights[1:], norms.k_H, tokens)
+    queries = _project("queries", heads, heads.queries, num_heads.query, weights[:1], norms.q_H, tokens)
     return (*queries, *keys_values), (x_BtD, weights, norms, positions_Bt)
 
 
@@ -91,7 +92,9 @@ def _in_backward(heads: ShardedHeads, residuals, cotangents):
     return dx_BtD.astype(x_BtD.dtype), (*dw_q, *dw_kv), HeadNorms(dnorm_q, dnorm_k), None
 
 
-def _project(name: str, heads: ShardedHeads, group: HeadStream, weights, norm_H, tokens) -> Arrays:
+def _project(
+    name: str, heads: ShardedHeads, group: HeadStream, num_heads: int, weights, norm_H, tokens
+) -> Arrays:  # fmt: skip
     """Products of tokens (x, positions) with weights [Wq] or [Wk Wv]; norm and RoPE for Wq, Wk only."""
     config, dtype = heads.config, tokens[0].dtype
 
@@ -106,7 +109,7 @@ def _project(name: str, heads: ShardedHeads, group: HeadStream, weights, norm_H,
         new = over_chunks(chunk, (), tokens, chunk_tokens=group.stream.chunk_tokens)[1]
         return tuple(group.put(a, bucket, part) for a, part in zip(projected, new, strict=True)), None
 
-    shape = *tokens[0].shape[:2], group.num_heads, config.head_dim
+    shape = *tokens[0].shape[:2], num_heads, config.head_dim
     projected = tuple(zeros(shape, dtype, like=tokens[0]) for _ in weights)
     with jax.named_scope(name):
         return over_buckets(body, projected, weights, axes=group.axes, stream=group.stream, dtype=dtype)[0]
@@ -177,8 +180,10 @@ def _out_forward(out_BtNH, wo_wD, heads: ShardedHeads):
     queries = heads.queries
 
     def body(y_BtD, bucket: Bucket):
+        w_pD = queries.by_head(bucket.arrays[0])
+
         def chunk(y_BcD, out_Bcp):
-            return y_BcD + matmul(out_Bcp, bucket.arrays[0]), (), ()
+            return y_BcD + matmul(out_Bcp, w_pD), (), ()
 
         out_Btp = queries.take(out_BtNH, bucket)
         return over_chunks(chunk, y_BtD, out_Btp, chunk_tokens=queries.stream.chunk_tokens)[0], None
@@ -194,13 +199,15 @@ def _out_backward(heads: ShardedHeads, residuals, dy_BtD):
     queries, dtype = heads.queries, out_BtNH.dtype
 
     def body(dout_BtNH, bucket: Bucket):
+        w_pD = queries.by_head(bucket.arrays[0])
+
         def chunk(_, read):
             out_Bcp, dy_BcD = read
-            return (), matmul_t(dy_BcD, bucket.arrays[0]).astype(dtype), (outer(out_Bcp, dy_BcD),)
+            return (), matmul_t(dy_BcD, w_pD).astype(dtype), outer(out_Bcp, dy_BcD)
 
         read = queries.take(out_BtNH, bucket), dy_BtD
-        _, dout_Btp, grads = over_chunks(chunk, (), read, chunk_tokens=queries.stream.chunk_tokens)
-        return queries.put(dout_BtNH, bucket, dout_Btp), grads, None
+        _, dout_Btp, grad_pD = over_chunks(chunk, (), read, chunk_tokens=queries.stream.chunk_tokens)
+        return queries.put(dout_BtNH, bucket, dout_Btp), (queries.by_rank(grad_pD),), None
 
     dout_BtNH = zeros(out_BtNH.shape, dtype, like=dy_BtD)
     with jax.named_scope("out"):

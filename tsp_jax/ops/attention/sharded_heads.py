@@ -1,24 +1,24 @@
 """What attention ops share: their weights, static sizes, and how heads are sharded and streamed.
 
-With fewer KV heads than ranks each rank stores an equal part of a KV head's rows, and all KV heads are one bucket.
-
 Dims: B batch, t this device's tokens, D model, N query heads and K KV heads of this tensor shard, H head, w this
-device's rows of a weight, p rows and m heads of a bucket.
+device's rows of a weight, R ranks that share the rows of some heads, m heads of a bucket and p their rows.
 """
 
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.config import RopeScaling
+from tsp_jax.heads import HeadRows, Heads, HeadSharding
 from tsp_jax.layout import Axes, largest_divisor
 from tsp_jax.ops.kernels import Kernel, XlaKernel
 from tsp_jax.ops.stream import Bucket, Stream, zeros
 
 
 class AttentionWeights(NamedTuple):
-    """This device's rows of each weight, stored [heads x H, D]. Query heads are in the order of their KV heads."""
+    """This device's rows of each weight, in the order of `HeadRows`. Query heads are in the order of their KV heads."""
 
     q_wD: jax.Array
     k_wD: jax.Array
@@ -36,19 +36,24 @@ class HeadNorms(NamedTuple):
 class AttentionConfig(NamedTuple):
     """Everything about an attention op that does not depend on arrays; hashable."""
 
-    padded_kv_heads: int
-    """KV heads of all ranks, padding included"""
-    head_dim: int
+    heads: Heads
+    """of all tensor shards"""
     rope_theta: float
     norm_eps: float = 1e-6
     query_buckets: int = 1
-    """upper bound: a rank's query heads have as many buckets as their largest divisor up to it; so do KV heads"""
+    """at most so many buckets for Wq, and for Wo: their number divides the parts of `HeadRows`"""
     kv_buckets: int = 1
+    """the same for Wk and Wv together"""
     kernel: Kernel = XlaKernel()
     """attention on one device"""
     rope_scaling: RopeScaling = RopeScaling()
     exchange_buckets: int = 1
     """buckets of KV heads, at most, for the exchange of keys and values over the sequence"""
+
+    @property
+    def head_dim(self) -> int:
+        """H."""
+        return self.heads.dim
 
 
 class HeadStream(NamedTuple):
@@ -57,18 +62,25 @@ class HeadStream(NamedTuple):
     axes: tuple[str, ...]
     """mesh axes that buckets are gathered over"""
     stream: Stream
-    ranks: int
-    """of those axes"""
-    num_heads: int
-    """of this tensor shard"""
+    rows: HeadRows
+
+    @classmethod
+    def of(cls, rows: HeadRows, axes: tuple[str, ...], stream: Stream, buckets: int) -> "HeadStream":
+        """At most `buckets` buckets. Only whole heads can go around a ring; others are gathered."""
+        movement = stream.movement if rows.whole else "gather"
+        return cls(axes, stream._replace(buckets=largest_divisor(rows.parts, buckets), movement=movement), rows)
 
     def _is_all(self, bucket: Bucket) -> bool:
-        return self.stream.buckets == 1 and bucket.num_ranks == self.ranks
+        return self.stream.buckets == 1 and bucket.num_ranks == self.rows.ranks
 
     def _by_bucket(self, heads_BtNH: jax.Array, bucket: Bucket) -> jax.Array:
-        """[B, t, groups of ranks, ranks per group (bucket), buckets per rank, heads per rank and bucket, H]."""
+        """[B, t, groups of ranks, ranks per group (bucket), buckets per rank, heads per rank and bucket, H].
+
+        By units, a bucket has consecutive heads: one group of one rank.
+        """
         shape, num_ranks = heads_BtNH.shape, bucket.num_ranks
-        return heads_BtNH.reshape(*shape[:2], self.ranks // num_ranks, num_ranks, self.stream.buckets, -1, shape[-1])
+        ranks = (self.rows.ranks // num_ranks, num_ranks) if self.rows.whole else (1, 1)
+        return heads_BtNH.reshape(*shape[:2], *ranks, self.stream.buckets, -1, shape[-1])
 
     def take(self, heads_BtNH: jax.Array, bucket: Bucket) -> jax.Array:
         """The heads of a bucket, [B, t, p]."""
@@ -89,59 +101,74 @@ class HeadStream(NamedTuple):
         start = (0, 0, bucket.first_rank // bucket.num_ranks, 0, bucket.index_in_shard, 0, 0)
         return lax.dynamic_update_slice(by_bucket, new, start).reshape(heads_BtNH.shape)
 
+    def by_head(self, w: jax.Array) -> jax.Array:
+        """The rows of a bucket as gathered, rank after rank -> [p, D], head after head, without zeros."""
+        if self.rows.in_order:
+            return w
+        _, dim, ranks, unit, _ = self.rows
+        by_unit = w.reshape(ranks, -1, self.rows.rows_of_unit, w.shape[-1]).swapaxes(0, 1)
+        return by_unit.reshape(by_unit.shape[0], -1, w.shape[-1])[:, : unit * dim].reshape(-1, w.shape[-1])
+
+    def by_rank(self, w_pD: jax.Array) -> jax.Array:
+        """Transpose of `by_head`."""
+        if self.rows.in_order:
+            return w_pD
+        _, dim, ranks, unit, _ = self.rows
+        zero_rows = ranks * self.rows.rows_of_unit - unit * dim
+        by_unit = jnp.pad(w_pD.reshape(-1, unit * dim, w_pD.shape[-1]), [(0, 0), (0, zero_rows), (0, 0)])
+        by_rank = by_unit.reshape(by_unit.shape[0], ranks, -1, w_pD.shape[-1]).swapaxes(0, 1)
+        return by_rank.reshape(-1, w_pD.shape[-1])
+
 
 class ShardedHeads(NamedTuple):
     """How the heads of an attention op are sharded and streamed; shared by all its parts. Hashable."""
 
     config: AttentionConfig
     axes: Axes
+    sharding: HeadSharding
     queries: HeadStream
     """of Wq and Wo; N heads"""
     keys_values: HeadStream
-    """of Wk and Wv; K heads"""
+    """of Wk and Wv; K heads, or those of all tensor shards if they share KV heads"""
 
     @classmethod
-    def of(cls, config: AttentionConfig, axes: Axes, stream: Stream, weights: AttentionWeights) -> "ShardedHeads":
-        """From the shapes of this device's weights; the bucket counts of `config` replace `stream.buckets`."""
-        head_dim, folded, tensor = config.head_dim, _size(axes.folded), _size(axes.tensor)
-        query_heads, kv_heads = weights.q_wD.shape[0] // head_dim, max(1, config.padded_kv_heads // tensor)
-        buckets = largest_divisor(query_heads, config.query_buckets)
-        queries = HeadStream(axes.folded, stream._replace(buckets=buckets), folded, query_heads * folded)
-        if config.padded_kv_heads < folded * tensor:
-            # A rank has part of a KV head. Where that head spans tensor shards, each shard gathers all KV heads.
-            names = axes.tensor + axes.folded if config.padded_kv_heads < tensor else axes.folded
-            stream = stream._replace(buckets=1, movement="gather")
-            return cls(config, axes, queries, HeadStream(names, stream, _size(names), kv_heads))
-        buckets = largest_divisor(weights.k_wD.shape[0] // head_dim, config.kv_buckets)
-        return cls(config, axes, queries, HeadStream(axes.folded, stream._replace(buckets=buckets), folded, kv_heads))
+    def of(cls, config: AttentionConfig, axes: Axes, stream: Stream) -> "ShardedHeads":
+        """On this device's mesh; the bucket counts of `config` replace `stream.buckets`."""
+        sharding = HeadSharding(config.heads, _size(axes.tensor), _size(axes.folded))
+        queries = HeadStream.of(sharding.queries, axes.folded, stream, config.query_buckets)
+        # Where tensor shards share KV heads, each gathers all KV heads at once and uses one.
+        spans = sharding.kv_head_spans_shards
+        names, buckets = (axes.tensor + axes.folded, 1) if spans else (axes.folded, config.kv_buckets)
+        return cls(config, axes, sharding, queries, HeadStream.of(sharding.keys_values, names, stream, buckets))
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K."""
+        return self.sharding.shard.kv
 
     @property
     def exchange_buckets(self) -> int:
         """Number of buckets in which KV heads are exchanged over the sequence axes."""
-        return largest_divisor(self.keys_values.num_heads, self.config.exchange_buckets)
-
-    @property
-    def kv_head_spans_shards(self) -> bool:
-        """Whether a KV head's rows are on several tensor shards, so that each gathers all KV heads and selects one."""
-        return self.keys_values.axes != self.axes.folded
+        return largest_divisor(self.num_kv_heads, self.config.exchange_buckets)
 
     def first_kv_row(self) -> jax.Array:
         """First of all KV heads' rows that belongs to this shard's one head; needs `kv_head_spans_shards`."""
-        head = lax.axis_index(self.axes.tensor) * self.config.padded_kv_heads // _size(self.axes.tensor)
+        head = lax.axis_index(self.axes.tensor) * self.config.heads.kv // self.sharding.tensor
         return head * self.config.head_dim
 
-    def select_rows(self, weights: HeadStream, w_pD: jax.Array) -> jax.Array:
-        """The rows of a bucket of `weights` that this tensor shard uses."""
+    def select_rows(self, weights: HeadStream, w: jax.Array) -> jax.Array:
+        """[p, D]: of a gathered bucket of `weights`, the rows that this tensor shard uses, head after head."""
+        w_pD = weights.by_head(w)
         if weights.axes == self.axes.folded:
             return w_pD
         return lax.dynamic_slice_in_dim(w_pD, self.first_kv_row(), self.config.head_dim)
 
     def select_rows_transpose(self, weights: HeadStream, dw_pD: jax.Array) -> jax.Array:
-        """Gradient of the rows that this tensor shard uses -> gradient of the bucket."""
-        if weights.axes == self.axes.folded:
-            return dw_pD
-        full = zeros((self.config.padded_kv_heads * self.config.head_dim, dw_pD.shape[-1]), dw_pD.dtype, like=dw_pD)
-        return lax.dynamic_update_slice_in_dim(full, dw_pD, self.first_kv_row(), axis=0)
+        """Transpose of `select_rows`: gradient of the rows that this tensor shard uses -> gradient of the bucket."""
+        if weights.axes != self.axes.folded:
+            full = zeros((self.config.heads.kv * self.config.head_dim, dw_pD.shape[-1]), dw_pD.dtype, like=dw_pD)
+            dw_pD = lax.dynamic_update_slice_in_dim(full, dw_pD, self.first_kv_row(), axis=0)
+        return weights.by_rank(dw_pD)
 
 
 def _size(axes: tuple[str, ...]) -> int:

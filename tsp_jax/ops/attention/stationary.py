@@ -1,8 +1,8 @@
 """Projections of attention with stationary weights: all folded ranks' tokens to this rank's heads, and back to tokens.
 
 The counterpart of `projections`, which computes all heads of this rank's tokens. Here each rank computes its own heads
-for all tokens, so that no keys or values are exchanged over the folded axes. With fewer KV heads than ranks the weights
-of the few KV heads are still gathered.
+for all tokens, so that no keys or values are exchanged over the folded axes. Where a rank does not store whole heads,
+the ranks first exchange rows, so that each has those of its own heads.
 
 Dims: B batch, t this device's tokens, T those of all R folded ranks, p tokens of a bucket (all ranks), D model, n query
 heads and k KV heads of this device, H head, w this device's rows of a weight, u rows of Wq, Wk and Wv together.
@@ -14,19 +14,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tsp_jax.heads import HeadRows
 from tsp_jax.layout import AxisNames
 from tsp_jax.ops.attention.projections import normalize_and_rotate, split_heads
-from tsp_jax.ops.attention.sharded_heads import AttentionConfig, HeadNorms, ShardedHeads
+from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, HeadStream, ShardedHeads
 from tsp_jax.ops.linear import matmul, matmul_t, outer
 from tsp_jax.ops.stationary import add, over_gathered_tokens
-from tsp_jax.ops.stream import Arrays, Bucket, Stream, custom_vjp, over_buckets, over_buckets_with_grads, zeros
+from tsp_jax.ops.stream import Arrays, Stream, custom_vjp, zeros
 
 
 class StationaryHeads(NamedTuple):
     """Heads with stationary weights; the axes and buckets in which tokens are gathered to them. Hashable."""
 
-    heads: ShardedHeads
-    """with folded axes as tensor axes, and one bucket of weights in each op"""
+    config: AttentionConfig
+    """with the heads of this device"""
     folded: AxisNames
     """axes over which tokens are gathered and partial outputs reduce-scattered"""
     stream: Stream
@@ -35,6 +36,49 @@ class StationaryHeads(NamedTuple):
     def over_tokens(self, body, carry, sharded: Arrays, gathered: Arrays):
         """`over_gathered_tokens` on the folded axes."""
         return over_gathered_tokens(body, carry, sharded, gathered, axes=self.folded, stream=self.stream)
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+def weights_of_own_heads(weights: AttentionWeights, heads: ShardedHeads) -> AttentionWeights:
+    """The rows of this rank's own heads, for all folded ranks' tokens: zeros for padded heads.
+
+    Ranks that store whole heads have these rows. Others exchange units of heads: each rank receives the units that
+    have its heads. JAX derives the transpose, which adds up the gradients of heads that ranks share.
+
+    Args:
+      weights: this device's rows, as stored, any float dtype.
+      heads: how the heads are sharded.
+
+    Returns:
+      Wq and Wo [n H, D], Wk and Wv [k H, D], in the dtypes of `weights`.
+
+    Moves: nothing, or for each weight one all-to-all, in which a rank receives (R - 1) / R of its units, in the dtype
+      of the weight; backward as much of the gradients.
+    """
+    query_heads, kv_heads = heads.sharding.own_heads()
+
+    def own(w: jax.Array, group: HeadStream, head_numbers: list[list[int]]) -> jax.Array:
+        return w if group.rows.whole else _exchange_heads(w, group.rows, head_numbers, group.axes)
+
+    with jax.named_scope("exchange_heads"):
+        return AttentionWeights(
+            own(weights.q_wD, heads.queries, query_heads), own(weights.k_wD, heads.keys_values, kv_heads),
+            own(weights.v_wD, heads.keys_values, kv_heads), own(weights.o_wD, heads.queries, query_heads),
+        )  # fmt: skip
+
+
+def _exchange_heads(w_wD: jax.Array, rows: HeadRows, head_numbers: list[list[int]], axes: AxisNames) -> jax.Array:
+    """[n H, D]: the rows of the heads whose numbers stand in this rank's row of `head_numbers` [R, n]."""
+    units_Ru, places_Rn = (jnp.asarray(f(head_numbers)) for f in (rows.units_of, rows.places_of))
+    by_unit = w_wD.reshape(rows.units, rows.rows_of_unit, -1)
+    received_RurD = lax.all_to_all(by_unit[units_Ru], axes, split_axis=0, concat_axis=0, tiled=True)
+    units_uvD = received_RurD.swapaxes(0, 1).reshape(units_Ru.shape[1], -1, w_wD.shape[-1])
+    heads_mHD = units_uvD[:, : rows.unit * rows.dim].reshape(-1, rows.dim, w_wD.shape[-1])
+    places_n = places_Rn[lax.axis_index(axes)]
+    own_nHD = jnp.where(places_n[:, None, None] >= 0, heads_mHD[places_n], 0)
+    return own_nHD.reshape(-1, w_wD.shape[-1])
 
 
 def _merge_heads(heads_BpnH: jax.Array) -> jax.Array:
@@ -55,7 +99,7 @@ def stationary_project_in(
 
     Args:
       x_BtD: this device's tokens, in the compute dtype.
-      weights: (q, k, v) of `AttentionWeights`, any float dtype.
+      weights: (q, k, v) of `weights_of_own_heads`, any float dtype.
       norms: scales of q/k RMSNorm.
       positions_BT: int32, of all folded ranks' tokens.
       stationary: axes and buckets; static.
@@ -78,59 +122,46 @@ def _split_projected(projected_Bpu, norms: HeadNorms, positions_Bp, ends, config
     return q, k, split_heads(v, config.head_dim).astype(dtype)
 
 
-def _concatenate_rows(w_q: jax.Array, kv: Bucket, heads: ShardedHeads, dtype) -> tuple[jax.Array, tuple[int, int]]:
+def _concatenate_rows(weights, dtype) -> tuple[jax.Array, tuple[int, int]]:
     """(rows of Wq, Wk and Wv together, in the compute dtype; where those of Wq and of Wk end)."""
-    w_q, w_k, w_v = w_q.astype(dtype), *(heads.select_rows(heads.keys_values, w) for w in kv.arrays)
-    return jnp.concatenate([w_q, w_k, w_v]), (w_q.shape[0], w_q.shape[0] + w_k.shape[0])
+    w_q, w_k, _ = weights
+    return jnp.concatenate([w.astype(dtype) for w in weights]), (w_q.shape[0], w_q.shape[0] + w_k.shape[0])
 
 
 def _in_forward(x_BtD, weights, norms: HeadNorms, positions_BT, stationary: StationaryHeads):
-    heads, dtype = stationary.heads, x_BtD.dtype
+    dtype = x_BtD.dtype
+    w_uD, ends = _concatenate_rows(weights, dtype)
 
-    def project_all_tokens(_, kv: Bucket):
-        w_uD, ends = _concatenate_rows(weights[0], kv, heads, dtype)
+    def body(carry, sharded, gathered):
+        (x_BpD,), (positions_Bp,) = sharded, gathered
+        projected_Bpu = matmul_t(x_BpD, w_uD)
+        return carry, (), _split_projected(projected_Bpu, norms, positions_Bp, ends, stationary.config, dtype)
 
-        def body(carry, sharded, gathered):
-            (x_BpD,), (positions_Bp,) = sharded, gathered
-            return carry, (), _split_projected(matmul_t(x_BpD, w_uD), norms, positions_Bp, ends, heads.config, dtype)
-
-        return stationary.over_tokens(body, (), (x_BtD,), (positions_BT,))[2], None
-
-    kv = heads.keys_values
-    qkv, _ = over_buckets(project_all_tokens, (), weights[1:], axes=kv.axes, stream=kv.stream, dtype=dtype)
+    qkv = stationary.over_tokens(body, (), (x_BtD,), (positions_BT,))[2]
     return qkv, (x_BtD, weights, norms, positions_BT)
 
 
 def _in_backward(stationary: StationaryHeads, residuals, cotangents):
     x_BtD, weights, norms, positions_BT = residuals
-    heads, dtype = stationary.heads, x_BtD.dtype
+    dtype = x_BtD.dtype
+    w_uD, ends = _concatenate_rows(weights, dtype)
 
-    def all_tokens_vjp(_, kv: Bucket):
-        w_uD, ends = _concatenate_rows(weights[0], kv, heads, dtype)
+    def body(grads, sharded, gathered):
+        (x_BpD,), (positions_Bp, *dqkv) = sharded, gathered
 
-        def body(grads, sharded, gathered):
-            (x_BpD,), (positions_Bp, *dqkv) = sharded, gathered
+        def project(norms, projected_Bpu):
+            return _split_projected(projected_Bpu, norms, positions_Bp, ends, stationary.config, dtype)
 
-            def project(norms, projected_Bpu):
-                return _split_projected(projected_Bpu, norms, positions_Bp, ends, heads.config, dtype)
+        # Without norms nothing below reads the product, and it is never computed.
+        dnorms, dprojected_Bpu = jax.vjp(project, norms, matmul_t(x_BpD, w_uD))[1](tuple(dqkv))
+        dprojected_Bpu = dprojected_Bpu.astype(dtype)
+        return add(grads, (outer(dprojected_Bpu, x_BpD), dnorms)), (matmul(dprojected_Bpu, w_uD).astype(dtype),), ()
 
-            # Without norms nothing below reads the product, and it is never computed.
-            dnorms, dprojected_Bpu = jax.vjp(project, norms, matmul_t(x_BpD, w_uD))[1](tuple(dqkv))
-            dprojected_Bpu = dprojected_Bpu.astype(dtype)
-            return add(grads, (outer(dprojected_Bpu, x_BpD), dnorms)), (matmul(dprojected_Bpu, w_uD).astype(dtype),), ()
-
-        grads = jax.tree.map(lambda array: zeros(array.shape, jnp.float32, like=x_BtD), (w_uD, norms))
-        sharded = (lax.optimization_barrier(x_BtD),)  # see over_buckets_with_grads
-        (dw_uD, dnorms), (dx_BtD,), _ = stationary.over_tokens(body, grads, sharded, (positions_BT, *cotangents))
-        dw_q, *dw_kv = jnp.split(dw_uD, ends)
-        dw_kv = tuple(heads.select_rows_transpose(heads.keys_values, dw) for dw in dw_kv)
-        return (dx_BtD, dw_q, dnorms), dw_kv, None
-
-    kv = heads.keys_values
-    (dx_BtD, dw_q, dnorms), dw_kv, _ = over_buckets_with_grads(
-        all_tokens_vjp, (), weights[1:], axes=kv.axes, stream=kv.stream, dtype=dtype
-    )
-    return dx_BtD, (dw_q.astype(weights[0].dtype), *dw_kv), dnorms, None
+    grads = jax.tree.map(lambda array: zeros(array.shape, jnp.float32, like=x_BtD), (w_uD, norms))
+    sharded = (lax.optimization_barrier(x_BtD),)  # see over_buckets_with_grads
+    (dw_uD, dnorms), (dx_BtD,), _ = stationary.over_tokens(body, grads, sharded, (positions_BT, *cotangents))
+    dw = (d.astype(w.dtype) for d, w in zip(jnp.split(dw_uD, ends), weights, strict=True))
+    return dx_BtD, tuple(dw), dnorms, None
 
 
 stationary_project_in.defvjp(_in_forward, _in_backward)
@@ -148,7 +179,7 @@ def stationary_project_out(out_BTnH: jax.Array, wo_wD: jax.Array, stationary: St
 
     Args:
       out_BTnH: outputs of this rank's heads, for all folded ranks' tokens, in the compute dtype.
-      wo_wD: this device's rows, any float dtype.
+      wo_wD: o of `weights_of_own_heads`, any float dtype.
       stationary: axes and buckets; static.
 
     Returns:

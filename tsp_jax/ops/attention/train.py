@@ -20,7 +20,12 @@ from jax.ad_checkpoint import checkpoint_name
 from tsp_jax.layout import Axes, check_attention_movement
 from tsp_jax.ops.attention.projections import project_in, project_out, vary_inputs_alike
 from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, ShardedHeads
-from tsp_jax.ops.attention.stationary import StationaryHeads, stationary_project_in, stationary_project_out
+from tsp_jax.ops.attention.stationary import (
+    StationaryHeads,
+    stationary_project_in,
+    stationary_project_out,
+    weights_of_own_heads,
+)
 from tsp_jax.ops.kernels import delta
 from tsp_jax.ops.kernels.mask import Tokens
 from tsp_jax.ops.pipeline import pipelined
@@ -76,21 +81,22 @@ def attention(
 
 
 def _streamed(x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, config, axes: Axes, stream: Stream) -> jax.Array:
-    heads = ShardedHeads.of(config, axes, stream, weights)
+    heads = ShardedHeads.of(config, axes, stream)
     q_BtNH, k_BtKH, v_BtKH = project_in(x_BtD, weights[:3], norms, tokens_Bt.positions, heads)
     out_BtNH = _attend(q_BtNH, k_BtKH, v_BtKH, tokens_Bt, heads)
     return project_out(out_BtNH, weights.o_wD, heads)
 
 
 def _stationary(x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, config, axes: Axes, stream: Stream) -> jax.Array:
-    """Folded axes act as tensor axes on all their tokens, but outputs are reduce-scattered, not all-reduced."""
+    """Each rank attends with its own heads for all folded ranks' tokens; outputs are reduce-scattered."""
     tokens_BT = Tokens(*gather_sequence(*tokens_Bt, axes=axes.folded))
-    roles = Axes(tensor=axes.tensor + axes.folded, sequence=axes.unfolded_sequence)
-    config = config._replace(query_buckets=1, kv_buckets=1, kernel=config.kernel.within(x_BtD.shape[1]))
+    roles, heads = Axes(sequence=axes.unfolded_sequence), ShardedHeads.of(config, axes, stream)
+    weights = weights_of_own_heads(weights, heads)
+    config = config._replace(heads=heads.sharding.own, kernel=config.kernel.within(x_BtD.shape[1]))
     if not roles.sequence:  # nothing to exchange: all heads at once
         config = config._replace(exchange_buckets=1)
-    heads = ShardedHeads.of(config, roles, stream, weights)
-    stationary = StationaryHeads(heads, axes.folded, stream)
+    heads = ShardedHeads.of(config, roles, stream)
+    stationary = StationaryHeads(config, axes.folded, stream)
     q_BTnH, k_BTkH, v_BTkH = stationary_project_in(x_BtD, weights[:3], norms, tokens_BT.positions, stationary)
     return stationary_project_out(_attend(q_BTnH, k_BTkH, v_BTkH, tokens_BT, heads), weights.o_wD, stationary)
 
@@ -129,11 +135,11 @@ def _forward(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, heads: ShardedHeads)
     kernel = heads.config.kernel.within(q_BtKGH.shape[1])
 
     def fetch(_, index):
-        bucket = _KVBucket(index, heads.keys_values.num_heads // buckets)
+        bucket = _KVBucket(index, heads.num_kv_heads // buckets)
         return gather_sequence(bucket.take(k_BtKH), bucket.take(v_BtKH), axes=axes)
 
     def attend_bucket(carry, keys_values, index):
-        bucket = _KVBucket(index, heads.keys_values.num_heads // buckets)
+        bucket = _KVBucket(index, heads.num_kv_heads // buckets)
         k_BScH, v_BScH = keys_values
         new = kernel.attend(bucket.take(q_BtKGH), k_BScH, v_BScH, tokens_Bt, tokens_BS)
         return tuple(bucket.put(array, part) for array, part in zip(carry, new, strict=True)), (), ()
@@ -151,11 +157,11 @@ def _backward(heads: ShardedHeads, residuals, dout_BtKGH):
     kernel = heads.config.kernel.within(q_BtKGH.shape[1])
 
     def fetch(carry, index):
-        bucket = _KVBucket(index, heads.keys_values.num_heads // buckets)
+        bucket = _KVBucket(index, heads.num_kv_heads // buckets)
         return gather_sequence(bucket.take(carry[1]), bucket.take(carry[2]), axes=axes)
 
     def attend_bucket_vjp(carry, keys_values, index):
-        bucket = _KVBucket(index, heads.keys_values.num_heads // buckets)
+        bucket = _KVBucket(index, heads.num_kv_heads // buckets)
         delta_BtcG, lse_BtcG, dout_BtcGH = (bucket.take(array) for array in (delta_BtKG, lse_BtKG, dout_BtKGH))
         q_BtcGH, (k_BScH, v_BScH) = bucket.take(carry[0]), keys_values
         grads = kernel.attend_backward(q_BtcGH, k_BScH, v_BScH, tokens_Bt, tokens_BS, delta_BtcG, lse_BtcG, dout_BtcGH)

@@ -1,7 +1,7 @@
 """How parameters are stored on a mesh: padded, and converted to and from their logical form.
 
-The logical shape of a parameter has the real heads alone, and is the same under every layout; the stored shape has the
-padded heads of one mesh. Dims: H head, D model.
+The logical form of a parameter has the rows of the real heads alone, in order, and is the same under every layout. The
+stored form has the rows of padded heads, in the order of the ranks of one mesh. Dims: H head, D model.
 """
 
 import dataclasses
@@ -104,13 +104,17 @@ def to_stored(paddings: Any, logical: Any) -> Any:
 
 
 def abstract_logical(paddings: Any, stored: Any) -> Any:
-    """Shapes of logical arrays, sharded as the stored arrays, but replicated along dims that do not divide evenly.
+    """Shapes of logical arrays, sharded as the stored arrays, but padded arrays by columns instead of rows.
 
-    `stored`: arrays on a mesh, or ShapeDtypeStructs with shardings.
+    Converting then takes an all-to-all. Between rows of different order or number, XLA would gather all rows on every
+    device. Dims that do not divide evenly are replicated. `stored`: arrays on a mesh, or ShapeDtypeStructs with
+    shardings.
     """
 
     def abstract(padding: Any, array: Any) -> jax.ShapeDtypeStruct:
         shape, mesh, spec = jax.eval_shape(padding.unpad, array).shape, array.sharding.mesh, list(array.sharding.spec)
+        if padding.padded:
+            spec[-2:] = spec[-1], spec[-2]
         for dim, names in enumerate(spec):
             if shape[dim] % num_ranks((names,) if isinstance(names, str) else names or (), mesh.shape):
                 spec[dim] = None

@@ -183,9 +183,10 @@ def attention_traffic(
     again = 0 if remat == "none" else 1
     # Full remat projects queries, keys and values once more, after the MLP's backward.
     twice = 1 if remat in ("full", "offload") else 0
-    # Backward streams weights again; heads that were exchanged it has.
-    backward = 0 if forward or moves_tokens else 1
-    into_passes, out_passes = (1, 1) if forward else (1 + backward + again + twice, 1 + backward + again)
+    if moves_tokens:  # backward keeps the heads that forward has exchanged; whatever repeats forward exchanges all
+        into_passes = out_passes = 1 if forward else 1 + again + twice
+    else:
+        into_passes, out_passes = (1, 1) if forward else (2 + again + twice, 2 + again)
     # Forward gathers x and scatters y; backward gathers x and dy and scatters dx, and repeats forward's.
     activations = 2 if forward else 5 + 2 * again + twice
     received = sharding.tokens_received(d_model) * sharding.itemsize if moves_tokens else 0

@@ -27,6 +27,7 @@ FAULTS = {
         "following = fetch(carry, index)\n        received",
     ),
     "bucket: rows looked up without the shard": ("ops/stream.py", "row % shard_rows", "row % rows"),
+    "padding: rows of a tensor shard counted from zero": ("ops/padding.py", "first + bucket.rows()", "bucket.rows()"),
     "row-wise: no sum over tensor axes": (
         "ops/rowwise.py",
         "return lax.psum(y_BtD, axes.tensor) if axes.tensor else y_BtD",

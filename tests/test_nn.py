@@ -24,13 +24,13 @@ from tests.builders.arrays import (
 )
 from tsp_jax.config import ModelConfig, StreamConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.models.transformer import Transformer
+from tsp_jax.models.transformer import Transformer, make_merge
 from tsp_jax.nn import MLP, Attention, Embed
 from tsp_jax.ops import reference
 from tsp_jax.stored import HeadPadding, logical_params, paddings, to_logical, to_stored
 from tsp_jax.training.data import sequence_order
 
-B, S, D, F, V, N, H = 2, 48, 20, 120, 72, 9, 8
+B, S, D, F, V, N, H = 2, 48, 20, 113, 71, 9, 8
 K = 3
 CONFIG = ModelConfig(
     vocab_size=V, d_model=D, num_layers=2, num_heads=N, num_kv_heads=K, head_dim=H, d_ff=F, qk_norm=True, init_std=0.2
@@ -74,8 +74,8 @@ def test_shapes_of_parameters():
     shapes = jax.tree.map(lambda array: array.shape, nnx.to_pure_dict(nnx.state(make_model("tsp8"))))
     L = CONFIG.num_layers
     assert shapes == {
-        "embed": {"table": (V, D)},
-        "head": {"table": (V, D)},
+        "embed": {"table": (8 * 9, D)},
+        "head": {"table": (8 * 9, D)},
         "final_norm": {"scale": (D,)},
         "layers": {
             "attention": {
@@ -83,7 +83,7 @@ def test_shapes_of_parameters():
                 **dict.fromkeys(("w_k", "w_v"), (L, K * H, D)),
                 **dict.fromkeys(("q_norm", "k_norm"), (L, H)),
             },
-            "mlp": dict.fromkeys(("w_gate", "w_up", "w_down"), (L, F, D)),
+            "mlp": dict.fromkeys(("w_gate", "w_up", "w_down"), (L, 8 * 15, D)),
             **{key: {"scale": (L, D)} for key in ("attention_norm", "mlp_norm")},
         },
     }
@@ -223,6 +223,44 @@ def test_padded_heads_change_nothing(noise):
     assert_trees_near(jax.jit(lambda x: attention(x))(x), desired, F32_TOLERANCE)
 
 
+# ------------------------------------------------------------------------------------------------ padded rows
+
+
+def make_layer(layer: str, layout: str):
+    """A layer, and a function (it, x [B, S, D]) -> its outputs."""
+    kwargs = {"placement": place_case(layout), "dtype": jnp.float32, "rngs": nnx.Rngs(0), "init_std": 0.3}
+    if layer == "mlp":
+        return MLP(D, F, **kwargs), lambda mlp, x: mlp(x)
+    batch = packed_batch(B, S, V)
+    if layer == "embed":
+        return Embed(V, D, **kwargs), lambda embed, x: x * embed(batch.tokens)
+    return Embed(V, D, **kwargs), lambda embed, x: embed.cross_entropy(x, batch.labels).nll_Bt
+
+
+@pytest.mark.parametrize("layer", ["mlp", "embed", "loss"])
+@pytest.mark.parametrize("layout", ["tsp3", "tp8", "replicas2_4"])
+def test_padded_rows_change_nothing_and_get_exactly_no_gradient(layer, layout):
+    """Even if they are not zero."""
+    module, call = make_layer(layer, layout)
+    assert module.padding.padded
+    graphdef, state = nnx.split(module)
+    pads, params, merge = paddings(state), nnx.to_pure_dict(state), make_merge(graphdef, state)
+    padding = jax.tree.map(
+        lambda real: 1 - real, to_stored(pads, to_logical(pads, jax.tree.map(jnp.ones_like, params)))
+    )
+
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def loss(params, x):
+        y = call(merge(params), x)
+        return (y * normal(1, *y.shape)).sum(), y
+
+    noisy = jax.tree.map(lambda array, padding: array + padding, params, padding)
+    quiet, noisy = (jax.device_get(jax.jit(loss)(params, normal(0, B, S, D))) for params in (params, noisy))
+    chex.assert_trees_all_equal(quiet, noisy)
+    of_padding = jax.tree.map(lambda grad, padding: grad * padding, quiet[1][0], padding)
+    assert not any(grad.any() for grad in jax.tree.leaves(of_padding))
+
+
 # ------------------------------------------------------------------------------------------------ causality, order
 
 
@@ -293,20 +331,6 @@ def test_tokens_that_do_not_divide_are_refused_with_a_number_that_does(layer, sh
     with pytest.raises(ConfigError, match=re.escape(message)):
         _call(layer, shape)
     assert _call(layer, works).shape == (*works, D)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda size, kwargs: MLP(D, size, **kwargs), "d_ff=65 is not divisible by 8 over model,tsp; use 72"),
-        (lambda size, kwargs: Embed(size, D, **kwargs), "vocab_size=65 is not divisible by 8 over model,tsp; use 72"),
-    ],
-)
-def test_weights_that_do_not_divide_are_refused_with_a_number_that_does(make, message):
-    kwargs = {"placement": place_case("mix2_4"), "rngs": nnx.Rngs(0)}
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        make(65, kwargs)
-    make(72, kwargs)
 
 
 def test_query_heads_that_kv_heads_do_not_divide_are_refused():

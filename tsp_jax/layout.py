@@ -285,7 +285,10 @@ def check_attention_movement(axes: Axes, movement: str) -> None:
 
 
 def check_fits(config: Config, layout: Layout, sizes: Mapping[str, int]) -> None:
-    """Raises ConfigError, with a value that works, if the sizes of a configuration do not divide over a mesh."""
+    """Raises ConfigError, with a value that works, if the tokens of a configuration do not divide over a mesh.
+
+    Sizes of the model need not divide: weights are padded.
+    """
 
     def check(field: str, value: int, axes: AxisNames, times: int, why: str) -> None:
         check_divides(field, value, num_ranks(axes, sizes) * times, axes, why if times > 1 else "")
@@ -293,6 +296,4 @@ def check_fits(config: Config, layout: Layout, sizes: Mapping[str, int]) -> None
     check_attention_movement(layout.axes("heads"), config.stream.attention_movement)
     zigzag = config.data.order == "zigzag" and num_ranks(layout.sequence, sizes) > 1
     check("seq_len", config.seq_len, layout.sequence, 2 if zigzag else 1, " (two zigzag chunks a rank)")
-    check("model.d_ff", config.model.d_ff, layout.mlp, 1, "")
-    check("model.vocab_size", config.model.vocab_size, layout.vocab, 1, "")
     check("batch", config.batch, layout.batch, config.accumulate, f" (accumulate={config.accumulate})")

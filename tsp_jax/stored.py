@@ -1,7 +1,8 @@
 """How parameters are stored on a mesh: padded, and converted to and from their logical form.
 
-The logical form of a parameter has the rows of the real heads alone, in order, and is the same under every layout. The
-stored form has the rows of padded heads, in the order of the ranks of one mesh. Dims: H head, D model.
+The logical form of a parameter has the rows of real heads, ffn columns or tokens alone, in order, and is the same under
+every layout. The stored form is padded, so that every rank of one mesh holds equally many rows, and has them in the
+order of the ranks. Dims: H head, D model.
 """
 
 import dataclasses
@@ -70,8 +71,50 @@ def _pad_dims(array: jax.Array, widths: tuple[int, ...]) -> jax.Array:
     return jnp.pad(array, [(0, 0)] * (array.ndim - len(widths)) + [(0, width) for width in widths])
 
 
+LARGEST_MULTIPLE = 64
+"""rows of a rank are padded to a multiple of a power of two, at most this, so that buckets of many sizes divide them"""
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPadding:
+    """Pads the rows of a weight that are independent (ffn columns, tokens of a vocabulary): zeros after the last."""
+
+    rows: int
+    """logical rows"""
+    stored: int
+    """stored rows, those of all ranks together"""
+
+    @classmethod
+    def over(cls, rows: int, ranks: int) -> "RowPadding":
+        """The padding of so many rows over so many ranks; none if they divide.
+
+        A rank holds ceil(rows / ranks) rows, rounded up to a multiple of the largest power of two, up to
+        `LARGEST_MULTIPLE`, that adds less than 1 %.
+        """
+        if rows % ranks == 0:
+            return cls(rows, rows)
+        fewest, multiple = -(-rows // ranks), LARGEST_MULTIPLE
+        while -fewest % multiple * 100 >= fewest:
+            multiple //= 2
+        return cls(rows, ranks * (fewest + -fewest % multiple))
+
+    @property
+    def padded(self) -> bool:
+        """Whether the logical and the stored shape differ."""
+        return self.stored > self.rows
+
+    def pad(self, rows: jax.Array) -> jax.Array:
+        """[..., logical rows, D] -> [..., stored rows, D]."""
+        widths = [(0, 0)] * (rows.ndim - 2) + [(0, self.stored - self.rows), (0, 0)]
+        return jnp.pad(rows, widths) if self.padded else rows
+
+    def unpad(self, rows: jax.Array) -> jax.Array:
+        """[..., stored rows, D] -> [..., logical rows, D]."""
+        return rows[..., : self.rows, :] if self.padded else rows
+
+
 class NoPadding:
-    """For arrays whose stored shape is the logical one: all but projections over padded heads."""
+    """For arrays whose stored shape is the logical one under every layout, such as scales of norms."""
 
     padded = False
 
@@ -82,10 +125,13 @@ class NoPadding:
     unpad = pad
 
 
+Padding = HeadPadding | RowPadding | NoPadding
+
+
 def paddings(state: nnx.State) -> dict:
     """For each parameter, the object that converts between its logical and its stored shape."""
 
-    def padding(param: nnx.Variable) -> NoPadding | HeadPadding:
+    def padding(param: nnx.Variable) -> Padding:
         return param.get_metadata().get("padding") or NoPadding()
 
     return nnx.to_pure_dict(
@@ -104,23 +150,35 @@ def to_stored(paddings: Any, logical: Any) -> Any:
 
 
 def abstract_logical(paddings: Any, stored: Any) -> Any:
-    """Shapes of logical arrays, sharded as the stored arrays, but padded arrays by columns instead of rows.
+    """Shapes of logical arrays. Arrays that are stored as they are keep their sharding; others are sharded by columns.
 
     Converting then takes an all-to-all. Between rows of different order or number, XLA would gather all rows on every
-    device. Dims that do not divide evenly are replicated. `stored`: arrays on a mesh, or ShapeDtypeStructs with
-    shardings.
+    device. A mesh axis that does not divide the columns shards the last dim that it divides. If it divides none, every
+    rank of the axis holds the whole array. So on 7 ranks, say, which seldom divide D, a device that saves or restores a
+    checkpoint holds all rows of each padded weight and of its moments for that time.
+
+    `stored`: arrays on a mesh, or ShapeDtypeStructs with shardings.
     """
 
     def abstract(padding: Any, array: Any) -> jax.ShapeDtypeStruct:
-        shape, mesh, spec = jax.eval_shape(padding.unpad, array).shape, array.sharding.mesh, list(array.sharding.spec)
+        shape, sharding = jax.eval_shape(padding.unpad, array).shape, array.sharding
         if padding.padded:
-            spec[-2:] = spec[-1], spec[-2]
-        for dim, names in enumerate(spec):
-            if shape[dim] % num_ranks((names,) if isinstance(names, str) else names or (), mesh.shape):
-                spec[dim] = None
-        return jax.ShapeDtypeStruct(shape, array.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+            sharding = NamedSharding(sharding.mesh, _dividing_spec(shape, sharding))
+        return jax.ShapeDtypeStruct(shape, array.dtype, sharding=sharding)
 
     return jax.tree.map(abstract, paddings, stored)
+
+
+def _dividing_spec(shape: tuple[int, ...], sharding: NamedSharding) -> PartitionSpec:
+    """The axes of a sharding, each on the last dim that it divides, if any."""
+    sizes = sharding.mesh.shape
+    used: list[tuple[Any, ...]] = [()] * len(shape)
+    for axis in (axis for names in sharding.spec for axis in ((names,) if isinstance(names, str) else names or ())):
+        for dim in reversed(range(len(shape))):
+            if shape[dim] % num_ranks((*used[dim], axis), sizes) == 0:
+                used[dim] += (axis,)
+                break
+    return PartitionSpec(*(axes or None for axes in used))
 
 
 def logical_params(state: nnx.State) -> dict:

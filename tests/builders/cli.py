@@ -16,8 +16,6 @@ BAD = {
         ["16", "there are 8", "--cpu-devices 16"],
     ),
     "indivisible sequence": (["--seq-len", "100"], ["seq_len=100", "use 112"]),
-    "indivisible ffn": (["--model.d-ff", "50"], ["model.d_ff=50", "use 56"]),
-    "indivisible vocabulary": (["--model.vocab-size", "300"], ["model.vocab_size=300", "use 304"]),
     "indivisible batch": (["--mesh", "data=4,tsp=2", "--batch", "6"], ["batch=6", "use 8"]),
     "indivisible micro-batch": (["--accumulate", "3"], ["batch=4", "accumulate=3", "use 6"]),
     "heads": (["--model.num-heads", "5"], ["model.num_heads=5", "model.num_heads=6"]),

@@ -16,7 +16,9 @@ from tsp_jax.stored import paddings, to_stored
 
 # No two of V, D, F, N H and K H are alike, nor what 8 ranks have of them.
 LLAMA = ModelConfig(vocab_size=72, d_model=28, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=12, d_ff=120)
-QWEN = dataclasses.replace(LLAMA, num_heads=9, num_kv_heads=3, qk_norm=True, tie_embeddings=True)
+QWEN = dataclasses.replace(
+    LLAMA, vocab_size=71, d_ff=113, num_heads=9, num_kv_heads=3, qk_norm=True, tie_embeddings=True
+)
 SCALED = dataclasses.replace(
     LLAMA, rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_context=64), activation="gelu"
 )

@@ -28,6 +28,12 @@ over_streams = pytest.mark.parametrize(
     [(layout, movement) for movement in MOVEMENT_LAYOUTS for layout in MOVEMENT_LAYOUTS[movement]],
 )
 
+PADDED_STREAMS = [
+    ("tp8", "gather"),
+    *((layout, movement) for layout in ("tsp8", "mix2_4") for movement in MOVEMENT_LAYOUTS),
+]
+"""(layout, movement) of weights whose last rows are padding"""
+
 
 def value_and_grads(f, cotangent, *args):
     """(outputs, gradients of every argument) for a fixed cotangent."""

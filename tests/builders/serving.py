@@ -28,7 +28,9 @@ WIDE = ModelConfig(
 MODELS = {
     "multi_head": MULTI_HEAD,
     "grouped": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, qk_norm=True),
-    "odd_heads": dataclasses.replace(MULTI_HEAD, num_heads=9, num_kv_heads=3, tie_embeddings=True, activation="gelu"),
+    "odd_heads": dataclasses.replace(
+        MULTI_HEAD, vocab_size=71, d_ff=113, num_heads=9, num_kv_heads=3, tie_embeddings=True, activation="gelu"
+    ),
     "thirds": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, head_dim=12),  # three ranks could share a KV head
     "wide": WIDE,
 }
@@ -115,7 +117,7 @@ def reference_logits(model: str, sequences) -> np.ndarray:
 
 
 def make_prompts(lengths=LENGTHS) -> list[list[int]]:
-    return [np.random.default_rng([row, n]).integers(0, 72, n).tolist() for row, n in enumerate(lengths)]
+    return [np.random.default_rng([row, n]).integers(0, 71, n).tolist() for row, n in enumerate(lengths)]
 
 
 def greedy(program, params, logits, cache, steps: int):

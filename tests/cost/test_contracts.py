@@ -31,6 +31,8 @@ CONFIG = Config(
     compute_dtype="float32",
     remat="save_attention",
 )
+UNEVEN = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, vocab_size=187, d_ff=185))
+"""a vocabulary and an ffn that neither 3 nor 8 ranks divide"""
 GROUPED = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, num_heads=9, num_kv_heads=3))
 
 
@@ -125,6 +127,12 @@ def test_traffic_of_forward_equals_the_closed_form(case):
 @pytest.mark.parametrize("case", ["tsp8", "tp8", "tp4_sp2", "mix2_4"])
 def test_traffic_with_uneven_heads_equals_the_closed_form(case):
     check_traffic(GROUPED, case)
+
+
+@pytest.mark.parametrize(("case", "forward"), [("tsp8", False), ("tsp3", False), ("tp8", True), ("mix2_4", True)])
+@pytest.mark.parametrize("movement", ["gather", "activations"])
+def test_traffic_of_padded_rows_equals_the_closed_form(case, forward, movement):
+    check_traffic(moved(UNEVEN, movement), case, forward)
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "offload"])

@@ -24,3 +24,10 @@ def test_state_of_the_closed_form(name):
     assert step_memory(CONFIG, layout, sizes)["state"] == pytest.approx(12 * matrices / shards)
     narrow = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, moments_dtype="bfloat16"))
     assert step_memory(narrow, layout, sizes)["state"] == pytest.approx(8 * matrices / shards)
+
+
+def test_state_of_padded_rows_is_that_of_as_many_real_ones():
+    sizes = {"data": 1, "tsp": 8}
+    uneven = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, vocab_size=57, d_ff=59))
+    states = (step_memory(config, get_layout("tsp"), sizes)["state"] for config in (CONFIG, uneven))
+    assert len(set(states)) == 1

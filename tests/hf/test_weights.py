@@ -253,11 +253,6 @@ def test_folders_that_are_not_there_are_refused(tmp_path):
         hf.load_params(tmp_path / "nowhere", LLAMA, place_case("single"))
 
 
-def test_a_mesh_that_does_not_divide_is_refused(folder):
-    with pytest.raises(ConfigError, match=r"vocab_size=70 .* by 4 over tsp; use 2"):
-        hf.load_params(folder, dataclasses.replace(LLAMA, vocab_size=70), place_case("tsp4"))
-
-
 def test_an_export_is_whole_or_absent(tmp_path, monkeypatch):
     taken = save_folder(tmp_path / "taken")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -60,7 +60,7 @@ def test_a_draw_depends_on_seed_prompt_and_place_alone():
         ([[1] * 100], 29, "capacity=128 is too small for the 100 tokens of .*; use capacity=129"),
         ([[1]], 0, "max_new_tokens=0 must be positive"),
         ([], 4, "is empty; use at least one prompt"),
-        ([[1], [71, 72]], 4, r"prompts\[1\] has token id 72, which is unknown; use 0 to 71"),
+        ([[1], [70, 71]], 4, r"prompts\[1\] has token id 71, which is unknown; use 0 to 70"),
         ([[-1]], 4, "has token id -1, which is unknown"),
     ],
 )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.builders.arrays import BF16_TOLERANCE, F32_TOLERANCE, assert_trees_near, normal, place_case
-from tests.builders.ops import B, D, S, V, activations, compiled_value_and_grads, ids, over_streams
+from tests.builders.ops import PADDED_STREAMS, B, D, S, V, activations, compiled_value_and_grads, ids, over_streams
 from tsp_jax.ops import reference
 from tsp_jax.ops.cross_entropy import cross_entropy
 from tsp_jax.ops.stream import Stream
@@ -17,13 +17,14 @@ LARGE_LOGITS_TOLERANCE = 1e-3
 """relative; a logit of 500 is known to 5e-5, and so is the logarithm of its probability"""
 
 
-def sharded_cross_entropy(layout: str, stream: Stream, labels: np.ndarray | None = None):
+def sharded_cross_entropy(layout: str, stream: Stream, labels: np.ndarray | None = None, vocab_size: int | None = None):
     placement = place_case(layout)
     spec = placement.layout.spec
     tokens = spec("batch", "sequence")
 
     def local(x, table, labels):
-        return tuple(cross_entropy(x, table, labels, axes=placement.layout.axes("vocab"), stream=stream))
+        axes = placement.layout.axes("vocab")
+        return tuple(cross_entropy(x, table, labels, axes=axes, stream=stream, vocab_size=vocab_size))
 
     f = placement.shard_map(local, (spec("batch", "sequence", None), spec("vocab", None), tokens), (tokens, tokens))
     return lambda x, table: f(x, table, some_ignored() if labels is None else labels)
@@ -98,3 +99,24 @@ def test_cross_entropy_in_bfloat16_is_near_float32():
     actual = compiled_value_and_grads(f, CE_COTANGENTS, *ce_args(jnp.bfloat16))
     assert [array.dtype for array in jax.tree.leaves(actual)] == [*(jnp.float32,) * 2, jnp.bfloat16, jnp.float32]
     assert_trees_near(actual, desired_cross_entropy(), BF16_TOLERANCE)
+
+
+@pytest.mark.parametrize(("layout", "movement"), PADDED_STREAMS)
+@pytest.mark.parametrize("vocab_size", [9, 70])  # all rows of most ranks are padding; two rows of the last
+def test_padded_rows_have_no_probability_and_no_gradient(layout, movement, vocab_size):
+    """Whatever they hold. A label that names one gives no finite loss."""
+    x, table = ce_args()
+    labels = some_ignored() % vocab_size
+    labels[:, ::5], labels[:, 1::7] = -1, vocab_size
+    f = sharded_cross_entropy(layout, Stream(movement, 3), labels, vocab_size)
+    out, (dx, dtable) = compiled_value_and_grads(f, CE_COTANGENTS, x, table)
+
+    def reference_f(x, real):
+        return reference.cross_entropy(x, real, labels)
+
+    desired, (desired_dx, desired_dtable) = compiled_value_and_grads(reference_f, CE_COTANGENTS, x, table[:vocab_size])
+    np.testing.assert_array_equal(np.isnan(out), np.broadcast_to(labels == vocab_size, (2, B, S)))
+    known = labels != vocab_size
+    assert_trees_near([loss[known] for loss in out], [loss[known] for loss in desired], F32_TOLERANCE)
+    assert_trees_near((dx, dtable[:vocab_size]), (desired_dx, desired_dtable), F32_TOLERANCE)
+    assert not dtable[vocab_size:].any()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.builders.arrays import BF16_TOLERANCE, F32_TOLERANCE, assert_trees_near, normal, place_case
-from tests.builders.ops import MOVEMENT_LAYOUTS, D, activations, compiled_value_and_grads, over_streams
+from tests.builders.ops import MOVEMENT_LAYOUTS, PADDED_STREAMS, D, activations, compiled_value_and_grads, over_streams
 from tsp_jax.layout import largest_divisor
 from tsp_jax.ops import reference
 from tsp_jax.ops.mlp import ACTIVATIONS, mlp
@@ -22,12 +22,12 @@ def desired_mlp(activation: str):
     return compiled_value_and_grads(f, activations(4), *mlp_args())
 
 
-def sharded_mlp(layout: str, stream: Stream, activation: str = "silu"):
+def sharded_mlp(layout: str, stream: Stream, activation: str = "silu", d_ff: int | None = None):
     placement = place_case(layout)
     x_spec, w_spec = placement.layout.spec("batch", "sequence", None), placement.layout.spec("mlp", None)
 
     def local(x, *weights):
-        return mlp(x, *weights, axes=placement.layout.axes("mlp"), stream=stream, activation=activation)
+        return mlp(x, *weights, axes=placement.layout.axes("mlp"), stream=stream, activation=activation, d_ff=d_ff)
 
     return placement.shard_map(local, (x_spec, w_spec, w_spec, w_spec), x_spec)
 
@@ -84,3 +84,16 @@ def test_mlp_in_bfloat16_is_near_float32(movement):
     out, grads = compiled_value_and_grads(f, activations(4), *mlp_args(jnp.bfloat16))
     assert [array.dtype for array in (out, *grads)] == [jnp.bfloat16, jnp.bfloat16, *(jnp.float32,) * 3]
     assert_trees_near((out, grads), desired_mlp("silu"), BF16_TOLERANCE)
+
+
+@pytest.mark.parametrize(("layout", "movement"), PADDED_STREAMS)
+@pytest.mark.parametrize(("d_ff", "activation"), [(16, "silu"), (113, "gelu")])
+def test_padded_rows_change_nothing_and_get_no_gradient(layout, movement, d_ff, activation):
+    """Whatever they hold."""
+    x, *weights = mlp_args()
+    f = sharded_mlp(layout, Stream(movement, 3), activation, d_ff)
+    out, (dx, *grads) = compiled_value_and_grads(f, activations(4), x, *weights)
+    plain = functools.partial(reference.mlp, activation=activation)
+    desired = compiled_value_and_grads(plain, activations(4), x, *(weight[:d_ff] for weight in weights))
+    assert_trees_near((out, (dx, *(grad[:d_ff] for grad in grads))), desired, F32_TOLERANCE)
+    assert not any(grad[d_ff:].any() for grad in grads)

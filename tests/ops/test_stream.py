@@ -124,6 +124,23 @@ def test_find_finds_every_row_in_one_bucket(stream, mesh):
 
 @over_meshes
 @over_streams
+def test_rows_is_the_inverse_of_find(stream, mesh):
+    def body(carry, bucket):
+        rows = bucket.rows()
+        index, inside = bucket.find(rows)
+        right = (rows == places(bucket, 0)) & (index == jnp.arange(len(rows))) & inside
+        return carry, vary_alike(bucket.arrays[0], right)[1]
+
+    def local(shard, axes):
+        return over_buckets(body, (), shard, axes=axes, stream=stream, dtype=jnp.float32)[1]
+
+    right = on_mesh(mesh, local, *weights(mesh), out_specs=0)
+    assert right.size == num_ranks(mesh) ** 2 * ROWS[0]
+    assert right.all()
+
+
+@over_meshes
+@over_streams
 def test_gradients_are_summed_over_ranks_in_their_owner(stream, mesh):
     ranks = num_ranks(mesh)
 

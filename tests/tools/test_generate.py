@@ -250,7 +250,6 @@ FLAGS = {
     "unknown layout": (["--layout", "tps"], ["layout=tps", "tp_sp"]),
     "unknown axis": (["--mesh", "model=2"], ["'model'", "tsp"]),
     "mesh larger than the devices": (["--mesh", "tsp=16"], ["there are 8", "--cpu-devices 16"]),
-    "indivisible vocabulary": (["--mesh", "tsp=5"], ["vocab_size=72", "use 4"]),
     "indivisible chunk": (["--chunk", "9"], ["chunk=9", "use 16"]),
     "unknown flag": (["--temprature", "1"], ["--temprature"]),
     "unknown dtype": (["--dtype", "float16"], ["float16", "bfloat16"]),

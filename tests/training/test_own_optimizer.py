@@ -24,8 +24,8 @@ from tsp_jax.training.step import make_program
 pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 LION = optax.chain(optax.clip_by_global_norm(1.0), optax.lion(optax.linear_schedule(1e-3, 1e-4, 6)))
-PADDED = ModelConfig(vocab_size=264, d_model=24, num_layers=1, num_heads=9, num_kv_heads=3, head_dim=8, d_ff=48)
-"""nine query and three KV heads, which most layouts pad"""
+PADDED = ModelConfig(vocab_size=259, d_model=24, num_layers=1, num_heads=9, num_kv_heads=3, head_dim=8, d_ff=50)
+"""nine query and three KV heads, 259 tokens and 50 ffn columns, which most layouts pad"""
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,6 +6,7 @@ from tsp_jax.config import Config
 from tsp_jax.cost.training import ITEMSIZE
 from tsp_jax.heads import HeadSharding
 from tsp_jax.layout import Layout, num_ranks
+from tsp_jax.stored import RowPadding
 
 FLOAT32 = 4
 
@@ -35,17 +36,18 @@ def _summed(nbytes: float, ranks: int) -> float:
 def decode_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, dict[str, float]]:
     """Bytes received per device while one token of each of `config.batch` sequences is decoded, by op and kind.
 
-    O(B (D + N H)) per layer, and the logits once, B V: neither weights nor keys and values move. Kinds: `heads`
-    all-gathered over folded axes, `merges` of partial softmaxes over sequence axes, `sums` of partial outputs over
-    weight axes, `logits`. Not included: exchanging the counts of cache entries.
+    O(B (D + N H)) per layer, and the logits once, B V, padding included: neither weights nor keys and values move.
+    Kinds: `heads` all-gathered over folded axes, `merges` of partial softmaxes over sequence axes, `sums` of partial
+    outputs over weight axes, `logits`. Not included: exchanging the counts of cache entries.
     """
     s, model = _Serving(config, layout, sizes), config.model
     residual, vocab = s.decoded * model.d_model * s.item, num_ranks(layout.vocab, sizes)
+    logits = s.decoded * RowPadding.over(model.vocab_size, vocab).stored * FLOAT32
     return {
         "attention": {kind: model.num_layers * n for kind, n in _attention(config, s).items()},
         "mlp": {"sums": model.num_layers * _summed(residual, num_ranks(layout.mlp, sizes))},
         "embed": {"sums": _summed(residual, vocab)},
-        "logits": {"logits": _gathered(s.decoded * model.vocab_size * FLOAT32, vocab)},
+        "logits": {"logits": _gathered(logits, vocab)},
     }
 
 

@@ -2,7 +2,7 @@
 
 An all-gather, reduce-scatter or all-to-all of n bytes over r ranks receives n (r - 1) / r, an all-reduce twice that. On
 folded axes either weights move past tokens, or tokens past weights. Source of the terms: arXiv 2604.26294, section III,
-extended to every layout and to both movements.
+extended to every layout and to both movements. Sizes are those of stored arrays, padding included.
 
 Dims: B batch, S all tokens, t this device's tokens, D model, F ffn, V vocabulary, H head.
 """

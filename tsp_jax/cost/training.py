@@ -19,13 +19,14 @@ from tsp_jax.cost.traffic import (
 )
 from tsp_jax.heads import HeadSharding
 from tsp_jax.layout import Layout, num_ranks
+from tsp_jax.stored import RowPadding
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 """bytes"""
 
 
 class _Step:
-    """A configuration on a mesh: each op's sharding and movement."""
+    """A configuration on a mesh: each op's sharding and movement. Rows are counted as stored, padding included."""
 
     def __init__(self, config: Config, layout: Layout, sizes: Mapping[str, int]):
         model, self.config, self.layout, self.sizes = config.model, config, layout, sizes
@@ -33,6 +34,8 @@ class _Step:
         self.bucket_bytes = config.stream.bucket_mib * 2**20
         self.sharding = self.sharding_of("heads")
         self.heads = HeadSharding.of(layout, sizes, model.num_heads, model.num_kv_heads, model.head_dim)
+        self.d_ff = RowPadding.over(model.d_ff, num_ranks(layout.mlp, sizes)).stored
+        self.vocab_size = RowPadding.over(model.vocab_size, num_ranks(layout.vocab, sizes)).stored
 
     def sharding_of(self, dim: str) -> OpSharding:
         batch = self.config.batch // self.config.accumulate
@@ -45,8 +48,8 @@ class _Step:
         """Op -> (its movement, a function of (movement, forward) that gives the traffic of one layer)."""
         stream, model, vocab = self.config.stream, self.config.model, self.sharding_of("vocab")
         attention = partial(attention_traffic, self.sharding, heads=self.heads, d_model=model.d_model)
-        mlp = partial(mlp_traffic, self.sharding_of("mlp"), d_model=model.d_model, d_ff=model.d_ff)
-        table = {"d_model": model.d_model, "vocab_size": model.vocab_size}
+        mlp = partial(mlp_traffic, self.sharding_of("mlp"), d_model=model.d_model, d_ff=self.d_ff)
+        table = {"d_model": model.d_model, "vocab_size": self.vocab_size}
         functions: dict[str, tuple[str, Callable[..., Traffic]]] = {
             "attention": (stream.attention_movement, partial(attention, remat=self.config.remat)),
             "mlp": (stream.mlp_movement, mlp),
@@ -67,11 +70,11 @@ class _Step:
         """Elements of the largest bucket of weights, before tensor axes shard it."""
         model, heads, sharding, bucket_bytes = self.config.model, self.heads, self.sharding, self.bucket_bytes
         query_rows, kv_rows = heads.stored
-        sizes = query_rows, 2 * kv_rows, 3 * model.d_ff
+        sizes = query_rows, 2 * kv_rows, 3 * self.d_ff
         if self.layout.whole_weights:
             return max(sizes) * model.d_model
-        rows = model.d_ff // (sharding.folded * sharding.tensor)
-        mlp_buckets = sharding.weight_buckets(rows, 3 * model.d_ff * model.d_model, bucket_bytes)
+        rows = self.d_ff // num_ranks(self.layout.mlp, self.sizes)
+        mlp_buckets = sharding.weight_buckets(rows, 3 * self.d_ff * model.d_model, bucket_bytes)
         counts = *sharding.head_buckets(heads, model.d_model, bucket_bytes), mlp_buckets
         return max(size / count for size, count in zip(sizes, counts, strict=True)) * model.d_model
 
@@ -114,8 +117,8 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dic
     step, model = _Step(config, layout, sizes), config.model
     sharding, heads = step.sharding, step.heads
     shards = sharding.folded * sharding.tensor
-    layer = (2 * sum(heads.stored) + 3 * model.d_ff) * model.d_model
-    tables = model.vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
+    layer = (2 * sum(heads.stored) + 3 * step.d_ff) * model.d_model
+    tables = step.vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
     layers = model.num_layers * layer
     copies = tuple(name for name in layout.batch if name not in layout.heads)
     replicas = num_ranks(copies, sizes) if config.optimizer.zero1 else 1

@@ -26,7 +26,7 @@ from tsp_jax.hf.config import config_json, read_config
 from tsp_jax.hf.tensors import MAX_FILE_BYTES, Shape, Tensors, new_folder, write_json, write_tensors
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer
-from tsp_jax.stored import HeadPadding, NoPadding, paddings
+from tsp_jax.stored import Padding, paddings
 
 __all__ = ["abstract_params", "check_folder", "load_params", "read_config", "save_params"]
 
@@ -68,7 +68,7 @@ class _Param:
     stacked: bool
     """the first dim of the array is L"""
     transposed: bool
-    form: NoPadding | HeadPadding
+    form: Padding
 
     def names(self, layers: slice = slice(None)) -> Iterator[str]:
         """Yields the names of the tensors; makes no list, as a config.json may claim any number of layers."""
@@ -132,25 +132,14 @@ def _on_host(array: jax.Array) -> np.ndarray:
 
 def _param_tree(config: ModelConfig, placement: Placement) -> dict:
     """The tree of a Transformer's parameters, with a `_Param` for each."""
-    _check_divides(config, placement)
     model = nnx.eval_shape(lambda: Transformer(config, placement=placement, rngs=nnx.Rngs(params=0)))
     state = nnx.state(model)
 
-    def param(path: Any, stored: jax.ShapeDtypeStruct, form: NoPadding | HeadPadding) -> _Param:
+    def param(path: Any, stored: jax.ShapeDtypeStruct, form: Padding) -> _Param:
         key = ".".join(entry.key for entry in path)
         return _Param(stored, NAMES[key], key.startswith("layers."), key in TRANSPOSED, form)
 
     return jax.tree_util.tree_map_with_path(param, nnx.to_pure_dict(state), paddings(state))
-
-
-def _check_divides(config: ModelConfig, placement: Placement) -> None:
-    """Raises ConfigError if the mesh does not divide the model's sizes, which the weights in the files fix."""
-    for field, dim in (("vocab_size", "vocab"), ("d_ff", "mlp")):
-        value, shards = getattr(config, field), placement.size(dim)
-        if value % shards:
-            works = max(n for n in range(1, shards) if value % n == 0)
-            axes = ",".join(getattr(placement.layout, dim))
-            raise ConfigError(f"{field}={value} of these weights is not divisible by {shards} over {axes}; use {works}")
 
 
 def abstract_params(config: ModelConfig, placement: Placement, dtype: jax.typing.DTypeLike) -> dict:
@@ -204,7 +193,7 @@ def load_params(
       dtype: dtype of the parameters; that of the files may differ.
 
     Raises:
-      ConfigError: as `check_folder`; or the mesh does not divide the model's sizes.
+      ConfigError: as `check_folder`.
     """
     tensors = check_folder(folder, config, placement)
     return jax.tree.map(lambda param: param.load(tensors, jnp.dtype(dtype)), _param_tree(config, placement))

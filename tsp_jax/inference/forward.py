@@ -175,4 +175,5 @@ def _logits(model: Transformer, x_B1D: jax.Array) -> jax.Array:
         logits_B1V = head.placement.shard_map(local, in_specs, layout.spec("batch", None, "vocab"))(
             model.final_norm(x_B1D).astype(dtype), head.table[...]
         )
-        return lax.with_sharding_constraint(logits_B1V[:, 0], head.placement.sharding("batch", None))
+        logits_BV = lax.with_sharding_constraint(logits_B1V[:, 0], head.placement.sharding("batch", None))
+        return logits_BV[:, : head.padding.rows]

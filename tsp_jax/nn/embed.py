@@ -14,16 +14,20 @@ from flax import nnx
 from tsp_jax.config import StreamConfig
 from tsp_jax.cost.traffic import Traffic, embed_traffic, loss_traffic
 from tsp_jax.layout import Placement
-from tsp_jax.nn.layer import Layer, shard_rows
+from tsp_jax.nn.layer import Layer
 from tsp_jax.ops.cross_entropy import TokenLosses, cross_entropy
 from tsp_jax.ops.embedding import embed
+from tsp_jax.stored import RowPadding
 
 
 class Embed(Layer):
     """A vocabulary table: an embedding of tokens, and an output head with its cross-entropy.
 
+    A vocabulary that does not divide over the ranks is padded with rows of zeros; they get no gradient and change no
+    result.
+
     Args:
-      vocab_size: V, divisible by the shards of `vocab`.
+      vocab_size: V.
       d_model: D.
       placement: layout and mesh.
       stream: movement, bucket and chunk size.
@@ -42,9 +46,9 @@ class Embed(Layer):
             vocab_size=vocab_size, d_model=d_model, placement=placement, stream=stream, init_std=init_std,
             dtype=dtype, rngs=rngs,
         )  # fmt: skip
-        self.rows = shard_rows("vocab_size", vocab_size, "vocab", placement)
         super().__init__(placement, stream, dtype)
-        self.table = self._param(rngs, vocab_size, d_model, init_std)
+        self.padding = RowPadding.over(vocab_size, placement.size(self.dim))
+        self.table = self._param(rngs, vocab_size, d_model, init_std, self.padding)
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """[B, T] token ids, of any integer dtype -> [B, T, D] in the compute dtype.
@@ -71,10 +75,10 @@ class Embed(Layer):
         return self._run(op, specs, tokens_spec, x_BTD.astype(self.dtype), self.table[...], labels_BT)
 
     def _options(self, shape: Sequence[int], traffic: Callable[..., Traffic]) -> dict[str, Any]:
-        """Axes and stream of an op with this traffic, for tokens [B, T]."""
-        vocab_size, d_model = self.table.shape
+        """Axes, stream and V of an op with this traffic, for tokens [B, T]."""
+        stored, d_model = self.table.shape
         stream = self._stream(
-            shape, self.stream.vocab_movement, traffic,
-            d_model=d_model, vocab_size=vocab_size, rows=self.rows, elements=vocab_size * d_model,
+            shape, self.stream.vocab_movement, traffic, d_model=d_model, vocab_size=stored,
+            rows=stored // self.placement.size(self.dim), elements=stored * d_model,
         )  # fmt: skip
-        return {"axes": self.placement.layout.axes(self.dim), "stream": stream}
+        return {"axes": self.placement.layout.axes(self.dim), "stream": stream, "vocab_size": self.padding.rows}

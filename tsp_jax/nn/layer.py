@@ -19,7 +19,7 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.layout import Placement, check_divides
 from tsp_jax.nn.arguments import FLOATS, INTEGERS, check_array, check_settings
 from tsp_jax.ops.stream import Stream
-from tsp_jax.stored import HeadPadding
+from tsp_jax.stored import HeadPadding, RowPadding
 
 
 class Layer(nnx.Module):
@@ -37,12 +37,12 @@ class Layer(nnx.Module):
         check_settings(cls.__name__, **settings)
 
     def _param(
-        self, rngs: nnx.Rngs, rows: int, d_model: int, std: float, padding: HeadPadding | None = None
+        self, rngs: nnx.Rngs, rows: int, d_model: int, std: float, padding: HeadPadding | RowPadding
     ) -> nnx.Param:
-        """A weight with normally distributed rows, and zeros for padded heads."""
+        """A weight with normally distributed rows, and zeros for padding."""
         value = nnx.initializers.normal(std)(rngs.params(), (rows, d_model), jnp.float32)
         return nnx.Param(
-            padding.pad(value) if padding else value, out_sharding=self.placement.layout.spec(self.dim, None),
+            padding.pad(value), out_sharding=self.placement.layout.spec(self.dim, None),
             mesh=self.placement.mesh, padding=padding,
         )  # fmt: skip
 
@@ -73,7 +73,7 @@ class Layer(nnx.Module):
 
     def _check_divides(self, shape: Sequence[int]) -> None:
         for dim, value in zip(("batch", "sequence"), shape, strict=False):
-            shard_rows(dim, value, dim, self.placement)
+            check_divides(dim, value, self.placement.size(dim), getattr(self.placement.layout, dim))
 
     def _sharding(self, shape: Sequence[int]) -> OpSharding:
         return OpSharding.of(
@@ -102,12 +102,6 @@ class Layer(nnx.Module):
             token_buckets=sharding.token_buckets(d_model, self._bucket_bytes),
             grad_dtype=self.stream.grad_dtype, chunk_tokens=self.stream.chunk_tokens,
         )  # fmt: skip
-
-
-def shard_rows(name: str, value: int, dim: str, placement: Placement) -> int:
-    shards = placement.size(dim)
-    check_divides(name, value, shards, getattr(placement.layout, dim))
-    return value // shards
 
 
 def residual_std(init_std: float, num_layers: int) -> float:

@@ -12,16 +12,19 @@ from flax import nnx
 from tsp_jax.config import Activation, StreamConfig
 from tsp_jax.cost.traffic import mlp_traffic
 from tsp_jax.layout import Placement
-from tsp_jax.nn.layer import Layer, shard_rows
+from tsp_jax.nn.layer import Layer
 from tsp_jax.ops.mlp import mlp
+from tsp_jax.stored import RowPadding
 
 
 class MLP(Layer):
     """Gated MLP: SwiGLU (silu) or GeGLU (gelu).
 
+    An F that does not divide over the ranks is padded with rows of zeros; they get no gradient and change no result.
+
     Args:
       d_model: D.
-      d_ff: F, divisible by the shards of `mlp`.
+      d_ff: F.
       placement: layout and mesh.
       stream: movement, bucket and chunk size.
       activation: activation of the gate.
@@ -43,22 +46,23 @@ class MLP(Layer):
             d_model=d_model, d_ff=d_ff, placement=placement, stream=stream, activation=activation, init_std=init_std,
             out_std=out_std, dtype=dtype, rngs=rngs,
         )  # fmt: skip
-        self.rows = shard_rows("d_ff", d_ff, "mlp", placement)
         super().__init__(placement, stream, dtype)
         self.activation = activation
-        self.w_gate = self._param(rngs, d_ff, d_model, init_std)
-        self.w_up = self._param(rngs, d_ff, d_model, init_std)
-        self.w_down = self._param(rngs, d_ff, d_model, out_std)
+        self.padding = RowPadding.over(d_ff, placement.size(self.dim))
+        self.w_gate = self._param(rngs, d_ff, d_model, init_std, self.padding)
+        self.w_up = self._param(rngs, d_ff, d_model, init_std, self.padding)
+        self.w_down = self._param(rngs, d_ff, d_model, out_std, self.padding)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D] in the compute dtype."""
-        d_ff, d_model = self.w_up.shape
+        stored, d_model = self.w_up.shape
         self._check_x(x_BTD, d_model)
         stream = self._stream(
-            x_BTD.shape, self.stream.mlp_movement, mlp_traffic,
-            d_model=d_model, d_ff=d_ff, rows=self.rows, elements=3 * d_ff * d_model,
+            x_BTD.shape, self.stream.mlp_movement, mlp_traffic, d_model=d_model, d_ff=stored,
+            rows=stored // self.placement.size(self.dim), elements=3 * stored * d_model,
         )  # fmt: skip
-        op = partial(mlp, axes=self.placement.layout.axes(self.dim), stream=stream, activation=self.activation)
+        axes = self.placement.layout.axes(self.dim)
+        op = partial(mlp, axes=axes, stream=stream, activation=self.activation, d_ff=self.padding.rows)
         _, x_spec, w_spec = self._specs()
         weights = self.w_gate[...], self.w_up[...], self.w_down[...]
         return self._run(op, (x_spec, w_spec, w_spec, w_spec), x_spec, x_BTD.astype(self.dtype), *weights)

@@ -17,6 +17,7 @@ from tsp_jax.layout import Axes, AxisNames
 from tsp_jax.ops.chunks import over_chunks
 from tsp_jax.ops.embedding import local_ids
 from tsp_jax.ops.linear import matmul, matmul_t, outer
+from tsp_jax.ops.padding import RealRows
 from tsp_jax.ops.stationary import moves_tokens, over_gathered_tokens, resident_bucket
 from tsp_jax.ops.stream import Bucket, Stream, custom_vjp, over_buckets, over_buckets_with_grads, vary_alike, zeros
 
@@ -24,6 +25,8 @@ Sums = tuple[jax.Array, jax.Array, jax.Array]
 """per token, over the logits so far: their maximum, the sum of their exponentials relative to it, the label's logit"""
 IGNORE = -1
 """marks a token without a label; the loss skips it"""
+PADDED = -1e30
+"""logit of a padded row; finite, as all rows of a bucket may be padding"""
 
 
 class TokenLosses(NamedTuple):
@@ -36,8 +39,9 @@ class TokenLosses(NamedTuple):
 
 
 def cross_entropy(
-    x_BtD: jax.Array, table_vD: jax.Array, labels_Bt: jax.Array, *, axes: Axes = Axes(), stream: Stream = Stream()
-) -> TokenLosses:
+    x_BtD: jax.Array, table_vD: jax.Array, labels_Bt: jax.Array, *, axes: Axes = Axes(), stream: Stream = Stream(),
+    vocab_size: int | None = None,
+) -> TokenLosses:  # fmt: skip
     """``logsumexp(x table^T) - (x table^T)[label]``, by an online log-sum-exp over buckets of the vocabulary.
 
         forward:  z = x table^T    lse = logsumexp(z)    nll = lse - z[label]
@@ -50,6 +54,7 @@ def cross_entropy(
       labels_Bt: next tokens, int32; negative: ignored; V or more: NaN, so that no loss is finite by mistake.
       axes: over folded axes, either buckets of the head move or tokens do; over tensor axes, partial sums are combined.
       stream: movement (gather, ring or activations), buckets and chunks; the number of buckets divides v.
+      vocab_size: V; rows from there on are padding, without probability. All rows of all ranks if None.
 
     Returns:
       `TokenLosses`, each [B, t].
@@ -64,35 +69,34 @@ def cross_entropy(
     """
     with jax.named_scope("tsp/loss"):
         x_BtD, table_vD, labels_Bt = vary_alike(x_BtD, table_vD, labels_Bt)
-        weight_axes = axes.tensor + axes.folded
-        vocab_size = table_vD.shape[0] * (lax.axis_size(weight_axes) if weight_axes else 1)
-        lse_Bt, label_Bt = _local_sums(x_BtD, table_vD, local_ids(labels_Bt, table_vD, axes), axes.folded, stream)
+        real = RealRows.of(table_vD, axes, vocab_size)
+        lse_Bt, label_Bt = _local_sums(x_BtD, table_vD, local_ids(labels_Bt, table_vD, axes), real, stream)
         if axes.tensor:
             top_Bt = lax.pmax(lax.stop_gradient(lse_Bt), axes.tensor)
             lse_Bt = top_Bt + jnp.log(lax.psum(jnp.exp(lse_Bt - top_Bt), axes.tensor))
             label_Bt = lax.psum(label_Bt, axes.tensor)
             labels_Bt = lax.pmax(labels_Bt, axes.tensor)
         no_label_Bt = jnp.where(labels_Bt < 0, 0.0, jnp.nan)
-        real_Bt = (labels_Bt >= 0) & (labels_Bt < vocab_size)
+        real_Bt = (labels_Bt >= 0) & (labels_Bt < real.rows)
         return TokenLosses(*(jnp.where(real_Bt, loss_Bt, no_label_Bt) for loss_Bt in (lse_Bt - label_Bt, lse_Bt)))
 
 
 @custom_vjp(3, 4)
-def _local_sums(x_BtD, table_vD, labels_Bt, folded, stream):
+def _local_sums(x_BtD, table_vD, labels_Bt, real, stream):
     """(log-sum-exp, logit of the label) over the rows of all folded ranks."""
-    return _forward(x_BtD, table_vD, labels_Bt, folded, stream)[0]
+    return _forward(x_BtD, table_vD, labels_Bt, real, stream)[0]
 
 
-def _forward(x_BtD, table_vD, labels_Bt, folded, stream):
-    forward = _tokens_forward if moves_tokens(folded, stream) else _weights_forward
-    lse_Bt, label_Bt = forward(x_BtD, table_vD, labels_Bt, folded, stream)
+def _forward(x_BtD, table_vD, labels_Bt, real, stream):
+    forward = _tokens_forward if moves_tokens(real.axes.folded, stream) else _weights_forward
+    lse_Bt, label_Bt = forward(x_BtD, table_vD, labels_Bt, real, stream)
     return (lse_Bt, label_Bt), (x_BtD, table_vD, labels_Bt, lse_Bt)
 
 
-def _backward(folded, stream, residuals, cotangents):
-    backward = _tokens_backward if moves_tokens(folded, stream) else _weights_backward
+def _backward(real, stream, residuals, cotangents):
+    backward = _tokens_backward if moves_tokens(real.axes.folded, stream) else _weights_backward
     x_BtD, table_vD, labels_Bt, lse_Bt = residuals
-    dx_BtD, dtable_vD = backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, folded, stream)
+    dx_BtD, dtable_vD = backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, real, stream)
     return dx_BtD.astype(x_BtD.dtype), dtable_vD.astype(table_vD.dtype), None
 
 
@@ -107,10 +111,15 @@ def _no_logits(labels_Bt: jax.Array, like: jax.Array) -> Sums:
     return zero_Bt - jnp.inf, zero_Bt, zero_Bt
 
 
-def _add_logits(sums: Sums, x_BtD: jax.Array, labels_Bt: jax.Array, bucket: Bucket) -> Sums:
+def _logits(x_BtD: jax.Array, bucket: Bucket, real: RealRows) -> jax.Array:
+    """[B, t, p] float32; `PADDED` for rows of padding."""
+    return real.keep(matmul_t(x_BtD, bucket.arrays[0]), bucket, PADDED)
+
+
+def _add_logits(sums: Sums, x_BtD: jax.Array, labels_Bt: jax.Array, bucket: Bucket, real: RealRows) -> Sums:
     """`sums` with the logits of a bucket added."""
     max_Bt, sum_Bt, label_Bt = sums
-    logits_Btp = matmul_t(x_BtD, bucket.arrays[0])
+    logits_Btp = _logits(x_BtD, bucket, real)
     new_max_Bt = jnp.maximum(max_Bt, logits_Btp.max(axis=-1))
     sum_Bt = sum_Bt * jnp.exp(max_Bt - new_max_Bt) + jnp.exp(logits_Btp - new_max_Bt[..., None]).sum(axis=-1)
     index_Bt, inside_Bt = bucket.find(labels_Bt)
@@ -125,14 +134,19 @@ def _finish(sums: Sums) -> tuple[jax.Array, jax.Array]:
 
 
 def _bucket_vjp(
-    x_BtD: jax.Array, labels_Bt: jax.Array, lse_Bt: jax.Array, cotangents: Sequence[jax.Array], bucket: Bucket
+    x_BtD: jax.Array,
+    labels_Bt: jax.Array,
+    lse_Bt: jax.Array,
+    cotangents: Sequence[jax.Array],
+    bucket: Bucket,
+    real: RealRows,
 ) -> tuple[jax.Array, jax.Array]:
     """(dx, gradient of the bucket), float32; lse_Bt is over all buckets."""
     dlse_Bt, dlabel_Bt = cotangents
     table_pD = bucket.arrays[0]
     index_Bt, inside_Bt = bucket.find(labels_Bt)
     onehot_Btp = jax.nn.one_hot(jnp.where(inside_Bt, index_Bt, -1), table_pD.shape[0], dtype=jnp.float32)
-    softmax_Btp = jnp.exp(matmul_t(x_BtD, table_pD) - lse_Bt[..., None])
+    softmax_Btp = jnp.exp(_logits(x_BtD, bucket, real) - lse_Bt[..., None])
     dlogits_Btp = (dlse_Bt[..., None] * softmax_Btp + dlabel_Bt[..., None] * onehot_Btp).astype(x_BtD.dtype)
     return matmul(dlogits_Btp, table_pD), outer(dlogits_Btp, x_BtD)
 
@@ -140,24 +154,24 @@ def _bucket_vjp(
 # ------------------------------------------------------------------------------------------------ weights past tokens
 
 
-def _weights_forward(x_BtD, table_vD, labels_Bt, folded, stream):
+def _weights_forward(x_BtD, table_vD, labels_Bt, real, stream):
     def body(sums, bucket: Bucket):
         def chunk(sums, read):
             x_BcD, labels_Bc = read
-            return _add_logits(sums, x_BcD, labels_Bc, bucket), (), ()
+            return _add_logits(sums, x_BcD, labels_Bc, bucket, real), (), ()
 
         return over_chunks(chunk, sums, (x_BtD, labels_Bt), chunk_tokens=stream.chunk_tokens)[0], None
 
     sums = _no_logits(labels_Bt, x_BtD)
-    sums, _ = over_buckets(body, sums, (table_vD,), axes=folded, stream=stream, dtype=x_BtD.dtype)
+    sums, _ = over_buckets(body, sums, (table_vD,), axes=real.axes.folded, stream=stream, dtype=x_BtD.dtype)
     return _finish(sums)
 
 
-def _weights_backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, folded, stream):
+def _weights_backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, real, stream):
     def body(dx_BtD, bucket: Bucket):
         def chunk(dx_BcD, read):
             x_BcD, labels_Bc, lse_Bc, *cotangents = read
-            more_BcD, grad = _bucket_vjp(x_BcD, labels_Bc, lse_Bc, cotangents, bucket)
+            more_BcD, grad = _bucket_vjp(x_BcD, labels_Bc, lse_Bc, cotangents, bucket, real)
             return dx_BcD + more_BcD, (), (grad,)
 
         read = x_BtD, labels_Bt, lse_Bt, *cotangents
@@ -166,7 +180,7 @@ def _weights_backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, folded, st
 
     dx_BtD = zeros(x_BtD.shape, jnp.float32, like=x_BtD)
     dx_BtD, (dtable_vD,), _ = over_buckets_with_grads(
-        body, dx_BtD, (table_vD,), axes=folded, stream=stream, dtype=x_BtD.dtype
+        body, dx_BtD, (table_vD,), axes=real.axes.folded, stream=stream, dtype=x_BtD.dtype
     )
     return dx_BtD, dtable_vD
 
@@ -174,15 +188,15 @@ def _weights_backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, folded, st
 # ------------------------------------------------------------------------------------------------ tokens past weights
 
 
-def _tokens_forward(x_BtD, table_vD, labels_Bt, folded, stream):
-    bucket = resident_bucket((table_vD,), folded, x_BtD.dtype)
+def _tokens_forward(x_BtD, table_vD, labels_Bt, real, stream):
+    bucket = resident_bucket((table_vD,), real.axes.folded, x_BtD.dtype)
 
     def body(carry, gathered, _):
         x_BuD, labels_Bu = gathered
-        return carry, (), _finish(_add_logits(_no_logits(labels_Bu, x_BuD), x_BuD, labels_Bu, bucket))
+        return carry, (), _finish(_add_logits(_no_logits(labels_Bu, x_BuD), x_BuD, labels_Bu, bucket, real))
 
-    _, _, sums_BT = over_gathered_tokens(body, (), (x_BtD, labels_Bt), axes=folded, stream=stream)
-    lse_RBt, label_RBt = _exchange(*sums_BT, axes=folded)
+    _, _, sums_BT = over_gathered_tokens(body, (), (x_BtD, labels_Bt), axes=real.axes.folded, stream=stream)
+    lse_RBt, label_RBt = _exchange(*sums_BT, axes=real.axes.folded)
     return jax.nn.logsumexp(lse_RBt, axis=0), label_RBt.sum(axis=0)
 
 
@@ -194,15 +208,15 @@ def _exchange(*arrays_BT: jax.Array, axes: AxisNames) -> tuple[jax.Array, ...]:
         return tuple(mine.reshape(*mine.shape[:2], lax.axis_size(axes), -1).transpose(1, 2, 0, 3))
 
 
-def _tokens_backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, folded, stream):
-    bucket = resident_bucket((table_vD,), folded, x_BtD.dtype)
+def _tokens_backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, real, stream):
+    bucket = resident_bucket((table_vD,), real.axes.folded, x_BtD.dtype)
 
     def body(dtable_vD, gathered, _):
         x_BuD, labels_Bu, lse_Bu, *cotangents = gathered
-        dx_BuD, grad = _bucket_vjp(x_BuD, labels_Bu, lse_Bu, cotangents, bucket)
+        dx_BuD, grad = _bucket_vjp(x_BuD, labels_Bu, lse_Bu, cotangents, bucket, real)
         return dtable_vD + grad, (dx_BuD.astype(x_BtD.dtype),), ()
 
     dtable_vD = zeros(table_vD.shape, jnp.float32, like=x_BtD)
     tokens = lax.optimization_barrier(x_BtD), labels_Bt, lse_Bt, *cotangents  # see over_buckets_with_grads
-    dtable_vD, (dx_BtD,), _ = over_gathered_tokens(body, dtable_vD, tokens, axes=folded, stream=stream)
+    dtable_vD, (dx_BtD,), _ = over_gathered_tokens(body, dtable_vD, tokens, axes=real.axes.folded, stream=stream)
     return dx_BtD, dtable_vD

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.layout import Axes
+from tsp_jax.ops.padding import RealRows
 from tsp_jax.ops.rowwise import Grads, rowwise
 from tsp_jax.ops.stream import Arrays, Bucket, Stream, zeros
 
@@ -26,7 +27,7 @@ def local_ids(ids_Bt: jax.Array, table_vD: jax.Array, axes: Axes) -> jax.Array:
 
 def embed(
     ids_Bt: jax.Array, table_vD: jax.Array, *, axes: Axes = Axes(), stream: Stream = Stream(),
-    dtype: jax.typing.DTypeLike = jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32, vocab_size: int | None = None,
 ) -> jax.Array:  # fmt: skip
     """``table[ids]``.
 
@@ -39,6 +40,7 @@ def embed(
       axes: folded axes: table buckets move past tokens, or tokens past rows; tensor axes: partial outputs are summed.
       stream: movement (gather, ring or activations), buckets and chunks; v divisible by the buckets.
       dtype: compute dtype, of the result and of the buckets.
+      vocab_size: V; rows from there on are padding. All rows of all ranks if None.
 
     Returns:
       [B, t, D] in `dtype`.
@@ -51,6 +53,9 @@ def embed(
     """
     with jax.named_scope("tsp/embed"):
         op = _TableRows(jnp.dtype(dtype), jnp.dtype(dtype))
+        real = RealRows.of(table_vD, axes, vocab_size)
+        if real.padded:
+            ids_Bt = jnp.where(ids_Bt < real.rows, ids_Bt, -1)
         return rowwise(op, (local_ids(ids_Bt, table_vD, axes),), (table_vD,), axes=axes, stream=stream)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from tsp_jax.layout import Axes
 from tsp_jax.ops.linear import matmul, matmul_t, outer
+from tsp_jax.ops.padding import RealRows
 from tsp_jax.ops.rowwise import Grads, rowwise
 from tsp_jax.ops.stream import Arrays, Bucket, Stream
 
@@ -21,7 +22,7 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=Tru
 
 def mlp(
     x_BtD: jax.Array, w_gate_fD: jax.Array, w_up_fD: jax.Array, w_down_fD: jax.Array, *, axes: Axes = Axes(),
-    stream: Stream = Stream(), activation: str = "silu",
+    stream: Stream = Stream(), activation: str = "silu", d_ff: int | None = None,
 ) -> jax.Array:  # fmt: skip
     """``(act(x gate^T) * (x up^T)) down``, summed over all F rows.
 
@@ -37,6 +38,7 @@ def mlp(
       axes: folded axes: weights move past tokens, or tokens past weights; tensor axes: partial outputs are summed.
       stream: movement (gather, ring or activations), buckets and chunks; f divisible by the buckets.
       activation: silu (SwiGLU) or gelu (GeGLU, tanh form).
+      d_ff: F; rows from there on are padding. All rows of all ranks if None.
 
     Returns:
       [B, t, D] in x's dtype; accumulated in float32.
@@ -49,7 +51,7 @@ def mlp(
     Source: Shazeer, arXiv 2002.05202; streaming: arXiv 2604.26294.
     """
     with jax.named_scope("tsp/mlp"):
-        op = _GatedMlp(activation, x_BtD.dtype)
+        op = _GatedMlp(activation, RealRows.of(w_up_fD, axes, d_ff), x_BtD.dtype)
         return rowwise(op, (x_BtD,), (w_gate_fD, w_up_fD, w_down_fD), axes=axes, stream=stream)
 
 
@@ -58,21 +60,23 @@ class _GatedMlp:
     """Operands in the compute dtype, sums in float32."""
 
     activation: str
+    real: RealRows
     dtype: Any
     accumulator_dtype: Any = jnp.float32
     chunked: bool = True
 
-    def _hidden(self, gate_Btp: jax.Array, up_Btp: jax.Array) -> jax.Array:
-        return ACTIVATIONS[self.activation](gate_Btp) * up_Btp
+    def _hidden(self, bucket: Bucket, gate_Btp: jax.Array, up_Btp: jax.Array) -> jax.Array:
+        return self.real.keep(ACTIVATIONS[self.activation](gate_Btp) * up_Btp, bucket, 0.0)
 
     def partial(self, inputs: Arrays, bucket: Bucket) -> jax.Array:
         (x_BtD,), (gate_pD, up_pD, down_pD) = inputs, bucket.arrays
-        h_Btp = self._hidden(matmul_t(x_BtD, gate_pD), matmul_t(x_BtD, up_pD))
+        h_Btp = self._hidden(bucket, matmul_t(x_BtD, gate_pD), matmul_t(x_BtD, up_pD))
         return matmul(h_Btp.astype(self.dtype), down_pD)
 
     def partial_vjp(self, inputs: Arrays, dy_BtD: jax.Array, bucket: Bucket) -> tuple[Grads, Arrays]:
         (x_BtD,), (gate_pD, up_pD, down_pD) = inputs, bucket.arrays
-        h_Btp, hidden_vjp = jax.vjp(self._hidden, matmul_t(x_BtD, gate_pD), matmul_t(x_BtD, up_pD))
+        hidden = partial(self._hidden, bucket)
+        h_Btp, hidden_vjp = jax.vjp(hidden, matmul_t(x_BtD, gate_pD), matmul_t(x_BtD, up_pD))
         dgate_Btp, dup_Btp = (d.astype(self.dtype) for d in hidden_vjp(matmul_t(dy_BtD, down_pD)))
         dx_BtD = matmul(dgate_Btp, gate_pD) + matmul(dup_Btp, up_pD)
         grads = outer(dgate_Btp, x_BtD), outer(dup_Btp, x_BtD), outer(h_Btp.astype(self.dtype), dy_BtD)

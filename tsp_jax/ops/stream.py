@@ -65,6 +65,13 @@ class Bucket(NamedTuple):
         inside = (rank >= 0) & (rank < self.num_ranks) & (offset // rows == self.index_in_shard)
         return jnp.where(inside, rank * rows + offset % rows, 0), inside
 
+    def rows(self) -> jax.Array:
+        """Inverse of `find`: for each place of the first weight in this bucket, the row that is there; int32."""
+        places = jnp.arange(self.arrays[0].shape[0], dtype=jnp.int32)
+        rows = len(places) // self.num_ranks
+        shard = self.first_rank + places // rows
+        return (shard * self.buckets_per_shard + self.index_in_shard) * rows + places % rows
+
 
 def custom_vjp(*static_argnums: int) -> Callable[[Callable], Any]:
     """`jax.custom_vjp` for a function whose arguments at these positions are static."""

@@ -15,6 +15,7 @@ from tsp_jax.heads import HeadSharding
 from tsp_jax.inference.program import make_inference_program
 from tsp_jax.inspect import FullWeight, Report, report
 from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh, place
+from tsp_jax.stored import RowPadding
 from tsp_jax.training.optimizer import Optimizer
 from tsp_jax.training.step import make_program
 
@@ -94,14 +95,16 @@ def compile_step(
 
 
 def full_weights(config: Config, placement: Placement) -> tuple[FullWeight, ...]:
-    """For each op, the elements of its whole weights, which no device should gather at once."""
+    """For each op, the elements of its whole weights as stored, which no device should gather at once."""
     model, layout = config.model, placement.layout
     heads = HeadSharding.of(layout, placement.mesh.shape, model.num_heads, model.num_kv_heads, model.head_dim)
     query, kv = heads.stored
+    d_ff = RowPadding.over(model.d_ff, placement.size("mlp")).stored
+    vocab_size = RowPadding.over(model.vocab_size, placement.size("vocab")).stored
     ops = [
         ("attention/queries", layout.heads, query), ("attention/keys_values", layout.heads, 2 * kv),
-        ("attention/out", layout.heads, query), ("mlp", layout.mlp, 3 * model.d_ff),
-        ("embed", layout.vocab, model.vocab_size), ("loss", layout.vocab, model.vocab_size),
+        ("attention/out", layout.heads, query), ("mlp", layout.mlp, 3 * d_ff),
+        ("embed", layout.vocab, vocab_size), ("loss", layout.vocab, vocab_size),
     ]  # fmt: skip
     return tuple(FullWeight(f"tsp/{scope}", rows * model.d_model) for scope, axes, rows in ops if axes)
 

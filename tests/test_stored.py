@@ -1,0 +1,79 @@
+"""Parameters on a mesh: padded rows, and logical arrays that every device holds a part of."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests.builders.arrays import normal
+from tsp_jax.layout import make_mesh
+from tsp_jax.stored import LARGEST_MULTIPLE, NoPadding, RowPadding, abstract_logical
+
+
+@given(st.integers(1, 300_000), st.integers(1, 128))
+def test_every_rank_holds_equally_many_rows_and_hardly_more_than_it_must(rows, ranks):
+    padding = RowPadding.over(rows, ranks)
+    fewest = -(-rows // ranks)
+    assert padding.rows == rows
+    assert padding.stored % ranks == 0
+    assert fewest <= padding.stored // ranks < 1.01 * fewest
+    assert padding.padded == (rows % ranks > 0)
+
+
+@given(st.integers(6400, 300_000), st.integers(2, 128))
+def test_many_padded_rows_are_a_multiple_that_buckets_divide(per_rank, ranks):
+    assert RowPadding.over(per_rank * ranks - 1, ranks).stored // ranks % LARGEST_MULTIPLE == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranks", "stored"),
+    [
+        (151_936, 7, 7 * 21_760),  # 340 times 64
+        (49_152, 5, 5 * 9856),  # 154 times 64
+        (1536, 5, 5 * 308),  # 77 times 4; 312 would be 1.3 % more
+        (9, 8, 16),
+        (1, 3, 3),
+        (151_936, 8, 151_936),
+        (152_000, 1, 152_000),
+    ],
+)
+def test_stored_rows(rows, ranks, stored):
+    assert RowPadding.over(rows, ranks).stored == stored
+
+
+@pytest.mark.parametrize(("rows", "ranks"), [(9, 8), (24, 8)])
+def test_pad_then_unpad_is_the_identity(rows, ranks):
+    padding, logical = RowPadding.over(rows, ranks), normal(0, 2, rows, 5)
+    stored = padding.pad(jnp.asarray(logical))
+    assert stored.shape == (2, padding.stored, 5)
+    np.testing.assert_array_equal(padding.unpad(stored), logical)
+    assert np.count_nonzero(stored) == np.count_nonzero(logical)
+
+
+@pytest.mark.parametrize(
+    ("rows", "stored", "shape", "spec", "desired"),
+    [
+        (16, 16, (3, 16, 6), P(None, ("a", "b"), None), P(None, ("a", "b"), None)),
+        (12, 16, (3, 16, 6), P(None, ("a", "b"), None), P(None, "a", "b")),  # 4 of 8 ranks divide 12, 2 divide 6
+        (13, 16, (3, 16, 24), P(None, ("a", "b"), None), P(None, None, ("a", "b"))),
+        (13, 16, (4, 16, 5), P(None, ("a", "b"), None), P("a", None, None)),
+        (13, 16, (3, 16, 5), P(None, ("a", "b"), None), P(None, None, None)),
+        (13, 16, (3, 16, 8), P(None, "a", "b"), P(None, None, ("a", "b"))),  # ZeRO-1: a moment's D is sharded
+    ],
+)
+def test_logical_arrays_are_sharded_as_far_as_axes_divide_them(rows, stored, shape, spec, desired):
+    mesh = make_mesh({"a": 4, "b": 2})
+    array = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+    logical = abstract_logical(RowPadding(rows, stored), array)
+    assert logical.shape == (shape[0], rows, shape[2])
+    assert logical.sharding.is_equivalent_to(NamedSharding(mesh, desired), 3)
+
+
+def test_a_logical_array_without_padding_has_the_sharding_of_the_stored_one():
+    sharding = NamedSharding(make_mesh({"a": 8}), P())
+    array = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding)
+    assert abstract_logical(NoPadding(), array).sharding is sharding

@@ -41,7 +41,7 @@ def test_a_device_holds_its_share_of_the_cache_and_at_most_a_multiple_more(case)
     total = 2 * model.num_layers * BATCH * CAPACITY * model.num_kv_heads * model.head_dim * 4
     shards = math.prod(placement.mesh.shape[axis] for axis in placement.layout.axes("heads").tensor)
     shards *= ranks * placement.size("batch")
-    padding = {"tsp3": 9 / 8, "mix2_3": 12 / 8, "mix3_2": 12 / 8}.get(case, 1)  # ranks do not divide the heads
+    padding = {"mix3_2": 9 / 8}.get(case, 1)  # tensor shards do not divide the heads
     assert share == pytest.approx(padding * total / shards)
 
 

@@ -52,6 +52,9 @@ MODELS = {
     "odd_heads_tied": dataclasses.replace(
         MULTI_HEAD, num_heads=9, num_kv_heads=3, tie_embeddings=True, activation="gelu"
     ),
+    "14_of_2": dataclasses.replace(MULTI_HEAD, num_heads=14, num_kv_heads=2),
+    "4_of_1": dataclasses.replace(MULTI_HEAD, num_heads=4, num_kv_heads=1, qk_norm=True),
+    "28_of_4": dataclasses.replace(MULTI_HEAD, num_heads=28, num_kv_heads=4),
     "thirds": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, head_dim=12),  # three ranks could share a KV head
 }
 BATCH, SEQ_LEN, Z_LOSS = 2, 48, 1e-2
@@ -99,6 +102,10 @@ CASES = [
     ("tsp4", "grouped", ACTIVATIONS, SAVE),
     ("tsp8", "odd_heads_tied", GATHER, FULL),
     ("tsp8", "multi_head", PAPER, NONE),
+    ("tsp4", "14_of_2", ACTIVATIONS, NONE),
+    ("tsp8", "14_of_2", GATHER, FULL),
+    ("tsp8", "4_of_1", ACTIVATIONS, FULL),
+    ("tsp8", "28_of_4", PAPER, SAVE),
     ("tsp8", "grouped", ACTIVATIONS, SAVE),
     ("data2_tsp4", "multi_head", ACTIVATIONS, FULL),
     ("data2_tsp4", "odd_heads_tied", PAPER, SAVE),

@@ -81,7 +81,8 @@ def _project_and_gather(x_B1D, weights: AttentionWeights, norms: HeadNorms, posi
         q, k, v = _gather_rows((q, k, v), queries.axes)
     else:
         (q,), (k, v) = _gather_rows((q,), queries.axes), _gather_rows((k, v), keys_values.axes)
-    q, k, v = (heads.select_rows(g, rows).T[:, None] for g, rows in ((queries, q), (keys_values, k), (keys_values, v)))
+    groups = (queries, q), (keys_values, k), (keys_values, v)
+    q, k, v = (heads.select_rows(group, rows_B1w, axis=2) for group, rows_B1w in groups)
     q, k, v = (_own_sequences(a, positions_b1.shape[0], axes) for a in (q, k, v))
     q, k = (normalize_and_rotate(a, norm, positions_b1, config, dtype) for a, norm in ((q, norms.q_H), (k, norms.k_H)))
     return q, k, split_heads(v, config.head_dim).astype(dtype)
@@ -104,14 +105,13 @@ def _among_all_sequences(array_b: jax.Array, axes: Axes) -> jax.Array:
 
 
 def _gather_rows(arrays_B1w: tuple[jax.Array, ...], axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
-    """Each [B, 1, w] -> [R w, B], the rows of all devices, rank after rank; all arrays in one message."""
-    arrays_wB = [array[:, 0].T for array in arrays_B1w]
+    """Each [B, 1, w] -> [B, 1, R w], the rows of all ranks, rank after rank; all arrays in one message."""
     if not axes:
-        return tuple(arrays_wB)
+        return arrays_B1w
     with jax.named_scope("gather_rows"):
-        message_RwB = lax.all_gather(jnp.concatenate(arrays_wB), axes)
-    parts_RwB = lax.split(message_RwB, [array.shape[0] for array in arrays_wB], axis=1)
-    return tuple(part.reshape(-1, part.shape[-1]) for part in parts_RwB)
+        message_RB1w = lax.all_gather(jnp.concatenate(arrays_B1w, axis=-1), axes)
+    parts_RB1w = lax.split(message_RB1w, [array.shape[-1] for array in arrays_B1w], axis=3)
+    return tuple(jnp.moveaxis(part, 0, 2).reshape(*arrays_B1w[0].shape[:2], -1) for part in parts_RB1w)
 
 
 def _attend_to_shard(q_B1NH, cache: KeyValues, new: KeyValues, attended_Bs, keeps_new_B1):
@@ -146,9 +146,9 @@ def _merge_ranks(out_bNH, lse_bN, heads: ShardedHeads) -> jax.Array:
             weight_bN = jnp.exp(lse_bN - jax.nn.logsumexp(lse_RbN, axis=0))
             out_bNH = out_bNH * weight_bN[..., None]
         out_BNH = _among_all_sequences(out_bNH, axes)
-        out_wB = heads.queries.by_rank(out_BNH.reshape(out_BNH.shape[0], -1).T)
+        out_Bw = heads.queries.by_rank(out_BNH.reshape(out_BNH.shape[0], -1), axis=1)
         if axes.folded:
-            out_wB = lax.psum_scatter(out_wB, axes.folded, scatter_dimension=0, tiled=True)
+            out_Bw = lax.psum_scatter(out_Bw, axes.folded, scatter_dimension=1, tiled=True)
         if axes.unfolded_sequence:
-            out_wB = lax.psum(out_wB, axes.unfolded_sequence)
-        return out_wB.T[:, None]
+            out_Bw = lax.psum(out_Bw, axes.unfolded_sequence)
+        return out_Bw[:, None]

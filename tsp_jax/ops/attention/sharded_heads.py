@@ -101,23 +101,26 @@ class HeadStream(NamedTuple):
         start = (0, 0, bucket.first_rank // bucket.num_ranks, 0, bucket.index_in_shard, 0, 0)
         return lax.dynamic_update_slice(by_bucket, new, start).reshape(heads_BtNH.shape)
 
-    def by_head(self, w: jax.Array) -> jax.Array:
-        """The rows of a bucket as gathered, rank after rank -> [p, D], head after head, without zeros."""
+    def by_head(self, rows: jax.Array, axis: int = 0) -> jax.Array:
+        """Rows of a bucket as gathered, rank after rank -> its p rows, head after head, without zeros."""
         if self.rows.in_order:
-            return w
-        _, dim, ranks, unit, _ = self.rows
-        by_unit = w.reshape(ranks, -1, self.rows.rows_of_unit, w.shape[-1]).swapaxes(0, 1)
-        return by_unit.reshape(by_unit.shape[0], -1, w.shape[-1])[:, : unit * dim].reshape(-1, w.shape[-1])
+            return rows
+        before, after = rows.shape[:axis], rows.shape[axis + 1 :]
+        by_rank = rows.reshape(*before, self.rows.ranks, -1, self.rows.rows_of_unit, *after)
+        by_unit = by_rank.swapaxes(axis, axis + 1).reshape(*before, by_rank.shape[axis + 1], -1, *after)
+        real = lax.slice_in_dim(by_unit, 0, self.rows.unit * self.rows.dim, axis=axis + 1)
+        return real.reshape(*before, -1, *after)
 
-    def by_rank(self, w_pD: jax.Array) -> jax.Array:
+    def by_rank(self, rows_p: jax.Array, axis: int = 0) -> jax.Array:
         """Transpose of `by_head`."""
         if self.rows.in_order:
-            return w_pD
-        _, dim, ranks, unit, _ = self.rows
-        zero_rows = ranks * self.rows.rows_of_unit - unit * dim
-        by_unit = jnp.pad(w_pD.reshape(-1, unit * dim, w_pD.shape[-1]), [(0, 0), (0, zero_rows), (0, 0)])
-        by_rank = by_unit.reshape(by_unit.shape[0], ranks, -1, w_pD.shape[-1]).swapaxes(0, 1)
-        return by_rank.reshape(-1, w_pD.shape[-1])
+            return rows_p
+        before, after, unit_rows = rows_p.shape[:axis], rows_p.shape[axis + 1 :], self.rows.unit * self.rows.dim
+        real = rows_p.reshape(*before, -1, unit_rows, *after)
+        zero_rows = self.rows.ranks * self.rows.rows_of_unit - unit_rows
+        by_unit = jnp.pad(real, [(0, zero_rows if dim == axis + 1 else 0) for dim in range(real.ndim)])
+        by_unit = by_unit.reshape(*before, -1, self.rows.ranks, self.rows.rows_of_unit, *after)
+        return by_unit.swapaxes(axis, axis + 1).reshape(*before, -1, *after)
 
 
 class ShardedHeads(NamedTuple):
@@ -156,12 +159,12 @@ class ShardedHeads(NamedTuple):
         head = lax.axis_index(self.axes.tensor) * self.config.heads.kv // self.sharding.tensor
         return head * self.config.head_dim
 
-    def select_rows(self, weights: HeadStream, w: jax.Array) -> jax.Array:
-        """[p, D]: of a gathered bucket of `weights`, the rows that this tensor shard uses, head after head."""
-        w_pD = weights.by_head(w)
+    def select_rows(self, weights: HeadStream, rows: jax.Array, axis: int = 0) -> jax.Array:
+        """Of the rows of a gathered bucket of `weights`, those that this tensor shard uses, head after head."""
+        rows = weights.by_head(rows, axis)
         if weights.axes == self.axes.folded:
-            return w_pD
-        return lax.dynamic_slice_in_dim(w_pD, self.first_kv_row(), self.config.head_dim)
+            return rows
+        return lax.dynamic_slice_in_dim(rows, self.first_kv_row(), self.config.head_dim, axis)
 
     def select_rows_transpose(self, weights: HeadStream, dw_pD: jax.Array) -> jax.Array:
         """Transpose of `select_rows`: gradient of the rows that this tensor shard uses -> gradient of the bucket."""

@@ -20,10 +20,10 @@ from tsp_jax.layout import (
     Placement,
     check_fits,
     get_layout,
-    make_mesh,
     parse_mesh,
     place,
 )
+from tsp_jax.mesh import make_mesh
 
 # ------------------------------------------------------------------------------------------------ the table
 

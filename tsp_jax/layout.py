@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
+from tsp_jax.mesh import describe_mesh, format_sizes, make_mesh, parse_sizes, with_auto_axes
 
 AxisNames = tuple[str, ...]
 WEIGHT_DIMS = ("heads", "mlp", "vocab")
@@ -142,7 +143,7 @@ class Placement:
                 f"mesh={dict(self.mesh.shape)} lacks {', '.join(sorted(missing))} of layout {self.layout.name}; "
                 f"use a mesh with {', '.join(self.layout.axis_names)}"
             )
-        object.__setattr__(self, "mesh", _with_auto_axes(self.mesh))
+        object.__setattr__(self, "mesh", with_auto_axes(self.mesh))
         # An axis of size 1 shards nothing, but would still cost trivial collectives.
         object.__setattr__(self, "layout", self.layout.without([n for n, size in self.mesh.shape.items() if size == 1]))
 
@@ -169,22 +170,6 @@ class Placement:
             )
 
 
-def describe_mesh(mesh: Mesh | AbstractMesh) -> str:
-    """Describes a mesh, such as ``data=1,tsp=8 (Auto, Auto)``."""
-    sizes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
-    return f"{sizes} ({', '.join(kind.name for kind in mesh.axis_types)})"
-
-
-def _with_auto_axes(mesh: Mesh | AbstractMesh) -> Any:
-    """The mesh with Auto axes: layers say how arrays are sharded, so array types need not carry shardings.
-
-    Raises ConfigError if an axis is Manual, as inside of `jax.shard_map`.
-    """
-    if AxisType.Manual in mesh.axis_types:
-        raise ConfigError(f"mesh={describe_mesh(mesh)} has Manual axes; use the mesh outside of jax.shard_map")
-    return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-
-
 def parse_mesh(text: str, layout: Layout, num_devices: int) -> dict[str, int]:
     """Parses axis sizes such as ``data=1,tsp=8``; axes of the layout that are not named get size 1.
 
@@ -193,27 +178,13 @@ def parse_mesh(text: str, layout: Layout, num_devices: int) -> dict[str, int]:
     """
     if not text:
         return _default_mesh(layout, num_devices)
-    example = ",".join(f"{name}={1 if name in layout.batch else 2}" for name in layout.axis_names)
+    example = format_sizes({name: 1 if name in layout.batch else 2 for name in layout.axis_names})
     sizes = parse_sizes(text, example)
     for name in sizes:
         if name not in layout.axis_names:
             known = ", ".join(layout.axis_names)
             raise ConfigError(f"mesh={text}: layout {layout.name} has no axis '{name}', it has {known}; use {example}")
     return {name: 1 for name in layout.axis_names if name not in sizes} | sizes
-
-
-def parse_sizes(text: str, example: str = "data=1,tsp=8") -> dict[str, int]:
-    """Parses ``data=1,tsp=8`` into axis sizes in that order, for any axis names."""
-    sizes: dict[str, int] = {}
-    for item in text.split(","):
-        name, _, size = item.partition("=")
-        name = name.strip()
-        if not name or not size.strip().isdecimal() or int(size) < 1:
-            raise ConfigError(f"mesh={text}: '{item}' is not axis=size; use, for example, --mesh {example}")
-        if name in sizes:
-            raise ConfigError(f"mesh={text}: axis '{name}' is named twice; use, for example, --mesh {example}")
-        sizes[name] = int(size)
-    return sizes
 
 
 def _default_mesh(layout: Layout, num_devices: int) -> dict[str, int]:
@@ -232,31 +203,11 @@ def num_ranks(axes: AxisNames, sizes: Mapping[str, int]) -> int:
     return math.prod(sizes[name] for name in axes)
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of Auto axes, outermost first, over the first of `devices` (by default all).
-
-    Raises:
-      ConfigError: there are fewer devices than the mesh needs.
-    """
-    devices = list(jax.devices()) if devices is None else list(devices)
-    needed = math.prod(sizes.values())
-    if needed > len(devices):
-        text = ",".join(f"{name}={size}" for name, size in sizes.items())
-        raise ConfigError(
-            f"mesh={text} needs {needed} devices, there are {len(devices)}; "
-            f"use a smaller mesh or --cpu-devices {needed}"
-        )
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:needed]
-    )
-
-
 def place(layout: str | Layout, devices: Sequence[Any] | None = None, **sizes: int) -> Placement:
     """A preset, or a layout of your own, on a mesh: ``place("tsp", data=1, tsp=8)``."""
     layout = get_layout(layout) if isinstance(layout, str) else layout
-    text = ",".join(f"{name}={size}" for name, size in sizes.items())
     available = jax.devices() if devices is None else devices
-    return Placement(layout, make_mesh(parse_mesh(text, layout, len(available)), devices))
+    return Placement(layout, make_mesh(parse_mesh(format_sizes(sizes), layout, len(available)), devices))
 
 
 def largest_divisor(value: int, at_most: int) -> int:

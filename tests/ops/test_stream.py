@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from tsp_jax.layout import largest_divisor, make_mesh
+from tsp_jax.layout import largest_divisor
+from tsp_jax.mesh import make_mesh
 from tsp_jax.ops.stream import Stream, over_buckets, over_buckets_with_grads, vary_alike, zeros
 
 ROWS, BUCKETS, D = (6, 12), 3, 2

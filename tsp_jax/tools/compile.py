@@ -15,6 +15,7 @@ from tsp_jax.heads import padded_heads
 from tsp_jax.inference.program import make_inference_program
 from tsp_jax.inspect import FullWeight, Report, report
 from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh, place
+from tsp_jax.mesh import format_sizes
 from tsp_jax.training.optimizer import Optimizer
 from tsp_jax.training.step import make_program
 
@@ -59,9 +60,8 @@ def place_on(config: Config, target: Target) -> Placement:
     layout = get_layout(config.layout)
     sizes = parse_mesh(config.mesh, layout, target.num_devices)
     if (devices := math.prod(sizes.values())) != target.num_devices:
-        mesh = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ConfigError(
-            f"mesh={mesh} has {devices} devices, target={target} has {target.num_devices}; "
+            f"mesh={format_sizes(sizes)} has {devices} devices, target={target} has {target.num_devices}; "
             f"use --target {target.hardware.name}:{devices}"
         )
     check_fits(config, layout, sizes)

@@ -14,7 +14,8 @@ from tsp_jax.config import Config, ModelConfig
 from tsp_jax.cost.training import step_memory
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import Target
-from tsp_jax.layout import Layout, get_layout, parse_sizes
+from tsp_jax.layout import Layout, get_layout
+from tsp_jax.mesh import format_sizes, parse_sizes
 from tsp_jax.tools.compile import Step, check_chunk, compile_step, place_on
 from tsp_jax.training.optimizer import Optimizer
 
@@ -96,9 +97,10 @@ def parse_layout(text: str, num_devices: int) -> tuple[Layout, dict[str, int]]:
 def configure(config: Config, text: str, seq_len: int, batch: int, num_devices: int) -> Config:
     """Returns `config` with a layout, its mesh, and `batch` sequences per replica."""
     layout, sizes = parse_layout(text, num_devices)
-    mesh = ",".join(f"{name}={size}" for name, size in sizes.items())
     replicas = sizes[layout.batch[0]]
-    return dataclasses.replace(config, layout=layout.name, mesh=mesh, seq_len=seq_len, batch=batch * replicas)
+    return dataclasses.replace(
+        config, layout=layout.name, mesh=format_sizes(sizes), seq_len=seq_len, batch=batch * replicas
+    )
 
 
 def compare_layouts(

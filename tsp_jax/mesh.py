@@ -1,6 +1,7 @@
 """Sizes of mesh axes as text, and device meshes. Knows no layouts."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,12 +17,17 @@ def parse_sizes(text: str, example: str = "data=1,tsp=8") -> dict[str, int]:
     for item in text.split(","):
         name, _, size = item.partition("=")
         name = name.strip()
-        if not name or not size.strip().isdecimal() or int(size) < 1:
+        if not name or not parse_size(size):
             raise ConfigError(f"mesh={text}: '{item}' is not axis=size; use, for example, --mesh {example}")
         if name in sizes:
             raise ConfigError(f"mesh={text}: axis '{name}' is named twice; use, for example, --mesh {example}")
-        sizes[name] = int(size)
+        sizes[name] = parse_size(size)
     return sizes
+
+
+def parse_size(text: str) -> int:
+    """A positive number of at most nine digits; 0 if the text is none."""
+    return int(text) if re.fullmatch(r"\s*\d{1,9}\s*", text) else 0
 
 
 def format_sizes(sizes: Mapping[str, int]) -> str:

@@ -35,7 +35,7 @@ class GenerateOptions:
     """end at the model's stop tokens"""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
     layout: str = "tsp"
-    """single, tp, sp, tp_sp, tsp or fsdp_cp"""
+    """a preset, such as tsp, tp_sp or fsdp, or a row of your own, such as tsp(weights=data+tsp), as in training"""
     mesh: str = ""
     """axis sizes, such as tsp=8; empty: every device on the layout's own axes"""
     cpu_devices: int = 0

@@ -94,7 +94,7 @@ def inspect_step(name: str, options: StepOptions, optimizer: Optimizer = None) -
     tokens = f"{options.chunk} of {config.seq_len}" if options.chunk else str(config.seq_len)
     heading = (
         f"{name}, {config.model.num_params / 1e9:.2f} B parameters, {options.step} step of {config.batch} x "
-        f"{tokens} tokens, layout {config.layout} on {target} ({mesh}), compiled in {step.compile_s:.1f} s"
+        f"{tokens} tokens, layout {step.placement.layout.name} on {target} ({mesh}), compiled in {step.compile_s:.1f} s"
     )
     if options.dump_hlo:
         Path(options.dump_hlo).write_text(step.compiled.as_text())

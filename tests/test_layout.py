@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from tests.builders.arrays import LAYOUT_CASES, MIX, PARTIAL, REPLICAS, TWO_AXES, place_case
+from tests.builders.arrays import LAYOUT_CASES, MIX, REPLICAS, TWO_AXES, TWO_LEVEL, place_case
 from tsp_jax.config import Config, DataConfig, ModelConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.layout import (
@@ -40,7 +40,7 @@ ROLES = {
 UNUSUAL_ROLES = [
     (MIX, Axes(folded=("tsp",), tensor=("model",), sequence=("tsp",))),
     (TWO_AXES, Axes(folded=("node", "gpu"), sequence=("node", "gpu"))),
-    (PARTIAL, Axes(folded=("tsp",), sequence=("seq", "tsp"))),
+    (TWO_LEVEL, Axes(folded=("tsp",), sequence=("node", "tsp"))),
     (REPLICAS, Axes(folded=("data", "tsp"), sequence=("tsp",))),
 ]
 

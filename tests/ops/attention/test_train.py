@@ -98,7 +98,7 @@ ATTENTION_CASES = {
         "tsp8": ALL,
         "mix2_4": ALL,
         "two_axes2_4": FEW,
-        "partial2_4": MANY,
+        "two_level2_4": MANY,
     },
     "activations": {
         "tsp2": MANY,
@@ -106,7 +106,7 @@ ATTENTION_CASES = {
         "tsp8": MANY,
         "mix2_4": ALL,
         "two_axes2_4": MANY,
-        "partial2_4": FEW,
+        "two_level2_4": FEW,
     },
 }
 """movement -> layout -> heads: every layout with half of the kinds of heads, layouts with most roles with all"""
@@ -144,7 +144,7 @@ def test_attention_in_bfloat16_is_near_float32(heads):
     ("layout", "heads", "stream", "exchange_buckets"),
     [
         ("tsp2", "multi_head", Stream(chunk_tokens=6), 4),
-        ("partial2_4", "shared_kv_heads", Stream("activations", chunk_tokens=8), 100),
+        ("two_level2_4", "shared_kv_heads", Stream("activations", chunk_tokens=8), 100),
     ],
 )
 def test_attention_does_not_depend_on_chunks_or_exchange_buckets(layout, heads, stream, exchange_buckets):

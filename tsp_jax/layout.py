@@ -254,7 +254,7 @@ class Placement:
 def parse_mesh(text: str, layout: Layout, num_devices: int) -> dict[str, int]:
     """Parses axis sizes such as ``data=1,tsp=8``; axes of the layout that are not named get size 1.
 
-    Of a row of your own, only batch axes may be left out: a misspelt axis would else shard nothing, unnoticed.
+    Of a row of your own, only batch axes may be left out: otherwise a misspelt axis would shard nothing, unnoticed.
     An empty text puts all devices on the layout's own axis or, if it has two, evenly over both if possible; batch axes
     get devices only if there is no other axis. `single` gets one device.
     """

@@ -72,7 +72,11 @@ def test_only_fsdp_cp_gathers_whole_weights():
         ({"heads": ("a", "b", "a")}, "layout=wrong: heads=a+b+a names an axis twice; use heads=a+b"),
         ({"sequence": ("seq", "seq")}, "sequence=seq+seq names an axis twice; use sequence=seq"),
         ({"sequence": ("data",)}, "batch=data and sequence=data share data; use each axis in one of them"),
-        ({"sequence": ("a",), "vocab": ("a", "m")}, "must name tensor axes before folded ones; use vocab=m+a"),
+        (
+            {"sequence": ("a",), "vocab": ("a", "m")},
+            "name tensor axes, then folded ones as tokens do; use vocab=m+a",
+        ),
+        ({"sequence": ("a", "b"), "mlp": ("b", "a")}, "mlp=b+a must name tensor axes, then folded ones as tokens do"),
         ({"sequence": tuple("abcdefghijklmnop")}, "it has 17 mesh axes; use at most 16"),
     ],
 )

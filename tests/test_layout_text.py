@@ -23,6 +23,7 @@ ROWS = {
     "tsp(sequence=node+tsp)": {"sequence": "node+tsp", "heads": "tsp", "mlp": "tsp", "vocab": "tsp"},
     "tsp(weights=model+tsp)": {"sequence": "tsp", "heads": "model+tsp", "mlp": "model+tsp", "vocab": "model+tsp"},
     "tsp(weights=tsp+model)": "tsp(weights=model+tsp)",  # tensor axes first
+    "tsp(weights=tsp+data)": REPLICAS,  # folded axes as tokens have them
     "tsp(heads=data+tsp,vocab=)": {"sequence": "tsp", "heads": "data+tsp", "mlp": "tsp"},
     "tsp(vocab=,sequence=tsp,heads=data+tsp)": "tsp(heads=data+tsp,vocab=)",
     "dp(batch=node+data,sequence=seq)": {"batch": "node+data", "sequence": "seq"},

@@ -78,7 +78,7 @@ class Layout:
             names, ordered = getattr(self, dim), self.axes(dim).tensor + self.axes(dim).folded
             if names != ordered:
                 use = f"use {dim}={format_axes(ordered)}"
-                self._refuse(f"{dim}={format_axes(names)} must name tensor axes before folded ones; {use}")
+                self._refuse(f"{dim}={format_axes(names)} must name tensor axes, then folded ones as tokens do; {use}")
         if len(self.axis_names) > MOST_AXES:
             self._refuse(f"it has {len(self.axis_names)} mesh axes; use at most {MOST_AXES}")
 
@@ -100,7 +100,7 @@ class Layout:
         """The roles of mesh axes in an op whose weights are sharded along `dim` (heads, mlp or vocab)."""
         names = getattr(self, dim)
         return Axes(
-            folded=tuple(name for name in names if name in self.tokens),
+            folded=tuple(name for name in self.tokens if name in names),
             tensor=tuple(name for name in names if name not in self.tokens),
             sequence=self.sequence,
         )
@@ -148,7 +148,7 @@ def get_layout(text: str) -> Layout:
 
     Dimensions are batch, sequence, heads, mlp and vocab; `weights` sets the last three. A dimension without an axis
     (``sequence=``) is not sharded. `whole_weights` is true or false. A row has one name, whatever its spaces, the order
-    of its dimensions, and that of tensor axes among folded ones. The row of a preset is that preset.
+    of its dimensions, and that of the axes of weights. The row of a preset is that preset.
 
     Raises:
       ConfigError: the text is not a layout, or its row contradicts itself.
@@ -166,8 +166,9 @@ def get_layout(text: str) -> Layout:
     if not closing or rest:
         raise ConfigError(f"layout={text} must end with its only parenthesis; use {name}({row.strip()})")
     fields = {field: getattr(preset, field) for names in _SETTINGS.values() for field in names} | _parse_row(text, row)
-    for dim in WEIGHT_DIMS:  # tensor axes first
-        fields[dim] = tuple(sorted(fields[dim], key=lambda axis: axis in fields["batch"] + fields["sequence"]))
+    tokens = fields["batch"] + fields["sequence"]
+    for dim in WEIGHT_DIMS:  # tensor axes, then folded ones in the order of tokens
+        fields[dim] = tuple(sorted(fields[dim], key=lambda axis: tokens.index(axis) if axis in tokens else -1))
     layout = Layout(name=text, **fields)
     if not layout.axis_names:
         raise ConfigError(f"layout={text} has no mesh axis; use batch=data, for example")

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -86,10 +87,16 @@ def test_nothing_compiles_if_one_layout_is_wrong():
     assert not lines
 
 
-@pytest.mark.parametrize("step", ["prefill", "decode"])
-def test_nothing_compiles_if_one_layout_cannot_serve(step):
-    lines, row = [], "dp(batch=data+node,weights=data):2x4"
-    with pytest.raises(ConfigError, match=r"must name axes that shard weights last to serve; use batch=node\+data$"):
+@pytest.mark.parametrize(
+    ("step", "row", "message"),
+    [
+        ("decode", "dp(batch=data+node,weights=data):2x4", "weights last to serve; use batch=node+data"),
+        ("prefill", "tsp(heads=model,vocab=data):2x2x2", "must shard heads too; use heads=model+data"),
+    ],
+)
+def test_nothing_compiles_if_one_layout_cannot_serve(step, row, message):
+    lines = []
+    with pytest.raises(ConfigError, match=f"{re.escape(message)}$"):
         compare_layouts(CONFIG, CPU, ["tsp:8", row], [64], step=step, progress=lines.append)
     assert not lines
 

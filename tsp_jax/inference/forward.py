@@ -39,12 +39,18 @@ def decode_placement(placement: Placement) -> Placement:
     """Placement for decoding: weights sharded as in `placement`, tokens only over batch axes without weights."""
     layout = placement.layout
     batch = layout.replica_batch
-    if layout.batch[: len(batch)] != batch:
+    folded = tuple(name for name in layout.batch if name not in batch)
+    if layout.batch != batch + folded:
         # Otherwise a device's sequences are not among those whose tokens it has.
-        folded = tuple(name for name in layout.batch if name not in batch)
         raise ConfigError(
             f"layout={layout.name}: batch={format_axes(layout.batch)} must name axes that shard weights last to serve; "
             f"use batch={format_axes(batch + folded)}"
+        )
+    if lacking := [name for name in folded if name not in layout.heads]:
+        # Otherwise attention does not know that other devices have the cache of some of its sequences.
+        raise ConfigError(
+            f"layout={layout.name}: {format_axes(lacking)} shards batch and weights, to serve it must shard heads too; "
+            f"use heads={format_axes((*layout.heads, *lacking))}"
         )
     return Placement(dataclasses.replace(layout, batch=batch, sequence=()), placement.mesh)
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from tsp_jax.layout import make_mesh
+from tsp_jax.mesh import make_mesh
 from tsp_jax.ops.kernels import Kernel, TritonKernel, XlaKernel, arch_of, choose_kernel, delta
 from tsp_jax.ops.kernels.mask import Tokens
 from tsp_jax.training.data import sequence_order

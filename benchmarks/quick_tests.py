@@ -88,7 +88,7 @@ FAULTS = {
     "links: a full mesh has one link": ("hardware/links.py", "min(len(members) - 1, hardware.num_links)", "1"),
     "layout: folded axes count as tensor axes": (
         "layout.py",
-        "folded=tuple(name for name in names if name in self.tokens)",
+        "folded=tuple(name for name in self.tokens if name in names)",
         "folded=()",
     ),
     "hf: RoPE's base is ignored": ("hf/rope.py", "return rope.rope_theta, ", "return 10_000.0, "),

@@ -5,6 +5,7 @@ import re
 QUICK = {
     "test_heads.py": "",
     "test_layout.py": "roles|a_row|specs|parse_mesh|check_fits|axes_of_size_1|shards",
+    "test_layout_text.py": "",
     "test_stored.py": "",
     "test_nn.py": "nnx_jit|heads_get.*mix2_4|heads_change|rows.*replicas|hidden_state.*zigzag|to_stored|shapes_of",
     "test_rooms.py": "test_the_root|test_every_room|imports_point_down.*(nn|stream|trainer)",

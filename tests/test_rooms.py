@@ -1,4 +1,4 @@
-"""Imports point down: config, layout <- ops <- nn <- models <- training; inspect knows no model."""
+"""Imports point down: config, mesh, layout <- ops <- nn <- models <- training; inspect knows no model."""
 
 import ast
 import sys
@@ -9,12 +9,13 @@ import pytest
 import tsp_jax
 
 ROOT = Path(tsp_jax.__file__).parent
-FOUNDATION = {"errors", "config", "layout", "heads", "stored"}
+FOUNDATION = {"errors", "config", "mesh", "layout", "heads", "stored"}
 ROOMS = {
     "errors": set(),
     "files": {"errors"},
     "config": {"errors"},
-    "layout": {"errors", "config"},
+    "mesh": {"errors"},
+    "layout": {"errors", "config", "mesh"},
     "heads": {"errors", "config", "layout"},
     "stored": {"errors", "config", "layout", "heads"},
     "cost": FOUNDATION,
@@ -34,6 +35,7 @@ OUTSIDE = {
     "errors": set(),
     "files": {"msgspec"},
     "config": set(),
+    "mesh": {"jax"},
     "layout": {"jax"},
     "cost": set(),
     "ops": {"jax"},

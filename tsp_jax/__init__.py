@@ -1,6 +1,6 @@
 """Tensor and sequence parallelism folded onto one mesh axis, for JAX.
 
-config, layout         what a run is; the layout table
+config, mesh, layout    what a run is; axis sizes and meshes; the layout table
 heads, stored           padded heads; how parameters are stored on a mesh
 errors, files           exit codes; files from outside, read and checked
 ops                     per-device functions: streamed weights, attention, kernels
@@ -17,7 +17,8 @@ from tsp_jax import inference, nn
 from tsp_jax.config import Config, ModelConfig, StreamConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.private_jax import hush_absent_plugins
-from tsp_jax.layout import LAYOUTS, Layout, Placement, make_mesh, place
+from tsp_jax.layout import LAYOUTS, Layout, Placement, place
+from tsp_jax.mesh import make_mesh
 
 hush_absent_plugins()
 

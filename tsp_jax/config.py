@@ -305,9 +305,11 @@ class Config:
     faults: FaultsConfig = FaultsConfig()
     cluster: ClusterConfig = ClusterConfig()
     layout: str = "tsp"
-    """single, dp, fsdp, tp, sp, tp_sp, tsp or fsdp_cp"""
+    """single, dp, fsdp, tp, sp, tp_sp, tsp or fsdp_cp; or a row of your own: one of these with other mesh axes for some
+    dimensions, such as tsp(weights=data+tsp) or tsp(sequence=node+tsp); dimensions are batch, sequence, heads, mlp,
+    vocab, and weights for the last three; whole_weights=true gathers the weights of an op at once"""
     mesh: str = ""
-    """mesh axis sizes, such as data=1,tsp=8; empty: all devices on the layout's own axes"""
+    """mesh axis sizes, outermost first, such as data=1,tsp=8; empty: all devices on the layout's own axes"""
     cpu_devices: int = 0
     """number of virtual CPU devices per process; 0: use the devices that are present"""
     steps: int

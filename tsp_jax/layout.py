@@ -8,17 +8,23 @@ TP+SP, FSDP+CP and TSP are rows of one table.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
+from tsp_jax.mesh import describe_mesh, format_sizes, make_mesh, parse_sizes, with_auto_axes
 
 AxisNames = tuple[str, ...]
 WEIGHT_DIMS = ("heads", "mlp", "vocab")
+AXIS_DIMS = ("batch", "sequence", *WEIGHT_DIMS)
+"""the logical dimensions that mesh axes may shard"""
+MOST_AXES = 16
+"""of a layout; a mesh is a NumPy array, whose dimensions are limited"""
 
 
 class Axes(NamedTuple):
@@ -42,6 +48,11 @@ class Axes(NamedTuple):
         return tuple(name for name in self.folded if name not in self.sequence)
 
 
+def format_axes(axes: Sequence[str]) -> str:
+    """Axes as the text of a layout names them, such as ``data+tsp``."""
+    return "+".join(axes)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
     """A row of the layout table: logical dimension -> mesh axis names."""
@@ -56,18 +67,23 @@ class Layout:
     """all-gather each op's weights at once instead of bucket by bucket (ZeRO-3 / FSDP over the context axis)"""
 
     def __post_init__(self):
-        if len(set(self.tokens)) < len(self.tokens):
-            raise ConfigError(f"layout {self.name}: batch={self.batch} and sequence={self.sequence} share an axis")
+        for dim in AXIS_DIMS:
+            names, used = getattr(self, dim), tuple(dict.fromkeys(getattr(self, dim)))
+            if len(used) < len(names):
+                self._refuse(f"{dim}={format_axes(names)} names an axis twice; use {dim}={format_axes(used)}")
+        if shared := [name for name in self.batch if name in self.sequence]:
+            both = f"batch={format_axes(self.batch)} and sequence={format_axes(self.sequence)}"
+            self._refuse(f"{both} share {format_axes(shared)}; use each axis in one of them")
         for dim in WEIGHT_DIMS:
-            names = getattr(self, dim)
-            if len(set(names)) < len(names):
-                raise ConfigError(f"layout {self.name}: {dim}={names} names an axis twice; use each once")
-            axes = self.axes(dim)
-            if names != axes.tensor + axes.folded:
-                raise ConfigError(
-                    f"layout {self.name}: {dim}={names} must name tensor axes before folded ones; "
-                    f"use {axes.tensor + axes.folded}"
-                )
+            names, ordered = getattr(self, dim), self.axes(dim).tensor + self.axes(dim).folded
+            if names != ordered:
+                use = f"use {dim}={format_axes(ordered)}"
+                self._refuse(f"{dim}={format_axes(names)} must name tensor axes, then folded ones as tokens do; {use}")
+        if len(self.axis_names) > MOST_AXES:
+            self._refuse(f"it has {len(self.axis_names)} mesh axes; use at most {MOST_AXES}")
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise ConfigError(f"layout={self.name}: {why}")
 
     @property
     def tokens(self) -> AxisNames:
@@ -84,7 +100,7 @@ class Layout:
         """The roles of mesh axes in an op whose weights are sharded along `dim` (heads, mlp or vocab)."""
         names = getattr(self, dim)
         return Axes(
-            folded=tuple(name for name in names if name in self.tokens),
+            folded=tuple(name for name in self.tokens if name in names),
             tensor=tuple(name for name in names if name not in self.tokens),
             sequence=self.sequence,
         )
@@ -95,8 +111,8 @@ class Layout:
 
     def without(self, axes: Sequence[str]) -> "Layout":
         """The same layout without some axes."""
-        dims = ("batch", "sequence", *WEIGHT_DIMS)
-        return dataclasses.replace(self, **{dim: tuple(a for a in getattr(self, dim) if a not in axes) for dim in dims})
+        kept = {dim: tuple(name for name in getattr(self, dim) if name not in axes) for dim in AXIS_DIMS}
+        return dataclasses.replace(self, **kept)
 
     @property
     def axis_names(self) -> AxisNames:
@@ -121,11 +137,78 @@ _PRESETS = (
 LAYOUTS = {layout.name: layout for layout in _PRESETS}
 
 
-def get_layout(name: str) -> Layout:
-    """The preset of that name, or ConfigError."""
+_SETTINGS = {**{dim: (dim,) for dim in AXIS_DIMS}, "weights": WEIGHT_DIMS, "whole_weights": ("whole_weights",)}
+"""what the text of a layout sets by one name -> the fields of Layout that it sets"""
+_AXES = re.compile(r"([a-z_]\w*(\s*\+\s*[a-z_]\w*)*)?", re.ASCII | re.IGNORECASE)
+_LONGEST_TEXT = 1000
+
+
+def get_layout(text: str) -> Layout:
+    """A preset, or a row of your own: a preset with other axes for some dimensions, such as ``tsp(weights=data+tsp)``.
+
+    Dimensions are batch, sequence, heads, mlp and vocab; `weights` sets the last three. A dimension without an axis
+    (``sequence=``) is not sharded. `whole_weights` is true or false. A row has one name, whatever its spaces, the order
+    of its dimensions, and that of the axes of weights. The row of a preset is that preset.
+
+    Raises:
+      ConfigError: the text is not a layout, or its row contradicts itself.
+    """
+    if len(text) > _LONGEST_TEXT:
+        raise ConfigError(f"layout={text:.40}... has {len(text)} characters; use at most {_LONGEST_TEXT}")
+    name, opening, row = (part.strip() for part in text.partition("("))
     if name not in LAYOUTS:
-        raise ConfigError(f"layout={name} is unknown; use one of {', '.join(LAYOUTS)}")
-    return LAYOUTS[name]
+        what = f"layout={text}: preset '{name}'" if opening else f"layout={text}"
+        raise ConfigError(f"{what} is unknown; use one of {', '.join(LAYOUTS)}, or a row such as tsp(weights=data+tsp)")
+    preset = LAYOUTS[name]
+    if not opening:
+        return preset
+    row, closing, rest = row.partition(")")
+    if not closing or rest:
+        raise ConfigError(f"layout={text} must end with its only parenthesis; use {name}({row.strip()})")
+    fields = {field: getattr(preset, field) for names in _SETTINGS.values() for field in names} | _parse_row(text, row)
+    tokens = fields["batch"] + fields["sequence"]
+    for dim in WEIGHT_DIMS:  # tensor axes, then folded ones in the order of tokens
+        fields[dim] = tuple(sorted(fields[dim], key=lambda axis: tokens.index(axis) if axis in tokens else -1))
+    layout = Layout(name=text, **fields)
+    if not layout.axis_names:
+        raise ConfigError(f"layout={text} has no mesh axis; use batch=data, for example")
+    for known in (preset, *reversed(LAYOUTS.values())):  # dp before single, which has the same row and fewer devices
+        if dataclasses.replace(layout, name=known.name) == known:
+            return known
+    return dataclasses.replace(layout, name=_row_name(preset, layout))
+
+
+def _parse_row(text: str, row: str) -> dict[str, Any]:
+    """The fields of Layout that ``sequence=a+b,weights=b`` sets; `text` is all of the layout, for errors."""
+    fields: dict[str, Any] = {}
+    for item in row.split(",") if row.strip() else ():
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if name not in _SETTINGS or not equals:
+            use = f"{', '.join(AXIS_DIMS)}, weights or whole_weights, such as weights=data+tsp"
+            raise ConfigError(f"layout={text}: '{item.strip()}' does not set a dimension; use {use}")
+        if twice := [field for field in _SETTINGS[name] if field in fields]:
+            both = f"{twice[0]} is set twice (weights sets {', '.join(WEIGHT_DIMS)})"
+            raise ConfigError(f"layout={text}: {both}; use each dimension once")
+        if name == "whole_weights":
+            known, parsed, use = value.lower() in ("true", "false"), value.lower() == "true", "true or false"
+        else:
+            known, parsed, use = _AXES.fullmatch(value), tuple(re.findall(r"\w+", value)), "axis+axis, such as data+tsp"
+        if not known:
+            raise ConfigError(f"layout={text}: {name}={value} is not understood; use {use}")
+        fields |= dict.fromkeys(_SETTINGS[name], parsed)
+    return fields
+
+
+def _row_name(preset: Layout, layout: Layout) -> str:
+    """The one text of a row: what differs from its preset, in the order of Layout's fields."""
+    changed = [dim for dim in AXIS_DIMS if getattr(layout, dim) != getattr(preset, dim)]
+    values = {dim: format_axes(getattr(layout, dim)) for dim in changed}
+    if layout.heads == layout.mlp == layout.vocab != preset.vocab:
+        values = {dim: axes for dim, axes in values.items() if dim not in WEIGHT_DIMS}
+        values["weights"] = format_axes(layout.vocab)
+    if layout.whole_weights != preset.whole_weights:
+        values["whole_weights"] = str(layout.whole_weights).lower()
+    return f"{preset.name}({','.join(f'{name}={value}' for name, value in values.items())})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +225,7 @@ class Placement:
                 f"mesh={dict(self.mesh.shape)} lacks {', '.join(sorted(missing))} of layout {self.layout.name}; "
                 f"use a mesh with {', '.join(self.layout.axis_names)}"
             )
-        object.__setattr__(self, "mesh", _with_auto_axes(self.mesh))
+        object.__setattr__(self, "mesh", with_auto_axes(self.mesh))
         # An axis of size 1 shards nothing, but would still cost trivial collectives.
         object.__setattr__(self, "layout", self.layout.without([n for n, size in self.mesh.shape.items() if size == 1]))
 
@@ -169,62 +252,41 @@ class Placement:
             )
 
 
-def describe_mesh(mesh: Mesh | AbstractMesh) -> str:
-    """Describes a mesh, such as ``data=1,tsp=8 (Auto, Auto)``."""
-    sizes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
-    return f"{sizes} ({', '.join(kind.name for kind in mesh.axis_types)})"
-
-
-def _with_auto_axes(mesh: Mesh | AbstractMesh) -> Any:
-    """The mesh with Auto axes: layers say how arrays are sharded, so array types need not carry shardings.
-
-    Raises ConfigError if an axis is Manual, as inside of `jax.shard_map`.
-    """
-    if AxisType.Manual in mesh.axis_types:
-        raise ConfigError(f"mesh={describe_mesh(mesh)} has Manual axes; use the mesh outside of jax.shard_map")
-    return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-
-
 def parse_mesh(text: str, layout: Layout, num_devices: int) -> dict[str, int]:
     """Parses axis sizes such as ``data=1,tsp=8``; axes of the layout that are not named get size 1.
 
+    Of a row of your own, only batch axes may be left out: otherwise a misspelt axis would shard nothing, unnoticed.
     An empty text puts all devices on the layout's own axis or, if it has two, evenly over both if possible; batch axes
     get devices only if there is no other axis. `single` gets one device.
     """
     if not text:
         return _default_mesh(layout, num_devices)
-    example = ",".join(f"{name}={1 if name in layout.batch else 2}" for name in layout.axis_names)
+    example = format_sizes({name: 1 if name in layout.batch else 2 for name in layout.axis_names})
     sizes = parse_sizes(text, example)
     for name in sizes:
         if name not in layout.axis_names:
             known = ", ".join(layout.axis_names)
             raise ConfigError(f"mesh={text}: layout {layout.name} has no axis '{name}', it has {known}; use {example}")
+    missing = [name for name in layout.axis_names if name not in (*sizes, *layout.batch)]
+    if missing and layout.name not in LAYOUTS:
+        use = f"use, for example, --mesh {format_sizes(sizes | dict.fromkeys(missing, 1))}"
+        raise ConfigError(f"mesh={text} lacks {', '.join(missing)} of layout {layout.name}; {use}")
     return {name: 1 for name in layout.axis_names if name not in sizes} | sizes
-
-
-def parse_sizes(text: str, example: str = "data=1,tsp=8") -> dict[str, int]:
-    """Parses ``data=1,tsp=8`` into axis sizes in that order, for any axis names."""
-    sizes: dict[str, int] = {}
-    for item in text.split(","):
-        name, _, size = item.partition("=")
-        name = name.strip()
-        if not name or not size.strip().isdecimal() or int(size) < 1:
-            raise ConfigError(f"mesh={text}: '{item}' is not axis=size; use, for example, --mesh {example}")
-        if name in sizes:
-            raise ConfigError(f"mesh={text}: axis '{name}' is named twice; use, for example, --mesh {example}")
-        sizes[name] = int(size)
-    return sizes
 
 
 def _default_mesh(layout: Layout, num_devices: int) -> dict[str, int]:
     sizes = dict.fromkeys(layout.axis_names, 1)
     if layout == LAYOUTS["single"]:
         return sizes
-    own = [name for name in layout.axis_names if name not in layout.batch] or list(layout.batch)
-    if len(own) < 2:
-        return sizes | dict.fromkeys(own, num_devices)
+    return sizes | spread([name for name in layout.axis_names if name not in layout.batch] or layout.batch, num_devices)
+
+
+def spread(axes: Sequence[str], num_devices: int) -> dict[str, int]:
+    """Sizes of axes that together use all devices: evenly over the first and the last, if possible."""
+    if len(axes) < 2:
+        return dict.fromkeys(axes, num_devices)
     first = largest_divisor(num_devices, math.isqrt(num_devices))
-    return sizes | {own[0]: first, own[-1]: num_devices // first}
+    return dict.fromkeys(axes, 1) | {axes[0]: first, axes[-1]: num_devices // first}
 
 
 def num_ranks(axes: AxisNames, sizes: Mapping[str, int]) -> int:
@@ -232,31 +294,11 @@ def num_ranks(axes: AxisNames, sizes: Mapping[str, int]) -> int:
     return math.prod(sizes[name] for name in axes)
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of Auto axes, outermost first, over the first of `devices` (by default all).
-
-    Raises:
-      ConfigError: there are fewer devices than the mesh needs.
-    """
-    devices = list(jax.devices()) if devices is None else list(devices)
-    needed = math.prod(sizes.values())
-    if needed > len(devices):
-        text = ",".join(f"{name}={size}" for name, size in sizes.items())
-        raise ConfigError(
-            f"mesh={text} needs {needed} devices, there are {len(devices)}; "
-            f"use a smaller mesh or --cpu-devices {needed}"
-        )
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:needed]
-    )
-
-
 def place(layout: str | Layout, devices: Sequence[Any] | None = None, **sizes: int) -> Placement:
     """A preset, or a layout of your own, on a mesh: ``place("tsp", data=1, tsp=8)``."""
     layout = get_layout(layout) if isinstance(layout, str) else layout
-    text = ",".join(f"{name}={size}" for name, size in sizes.items())
     available = jax.devices() if devices is None else devices
-    return Placement(layout, make_mesh(parse_mesh(text, layout, len(available)), devices))
+    return Placement(layout, make_mesh(parse_mesh(format_sizes(sizes), layout, len(available)), devices))
 
 
 def largest_divisor(value: int, at_most: int) -> int:

@@ -4,7 +4,7 @@ import chex
 import jax
 import numpy as np
 
-from tsp_jax.layout import LAYOUTS, WEIGHT_DIMS, Layout, Placement, place
+from tsp_jax.layout import LAYOUTS, Layout, Placement, get_layout, place
 from tsp_jax.training.data import IGNORE, Batch, sequence_order
 
 F32_TOLERANCE = 1e-5
@@ -13,17 +13,13 @@ BF16_TOLERANCE = 4e-2
 """relative; a bfloat16 has 8 bits, so each rounding is off by up to 4e-3, and an op rounds several times in a row"""
 
 
-def _custom(name: str, sequence: tuple[str, ...], weights: tuple[str, ...]) -> Layout:
-    return Layout(name=name, sequence=sequence, **dict.fromkeys(WEIGHT_DIMS, weights))
-
-
-MIX = _custom("mix", ("tsp",), ("model", "tsp"))
+MIX = get_layout("tsp(weights=model+tsp)")
 """a folded axis inside a tensor axis"""
-TWO_AXES = _custom("two_axes", ("node", "gpu"), ("node", "gpu"))
+TWO_AXES = get_layout("tsp(sequence=node+gpu,weights=node+gpu)")
 """one fold over two mesh axes"""
-PARTIAL = _custom("partial", ("seq", "tsp"), ("tsp",))
+TWO_LEVEL = get_layout("tsp(sequence=node+tsp)")
 """weights folded with one of two sequence axes, replicated over the other"""
-REPLICAS = _custom("replicas", ("tsp",), ("data", "tsp"))
+REPLICAS = get_layout("tsp(weights=data+tsp)")
 """weights folded with the sequence and with the batch: every rank holds another shard"""
 
 LAYOUT_CASES: dict[str, tuple[Layout, dict[str, int]]] = {
@@ -42,11 +38,11 @@ LAYOUT_CASES: dict[str, tuple[Layout, dict[str, int]]] = {
     "replicas2_4": (REPLICAS, {"data": 2, "tsp": 4}),
     "fsdp_cp8": (LAYOUTS["fsdp_cp"], {"tsp": 8}),
     "mix2_4": (MIX, {"model": 2, "tsp": 4}),
+    "two_level2_4": (TWO_LEVEL, {"node": 2, "tsp": 4}),
 }
 """name -> (layout, mesh sizes)"""
 UNUSUAL_CASES: dict[str, tuple[Layout, dict[str, int]]] = {
     "two_axes2_4": (TWO_AXES, {"node": 2, "gpu": 4}),
-    "partial2_4": (PARTIAL, {"seq": 2, "tsp": 4}),
     "fsdp4": (LAYOUTS["fsdp"], {"data": 4}),
     "mix2_3": (MIX, {"model": 2, "tsp": 3}),
     "mix3_2": (MIX, {"model": 3, "tsp": 2}),

@@ -7,6 +7,17 @@ SMALL = [f"--model.{name}={value}" for name, value in SIZES.items()] + [f"--{nam
 
 BAD = {
     "unknown layout": (["--layout", "tps"], ["layout=tps", "tp_sp"]),
+    "unknown preset of a row": (["--layout", "tps(mlp=tsp)"], ["layout=tps(mlp=tsp): preset 'tps'", "tp_sp"]),
+    "row that contradicts itself": (["--layout", "tsp(weights=tsp,mlp=data)"], ["mlp is set twice"]),
+    "row that shards batch and sequence by an axis": (["--layout", "tsp(batch=tsp)"], ["batch=tsp and sequence=tsp"]),
+    "row whose axis the mesh lacks": (
+        ["--layout", "tsp(weights=dta+tsp)", "--mesh", "data=2,tsp=4"],
+        ["mesh=data=2,tsp=4 lacks dta"],
+    ),
+    "row that does not fit": (
+        ["--layout", "tsp(sequence=node+tsp)", "--mesh", "node=5,tsp=1"],
+        ["seq_len=96 is not divisible by 10 over node,tsp", "use 100"],
+    ),
     "unknown axis": (["--mesh", "model=2"], ["'model'", "tsp"]),
     "axis without size": (["--mesh", "tsp"], ["'tsp'", "axis=size"]),
     "axis of size zero": (["--mesh", "tsp=0"], ["tsp=0", "axis=size"]),

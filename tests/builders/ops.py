@@ -16,7 +16,7 @@ import pytest
 from tests.builders.arrays import normal
 
 B, S, D, V = 2, 48, 20, 72
-FOLDED = ("tsp3", "tsp8", "data2_tsp4", "mix2_4", "two_axes2_4", "partial2_4")
+FOLDED = ("tsp3", "tsp8", "data2_tsp4", "mix2_4", "two_axes2_4", "two_level2_4")
 """one folded axis (tsp3, tsp8), and each combination of roles"""
 MOVEMENT_LAYOUTS = {
     "gather": ("single", "tp8", "tp2_sp4", "tsp2", *FOLDED),

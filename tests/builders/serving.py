@@ -44,7 +44,7 @@ CASES = [
     ("single", "odd_heads"), ("tsp2", "odd_heads"), ("tsp3", "grouped"), ("tsp4", "odd_heads"), ("tsp8", "multi_head"),
     ("tsp8", "grouped"), ("tsp8", "odd_heads"), ("tp8", "grouped"), ("tp2_sp4", "odd_heads"), ("tp4_sp2", "grouped"),
     ("sp8", "multi_head"), ("fsdp_cp8", "odd_heads"), ("data2_tsp4", "grouped"), ("mix2_4", "odd_heads"),
-    ("two_axes2_4", "multi_head"), ("partial2_4", "grouped"),
+    ("two_axes2_4", "multi_head"), ("two_level2_4", "grouped"),
     ("mix2_3", "odd_heads"), ("mix3_2", "thirds"), ("fsdp4", "odd_heads"), ("replicas2_4", "grouped"),
 ]  # fmt: skip
 """every layout; every model under tsp; fewer KV heads than ranks where that is another path"""

@@ -144,7 +144,7 @@ def soak(*values):
     return pytest.param(*values, marks=pytest.mark.soak)
 
 
-@pytest.mark.parametrize("case", ["tsp8", soak("data2_tsp4"), "mix2_4", soak("two_axes2_4"), "partial2_4"])
+@pytest.mark.parametrize("case", ["tsp8", soak("data2_tsp4"), "mix2_4", soak("two_axes2_4"), "two_level2_4"])
 def test_traffic_of_moved_activations_equals_the_closed_form(case):
     check_traffic(moved(CONFIG), case)
 
@@ -154,7 +154,7 @@ def test_traffic_of_moved_activations_with_uneven_heads_equals_the_closed_form(c
     check_traffic(dataclasses.replace(moved(GROUPED), remat=remat), case)
 
 
-@pytest.mark.parametrize("case", ["tsp3", soak("partial2_4")])
+@pytest.mark.parametrize("case", ["tsp3", soak("two_level2_4")])
 def test_traffic_of_forward_with_moved_activations_equals_the_closed_form(case):
     check_traffic(moved(CONFIG), case, forward=True)
 

@@ -23,7 +23,7 @@ def compiled(case: str, step: str, model: str = "wide"):
 
 DECODED = [("single", "wide"), ("tsp3", "odd_heads"), ("tsp8", "grouped"), ("tp8", "grouped"), ("sp8", "wide"),
     ("tp2_sp4", "wide"), ("tp4_sp2", "grouped"), ("data2_tsp4", "odd_heads"), ("mix2_4", "wide"), ("mix3_2", "thirds"),
-    ("two_axes2_4", "multi_head"), ("partial2_4", "grouped"),
+    ("two_axes2_4", "multi_head"), ("two_level2_4", "grouped"),
     ("fsdp4", "multi_head"), ("replicas2_4", "grouped")]  # fmt: skip
 
 

@@ -113,6 +113,10 @@ CASES = [
     ("mix2_4", "odd_heads_tied", ACTIVATIONS, NONE),
     ("mix2_4", "grouped", GATHER, SAVE),
     ("mix2_4", "grouped", ACTIVATIONS, "offload"),
+    # weights folded inside a node, replicated between nodes; tokens over both
+    ("two_level2_4", "odd_heads_tied", GATHER, FULL),
+    ("two_level2_4", "grouped", PAPER, SAVE),
+    ("two_level2_4", "multi_head", ACTIVATIONS, NONE),
     # tensor ranks that neither divide the KV heads nor are divided by them
     ("mix2_3", "odd_heads_tied", GATHER, FULL),
     ("mix3_2", "thirds", GATHER, NONE),

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from tsp_jax.layout import largest_divisor, make_mesh
+from tsp_jax.layout import largest_divisor
+from tsp_jax.mesh import make_mesh
 from tsp_jax.ops.stream import Stream, over_buckets, over_buckets_with_grads, vary_alike, zeros
 
 ROWS, BUCKETS, D = (6, 12), 3, 2
 """rows of each weight per rank: different, so that wrong packing shows"""
 MESHES = {"no_axes": {}, "1": {"a": 1}, "2": {"a": 2}, "3": {"a": 3}, "8": {"a": 8}, "2x4": {"a": 2, "b": 4}}
+MESHES["2 in 4"] = {"b": 4, "a": 2}  # weights and mesh name the axes in another order
 MOVEMENTS = ("gather", "ring")
 BF16_TOLERANCE = 2**-6
 """relative; a sum over 8 ranks of bfloat16s, each rounded to 8 bits, up to three times"""
@@ -47,7 +49,7 @@ def weights(mesh: str) -> tuple[np.ndarray, ...]:
 
 def on_mesh(mesh: str, local, *arrays, out_specs):
     """`local(shard, axes)` on every device; with `no_axes`, on one device and without collectives."""
-    axes = tuple(MESHES[mesh])
+    axes = tuple(sorted(MESHES[mesh]))
     run = jax.shard_map(
         lambda *shard: local(shard, axes),
         mesh=make_mesh(MESHES[mesh] or {"a": 1}),

@@ -3,11 +3,13 @@
 import csv
 import dataclasses
 import json
+import re
 
 import pytest
 
 from tests.builders.steps import CONFIG, CPU, train_step
 from tsp_jax.errors import ConfigError
+from tsp_jax.tools.compare import _OUTER_COMMA, _default_layouts, _items
 from tsp_jax.tools.sweep import Row, compare_layouts, configure, parse_layout, write_csv, write_json
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
@@ -19,30 +21,61 @@ def test_tokens_a_second_are_those_of_the_step(step, tokens):
     assert row.tokens_per_s == pytest.approx(tokens / row.step_s)
 
 
-def test_layouts_take_their_own_axes():
-    assert parse_layout("tp_sp:2x4", 8)[1] == {"data": 1, "model": 2, "seq": 4}
-    assert parse_layout("tsp:8", 1024)[1] == {"data": 128, "tsp": 8}
-    assert parse_layout("single", 4)[1] == {"data": 4}
+SIZES = {
+    ("tp_sp:2x4", 8): {"data": 1, "seq": 4, "model": 2},
+    ("tsp:8", 1024): {"data": 128, "tsp": 8},
+    ("single", 4): {"data": 4},
+    ("fsdp", 8): {"data": 8},
+    ("dp:8", 8): {"data": 8},
+    ("tsp(weights=data+tsp):2x4", 8): {"data": 2, "tsp": 4},
+    ("tsp(sequence=node+tsp):2x4", 16): {"data": 2, "node": 2, "tsp": 4},
+    ("tsp( weights=tsp+model ) : 2 x 4", 8): {"data": 1, "tsp": 4, "model": 2},
+    ("tsp(batch=pod+data):2x4", 24): {"pod": 3, "data": 2, "tsp": 4},
+    ("tsp(batch=):8", 8): {"tsp": 8},
+}
+"""(layout and sizes, devices) -> the mesh: tensor axes, batch axes, sequence axes; the first batch axis has the rest"""
 
 
-@pytest.mark.parametrize("text", ["tsp", "tsp:3", "tsp:2x4", "tp_sp:8", "tsp:0", "tsp:x", "bogus:8", "tsp:16"])
-def test_wrong_layouts(text):
-    with pytest.raises(ConfigError, match="use"):
+@pytest.mark.parametrize(("text", "devices"), SIZES)
+def test_layouts_take_their_own_axes(text, devices):
+    _, sizes = parse_layout(text, devices)
+    assert list(sizes.items()) == list(SIZES[text, devices].items())
+
+
+WRONG = ["tsp", "tsp:3", "tsp:2x4", "tp_sp:8", "tsp:0", "tsp:x", "bogus:8", "tsp:16", "fsdp:4", "tsp(batch=):4", "tsp:"]
+WRONG += ["tsp(weights=data+tsp)", "tsp(weights=data+tsp):8", "tsp(weights=data+tsp):2x2", f"tsp:{'9' * 5000}"]
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_wrong_layouts_are_refused_with_one_that_works(text):
+    with pytest.raises(ConfigError, match="use") as error:
         parse_layout(text, 8)
+    if "bogus" not in text:
+        parse_layout(str(error.value).split()[-1], 8)
 
 
-def test_batch_is_a_number_of_sequences_a_replica():
-    config = configure(CONFIG, "tsp:4", 64, 3, 8)
-    assert (config.batch, config.mesh) == (6, "data=2,tsp=4")
+@pytest.mark.parametrize("devices", [1, 2, 4, 6, 8, 64, 1024])
+def test_the_default_layouts_fit(devices):
+    for text in _items(",".join(_default_layouts(devices)), _OUTER_COMMA):
+        parse_layout(text, devices)
+
+
+@pytest.mark.parametrize(
+    ("text", "batch", "mesh"),
+    [("tsp:4", 6, "data=2,tsp=4"), ("tsp(weights=data+tsp):4x2", 12, "data=4,tsp=2"), ("tsp(batch=):8", 3, "tsp=8")],
+)
+def test_batch_is_a_number_of_sequences_a_replica(text, batch, mesh):
+    config = configure(CONFIG, text, 64, 3, 8)
+    assert (config.batch, config.mesh) == (batch, mesh)
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return compare_layouts(CONFIG, CPU, ["tsp:8", "tp:8"], [64])
+    return compare_layouts(CONFIG, CPU, ["tsp:8", "tp( sequence=node ):2x4"], [64])
 
 
 def test_rows(rows):
-    assert [row.layout for row in rows] == ["tsp:8", "tp:8"]
+    assert [row.layout for row in rows] == ["tsp:8", "tp(sequence=node):2x4"]
     assert all(row.fits and row.peak_bytes and row.step_s and row.largest_seq_len for row in rows)
     assert rows[0].received_bytes != rows[1].received_bytes
 
@@ -51,6 +84,20 @@ def test_nothing_compiles_if_one_layout_is_wrong():
     lines = []
     with pytest.raises(ConfigError):
         compare_layouts(CONFIG, CPU, ["tsp:8", "tp_sp:4x4"], [64], progress=lines.append)
+    assert not lines
+
+
+@pytest.mark.parametrize(
+    ("step", "row", "message"),
+    [
+        ("decode", "dp(batch=data+node,weights=data):2x4", "weights last to serve; use batch=node+data"),
+        ("prefill", "tsp(heads=model,vocab=data):2x2x2", "must shard heads too; use heads=model+data"),
+    ],
+)
+def test_nothing_compiles_if_one_layout_cannot_serve(step, row, message):
+    lines = []
+    with pytest.raises(ConfigError, match=f"{re.escape(message)}$"):
+        compare_layouts(CONFIG, CPU, ["tsp:8", row], [64], step=step, progress=lines.append)
     assert not lines
 
 

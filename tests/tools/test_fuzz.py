@@ -57,12 +57,21 @@ FLOATS = st.one_of(
 )
 TYPICAL = ["tsp", "tp", "gather", "ring", "full", "none", "float16", "slurm", "1e3", "None", "-", "--", "é", "0x10", ""]
 WORDS = st.one_of(st.sampled_from(TYPICAL), st.text(max_size=8))
-EQUALS = st.sampled_from(["=", "", "==", ":"])
+EQUALS = st.sampled_from(["=", "=", "=", "", "==", ":"])
 AXES = st.sampled_from(["data", "tsp", "model", "seq", "node", "", " ", "tsp "])
 MESHES = st.lists(
     st.builds(lambda axis, equals, size: f"{axis}{equals}{size}", AXES, EQUALS, WORDS | INTEGERS),
     max_size=4,
 ).map(",".join)
+
+
+DIMS = st.sampled_from(["batch", "sequence", "heads", "mlp", "vocab", "weights", "whole_weights", "ffn", ""])
+ROWS = st.builds(
+    lambda preset, settings, end: f"{preset}({','.join(settings)}{end}",
+    st.sampled_from([*LAYOUTS, "zero", ""]),
+    st.lists(st.builds("{}{}{}".format, DIMS, EQUALS, st.lists(AXES, max_size=3).map("+".join) | WORDS), max_size=4),
+    st.sampled_from([")", ")", ")", "", "):8"]),
+)
 
 
 @st.composite
@@ -72,7 +81,7 @@ def one_flag(draw) -> str:
     default = FLAGS[name]
     kind = draw(st.sampled_from(["typed", "typed", "typed", "word"]))
     if name == "layout":
-        value = draw(st.sampled_from([*LAYOUTS, "zero"]))
+        value = draw(st.sampled_from([*LAYOUTS, "zero"]) | ROWS)
     elif name == "mesh":
         value = draw(MESHES)
     elif kind == "word" or isinstance(default, str):
@@ -129,9 +138,9 @@ def test_any_flags_start_a_run_or_are_refused_in_a_line(flags, text, tmp_path_fa
 
 
 @settings(fuzz, max_examples=EXAMPLES)
-@given(mesh=MESHES, layout=st.sampled_from(sorted(LAYOUTS)))
+@given(mesh=MESHES, layout=st.sampled_from(sorted(LAYOUTS)) | ROWS)
 def test_any_mesh_starts_a_run_or_is_refused_in_a_line(mesh, layout, text, tmp_path_factory):
-    outcome(["--layout", layout, f"--mesh={mesh}"], *text, tmp_path_factory.mktemp("fuzz") / "run")
+    outcome([f"--layout={layout}", f"--mesh={mesh}"], *text, tmp_path_factory.mktemp("fuzz") / "run")
 
 
 @st.composite

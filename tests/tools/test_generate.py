@@ -248,6 +248,10 @@ FLAGS = {
     "no end of a file": (["--prompt", "", "--prompt-file", "/dev/zero"], ["/dev/zero has more than"]),
     "top p": (["--top-p", "1.5"], ["top_p=1.5"]),
     "unknown layout": (["--layout", "tps"], ["layout=tps", "tp_sp"]),
+    "layout that cannot serve": (
+        ["--layout", "dp(batch=data+node,weights=data)", "--mesh", "data=2,node=2"],
+        ["layout=dp(batch=data+node,weights=data): batch=data+node must name", "use batch=node+data"],
+    ),
     "unknown axis": (["--mesh", "model=2"], ["'model'", "tsp"]),
     "mesh larger than the devices": (["--mesh", "tsp=16"], ["there are 8", "--cpu-devices 16"]),
     "indivisible chunk": (["--chunk", "9"], ["chunk=9", "use 16"]),

@@ -210,21 +210,34 @@ def saved(config, tmp_path):
     return logical(program, state)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [("tp", "model=2"), ("single", ""), ("tsp", "data=2,tsp=4"), ("tp_sp", "model=2,seq=4"), ("fsdp_cp", "tsp=3")],
-    ids=str,
-)
-def test_any_layout_restores_a_checkpoint_bitwise(case, config, saved, tmp_path):
-    other = dataclasses.replace(config, layout=case[0], mesh=case[1])
-    program = make_program(other, placed(other))
-    checkpoints = Checkpoints(tmp_path / "checkpoints", program, other, "digest")
-    state = checkpoints.restore(2)
-    assert same(logical(program, state), saved)
-    assert all(
-        array.sharding == abstract.sharding
-        for array, abstract in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True)
-    )
+LAYOUTS_IN_TURN = [
+    ("dp", "data=8"),
+    ("fsdp", "data=8"),
+    ("tsp(weights=data+tsp)", "data=2,tsp=4"),
+    ("tsp(sequence=node+tsp)", "node=2,tsp=4"),
+    ("tsp", "tsp=8"),
+    ("tp", "model=2"),
+    ("single", ""),
+    ("tsp", "data=2,tsp=4"),
+    ("tp_sp", "model=2,seq=4"),
+    ("fsdp_cp", "tsp=3"),
+]
+
+
+def test_a_checkpoint_goes_bitwise_from_layout_to_layout(config, saved, tmp_path):
+    """Each restores and saves what the one before it saved; the first, what tsp 8 did."""
+    for step, (layout, mesh) in enumerate(LAYOUTS_IN_TURN, start=2):
+        other = dataclasses.replace(config, layout=layout, mesh=mesh)
+        program = make_program(other, placed(other))
+        checkpoints = Checkpoints(tmp_path / "checkpoints", program, other, "digest")
+        state = checkpoints.restore(step)
+        assert same(logical(program, state), saved), f"{layout} on {mesh}"
+        assert all(
+            array.sharding == abstract.sharding
+            for array, abstract in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True)
+        )
+        checkpoints.save(state, step + 1)
+        checkpoints.close()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 
 from tsp_jax.errors import ConfigError
 from tsp_jax.inference.cache import Cache, cache_specs
-from tsp_jax.layout import Placement
+from tsp_jax.layout import Placement, format_axes
 from tsp_jax.models.transformer import Transformer
 from tsp_jax.nn import Attention
 from tsp_jax.ops.attention.decode import decode_attention
@@ -39,11 +39,18 @@ def decode_placement(placement: Placement) -> Placement:
     """Placement for decoding: weights sharded as in `placement`, tokens only over batch axes without weights."""
     layout = placement.layout
     batch = layout.replica_batch
-    if layout.batch[: len(batch)] != batch:
+    folded = tuple(name for name in layout.batch if name not in batch)
+    if layout.batch != batch + folded:
         # Otherwise a device's sequences are not among those whose tokens it has.
-        folded = tuple(name for name in layout.batch if name not in batch)
         raise ConfigError(
-            f"layout {layout.name}: batch={layout.batch} must name axes that shard weights last; use {batch + folded}"
+            f"layout={layout.name}: batch={format_axes(layout.batch)} must name axes that shard weights last to serve; "
+            f"use batch={format_axes(batch + folded)}"
+        )
+    if lacking := [name for name in folded if name not in layout.heads]:
+        # Otherwise attention does not know that other devices have the cache of some of its sequences.
+        raise ConfigError(
+            f"layout={layout.name}: {format_axes(lacking)} shards batch and weights, to serve it must shard heads too; "
+            f"use heads={format_axes((*layout.heads, *lacking))}"
         )
     return Placement(dataclasses.replace(layout, batch=batch, sequence=()), placement.mesh)
 

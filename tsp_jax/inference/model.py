@@ -15,6 +15,7 @@ from tsp_jax.hf.config import read_dtype
 from tsp_jax.hf.tokenizer import Tokenizer, read_stop_tokens
 from tsp_jax.hf.weights import abstract_params, check_folder, load_params, read_config
 from tsp_jax.inference.cache import check_capacity
+from tsp_jax.inference.forward import decode_placement
 from tsp_jax.inference.program import InferenceProgram, make_inference_program
 from tsp_jax.inference.sampling import Sampling
 from tsp_jax.inference.token_loop import OnToken, Stats, check_prompts, check_stop_tokens, generate_tokens
@@ -95,6 +96,7 @@ def load(
     """
     if dtype not in ("auto", *get_args(DType)):
         raise ConfigError(f"dtype={dtype} is unknown; use one of auto, {', '.join(get_args(DType))}")
+    decode_placement(placement)  # refuses a layout that cannot serve before weights are read
     config, tokenizer, stop_tokens = read_config(folder), Tokenizer(folder), read_stop_tokens(folder)
     check_stop_tokens(stop_tokens, config.vocab_size, f"{folder}: eos_token_id")
     check_folder(folder, config, placement)

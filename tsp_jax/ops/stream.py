@@ -11,6 +11,8 @@ Dims: R ranks of the folded axes (which shard both tokens and weights), D traili
 Source: Shyam, Golubeva, Anthony, arXiv 2604.26294 (ring); gather is ours.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -244,6 +246,20 @@ def _gather(step, carry, shard, axes, stream, dtype, sends: bool):
 # ------------------------------------------------------------------------------------------------ ring
 
 
+def _ring_route(axes: tuple[str, ...]) -> tuple[tuple[str, ...], list[tuple[int, int]]]:
+    """(axes, route) of the `lax.ppermute` from each rank of `axes` to the next.
+
+    `lax.ppermute` numbers ranks in the mesh's order of axes, whatever the order of its argument.
+    """
+    in_mesh = tuple(name for name in jax.sharding.get_abstract_mesh().axis_names if name in axes)
+    sizes = {name: lax.axis_size(name) for name in axes}
+    ranks = []
+    for indices in itertools.product(*map(range, sizes.values())):
+        index = dict(zip(axes, indices, strict=True))
+        ranks.append(functools.reduce(lambda rank, name: rank * sizes[name] + index[name], in_mesh, 0))
+    return in_mesh, list(zip(ranks, ranks[1:] + ranks[:1], strict=True))
+
+
 def _ring(step, carry, shard, axes, stream, dtype, sends: bool):
     """In step i this rank uses the shard of rank me - i.
 
@@ -252,11 +268,11 @@ def _ring(step, carry, shard, axes, stream, dtype, sends: bool):
     """
     ranks, me = lax.axis_size(axes), lax.axis_index(axes)
     rows = [array.shape[0] for array in shard]
-    route = [(rank, (rank + 1) % ranks) for rank in range(ranks)]
+    ring_axes, route = _ring_route(axes)
 
     def hop(message):
         with jax.named_scope("ring"):
-            return lax.ppermute(message, axes, route)
+            return lax.ppermute(message, ring_axes, route)
 
     def use(carry, message, index):
         bucket = Bucket(_unpack(message, rows), index, (me - index) % ranks, 1)

@@ -17,7 +17,7 @@ KINDS = {"state": "#34618d", "residual": "#6ba292", "transient": "#d9a441"}
 def draw(rows: Sequence[Row], target: Target, path: Path) -> None:
     """Writes a PNG with a row of two panels for each sequence length."""
     lengths = list(dict.fromkeys(row.seq_len for row in rows))
-    figure, panels = plt.subplots(len(lengths), 2, figsize=(11, 1.2 + 2.6 * len(lengths)), squeeze=False)
+    figure, panels = plt.subplots(len(lengths), 2, figsize=(11, 1.2 + 2.6 * len(lengths)), squeeze=False, sharey="row")
     for (left, right), length in zip(panels, lengths, strict=True):
         found = [row for row in rows if row.seq_len == length]
         _memory(left, found, target.hardware.memory_bytes / 1e9, length)
@@ -26,7 +26,8 @@ def draw(rows: Sequence[Row], target: Target, path: Path) -> None:
         label: handle for panel in panels[-1] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     figure.legend(legend.values(), legend.keys(), loc="lower center", ncols=len(legend), fontsize=8)
-    figure.suptitle(f"{rows[0].batch} sequence(s) on {target}, per device, compiled and simulated", fontsize=10)
+    batches = ", ".join(str(batch) for batch in sorted({row.batch for row in rows}))
+    figure.suptitle(f"{batches} sequence(s) on {target}, per device, compiled and simulated", fontsize=10)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -43,7 +44,7 @@ def _memory(panel, rows: Sequence[Row], limit: float, length: int) -> None:
             ends = [float(end) for end in row.paper_peak_gb.split("-")]
             panel.plot(ends, [row.layout] * len(ends), "k|-", markersize=11, label="paper")
     panel.axvline(limit, color="crimson", linewidth=1, linestyle="--", label="device")
-    panel.invert_yaxis()
+    panel.invert_yaxis()  # of both panels, which share it
     panel.set_xlabel("peak memory, GB per device")
     panel.set_title(f"{length:,} tokens", fontsize=10, loc="left")
 
@@ -54,5 +55,4 @@ def _time(panel, rows: Sequence[Row]) -> None:
     busy = [(row.step_s or 0.0) - wait for row, wait in zip(rows, exposed, strict=True)]
     panel.barh(names, busy, color="#34618d", label="computation")
     panel.barh(names, exposed, left=busy, color="crimson", label="exposed communication")
-    panel.invert_yaxis()
     panel.set_xlabel("step, s (simulated)")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -30,8 +31,9 @@ class CompareOptions:
     target: str = "mi300x:8"
     """devices to compile for, which need not be present: cpu:8, mi300x:8, mi355x:8, h100:8, v5p:8"""
     layouts: str = ""
-    """layouts and the sizes of their axes, such as tsp:8,tp_sp:2x4; data takes the remaining devices; empty: all
-    presets except single"""
+    """layouts, as in --layout, and sizes of their axes, such as tsp:8,tp_sp:2x4,tsp(weights=data+tsp):2x4: of axes that
+    shard weights alone, then of batch axes, then of sequence axes; the first batch axis, if it shards no weights, has
+    no size and takes the remaining devices; empty: those in the table of README"""
     seq_lens: str = ""
     """tokens per sequence, such as 16384,131072; empty: as in the configuration"""
     per_replica: int = 1
@@ -56,7 +58,7 @@ def compare(name: str, options: CompareOptions, optimizer: Optimizer = None) -> 
     check_writable(json=options.json, csv=options.csv, png=options.png)
     draw = _drawer() if options.png else None
     lengths = _parse_lengths(options.seq_lens) or [options.config.seq_len]
-    layouts = _items(options.layouts) or _default_layouts(target.num_devices)
+    layouts = _items(options.layouts, _OUTER_COMMA) or _default_layouts(target.num_devices)
     if options.per_replica < 1:
         raise ConfigError(f"per_replica={options.per_replica} must be positive; use 1")
     use_target(target)
@@ -90,11 +92,18 @@ def _drawer():
 def _default_layouts(devices: int) -> list[str]:
     size = min(devices, 8)
     tp_sp = [f"tp_sp:{n}x{size // n}" for n in (2, 4) if size % n == 0 and size // n > 1]
-    return [f"tsp:{size}", f"tp:{size}", f"sp:{size}", *tp_sp, f"fsdp_cp:{size}"]
+    layouts = [f"tsp:{size}", f"tp:{size}", f"sp:{size}", *tp_sp, f"fsdp_cp:{size}", "fsdp"]
+    if half := size // 2:
+        layouts += [f"tsp(weights=data+tsp):{devices // half}x{half}", f"tsp(sequence=node+tsp):2x{half}"]
+    return layouts
 
 
-def _items(text: str) -> list[str]:
-    return [item.strip() for item in text.split(",") if item.strip()]
+_OUTER_COMMA = r",(?![^(]*\))"
+"""a comma that is not inside of parentheses"""
+
+
+def _items(text: str, comma: str = ",") -> list[str]:
+    return [item.strip() for item in re.split(comma, text) if item.strip()]
 
 
 def _parse_lengths(text: str) -> list[int]:
@@ -116,7 +125,7 @@ def _print_table(name: str, rows: Sequence[Row], target: Target, step: str) -> N
         out.print(f"paper: peak GB per GPU, {PAPER}; for TP+SP its range over factorizations", soft_wrap=True)
     out.print(
         "step, exposed: simulated, tsp-inspect prints the assumptions; / matmul: step over the time of its matrix "
-        "products alone, at the sustained rate; received: per device and step",
+        "products alone, at the sustained rate; received: per device and step; batch: sequences over all devices",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
 
@@ -131,10 +140,10 @@ def _seconds(value: float) -> str:
 
 
 def _table(rows: Sequence[Row], hardware: Hardware) -> Table:
-    columns = "tokens,peak GB,formula,paper,received GB,comm s,exposed,step s,/ matmul,tokens/s,largest tokens"
+    columns = "tokens,batch,peak GB,formula,paper,received GB,comm s,exposed,step s,/ matmul,tokens/s,largest tokens"
     right = [Column(column, justify="right") for column in (*columns.split(","), "largest batch")]
     title = f"One device of {hardware.memory_bytes / 1e9:.0f} GB"
-    table = Table("layout", *right, title=title, title_justify="left")
+    table = Table(Column("layout", overflow="fold"), *right, title=title, title_justify="left")
     for _, group in itertools.groupby(rows, lambda row: row.layout):
         for row in group:
             table.add_row(*_cells(row), style="" if row.fits else "red")
@@ -144,11 +153,12 @@ def _table(rows: Sequence[Row], hardware: Hardware) -> Table:
 
 def _cells(row: Row) -> list[str]:
     if row.peak_bytes is None or row.step_s is None or row.comm_s is None or row.exposed_comm_s is None:
-        return [row.layout, str(row.seq_len), "does not compile"]
+        return [row.layout, str(row.seq_len), str(row.batch), "does not compile"]
     peak = _gb(row.peak_bytes) + ("" if row.fits else " (does not fit)")
     exposed = f"{row.exposed_comm_s / row.comm_s:.0%}" if row.comm_s else "-"
     return [
-        row.layout, str(row.seq_len), peak, _gb(row.predicted_bytes), row.paper_peak_gb, _gb(row.received_bytes),
+        row.layout, str(row.seq_len), str(row.batch), peak, _gb(row.predicted_bytes), row.paper_peak_gb,
+        _gb(row.received_bytes),
         _seconds(row.comm_s), exposed, _seconds(row.step_s),
         f"{row.step_s / row.matmul_s:.2f}" if row.matmul_s else "-", f"{row.tokens_per_s:,.0f}",
         "" if row.largest_seq_len is None else f"{row.largest_seq_len:,}",

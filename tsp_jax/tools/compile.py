@@ -12,9 +12,11 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.compiler_options import compiler_options
 from tsp_jax.hardware.targets import Target
 from tsp_jax.heads import HeadSharding
+from tsp_jax.inference.forward import decode_placement
 from tsp_jax.inference.program import make_inference_program
 from tsp_jax.inspect import FullWeight, Report, report
 from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh, place
+from tsp_jax.mesh import format_sizes
 from tsp_jax.stored import RowPadding
 from tsp_jax.training.optimizer import Optimizer
 from tsp_jax.training.step import make_program
@@ -45,7 +47,7 @@ class CompiledStep:
         config = self.config
         return {
             "target": str(self.target), "num_devices": self.target.num_devices,
-            "layout": config.layout, "mesh": dict(self.placement.mesh.shape), "step": self.step,
+            "layout": self.placement.layout.name, "mesh": dict(self.placement.mesh.shape), "step": self.step,
             "seq_len": config.seq_len, "batch": config.batch, "num_params": config.model.num_params,
             "compile_s": round(self.compile_s, 2), "jax": jax.__version__,
         }  # fmt: skip
@@ -60,9 +62,8 @@ def place_on(config: Config, target: Target) -> Placement:
     layout = get_layout(config.layout)
     sizes = parse_mesh(config.mesh, layout, target.num_devices)
     if (devices := math.prod(sizes.values())) != target.num_devices:
-        mesh = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ConfigError(
-            f"mesh={mesh} has {devices} devices, target={target} has {target.num_devices}; "
+            f"mesh={format_sizes(sizes)} has {devices} devices, target={target} has {target.num_devices}; "
             f"use --target {target.hardware.name}:{devices}"
         )
     check_fits(config, layout, sizes)
@@ -82,12 +83,11 @@ def compile_step(
       optimizer: the user's own, for step train; None: AdamW from `config.optimizer`.
 
     Raises:
-      ConfigError: as `place_on`, or the step is unknown or cannot process a chunk of this size.
+      ConfigError: as `place_step`, or the step is unknown.
     """
     if step not in get_args(Step):
         raise ConfigError(f"step={step} is unknown; use one of {', '.join(get_args(Step))}")
-    check_chunk(config, step, chunk)
-    placement = place_on(config, target)
+    placement = place_step(config, target, step, chunk)
     began = time.perf_counter()
     options = compiler_options(target.devices()[0])
     compiled = _lower(config, placement, step, chunk, optimizer).compile(dict(options))
@@ -109,12 +109,16 @@ def full_weights(config: Config, placement: Placement) -> tuple[FullWeight, ...]
     return tuple(FullWeight(f"tsp/{scope}", rows * model.d_model) for scope, axes, rows in ops if axes)
 
 
-def check_chunk(config: Config, step: Step, chunk: int) -> None:
-    """Raises ConfigError if a step cannot process a chunk of this size."""
+def place_step(config: Config, target: Target, step: Step, chunk: int) -> Placement:
+    """`place_on`, for a step; also raises ConfigError if the layout cannot serve, or the step not process the chunk."""
     if chunk and step != "prefill":
         raise ConfigError(f"chunk={chunk} means nothing to step={step}; use --step prefill")
     if not 0 <= chunk <= config.seq_len:
         raise ConfigError(f"chunk={chunk} must be part of seq_len={config.seq_len}; use 0 for all of it")
+    placement = place_on(config, target)
+    if step in ("prefill", "decode"):
+        decode_placement(placement)
+    return placement
 
 
 def _lower(config: Config, placement: Placement, step: Step, chunk: int, optimizer: Optimizer) -> jax.stages.Lowered:

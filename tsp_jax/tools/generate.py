@@ -14,7 +14,8 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.files import MAX_BYTES
 from tsp_jax.inference import Model, Sampling, Stats, generate, load
 from tsp_jax.inspect.units import format_bytes
-from tsp_jax.layout import Placement, get_layout, make_mesh, parse_mesh
+from tsp_jax.layout import Placement, get_layout, parse_mesh
+from tsp_jax.mesh import format_sizes, make_mesh
 from tsp_jax.tools import cli
 
 
@@ -34,7 +35,7 @@ class GenerateOptions:
     """end at the model's stop tokens"""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
     layout: str = "tsp"
-    """single, tp, sp, tp_sp, tsp or fsdp_cp"""
+    """a preset, such as tsp, tp_sp or fsdp, or a row of your own, such as tsp(weights=data+tsp), as in training"""
     mesh: str = ""
     """axis sizes, such as tsp=8; empty: every device on the layout's own axes"""
     cpu_devices: int = 0
@@ -101,7 +102,7 @@ def _prompt(options: GenerateOptions) -> str:
 
 def throughput(model: Model, stats: Stats) -> str:
     """A line: tokens per second of prefill and of decoding, and peak memory per device."""
-    mesh = ",".join(f"{axis}={size}" for axis, size in model.placement.mesh.shape.items())
+    mesh = format_sizes(model.placement.mesh.shape)
     decoded = f"{stats.decoded_tokens / stats.decode_s:,.1f} tokens/s" if stats.decoded_tokens else "nothing"
     peak, source = peak_bytes(model)
     return (

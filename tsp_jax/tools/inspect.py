@@ -16,7 +16,7 @@ from tsp_jax.inspect import Report, report
 from tsp_jax.inspect.expect import broken, parse_expectations
 from tsp_jax.inspect.render import console, show
 from tsp_jax.inspect.trace import write_trace
-from tsp_jax.layout import parse_sizes
+from tsp_jax.mesh import format_sizes, parse_sizes
 from tsp_jax.tools import cli
 from tsp_jax.tools.compile import Step, compile_step
 from tsp_jax.training.optimizer import Optimizer
@@ -90,11 +90,11 @@ def inspect_step(name: str, options: StepOptions, optimizer: Optimizer = None) -
     config = options.config
     with console(stderr=True).status(f"compiling {name} for {target}"):
         step = compile_step(config, target, options.step, options.chunk, optimizer)
-    mesh = ",".join(f"{axis}={size}" for axis, size in step.placement.mesh.shape.items())
+    mesh = format_sizes(step.placement.mesh.shape)
     tokens = f"{options.chunk} of {config.seq_len}" if options.chunk else str(config.seq_len)
     heading = (
         f"{name}, {config.model.num_params / 1e9:.2f} B parameters, {options.step} step of {config.batch} x "
-        f"{tokens} tokens, layout {config.layout} on {target} ({mesh}), compiled in {step.compile_s:.1f} s"
+        f"{tokens} tokens, layout {step.placement.layout.name} on {target} ({mesh}), compiled in {step.compile_s:.1f} s"
     )
     if options.dump_hlo:
         Path(options.dump_hlo).write_text(step.compiled.as_text())

@@ -14,8 +14,9 @@ from tsp_jax.config import Config, ModelConfig
 from tsp_jax.cost.training import step_memory
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import Target
-from tsp_jax.layout import Layout, get_layout, parse_sizes
-from tsp_jax.tools.compile import Step, check_chunk, compile_step, place_on
+from tsp_jax.layout import Layout, get_layout, num_ranks, spread
+from tsp_jax.mesh import format_sizes, parse_size, parse_sizes
+from tsp_jax.tools.compile import Step, compile_step, place_step
 from tsp_jax.training.optimizer import Optimizer
 
 PAPER = "Shyam, Golubeva, Anthony, arXiv 2604.26294"
@@ -64,31 +65,32 @@ class Row:
 
 
 def parse_layout(text: str, num_devices: int) -> tuple[Layout, dict[str, int]]:
-    """``tp_sp:2x4`` -> (layout, mesh sizes): sizes of weight axes, then of sequence axes.
+    """``tp_sp:2x4`` -> (layout, mesh sizes): sizes of tensor axes, then of batch axes, then of sequence axes.
 
-    The data axis takes the remaining devices; ``dp`` and ``fsdp`` need no size.
+    The first batch axis, if it shards no weights, gets no size: it takes the remaining devices. ``dp`` and ``fsdp``,
+    which have a batch axis alone, need none either.
 
     Raises:
       ConfigError: unknown layout, or sizes that do not divide the devices.
     """
-    name, _, shape = text.partition(":")
+    name, colon, shape = (part.strip() for part in text.partition(":"))
     layout = get_layout(name)
-    own = dict.fromkeys((*layout.heads, *layout.sequence))
-    axes = [name for name in own if name not in layout.batch]
-    if not axes:
-        axes, shape = list(layout.batch), shape or str(num_devices)
-    example = f"{name}:{'x'.join(['2'] * (len(axes) - 1) + ['4'])}" if axes else name
-    sizes = [int(size) if size.isdecimal() else 0 for size in shape.split("x")] if shape else []
-    if len(sizes) != len(axes) or not all(sizes):
-        raise ConfigError(
-            f"layouts={text} does not give a size to each of {', '.join(axes) or 'no axes'}; use {example}"
-        )
-    replica = math.prod(sizes)
-    if num_devices % replica:
-        raise ConfigError(f"layouts={text}: {replica} devices per replica do not divide {num_devices}; use {example}")
-    if layout.batch[0] in axes and replica != num_devices:
-        raise ConfigError(f"layouts={text} uses {replica} of {num_devices} devices; use {name}")
-    found = {layout.batch[0]: num_devices // replica} | dict(zip(axes, sizes, strict=True))
+    tensor = [axis for axis in layout.axis_names if axis not in layout.tokens]
+    rest = [axis for axis in layout.batch[:1] if axis in layout.replica_batch]
+    sized = [axis for axis in (*tensor, *layout.tokens) if axis not in rest] or rest
+    fills = not rest or sized == rest  # no axis takes the remaining devices
+    example = f"{layout.name}:{'x'.join(map(str, spread(sized, num_devices).values()))}"
+    if not colon and fills and len(sized) == 1:
+        shape = str(num_devices)
+    sizes = dict(zip(sized, map(parse_size, shape.split("x")), strict=False))
+    if shape.count("x") != len(sized) - 1 or not all(sizes.values()):
+        raise ConfigError(f"layouts={text} does not give a size to each of {', '.join(sized)}; use {example}")
+    used = math.prod(sizes.values())
+    if num_devices % used:
+        raise ConfigError(f"layouts={text}: {used} devices per replica do not divide {num_devices}; use {example}")
+    if fills and used != num_devices:
+        raise ConfigError(f"layouts={text} uses {used} of {num_devices} devices; use {example}")
+    found = dict.fromkeys(rest, num_devices // used) | sizes
     # In the layout's order: weight axes innermost, on neighbouring devices.
     return layout, {axis: found[axis] for axis in layout.axis_names}
 
@@ -96,9 +98,8 @@ def parse_layout(text: str, num_devices: int) -> tuple[Layout, dict[str, int]]:
 def configure(config: Config, text: str, seq_len: int, batch: int, num_devices: int) -> Config:
     """Returns `config` with a layout, its mesh, and `batch` sequences per replica."""
     layout, sizes = parse_layout(text, num_devices)
-    mesh = ",".join(f"{name}={size}" for name, size in sizes.items())
-    replicas = sizes[layout.batch[0]]
-    return dataclasses.replace(config, layout=layout.name, mesh=mesh, seq_len=seq_len, batch=batch * replicas)
+    batch *= num_ranks(layout.batch, sizes)
+    return dataclasses.replace(config, layout=layout.name, mesh=format_sizes(sizes), seq_len=seq_len, batch=batch)
 
 
 def compare_layouts(
@@ -113,7 +114,7 @@ def compare_layouts(
     Args:
       config: the model and everything else that all rows share.
       target: devices to compile for.
-      layouts: for example tsp:8 and tp_sp:2x4; see `parse_layout`.
+      layouts: for example tsp:8, tp_sp:2x4 and tsp(weights=data+tsp):2x4; see `parse_layout`.
       seq_lens: tokens per sequence.
       batch: sequences per replica.
       progress: called with a line of text before each compilation.
@@ -123,9 +124,9 @@ def compare_layouts(
     """
     pairs = itertools.product(layouts, seq_lens)
     jobs = [(text, configure(config, text, length, batch, target.num_devices)) for text, length in pairs]
+    jobs = [(job.layout + "".join(text.partition(":")[1:]), job) for text, job in jobs]  # one name for one row
     for _, job in jobs:
-        place_on(job, target)
-        check_chunk(job, step, chunk)
+        place_step(job, target, step, chunk)
     rows = []
     for number, (name, job) in enumerate(jobs, start=1):
         progress(f"{number} of {len(jobs)}: {name} at {job.seq_len} tokens")
@@ -167,7 +168,7 @@ def _paper_peak_gb(name: str, config: Config, target: Target, step: Step) -> str
 def _with_limits(row: Row, config: Config, limit: float) -> Row:
     """Adds the closed-form estimate of peak memory and the largest sizes that fit under it."""
     layout, sizes = get_layout(config.layout), parse_sizes(config.mesh)
-    replicas = math.prod(sizes[name] for name in layout.batch)
+    replicas = num_ranks(layout.batch, sizes)
 
     def predicted(seq_len: int, batch: int) -> float:
         changed = dataclasses.replace(config, seq_len=seq_len, batch=batch * replicas)

@@ -16,6 +16,7 @@ from tsp_jax.config import Config
 from tsp_jax.files import Count, FileError, Finite, read_json
 from tsp_jax.inspect import compiled_memory, list_collectives, parse
 from tsp_jax.layout import Placement
+from tsp_jax.mesh import format_sizes
 from tsp_jax.training.distributed import write_atomically
 from tsp_jax.training.safety.finite import is_skipped
 
@@ -47,7 +48,7 @@ def summarize(config: Config, name: str, placement: Placement, compiled: Any, li
     summary = Summary(
         config=name,
         layout=placement.layout.name,
-        mesh=",".join(f"{axis}={size}" for axis, size in placement.mesh.shape.items()),
+        mesh=format_sizes(placement.mesh.shape),
         step=step,
         loss=next((line["loss"] for line in reversed(steps) if not is_skipped(line)), None),
         eval_loss=next((line["eval_loss"] for line in reversed(lines) if "eval_loss" in line), None),

@@ -17,7 +17,8 @@ from tsp_jax.config import Config
 from tsp_jax.errors import BAD_NUMBERS, PREEMPTED, ConfigError, RunStopped, install_hint
 from tsp_jax.hardware.compiler_options import compiler_options
 from tsp_jax.hardware.memory import check_room, host_bytes, memory_bytes, shard_bytes
-from tsp_jax.layout import Placement, check_fits, get_layout, make_mesh, parse_mesh
+from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh
+from tsp_jax.mesh import make_mesh
 from tsp_jax.training.checkpoint import METRICS, Checkpoints
 from tsp_jax.training.data import Splits, load_splits, prefetch
 from tsp_jax.training.distributed import is_writer, report, report_once, write_or_report

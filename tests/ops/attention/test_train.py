@@ -101,7 +101,7 @@ ATTENTION_CASES = {
         "mix2_3": ("9_of_3",),
         "mix3_2": ("14_of_2",),
         "two_axes2_4": FEW,
-        "partial2_4": (*MANY, "9_of_3"),
+        "two_level2_4": (*MANY, "9_of_3"),
     },
     "ring": {"tsp8": (*MANY, "9_of_3")},
     "activations": {
@@ -111,7 +111,7 @@ ATTENTION_CASES = {
         "mix2_4": (*ALL, "9_of_3", "5"),
         "mix3_2": ("28_of_4",),
         "two_axes2_4": MANY,
-        "partial2_4": (*FEW, "9_of_3"),
+        "two_level2_4": (*FEW, "9_of_3"),
     },
 }
 """movement -> layout -> heads"""
@@ -148,7 +148,7 @@ def test_attention_in_bfloat16_is_near_float32(heads):
     ("layout", "heads", "stream", "counts"),
     [
         ("tsp2", "multi_head", Stream(chunk_tokens=6), {"exchange_buckets": 4}),
-        ("partial2_4", "shared_kv_heads", Stream("activations", chunk_tokens=8), {"exchange_buckets": 100}),
+        ("two_level2_4", "shared_kv_heads", Stream("activations", chunk_tokens=8), {"exchange_buckets": 100}),
         ("tsp8", "18", Stream(chunk_tokens=6), {"buckets": 6, "exchange_buckets": 3}),
         ("tsp8", "9_of_3", Stream(), {"buckets": 100, "exchange_buckets": 3}),
     ],

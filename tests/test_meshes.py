@@ -1,5 +1,6 @@
 """Meshes as jax makes them: Explicit and Manual axes, abstract meshes, and context meshes (`jax.set_mesh`)."""
 
+import functools
 import re
 from functools import partial
 
@@ -11,10 +12,11 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.builders.arrays import normal
+from tests.builders.arrays import F32_TOLERANCE, assert_trees_near, normal
+from tsp_jax.config import StreamConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.layout import LAYOUTS, Placement, place
-from tsp_jax.nn import MLP
+from tsp_jax.layout import LAYOUTS, WEIGHT_DIMS, Layout, Placement, place
+from tsp_jax.nn import MLP, Attention
 
 SIZES, NAMES = (2, 4), ("data", "tsp")
 EXPLICIT, AUTO, MANUAL = ((kind,) * 2 for kind in (AxisType.Explicit, AxisType.Auto, AxisType.Manual))
@@ -83,3 +85,57 @@ def test_a_layer_inside_shard_map_is_refused():
     mapped = jax.shard_map(mlp, mesh=mesh, in_specs=P(None, "data"), out_specs=P(None, "data"), axis_names={"data"})
     with pytest.raises(ConfigError, match=re.escape("the context mesh is data=2,tsp=4 (Manual, Auto)")):
         jax.eval_shape(mapped, jax.ShapeDtypeStruct((B, S, D), jnp.float32))
+
+
+# ------------------------------------------------------------------------------------------------ other meshes, inputs
+
+TWO_LEVELS = Layout(name="two", batch=(), sequence=("node", "gpu"), **dict.fromkeys(WEIGHT_DIMS, ("node", "gpu")))
+"""both axes folded; attention with 9 heads stores them in units that all 8 ranks share"""
+
+
+def make_layers(placement: Placement, movement: str):
+    stream = StreamConfig(
+        attention_movement=movement, mlp_movement="ring" if movement == "gather" else movement, bucket_mib=0.001
+    )
+    settings = {"placement": placement, "dtype": jnp.float32, "stream": stream}
+    attention = Attention(D, 9, 3, 8, **settings, rngs=nnx.Rngs(1))
+    mlp = MLP(D, F, **settings, rngs=nnx.Rngs(0))
+    return lambda x: mlp(attention(x))
+
+
+@functools.cache
+def desired_of_layers():
+    return jax.jit(make_layers(place("single"), "gather"))(normal(0, B, S, D))
+
+
+@pytest.mark.parametrize("movement", ["gather", "activations"])
+@pytest.mark.parametrize(
+    ("layout", "sizes", "names"),
+    [
+        (TWO_LEVELS, (2, 4), ("node", "gpu")),
+        (TWO_LEVELS, (4, 2), ("gpu", "node")),
+        (LAYOUTS["tsp"], (4, 2), ("tsp", "data")),
+        (LAYOUTS["tsp"], (2, 1, 4), ("other", "data", "tsp")),
+    ],
+)
+def test_axes_in_any_order_and_further_axes(layout, sizes, names, movement):
+    mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+    actual = jax.jit(make_layers(Placement(layout, mesh), movement))(normal(0, B, S, D))
+    assert_trees_near(actual, desired_of_layers(), F32_TOLERANCE)
+
+
+@pytest.mark.parametrize("spec", [P(), P(None, None, "tsp"), P(None, ("tsp", "data")), P("data", None, "tsp")])
+def test_inputs_that_arrive_with_another_sharding(spec):
+    x = normal(0, B, S, D)
+    sharded = jax.device_put(x, NamedSharding(PLACEMENT.mesh, spec))
+    actual = jax.jit(make_layers(PLACEMENT, "gather"))(sharded)
+    assert_trees_near(actual, desired_of_layers(), F32_TOLERANCE)
+
+
+def test_shapes_and_a_lowered_program_on_an_abstract_mesh():
+    placement = Placement(LAYOUTS["tsp"], AbstractMesh(SIZES, NAMES))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make_mlp(placement)))
+    x = jax.ShapeDtypeStruct((B, S, D), jnp.float32)
+    call = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+    assert jax.eval_shape(call, state, x).shape == (B, S, D)
+    assert "all_gather" in call.trace(state, x).lower(lowering_platforms=("cpu",)).as_text()

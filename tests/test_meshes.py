@@ -139,3 +139,8 @@ def test_shapes_and_a_lowered_program_on_an_abstract_mesh():
     call = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
     assert jax.eval_shape(call, state, x).shape == (B, S, D)
     assert "all_gather" in call.trace(state, x).lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_a_layer_with_values_on_an_abstract_mesh_is_refused():
+    with pytest.raises(ConfigError, match="MLP: the placement's mesh is a jax.sharding.AbstractMesh"):
+        make_mlp(Placement(LAYOUTS["tsp"], AbstractMesh(SIZES, NAMES)))

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from tsp_jax.config import StreamConfig
 from tsp_jax.cost.traffic import OpSharding, Traffic, choose_movement
@@ -39,8 +39,17 @@ class Layer(nnx.Module):
     def _param(
         self, rngs: nnx.Rngs, rows: int, d_model: int, std: float, padding: HeadPadding | RowPadding
     ) -> nnx.Param:
-        """A weight with normally distributed rows, and zeros for padding."""
+        """A weight with normally distributed rows, and zeros for padding.
+
+        Raises:
+          ConfigError: the mesh has no devices, and the weight is to have values.
+        """
         value = nnx.initializers.normal(std)(rngs.params(), (rows, d_model), jnp.float32)
+        if isinstance(self.placement.mesh, AbstractMesh) and not isinstance(value, jax.core.Tracer):
+            raise ConfigError(
+                f"{type(self).__name__}: the placement's mesh is a jax.sharding.AbstractMesh, which has no devices; "
+                "use a jax.sharding.Mesh, or nnx.eval_shape for shapes"
+            )
         return nnx.Param(
             padding.pad(value), out_sharding=self.placement.layout.spec(self.dim, None),
             mesh=self.placement.mesh, padding=padding,

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import jax
 
 from tsp_jax.config import Config
+from tsp_jax.cost.flops import step_flops
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.compiler_options import compiler_options
 from tsp_jax.hardware.targets import Target
@@ -42,6 +43,13 @@ class CompiledStep:
         weights = full_weights(self.config, self.placement)
         return report(self.compiled, target=self.target.hardware, full_weights=weights, record=record)
 
+    @property
+    def model_flops(self) -> float:
+        """Operations per device of the model's own matrix products, without padding; 0 for prefill and decode."""
+        if self.step not in ("train", "forward"):
+            return 0.0
+        return sum(step_flops(self.config, forward=self.step == "forward").values()) / self.target.num_devices
+
     def facts(self) -> dict[str, Any]:
         """The program and its target, for a report's JSON."""
         config = self.config
@@ -49,7 +57,7 @@ class CompiledStep:
             "target": str(self.target), "num_devices": self.target.num_devices,
             "layout": self.placement.layout.name, "mesh": dict(self.placement.mesh.shape), "step": self.step,
             "seq_len": config.seq_len, "batch": config.batch, "num_params": config.model.num_params,
-            "compile_s": round(self.compile_s, 2), "jax": jax.__version__,
+            "model_flops": self.model_flops, "compile_s": round(self.compile_s, 2), "jax": jax.__version__,
         }  # fmt: skip
 
 

@@ -99,6 +99,8 @@ def inspect_step(name: str, options: StepOptions, optimizer: Optimizer = None) -
     if options.dump_hlo:
         Path(options.dump_hlo).write_text(step.compiled.as_text())
     found = step.report(record=bool(options.outputs.trace))
+    if step.model_flops:
+        heading += f"; its matrix products are {found.flops / step.model_flops:.2f} x the model's own without padding"
     return _finish(found, step.facts(), options.outputs, [heading, standins_note()])
 
 

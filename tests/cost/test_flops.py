@@ -1,0 +1,80 @@
+"""Operations of compiled steps are those of the model's own products: no rank computes with padding."""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+
+from tests.builders.steps import CONFIG, CPU
+from tests.builders.targets import needs_compiler
+from tsp_jax.config import Config, ModelConfig
+from tsp_jax.cost.flops import step_flops
+from tsp_jax.hardware.targets import Target, parse_target
+from tsp_jax.inspect import parse
+from tsp_jax.inspect.flops import declared_or_product_flops
+from tsp_jax.tools.compile import Step, compile_step
+
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
+OPS = {
+    "attention/queries": "projections",
+    "attention/keys_values": "projections",
+    "attention/out": "projections",
+    "attention": "attention",
+    "mlp": "mlp",
+    "loss": "loss",
+}
+"""scope -> op of `step_flops`; the first that fits"""
+
+
+def compiled_flops(config: Config, target: Target, step: Step = "train") -> Counter[str]:
+    """Operations per device by op, read from the compiled program."""
+    module, found = parse(compile_step(config, target, step).compiled.as_text()), Counter()
+    for computation, times in module.executions(fusions=True):
+        for i in computation.instructions:
+            if flops := times * declared_or_product_flops(computation, i):
+                found[next((op for scope, op in OPS.items() if f"tsp/{scope}/" in f"{i.op_name}/"), "other")] += flops
+    return found
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (9, 3), (4, 1), (14, 2)])
+@pytest.mark.parametrize("layout", ["tsp", "fsdp_cp"])
+def test_forward_on_eight_ranks(layout, heads, kv_heads):
+    """All products but attention's own, of which the kernel of CPUs computes whole blocks."""
+    model = dataclasses.replace(CONFIG.model, num_heads=heads, num_kv_heads=kv_heads, qk_norm=True)
+    config = dataclasses.replace(CONFIG, model=model, layout=layout)
+    found, desired = compiled_flops(config, CPU, "forward"), step_flops(config, forward=True)
+    for op in ("projections", "mlp", "loss"):
+        assert found[op] * 8 == pytest.approx(desired[op], rel=1e-9), op
+
+
+def model_of(vocab_size: int, d_model: int, d_ff: int, heads: tuple[int, int, int]) -> ModelConfig:
+    num_heads, num_kv_heads, head_dim = heads
+    return ModelConfig(
+        vocab_size=vocab_size, d_model=d_model, d_ff=d_ff, num_layers=2, num_heads=num_heads,
+        num_kv_heads=num_kv_heads, head_dim=head_dim,
+    )  # fmt: skip
+
+
+MODELS = {
+    "SmolLM2-135M on 8": (model_of(49152, 576, 1536, (9, 3, 64)), 8),
+    "Gemma3-1B on 8": (model_of(262144, 1152, 6912, (4, 1, 256)), 8),
+    "16 heads of 256 on 64": (model_of(151936, 2048, 8192, (16, 4, 256)), 64),
+    "Llama-3-8B on 64": (model_of(128256, 4096, 14336, (32, 8, 128)), 64),
+}
+"""sizes of models whose heads ranks do not share evenly, with two layers; ranks"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if "on 8" in name else pytest.param(name, marks=pytest.mark.soak) for name in MODELS],
+)
+def test_training_step_on_mi300x(name):
+    """The whole step: what full remat repeats, and attention by the Triton kernel."""
+    needs_compiler("rocm")
+    model, ranks = MODELS[name]
+    config = dataclasses.replace(CONFIG, model=model, seq_len=32768, compute_dtype="bfloat16", mesh="", remat="full")
+    config = dataclasses.replace(config, stream=dataclasses.replace(config.stream, bucket_mib=64.0, kernel="triton"))
+    found, desired = compiled_flops(config, parse_target(f"mi300x:{ranks}")), step_flops(config)
+    per_device = {op: flops / ranks for op, flops in desired.items()}
+    assert dict(found) == pytest.approx(per_device, rel=0.01)

@@ -1,7 +1,7 @@
 """Tensor and sequence parallelism folded onto one mesh axis, for JAX.
 
 config, mesh, layout    what a run is; axis sizes and meshes; the layout table
-heads, stored           padded heads; how parameters are stored on a mesh
+heads, stored           heads over ranks; how parameters are stored on a mesh
 errors, files           exit codes; files from outside, read and checked
 ops                     per-device functions: streamed weights, attention, kernels
 nn, models              layers on global arrays; a decoder and its remat policies

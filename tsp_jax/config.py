@@ -150,7 +150,7 @@ class ModelConfig:
 
     @property
     def num_params(self) -> int:
-        """Number of parameters, without padded heads."""
+        """Number of parameters, without padding."""
         heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.d_model
         layer = heads + 3 * self.d_ff * self.d_model + 2 * self.d_model + 2 * self.head_dim * self.qk_norm
         tables = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)

@@ -146,7 +146,9 @@ def _weights_forward(x_BtD, table_vD, labels_Bt, folded, stream):
             x_BcD, labels_Bc = read
             return _add_logits(sums, x_BcD, labels_Bc, bucket), (), ()
 
-        return over_chunks(chunk, sums, (x_BtD, labels_Bt), chunk_tokens=stream.chunk_tokens)[0], None
+        return over_chunks(chunk, sums, (x_BtD, labels_Bt), chunk_tokens=stream.chunk(bucket.arrays[0].shape[0]))[
+            0
+        ], None
 
     sums = _no_logits(labels_Bt, x_BtD)
     sums, _ = over_buckets(body, sums, (table_vD,), axes=folded, stream=stream, dtype=x_BtD.dtype)
@@ -161,7 +163,7 @@ def _weights_backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, folded, st
             return dx_BcD + more_BcD, (), (grad,)
 
         read = x_BtD, labels_Bt, lse_Bt, *cotangents
-        dx_BtD, _, grads = over_chunks(chunk, dx_BtD, read, chunk_tokens=stream.chunk_tokens)
+        dx_BtD, _, grads = over_chunks(chunk, dx_BtD, read, chunk_tokens=stream.chunk(bucket.arrays[0].shape[0]))
         return dx_BtD, grads, None
 
     dx_BtD = zeros(x_BtD.shape, jnp.float32, like=x_BtD)

@@ -17,7 +17,7 @@ STOPPED = (1, 2)
 FAULTS = {
     "MLP: dx lacks the up projection": (
         "ops/mlp.py",
-        "matmul(dgate_Btp, gate_pD) + matmul(dup_Btp, up_pD)",
+        "matmul(jnp.concatenate([dgate_Btp, dup_Btp], axis=-1), jnp.concatenate([gate_pD, up_pD]))",
         "matmul(dgate_Btp, gate_pD)",
     ),
     "ring: shards in the wrong order": ("ops/stream.py", "(me - index) % ranks", "(me + index) % ranks"),

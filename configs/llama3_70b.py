@@ -8,7 +8,13 @@ from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
 
 config = Config(
     model=ModelConfig(
-        vocab_size=128256, d_model=8192, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128, d_ff=28672,
+        vocab_size=128256,
+        d_model=8192,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        d_ff=28672,
         rope_theta=500_000.0,
     ),  # fmt: skip
     stream=StreamConfig(attention_movement="gather", kernel="auto"),

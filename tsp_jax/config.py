@@ -161,7 +161,7 @@ class ModelConfig:
 class StreamConfig:
     """What moves on folded axes (they shard weights and tokens), and bounds on activation memory.
 
-    Bucket and chunk sizes hold for every layout and mesh; counts follow from shapes. Layouts with
+    The bucket size holds for every layout and mesh; counts of buckets and chunks follow from shapes. Layouts with
     `Layout.whole_weights` send the weights of an op in one bucket.
     """
 
@@ -174,9 +174,8 @@ class StreamConfig:
     """as mlp_movement, for the embedding and the output head"""
     bucket_mib: float = 64.0
     """approximate bucket size in MiB: weights, keys and values, or tokens that a device receives at a time; on folded
-    axes at most a quarter of an op's weights or tokens; two buckets are in memory at once"""
-    chunk_tokens: int = 4096
-    """chunk size: at most this many tokens are multiplied with a bucket at once; bounds activation memory"""
+    axes at most a quarter of an op's weights or tokens; two buckets are in memory at once, and as many tokens are
+    multiplied with one at once as make a float32 product of that size"""
     grad_dtype: DType = "float32"
     """dtype in which weight gradients are reduce-scattered"""
     kernel: str = "auto"
@@ -184,7 +183,7 @@ class StreamConfig:
     auto: triton there, for heads of at most 512 bytes, and xla elsewhere"""
 
     def __post_init__(self):
-        _check("stream.", self, positive="bucket_mib chunk_tokens")
+        _check("stream.", self, positive="bucket_mib")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,10 @@ _MOVEMENTS = [f"stream.{op}_movement={gone}" for op in ("attention", "mlp", "voc
 REMOVED: dict[str, tuple[str, str]] = {
     "stream.unroll": ("", "loops are always scanned"),
     **dict.fromkeys(_BUCKETS, ("stream.bucket_mib", "the size of a bucket in MiB, from which counts follow")),
-    "stream.tokens": ("stream.chunk_tokens", ""),
+    **dict.fromkeys(
+        ("stream.tokens", "stream.chunk_tokens"),
+        ("stream.bucket_mib", "the size of a bucket bounds chunks of tokens too"),
+    ),
     **dict.fromkeys(("stream.query_block", "stream.key_block"), ("", "block sizes belong to the kernel")),
     "stream.kernel=fused": ("triton", ""),
     **dict.fromkeys(_MOVEMENTS, ("gather", "")),

@@ -69,6 +69,22 @@ def test_updated_arrays_keep_their_dtype():
     np.testing.assert_array_equal(updated["y"], whole["y"])
 
 
+@pytest.mark.parametrize(
+    ("rows", "tokens"),
+    [
+        (2048, 16384),  # llama_7b's MLP under tsp 8 and tp 8: all tokens of a rank at 128 K
+        (1024, 32768),  # its heads
+        (8000, 4194),  # a quarter of its vocabulary
+        (16384, 2048),  # its MLP under fsdp_cp
+        (2**30, 1),
+    ],
+)
+def test_a_chunk_makes_a_product_as_large_as_two_buckets(rows, tokens):
+    stream = Stream(product_bytes=2 * 64 * 2**20)
+    assert stream.chunk(rows) == tokens
+    assert stream._replace(chunk_tokens=100).chunk(rows) == min(100, tokens)
+
+
 # ------------------------------------------------------------------------------------------------ memory
 
 LENGTH, FFN, VOCAB, WIDTH, CHUNK = 64, 112, 176, 8, 16
@@ -86,9 +102,9 @@ def holds(shapes: set[tuple[int, ...]], tokens: int, columns: int) -> bool:
 
 
 @functools.cache
-def shapes_of(op: str, chunk_tokens: int) -> set[tuple[int, ...]]:
+def shapes_of(op: str, stream: Stream) -> set[tuple[int, ...]]:
     """Shapes of all arrays of an op's value and gradients."""
-    x, stream = normal(0, 1, LENGTH, WIDTH), Stream(chunk_tokens=chunk_tokens)
+    x = normal(0, 1, LENGTH, WIDTH)
     if op == "mlp":
         weights = [normal(seed, FFN, WIDTH) for seed in (1, 2, 3)]
         return arrays_of(jax.grad(lambda *args: mlp(*args, stream=stream).sum(), (0, 1, 2, 3)), x, *weights)
@@ -99,11 +115,18 @@ def shapes_of(op: str, chunk_tokens: int) -> set[tuple[int, ...]]:
 
 @pytest.mark.parametrize(("op", "columns"), [("mlp", FFN), ("loss", VOCAB)])
 def test_intermediate_results_never_have_all_tokens(op, columns):
-    assert not holds(shapes_of(op, CHUNK), LENGTH, columns)
-    assert holds(shapes_of(op, CHUNK), CHUNK, columns)
+    assert not holds(shapes_of(op, Stream(chunk_tokens=CHUNK)), LENGTH, columns)
+    assert holds(shapes_of(op, Stream(chunk_tokens=CHUNK)), CHUNK, columns)
+
+
+@pytest.mark.parametrize(("op", "columns"), [("mlp", FFN), ("loss", VOCAB)])
+def test_the_bound_on_products_counts_the_rows_of_the_bucket(op, columns):
+    bound = Stream(product_bytes=4 * CHUNK * columns)
+    assert not holds(shapes_of(op, bound), LENGTH, columns)
+    assert holds(shapes_of(op, bound), CHUNK, columns)
 
 
 @pytest.mark.parametrize(("op", "columns"), [("mlp", FFN), ("loss", VOCAB)])
 def test_without_chunks_they_do(op, columns):
     """The negative above can fail."""
-    assert holds(shapes_of(op, LENGTH), LENGTH, columns)
+    assert holds(shapes_of(op, Stream(chunk_tokens=LENGTH)), LENGTH, columns)

@@ -311,7 +311,7 @@ def test_sixty_bad_inputs_are_refused_within_seconds(tmp_path):
             "optimizer.weight-decay": ("-1", "nan"),
             "data.prefetch": ("0",),
             "data.order": ("zag",),
-            "stream.chunk-tokens": ("0",),
+            "stream.bucket-mib": ("0",),
             "faults.failed-save": ("maybe",),
             "faults.hang-s": ("-1", "inf"),
             "faults.skip-limit": ("0",),

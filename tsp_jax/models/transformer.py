@@ -73,7 +73,7 @@ class Transformer(nnx.Module):
     Args:
       config: sizes.
       placement: layout and mesh.
-      stream: movement, bucket and chunk size, kernel.
+      stream: movement, bucket size, kernel.
       dtype: compute dtype; parameters are float32.
       remat: what backward recomputes; see `tsp_jax.models.remat`.
       grad_dtype: dtype of the layers' gradients until the backward pass ends.

@@ -38,7 +38,7 @@ class Attention(Layer):
       num_kv_heads: K, a divisor of N; N if None.
       head_dim: H; D / N if None.
       placement: layout and mesh.
-      stream: movement, bucket and chunk size, kernel.
+      stream: movement, bucket size, kernel.
       rope_theta: base of the rotary frequencies.
       rope_scaling: scaling of those frequencies for long contexts.
       qk_norm: whether to apply RMSNorm to each query and key head before RoPE.

@@ -30,7 +30,7 @@ class Embed(Layer):
       vocab_size: V.
       d_model: D.
       placement: layout and mesh.
-      stream: movement, bucket and chunk size.
+      stream: movement and bucket size.
       init_std: standard deviation of the initial table.
       dtype: compute dtype; the table is float32.
       rngs: stream `params`.

@@ -105,11 +105,14 @@ class Layer(nnx.Module):
         """
         sharding, whole = self._sharding(shape), self.placement.layout.whole_weights
         received = partial(traffic, sharding, d_model=d_model, **sizes)
+        # A chunk's product is at most as large as the two buckets in memory. If it is smaller than all tokens, each
+        # bucket reads and writes the sum over buckets apart from its product (benchmarks/layouts.md).
+        product_bytes = 2 * self._bucket_bytes
         return Stream(
             movement="gather" if whole else choose_movement(movement, received, tokens_may_move),
             buckets=1 if whole else sharding.weight_buckets(rows, elements, self._bucket_bytes),
             token_buckets=sharding.token_buckets(d_model, self._bucket_bytes),
-            grad_dtype=self.stream.grad_dtype, chunk_tokens=self.stream.chunk_tokens,
+            grad_dtype=self.stream.grad_dtype, product_bytes=product_bytes,
         )  # fmt: skip
 
 

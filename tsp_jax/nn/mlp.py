@@ -26,7 +26,7 @@ class MLP(Layer):
       d_model: D.
       d_ff: F.
       placement: layout and mesh.
-      stream: movement, bucket and chunk size.
+      stream: movement and bucket size.
       activation: activation of the gate.
       init_std: standard deviation of the initial gate and up projections.
       out_std: the same for the down projection; init_std if None.

@@ -160,7 +160,8 @@ def _weights_forward(x_BtD, table_vD, labels_Bt, real, stream):
             x_BcD, labels_Bc = read
             return _add_logits(sums, x_BcD, labels_Bc, bucket, real), (), ()
 
-        return over_chunks(chunk, sums, (x_BtD, labels_Bt), chunk_tokens=stream.chunk_tokens)[0], None
+        chunk_tokens = stream.chunk(bucket.num_rows)
+        return over_chunks(chunk, sums, (x_BtD, labels_Bt), chunk_tokens=chunk_tokens)[0], None
 
     sums = _no_logits(labels_Bt, x_BtD)
     sums, _ = over_buckets(body, sums, (table_vD,), axes=real.axes.folded, stream=stream, dtype=x_BtD.dtype)
@@ -175,7 +176,7 @@ def _weights_backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, real, stre
             return dx_BcD + more_BcD, (), (grad,)
 
         read = x_BtD, labels_Bt, lse_Bt, *cotangents
-        dx_BtD, _, grads = over_chunks(chunk, dx_BtD, read, chunk_tokens=stream.chunk_tokens)
+        dx_BtD, _, grads = over_chunks(chunk, dx_BtD, read, chunk_tokens=stream.chunk(bucket.num_rows))
         return dx_BtD, grads, None
 
     dx_BtD = zeros(x_BtD.shape, jnp.float32, like=x_BtD)

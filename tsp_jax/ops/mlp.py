@@ -78,6 +78,7 @@ class _GatedMlp:
         hidden = partial(self._hidden, bucket)
         h_Btp, hidden_vjp = jax.vjp(hidden, matmul_t(x_BtD, gate_pD), matmul_t(x_BtD, up_pD))
         dgate_Btp, dup_Btp = (d.astype(self.dtype) for d in hidden_vjp(matmul_t(dy_BtD, down_pD)))
-        dx_BtD = matmul(dgate_Btp, gate_pD) + matmul(dup_Btp, up_pD)
+        # One product, so that it is added to the other buckets' once.
+        dx_BtD = matmul(jnp.concatenate([dgate_Btp, dup_Btp], axis=-1), jnp.concatenate([gate_pD, up_pD]))
         grads = outer(dgate_Btp, x_BtD), outer(dup_Btp, x_BtD), outer(h_Btp.astype(self.dtype), dy_BtD)
         return (dx_BtD,), grads

@@ -123,9 +123,9 @@ def _weights_forward(op: RowwiseOp, inputs: Arrays, weights: Arrays, folded, str
         def chunk(y_BcD, inputs):
             return y_BcD + op.partial(inputs, bucket), (), ()
 
+        chunk_tokens = stream.chunk(bucket.num_rows) if op.chunked else inputs[0].size
         return over_chunks(chunk, y_BtD, inputs, chunk_tokens=chunk_tokens)[0], None
 
-    chunk_tokens = stream.chunk_tokens if op.chunked else inputs[0].size
     y_BtD = zeros((*inputs[0].shape[:2], weights[0].shape[-1]), op.accumulator_dtype, like=inputs[0])
     y_BtD, _ = over_buckets(body, y_BtD, weights, axes=folded, stream=stream, dtype=op.dtype)
     return y_BtD.astype(op.dtype)
@@ -138,7 +138,8 @@ def _weights_backward(op: RowwiseOp, inputs: Arrays, weights: Arrays, dy_BtD, fo
             more, grads = op.partial_vjp(tuple(inputs), dy_BcD, bucket)
             return add(dinputs, more), (), grads
 
-        dinputs, _, grads = over_chunks(chunk, dinputs, (*inputs, dy_BtD), chunk_tokens=stream.chunk_tokens)
+        chunk_tokens = stream.chunk(bucket.num_rows)
+        dinputs, _, grads = over_chunks(chunk, dinputs, (*inputs, dy_BtD), chunk_tokens=chunk_tokens)
         return dinputs, grads, None
 
     def zero(x: jax.Array) -> jax.Array | None:

@@ -13,6 +13,7 @@ Source: Shyam, Golubeva, Anthony, arXiv 2604.26294 (ring); gather is ours.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from jax import lax
 from tsp_jax.ops.pipeline import Carry, concatenated, pipelined, stack_of_one
 
 Arrays = tuple[jax.Array, ...]
+FLOAT32 = 4
+"""bytes"""
 
 
 class Stream(NamedTuple):
@@ -36,8 +39,14 @@ class Stream(NamedTuple):
     """dtype in which weight gradients are communicated"""
     chunk_tokens: int = 1 << 30
     """chunk size: at most this many tokens are multiplied with a bucket at once; bounds activation memory"""
+    product_bytes: float = math.inf
+    """most bytes of the float32 product of a chunk's tokens with one weight of a bucket: lowers `chunk_tokens`"""
     token_buckets: int = 1
     """activations: a device's tokens are split into at most this many buckets"""
+
+    def chunk(self, rows: int) -> int:
+        """Most tokens that are multiplied at once with `rows` rows of a weight."""
+        return max(1, int(min(self.chunk_tokens, self.product_bytes / (FLOAT32 * rows))))
 
 
 class Bucket(NamedTuple):
@@ -55,6 +64,11 @@ class Bucket(NamedTuple):
     num_ranks: int
     index_in_shard: Any = 0
     buckets_per_shard: int = 1
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the first weight."""
+        return self.arrays[0].shape[0]
 
     def find(self, row: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(index, inside) of a row of the first weight, all shards joined in rank order.
@@ -230,6 +244,9 @@ def _gather(step, carry, shard, axes, stream, dtype, sends: bool):
 
     def use(carry, message, index):
         carry, grads, y = step(carry, buckets.bucket(message, index))
+        if sends and axes:
+            # Without a barrier the compiler adds up several buckets' results at once, and keeps them all until then.
+            carry, grads = lax.optimization_barrier((carry, grads))
         return carry, buckets.pack_grads(grads) if grads else (), y
 
     def fetch(_, index):

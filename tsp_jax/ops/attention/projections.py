@@ -106,7 +106,7 @@ def _project(
             first = normalize_and_rotate(matmul_t(x_BcD, w_pD), norm_H, positions_Bc, config, dtype)
             return (), (first, *(matmul_t(x_BcD, w).astype(dtype) for w in more_pD)), ()
 
-        new = over_chunks(chunk, (), tokens, chunk_tokens=group.stream.chunk_tokens)[1]
+        new = over_chunks(chunk, (), tokens, chunk_tokens=group.stream.chunk(bucket.num_rows))[1]
         return tuple(group.put(a, bucket, part) for a, part in zip(projected, new, strict=True)), None
 
     shape = *tokens[0].shape[:2], num_heads, config.head_dim
@@ -132,13 +132,12 @@ def _project_vjp(name: str, heads: ShardedHeads, group: HeadStream, weights, nor
             _, vjp = jax.vjp(finish, norm_H, matmul_t(x_BcD, w_pD[0]))
             dnorm_H, drows_Bcp = vjp(split_heads(dfirst_Bcp, config.head_dim))
             drows = drows_Bcp.astype(dtype), *dmore_Bcp
-            for d_Bcp, w in zip(drows, w_pD, strict=True):
-                dx_BcD += matmul(d_Bcp, w)
+            dx_BcD += matmul(jnp.concatenate(drows, axis=-1), jnp.concatenate(w_pD))  # one product, added once
             return dx_BcD, (), (tuple(outer(d_Bcp, x_BcD) for d_Bcp in drows), dnorm_H)
 
         dx_BtD, dnorm_H = carry
         read = *tokens, *(group.take(d_BtNH, bucket) for d_BtNH in dprojected)
-        dx_BtD, _, (dw, more) = over_chunks(chunk, dx_BtD, read, chunk_tokens=group.stream.chunk_tokens)
+        dx_BtD, _, (dw, more) = over_chunks(chunk, dx_BtD, read, chunk_tokens=group.stream.chunk(bucket.num_rows))
         return (dx_BtD, add(dnorm_H, more)), tuple(heads.select_rows_transpose(group, d) for d in dw), None
 
     carry = dx_BtD, None if norm_H is None else zeros(norm_H.shape, norm_H.dtype, like=norm_H)
@@ -186,7 +185,7 @@ def _out_forward(out_BtNH, wo_wD, heads: ShardedHeads):
             return y_BcD + matmul(out_Bcp, w_pD), (), ()
 
         out_Btp = queries.take(out_BtNH, bucket)
-        return over_chunks(chunk, y_BtD, out_Btp, chunk_tokens=queries.stream.chunk_tokens)[0], None
+        return over_chunks(chunk, y_BtD, out_Btp, chunk_tokens=queries.stream.chunk(bucket.num_rows))[0], None
 
     y_BtD = zeros((*out_BtNH.shape[:2], wo_wD.shape[-1]), jnp.float32, like=out_BtNH)
     with jax.named_scope("out"):
@@ -206,7 +205,7 @@ def _out_backward(heads: ShardedHeads, residuals, dy_BtD):
             return (), matmul_t(dy_BcD, w_pD).astype(dtype), outer(out_Bcp, dy_BcD)
 
         read = queries.take(out_BtNH, bucket), dy_BtD
-        _, dout_Btp, grad_pD = over_chunks(chunk, (), read, chunk_tokens=queries.stream.chunk_tokens)
+        _, dout_Btp, grad_pD = over_chunks(chunk, (), read, chunk_tokens=queries.stream.chunk(bucket.num_rows))
         return queries.put(dout_BtNH, bucket, dout_Btp), (queries.by_rank(grad_pD),), None
 
     dout_BtNH = zeros(out_BtNH.shape, dtype, like=dy_BtD)

@@ -16,7 +16,7 @@ config = Config(
         head_dim=128,
         d_ff=28672,
         rope_theta=500_000.0,
-    ),  # fmt: skip
+    ),
     stream=StreamConfig(attention_movement="gather", kernel="auto"),
     optimizer=OptimizerConfig(learning_rate=1.5e-4, warmup_steps=100),
     layout="tsp(weights=data+tsp)",

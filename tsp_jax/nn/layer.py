@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from tsp_jax.config import StreamConfig
@@ -45,7 +46,7 @@ class Layer(nnx.Module):
           ConfigError: the mesh has no devices, and the weight is to have values.
         """
         value = nnx.initializers.normal(std)(rngs.params(), (rows, d_model), jnp.float32)
-        if isinstance(self.placement.mesh, AbstractMesh) and not isinstance(value, jax.core.Tracer):
+        if isinstance(self.placement.mesh, AbstractMesh) and not isinstance(value, Tracer):
             raise ConfigError(
                 f"{type(self).__name__}: the placement's mesh is a jax.sharding.AbstractMesh, which has no devices; "
                 "use a jax.sharding.Mesh, or nnx.eval_shape for shapes"

@@ -2,15 +2,15 @@
 
 config, mesh, layout    what a run is; axis sizes and meshes; the layout table
 heads, stored           heads over ranks; how parameters are stored on a mesh
-errors, files           exit codes; files from outside, read and checked
+errors, files           errors and exit codes; files that users bring, read and checked
 ops                     per-device functions: streamed weights, attention, kernels
 nn, models              layers on global arrays; a decoder and its remat policies
 hf                      Hugging Face folders: configurations, weights, tokenizers
 training, inference     trainer, checkpoints, safety; KV cache, prefill, decode, sampling
-cost                    closed forms: bytes received, memory
-hardware                devices, links, targets, compilers without devices
+cost                    closed forms: operations, bytes received, memory
+hardware                devices, links, targets, compiling without a device
 inspect                 compiled programs: memory, communication, simulated timeline
-tools                   bodies of the commands
+tools                   the code of each command
 """
 
 from tsp_jax import inference, nn

@@ -26,7 +26,7 @@ FailedSave = Literal["continue", "stop"]
 LARGEST = 2**31 - 1
 """the largest integer accepted: indices have 32 bits"""
 FLOAT32 = (2.0**-126, 2.0**128)
-"""smallest normal float32 and largest finite float32; programs flush anything smaller to 0"""
+"""(smallest normal float32: programs flush smaller values to 0; upper bound: every finite float32 is below it)"""
 _TYPES = {bool: bool, int: numbers.Integral, float: numbers.Real, str: str}
 MOST_BYTES = 10**15
 """more than any target holds: a whole v5p pod, 8,960 devices, has 0.85e15 bytes of memory"""
@@ -60,7 +60,7 @@ def _check(owner: str, config: object, positive: str = "", not_negative: str = "
 
 
 def _check_bytes(what: str, nbytes: int, owner: str, config: object, fields: str) -> None:
-    """Raises ConfigError if no target has this much memory; names the largest of `fields`, which cause the size."""
+    """Raises ConfigError, naming the largest of `fields`, which set the size, if no target has `nbytes` of memory."""
     if nbytes > MOST_BYTES:
         name = max(fields.split(), key=lambda name: getattr(config, name))
         too_many = f"{what} of {nbytes:.2e} bytes, more than any target holds"
@@ -159,28 +159,29 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """What moves on folded axes (they shard weights and tokens), and bounds on activation memory.
+    """What moves on folded axes, which shard both weights and tokens, and what bounds activation memory.
 
-    The bucket size holds for every layout and mesh; counts of buckets and chunks follow from shapes. Layouts with
-    `Layout.whole_weights` send the weights of an op in one bucket.
+    One bucket size serves every layout and mesh; the numbers of buckets and chunks follow from it and from shapes.
+    Layouts with `Layout.whole_weights` gather all weights of an op in one bucket.
     """
 
     attention_movement: AttentionMovement = "auto"
     """gather: all-gather weights, one bucket of heads at a time; activations: leave weights where they are, all-gather
     tokens and reduce-scatter outputs; auto: whichever of the two receives fewer bytes"""
     mlp_movement: Movement = "auto"
-    """as attention_movement; ring: send weights from neighbour to neighbour, one rank's shard at a time (the paper)"""
+    """as attention_movement; ring: send weights from neighbour to neighbour, one rank's shard at a time, as in
+    arXiv 2604.26294"""
     vocab_movement: Movement = "auto"
     """as mlp_movement, for the embedding and the output head"""
     bucket_mib: float = 64.0
-    """approximate bucket size in MiB: weights, keys and values, or tokens that a device receives at a time; on folded
-    axes at most a quarter of an op's weights or tokens; two buckets are in memory at once, and as many tokens are
-    multiplied with one at once as make a float32 product of that size"""
+    """approximate size in MiB of a bucket: the weights, keys and values, or tokens that a device receives at a time; on
+    folded axes a bucket is at most a quarter of an op's weights or tokens; two buckets are in memory at once; a chunk
+    of tokens is multiplied with a bucket at once, and its float32 product is at most as large as two buckets"""
     grad_dtype: DType = "float32"
     """dtype in which weight gradients are reduce-scattered"""
     kernel: str = "auto"
-    """attention kernel: xla runs everywhere; triton is for MI300X, MI355X and H100, and has not run on one yet;
-    auto: triton there, for heads of at most 512 bytes, and xla elsewhere"""
+    """attention kernel: xla runs everywhere; triton is for MI300X, MI355X and H100, but has not yet run on any of them;
+    auto: triton on these three, for heads of at most 512 bytes, and xla otherwise"""
 
     def __post_init__(self):
         _check("stream.", self, positive="bucket_mib")
@@ -195,7 +196,7 @@ class DataConfig:
     cache_dir: str = ""
     """folder of tokenized text; empty: $XDG_CACHE_HOME/tsp_jax or ~/.cache/tsp_jax"""
     order: Order = "zigzag"
-    """order of tokens over the ranks of a sequence: contiguous, or zigzag, which balances causal attention"""
+    """how the tokens of a sequence are ordered over ranks: contiguous, or zigzag, which balances causal attention"""
     prefetch: int = 2
     """number of batches that the host prepares ahead"""
 
@@ -209,14 +210,14 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with warm-up, cosine decay and global-norm clipping.
 
-    If the configuration file defines its own `optimizer` (optax), `zero1` alone applies, and flags for the other fields
+    If the configuration file defines its own `optimizer` (optax), only `zero1` applies, and flags for the other fields
     are refused.
     """
 
     learning_rate: float = 3e-4
     """peak learning rate"""
     warmup_steps: int = 100
-    """steps of linear warm-up from 0; a run of at most that many steps warms up for a tenth of its steps"""
+    """steps of linear warm-up from 0; a run that has no more steps than this warms up for a tenth of its steps"""
     final_fraction: float = 0.1
     """learning rate after the last step, as a fraction of the peak"""
     b1: float = 0.9
@@ -228,7 +229,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """decoupled weight decay; not applied to norm scales"""
     clip_norm: float = 1.0
-    """gradients with a larger global norm are scaled down to it"""
+    """largest global norm of the gradients; gradients above it are scaled down to it"""
     zero1: bool = False
     """ZeRO-1: also shard the optimizer state over the data axis"""
     moments_dtype: DType = "float32"
@@ -266,7 +267,8 @@ class ClusterConfig:
     """The processes of a run and how they connect."""
 
     launcher: Launcher = "none"
-    """none: one process; slurm, ompi, mpi4py, k8s: from that launcher's environment; explicit: from the fields below"""
+    """none: one process; slurm, ompi, mpi4py, k8s: the processes that the launcher's environment describes; explicit:
+    the processes that the fields below describe"""
     coordinator: str = ""
     """HOST:PORT of process 0; empty: from the launcher"""
     num_processes: int = 1
@@ -304,9 +306,10 @@ class Config:
     faults: FaultsConfig = FaultsConfig()
     cluster: ClusterConfig = ClusterConfig()
     layout: str = "tsp"
-    """single, dp, fsdp, tp, sp, tp_sp, tsp or fsdp_cp; or a row of your own: one of these with other mesh axes for some
-    dimensions, such as tsp(weights=data+tsp) or tsp(sequence=node+tsp); dimensions are batch, sequence, heads, mlp,
-    vocab, and weights for the last three; whole_weights=true gathers the weights of an op at once"""
+    """a preset (single, dp, fsdp, tp, sp, tp_sp, tsp or fsdp_cp), or a layout of your own: a preset with other mesh
+    axes for some dimensions, such as tsp(weights=data+tsp) or tsp(sequence=node+tsp); the dimensions are batch,
+    sequence, heads, mlp and vocab, and weights sets the last three; whole_weights=true gathers all weights of an op
+    at once"""
     mesh: str = ""
     """mesh axis sizes, outermost first, such as data=1,tsp=8; empty: all devices on the layout's own axes"""
     cpu_devices: int = 0
@@ -339,7 +342,7 @@ class Config:
     keep_checkpoints: int = 3
     """how many of the newest checkpoints to keep"""
     keep_every: int = 0
-    """keep checkpoints of steps divisible by this for ever; 0: none"""
+    """never delete a checkpoint whose step is divisible by this; 0: off"""
     eval_every: int = 0
     """steps between evaluations on held-out data; 0: only after the last step"""
     eval_batches: int = 8

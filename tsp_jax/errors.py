@@ -1,18 +1,18 @@
-"""Errors that end a command in one line, exit codes (docs/reliability.md), and what replaces removed settings."""
+"""Errors that end a command with a one-line message, exit codes (docs/reliability.md), and removed settings."""
 
 import importlib
 from typing import Any
 
 REFUSED = 2
-"""wrong input"""
+"""exit code: the input is wrong"""
 PREEMPTED = 75
-"""stopped by SIGTERM or SIGINT with nothing lost: start it again (EX_TEMPFAIL of sysexits.h)"""
+"""exit code: SIGTERM or SIGINT stopped the run, and nothing is lost: start it again (EX_TEMPFAIL of sysexits.h)"""
 HUNG = 76
-"""no step ended within its deadline"""
+"""exit code: no step ended within its deadline"""
 BAD_NUMBERS = 77
-"""too many steps with a loss or gradient that is not finite"""
+"""exit code: too many steps had a loss or gradient that is not finite"""
 NOT_SAVED = 78
-"""a checkpoint could not be saved"""
+"""exit code: a checkpoint could not be saved"""
 
 _BUCKETS = [f"stream.{name}_buckets" for name in ("attention", "exchange", "mlp", "vocab", "token")]
 _MOVEMENTS = [f"stream.{op}_movement={gone}" for op in ("attention", "mlp", "vocab") for gone in ("broadcast", "rings")]
@@ -28,7 +28,7 @@ REMOVED: dict[str, tuple[str, str]] = {
     **dict.fromkeys(_MOVEMENTS, ("gather", "")),
     **dict.fromkeys([f"faults.spike{x}" for x in ("", "_sigmas", "_window")], ("", "a loss spike is always reported")),
 }
-"""field, or field=value, of earlier versions -> (what replaces it, or "" if nothing does; explanation)"""
+"""removed field, or removed value as field=value -> (its replacement, or "" if it has none; explanation)"""
 
 
 class ConfigError(ValueError):
@@ -44,12 +44,15 @@ class RunStopped(Exception):
 
 
 def printable(text: str) -> str:
-    """Text with every character escaped that would break a line or cannot be printed."""
+    """Returns the text with line breaks and characters that cannot be printed escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def removal(setting: str, *, flag: bool = False) -> str | None:
-    """Returns a line if a field, or field=value, was removed, else None. `flag`: the line names it as a flag."""
+    """Returns a line of advice if a setting was removed, else None.
+
+    `setting`: a field, or field=value; `flag`: name it as a command-line flag.
+    """
     if setting not in REMOVED:
         return None
     replacement, explanation = REMOVED[setting]

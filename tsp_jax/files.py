@@ -1,4 +1,4 @@
-"""Files from outside: regular files of a bounded size, and JSON that is checked against a schema."""
+"""Files that users bring: regular files are read up to a bounded size, and JSON is checked against a schema."""
 
 import io
 import json
@@ -28,7 +28,7 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
 
 
 class FileError(ConfigError):
-    """A file that cannot be read, or does not hold what it should: path, reason and advice in one line."""
+    """A file cannot be read, or does not hold what it should; the message is one line of path, reason and advice."""
 
 
 def check_regular(path: str | Path, advice: str = "use an intact copy") -> None:
@@ -40,7 +40,8 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES, advice: str = "use 
     """Reads a regular file whole. Never waits for a FIFO or device, never reads more than `max_bytes`.
 
     Raises:
-      FileError: there is no such file, or it is not a regular file, too large, or not readable; ends with `advice`.
+      FileError: the file does not exist, is not a regular file, is too large, or is not readable. The message ends with
+        `advice`.
     """
     with os.fdopen(_open(path, advice), "rb") as file:
         try:
@@ -86,8 +87,8 @@ def read_json(
     `schema` is a type that msgspec converts to: a `msgspec.Struct`, or for example ``dict[str, int]``.
 
     Raises:
-      FileError: `read_text` fails, the text is not JSON, a key is twice in one object, or the content does not fit
-        the schema. The error names the key and its value.
+      FileError: `read_text` fails, the text is not JSON, a key occurs twice in one object, or the content does not fit
+        the schema. In the last case the error names the key and its value.
     """
     return parse_json(read_text(path, max_bytes, advice), str(path), schema, advice)
 
@@ -105,7 +106,7 @@ def parse_json(
 
 
 def check_json(content: Any, source: str, schema: type[Schema], advice: str = "use an intact copy") -> Schema:
-    """Converts parsed JSON to a schema; raises FileError, which names key and value, if it does not fit."""
+    """Converts parsed JSON to a schema; raises FileError, naming key and value, if the content does not fit."""
     try:
         return msgspec.convert(content, schema)
     except msgspec.ValidationError as error:
@@ -121,7 +122,7 @@ def open_regular(path: str | Path, advice: str = "use an intact copy") -> io.Buf
 def folders_below(root: str | Path, *, hidden: bool = True) -> Iterator[Path]:
     """Yields a folder and the folders below it, sorted by depth and name; folders behind links come last.
 
-    Each folder is yielded once, however many links lead to it. `hidden` includes those whose name begins with a dot.
+    Each folder is yielded once, however many links lead to it. `hidden` includes folders whose name begins with a dot.
     """
     seen: set[tuple[int, int]] = set()
     folders, links = deque([Path(root)]), deque[Path]()
@@ -149,7 +150,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _value_at(content: Any, place: str) -> str:
-    """``key[index]=value: `` for a path as msgspec writes it, such as ``.rope.factors[2]``; "" for the root."""
+    """Returns ``key[index]=value: `` for a place as msgspec writes it (``.rope.factors[2]``), or "" for the root."""
     if not place:
         return ""
     if "[...]" in place:  # a value of a dict, whose key msgspec does not name

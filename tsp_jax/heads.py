@@ -1,7 +1,7 @@
-"""Attention heads over ranks: which are padded, and which rows of their weights a rank stores.
+"""How attention heads are sharded over ranks: how heads are padded, and which rows of the weights a rank stores.
 
 Tensor axes shard heads, so heads are padded until every tensor shard has equally many. Folded axes shard the rows of
-weights: ranks gather whole heads before they use them, so no head is padded for them.
+weights, and ranks gather whole heads before use, so folded axes need no padded heads.
 
 Dims: N query heads, K KV heads, G = N / K, H head, R ranks.
 """
@@ -15,15 +15,16 @@ import numpy as np
 from tsp_jax.layout import Layout, num_ranks
 
 LARGEST_WASTE = 1 / 16
-"""a unit has so many heads that at most this share of its rows is added to divide over the ranks, if any number does"""
+"""largest share of zeros that may be added to the rows of a unit so that they divide over the ranks; if no number of
+heads per unit keeps to it, all heads form one unit"""
 
 
 class Heads(NamedTuple):
     """Attention heads, padded so that ranks hold equally many.
 
-    Padded query head (k, g) is query head g of KV head k; real heads come first along both dimensions. In
-    row-major order rank p of R holds padded query heads p n up to (p + 1) n, n = kv * group / R. If there are
-    fewer padded KV heads than ranks, several ranks share a KV head.
+    Padded query head (k, g) is query head g of KV head k. Real heads come first along both dimensions. In row-major
+    order, rank p of R holds the n = kv * group / R padded query heads from number p n on. If there are fewer padded KV
+    heads than ranks, several ranks share a KV head.
     """
 
     kv: int
@@ -69,8 +70,8 @@ def pad_heads(num_heads: int, num_kv_heads: int, head_dim: int, ranks: int = 1) 
 class HeadRows(NamedTuple):
     """Which rows of a projection over heads each rank stores.
 
-    A unit is some consecutive heads. Rank r of R has the r-th part of the rows of each unit, unit after unit, so that
-    gathering any number of units gives whole heads. Where R does not divide the rows of a unit, zeros follow them.
+    A unit is a group of consecutive heads. Rank r of R stores the r-th part of the rows of each unit, unit after unit,
+    so that gathering any number of units gives whole heads. If R does not divide a unit's rows, zeros are appended.
     """
 
     num_heads: int
@@ -78,15 +79,15 @@ class HeadRows(NamedTuple):
     dim: int
     """H, rows of a head"""
     ranks: int
-    """R"""
+    """R, number of ranks"""
     unit: int
-    """heads of a unit; with a single unit each rank has consecutive rows"""
+    """number of heads per unit; with a single unit, each rank has consecutive rows"""
     whole: bool
-    """every rank has whole heads (of a single unit)"""
+    """whether every rank stores whole heads; all heads then form a single unit"""
 
     @classmethod
     def of(cls, num_heads: int, dim: int, ranks: int, whole: bool) -> "HeadRows":
-        """Whole heads on each rank, or else the smallest units that waste little."""
+        """Rows with whole heads on each rank if `whole`, else with the smallest units that keep to `LARGEST_WASTE`."""
         sizes = (size for size in range(1, num_heads) if num_heads % size == 0)
         small = (size for size in sizes if -size * dim % ranks <= LARGEST_WASTE * size * dim)
         return cls(num_heads, dim, ranks, num_heads if whole else next(small, num_heads), whole)
@@ -108,25 +109,25 @@ class HeadRows(NamedTuple):
 
     @property
     def in_order(self) -> bool:
-        """Whether the ranks' rows, joined, are those of the heads in their order, without zeros."""
+        """Whether the rows of all ranks, concatenated, are the rows of the heads in order, without zeros."""
         return self.units == 1 and self.stored == self.num_heads * self.dim
 
     @property
     def parts(self) -> int:
-        """Number of parts into which each rank's rows can be split, so that gathering a part gives whole heads."""
+        """Number of parts into which each rank's rows can be split such that gathering one part gives whole heads."""
         return self.num_heads // self.ranks if self.whole else self.units
 
     def units_of(self, head_numbers: Sequence[Sequence[int]]) -> list[list[int]]:
-        """[R, u]: for each rank, the units with the heads that stand in its row of `head_numbers`.
+        """[R, u]: for each rank, the units that contain the heads in the rank's row of `head_numbers`.
 
-        Negative numbers stand for padded heads. Rows are made equally long by repeating unit 0.
+        A negative number means a padded head, which is in no unit. Shorter rows are filled up with unit 0.
         """
         units = [sorted({head // self.unit for head in row if head >= 0}) for row in head_numbers]
         most = max(1, *map(len, units))
         return [[*row, *[0] * (most - len(row))] for row in units]
 
     def places_of(self, head_numbers: Sequence[Sequence[int]]) -> list[list[int]]:
-        """[R, n]: where each rank finds its heads among all heads of its `units_of`; -1 for padded heads."""
+        """[R, n]: index of each of a rank's heads among the heads of its units (`units_of`); -1 for padded heads."""
         return [
             [units.index(head // self.unit) * self.unit + head % self.unit if head >= 0 else -1 for head in row]
             for units, row in zip(self.units_of(head_numbers), head_numbers, strict=True)
@@ -147,7 +148,7 @@ class HeadSharding(NamedTuple):
     def of(
         cls, layout: Layout, sizes: Mapping[str, int], num_heads: int, num_kv_heads: int, head_dim: int
     ) -> "HeadSharding":
-        """Of the real heads of a model, under a layout whose mesh axes have these sizes."""
+        """The sharding of a model's real heads under a layout whose mesh axes have these sizes."""
         axes = layout.axes("heads")
         tensor, folded = num_ranks(axes.tensor, sizes), num_ranks(axes.folded, sizes)
         return cls(pad_heads(num_heads, num_kv_heads, head_dim, tensor), tensor, folded)
@@ -159,12 +160,12 @@ class HeadSharding(NamedTuple):
 
     @property
     def by_rank(self) -> Heads:
-        """Heads of one tensor shard, padded so that its folded ranks share them evenly, for tokens that move."""
+        """Heads of one tensor shard, padded so that its folded ranks share them evenly; used where tokens move."""
         return pad_heads(self.shard.query, self.shard.kv, self.heads.dim, self.folded)
 
     @property
     def own(self) -> Heads:
-        """Heads with which one rank attends to the tokens of all folded ranks of its tensor shard."""
+        """The part of `by_rank` that one rank computes, for the tokens of all folded ranks of its tensor shard."""
         return self.by_rank.shard(self.folded)
 
     @property
@@ -192,14 +193,14 @@ class HeadSharding(NamedTuple):
 
     @property
     def stored(self) -> tuple[int, int]:
-        """Rows of Wq (as of Wo) and of Wk (as of Wv) on all ranks, zeros included."""
+        """(rows of Wq, rows of Wk) on all ranks, zeros included. Wo has as many rows as Wq, and Wv as many as Wk."""
         spans = self.kv_head_spans_shards
         return self.tensor * self.queries.stored, (1 if spans else self.tensor) * self.keys_values.stored
 
     def own_heads(self) -> tuple[list[list[int]], list[list[int]]]:
-        """For each rank, the numbers of its heads `own`: query heads [R, n], KV heads [R, k]; -1 for padded heads.
+        """Numbers of the heads of each rank (`own`): query heads [R, n], KV heads [R, k]; -1 for padded heads.
 
-        Numbers and ranks are those of `queries` and of `keys_values`.
+        Heads and ranks are numbered as in `queries` and in `keys_values`.
         """
         shard, padded = self.shard, self.by_rank
         more_kv, more_group = (0, padded.kv - shard.kv), (0, padded.group - shard.group)

@@ -24,18 +24,18 @@ WEIGHT_DIMS = ("heads", "mlp", "vocab")
 AXIS_DIMS = ("batch", "sequence", *WEIGHT_DIMS)
 """the logical dimensions that mesh axes may shard"""
 MOST_AXES = 16
-"""of a layout; a mesh is a NumPy array, whose dimensions are limited"""
+"""most mesh axes of a layout: a mesh is a NumPy array, and NumPy limits the number of dimensions"""
 
 
 class Axes(NamedTuple):
     """The mesh axes of each role in one op; an empty tuple if no axis has the role."""
 
     folded: AxisNames = ()
-    """shard both weights and tokens, by batch or by sequence: weights move past tokens"""
+    """axes that shard both weights and tokens (by batch or by sequence): weights move past tokens"""
     tensor: AxisNames = ()
-    """shard weights alone: partial outputs are summed"""
+    """axes that shard weights alone: partial outputs are summed over them"""
     sequence: AxisNames = ()
-    """shard the sequence: keys and values are all-gathered over them"""
+    """axes that shard the sequence: keys and values are all-gathered over them"""
 
     @property
     def unfolded_sequence(self) -> AxisNames:
@@ -44,12 +44,12 @@ class Axes(NamedTuple):
 
     @property
     def folded_batch(self) -> AxisNames:
-        """Folded axes that shard the batch, so that no keys and values are exchanged over them."""
+        """Folded axes that shard the batch. No keys or values are exchanged over them."""
         return tuple(name for name in self.folded if name not in self.sequence)
 
 
 def format_axes(axes: Sequence[str]) -> str:
-    """Axes as the text of a layout names them, such as ``data+tsp``."""
+    """Joins axis names as in the text of a layout, such as ``data+tsp``."""
     return "+".join(axes)
 
 
@@ -106,7 +106,7 @@ class Layout:
         )
 
     def spec(self, *dims: str | None) -> PartitionSpec:
-        """PartitionSpec of an array whose dimensions are these logical ones (None: not sharded)."""
+        """PartitionSpec of an array with these logical dimensions (None: a dimension that is not sharded)."""
         return PartitionSpec(*((getattr(self, dim) or None) if dim else None for dim in dims))
 
     def without(self, axes: Sequence[str]) -> "Layout":
@@ -138,17 +138,18 @@ LAYOUTS = {layout.name: layout for layout in _PRESETS}
 
 
 _SETTINGS = {**{dim: (dim,) for dim in AXIS_DIMS}, "weights": WEIGHT_DIMS, "whole_weights": ("whole_weights",)}
-"""what the text of a layout sets by one name -> the fields of Layout that it sets"""
+"""name in the text of a layout -> the fields of Layout that it sets"""
 _AXES = re.compile(r"([a-z_]\w*(\s*\+\s*[a-z_]\w*)*)?", re.ASCII | re.IGNORECASE)
 _LONGEST_TEXT = 1000
 
 
 def get_layout(text: str) -> Layout:
-    """A preset, or a row of your own: a preset with other axes for some dimensions, such as ``tsp(weights=data+tsp)``.
+    """The layout that a text names: a preset, or a row of your own.
 
-    Dimensions are batch, sequence, heads, mlp and vocab; `weights` sets the last three. A dimension without an axis
-    (``sequence=``) is not sharded. `whole_weights` is true or false. A row has one name, whatever its spaces, the order
-    of its dimensions, and that of the axes of weights. The row of a preset is that preset.
+    A row of your own is a preset with other axes for some dimensions, such as ``tsp(weights=data+tsp)``. Dimensions are
+    batch, sequence, heads, mlp and vocab; `weights` sets the last three. A dimension without an axis (``sequence=``) is
+    not sharded. `whole_weights` is true or false. The name of the layout does not depend on spaces in the text, on the
+    order of dimensions or on the order of the axes of weights. A layout whose row equals a preset's is that preset.
 
     Raises:
       ConfigError: the text is not a layout, or its row contradicts itself.
@@ -179,7 +180,7 @@ def get_layout(text: str) -> Layout:
 
 
 def _parse_row(text: str, row: str) -> dict[str, Any]:
-    """The fields of Layout that ``sequence=a+b,weights=b`` sets; `text` is all of the layout, for errors."""
+    """The fields of Layout that a row such as ``sequence=a+b,weights=b`` sets; errors quote all of `text`."""
     fields: dict[str, Any] = {}
     for item in row.split(",") if row.strip() else ():
         name, equals, value = (part.strip() for part in item.partition("="))
@@ -200,7 +201,7 @@ def _parse_row(text: str, row: str) -> dict[str, Any]:
 
 
 def _row_name(preset: Layout, layout: Layout) -> str:
-    """The one text of a row: what differs from its preset, in the order of Layout's fields."""
+    """The canonical text of a row: its preset, and what differs from it in the order of Layout's fields."""
     changed = [dim for dim in AXIS_DIMS if getattr(layout, dim) != getattr(preset, dim)]
     values = {dim: format_axes(getattr(layout, dim)) for dim in changed}
     if layout.heads == layout.mlp == layout.vocab != preset.vocab:
@@ -234,7 +235,7 @@ class Placement:
         return num_ranks(getattr(self.layout, dim), self.mesh.shape)
 
     def sharding(self, *dims: str | None) -> NamedSharding:
-        """NamedSharding of an array whose dimensions are these logical ones."""
+        """NamedSharding of an array with these logical dimensions; see `Layout.spec`."""
         return NamedSharding(self.mesh, self.layout.spec(*dims))
 
     def shard_map(self, fn, in_specs, out_specs):
@@ -255,9 +256,9 @@ class Placement:
 def parse_mesh(text: str, layout: Layout, num_devices: int) -> dict[str, int]:
     """Parses axis sizes such as ``data=1,tsp=8``; axes of the layout that are not named get size 1.
 
-    Of a row of your own, only batch axes may be left out: otherwise a misspelt axis would shard nothing, unnoticed.
-    An empty text puts all devices on the layout's own axis or, if it has two, evenly over both if possible; batch axes
-    get devices only if there is no other axis. `single` gets one device.
+    If the layout is a row of your own, only batch axes may be left out: otherwise an axis misspelt in the row would
+    shard nothing, unnoticed. If the text is empty, all devices go to the layout's axis or, if there are two, to both,
+    as evenly as possible. Batch axes then get devices only if there is no other axis. `single` gets one device.
     """
     if not text:
         return _default_mesh(layout, num_devices)
@@ -282,7 +283,7 @@ def _default_mesh(layout: Layout, num_devices: int) -> dict[str, int]:
 
 
 def spread(axes: Sequence[str], num_devices: int) -> dict[str, int]:
-    """Sizes of axes that together use all devices: evenly over the first and the last, if possible."""
+    """Axis sizes that use all devices: spread over the first and the last axis, as evenly as possible; 1 for others."""
     if len(axes) < 2:
         return dict.fromkeys(axes, num_devices)
     first = largest_divisor(num_devices, math.isqrt(num_devices))
@@ -295,7 +296,7 @@ def num_ranks(axes: AxisNames, sizes: Mapping[str, int]) -> int:
 
 
 def place(layout: str | Layout, devices: Sequence[Any] | None = None, **sizes: int) -> Placement:
-    """A preset, or a layout of your own, on a mesh: ``place("tsp", data=1, tsp=8)``."""
+    """Puts a preset, or a layout of your own, on a mesh: ``place("tsp", data=1, tsp=8)``."""
     layout = get_layout(layout) if isinstance(layout, str) else layout
     available = jax.devices() if devices is None else devices
     return Placement(layout, make_mesh(parse_mesh(format_sizes(sizes), layout, len(available)), devices))
@@ -317,7 +318,7 @@ def check_divides(field: str, value: int, ranks: int, axes: AxisNames, why: str 
 def check_attention_movement(axes: Axes, movement: str) -> None:
     """Raises ConfigError if attention is to move tokens over folded axes that shard the batch.
 
-    Otherwise a rank would treat the tokens of several ranks' sequences as one sequence.
+    A rank would then treat the tokens of several ranks' sequences as one sequence.
     """
     if movement == "activations" and axes.folded_batch:
         raise ConfigError(

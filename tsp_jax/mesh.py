@@ -1,4 +1,4 @@
-"""Sizes of mesh axes as text, and device meshes. Knows no layouts."""
+"""Sizes of mesh axes as text, and device meshes. This module does not know layouts."""
 
 import math
 import re
@@ -26,7 +26,7 @@ def parse_sizes(text: str, example: str = "data=1,tsp=8") -> dict[str, int]:
 
 
 def parse_size(text: str) -> int:
-    """A positive number of at most nine digits; 0 if the text is none."""
+    """Parses a positive number of at most nine digits; 0 if the text is not such a number."""
     return int(text) if re.fullmatch(r"\s*\d{1,9}\s*", text) else 0
 
 
@@ -36,7 +36,7 @@ def format_sizes(sizes: Mapping[str, int]) -> str:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of Auto axes, outermost first, over the first of `devices` (by default all).
+    """A mesh of Auto axes, outermost first, over as many of the first `devices` as it needs (None: `jax.devices()`).
 
     Raises:
       ConfigError: there are fewer devices than the mesh needs.

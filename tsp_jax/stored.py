@@ -1,8 +1,8 @@
 """How parameters are stored on a mesh: padded, and converted to and from their logical form.
 
-The logical form of a parameter has the rows of real heads, ffn columns or tokens alone, in order, and is the same under
-every layout. The stored form is padded, so that every rank of one mesh holds equally many rows, and has them in the
-order of the ranks. Dims: H head, D model.
+The logical form of a parameter has only the rows of real heads, real ffn columns or real tokens, in order. It is the
+same under every layout. The stored form depends on the mesh: it is padded, so that every rank holds equally many rows,
+and its rows are in the order of the ranks that hold them. Dims: H head, D model.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ from tsp_jax.layout import num_ranks
 
 @dataclasses.dataclass(frozen=True)
 class HeadPadding:
-    """Converts the rows of a projection over heads from their logical to their stored form, and back.
+    """Converts the rows of an attention projection from their logical to their stored form, and back.
 
     Logical rows are those of the real heads, in order. Stored rows are those of the padded heads, in the order of the
-    ranks that have them; see `HeadRows`.
+    ranks that hold them; see `HeadRows`.
     """
 
     sharding: HeadSharding
     queries: bool
-    """whether the rows belong to query heads; else to KV heads"""
+    """True: the rows belong to query heads; False: to KV heads"""
 
     @property
     def padded(self) -> bool:
@@ -67,29 +67,29 @@ class HeadPadding:
 
 
 def _pad_dims(array: jax.Array, widths: tuple[int, ...]) -> jax.Array:
-    """`array` with so many zeros after each of its last dims."""
+    """Appends zeros to the last dims of an array: `widths` has the number of zeros for each of these dims."""
     return jnp.pad(array, [(0, 0)] * (array.ndim - len(widths)) + [(0, width) for width in widths])
 
 
 LARGEST_MULTIPLE = 64
-"""rows of a rank are padded to a multiple of a power of two, at most this, so that buckets of many sizes divide them"""
+"""a rank's rows are padded to a multiple of a power of two, at most this one, so that many bucket sizes divide them"""
 
 
 @dataclasses.dataclass(frozen=True)
 class RowPadding:
-    """Pads the rows of a weight that are independent (ffn columns, tokens of a vocabulary): zeros after the last."""
+    """Pads a weight whose rows are independent (ffn columns, tokens of a vocabulary) with zeros after its last row."""
 
     rows: int
     """logical rows"""
     stored: int
-    """stored rows, those of all ranks together"""
+    """stored rows of all ranks together"""
 
     @classmethod
     def over(cls, rows: int, ranks: int) -> "RowPadding":
-        """The padding of so many rows over so many ranks; none if they divide.
+        """The padding of `rows` rows that are sharded over `ranks` ranks; none if the ranks divide the rows.
 
-        A rank holds ceil(rows / ranks) rows, rounded up to a multiple of the largest power of two, up to
-        `LARGEST_MULTIPLE`, that adds less than 1 %.
+        Otherwise each rank holds ceil(rows / ranks) rows, rounded up to a multiple of a power of two: the largest one,
+        up to `LARGEST_MULTIPLE`, that adds less than 1 %.
         """
         if rows % ranks == 0:
             return cls(rows, rows)
@@ -114,12 +114,12 @@ class RowPadding:
 
 
 class NoPadding:
-    """For arrays whose stored shape is the logical one under every layout, such as scales of norms."""
+    """The padding of arrays whose logical and stored forms are equal under every layout, such as norm scales."""
 
     padded = False
 
     def pad(self, array: jax.Array) -> jax.Array:
-        """The array itself."""
+        """Returns the array unchanged."""
         return array
 
     unpad = pad
@@ -129,7 +129,7 @@ Padding = HeadPadding | RowPadding | NoPadding
 
 
 def paddings(state: nnx.State) -> dict:
-    """For each parameter, the object that converts between its logical and its stored shape."""
+    """For each parameter, the object that converts it between its logical and its stored form."""
 
     def padding(param: nnx.Variable) -> Padding:
         return param.get_metadata().get("padding") or NoPadding()
@@ -140,7 +140,7 @@ def paddings(state: nnx.State) -> dict:
 
 
 def to_logical(paddings: Any, stored: Any) -> Any:
-    """Global logical arrays of parameters, or of a tree like them: without padding, the same under every layout."""
+    """Converts stored parameters, or a tree like theirs, to global logical arrays, the same under every layout."""
     return jax.tree.map(lambda padding, array: padding.unpad(array), paddings, stored)
 
 
@@ -150,12 +150,13 @@ def to_stored(paddings: Any, logical: Any) -> Any:
 
 
 def abstract_logical(paddings: Any, stored: Any) -> Any:
-    """Shapes of logical arrays. Arrays that are stored as they are keep their sharding; others are sharded by columns.
+    """Shapes, dtypes and shardings of the arrays that `to_logical` makes of `stored`.
 
-    Converting then takes an all-to-all. Between rows of different order or number, XLA would gather all rows on every
-    device. A mesh axis that does not divide the columns shards the last dim that it divides. If it divides none, every
-    rank of the axis holds the whole array. So on 7 ranks, say, which seldom divide D, a device that saves or restores a
-    checkpoint holds all rows of each padded weight and of its moments for that time.
+    An array whose logical and stored forms are equal keeps its sharding. Any other is sharded by columns, so that the
+    conversion is an all-to-all. If it were sharded by rows, whose order or number changes, XLA would gather all rows on
+    every device. A mesh axis that does not divide the columns shards the last dim that it divides. If it divides
+    none, every rank of the axis holds the whole array. So on 7 ranks, for example, which seldom divide D, a device
+    holds all rows of each padded weight and of its moments while it saves or restores a checkpoint.
 
     `stored`: arrays on a mesh, or ShapeDtypeStructs with shardings.
     """
@@ -170,7 +171,7 @@ def abstract_logical(paddings: Any, stored: Any) -> Any:
 
 
 def _dividing_spec(shape: tuple[int, ...], sharding: NamedSharding) -> PartitionSpec:
-    """The axes of a sharding, each on the last dim that it divides, if any."""
+    """Puts each mesh axis of a sharding on the last dim that it divides; an axis that divides none is left out."""
     sizes = sharding.mesh.shape
     used: list[tuple[Any, ...]] = [()] * len(shape)
     for axis in (axis for names in sharding.spec for axis in ((names,) if isinstance(names, str) else names or ())):

@@ -1,1 +1,1 @@
-"""Closed forms of what a layout moves and holds, to be checked against compiled programs."""
+"""Closed forms of what a layout computes, moves and holds, to be checked against compiled programs."""

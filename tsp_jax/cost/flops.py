@@ -1,24 +1,25 @@
-"""Operations of a model's matrix products in a step, from its sizes alone: no layout, no padding.
+"""Floating-point operations of the matrix products in a training step, from the model's sizes alone.
 
-Dims: T all tokens of the step, S sequence, D model, F ffn, V vocabulary, N query heads, K KV heads, H head.
+Layout and padding do not count. Dims: T all tokens of the step, S tokens per sequence, N query heads, H head.
 """
 
 from tsp_jax.config import Config
 
 
 def step_flops(config: Config, *, forward: bool = False) -> dict[str, float]:
-    """Operations on all devices in a training step, or in its forward pass and loss, by op.
+    """Floating-point operations of a training step, or of its `forward` pass and loss, on all devices together, by op.
 
-    A multiply-add counts as two. One product of T tokens with a weight of n elements takes 2 T n. Attention counts the
-    causal pairs of tokens, 2 T (S + 1) / 2 N H for each of its products, as if each sequence was one document. What
-    backward repeats of forward is included: `config.remat` says what, and some ops repeat products of their own.
+    A multiply-add counts as two operations. One product of T tokens with a weight of n elements takes 2 T n. In
+    attention only causal pairs of tokens count, as if each sequence were one document: T (S + 1) / 2 pairs, each of
+    which takes 2 N H operations per product. Recomputed products are included: those that backward recomputes under
+    `config.remat`, and those that some ops always recompute in backward.
     """
     model, tokens = config.model, config.batch * config.seq_len
     again = 0 if config.remat == "none" else 1
     twice = 1 if config.remat in ("full", "offload") else 0  # see cost.traffic.attention_traffic
 
     def count(elements: float, forward_passes: int, backward_products: float) -> float:
-        """Operations of all products with weights of so many elements, or with so many elements of keys per token."""
+        """Operations of all products with `elements` elements of weights, or of keys and values per token."""
         return 2 * tokens * elements * (1 if forward else forward_passes + backward_products)
 
     query, kv = (heads * model.head_dim * model.d_model for heads in (model.num_heads, model.num_kv_heads))

@@ -1,4 +1,4 @@
-"""What serving receives and holds per device, from shapes alone; bytes as in `tsp_jax.cost.training`."""
+"""Bytes that a device receives and holds in serving, from shapes alone, counted as in `tsp_jax.cost.training`."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ FLOAT32 = 4
 
 
 class _Serving:
-    """Ranks by role, and the sequences of which a device has the cache (`batch`) and the new tokens (`decoded`)."""
+    """Counts of ranks by role, of sequences whose cache a device has (`batch`), of sequences it decodes (`decoded`)."""
 
     def __init__(self, config: Config, layout: Layout, sizes: Mapping[str, int]):
         model = config.model
@@ -34,11 +34,12 @@ def _summed(nbytes: float, ranks: int) -> float:
 
 
 def decode_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, dict[str, float]]:
-    """Bytes received per device while one token of each of `config.batch` sequences is decoded, by op and kind.
+    """Bytes that a device receives while one token of each of `config.batch` sequences is decoded, by op and kind.
 
-    O(B (D + N H)) per layer, and the logits once, B V, padding included: neither weights nor keys and values move.
-    Kinds: `heads` all-gathered over folded axes, `merges` of partial softmaxes over sequence axes, `sums` of partial
-    outputs over weight axes, `logits`. Not included: exchanging the counts of cache entries.
+    Neither weights nor cached keys and values move. For B sequences whose tokens a device decodes, it receives
+    O(B (D + N H)) elements per layer, with padded heads, and B V logits once, with padded rows. Kinds: `heads`, which
+    are all-gathered over folded axes; `merges` of partial softmaxes over sequence axes; `sums` of partial outputs over
+    the axes that shard weights; `logits`. The exchange of the numbers of cache entries is not included.
     """
     s, model = _Serving(config, layout, sizes), config.model
     residual, vocab = s.decoded * model.d_model * s.item, num_ranks(layout.vocab, sizes)
@@ -52,7 +53,7 @@ def decode_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> 
 
 
 def _attention(config: Config, s: _Serving) -> dict[str, float]:
-    """Bytes of one layer; float32, as the all-gather precedes q/k norm and RoPE."""
+    """Bytes received in one layer's attention, by kind; in float32, as heads are gathered before q/k norm and RoPE."""
     row, (query_rows, kv_rows) = s.decoded * FLOAT32, s.heads.stored
     if s.heads.kv_head_spans_shards:  # each tensor shard gathers all KV heads
         gathered = _gathered(2 * kv_rows * row, s.folded * s.tensor)
@@ -69,10 +70,10 @@ def _attention(config: Config, s: _Serving) -> dict[str, float]:
 
 
 def cache_bytes(config: Config, layout: Layout, sizes: Mapping[str, int]) -> float:
-    """Bytes of keys and values per device: `config.batch` sequences of `config.seq_len` tokens, pages not rounded up.
+    """Bytes per device of the keys and values of `config.batch` sequences, `config.seq_len` tokens each.
 
-    That is 1 / R of all, R the ranks of sequence and tensor axes; but a KV head that several tensor shards use is
-    stored once on each of them.
+    Sizes are not rounded up to whole pages. A device stores 1 / R of the keys and values of its sequences, with R ranks
+    on sequence and tensor axes. But a KV head that several tensor shards use is stored once on each of them.
     """
     s = _Serving(config, layout, sizes)
     heads = s.heads.shard

@@ -1,10 +1,12 @@
-"""Bytes that each op makes a device receive, from shapes alone; they decide movements and bucket counts.
+"""Bytes that a device receives in each op, from shapes alone; and the movements and numbers of buckets that follow.
 
-An all-gather, reduce-scatter or all-to-all of n bytes over r ranks receives n (r - 1) / r, an all-reduce twice that. On
-folded axes either weights move past tokens, or tokens past weights. Source of the terms: arXiv 2604.26294, section III,
-extended to every layout and to both movements. Sizes are those of stored arrays, padding included.
+In an all-gather, reduce-scatter or all-to-all of n bytes over r ranks, a device receives n (r - 1) / r bytes; in an
+all-reduce, twice as many. On folded axes either weights move past tokens, or tokens move past weights. Source of the
+terms: arXiv 2604.26294, section III, extended to every layout and to both movements. Sizes are those of stored arrays,
+padding included.
 
-Dims: B batch, S all tokens, t this device's tokens, D model, F ffn, V vocabulary, H head.
+Dims: B sequences on this device, S tokens per sequence, t of these tokens on this device, D model, F ffn,
+V vocabulary, H head.
 """
 
 import dataclasses
@@ -15,14 +17,15 @@ from tsp_jax.heads import HeadRows, HeadSharding
 from tsp_jax.layout import Axes, Layout, num_ranks
 
 INT32 = FLOAT32 = 4
-"""bytes"""
+"""bytes of an element"""
 FEWEST_BUCKETS = 4
-"""fewest buckets of weights, or of tokens, on folded axes: with only two, XLA for ROCm pads a copy of each
-(benchmarks/step_128k.md)"""
+"""on folded axes, an op's weights or tokens are split into at least about this many buckets: with only two, XLA for
+ROCm makes a padded copy of each (benchmarks/step_128k.md)"""
 Traffic = dict[str, float]
-"""Kind -> bytes. `weights` and their `weight_grads` over folded axes, or `activations` in their place; `keys_values`
-and `key_value_grads` over sequence axes; `tensor_sums` over tensor axes; `replica_sums` of gradients over the axes that
-replicate a weight. Left out, being kilobytes: positions and segments of tokens, gradients of norms, scalars."""
+"""Kind of traffic -> bytes. Over folded axes: `weights` and `weight_grads`, or `activations` in their place. Over
+sequence axes: `keys_values` and `key_value_grads`. Over tensor axes: `tensor_sums` of partial outputs. Over axes that
+replicate a weight: `replica_sums` of its gradients. Positions and segments of tokens, gradients of norms, and scalars
+are left out, because they are only kilobytes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,15 +33,15 @@ class OpSharding:
     """How one op's weights and tokens are sharded, and the bytes of an element."""
 
     folded: int
-    """number of ranks on folded axes; so `tensor`, `sequence`"""
+    """number of ranks on folded axes; likewise `tensor` and `sequence`"""
     tensor: int
     sequence: int
     replicas: int
-    """ranks that hold the same shard of a weight"""
+    """number of ranks that hold the same shard of a weight"""
     batch: int
     """sequences on this device"""
     seq_len: int
-    """S"""
+    """S, tokens per sequence"""
     itemsize: int
     """bytes of an element in the compute dtype"""
     grad_itemsize: int
@@ -51,7 +54,7 @@ class OpSharding:
     ) -> "OpSharding":  # fmt: skip
         """The sharding of an op whose weights are sharded along `dim` (heads, mlp or vocab).
 
-        `sizes` are the ranks of each mesh axis, `batch` is B, sequences over all devices.
+        `sizes`: number of ranks of each mesh axis; `batch`: number of sequences on all devices together.
         """
         folded, tensor, sequence = (num_ranks(names, sizes) for names in layout.axes(dim))
         copies = tuple(name for name in layout.tokens if name not in getattr(layout, dim))
@@ -66,11 +69,14 @@ class OpSharding:
         return self.batch * self.seq_len // self.sequence
 
     def weights_received(self, elements: float) -> float:
-        """Elements received while the weights of all ranks (`elements` of them) pass this device's tokens once."""
+        """Elements received while the weights of all ranks, `elements` in total, pass this device's tokens once."""
         return elements / self.tensor * _others(self.folded)
 
     def tokens_received(self, per_token: float) -> float:
-        """Elements received in one all-gather of all folded ranks' tokens, or one reduce-scatter of their outputs."""
+        """Elements received in one all-gather of all folded ranks' tokens, or in one reduce-scatter of their outputs.
+
+        `per_token`: elements of one token.
+        """
         return self.tokens * per_token * (self.folded - 1)
 
     def tensor_sum_bytes(self, elements: float, itemsize: int) -> float:
@@ -82,11 +88,14 @@ class OpSharding:
         return 2 * elements / (self.folded * self.tensor) * FLOAT32 * _others(self.replicas)
 
     def weight_buckets(self, rows: int, elements: float, bucket_bytes: float) -> int:
-        """Number of buckets of an op's weights, with `elements` on all ranks and `rows` to split on each device."""
+        """Number of buckets of an op's weights.
+
+        `elements`: elements on all ranks together; `rows`: rows on each device, which the buckets split.
+        """
         return self._folded_buckets(rows, elements / self.tensor * self.itemsize, bucket_bytes)
 
     def head_buckets(self, heads: HeadSharding, d_model: int, bucket_bytes: float) -> tuple[int, int]:
-        """(buckets for Wq and for Wo, buckets for Wk with Wv); each bucket holds whole heads."""
+        """(number of buckets of Wq, and of Wo; number of buckets of Wk and Wv together). Buckets hold whole heads."""
 
         def count(rows: HeadRows, weights: int) -> int:
             return self.weight_buckets(rows.parts, weights * self.tensor * rows.stored * d_model, bucket_bytes)
@@ -99,7 +108,11 @@ class OpSharding:
         return self._folded_buckets(self.seq_len // self.sequence, nbytes, bucket_bytes)
 
     def _folded_buckets(self, rows: int, nbytes: float, bucket_bytes: float) -> int:
-        """On folded axes a bucket is at most about a quarter, so that no device holds a full weight or all tokens."""
+        """Number of buckets of `rows` rows per device, `nbytes` on all ranks together.
+
+        On folded axes a bucket has at most about a quarter of these bytes, so that no device holds a full weight or all
+        tokens.
+        """
         if self.folded > 1:
             bucket_bytes = min(bucket_bytes, max(1.0, nbytes / FEWEST_BUCKETS))
         return num_buckets(rows, nbytes, bucket_bytes)
@@ -112,7 +125,7 @@ class OpSharding:
 
 
 def _exchanged_heads(heads: HeadSharding, d_model: int) -> tuple[float, float]:
-    """Elements (of Wq, of Wk and Wv together) that a rank receives so that it has the rows of its own heads."""
+    """(elements of Wq, elements of Wk and Wv together) that a rank receives to have all rows of its own heads."""
 
     def received(rows: HeadRows, head_numbers: list[list[int]]) -> float:
         units = len(rows.units_of(head_numbers)[0])
@@ -128,9 +141,10 @@ def _others(ranks: int) -> float:
 
 
 def choose_movement(movement: str, traffic: Callable[[str], Traffic], tokens_may_move: bool = True) -> str:
-    """Resolves `auto` to gather or activations, whichever receives fewer bytes according to `traffic`.
+    """Returns the movement, with `auto` resolved to gather or activations, whichever receives fewer bytes.
 
-    It is gather if not `tokens_may_move`; see `attention_may_move_tokens`.
+    `traffic` gives the traffic of a movement. Unless `tokens_may_move`, `auto` is always gather; see
+    `attention_may_move_tokens`.
     """
     if movement != "auto":
         return movement
@@ -142,16 +156,16 @@ def choose_movement(movement: str, traffic: Callable[[str], Traffic], tokens_may
 def attention_may_move_tokens(axes: Axes, heads: HeadSharding) -> bool:
     """Whether `auto` may move attention's tokens to stationary weights.
 
-    Not over axes that shard the batch, where a rank would take the tokens of several sequences for one sequence, nor
-    where ranks do not share heads evenly, so that they would compute with padded heads.
+    It may not if a folded axis shards the batch: a rank would treat the tokens of several sequences as one sequence.
+    Nor if the ranks do not share the heads evenly: they would have to compute with padded heads.
     """
     return not axes.folded_batch and heads.even
 
 
 def num_buckets(rows: int, nbytes: float, bucket_bytes: float) -> int:
-    """The divisor of `rows` for which buckets are nearest to `bucket_bytes` by ratio.
+    """Number of buckets: the divisor of `rows` whose buckets have the size nearest to `bucket_bytes`, by ratio.
 
-    `rows`: rows per device; `nbytes`: size of all ranks' rows; a bucket takes equally many from every rank.
+    `rows`: rows per device; `nbytes`: size of all ranks' rows together. A bucket takes equally many rows of every rank.
     """
     wanted = max(1.0, nbytes / bucket_bytes)
     divisors = (n for n in range(rows, 0, -1) if rows % n == 0)
@@ -164,9 +178,10 @@ def num_buckets(rows: int, nbytes: float, bucket_bytes: float) -> int:
 def attention_traffic(
     sharding: OpSharding, movement: str, *, heads: HeadSharding, d_model: int, remat: Remat, forward: bool = False
 ) -> Traffic:
-    """One layer's attention, forward and backward, or forward alone; `remat` says what backward repeats.
+    """Traffic of one layer's attention in forward and backward, or in `forward` alone.
 
-    Here and in the ops below, movement `activations` moves tokens; every other movement moves weights.
+    `remat` says what backward recomputes. Here and in the ops below, movement `activations` moves tokens; every other
+    movement moves weights.
     """
     moves_tokens, dim = movement == "activations", heads.heads.dim
     query, kv = (rows * d_model for rows in heads.stored)
@@ -203,7 +218,7 @@ def attention_traffic(
 
 
 def mlp_traffic(sharding: OpSharding, movement: str, *, d_model: int, d_ff: int, forward: bool = False) -> Traffic:
-    """One layer's MLP. No remat policy repeats forward's traffic: backward does not need the output."""
+    """Traffic of one layer's MLP, the same under every remat policy: backward does not need the MLP's output."""
     activations = 2 if forward else 5  # forward gathers x and scatters y; backward gathers x and dy and scatters dx
     received = activations * sharding.tokens_received(d_model) * sharding.itemsize
     sums = (1 if forward else 2) * sharding.tensor_sum_bytes(sharding.tokens * d_model, sharding.itemsize)
@@ -213,7 +228,7 @@ def mlp_traffic(sharding: OpSharding, movement: str, *, d_model: int, d_ff: int,
 def embed_traffic(
     sharding: OpSharding, movement: str, *, d_model: int, vocab_size: int, forward: bool = False
 ) -> Traffic:
-    """The embedding."""
+    """Traffic of the embedding."""
     # Forward gathers ids and scatters x; backward gathers ids and dx.
     received = sharding.tokens_received((1 if forward else 2) * (d_model * sharding.itemsize + INT32))
     sums = sharding.tensor_sum_bytes(sharding.tokens * d_model, sharding.itemsize)
@@ -223,7 +238,7 @@ def embed_traffic(
 def loss_traffic(
     sharding: OpSharding, movement: str, *, d_model: int, vocab_size: int, forward: bool = False
 ) -> Traffic:
-    """The output head and the cross-entropy."""
+    """Traffic of the output head and the cross-entropy."""
     # Forward gathers x and labels and exchanges two sums; backward gathers x, labels, lse and two cotangents and
     # scatters dx.
     per_token = d_model * sharding.itemsize + INT32 + 2 * FLOAT32
@@ -241,7 +256,7 @@ def _row_traffic(
     sharding: OpSharding, movement: str, weights: float, activations: float, sums: float, forward: bool,
     again: bool = True,
 ) -> Traffic:  # fmt: skip
-    """Traffic of an op; its `weights` elements move once in forward and, if `again`, in backward."""
+    """Traffic of an op whose `weights` elements move once in forward and, if `again`, once more in backward."""
     moves_tokens = movement == "activations"
     passes = 1 if forward or not again else 2
     received = 0 if moves_tokens else sharding.weights_received(weights)

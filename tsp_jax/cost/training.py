@@ -1,4 +1,4 @@
-"""What a training step receives and holds per device, from shapes alone.
+"""Bytes that a device receives and holds in a training step, from shapes alone.
 
 Bytes received are counted as `tsp_jax.inspect.collectives` counts them, by the formulas of `tsp_jax.cost.traffic`.
 """
@@ -22,7 +22,7 @@ from tsp_jax.layout import Layout, num_ranks
 from tsp_jax.stored import RowPadding
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
-"""bytes"""
+"""bytes of an element"""
 
 
 class _Step:
@@ -45,7 +45,7 @@ class _Step:
         )  # fmt: skip
 
     def ops(self) -> dict[str, tuple[str, Callable[..., Traffic]]]:
-        """Op -> (its movement, a function of (movement, forward) that gives the traffic of one layer)."""
+        """Op -> (its movement, a function that gives the traffic of one layer from a movement and `forward`)."""
         stream, model, vocab = self.config.stream, self.config.model, self.sharding_of("vocab")
         attention = partial(attention_traffic, self.sharding, heads=self.heads, d_model=model.d_model)
         mlp = partial(mlp_traffic, self.sharding_of("mlp"), d_model=model.d_model, d_ff=self.d_ff)
@@ -80,17 +80,17 @@ class _Step:
 
 
 def movements(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, str]:
-    """Op (attention, mlp, embed, loss) -> how it moves data, `auto` resolved."""
+    """Op (attention, mlp, embed, loss) -> its movement, with `auto` resolved."""
     return {op: movement for op, (movement, _) in _Step(config, layout, sizes).ops().items()}
 
 
 def step_traffic(
     config: Config, layout: Layout, sizes: Mapping[str, int], *, forward: bool = False
 ) -> dict[str, Traffic]:
-    """Bytes a device receives in one micro-batch of a training step, over all layers, by op and kind.
+    """Bytes that a device receives in one micro-batch of a training step, in all layers together, by op and kind.
 
-    With `accumulate` = 1 that is the whole step. `forward` counts the forward pass and the loss: weights or
-    activations pass once, keys and values are exchanged once, and partial outputs are summed once.
+    With `accumulate` = 1 a micro-batch is the whole step. `forward` counts only the forward pass and the loss: weights
+    or activations move once, keys and values are exchanged once, and partial outputs are summed once.
     """
     received = {}
     for op, (movement, traffic) in _Step(config, layout, sizes).ops().items():
@@ -100,19 +100,20 @@ def step_traffic(
 
 
 _ACTIVATIONS, _KEY_VALUES = 8, 3
-"""How many arrays of each size are in memory at once in attention's backward pass, counted in compiled programs
-(ROCm, jax 0.10.2, Triton kernel). Activations are [B, t, D] in the compute dtype: a layer's input and its gradient,
-normed input, queries, keys, values, gradient of outputs, and chunks of others. Keys and values of an exchange are
-[2, B, S, c, H]: in use, being received, and their gradients."""
+"""Numbers of arrays that are in memory at once in attention's backward pass, counted in compiled programs (ROCm,
+jax 0.10.2, Triton kernel). The first counts activations, [B, t, D] in the compute dtype: a layer's input and its
+gradient, the normed input, queries, keys, values, the gradient of the outputs, and chunks of other activations. The
+second counts keys and values of the c KV heads of a bucket, [2, B, S, c, H]: those in use, those being received, and
+their gradients."""
 
 
 def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, float]:
     """Peak bytes per device of a training step, by part; for `accumulate` = 1 and any remat except `none`.
 
-    Parts: `state` (float32 weights and two moments); `residuals` that forward keeps on the device for backward;
-    `gradients` that wait for the update and do not fit into the residuals' buffers (full remat puts them there); and
-    the transient `activations`, `keys_values` and `weights`. Source of the terms: arXiv 2604.26294, section III; the
-    number of arrays in memory at once is counted, see `_ACTIVATIONS`.
+    Parts: `state` is float32 weights and two moments. `residuals` is what forward keeps on the device for backward.
+    `gradients` is the gradients that wait for the update; full remat stores them in the residuals' buffers, so only
+    those that do not fit there count. `activations`, `keys_values` and `weights` are transient. Source of the terms:
+    arXiv 2604.26294, section III. The numbers of arrays in memory at once were counted; see `_ACTIVATIONS`.
     """
     step, model = _Step(config, layout, sizes), config.model
     sharding, heads = step.sharding, step.heads

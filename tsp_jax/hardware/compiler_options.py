@@ -1,7 +1,7 @@
 """Compiler options for each platform, each with the measurement that justifies it.
 
-A compiler refuses a program with an option that it does not know, and releases of JAX know different options:
-`compiler_options` asks the compiler.
+A compiler refuses an option that it does not know, and the compilers of different JAX releases know different options.
+`compiler_options` therefore asks the compiler.
 """
 
 import functools
@@ -35,9 +35,9 @@ COMPILER_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     # in run time is not known.
     "tpu": {"exec_time_optimization_effort": -1.0},
 }
-"""platform (rocm, cuda, tpu; none for CPU) -> options"""
+"""platform (rocm, cuda or tpu) -> its options; there are none for cpu"""
 SUCCESSORS = {"exec_time_optimization_effort": ("optimization_level", "O1")}
-"""option that later compilers do not know -> (option, value) that does the same there"""
+"""option that later compilers no longer know -> (option, value) that has the same effect in them"""
 _UNKNOWN = re.compile(r"No such compile option: '(\w+)'")
 
 
@@ -56,7 +56,7 @@ def compiler_options(device: Any) -> Mapping[str, Any]:
 
 
 def _unknown_option(device: Any, options: Mapping[str, Any]) -> str | None:
-    """The first option that a device's compiler does not know, found by compiling a scalar; None: it knows all."""
+    """The first option that a device's compiler does not know, found by compiling a scalar; None if it knows all."""
     # A process can compile for its own devices, all of which are of one kind.
     local = jax.local_devices()[0] if device in jax.devices() else device
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(local))
@@ -71,7 +71,7 @@ def _unknown_option(device: Any, options: Mapping[str, Any]) -> str | None:
 
 
 def _platform(device: Any) -> str:
-    """rocm, cuda, tpu or cpu."""
+    """The platform of a device: rocm, cuda, tpu or cpu."""
     if device.platform != "gpu":
         return device.platform
     # A client says "rocm 70200", or that of a topology "gfx942".

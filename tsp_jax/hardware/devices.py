@@ -9,7 +9,7 @@ from tsp_jax.errors import ConfigError
 MOST_CPU_DEVICES = 1024
 """limit on virtual CPU devices: each starts threads, and a process with tens of thousands of threads dies"""
 MOST_DEVICES = 16_384
-"""most devices of a target: its topology is made device by device"""
+"""limit on the devices of a target: a topology is made one device at a time"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,16 +20,16 @@ class Hardware:
     platform: Literal["cpu", "rocm", "cuda", "tpu"]
     memory_bytes: float
     memory_bandwidth: float
-    """bytes/s"""
+    """peak bytes/s of main memory"""
     peak_flops: float
-    """dense bfloat16 operations/s"""
+    """peak dense bfloat16 operations/s"""
     links: Literal["host", "full_mesh", "switch", "torus"]
     num_links: int
-    """links of a device within a node; in a torus, its directions"""
+    """number of links of a device within a node; in a torus, one for each direction"""
     link_bandwidth: float
     """bytes/s that one link sustains"""
     node_size: int
-    """devices connected by these links"""
+    """number of devices in a node, which these links connect"""
     node_bandwidth: float
     """bytes/s between a device and other nodes"""
     sustained_flops: float
@@ -44,9 +44,9 @@ class Hardware:
     attention_backward: float = 1.0
     attention_source: str = "no fused kernel is known"
     jax_kind: str = ""
-    """`device_kind` that JAX gives such devices where it does not contain their name"""
+    """`device_kind` of such devices in JAX, where it does not contain `name`"""
     description: str = ""
-    """the compiler's own description of the device (GPU): XLA's GpuTargetConfig as text"""
+    """for GPUs, the compiler's description of the device: XLA's GpuTargetConfig as text"""
 
     @property
     def efficiency(self) -> dict[str, float]:
@@ -54,14 +54,14 @@ class Hardware:
         return {"attention_forward": self.attention_forward, "attention_backward": self.attention_backward}
 
     def is_kind_of(self, device: Any) -> bool:
-        """Whether a device of JAX, present or of a topology, is of this kind."""
+        """Whether a JAX device, present or of a topology, is of this kind."""
         return self.name in f"{device.platform} {device.device_kind}".lower() or device.device_kind == self.jax_kind
 
     def with_attention(self, efficiency: float) -> "Hardware":
         """A copy whose attention kernels, forward and backward, reach this share of `sustained_flops`.
 
         Raises:
-          ConfigError: it is not in (0, 1].
+          ConfigError: `efficiency` is not in (0, 1].
         """
         if not 0 < efficiency <= 1:
             raise ConfigError(f"attention_efficiency={efficiency} must be above 0 and at most 1; use 0.6")
@@ -168,5 +168,5 @@ _DEVICE_FILES = {"rocm": ("/dev/kfd",), "cuda": ("/dev/nvidiactl",), "tpu": ("/d
 
 
 def is_present(platform: str) -> bool:
-    """Whether the machine has a device of a platform, from its device files: no runtime starts."""
+    """Whether the machine has a device of a platform, judged by device files alone; no runtime is started."""
     return any(Path(file).exists() for file in _DEVICE_FILES.get(platform, ()))

@@ -13,17 +13,18 @@ COLLECTIVES = (
 
 
 def collective_seconds(hardware: Hardware, op: str, received_bytes: float, groups: Sequence[Sequence[int]]) -> float:
-    """Time that a collective (one of `COLLECTIVES`) keeps the links busy; the slowest group or pair counts.
+    """Seconds that a collective (one of `COLLECTIVES`) keeps the links busy; the slowest group or pair counts.
 
-    Within a node. Full mesh: a device in a group of g uses g - 1 links at once. Switch: a device has one link.
-    Torus: a device uses its links along every dimension in which the group has another member, two along a
-    dimension longer than 2 (slices are assumed to wrap around). A permute uses one link per device.
+    Within a node. On a full mesh, a device in a group of g uses g - 1 links at once. On a switch, a device has one
+    link. On a torus, a device uses its links along every dimension in which the group has another member: two links if
+    the dimension is longer than 2, else one (slices are assumed to wrap around). A permute uses one link per device.
 
-    Across nodes. If m of the g members share a node, (g - m) / (g - 1) of the bytes come from other nodes. In a gather
-    or scatter they enter the node once, over m network cards, and are passed on over the links while more come in, so
-    the slower of the two counts. In an all-to-all, each device's card carries all that the device receives.
+    Across nodes. If m of the g members of a group share a node, (g - m) / (g - 1) of the bytes that they receive come
+    from other nodes. In an all-to-all, these bytes enter over the network card of the device that receives them. In
+    other collectives, they enter the node once, over m network cards. The links pass bytes on while more bytes enter,
+    so the slower of network and links counts.
 
-    `received_bytes` are per device, as `tsp_jax.inspect.list_collectives` counts them; `groups` hold the device numbers
+    `received_bytes` is per device, as `tsp_jax.inspect.list_collectives` counts it. `groups` holds the device numbers
     of each group, or a permute's (source, target) pairs. A node is `node_size` consecutive devices.
 
     Raises:
@@ -71,7 +72,7 @@ def _group_seconds(hardware: Hardware, op: str, received: float, group: Sequence
 
 
 def _inside_bandwidth(hardware: Hardware, members: Sequence[int], extents: Sequence[int]) -> float:
-    """bytes/s that the member with fewest links receives from the others of its node."""
+    """bytes/s that the member with the fewest links receives from the other members of its node."""
     links = 1
     if hardware.links == "full_mesh":
         links = min(len(members) - 1, hardware.num_links)
@@ -82,7 +83,7 @@ def _inside_bandwidth(hardware: Hardware, members: Sequence[int], extents: Seque
 
 
 def _torus_links(place: Sequence[int], places: Sequence[Sequence[int]], extents: Sequence[int]) -> int:
-    """Links of a device along each dimension in which another member differs from it in that coordinate alone."""
+    """Number of a device's links along the dimensions in which some member differs from it in that coordinate alone."""
     differing = [[k for k in range(len(extents)) if place[k] != other[k]] for other in places]
     straight = {axes[0] for axes in differing if len(axes) == 1}
     return sum(2 if extents[k] > 2 else 1 for k in straight)

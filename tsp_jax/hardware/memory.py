@@ -1,4 +1,4 @@
-"""Memory of the devices at hand, and whether arrays fit before they are made."""
+"""Memory of the devices that are present, and checks that arrays fit into it before they are made."""
 
 import math
 import os
@@ -11,11 +11,11 @@ import jax
 from tsp_jax.errors import ConfigError
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-"""bytes that a container may use, or "max" (Linux, cgroup v2)"""
+"""file that holds the number of bytes that a container may use, or "max" (Linux, cgroup v2)"""
 
 
 def memory_bytes(devices: Sequence[Any]) -> int | None:
-    """Memory of each of this process's devices; virtual CPU devices share the host's. None: not known."""
+    """Bytes of memory per device of this process; None if not known. Virtual CPU devices share the host's memory."""
     if not devices:
         return None
     if devices[0].platform == "cpu":
@@ -40,6 +40,6 @@ def shard_bytes(arrays: Any) -> int:
 
 
 def check_room(what: str, nbytes: int, memory: int | None, advice: str) -> None:
-    """Raises ConfigError, which states the sizes, if something does not fit a memory of known size."""
+    """Raises ConfigError, stating both sizes, if `nbytes` exceeds `memory`; accepts everything if `memory` is None."""
     if memory is not None and nbytes > memory:
         raise ConfigError(f"{what} needs {nbytes:,} bytes of memory, there are {memory:,}; {advice}")

@@ -1,8 +1,8 @@
 """Link-time stand-ins for ROCm's shared libraries, so that its compiler loads where ROCm is not installed.
 
-JAX's ROCm plugin links against libraries that compilation never calls. For each missing one, a shared object of that
-name is built that defines the symbols and symbol versions that the plugin needs; every function returns an error code.
-Programs can be compiled with them, never run. Building needs gcc and binutils.
+JAX's ROCm plugin links against libraries that compilation never calls. For each library that is missing, a shared
+object of the same name is built. It defines the symbols and symbol versions that the plugin needs; every function in it
+returns an error code. With stand-ins, programs can be compiled but not run. Building them needs gcc and binutils.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ def load_rocm_libraries(plugin_libraries: list[Path], cache: Path) -> set[str]:
     Stand-ins are built once for each version of the plugin, in the folder `cache`.
 
     Raises:
-      ConfigError: a tool to build them with is missing.
+      ConfigError: a tool that builds stand-ins is missing.
     """
     missing = [name for name in _needed(plugin_libraries) if not _loads(name)]
     if not missing:

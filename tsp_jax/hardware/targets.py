@@ -72,7 +72,9 @@ def use_target(target: Target) -> None:
 
 
 def parse_target(text: str, attention_efficiency: float = 0.0) -> Target:
-    """``mi300x:8`` -> Target. `attention_efficiency`, unless 0, replaces its share of the sustained rate.
+    """Parses the text of a target, such as ``mi300x:8``.
+
+    `attention_efficiency`, unless 0, replaces the share of the sustained rate that attention kernels reach on it.
 
     Raises:
       ConfigError: the name is unknown, or the number or share is out of range.

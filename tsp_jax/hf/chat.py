@@ -15,10 +15,10 @@ from tsp_jax.hf.process import TextError, TextProcess
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""keys of a message's reasoning text: a template reads either the first or the second"""
+"""keys under which a message may have its reasoning text; a template reads either the first or the second"""
 
 Message = Mapping[str, Any]
-"""role, content (a text, or a list of parts), and what else the template reads"""
+"""a message: its role, its content (a text, or a list of parts), and what else the template reads"""
 
 
 class _Token(msgspec.Struct):
@@ -53,9 +53,9 @@ class TokenizerConfig(_NamedTokens):
 
 
 def read_tokenizer_config(folder: Path) -> tuple[TokenizerConfig, dict[str, str]]:
-    """Returns tokenizer_config.json and the special tokens that have a name, such as bos_token.
+    """Returns the keys of tokenizer_config.json, and the texts of special tokens by name, such as bos_token.
 
-    Reads tokenizer_config.json and special_tokens_map.json, either of which may be absent; raises FileError if one is
+    Reads tokenizer_config.json and special_tokens_map.json. Either file may be absent; FileError is raised if one is
     damaged.
     """
     path, names = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
@@ -80,7 +80,7 @@ def read_templates(folder: Path, config: TokenizerConfig) -> dict[str, str]:
 
 
 def choose_template(folder: Path, templates: Mapping[str, str], name: str | None, tools: bool) -> str:
-    """Returns the template `name`; without one, "tool_use" if there are tools and such a template, else "default"."""
+    """Returns the template `name`; for None, "tool_use" if there are tools and such a template, else "default"."""
     if not templates:
         raise ConfigError(f"{folder} has no chat template; use the prompt alone, without --chat")
     wanted = name or ("tool_use" if tools and "tool_use" in templates else "default")
@@ -94,7 +94,7 @@ def render_chat(
     documents: Sequence[Mapping[str, Any]] | None = None, template: str | None = None,
     add_generation_prompt: bool = True, variables: Mapping[str, Any] = {},
 ) -> str:  # fmt: skip
-    """Returns a conversation as text, made by the folder's chat template; see `Tokenizer.chat`."""
+    """Returns a conversation as text, rendered with a chat template of the folder; see `Tokenizer.chat`."""
     import_optional("jinja2", "hf")
     config, tokens = read_tokenizer_config(folder)
     chosen = choose_template(folder, read_templates(folder, config), template, tools is not None)

@@ -1,8 +1,9 @@
-"""`config.json` of a Hugging Face folder: read as a ModelConfig, and written from one.
+"""Read `config.json` of a Hugging Face folder as a ModelConfig, and write it from one.
 
-A folder is read as transformers reads it: `model_type` names the class, whose defaults replace absent keys. Every
-key of these classes is handled: those in `_Keys` are read, those in `REFUSED` may only have the value given there,
-`IGNORED` does not change what the model computes. Keys unknown to the class are ignored, as transformers does.
+A folder is read as transformers reads it. `model_type` names a class of transformers, whose defaults replace absent
+keys. Every key of these classes is handled: keys in `_Keys` are read, keys in `REFUSED` may only have the value given
+there, and keys in `IGNORED` do not change what the model computes. Keys unknown to the class are ignored, as in
+transformers.
 Source: models/{llama,mistral,qwen3}/configuration_*.py and configuration_utils.py of transformers 5.24.
 """
 
@@ -19,9 +20,9 @@ from tsp_jax.files import Count, Finite, Size, check_json, read_json
 from tsp_jax.hf.rope import read_rope, rope_json
 
 MAX_BYTES = 2**24
-"""most bytes of a config.json"""
+"""largest config.json, in bytes, that is read"""
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-"""model_type -> the class that transformers makes, as `architectures` names it"""
+"""model_type -> class of transformers, as `architectures` in config.json names it"""
 _SIZES = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {
@@ -47,7 +48,7 @@ REFUSED = {
     "quantization_config": (None, "that is not quantized"),
     "compression_config": (None, "that is not quantized"),
 }
-"""key that changes the mathematics -> (the only supported value, what to use instead)"""
+"""key that changes the mathematics -> (the only supported value, kind of model to use instead)"""
 IGNORED = {
     "attention_dropout": "of training alone",
     "pad_token_id": "its row of the table takes no gradient: of training alone",
@@ -68,9 +69,9 @@ ACTIVATIONS: dict[str, Activation] = {
 DTYPES: dict[str | None, DType] = {
     "float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16", None: "bfloat16",
 }  # fmt: skip
-"""dtype in config.json -> our dtype, used if the caller does not choose one"""
+"""dtype in config.json -> dtype that is used here if the caller does not choose one"""
 FULL_ATTENTION = {"full_attention", "attention"}
-"""names of layer types without a window; transformers treats the second as the first"""
+"""names of layer types without a window; "attention" means "full_attention" to transformers"""
 SIZES = {
     "vocab_size": "vocab_size", "d_model": "hidden_size", "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads", "d_ff": "intermediate_size",
@@ -143,7 +144,7 @@ def read_dtype(folder: str | Path) -> DType:
 
 
 def _read(folder: str | Path) -> tuple[Path, dict[str, Any], str]:
-    """(path of config.json, its content, its model_type)."""
+    """Returns (path of config.json, its content, its model_type)."""
     path = Path(folder) / "config.json"
     raw = read_json(path, max_bytes=MAX_BYTES, advice="use a Hugging Face folder with an intact one")
     known = {name: family for family, name in FAMILIES.items()}

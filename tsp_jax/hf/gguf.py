@@ -1,6 +1,7 @@
 """Convert GGUF files of the Llama family to Hugging Face folders of float32 weights.
 
-RoPE rotates rows 2i and 2i + 1 of q and k in GGUF (llama.cpp's order), rows i and i + H/2 in Hugging Face folders.
+RoPE rotates the rows of each head of Wq and Wk in pairs: rows 2i and 2i + 1 in GGUF (llama.cpp's order), rows i and
+i + H/2 in Hugging Face folders.
 Dims: D model, H head.
 """
 
@@ -40,7 +41,7 @@ LAYER_NAMES = {
 
 
 class _Metadata(msgspec.Struct, kw_only=True):
-    """The metadata that is read. Defaults are those of llama.cpp (src/llama-model.cpp)."""
+    """The model's metadata, as far as it is read. Defaults are those of llama.cpp (src/llama-model.cpp)."""
 
     context: Size = msgspec.field(name="llama.context_length")
     d_model: Size = msgspec.field(name="llama.embedding_length")
@@ -63,7 +64,7 @@ class _Metadata(msgspec.Struct, kw_only=True):
 NO_EFFECT = (
     "llama.vocab_size", "llama.rope.scaling.original_context_length", "llama.rope.scaling.finetuned",
 )  # fmt: skip
-"""keys without effect here: the vocabulary size follows from the tokens, the others belong to YaRN"""
+"""keys that have no effect here: the vocabulary size follows from the tokens, and the other keys belong to YaRN"""
 CHECKED = ("llama.", "tokenizer.ggml.add_")
 """prefixes of keys that must be known: an unknown one could change the mathematics or the tokens"""
 
@@ -75,7 +76,7 @@ def convert_gguf(path: str | Path, folder: str | Path) -> ModelConfig:
       The model's configuration.
 
     Raises:
-      ConfigError: the file is not a complete GGUF file of a Llama with byte-level BPE; or the folder is not empty.
+      ConfigError: the file is not a complete GGUF file of a Llama with byte-level BPE, or the folder is not empty.
     """
     fields, found = read_gguf(path)
     metadata, tokenizer = _metadata(path, fields), read_tokenizer(path, fields)
@@ -104,7 +105,10 @@ def convert_gguf(path: str | Path, folder: str | Path) -> ModelConfig:
 
 
 def halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Moves rows 2i and 2i + 1 of each head of [heads x H, D], which RoPE rotates together, to rows i and i + H/2."""
+    """Moves rows 2i and 2i + 1 of each head, which RoPE rotates together, to rows i and i + H/2.
+
+    `rows`: [heads x H, D].
+    """
     return np.ascontiguousarray(rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape))
 
 
@@ -180,5 +184,5 @@ def _model_config(path: str | Path, metadata: _Metadata, vocab_size: int, tie_em
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal number with the same float32: 1e-5, not 9.99999975e-6."""
+    """The shortest decimal number that rounds to the same float32: 1e-5, not 9.99999975e-6."""
     return float(str(np.float32(value)))

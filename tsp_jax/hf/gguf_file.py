@@ -19,7 +19,7 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
 MOST_ENTRIES, LONGEST_ARRAY, MOST_DIMS = 2**16, 2**22, 4
-"""more metadata, tensors, tokens or dimensions than any model has"""
+"""limits that no model reaches: on metadata entries and on tensors, on values of an array, on dimensions of a tensor"""
 
 
 class Tensor(NamedTuple):
@@ -29,7 +29,7 @@ class Tensor(NamedTuple):
     kind: Any
     """a gguf.GGMLQuantizationType"""
     data: np.ndarray
-    """memory-mapped uint8: the tensor's shape, but with the bytes of a row as its last dimension"""
+    """memory-mapped uint8, in the tensor's shape, except that the last dimension counts the bytes of a row"""
 
     def values(self) -> np.ndarray:
         """The tensor's values as float32."""
@@ -64,7 +64,7 @@ class _Reader:
     def __init__(self, data: np.ndarray):
         self.data, self.place = data, 0
         self.end = min(len(data), MAX_BYTES)
-        """where the metadata and the list of tensors end"""
+        """position before which the metadata and the list of tensors must end"""
 
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if self.take(4) != b"GGUF":
@@ -117,7 +117,7 @@ class _Reader:
         return list(struct.unpack(f"<{number}{code}", self.take(number * struct.calcsize(f"<{code}"))))
 
     def info(self) -> tuple[tuple[int, ...], int, int]:
-        """(shape, type, offset)"""
+        """Reads (shape, type, offset) of a tensor."""
         if (dims := self.scalar("I")) > MOST_DIMS:
             raise ValueError(f"{dims:,} dimensions, at most {MOST_DIMS} are read")
         shape = tuple(self.scalar("Q") for _ in range(dims))[::-1]

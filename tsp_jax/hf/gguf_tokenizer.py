@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file, as the files tokenizer.json and tokenizer_config.json."""
+"""Convert the tokenizer of a GGUF file to tokenizer.json and tokenizer_config.json."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ TEMPLATE = "tokenizer.chat_template"
 
 
 class GGUFTokenizer(msgspec.Struct, kw_only=True):
-    """The metadata that is read. Defaults are those of llama.cpp (src/llama-vocab.cpp)."""
+    """The tokenizer's metadata, as far as it is read. Defaults are those of llama.cpp (src/llama-vocab.cpp)."""
 
     kind: str = msgspec.field(name="tokenizer.ggml.model")
     pre: str = msgspec.field(name="tokenizer.ggml.pre", default="")
@@ -37,7 +37,7 @@ class GGUFTokenizer(msgspec.Struct, kw_only=True):
     """a setting of SentencePiece tokenizers; not used, since only byte-level BPE is read"""
 
     def special_ids(self) -> dict[str, int | list[int]]:
-        """The ids of special tokens, as keys of config.json; several tokens may end a text."""
+        """Key of config.json -> id of the special token; a list of ids if several tokens end a text."""
         ends = dict.fromkeys(token for token in (self.eos, self.end_of_turn, self.end_of_message) if token is not None)
         ids = {"bos_token_id": self.bos, "eos_token_id": list(ends) or None, "pad_token_id": self.padding}
         found = {key: value for key, value in ids.items() if value is not None}
@@ -45,7 +45,7 @@ class GGUFTokenizer(msgspec.Struct, kw_only=True):
 
 
 def read_tokenizer(path: str | Path, fields: Mapping[str, Any]) -> GGUFTokenizer:
-    """Reads the metadata of a GGUF file; raises ConfigError if the tokenizer is incomplete or not supported."""
+    """Reads the tokenizer from a GGUF file's metadata; raises ConfigError if it is incomplete or not supported."""
     found = check_json(dict(fields), str(path), GGUFTokenizer, "use a complete file")
     if found.kind != "gpt2" or found.pre not in SPLITS:
         names = f"{found.kind:.80}, {found.pre:.80}"
@@ -89,7 +89,7 @@ def tokenizer_json(found: GGUFTokenizer) -> dict[str, Any]:
 
 
 def _around(found: GGUFTokenizer) -> dict[str, Any] | None:
-    """The post-processor that adds tokens around a text."""
+    """The post-processor that adds tokens before and after a text; None if none are added."""
     first = [found.bos] if found.add_bos and found.bos is not None else []
     last = [found.eos] if found.add_eos and found.eos is not None else []
     names = {number: found.tokens[number] for number in first + last}
@@ -106,7 +106,7 @@ def _around(found: GGUFTokenizer) -> dict[str, Any] | None:
 
 
 def tokenizer_config(path: str | Path, found: GGUFTokenizer, fields: Mapping[str, Any], context: int) -> dict[str, Any]:
-    """Returns the content of `tokenizer_config.json`, with the chat templates of the file."""
+    """Returns the content of `tokenizer_config.json`, with the chat templates of the GGUF file."""
     ids = {"bos_token": found.bos, "eos_token": found.eos, "pad_token": found.padding}
     config: dict[str, Any] = {name: found.tokens[number] for name, number in ids.items() if number is not None}
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}

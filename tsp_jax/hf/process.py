@@ -24,9 +24,10 @@ class TextError(Exception):
 
 
 class TextProcess:
-    """Calls of `process_main.Text`. The process starts with the first call, and again after a call that ended it.
+    """Calls methods of `process_main.Text` in a child process.
 
-    `load`: arguments of the process's first call, `Text.load`, or None.
+    The process starts at the first call, and again at the next call after one that ended it. `load`: arguments of
+    `Text.load`, which is called first in each new process; None: it is not called.
     """
 
     def __init__(self, load: dict[str, Any] | None = None):
@@ -84,7 +85,7 @@ class TextProcess:
 
 
 def _end(child: subprocess.Popen) -> int:
-    """Ends a child process; returns its exit code, negative for the signal that ended it."""
+    """Ends a child process; returns its exit code, or minus the number of the signal that ended it."""
     assert child.stdin and child.stdout
     child.stdout.close()
     with contextlib.suppress(BrokenPipeError):

@@ -12,7 +12,8 @@ from datetime import datetime
 from typing import Any
 
 CPU_S, CPU_S_PER_BYTE = 2, 2e-5
-"""limit on a call's processor time: a constant plus a time per byte of arguments; tokenizers need about a tenth"""
+"""limit on a call's processor time in seconds: a constant, plus a time per byte of the request; tokenizers need about a
+tenth of it"""
 MEMORY_BYTES, MEMORY_PER_BYTE = 3 * 2**29, 500
 LARGEST_TEXT = 2**24
 """most characters that a chat template or decoder may produce beyond those of its arguments"""
@@ -58,7 +59,7 @@ class Text:
         return encoding.ids
 
     def decode(self, tokens: list[int]) -> tuple[str, bool]:
-        """(text, whether the last token is a byte of a character that has no token of its own)."""
+        """(text, whether the last token is a byte token: one byte of a character that has no token of its own)."""
         last = self.tokenizer.id_to_token(tokens[-1]) if tokens else None
         return bounded([self.tokenizer.decode(tokens)]), bool(re.fullmatch("<0x[0-9A-Fa-f]{2}>", last or ""))
 
@@ -69,7 +70,7 @@ class Text:
 
 
 def bounded(pieces: Any, largest: int = LARGEST_TEXT) -> str:
-    """Joins pieces of text; fails where they have more than `largest` characters."""
+    """Joins pieces of text; raises MemoryError if they have more than `largest` characters."""
     texts, size = [], 0
     for piece in pieces:
         size += len(piece)
@@ -95,7 +96,7 @@ def environment() -> Any:
             return nodes.Scope(body, lineno=line)
 
     class Namespace(utils.Namespace):
-        """A Jinja namespace that refuses the names of Python's own attributes."""
+        """A Jinja namespace that refuses names that begin with an underscore, as Python's internal attributes do."""
 
         def __setitem__(self, name: str, value: Any) -> None:
             if name.startswith("_"):
@@ -112,7 +113,7 @@ def environment() -> Any:
         raise jinja2.exceptions.TemplateError(message)
 
     def to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        """Replaces Jinja's own filter, which escapes HTML."""
+        """The filter `tojson`; Jinja's own one escapes HTML."""
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     made = sandbox.ImmutableSandboxedEnvironment(

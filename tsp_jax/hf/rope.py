@@ -1,4 +1,4 @@
-"""RoPE in `config.json`: read with the precedence of transformers, and written.
+"""Read RoPE's parameters from `config.json`, with the precedence of transformers, and write them.
 
 Source: `RotaryEmbeddingConfigMixin` of transformers 5.24, modeling_rope_utils.py.
 """
@@ -19,7 +19,7 @@ CONTEXT = "original_max_position_embeddings"
 
 
 class _Rope(msgspec.Struct):
-    """RoPE's parameters, merged from all sources; any may be absent, whether `rope_type` needs it or not."""
+    """RoPE's parameters, merged from all sources. Any with a default may be absent, even one that `rope_type` needs."""
 
     rope_type: str
     rope_theta: Finite = 10_000.0
@@ -39,9 +39,9 @@ class _Rope(msgspec.Struct):
 def read_rope(source: str, raw: Mapping[str, Any], context: int) -> tuple[float, RopeScaling]:
     """Returns rope_theta and the scaling of a config.json.
 
-    Of two keys for the same parameter, transformers prefers: `rope_scaling` as a whole to `rope_parameters`;
-    the nested `rope_theta` to the top-level one; `rope_type` to `type`; but the top-level `CONTEXT` to the
-    nested one, and to `context`.
+    If several keys give the same parameter, the precedence is that of transformers. `rope_scaling` replaces
+    `rope_parameters` as a whole. The nested `rope_theta` precedes the top-level one, and `rope_type` precedes `type`.
+    For `CONTEXT` the top-level key precedes the nested one, and that precedes the argument `context`.
 
     Args:
       source: names the file in errors.
@@ -78,7 +78,7 @@ def _scaling(source: str, rope: _Rope) -> RopeScaling:
 
 
 def rope_json(config: ModelConfig) -> dict[str, Any]:
-    """Returns the keys of config.json for a model's RoPE, which every version of transformers reads."""
+    """Returns the keys of config.json for a model's RoPE, in a form that every version of transformers reads."""
     scaling = config.rope_scaling
     rope = {
         "none": None,

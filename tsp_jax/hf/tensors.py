@@ -22,13 +22,13 @@ MAX_FILE_BYTES = 5_000_000_000
 EQUAL_ELEMENTS = 2**24
 """elements of a tensor that are compared at a time"""
 MAX_NAME = 255
-"""most characters of a file name on common file systems"""
+"""longest file name, in characters, on common file systems"""
 
 Shape = tuple[int, ...]
 
 
 def open_file(path: Path) -> Any:
-    """Opens a safetensors file and reads its header alone."""
+    """Opens a safetensors file, reading only its header."""
     package = import_optional("safetensors", "hf")
     check_regular(path, "use a complete Hugging Face folder")
     try:
@@ -38,7 +38,7 @@ def open_file(path: Path) -> Any:
 
 
 class Tensors:
-    """The tensors of a folder, by name. Opening a folder reads headers alone.
+    """The tensors of a folder, by name. Opening a folder reads only the headers of its files.
 
     Raises:
       ConfigError: a file is missing or broken, or lacks a tensor that the index places in it.
@@ -63,9 +63,9 @@ class Tensors:
         self.paths = {name: path for path, held in names.items() for name in held} | self.paths
 
     def check(self, shapes: Iterable[tuple[str, Shape]], ignored: Callable[[str], bool]) -> None:
-        """Checks that the folder has these tensors, in these shapes and a float dtype, and no others.
+        """Checks that the folder has the tensors with these names and shapes, in a float dtype, and no other tensors.
 
-        Raises ConfigError at the first (name, shape) that it lacks; extra tensors are allowed if `ignored(name)`.
+        Raises ConfigError for the first tensor that is wrong. Other tensors are allowed if `ignored(name)`.
         """
         found = set()
         for name, shape in shapes:
@@ -95,7 +95,7 @@ class Tensors:
         return all(np.array_equal(a[part].astype(np.float32), b[part].astype(np.float32)) for part in rows)
 
     def read(self, name: str, *index: slice) -> np.ndarray:
-        """Reads a slice of a tensor, and nothing else, in the dtype of its file."""
+        """Reads only a slice of a tensor from its file, in the dtype that it has there."""
         return self.files[self.paths[name]].get_slice(name)[index]
 
 
@@ -103,7 +103,7 @@ class _Index(msgspec.Struct):
     """The keys of an index file that are read."""
 
     weight_map: Annotated[dict[str, str], msgspec.Meta(min_length=1)]
-    """tensor -> file"""
+    """name of a tensor -> name of its file"""
 
 
 def _weight_map(folder: Path) -> dict[str, Path]:
@@ -163,8 +163,8 @@ def write_tensors(
 ) -> None:
     """Writes (name, array) pairs as safetensors files, with an index if there are several.
 
-    The host holds the tensors of one file at a time. `nbytes` has their sizes, in the same order. Without a folder, as
-    on all processes but the first, it iterates over `tensors` and writes nothing.
+    The host holds the arrays of one file at a time. `nbytes` has the sizes of all arrays, in the order of `tensors`. If
+    `folder` is None, as on all processes but the first, `tensors` is iterated over and nothing is written.
     """
     files = split_files(nbytes, max_bytes)
     weight_map = {}

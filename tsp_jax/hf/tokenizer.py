@@ -17,11 +17,11 @@ CUT_OR_PAD = ("truncation", "padding")
 AT_RANDOM = ("dropout", "alpha", "nbest_size")
 """settings of the model in tokenizer.json that would make a text's tokenization random"""
 REPLACEMENT = "\ufffd"
-"""shown for bytes that do not form a character, or do not yet"""
+"""character shown for bytes that do not form a character, or not yet a complete one"""
 
 
 class Tokenizer:
-    """Converts text to token ids and back, by the tokenizer.json of a folder.
+    """Converts text to token ids and back, with the tokenizer.json of a folder.
 
     Raises:
       ConfigError: the file is missing or broken, or the package `tokenizers` is not installed.
@@ -41,10 +41,10 @@ class Tokenizer:
             raise ConfigError(f"{path} is not a tokenizer ({error}); use an intact copy") from None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Returns the token ids of a text; names of special tokens in it become these tokens.
+        """Returns the token ids of a text; the name of a special token in the text becomes that token.
 
-        `special` adds the tokens that the tokenizer puts around every text. Raises ConfigError if no token stands for a
-        part of the text, or the tokenizer fails.
+        `special` adds the tokens that the tokenizer puts around every text. Raises ConfigError if the tokenizer has no
+        token for a part of the text, or fails.
         """
         return self._call("encode", text=text, special=special)
 
@@ -53,7 +53,7 @@ class Tokenizer:
         return self._call("decode", tokens=list(map(int, tokens)))[0]
 
     def decoder(self) -> "Decoder":
-        """Returns a decoder of one token at a time."""
+        """Returns a decoder that takes one token at a time."""
         return Decoder(self)
 
     def chat(
@@ -61,18 +61,18 @@ class Tokenizer:
         documents: Sequence[Mapping[str, Any]] | None = None, template: str | None = None,
         add_generation_prompt: bool = True, **variables: Any,
     ) -> str:  # fmt: skip
-        """Writes a conversation as text, by the folder's chat template.
+        """Returns a conversation as text, rendered with a chat template of the folder.
 
         Args:
-          messages: a message of the user, or all messages, each with its role and content.
+          messages: the text of one user message, or all messages, each with its role and content.
           tools: functions that the model may call, as JSON schemas.
           documents: texts that the model may use, each with its title and text.
           template: name of a template, where the folder has several; None: "tool_use" with tools, else "default".
-          add_generation_prompt: end where the model's answer begins.
-          variables: what else the template reads.
+          add_generation_prompt: end the text where the model's answer begins.
+          variables: other variables that the template reads.
 
         Raises:
-          ConfigError: the folder has no such template, it fails, or the package `jinja2` is not installed.
+          ConfigError: the folder has no such template, the template fails, or the package `jinja2` is not installed.
         """
         return render_chat(
             self.folder, messages, tools=tools, documents=documents, template=template,
@@ -87,19 +87,19 @@ class Tokenizer:
 
 
 class Decoder:
-    """Converts tokens to text one at a time; the pieces together are the text of all tokens.
+    """Converts tokens to text, one token at a time. The returned pieces together are the text of all tokens.
 
-    Bytes are held back until they form a character; bytes of byte tokens, until another token follows, because only
-    then is it known whether they are characters.
+    Bytes are held back until they form a character. The bytes of byte tokens are held back until another token follows,
+    because only then is it known whether they form characters.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._before: list[int] = []
-        """the last tokens whose text was returned: a token's text may depend on those before it"""
+        """the last tokens whose text was returned; kept because a token's text may depend on the tokens before it"""
         self._waiting: list[int] = []
         self._shown = self._text = ""
-        """(text of the tokens in `_before`, text of these and the tokens after them)"""
+        """`_shown`: text of the tokens in `_before`; `_text`: text of the tokens in `_before` and `_waiting`"""
 
     def step(self, token: int) -> str:
         """Returns the text that a token completes, which may be empty."""
@@ -109,7 +109,7 @@ class Decoder:
         return "" if is_byte or not adds or text.endswith(REPLACEMENT) else self._take()
 
     def finish(self) -> str:
-        """Returns the rest of the text after the last token, with `REPLACEMENT` for bytes that form no character."""
+        """Returns the text held back after the last token, with `REPLACEMENT` for bytes that form no character."""
         return self._take()
 
     def _take(self) -> str:

@@ -1,6 +1,6 @@
-"""Load and save weights of Hugging Face folders (Llama, Mistral, Qwen3); each device reads its shard.
+"""Load and save weights of Hugging Face folders (Llama, Mistral, Qwen3); each device reads its own shard.
 
-A folder's matrices are [out, in], ours [rows, D]: `o_proj` and `down_proj`, whose out is D, are transposed.
+Matrices are [out, in] in a folder, and [rows, D] here. So `o_proj` and `down_proj`, whose out is D, are transposed.
 Rows keep their order, because both formats rotate the two halves of a head (RoPE).
 Dims: D model, F ffn, H head, L layers, V vocabulary; rows are heads x H, F or V.
 """
@@ -46,7 +46,7 @@ NAMES = {
     "final_norm.scale": "model.norm.weight",
     "head.table": "lm_head.weight",
 }
-"""our parameter -> tensor in a folder, with braces for the number of the layer"""
+"""our parameter -> name of the tensor in a folder; {} stands for the layer number"""
 TRANSPOSED = ("layers.attention.w_o", "layers.mlp.w_down")
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -54,7 +54,7 @@ COPIED = (
 )  # fmt: skip
 """files beside the weights that an export copies from the source folder"""
 PADDING_ROW = -2
-"""in place of a logical row number: the stored row is padding"""
+"""stands in place of a logical row number where the stored row is padding"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +64,14 @@ class _Param:
     stored: jax.ShapeDtypeStruct
     """shape and sharding of the stored array"""
     name: str
-    """name of the tensors, with braces for the layer number if every layer has one"""
+    """name of the tensor; if every layer has its own, {} stands for the layer number"""
     stacked: bool
     """the first dim of the array is L"""
     transposed: bool
     form: Padding
 
     def names(self, layers: slice = slice(None)) -> Iterator[str]:
-        """Yields the names of the tensors; makes no list, as a config.json may claim any number of layers."""
+        """Yields the names of the tensors. It makes no list, because a config.json may claim any number of layers."""
         numbers = range(self.stored.shape[0])[layers] if self.stacked else range(1)
         return (self.name.format(number) for number in numbers)
 
@@ -84,7 +84,7 @@ class _Param:
 
     @functools.cached_property
     def rows(self) -> np.ndarray:
-        """[stored rows]: the logical row of each stored row, or PADDING_ROW; found by padding the row numbers."""
+        """[stored rows]: the logical row of each stored row, or PADDING_ROW. Computed by padding the row numbers."""
         count = self.shape[-1 if self.transposed else 0]
         numbers = jnp.arange(count, dtype=jnp.int32)[:, None] - PADDING_ROW
         return np.asarray(self.form.pad(numbers))[:, 0] + PADDING_ROW
@@ -109,7 +109,7 @@ class _Param:
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
     def tensors(self, array: jax.Array, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields (name, tensor), one tensor at a time on the host. All processes must call it: it communicates."""
+        """Yields (name, tensor), one tensor at a time on the host. It communicates, so all processes must call it."""
         real = self.rows != PADDING_ROW
         for number, name in enumerate(self.names()):
             stored = _on_host(array[number] if self.stacked else array)
@@ -152,11 +152,11 @@ def abstract_params(config: ModelConfig, placement: Placement, dtype: jax.typing
 
 
 def check_folder(folder: str | Path, config: ModelConfig, placement: Placement) -> Tensors:
-    """Opens and checks a model's weights; reads only the headers, and any output head that should be tied.
+    """Opens and checks a model's weights. It reads the headers alone, and for a tied model any output head as well.
 
     Raises:
       ConfigError: a file or tensor is missing, is broken, has another shape, or is not part of the model; or the model
-        is tied and the folder has another output head, which transformers would use.
+        ties its output head to the embedding, and the folder has a different head, which transformers would use.
     """
 
     def ignored(name: str) -> bool:
@@ -187,13 +187,13 @@ def load_params(
     The host holds one device's shard of one array at a time.
 
     Args:
-      folder: a folder with model.safetensors, or several files and their index.
+      folder: a folder with model.safetensors, or with several safetensors files and their index.
       config: the model, as returned by `read_config`.
       placement: layout and mesh.
       dtype: dtype of the parameters; that of the files may differ.
 
     Raises:
-      ConfigError: as `check_folder`.
+      ConfigError: see `check_folder`.
     """
     tensors = check_folder(folder, config, placement)
     return jax.tree.map(lambda param: param.load(tensors, jnp.dtype(dtype)), _param_tree(config, placement))
@@ -214,7 +214,7 @@ def save_params(
       placement: layout and mesh of the parameters.
       dtype: dtype in the files.
       source: folder whose tokenizer and special token ids are copied.
-      max_file_bytes: largest size of a file, and about what the host holds at a time.
+      max_file_bytes: largest size of a file. The host holds the tensors of one file at a time.
 
     Raises:
       ConfigError: the folder is not empty, is a URL, or cannot be written.

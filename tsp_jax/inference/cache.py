@@ -1,8 +1,8 @@
 """The KV cache: its arrays, their shardings, and which rank keeps which token.
 
-Rank p of R keeps ceil((n - p) / R) of a sequence's n tokens, so that ranks differ by at most one, whatever
-was prefilled and decoded before. Which tokens these are does not matter to attention. `assign_tokens` gives each rank
-two runs of a chunk, one from the front and one from the back, as training's zigzag order does.
+Rank p of R keeps ceil((n - p) / R) of a sequence's n tokens, so the counts of two ranks differ by at most one,
+whatever was prefilled and decoded before. Which tokens a rank keeps does not matter to attention. `assign_tokens` gives
+each rank two runs of a chunk, one from the front and one from the back, as training's zigzag order does.
 
 Dims: B batch, T tokens of a chunk, S cache entries of all ranks, L layers, K KV heads, H head, R ranks of the sequence.
 """
@@ -35,9 +35,9 @@ class Cache(NamedTuple):
     """after q/k norm and RoPE"""
     v_LBKSH: Any
     positions_BS: Any
-    """int32: position of each entry's token; `EMPTY` without one"""
+    """int32: position of each entry's token; `EMPTY` if the entry holds no token"""
     lengths_B: Any
-    """int32: tokens of each sequence"""
+    """int32: number of tokens of each sequence"""
 
     @property
     def key_values(self) -> KeyValues:
@@ -58,8 +58,9 @@ def abstract_cache(
 ) -> Cache:
     """Shapes, dtypes and shardings of a cache with keys and values in `dtype`.
 
-    `capacity` is in tokens of a sequence, rounded up to a multiple of `ENTRIES_MULTIPLE` on every rank. KV heads
-    include those padded for tensor shards. A head that several tensor shards use has a copy on each.
+    `capacity` is a number of tokens per sequence. It is rounded up, so that every rank has a multiple of
+    `ENTRIES_MULTIPLE` entries. The KV heads include padded heads. A head that several tensor shards use has a copy on
+    each of them.
     """
     heads = HeadSharding.of(placement.layout, placement.mesh.shape, model.num_heads, model.num_kv_heads, model.head_dim)
     multiple = ENTRIES_MULTIPLE * placement.size("sequence")
@@ -75,7 +76,7 @@ def check_capacity(
     model: ModelConfig, placement: Placement, *, batch: int, capacity: int, dtype: jax.typing.DTypeLike,
     weight_bytes: int = 0,
 ) -> None:  # fmt: skip
-    """Raises ConfigError if weights and cache do not fit a device's memory, where its size is known."""
+    """Raises ConfigError if weights and cache do not fit a device's memory (if its size is known)."""
     if capacity > MAX_CAPACITY:
         raise ConfigError(f"capacity={capacity} is too large; use at most {MAX_CAPACITY}")
     devices = placement.mesh.local_devices if isinstance(placement.mesh, Mesh) else []
@@ -103,7 +104,7 @@ def assign_tokens(starts: Sequence[int], counts: Sequence[int], chunk: int, rank
       starts: for each sequence, number of its tokens that are in the cache.
       counts: for each sequence, number of its tokens in this chunk, at most `chunk`.
       chunk: T, a multiple of `ranks`.
-      ranks: R, of the sequence.
+      ranks: R, the number of ranks over which a sequence is sharded.
 
     Returns:
       [B, T] int32 positions: R blocks of T / R, one per rank, each padded at its end with `NO_TOKEN`.

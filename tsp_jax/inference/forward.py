@@ -1,10 +1,11 @@
 """The decoder over a KV cache: prefill of a chunk of tokens, or decode of one token per sequence.
 
 Both run the layers of one Transformer on the same parameters. Prefill is the training forward with other attention.
-In decode, activations are so small that every device has all of them. So the model is placed by `decode_placement`: the
-same layout, except that no axis shards the sequence, and no weight axis shards the batch. The weights are sharded as
-before, and since their axes shard no tokens, they are tensor axes: embedding, MLP and head are tensor-parallel. Only
-attention uses the original layout, whose batch and sequence axes shard the cache.
+In decode, activations are so small that they need no sharding over the axes that shard weights. So `decode_placement`
+places the model: the layout is the same, except that no axis shards the sequence, and no axis that shards weights
+shards the batch. The weights are sharded as before. Their axes no longer shard tokens, so they are all tensor axes:
+embedding, MLP and head are tensor-parallel. Only attention uses the original layout, whose batch and sequence axes
+shard the cache.
 
 Dims: B batch, T tokens of a chunk, S cache entries of all ranks, D model, V vocabulary, L layers, K KV heads, H head,
 R ranks of the sequence; lower case: this device's shard.
@@ -36,7 +37,7 @@ REPLICATED = PartitionSpec()
 
 
 def decode_placement(placement: Placement) -> Placement:
-    """Placement for decoding: weights sharded as in `placement`, tokens only over batch axes without weights."""
+    """Placement for decode: weights sharded as in `placement`, tokens only over batch axes that shard no weights."""
     layout = placement.layout
     batch = layout.replica_batch
     folded = tuple(name for name in layout.batch if name not in batch)
@@ -62,10 +63,10 @@ def prefill(
     """Runs a chunk of tokens and writes them into the cache.
 
     Args:
-      model: on `placement`.
+      model: the model on `placement`.
       decode_model: the same model on `decode_placement(placement)`; computes the logits.
       placement: layout and mesh.
-      cache: with the tokens before this chunk.
+      cache: the cache, which holds the tokens before this chunk.
       tokens_BT: int32 ids, ordered by `tsp_jax.inference.cache.assign_tokens`, or in any order in which each
         rank's tokens come before its padding and fit into its free entries.
       positions_BT: int32; `NO_TOKEN` for padding.
@@ -105,10 +106,10 @@ def decode(
     """Runs one token per sequence and writes it into the cache.
 
     Args:
-      model: on `decode_placement(placement)`.
-      config: attention's settings on `placement`, which say how its weights are stored.
+      model: the model on `decode_placement(placement)`.
+      config: settings of attention on `placement`; they say how the weights of attention are stored.
       placement: layout and mesh.
-      cache: with the tokens before this one.
+      cache: the cache, which holds the tokens before this one.
       tokens_B: int32 ids; negative: no token for this sequence, whose logits are then undefined.
 
     Returns:
@@ -143,7 +144,7 @@ def decode(
 
 
 def _run(op: Callable, module: Attention, placement: Placement, x_BTD: jax.Array, x_spec: PartitionSpec, inputs, specs):
-    """Runs an attention op on x and `inputs` (keys, values, any others): (y like x, keys and values)."""
+    """Runs an attention op on x and `inputs`, the first of which is keys and values. Returns (y, keys and values)."""
     weights = AttentionWeights(module.w_q[...], module.w_k[...], module.w_v[...], module.w_o[...])
     in_specs = (x_spec, placement.layout.spec("heads", None), REPLICATED, *specs)
     run = placement.shard_map(op, in_specs, (x_spec, specs[0]))
@@ -151,7 +152,10 @@ def _run(op: Callable, module: Attention, placement: Placement, x_BTD: jax.Array
 
 
 def _layers(model: Transformer, x_BTD: jax.Array, attend: Callable, carry: Any) -> tuple[jax.Array, Any, Any]:
-    """(x, carry, outs of all layers), with `attend` (module, x, carry, layer) -> (y, carry, out) for attention."""
+    """Runs all layers, with `attend` (module, x, carry, layer) -> (y, carry, out) for attention.
+
+    Returns (x, carry, outs of all layers).
+    """
     graphdef, stacked = nnx.split(model.layers)
 
     def layer(carry, xs):
@@ -170,7 +174,7 @@ def _layers(model: Transformer, x_BTD: jax.Array, attend: Callable, carry: Any) 
 
 
 def _logits(model: Transformer, x_B1D: jax.Array) -> jax.Array:
-    """[B, V] float32, on every device of a batch shard; each multiplies with its own rows of the head."""
+    """[B, V] float32, on every device of a batch shard. Each device multiplies by its own rows of the head."""
     head = model.head or model.embed
     layout, dtype = head.placement.layout, head.dtype
 

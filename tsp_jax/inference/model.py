@@ -23,7 +23,7 @@ from tsp_jax.layout import Placement, check_divides
 
 Prompt = str | Sequence[int]
 CHUNK = 2048
-"""default for the tokens of a prompt that one prefill takes"""
+"""default for the most tokens of a prompt that one prefill takes"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Model:
     tokenizer: Tokenizer | None = None
     """None: prompts are token ids"""
     stop_tokens: tuple[int, ...] = ()
-    """end a continuation, unless `generate` is given others"""
+    """tokens that end a continuation, unless `generate` is given others"""
     programs: dict[tuple[int, int, int], InferenceProgram] = dataclasses.field(default_factory=dict, repr=False)
     """compiled so far, by (batch, capacity, chunk)"""
 
@@ -124,18 +124,18 @@ def generate(
       max_new_tokens: per prompt.
       sampling: greedy, or temperature, top-k, top-p and a seed.
       stop_tokens: ids that end a sequence; the model's if None.
-      capacity: tokens of a sequence that the cache has room for; 0: at least those needed. A compiled program is
-        reused for calls with the same batch, capacity and chunk.
+      capacity: tokens of a sequence that the cache has room for; 0: enough for the longest prompt and its new tokens.
+        Calls with the same batch, capacity and chunk reuse one compiled program.
       chunk: most tokens of a prompt that one prefill takes; 0: `CHUNK`. Smaller chunks need less memory; larger chunks
         stream the weights fewer times.
-      on_token: called with the index of a prompt and its next token, as soon as it is drawn.
+      on_token: called with the index of a prompt and its next token, as soon as the token is drawn.
       stats: counts and times are added to it.
 
     Returns:
       A continuation for each prompt.
 
     Raises:
-      ConfigError: a prompt is empty, too long for the capacity, or has an id that is no token of the model.
+      ConfigError: a prompt is empty, is too long for the capacity, or has an id outside the model's vocabulary.
     """
     for name, value in (("capacity", capacity), ("chunk", chunk)):
         if value < 0:
@@ -166,7 +166,7 @@ def _text(model: Model, tokens: list[int], stops: set[int]) -> str:
 
 
 def _round_up(count: int, ranks: int) -> int:
-    """The next multiple of `ranks` and of about an eighth of `count`, so that few sizes are compiled."""
+    """Rounds `count` up to a multiple of about an eighth of itself, then of `ranks`, so that few sizes are compiled."""
     step = max(1, 1 << count.bit_length() >> 4)
     count = -(-count // step) * step
     return -(-count // ranks) * ranks

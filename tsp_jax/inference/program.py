@@ -45,7 +45,7 @@ class InferenceProgram:
     abstract_params: dict
     """shapes, dtypes and shardings in stored form; as in training except for the dtype"""
     paddings: dict
-    """for each parameter, the object that pads its layout-independent array to the stored shape and back"""
+    """for each parameter, the object that converts it from logical to stored form and back"""
     abstract_cache: Cache
     abstract_chunk: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
     """tokens and positions for prefill"""
@@ -53,7 +53,7 @@ class InferenceProgram:
     """tokens for decode"""
     vocab_size: int
     peak_bytes: int = 0
-    """peak memory per device of prefill or decode, whichever is larger, as the compiler counts; 0: not compiled yet"""
+    """peak memory per device, the larger of prefill and decode, as the compiler reports it; 0: not compiled yet"""
 
     def compile(self) -> "InferenceProgram":
         """The program with prefill and decode compiled, so that no later call compiles."""
@@ -78,12 +78,12 @@ def make_inference_program(
       dtype: of activations and of the cache.
       batch: B, sequences that are served together.
       capacity: tokens of a sequence that the cache has room for, prompt and continuation.
-      chunk: T, tokens of a prompt that one prefill takes; longer prompts take several.
+      chunk: T, tokens of a prompt that one prefill takes; a longer prompt takes several prefills.
       params_dtype: of the parameters; `dtype` if None.
 
     Raises:
-      ConfigError: a size is not positive, the placement does not divide the batch or the chunk, or the dtype is
-        unknown.
+      ConfigError: a size is not positive, the batch or the chunk does not divide evenly over the placement, or the
+        dtype is unknown.
     """
     _check(placement, batch, capacity, chunk, dtype)
     params_dtype = dtype if params_dtype is None else params_dtype

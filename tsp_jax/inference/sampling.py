@@ -28,7 +28,7 @@ class Sampling:
     top_p: float = 1.0
     """draw from the smallest set of likeliest tokens whose probabilities sum to at least this"""
     seed: int = 0
-    """a draw depends only on this, the index of the prompt and the position"""
+    """the randomness of a draw depends only on this, the index of the prompt and the position"""
 
     def __post_init__(self):
         for name, least, most in (
@@ -60,7 +60,10 @@ def filter_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
 
 
 def filter_top_p(logits_BV: jax.Array, p: float) -> jax.Array:
-    """The logits, with -inf for tokens whose likelier tokens already sum to p; the likeliest token is always kept."""
+    """The logits, with -inf for each token if the likelier tokens together have probability p or more.
+
+    The likeliest token is always kept.
+    """
     if p >= 1:
         return logits_BV
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
@@ -71,7 +74,7 @@ def filter_top_p(logits_BV: jax.Array, p: float) -> jax.Array:
 
 
 def row_keys(seed: int, rows_B: jax.Array, positions_B: jax.Array) -> jax.Array:
-    """[B] random keys for one position of each row, independent of the other rows."""
+    """[B] random keys, one per row. Each depends only on the seed, the row's number and the row's position."""
 
     def key(row: jax.Array, position: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), position)

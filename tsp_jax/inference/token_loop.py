@@ -47,7 +47,7 @@ def generate_tokens(
     sampling: Sampling = Sampling(), stop_tokens: Collection[int] = (), on_token: OnToken | None = None,
     stats: Stats | None = None,
 ) -> list[list[int]]:  # fmt: skip
-    """Continues each prompt until it has `max_new_tokens` more or a stop token.
+    """Continues each prompt until it has `max_new_tokens` new tokens or a stop token is drawn.
 
     Args:
       program: prefill and decode; prompts are continued in groups of its batch size.
@@ -55,15 +55,15 @@ def generate_tokens(
       prompts: token ids, at least one per prompt; lengths may differ.
       max_new_tokens: per prompt.
       sampling: how tokens are drawn.
-      stop_tokens: tokens that end a sequence; its last token is then one of them.
-      on_token: called with the index of a prompt and its next token, as soon as it is drawn.
+      stop_tokens: tokens that end a sequence; the stop token is kept as its last token.
+      on_token: called with the index of a prompt and its next token, as soon as the token is drawn.
       stats: counts and times are added to it.
 
     Returns:
       The new tokens of each prompt.
 
     Raises:
-      ConfigError: a prompt is empty, has an id that is no token, or is too long for the capacity with its new tokens.
+      ConfigError: a prompt is empty, has an id outside the vocabulary, or exceeds the capacity with its new tokens.
     """
     check_prompts(prompts, max_new_tokens, program.capacity, program.vocab_size)
     check_stop_tokens(stop_tokens, program.vocab_size)
@@ -128,7 +128,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, capacit
 
 
 def check_stop_tokens(stop_tokens: Collection[int], vocab_size: int, name: str = "stop_tokens") -> None:
-    """Raises ConfigError if a stop id is not a token id and so would never match; `name` says whose ids."""
+    """Raises ConfigError if a stop id is outside the vocabulary, so would never match; the error calls it `name`."""
     for token in stop_tokens:
         if not 0 <= token < vocab_size:
             raise ConfigError(f"{name}={token} is no token; use 0 to {vocab_size - 1}")
@@ -140,7 +140,7 @@ def _where_rows(rows_B: jax.Array, new_BV: jax.Array, old_BV: jax.Array) -> jax.
 
 
 def _generate_group(program: InferenceProgram, params, prompts, first, max_new_tokens, sampling, stop_tokens, stats):
-    """Yields (index of the prompt, token) for one batch of prompts, whose first has index `first`."""
+    """Yields (index of the prompt, token) for one batch of prompts, the first of which has index `first`."""
     sharding = program.abstract_tokens.sharding
     draw = partial(_draw, sampling=sampling, stops=tuple(stop_tokens), sharding=sharding)
     rows_B = np.arange(program.batch, dtype=np.int32)
@@ -172,7 +172,7 @@ def _generate_group(program: InferenceProgram, params, prompts, first, max_new_t
 
 @partial(jax.jit, static_argnames=("sampling", "stops", "sharding"))
 def _draw(logits_BV, lengths_B, active_B, rows_B, *, sampling: Sampling, stops: tuple[int, ...], sharding):
-    """(tokens [B], `STOPPED` or `NOT_FINITE` in place of some; [B] bool, whether the sequence continues)."""
+    """(tokens [B], some replaced by `STOPPED` or `NOT_FINITE`; [B] bool: whether each sequence continues)."""
     drawn_B = sample(logits_BV, row_keys(sampling.seed, rows_B, lengths_B), sampling)
     finite_B = jnp.isfinite(logits_BV.max(axis=-1))  # NaN if any of them is
     tokens_B = jnp.where(active_B, jnp.where(finite_B, drawn_B, NOT_FINITE), STOPPED)

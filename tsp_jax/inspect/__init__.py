@@ -1,11 +1,14 @@
-"""Reads compiled programs: memory, communication, and a simulated timeline. Knows no model.
+"""Reads compiled programs: memory, communication, and a simulated timeline. It knows no model.
 
 `report` is the entry point. Behind it:
 
-shapes, instructions, module, parser: the text as a tree. opcodes: tables. scopes: names.
-collectives, groups: communication. memory, lifetimes, peak: memory.
-flops, roofline, schedule, queues, timeline, trace: cost of instructions, and the simulation.
-program_report, render, expect, units: the report, printing it, checks on it.
+shapes, instructions, module, parser                 the text of a program as a tree
+opcodes                                              tables of opcodes
+scopes                                               what named scopes tell
+collectives, groups                                  communication
+memory, lifetimes, peak                              memory
+flops, roofline, schedule, queues, timeline, trace   cost of instructions, and the simulation
+program_report, render, expect, units                the report, printing it, checks on it
 """
 
 from tsp_jax.inspect.collectives import Collective, Total, list_collectives, total_by_op

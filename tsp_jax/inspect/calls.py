@@ -10,9 +10,10 @@ from tsp_jax.inspect.shapes import ShapeTree, leaves
 
 
 def check_calls(module: Module) -> None:
-    """Raises ConfigError, in one line that names the instruction, if a call or an alias does not fit what it names.
+    """Raises ConfigError if a call does not fit the computation that it names, or an alias names a missing array.
 
-    A computation that the text lacks is no error here: it may never run.
+    The error is one line that names the call or alias. A computation that the text lacks is no error here: it may
+    never run.
     """
     parameters = {name: _parameters(c) for name, c in module.computations.items()}
     for computation in module.computations.values():
@@ -35,7 +36,7 @@ def _parameters(computation: Computation) -> int:
 
 
 def _calls(i: Instruction, operands: Sequence[ShapeTree]) -> Iterator[tuple[str, int]]:
-    """(computation, number of arguments that an instruction passes to it)."""
+    """(computation, number of arguments passed to it) for each call that an instruction makes."""
     if i.base == "while":
         yield from ((name, len(operands)) for role in ("body", "condition") for name in i.called.get(role, ()))
     elif i.base == "conditional":

@@ -11,9 +11,9 @@ from tsp_jax.inspect.opcodes import ALIASES, ELEMENTWISE
 from tsp_jax.inspect.shapes import Shape, ints, leaves
 
 DEEPEST = 100
-"""most computations that may be nested in one another; programs of real models have fewer than 20"""
+"""most levels to which computations may be nested; programs of real models have fewer than 20"""
 _MOST_EXPANDED = 1_000_000
-"""instructions, with every call expanded, that are always accepted; for longer texts, a multiple of their own"""
+"""most instructions of a program with every call expanded; a long text may have a multiple of the number it lists"""
 _LARGEST = 2**63
 _ARRAYS = {
     "dot": 2, "ragged-dot": 2, "convolution": 2, "dynamic-update-slice": 2, "gather": 2, "scatter": 3,
@@ -40,7 +40,7 @@ def misfit(i: Instruction, wrong: str) -> ConfigError:
 
 
 def _check_names(computation: Computation) -> None:
-    """Checks that instruction names are unique, operands name earlier ones, and parameters are numbered."""
+    """Checks that names are unique, operands are earlier instructions, and parameters are numbered 0, 1, ..."""
     known: set[str] = set()
     numbers: set[int] = set()
     roots = [i for i in computation.instructions if i.is_root]
@@ -86,7 +86,7 @@ def _misfits(computation: Computation, i: Instruction) -> Iterator[str]:
 
 
 def _layout_fits(shape: Shape) -> bool:
-    """Whether a layout such as {1,0:T(8,128)} names dims that the shape has, and tiles of at least 1."""
+    """Whether a layout such as {1,0:T(8,128)} names only dims that the shape has, and no tile size of 0."""
     order, tiles = re.match(r"\{([\d,]*)", shape.layout), re.findall(r"T((?:\([\d,*]*\))+)", shape.layout)
     dims = ints(order[1]) if order else ()
     return (

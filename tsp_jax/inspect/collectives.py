@@ -32,15 +32,15 @@ class Collective:
     op: str
     """all-gather, all-reduce, reduce-scatter, collective-permute, all-to-all or collective-broadcast"""
     axis: str
-    """mesh axes that it runs over, such as data,tsp; ? if they are not known"""
+    """mesh axes that the collective runs over, such as data,tsp; ? if they are not known"""
     group_size: int
     """devices that exchange data with one another"""
     scope: str
-    """op_name: named scopes and the primitive"""
+    """op_name in the HLO text: named scopes and the primitive"""
     count: float
     """executions in one execution of the program"""
     bytes: int
-    """received per device each time it runs; `elements` likewise"""
+    """bytes that each device receives each time the collective runs; `elements` likewise"""
     elements: int
     dtype: str
     is_async: bool
@@ -103,7 +103,7 @@ def is_collective(i: Instruction) -> bool:
 
 
 def fused_phase(computation: Computation) -> tuple[str, str]:
-    """(phase, id) of the async collective in a TPU fusion, phase start, step or done; ("", "") if none."""
+    """(phase, id) of the async collective in a TPU fusion; phase: start, step or done; ("", "") if it has none."""
     ids = (
         re.search(r'chain_id="([^"]*)"', i.attributes.get("frontend_attributes", ""))
         for i in computation.instructions
@@ -117,7 +117,7 @@ def fused_phase(computation: Computation) -> tuple[str, str]:
 
 
 def total_by_op(found: Iterable[Collective]) -> dict[tuple[str, str], Total]:
-    """(op, axis) -> totals, the one with most bytes first."""
+    """(op, axis) -> totals, sorted by bytes, the largest first."""
     totals: dict[tuple[str, str], Total] = {}
     for c in found:
         total = totals.get((c.op, c.axis), Total())
@@ -173,7 +173,7 @@ def _continues(computation: Computation, i: Instruction) -> bool:
 
 
 def _is_async(computation: Computation, i: Instruction, wrapper: Instruction | None) -> bool:
-    """Whether it is asynchronous: GPU splits every collective into start and done, and marks blocking ones."""
+    """Whether a collective is asynchronous. GPU splits all collectives into start and done, and marks blocking ones."""
     if i.phase == "start":
         return '"is_sync":true' not in i.backend_config
     return wrapper is not None and (wrapper.base == "async" or _has_custom_call(computation, ASYNC_START))
@@ -195,7 +195,7 @@ def _keeps_a_slice(computation: Computation, i: Instruction) -> bool:
 
 
 def _received(op: str, operand: int, size: int) -> int:
-    """What a device receives, in the unit of `operand`, such as bytes."""
+    """How much a device receives, in the unit of `operand`, such as bytes."""
     if size <= 1:
         return 0
     if op in ("collective-permute", "collective-broadcast"):

@@ -65,7 +65,7 @@ ABSENCES = ("no-full-weight", "no-sync-collective")
 
 
 class Expectation(NamedTuple):
-    """One expectation: a quantity's upper bound, or a name from `ABSENCES`."""
+    """One contract: an upper bound of a quantity, or a name from `ABSENCES`."""
 
     text: str
     name: str
@@ -73,10 +73,10 @@ class Expectation(NamedTuple):
 
 
 def parse_expectations(text: str) -> list[Expectation]:
-    """Reads a comma-separated list of clauses.
+    """Reads a comma-separated list of contracts.
 
     Raises:
-      ConfigError: a clause is not understood.
+      ConfigError: a contract is not understood.
     """
     return [_clause(item.strip()) for item in text.split(",") if item.strip()]
 
@@ -95,10 +95,10 @@ def _clause(item: str) -> Expectation:
 
 
 def broken(report: Report, expectations: list[Expectation]) -> list[str]:
-    """Returns a line for each clause that does not hold, with the buffer or collective that breaks it.
+    """Returns a line for each contract that is broken, with the buffer or collective that breaks it.
 
     Raises:
-      ConfigError: the report cannot tell, for example because the program is not scheduled.
+      ConfigError: the report lacks what a contract needs, for example because the program is not scheduled.
     """
     if expectations:
         report.module.check_scheduled()

@@ -49,7 +49,7 @@ def declared_or_product_flops(computation: Computation, i: Instruction) -> float
 
 
 def total_flops(module: Module, unknown_trips: Trips = 1) -> float:
-    """Operations of matrix products in one execution of a program, scheduled or not, with the shapes in its text."""
+    """Operations of matrix products in one execution of a program (scheduled or not), from the shapes in its text."""
     runs = module.executions(unknown_trips, fusions=True)
     return sum(times * declared_or_product_flops(c, i) for c, times in runs for i in c.instructions)
 

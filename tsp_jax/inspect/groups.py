@@ -21,11 +21,16 @@ Groups = list[tuple[int, ...]]
 
 
 def groups_of(module: Module, i: Instruction) -> Groups:
-    """Device numbers of each group of a collective; for a permute the (source, target) pairs.
+    """Device numbers of each group of a collective; for a permute, the (source, target) pairs.
 
-    The numbers are devices with ``use_global_device_ids``; else replicas without ``channel_id``, partitions with it,
-    except in reductions and gathers, where they are replicas with all their partitions. These are the rules of
-    XLA's ``GetCollectiveOpGroupMode``; device number = replica * partitions + partition.
+    What a number in the text stands for follows the rules of XLA's ``GetCollectiveOpGroupMode``:
+
+    - with ``use_global_device_ids``: a device
+    - else, without ``channel_id``: a replica
+    - else, in reductions and gathers: a replica with all its partitions
+    - else: a partition
+
+    The number of a device is replica * partitions + partition.
 
     Raises:
       ConfigError: the groups are in none of HLO's notations, or name more than `MOST_DEVICES`.
@@ -69,7 +74,7 @@ def _listed(i: Instruction, everyone: int) -> Groups:
 def replica_groups(text: str, devices: int) -> Groups:
     """Groups of device numbers from any of HLO's three notations.
 
-    The notations are ``{{0,1},{2,3}}`` (``{}`` means all of them), ``[groups,size]<=[dims]T(permutation)``, and
+    The notations are ``{{0,1},{2,3}}`` (``{}`` means all devices), ``[groups,size]<=[dims]T(permutation)``, and
     ``mesh['a'=2,'b'=4] {'b'}``. The last may give the order of the devices in the mesh: ``mesh['a'=4,'b'=2],
     device_ids=([2,4]T(1,0)) {'b'}`` or ``device_ids=(1,0,...)``.
 
@@ -89,7 +94,7 @@ def replica_groups(text: str, devices: int) -> Groups:
 
 
 def axis_of_groups(groups: Groups, mesh_axes: Mapping[str, int] | None) -> str:
-    """The axes along which coordinates differ within a group; '?' if groups are not exactly theirs."""
+    """The mesh axes over which the groups run; '?' if no set of axes has exactly these groups."""
     if mesh_axes is None or not groups:
         return UNKNOWN_AXIS
     names, sizes = list(mesh_axes), list(mesh_axes.values())
@@ -127,7 +132,10 @@ def _brace_groups(text: str) -> Groups:
 
 
 def _rows(dims: Sequence[int], permutation: Sequence[int], size: int) -> Groups:
-    """0, 1, ... as an array of shape `dims`, transposed (not if the permutation is empty), in rows of `size`."""
+    """Numbers devices 0, 1, ... in an array of shape `dims`, transposes it, and splits it into rows of `size`.
+
+    An empty permutation leaves the array as it is.
+    """
     if not 1 <= math.prod(dims) <= MOST_DEVICES or not size or math.prod(dims) % size:
         raise ConfigError(f"names more than {MOST_DEVICES:,} devices, or no whole groups")
     order = np.arange(math.prod(dims)).reshape(dims).transpose(permutation or range(len(dims))).ravel().tolist()
@@ -135,7 +143,7 @@ def _rows(dims: Sequence[int], permutation: Sequence[int], size: int) -> Groups:
 
 
 def _mesh_groups(mesh: str, axes: str) -> Groups:
-    """Groups over named axes, or over a part of one: 'a':(2)4 splits a into 2 * 4 * the rest and takes the 4."""
+    """Groups over named axes or a part of an axis: 'a':(2)4 splits axis a into 2 * 4 * the rest and takes the 4."""
     sizes = {name: int(size) for name, size in re.findall(r"'?([\w.\-]+)'?=(\d+)", mesh)}
     parts = {name: (int(p), int(s)) for name, p, s in re.findall(r"'?([\w.\-]+)'?:\((\d+)\)(\d+)", axes)}
     chosen = re.findall(r"'?([\w.\-]+)'?(?::\(\d+\)\d+)?\s*(?:,|$)", axes)

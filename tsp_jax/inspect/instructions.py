@@ -15,7 +15,7 @@ class Instruction:
     shape: ShapeTree
     operands: tuple[str, ...]
     literal: str
-    """value of a constant, number of a parameter"""
+    """value of a constant, or number of a parameter"""
     called: dict[str, tuple[str, ...]]
     """role (body, condition, to_apply, calls, branch_computations) -> names of computations"""
     attributes: dict[str, str]

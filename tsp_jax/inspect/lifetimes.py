@@ -39,7 +39,7 @@ class Value:
         return value
 
     def unite(self, other: "Value") -> None:
-        """Makes two values share memory, and with them all that share with either."""
+        """Makes two values share memory, together with all values that share memory with either of them."""
         other.root().parent = self.root()
 
 
@@ -63,7 +63,7 @@ class Walk:
         self.written: dict[tuple[str, str], Value] = {}
         """(computation, name) of an instruction that overwrites part of an operand -> the value that it writes"""
         self.labels: dict[tuple[str, str], tuple[str, str]] = {}
-        """(computation, name) of an instruction without a name of its own -> (scope, file:line); see `find_peak`"""
+        """(computation, name) of an instruction without an op_name -> (scope, file:line) taken from another"""
         self._depth = 0
         self._offsets: dict[int, list[int]] = {}
         entry = module.entry
@@ -135,14 +135,14 @@ class Walk:
         return self._offsets[id(shape)]
 
     def _fitted(self, i: Instruction, values: Values) -> Values:
-        """One value for each array in an instruction's result; for example, nothing makes a token's value."""
+        """One value for each array in an instruction's result. Arrays without one, such as tokens, get a new value."""
         shapes = leaves(i.shape)
         if len(shapes) == len(values):
             return values
         return [*values[: len(shapes)], *(self._new(leaf, i) for leaf in shapes[len(values) :])]
 
     def _started(self, start: Instruction, i: Instruction, operands: list[Values]) -> Values:
-        """(operands, results, ...) of an asynchronous call, which runs once all its operands have arrived."""
+        """Values of an asynchronous call: its operands, then its results. It runs once all operands have arrived."""
         body = self.module.callee(start, "to_apply", "calls")
         flat = [value for values in operands for value in values]
         if len(operands) < sum(each.opcode == "parameter" for each in body.instructions):
@@ -264,7 +264,7 @@ def _through_bitcasts(body: Computation, i: Instruction) -> Instruction:
 
 
 def _reusable(module: Module, i: Instruction) -> list[tuple[int, int]]:
-    """(leaf of the result, operand) that may share memory: of equal size, read and written in the same order."""
+    """(leaf of the result, operand) pairs that may share memory: of equal size, read and written in the same order."""
     results = leaves(i.shape)
     operands = [leaves(operand.shape) for operand in module.computations[i.computation].operands(i)]
     if i.opcode in ELEMENTWISE:
@@ -283,10 +283,10 @@ def _alike(a: Shape, b: Shape) -> bool:
 
 
 def _reusable_in_fusion(body: Computation) -> list[tuple[int, int]]:
-    """(result, parameter) pairs: no other result depends on the parameter, and only elementwise work lies between."""
+    """(result, parameter) pairs with only elementwise work between them, where no other result uses the parameter."""
     tuple_root = body.root if body.root.opcode == "tuple" else None
     reached: defaultdict[str, set[int]] = defaultdict(set)
-    """instruction -> results that depend on it, at most two, and _OTHER_WORK if not by elementwise work alone"""
+    """instruction -> results that depend on it (two suffice), and _OTHER_WORK if work that is not elementwise does"""
     for k, output in enumerate(_results(body)):
         reached[output.name].add(k)
     for i in reversed(body.instructions):

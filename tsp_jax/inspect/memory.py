@@ -19,9 +19,9 @@ class Buffer:
     bytes: int
     """without tile padding"""
     memory_space: int
-    """0 main memory; on TPU 1 on-chip, 5 the host's memory"""
+    """0: main memory; on TPU also 1: on-chip memory, 5: the host's memory"""
     scope: str
-    """op_name: named scopes and the primitive"""
+    """op_name in the HLO text: named scopes and the primitive"""
     opcode: str
     name: str
     """of the instruction"""
@@ -47,8 +47,8 @@ class Memory:
 def list_buffers(module: Module) -> list[Buffer]:
     """Every array that an instruction outside fusions makes, the arguments of the program included.
 
-    Other names of the same array are left out, and an array of a loop is listed once. Arrays of the list may share
-    memory or never be alive together, so their sum means nothing. The list serves to show that an array is never made.
+    Aliases of an array are left out, and an array made in a loop is listed once. Arrays of the list may share memory or
+    never be alive together, so their sum means nothing. The list serves to show that an array is never made.
     """
     return [
         Buffer(leaf.dims, leaf.dtype, leaf.bytes, leaf.memory_space, i.op_name, i.opcode, i.name, i.computation)

@@ -23,7 +23,7 @@ _MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}
 _Scalar: TypeAlias = tuple[int | None, int]
 """(k, c): element k of the loop's state plus c; k is None for a plain number"""
 _Known: TypeAlias = dict[tuple[str, int], _Scalar]
-"""what is known while following a scalar; keys: ("state", k) in a loop, ("argument", n) in a fusion"""
+"""scalars with known values; keys: ("state", k) for a loop's state, ("argument", n) for a fusion's arguments"""
 _TOO_LARGE = 2**63
 """more iterations than any loop has"""
 _MOST_RUNS = 1e30
@@ -48,7 +48,7 @@ class Module:
     _constants: dict[str, dict[str, _Scalar]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    """computation -> its scalars whose values are known whoever calls it"""
+    """computation -> those of its scalars whose values are the same for every caller"""
 
     @property
     def num_devices(self) -> int:
@@ -76,8 +76,8 @@ class Module:
     def trip_count(self, loop: Instruction) -> int | None:
         """Number of iterations of a while loop; None if it depends on data.
 
-        It is the compiler's annotation or, without one, computed for a loop whose condition is
-        `state[k] < limit`, whose initial state is constant and whose body adds a constant step.
+        The number is taken from the compiler's annotation. Without an annotation it is computed, if the loop's
+        condition is like `state[k] < limit`, its initial state is constant and its body adds a constant step.
         """
         if noted := _COMPILER_COUNT.search(loop.backend_config):
             return natural(noted[1])
@@ -107,7 +107,7 @@ class Module:
         return _trips(direction, right[1] - left[1] - first[1], last[1])
 
     def trips(self, loop: Instruction, unknown_trips: Trips = 1) -> float:
-        """How often a while loop's body runs: counted in the text, else declared, else `unknown_trips`."""
+        """How often a while loop's body runs: `trip_count`, else what the program declares, else `unknown_trips`."""
         trips = self.trip_count(loop)
         if trips is None:
             trips = declared_trips(loop)
@@ -118,9 +118,9 @@ class Module:
     def executions(self, unknown_trips: Trips = 1, *, fusions: bool = False) -> Iterator[tuple[Computation, float]]:
         """Every computation that runs, callers first, and how often it runs in one execution of the module.
 
-        Every branch of a conditional counts as taken. `unknown_trips` are the trips of data-dependent loops that
-        declare none (`declared_trips`). `fusions` adds the bodies of fusions, of which only the results of the root are
-        written to memory.
+        Every branch of a conditional counts as taken. `unknown_trips` are the trips of data-dependent loops for
+        which the program declares none (`declared_trips`). `fusions` adds the bodies of fusions; only the results of a
+        body's root are written to memory.
         """
         times: dict[str, float] = dict.fromkeys(self.computations, 0)
         times[self.entry.name] = 1

@@ -11,12 +11,12 @@ TUPLES = frozenset(("tuple", "get-tuple-element"))
 ALIASES = frozenset(("bitcast", "opt-barrier", "add-dependency", "after-all", "domain"))
 """the result is the operand's memory under another name"""
 CONTROL_FLOW = frozenset(("while", "conditional", "call", "async"))
-"""the result is made by the instructions of the computations that are called"""
+"""opcodes whose result is made by the computations that they call"""
 NO_KERNEL = TUPLES | ALIASES | {"parameter", "constant", "while", "conditional", "partition-id", "replica-id"}
-"""launch no kernel of their own, so cost nothing"""
+"""opcodes that launch no kernel of their own, and so cost nothing"""
 
 POINT_TO_POINT = frozenset(("copy", "send", "recv"))
-"""their -start returns (destination, source, context), that of other opcodes (operands, results, ...)"""
+"""opcodes whose -start returns (destination, source, context); for all others it returns (operands, results, ...)"""
 SCALAR_FORWARDING = {"copy", "bitcast", "convert", "reshape", "broadcast", "copy-start", "copy-done", "opt-barrier"}
 """a scalar passes through them with its value unchanged"""
 SLICES = frozenset(("slice", "dynamic-slice", "gather"))

@@ -34,7 +34,7 @@ def parse(text: str | None) -> Module:
     """Parses one compiled module, from what ``compiled.as_text()`` returned; some compilers return None.
 
     Raises:
-      ConfigError: the text is no HLO, is incomplete, or holds more than one module.
+      ConfigError: the text is not HLO, is incomplete, or holds more than one module.
     """
     text = re.sub(r"/\*index=\d+\*/", "", (text or "").lstrip()) + "\n"
     if not text.startswith("HloModule "):

@@ -1,19 +1,26 @@
 """Peak memory of a compiled, scheduled program and the buffers alive at that moment, from its text alone.
 
-Time. The schedule is one sequence: the body of a loop stands in it once, branches one after another. A value lives
-from the instruction that makes it to the last one that reads it; a value that a computation returns, to the end of that
-computation. Inside a loop's body, an element of the state is dead between the last use of its old value and the making
-of its new one.
+Time. The schedule is one sequence: the body of a loop stands in it once, and branches stand one after another. A value
+lives from the instruction that makes it to the last one that reads it. A value that a computation returns lives to the
+end of that computation. Inside a loop's body, an element of the state is dead between the last use of its old value and
+the making of its new value. Parameters live throughout, outputs to the end.
 
-Memory. Values that XLA must keep in one buffer count once: aliases (tuples, their elements, bitcasts, the done of an
-asynchronous instruction, arguments and results of calls); a loop's initial state, parameter, root and result; the
-result of a conditional and the roots of its branches; donated parameters and the outputs that reuse them. Values that
-XLA may keep in one buffer do so if nothing else lives there meanwhile: a dynamic-update-slice or scatter (alone, or at
-the root of a fusion) writes into its operand; elementwise operations and fusions, sorts and all-reduces reuse an
-operand of equal size that dies there. Parameters live throughout, outputs to the end. Not counted are constants below
-1 MiB, scratch memory inside kernels, and arrays outside the device's main memory. TPU's tile padding is counted.
-Fragmentation is not modelled: XLA's arguments + temporaries + outputs - aliased is equal or slightly larger on
-GPU and CPU, and a fifth larger on TPU. TPU's own `peak_memory_in_bytes` equals the figure of this module.
+Memory. Values that XLA must keep in one buffer count once:
+
+- aliases: tuples, their elements, bitcasts, the done of an asynchronous instruction, arguments and results of calls
+- a loop's initial state, parameter, root and result
+- the result of a conditional and the roots of its branches
+- donated parameters and the outputs that reuse them
+
+Values that XLA may keep in one buffer also count once, if nothing else lives in the buffer meanwhile:
+
+- a dynamic-update-slice or scatter, alone or at the root of a fusion, writes into its operand
+- elementwise operations and fusions, sorts and all-reduces reuse an operand of equal size that dies there
+
+TPU's tile padding is counted. Constants below 1 MiB, scratch memory inside kernels, and arrays outside the device's
+main memory are not. Fragmentation is not modelled: XLA's sum, arguments + temporaries + outputs - aliased, is equal or
+slightly larger on GPU and CPU, and a fifth larger on TPU. TPU's own `peak_memory_in_bytes` equals the figure of this
+module.
 """
 
 import dataclasses
@@ -47,7 +54,7 @@ class LiveBuffer:
     holds: str
     """for a buffer that is filled slice by slice, the scope of the slices; else empty"""
     source: str
-    """file:line of the instruction that makes it, or empty; `name`, `opcode`, `computation` are its too"""
+    """file:line of the instruction that makes it, or empty; `name`, `opcode`, `computation` are that instruction's"""
     name: str
     opcode: str
     computation: str
@@ -80,7 +87,8 @@ def find_peak(module: Module) -> Peak:
       before and after the outermost loop that contains the peak.
     transient: everything else, gradients included.
 
-    If several moments have the most bytes, the first counts. A buffer shared by values is named after the last.
+    If several moments have the most bytes, the first counts. A buffer that several values share is named after the
+    value that is made last.
 
     Raises:
       ConfigError: the program is not scheduled.
@@ -108,7 +116,7 @@ def find_peak(module: Module) -> Peak:
 
 
 class _Group:
-    """Values that must share memory, and the spans of moments (first, last), ends included, when it is in use."""
+    """Values that must share memory, and when it is in use: `spans` of moments (first, last), ends included."""
 
     def __init__(self, values: Values, resident: bool, now: int):
         self.values, self.resident = values, resident
@@ -123,10 +131,10 @@ class _Group:
         self.ignored = constant and self.bytes < _LARGE_CONSTANT
 
     def counts(self, host: bool) -> bool:
-        """Whether the values take host memory (`host`), or device main memory (not `host`).
+        """Whether the values take up the host's memory (`host`), or else the device's main memory.
 
-        On TPU, spaces above 0 are on-chip (recognized by their tiled layouts) or the host's; on GPU, kinds of
-        main memory.
+        On TPU, a memory space above 0 is on-chip (recognized by its tiled layouts) or the host's. On GPU, it is a kind
+        of main memory.
         """
         in_host, space = self.shape.memory_space == HOST_MEMORY_SPACE, self.shape.memory_space
         there = in_host if host else not in_host and (space == 0 or ":T(" not in self.shape.layout)
@@ -175,7 +183,7 @@ def _groups(walk: Walk) -> list[_Group]:
 
 
 def _updates_between(updates: Mapping[int, list[tuple[Value, Value]]], roots: set[Value], moment: int) -> bool:
-    """Whether the instruction at a moment overwrites one of two groups with the other."""
+    """Whether the instruction at a moment overwrites part of one of two values (`roots`), which makes the other."""
     return any({operand.root(), result.root()} == roots for operand, result in updates.get(moment, ()))
 
 
@@ -225,7 +233,7 @@ def _highest(allocations: list[list[_Group]], end: int, *, host: bool) -> tuple[
 
 
 def _kind(walk: Walk, group: _Group, loop: tuple[int, int] | None) -> str:
-    """state, residual or transient, relative to the outermost loop that contains the peak."""
+    """state, residual or transient; see `find_peak`. `loop`: the outermost loop that contains the peak."""
     if group.resident:
         return "state"
     if not walk.has_backward:
@@ -239,7 +247,8 @@ def _kind(walk: Walk, group: _Group, loop: tuple[int, int] | None) -> str:
 def _label(walk: Walk, i: Instruction) -> tuple[str, str]:
     """(scope, file:line) of an instruction.
 
-    An instruction without a name takes those of its first operand; a fusion, those of its results.
+    An instruction without an op_name takes both from its first operand, a fusion from the instructions that make its
+    results.
     """
     named, passed = i, []
     if not i.op_name and i.opcode == "fusion":
@@ -270,8 +279,8 @@ def _describe(walk: Walk, group: _Group, loop: tuple[int, int] | None, group_of:
 def _naming_maker(module: Module, group: _Group) -> Instruction:
     """The instruction to name a group after.
 
-    A parameter; else an update that fills the buffer slice by slice; else the first one that does more than copy or
-    fill with a constant.
+    It is a parameter; else an update that fills the buffer slice by slice; else the first instruction that does more
+    than copy or fill with a constant.
     """
 
     def rank(maker: Instruction) -> int:

@@ -24,7 +24,7 @@ def hardware_of(device: Any) -> Hardware | None:
 
 
 def platforms_of_devices(devices: Iterable[Any]) -> tuple[str, ...]:
-    """The platforms that devices may belong to (JAX calls both ROCm and CUDA gpu); empty without devices."""
+    """The platforms that devices may belong to (JAX calls both ROCm and CUDA `gpu`); empty without devices."""
     for device in devices:
         known = hardware_of(device)
         return (known.platform,) if known else _GPU if device.platform == "gpu" else (device.platform,)
@@ -53,7 +53,7 @@ def check_platform(hardware: Hardware, platforms: tuple[str, ...]) -> None:
 
 
 def platform_assumption(module: Module, hardware: Hardware) -> list[str]:
-    """A line about what a program's text leaves open about its platform."""
+    """One line that states the assumed platform; no line if the program's text shows the platform."""
     platforms = platforms_of_text(module)
     if platforms == (hardware.platform,):
         return []

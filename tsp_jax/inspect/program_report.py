@@ -34,8 +34,10 @@ class FullWeight:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `report` found for one device. Nothing is measured: memory is read from the compiled program, and times are
-    simulated."""
+    """What `report` found for one device.
+
+    Nothing is measured: memory is read from the compiled program, and times are simulated.
+    """
 
     module: Module
     mesh: dict[str, int] | None
@@ -144,8 +146,8 @@ def report(
       record: keep the timeline's events, to write a trace.
 
     Raises:
-      ConfigError: the text is no HLO, mesh or target do not fit it, or it was compiled for another platform than the
-        target's.
+      ConfigError: the text is not HLO, the mesh does not fit the program, the target is unknown, or the program was
+        compiled for another platform than the target's.
     """
     if hasattr(program, "compile"):
         program = program.compile()
@@ -196,7 +198,7 @@ def _shardings(module: Module) -> dict[str, str]:
 
 
 def _sharded_matrices(compiled: Any) -> tuple[FullWeight, ...]:
-    """The matrices among the arguments whose last two dims are sharded."""
+    """The matrices among the arguments that are sharded over at least one of their last two dims."""
     matrices = {
         aval.shape[-2] * aval.shape[-1]
         for aval, sharding in _arguments(compiled)

@@ -2,7 +2,7 @@
 
 Kernels run one after another on the compute queue. A blocking step waits for compute and for its own queue, and keeps
 both busy. Asynchronous work begins when it has been issued and all earlier work of its queue has ended. Where the
-program waits for its end, the compute queue stands idle: that is exposed time.
+program waits for such work to end, the compute queue stands idle: that is exposed time.
 """
 
 from collections import Counter, defaultdict
@@ -17,11 +17,11 @@ _SETTLED = 1e-11
 """tolerance in seconds: queue states closer than this are taken as equal, since sums are rounded"""
 
 _MOST_WORK = 2_000_000
-"""most steps; a real training step, with every loop iteration traced, takes fewer than a hundred thousand"""
+"""most simulated steps; a real training step takes fewer than a hundred thousand, with every loop iteration traced"""
 
 Amounts = defaultdict[str, float]
 ComputeLoops = dict[str, tuple[float, Amounts]]
-"""task of a loop that uses only the compute queue -> (its seconds, how often each task in it runs)"""
+"""task of a loop that uses only the compute queue -> (seconds of the loop, how often each task in it runs)"""
 
 
 class Event(NamedTuple):
@@ -168,7 +168,7 @@ class Simulation:
         self.pending = [task._replace(end=task.end + seconds) for task in self.pending]
 
     def _state(self) -> list[tuple[str, float]]:
-        """How long after compute each queue and all work in flight end; the next iteration depends on these delays."""
+        """How much later than compute each queue and the work in flight end; the next iteration depends on this."""
         ends = [*self.now.items(), *((task.task, task.end) for task in self.pending)]
         return [(name, max(0.0, end - self.now["compute"])) for name, end in ends]
 

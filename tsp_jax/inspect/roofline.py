@@ -1,10 +1,10 @@
 """Cost of one execution of an instruction: operations of matrix products, and bytes of memory traffic.
 
-Counted are matrix products (``dot``, ``convolution``, library calls that carry their dimension numbers), and what
-instructions read from and write to main memory, each array once. Elementwise operations and reductions count by their
-bytes alone. Collectives are not counted here; see `tsp_jax.inspect.collectives`. Kernels that the text does not
-describe (custom calls, Triton's and Pallas' among them) count with the products that the program declares for them
-(`declared_flops`), else by their bytes alone.
+The cost counts matrix products (``dot``, ``convolution``, library calls that carry their dimension numbers), and the
+bytes that instructions read from and write to main memory, each array once. Elementwise operations and reductions count
+by their bytes alone. Kernels that the text does not describe (custom calls, Triton's and Pallas' among them) count by
+their bytes, and by the matrix products that the program declares for them (`declared_flops`), if any. Collectives are
+not counted here; see `tsp_jax.inspect.collectives`.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class Cost:
     flops: float = 0.0
     """of matrix products; a multiply-add is two"""
     work: float = 0.0
-    """flops / the kernel's fraction of the sustained rate, so that work / sustained rate is its time"""
+    """flops / the fraction of the sustained rate that the kernel reaches, so that work / sustained rate is its time"""
     bytes: float = 0.0
     """read from and written to main memory"""
     host_bytes: float = 0.0
@@ -40,16 +40,18 @@ class Costs:
     """Costs of a module's instructions, each computed once."""
 
     def __init__(self, module: Module, *, on_chip: bool = False, efficiency: Mapping[str, float] | None = None):
-        """Makes a table that fills as instructions are asked for.
+        """Makes an empty table. The cost of an instruction is computed when it is first asked for.
 
-        `on_chip`: memory spaces other than 0 are on-chip, as on TPU, and not main memory. `efficiency`: kind of
-        `DeclaredFlops` -> share of the sustained rate that its kernels reach; default 1.
+        Args:
+          module: a parsed program.
+          on_chip: memory spaces other than 0 are on-chip, as on TPU, and not main memory.
+          efficiency: kind of `DeclaredFlops` -> fraction of the sustained rate that its kernels reach; default 1.
         """
         self.module, self._on_chip, self._efficiency = module, on_chip, efficiency or {}
         self._known: dict[str, Cost] = {}
 
     def of(self, i: Instruction) -> Cost:
-        """Cost of one execution. Fusions, calls and async wrappers include what they call; loops, branches cost 0."""
+        """Cost of an execution. Fusions, calls and async wrappers include what they call; loops and branches cost 0."""
         key = f"{i.computation}/{i.name}"
         if key not in self._known:
             self._known[key] = self._cost(i)
@@ -127,7 +129,7 @@ def _results(i: Instruction) -> Sequence[Shape]:
 
 
 def _in_place_traffic(i: Instruction, arrays: Sequence[tuple[Shape, ...]]) -> list[tuple[Shape, float]]:
-    """An update is read and written to its place; a scatter also reads the indices and the old content."""
+    """(array, bytes): reads the update, and writes it to its place; a scatter also reads indices and old content."""
     if i.base == "dynamic-update-slice":
         target, update = arrays[0][0], arrays[1][0]
         return [(update, update.bytes), (target, update.bytes)]

@@ -25,7 +25,7 @@ class Step(NamedTuple):
     """A part of a schedule."""
 
     kind: Literal["run", "block", "start", "wait", "loop", "branch", "call"]
-    """run: on compute; block: on another queue, while compute waits; start, wait: of work on another queue"""
+    """run: on compute; block: on another queue while compute waits; start, wait: begin or await work on other queues"""
     instruction: Instruction
     task: str = ""
     """name of the task that runs or starts"""
@@ -46,14 +46,14 @@ class Task:
     """of the instruction"""
     op: str
     scope: str
-    """op_name: named scopes and the primitive"""
+    """op_name in the HLO text: named scopes and the primitive"""
     label: str
-    """its scope, by `readable_scope`"""
+    """readable form of the scope; see `readable_scope`"""
     queue: Queue
     seconds: float
     """per execution"""
     bytes: float
-    """moved per execution: main memory, received over links, or host memory"""
+    """per execution, by queue: read and written in main memory, received over links, or copied to or from the host"""
     flops: float = 0.0
     """per execution, of matrix products"""
 
@@ -144,13 +144,13 @@ class Schedule:
         self, kind: _Busy, i: Instruction, queue: Queue, seconds: float, *, op: str, bytes: float, flops: float = 0.0,
         scope: str = "", key: str = "",
     ) -> Step:  # fmt: skip
-        """A step; its task is added to `tasks`."""
+        """Makes a step that keeps a queue busy, and adds the step's task to `tasks`."""
         name, scope = i.name + " (host)" * (queue == "host"), scope or i.op_name
         self.tasks[name] = Task(name, op, scope, self.label(i, scope), queue, seconds, bytes, flops)
         return Step(kind, i, name, queue, seconds, key)
 
     def label(self, i: Instruction, scope: str = "") -> str:
-        """Readable scope; an instruction without a scope takes that of the loop around it."""
+        """The readable scope of an instruction, or of the loop around it if the instruction has none."""
         callers, caller = [], self._callers.get(i.computation)
         while caller is not None:
             callers.append(caller.op_name)
@@ -159,7 +159,10 @@ class Schedule:
         return readable_scope(scope or i.op_name or f"{around}/", callers)
 
     def _queue(self, start: Instruction) -> Queue:
-        """The queue that does an instruction's work. On GPU even blocking collectives are a start and a done."""
+        """The queue on which an instruction starts asynchronous work; compute if the instruction starts none.
+
+        A start need not be asynchronous: on GPU, blocking collectives also consist of a start and a done.
+        """
         if is_collective(start):
             c = self._collectives.get((start.computation, start.name))
             return "links" if c and c.is_async else "compute"

@@ -1,4 +1,4 @@
-"""What the named scopes of a program tell: a readable label, trips of loops, operations of kernels."""
+"""Reads the named scopes of a program: a readable label, the trip counts of loops, the FLOPs of kernels."""
 
 import re
 from collections.abc import Sequence
@@ -20,22 +20,23 @@ _TOO_MANY = 1e30
 
 
 class DeclaredFlops(NamedTuple):
-    """Operations that a program declares for a kernel: the mean over its executions."""
+    """FLOPs that a program declares for a kernel: the mean over the kernel's executions."""
 
     kind: str
-    """of kernel; see `tsp_jax.hardware.devices.Hardware.efficiency`"""
+    """kind of kernel; see `tsp_jax.hardware.devices.Hardware.efficiency`"""
     flops: float
 
 
 def readable_scope(op_name: str, callers: Sequence[str] = ()) -> str:
-    """``jit(f)/transpose(jvp())/while/body/tsp/mlp/gather/all_gather`` -> ``backward tsp/mlp/gather``.
+    """A readable label for an op_name: the pass, then the named scopes.
 
-    The label starts with the pass: forward, backward, or recompute (rematerialization for the backward pass); programs
-    without differentiation have no such word. The primitive, transformations and control flow are left out. Where the
-    compiler merged several instructions, the first one's name counts.
+    ``jit(f)/transpose(jvp())/while/body/tsp/mlp/gather/all_gather`` becomes ``backward tsp/mlp/gather``. The pass is
+    forward, backward, or recompute (rematerialization for the backward pass). Labels of programs without
+    differentiation name no pass. The primitive, transformations and control flow are left out. If the compiler merged
+    several instructions, the label is that of the first one.
 
-    `callers`: op_names of enclosing loops, innermost first. The body of a function called twice has the
-    op_names of one call only, so the outermost loop tells the pass most reliably.
+    `callers`: op_names of the enclosing loops, innermost first. The body of a function that is called twice has the
+    op_names of one call only, so the outermost loop is the most reliable source of the pass.
     """
     *parts, _ = re.sub(r"\(([^():]*):.*", r"\1", op_name.partition(";")[0]).split("/")
     names = [part for part in parts if not _ADDED_BY_JAX.fullmatch(part)]
@@ -54,18 +55,19 @@ def _pass(op_name: str, callers: Sequence[str]) -> str:
 
 
 def declared_trips(loop: Instruction) -> float | None:
-    """Mean trips that a program declares for a loop whose length depends on data; None if it declares none.
+    """The mean trip count that a program declares for a data-dependent loop; None if the program declares none.
 
-    It does so with a named scope directly around the loop, ``with jax.named_scope("mean_trips[64.5]")``.
+    A program declares it with a named scope directly around the loop: ``with jax.named_scope("mean_trips[64.5]")``.
     """
     found = _DECLARED_TRIPS.search(loop.op_name)
     return _positive(loop, "mean_trips", "", found[1], "64.5") if found else None
 
 
 def declared_flops(i: Instruction) -> DeclaredFlops | None:
-    """Operations that a program declares for a kernel whose text does not show them; None if it declares none.
+    """The FLOPs that a program declares for a kernel whose HLO text does not show them; None if it declares none.
 
-    It does so with a named scope directly around the kernel, ``with jax.named_scope("mean_flops[some_kind=1.5e12]")``.
+    A program declares them with a named scope directly around the kernel:
+    ``with jax.named_scope("mean_flops[some_kind=1.5e12]")``.
     """
     found = _DECLARED_FLOPS.search(i.op_name) if i.opcode == "custom-call" else None
     if not found:

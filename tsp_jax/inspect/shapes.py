@@ -14,7 +14,7 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shape:
-    """An array on one device. Two shapes are equal whatever their layouts."""
+    """The shape of an array on one device. Comparisons ignore the layout."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -44,7 +44,7 @@ class Shape:
 
     @property
     def memory_space(self) -> int:
-        """0 is the device's main memory; on TPU 1 is on-chip memory, 5 the host's memory."""
+        """The memory space: 0 is the device's main memory; on TPU, 1 is on-chip memory and 5 the host's memory."""
         space = re.search(r"S\((\d+)\)", self.layout)
         return int(space[1]) if space else 0
 
@@ -53,12 +53,12 @@ ShapeTree: TypeAlias = "Shape | tuple[ShapeTree, ...]"
 
 
 def ints(text: str) -> tuple[int, ...]:
-    """The integers in a text; raises ConfigError if one has more than 18 digits, which no program has."""
+    """The integers in a text. Raises ConfigError if one has more than 18 digits: no program has such numbers."""
     return tuple(-natural(digits) if sign else natural(digits) for sign, digits in re.findall(r"(-?)(\d+)", text))
 
 
 def natural(text: str) -> int:
-    """A number of at most 18 digits; raises ConfigError if it has more, and ValueError if it is not a number."""
+    """Parses a natural number. Raises ConfigError if it has more than 18 digits, ValueError if the text is not one."""
     if len(text) > 18 and text.isdecimal():
         raise ConfigError(f"number {text:.40} in HLO text has more than 18 digits; pass compiled.as_text()")
     if not text.isdecimal():

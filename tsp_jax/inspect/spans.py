@@ -1,4 +1,4 @@
-"""Spans of moments: when a buffer is in use."""
+"""Spans of moments. They say when a buffer is in use; a moment is the index of an instruction in the schedule."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
@@ -8,7 +8,7 @@ Span = tuple[int, int]
 
 
 class Spans:
-    """A set of moments as sorted disjoint spans; adding another set takes time linear in the smaller one."""
+    """A set of moments, held as sorted disjoint spans. Joining two sets takes time linear in the smaller one."""
 
     def __init__(self, spans: Iterable[Span], gap: int):
         """Merges spans that overlap (gap 0), or that overlap or are adjacent (gap 1)."""

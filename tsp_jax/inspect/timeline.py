@@ -24,11 +24,11 @@ class TaskTotal:
     task: Task
     count: float
     exposed_s: float
-    """of all executions together"""
+    """exposed time of all executions together"""
 
     @property
     def seconds(self) -> float:
-        """Of all executions together."""
+        """Time of all executions together."""
         return self.count * self.task.seconds
 
 
@@ -48,15 +48,15 @@ class Timeline:
     exposed_host_s: float
     """time that the compute queue waits for copies to and from the host"""
     flops: float
-    """of matrix products"""
+    """floating-point operations of the matrix products"""
     matmul_s: float
-    """time of the flops at the sustained rate: a lower bound for any schedule"""
+    """time that `flops` take at the sustained rate: a lower bound for any schedule"""
     kernels: tuple[TaskTotal, ...]
     """tasks of the compute queue, the longest first"""
     collectives: tuple[TaskTotal, ...]
     """tasks of the links, the longest first"""
     assumptions: tuple[str, ...]
-    """to be printed with the results"""
+    """what the simulation assumes, to be printed with the results"""
     events: tuple[Event, ...] = dataclasses.field(default=(), repr=False)
 
     @property
@@ -68,7 +68,8 @@ class Timeline:
     def hidden_fraction(self) -> dict[str, float]:
         """Instruction name -> share of the collective's time that overlaps with computation, over all executions.
 
-        Also 0 if compute waits longer than the collective takes, as when earlier collectives delay it.
+        The share is also 0 if compute waits longer than the collective takes, for example because earlier collectives
+        delay it.
         """
         return {
             total.task.name: max(0.0, 1.0 - total.exposed_s / total.seconds) if total.seconds else 1.0

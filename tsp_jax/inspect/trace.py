@@ -2,8 +2,8 @@
 
 Format: Chrome's trace events, as in the "Trace Event Format" document of the Chromium project. The device is the
 process; compute, links and host are its threads. Where compute waits, its thread has a slice "exposed: ...", and an
-arrow comes from the task that it waits for. An iteration of a loop encloses what runs in it; a loop without
-communication is one slice.
+arrow points to this slice from the task that compute waits for. Each iteration of a loop is a slice that encloses what
+runs in it; a loop without communication is a single slice.
 """
 
 import gzip
@@ -50,7 +50,7 @@ def _trace_events(timeline: Timeline) -> Iterator[dict[str, Any]]:
 
 
 def _microseconds(seconds: float) -> float:
-    """Rounded to the nanosecond, so that nested slices still nest."""
+    """Converts seconds to microseconds, rounded to the nanosecond so that nested slices still nest."""
     return round(seconds * 1e6, 3)
 
 

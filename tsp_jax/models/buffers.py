@@ -25,7 +25,7 @@ class _Leaf(NamedTuple):
 
     spec: PartitionSpec
     shape: tuple[int, ...]
-    """on one device"""
+    """shape on one device"""
     dtype: Any
     first: int
     """its first row in the buffer"""
@@ -44,7 +44,7 @@ class BufferFormat(NamedTuple):
 
     @classmethod
     def of(cls, placement: Placement, x_BTD: jax.Array, params: Params, specs: Params, grad_dtype) -> "BufferFormat":
-        """The format that holds gradients of `params` [L, ...], and layer inputs shaped like x."""
+        """The format of buffers that hold layer inputs shaped like x, and gradients of `params` [L, ...]."""
         width, itemsize = x_BTD.shape[-1], x_BTD.dtype.itemsize
 
         def leaf(spec: PartitionSpec, shape: tuple[int, ...], dtype: Any, first: int) -> _Leaf:
@@ -81,7 +81,7 @@ class BufferFormat(NamedTuple):
         return self._shard_map(lambda: jnp.zeros(shape, self.x.dtype), (), self._spec)()
 
     def write_input(self, buffers: jax.Array, index: jax.Array, x_BTD: jax.Array) -> jax.Array:
-        """`buffers` with the input of layer `index`."""
+        """`buffers` after the input of layer `index` has been written."""
 
         def write(buffers, index, x_BtD):
             return _row_major(lax.dynamic_update_slice(buffers, _to_rows(x_BtD, self.x, buffers), (index, 0, 0)))
@@ -98,7 +98,7 @@ class BufferFormat(NamedTuple):
         return self._shard_map(read, (self._spec, PartitionSpec()), self.x.spec)(buffers, index)
 
     def write_grads(self, buffers: jax.Array, index: jax.Array, grads: Params) -> jax.Array:
-        """`buffers`, the saved input of layer `index` replaced by its gradients."""
+        """`buffers` after the gradients of layer `index` have overwritten the layer's saved input."""
 
         def write(buffers, index, *grads):
             for leaf, grad in zip(self.grads, grads, strict=True):
@@ -120,9 +120,9 @@ class BufferFormat(NamedTuple):
 
 
 def _row_major(rows: jax.Array) -> jax.Array:
-    """[n, rows, D] in this order in memory.
+    """Constrains the memory layout of an array [n, rows, D] to this order of dims.
 
-    Without it, the TPU compiler copies all buffers to the order that suits a single reader or writer.
+    Without the constraint, the TPU compiler copies all buffers to the order that suits a single reader or writer.
     """
     return with_layout_constraint(rows, Layout(major_to_minor=(0, 1, 2)))
 

@@ -9,8 +9,8 @@ What forward keeps of a layer; backward recomputes the rest:
 Under `full`, gradients that wait for the optimizer need no memory of their own if a device has at least as
 many tokens as it has rows of a layer's weights.
 
-Gradients have the dtype of the weights, as autodiff wants it, but all layers' gradients are kept in `grad_dtype` until
-the last layer's backward is done. The conversion comes last, so that the compiler fuses it into the optimizer.
+Autodiff requires gradients in the dtype of the weights. But until backward is done with all layers, their gradients are
+kept in `grad_dtype`. The conversion comes last, so that the compiler fuses it into the optimizer.
 
 Dims: B batch, T tokens, D model, L layers; upper case is the full dimension, lower case this device's shard.
 """
@@ -45,12 +45,12 @@ def run_layers(
     layer: Layer, x_BTD: jax.Array, params: Params, shared: Any, *, specs: Params, placement: Placement,
     policy: Remat, grad_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:  # fmt: skip
-    """``layer(params[L - 1], ... layer(params[0], x, shared) ..., shared)``.
+    """Applies the layers in sequence: ``layer(params[L - 1], ... layer(params[0], x, shared) ..., shared)``.
 
     Args:
       layer: (parameters of one layer, x [B, T, D], shared) -> [B, T, D] in x's dtype.
       x_BTD: input of the first layer, sharded like tokens.
-      params: of all layers, each [L, ...].
+      params: parameters of all layers, each [L, ...].
       shared: arrays that every layer reads; they get no gradients.
       specs: PartitionSpecs like `params`.
       placement: layout and mesh.
@@ -82,9 +82,9 @@ def run_layers(
 def add_attention(attend: Callable[[jax.Array], tuple[jax.Array, Any]], x_BTD: jax.Array, policy: Remat):
     """Adds an attention branch to the residual stream: (x + y, extra) where (y, extra) = attend(x).
 
-    Under `full` and `offload`, backward of a layer runs the branch again but keeps only attention's outputs and their
-    log-sum-exps; queries, keys and values are projected once more after the MLP's backward, so that they are not in
-    memory during it.
+    Under `full` and `offload`, the backward pass of a layer runs the branch again, but keeps only attention's outputs
+    and their log-sum-exps. It projects queries, keys and values once more after the MLP's backward, so that they take
+    no memory while the MLP's backward runs.
     """
     if policy not in ("full", "offload"):
         y_BTD, extra = attend(x_BTD)
@@ -108,7 +108,10 @@ def _refuse(primals, tangents):
 
 @jax.custom_vjp
 def _differentiable_once(tree: Any) -> Any:
-    """Returns the tree; refuses second derivatives, as gradients through proxies and buffers ignore their inputs."""
+    """Returns the tree, and refuses second derivatives.
+
+    Gradients through proxies or buffers ignore the inputs on which they depend: second derivatives would be wrong.
+    """
     return tree
 
 

@@ -1,4 +1,4 @@
-"""A decoder configured as Llama, Qwen3 and similar models.
+"""A decoder that is configured as Llama, Qwen3 or a similar model.
 
 Layers are stacked along a leading dimension and scanned, so that compile time does not grow with depth.
 
@@ -19,11 +19,11 @@ from tsp_jax.nn import MLP, Attention, Embed, residual_std
 
 M = TypeVar("M", bound=nnx.Module)
 Attend = Callable[[Attention, jax.Array], tuple[jax.Array, Any]]
-"""(a layer's attention module, normed x [B, T, D]) -> (what attention adds [B, T, D], anything else)"""
+"""(a layer's attention module, normalized x [B, T, D]) -> (what attention adds to x [B, T, D], any other output)"""
 
 
 def make_merge(graphdef: nnx.GraphDef[M], state: nnx.State) -> Callable[[dict], M]:
-    """Returns a function: a pure dict of parameters -> the module with them and the rest of `state`."""
+    """Returns a function that maps a pure dict of parameters to the module with them and the rest of `state`."""
 
     def merge(params: dict) -> M:
         copy = jax.tree.map(lambda x: x, state)
@@ -54,7 +54,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config.d_model, config.d_ff, activation=config.activation, **kwargs)
 
     def __call__(self, x_BTD: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-        """(residual stream [B, T, D], what else `attend` returned); `attend` is that of training, prefill or decode."""
+        """(residual stream [B, T, D], other output of `attend`); `attend` is for training, prefill or decode."""
         x_BTD, extra = add_attention(lambda x: attend(self.attention, self.attention_norm(x)), x_BTD, self.remat)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), extra
 
@@ -77,7 +77,7 @@ class Transformer(nnx.Module):
       dtype: compute dtype; parameters are float32.
       remat: what backward recomputes; see `tsp_jax.models.remat`.
       grad_dtype: dtype of the layers' gradients until the backward pass ends.
-      rngs: stream `params`.
+      rngs: random number generators; the stream `params` is used.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Transformer(nnx.Module):
         self.head = None if config.tie_embeddings else Embed(config.vocab_size, config.d_model, **table)
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-        """Final hidden states, [B, T, D] in the compute dtype, of int32 token ids, positions and document numbers."""
+        """Final hidden states, [B, T, D] in the compute dtype, from int32 token ids, positions and document numbers."""
         graphdef, stacked = nnx.split(self.layers)
         merge = make_merge(graphdef, stacked)
 

@@ -2,7 +2,7 @@
 
 Each layer holds ordinary global parameters with sharding metadata, and runs its op in one `jax.shard_map` on a
 `Placement` (a layout on a mesh). Weights are stored [rows, D]: the first dimension is the one that is sharded.
-Derivatives are those of reverse mode (`jax.grad`, `jax.vjp`).
+Only reverse-mode derivatives (`jax.grad`, `jax.vjp`) are supported.
 """
 
 from tsp_jax.nn.attention import Attention

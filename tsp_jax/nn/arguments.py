@@ -1,4 +1,4 @@
-"""Checks of a layer's arguments; an error is one line: the layer, the argument, what it got and what it takes."""
+"""Checks of a layer's arguments. An error is one line: the layer, the argument, its value, and what to use."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _DTYPES = {FLOATS: jnp.floating, INTEGERS: jnp.integer}
 
 
 def check_array(layer: str, name: str, array: Any, kind: str, *shape: Any) -> None:
-    """Raises ConfigError unless an array holds `FLOATS` or `INTEGERS` and has this shape.
+    """Raises ConfigError unless an array is of this kind (`FLOATS` or `INTEGERS`) and has this shape.
 
     A letter in `shape` stands for any size but 0.
     """
@@ -43,7 +43,7 @@ def _is_number(value: Any, kind: type = Real) -> bool:
 
 
 def _is_float_dtype(value: Any) -> bool:
-    """Whether arrays can have this dtype (float64 needs `jax_enable_x64`) and it is a floating one."""
+    """Whether a value is a floating-point dtype that arrays can have (float64 needs `jax_enable_x64`)."""
     try:
         dtype = None if value is None else jnp.dtype(value)
     except TypeError:
@@ -79,7 +79,7 @@ _RULES = {
 
 
 def check_settings(layer: str, **settings: Any) -> None:
-    """Raises ConfigError unless each setting of a layer is of its type and within its bounds."""
+    """Raises ConfigError unless each setting of a layer has the right type and is within its bounds."""
     for name, value in settings.items():
         if not _RULES[name].fits(value):
             raise ConfigError(f"{layer}: {name}={value!r} does not fit; use {_RULES[name].use}")

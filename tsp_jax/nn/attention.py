@@ -28,9 +28,10 @@ from tsp_jax.stored import HeadPadding
 class Attention(Layer):
     """Causal self-attention with grouped queries, RoPE, and optional q/k RMSNorm.
 
-    Heads that do not divide over the tensor axes are padded with zeros; padded heads get no gradient and change no
-    result. Folded axes need no padded heads: each rank stores an equal part of the rows of all heads. Only the movement
-    `activations` computes with padded heads where ranks do not share heads evenly, and `auto` never takes it there.
+    Heads that do not divide over the tensor axes are padded with heads of zeros, which get no gradient and change no
+    result. Folded axes need no padded heads: each rank stores an equal part of the rows of all heads. There is one
+    exception: where the folded ranks cannot share the heads evenly, the movement `activations` computes with padded
+    heads. `auto` never chooses this movement there.
 
     Args:
       d_model: D.
@@ -43,11 +44,11 @@ class Attention(Layer):
       rope_scaling: scaling of those frequencies for long contexts.
       qk_norm: whether to apply RMSNorm to each query and key head before RoPE.
       norm_eps: epsilon of that norm.
-      remat: what backward recomputes of this layer; `auto` counts the bytes that recomputing moves a second time.
+      remat: what backward recomputes of this layer; the movement `auto` counts the bytes that recomputing moves again.
       init_std: standard deviation of the initial input projections.
       out_std: the same for the output projection; init_std if None.
       dtype: compute dtype; parameters are float32.
-      rngs: stream `params`.
+      rngs: random number generators; the stream `params` is used.
     """
 
     dim = "heads"
@@ -134,11 +135,11 @@ class Attention(Layer):
         return self._run(op, in_specs, x_spec, x_BTD.astype(self.dtype), weights, tokens, self.head_norms())
 
     def head_norms(self) -> HeadNorms:
-        """Scales of the q/k norm, None without one."""
+        """Scales of the q/k norm; both are None if there is no norm."""
         return HeadNorms(*(None if norm is None else norm[...] for norm in (self.q_norm, self.k_norm)))
 
     def configure(self, shape: Sequence[int]) -> tuple[AttentionConfig, Stream]:
-        """Settings for tokens [B, T, D]: `auto` resolved, bucket counts derived from the bucket size."""
+        """The op's settings for tokens [B, T, D]: `auto` is resolved, and the bucket size converted to counts."""
         heads, d_model, sharding = self.head_sharding, shape[2], self._sharding(shape)
         stream = self._stream(
             shape, self.stream.attention_movement, attention_traffic, d_model=d_model, heads=heads, remat=self.remat,

@@ -33,7 +33,7 @@ class Embed(Layer):
       stream: movement and bucket size.
       init_std: standard deviation of the initial table.
       dtype: compute dtype; the table is float32.
-      rngs: stream `params`.
+      rngs: random number generators; the stream `params` is used.
     """
 
     dim = "vocab"
@@ -63,8 +63,8 @@ class Embed(Layer):
     def cross_entropy(self, x_BTD: jax.Array, labels_BT: jax.Array) -> TokenLosses:
         """Cross-entropy of each token, with the table as output head, without [B, T, V] logits.
 
-        Labels are next tokens, of any integer dtype, negative ones ignored; the losses are [B, T] float32, 0 where
-        ignored, and not-a-number where a label is V or more.
+        Labels are next tokens, of any integer dtype; negative labels are ignored. The losses are [B, T] float32: 0
+        where the label is ignored, NaN where it is V or more.
         """
         self._check_x(x_BTD, self.table.shape[1])
         self._check_integers("labels_BT", labels_BT, *x_BTD.shape[:2])
@@ -75,7 +75,7 @@ class Embed(Layer):
         return self._run(op, specs, tokens_spec, x_BTD.astype(self.dtype), self.table[...], labels_BT)
 
     def _options(self, shape: Sequence[int], traffic: Callable[..., Traffic]) -> dict[str, Any]:
-        """Axes, stream and V of an op with this traffic, for tokens [B, T]."""
+        """Keyword arguments (axes, stream and V) for tokens [B, T] of the op whose bytes `traffic` gives."""
         stored, d_model = self.table.shape
         stream = self._stream(
             shape, self.stream.vocab_movement, traffic, d_model=d_model, vocab_size=stored,

@@ -27,7 +27,7 @@ class Layer(nnx.Module):
     """An op on tokens [B, T, ...], with weights [rows, D] that are sharded along one logical dimension."""
 
     dim: str
-    """heads, mlp or vocab"""
+    """the logical dimension along which the weights are sharded: heads, mlp or vocab"""
 
     def __init__(self, placement: Placement, stream: StreamConfig, dtype: jax.typing.DTypeLike):
         self.placement, self.stream, self.dtype = placement, stream, jnp.dtype(dtype)
@@ -43,7 +43,7 @@ class Layer(nnx.Module):
         """A weight with normally distributed rows, and zeros for padding.
 
         Raises:
-          ConfigError: the mesh has no devices, and the weight is to have values.
+          ConfigError: the weight needs values (it is not traced), but the mesh has no devices.
         """
         value = nnx.initializers.normal(std)(rngs.params(), (rows, d_model), jnp.float32)
         if isinstance(self.placement.mesh, AbstractMesh) and not isinstance(value, Tracer):
@@ -69,7 +69,7 @@ class Layer(nnx.Module):
             ) from None
 
     def _specs(self) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
-        """Of arrays [B, T], of arrays [B, T, D] and of weights."""
+        """PartitionSpecs of arrays [B, T], of arrays [B, T, D], and of weights."""
         spec = self.placement.layout.spec
         return spec("batch", "sequence"), spec("batch", "sequence", None), spec(self.dim, None)
 
@@ -99,10 +99,11 @@ class Layer(nnx.Module):
         self, shape: Sequence[int], movement: str, traffic: Callable[..., Traffic],
         *, d_model: int, rows: int = 1, elements: int = 0, tokens_may_move: bool = True, **sizes: Any,
     ) -> Stream:  # fmt: skip
-        """The stream for tokens [B, T, ...]: `auto` resolved, and bucket counts from the bucket size.
+        """The stream for tokens [B, T, ...]: `auto` is resolved, and the bucket size converted to bucket counts.
 
-        ``traffic(sharding, movement, **sizes)`` gives the bytes that `auto` compares; `rows` counts rows of
-        weights per device, `elements` the elements of all ranks' weights. `tokens_may_move`: `auto` may choose to.
+        ``traffic(sharding, movement, **sizes)`` gives the bytes that `auto` compares. `rows` is the number of rows
+        of a weight on each device, `elements` the number of elements of the op's weights on all ranks.
+        `tokens_may_move` says whether `auto` may choose to move tokens.
         """
         sharding, whole = self._sharding(shape), self.placement.layout.whole_weights
         received = partial(traffic, sharding, d_model=d_model, **sizes)

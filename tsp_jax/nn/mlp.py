@@ -31,7 +31,7 @@ class MLP(Layer):
       init_std: standard deviation of the initial gate and up projections.
       out_std: the same for the down projection; init_std if None.
       dtype: compute dtype; parameters are float32.
-      rngs: stream `params`.
+      rngs: random number generators; the stream `params` is used.
     """
 
     dim = "mlp"

@@ -30,7 +30,7 @@ PADDED = -1e30
 
 
 class TokenLosses(NamedTuple):
-    """Per token, float32; both 0 where the label is ignored, both NaN where it is the vocabulary size or more."""
+    """Losses per token, float32. Both are 0 where the label is ignored, NaN where it is the vocabulary size or more."""
 
     nll_Bt: jax.Array
     """negative log-likelihood of the label, nats"""
@@ -54,7 +54,7 @@ def cross_entropy(
       labels_Bt: next tokens, int32; negative: ignored; V or more: NaN, so that no loss is finite by mistake.
       axes: over folded axes, either buckets of the head move or tokens do; over tensor axes, partial sums are combined.
       stream: movement (gather, ring or activations), buckets and chunks; the number of buckets divides v.
-      vocab_size: V; rows from there on are padding, without probability. All rows of all ranks if None.
+      vocab_size: V; rows from V on are padding, and have no probability. None: all rows of all ranks are real.
 
     Returns:
       `TokenLosses`, each [B, t].

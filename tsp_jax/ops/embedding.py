@@ -1,4 +1,4 @@
-"""Vocabulary embedding, a row-wise op: each row of the table adds itself to the tokens with its id.
+"""Vocabulary embedding, a row-wise op: each row of the table is added to the outputs of the tokens with its id.
 
 Dims: B batch, t this device's tokens, D model, V vocabulary, v this device's rows of it, p rows of one bucket, R folded
 ranks, S tokens of all sequence ranks.
@@ -38,17 +38,17 @@ def embed(
       ids_Bt: token ids, int32; an id outside [0, V) gives zeros.
       table_vD: this device's rows, any float dtype.
       axes: folded axes: table buckets move past tokens, or tokens past rows; tensor axes: partial outputs are summed.
-      stream: movement (gather, ring or activations), buckets and chunks; v divisible by the buckets.
+      stream: movement (gather, ring or activations), buckets and chunks; the number of buckets divides v.
       dtype: compute dtype, of the result and of the buckets.
-      vocab_size: V; rows from there on are padding. All rows of all ranks if None.
+      vocab_size: V; rows from V on are padding. None: all rows of all ranks are real.
 
     Returns:
       [B, t, D] in `dtype`.
 
     Moves: forward all-gathers of V D (R - 1) / R table elements; backward reduce-scatters of as many gradients (the VJP
-      does not read the table). Or activations, in elements: forward all-gathers of B S (R - 1) / R ids and a
-      reduce-scatter of B S D (R - 1) / R; backward all-gathers of the ids and of dx. Over tensor axes one all-reduce
-      of [B, t, D] forward.
+      does not read the table). If activations move: forward all-gathers of B S (R - 1) / R ids and a
+      reduce-scatter of B S D (R - 1) / R elements; backward all-gathers of the ids and of dx. Over tensor axes one
+      all-reduce of [B, t, D] forward.
     Keeps: the ids and the table.
     """
     with jax.named_scope("tsp/embed"):
@@ -61,7 +61,7 @@ def embed(
 
 @dataclasses.dataclass(frozen=True)
 class _TableRows:
-    """Partial outputs: a token's row on one rank, zeros on all others, so that any dtype sums them exactly."""
+    """A token's partial output is its row on one rank and zeros on all others, so the sum is exact in any dtype."""
 
     dtype: Any
     accumulator_dtype: Any

@@ -36,17 +36,17 @@ def mlp(
       w_up_fD: likewise.
       w_down_fD: likewise; all three are stored [F, D].
       axes: folded axes: weights move past tokens, or tokens past weights; tensor axes: partial outputs are summed.
-      stream: movement (gather, ring or activations), buckets and chunks; f divisible by the buckets.
+      stream: movement (gather, ring or activations), buckets and chunks; the number of buckets divides f.
       activation: silu (SwiGLU) or gelu (GeGLU, tanh form).
-      d_ff: F; rows from there on are padding. All rows of all ranks if None.
+      d_ff: F; rows from F on are padding. None: all rows of all ranks are real.
 
     Returns:
       [B, t, D] in x's dtype; accumulated in float32.
 
     Moves: forward all-gathers of 3 D F (R - 1) / R weight elements; backward the same again, and reduce-scatters of as
-      many gradients. With activations, in elements: forward an all-gather of x and a reduce-scatter of y, each
-      B S D (R - 1) / R; backward all-gathers of x and dy, a reduce-scatter of dx. Over tensor axes one all-reduce of
-      [B, t, D] forward, and one backward.
+      many gradients. If activations move: forward an all-gather of x and a reduce-scatter of y, each of
+      B S D (R - 1) / R elements; backward all-gathers of x and dy, and a reduce-scatter of dx. Over tensor axes one
+      all-reduce of [B, t, D] forward, and one backward.
     Keeps: its inputs.
     Source: Shazeer, arXiv 2002.05202; streaming: arXiv 2604.26294.
     """
@@ -57,7 +57,7 @@ def mlp(
 
 @dataclasses.dataclass(frozen=True)
 class _GatedMlp:
-    """Operands in the compute dtype, sums in float32."""
+    """The gated MLP as a row-wise op: operands are in the compute dtype, sums in float32."""
 
     activation: str
     real: RealRows

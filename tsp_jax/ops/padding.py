@@ -18,12 +18,12 @@ class RealRows(NamedTuple):
 
     rows: int
     stored: int
-    """rows of all ranks"""
+    """rows of all ranks, padding included"""
     axes: Axes
 
     @classmethod
     def of(cls, shard: jax.Array, axes: Axes, rows: int | None) -> "RealRows":
-        """Those of a weight of which this device has the rows `shard`; all of them if `rows` is None."""
+        """The real rows of a weight of which `shard` is this device's shard; all rows are real if `rows` is None."""
         ranks = axes.tensor + axes.folded
         stored = shard.shape[0] * (lax.axis_size(ranks) if ranks else 1)
         return cls(stored if rows is None else rows, stored, axes)
@@ -34,7 +34,7 @@ class RealRows(NamedTuple):
         return self.rows < self.stored
 
     def keep(self, values: jax.Array, bucket: Bucket, otherwise: float) -> jax.Array:
-        """Values [..., rows of a bucket], one for each row, with `otherwise` for rows of padding."""
+        """`values` [..., rows of a bucket], one for each row, with `otherwise` in place of those of padding rows."""
         if not self.padded:
             return values
         tensor = self.axes.tensor

@@ -1,6 +1,6 @@
 """The executable specification: every op without sharding, in plain JAX. Slow, and correct by inspection.
 
-Weights are logical (no padded heads), stored [rows, D] as everywhere.
+Weights are logical (without padding), and have the shape [rows, D] as everywhere.
 
 Dims: B batch, T tokens (queries), S key tokens, D model, F ffn, N query heads, K KV heads, G = N / K, H head,
 V vocabulary.

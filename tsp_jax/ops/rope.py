@@ -37,7 +37,7 @@ def rope(x_BtNH: jax.Array, positions_Bt: jax.Array, theta: float, scaling: Rope
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling = NO_SCALING) -> jax.Array:
-    """``theta^(-2i/H)`` radians per token, [H/2] float32, scaled.
+    """The rotary frequencies ``theta^(-2i/H)``, scaled: radians per token, [H/2] float32.
 
     Llama 3 multiplies each frequency by ``s + (1 - s) / factor``. ``s`` rises from 0 to 1 as the number of rotations
     that the frequency makes in the original context rises from `low_freq_factor` to `high_freq_factor`.

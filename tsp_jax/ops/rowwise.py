@@ -34,9 +34,9 @@ Grads = tuple[jax.Array | None, ...]
 
 
 class RowwiseOp(Protocol):
-    """The mathematics of one row-wise op. Static, so hashable: a frozen dataclass.
+    """The mathematics of one row-wise op. It is static, and so must be hashable: use a frozen dataclass.
 
-    Not a NamedTuple: tuples of different ops compare equal, and JAX would take the program of one for the other.
+    Do not use a NamedTuple: tuples of different ops can compare equal, and JAX would confuse their programs.
     """
 
     @property
@@ -51,7 +51,7 @@ class RowwiseOp(Protocol):
 
     @property
     def chunked(self) -> bool:
-        """Whether forward runs in chunks of tokens: `partial` has intermediate results larger than its output."""
+        """Whether forward runs in chunks of tokens, as `partial` has intermediate results larger than its output."""
         ...
 
     def partial(self, inputs: Arrays, bucket: Bucket) -> jax.Array:
@@ -80,10 +80,10 @@ def rowwise(op: RowwiseOp, inputs: Arrays, weights: Arrays, *, axes: Axes, strea
     Returns:
       [B, t, D] in `op.dtype`.
 
-    Moves: weights: `over_buckets` forward, `over_buckets_with_grads` backward. Or tokens
-      (`over_gathered_tokens`): forward all-gathers of the inputs and a reduce-scatter of y, backward
-      all-gathers of the inputs and dy and reduce-scatters of the inputs' gradients. Over tensor axes one
-      all-reduce of [B, t, D] forward, and one of each input's gradient backward.
+    Moves: if weights move, what `over_buckets` moves forward and `over_buckets_with_grads` backward. If tokens move
+      (`over_gathered_tokens`), forward all-gathers of the inputs and a reduce-scatter of y; backward all-gathers of the
+      inputs and of dy, and reduce-scatters of the inputs' gradients. Over tensor axes one all-reduce of [B, t, D]
+      forward, and one of each input's gradient backward.
     Keeps: the inputs and the weights.
     """
     arrays = vary_alike(*inputs, *weights)

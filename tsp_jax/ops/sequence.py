@@ -10,7 +10,7 @@ from jax import lax
 def gather_sequence(*arrays_Bt: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
     """All-gathers each array [B, t, ...] -> [B, S, ...], ranks in order.
 
-    Arrays are not packed into one message: with B = 1 an all-gather's output then is the result, without a copy.
+    Arrays are not packed into one message. So with B = 1 the output of an all-gather is the result, without a copy.
 
     Moves: one all-gather per array, (R - 1) / R of the gathered bytes.
     """

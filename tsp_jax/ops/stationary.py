@@ -87,7 +87,7 @@ class _TokenBuckets:
         return tuple(a.reshape(a.shape[0], -1, *a.shape[3:]) for a in mine)
 
     def scatter(self, partial: Any) -> Any:
-        """Sums over ranks, for this rank's tokens."""
+        """The sums of partial outputs over ranks, for this rank's tokens."""
 
         def reduced(array: jax.Array) -> jax.Array:
             mine = lax.psum_scatter(array, self.axes, scatter_dimension=1, tiled=True)

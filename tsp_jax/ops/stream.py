@@ -1,11 +1,11 @@
 """Move weight shards past resident tokens, and reduce weight gradients to the ranks that own them.
 
 Every streamed op is a fold over *buckets* of its weights. A bucket holds some rows of each of the op's weights, packed
-into one message. The op says what it does with a bucket; this module communicates buckets, with one of two movements:
+into one message. The op says what it does with a bucket; this module communicates the buckets, in one of two ways:
 
-gather: bucket b holds the b-th part of every rank's shard, by all-gather; gradients return by reduce-scatter. On a full
-  mesh or a switch it uses every link, and no bucket waits for another.
-ring: a bucket is one rank's whole shard. Shards go from rank to rank by ppermute, R - 1 hops, as do their gradients.
+gather: bucket b is the b-th part of every rank's shard, all-gathered; its gradients are reduce-scattered. If the links
+  form a full mesh or meet in a switch, an all-gather uses all of them, and no bucket waits for another.
+ring: a bucket is one rank's whole shard. Shards go from rank to rank by ppermute, R - 1 hops; so do their gradients.
 
 Dims: R ranks of the folded axes (which shard both tokens and weights), D trailing dimension of every weight.
 Source: Shyam, Golubeva, Anthony, arXiv 2604.26294 (ring); gather is ours.
@@ -25,41 +25,41 @@ from tsp_jax.ops.pipeline import Carry, concatenated, pipelined, stack_of_one
 
 Arrays = tuple[jax.Array, ...]
 FLOAT32 = 4
-"""bytes"""
+"""size of a float32, in bytes"""
 
 
 class Stream(NamedTuple):
-    """How an op communicates over its folded axes. Static, so hashable. Counts divide one device's shard."""
+    """How an op communicates over its folded axes. Hashable, since it is static. Bucket counts are per device."""
 
     movement: str = "gather"
-    """gather or ring move weights past tokens; activations moves tokens past weights (`tsp_jax.ops.stationary`)"""
+    """gather and ring move weights past tokens; activations moves tokens past weights (`tsp_jax.ops.stationary`)"""
     buckets: int = 1
-    """buckets that a device's shard of the weights is split into (gather)"""
+    """gather: number of buckets that a device's shard of the weights is split into"""
     grad_dtype: str = "float32"
     """dtype in which weight gradients are communicated"""
     chunk_tokens: int = 1 << 30
-    """chunk size: at most this many tokens are multiplied with a bucket at once; bounds activation memory"""
+    """largest number of tokens that are multiplied with a bucket at once (a chunk); bounds activation memory"""
     product_bytes: float = math.inf
-    """most bytes of the float32 product of a chunk's tokens with one weight of a bucket: lowers `chunk_tokens`"""
+    """largest float32 product of a chunk with one weight of a bucket, in bytes; lowers `chunk_tokens` if needed"""
     token_buckets: int = 1
-    """activations: a device's tokens are split into at most this many buckets"""
+    """activations: largest number of buckets that a device's tokens are split into"""
 
     def chunk(self, rows: int) -> int:
-        """Most tokens that are multiplied at once with `rows` rows of a weight."""
+        """Largest number of tokens to multiply at once with `rows` rows of a weight."""
         return max(1, int(min(self.chunk_tokens, self.product_bytes / (FLOAT32 * rows))))
 
 
 class Bucket(NamedTuple):
     """Some rows of each weight, from one or more ranks' shards.
 
-    An array has ``rows = array.shape[0] // num_ranks`` rows of each rank, rank after rank: its row i is row
-    ``index_in_shard * rows + i % rows`` of the shard of rank ``first_rank + i // rows``.
+    Each array holds ``rows = array.shape[0] // num_ranks`` rows of each rank's shard, rank after rank. Row i of the
+    array is row ``index_in_shard * rows + i % rows`` of the shard of rank ``first_rank + i // rows``.
     """
 
     arrays: Arrays
     """each [num_ranks * rows, D], in the compute dtype"""
     index: Any
-    """number of the loop step that processes it"""
+    """index of the loop step that processes the bucket"""
     first_rank: Any
     num_ranks: int
     index_in_shard: Any = 0
@@ -67,13 +67,14 @@ class Bucket(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Rows of the first weight."""
+        """Number of rows of the first weight in this bucket."""
         return self.arrays[0].shape[0]
 
     def find(self, row: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(index, inside) of a row of the first weight, all shards joined in rank order.
+        """Looks up a row of the first weight in this bucket; returns (index, inside).
 
-        `inside`: this bucket has the row; `index`: its place there, else 0.
+        `row` is numbered as if the shards of all ranks were joined, in rank order. `inside` says whether this bucket
+        has the row. `index` is its place in the bucket's first array, or 0 if the bucket does not have it.
         """
         rows = self.arrays[0].shape[0] // self.num_ranks
         shard_rows = rows * self.buckets_per_shard
@@ -82,7 +83,7 @@ class Bucket(NamedTuple):
         return jnp.where(inside, rank * rows + offset % rows, 0), inside
 
     def rows(self) -> jax.Array:
-        """Inverse of `find`: for each place of the first weight in this bucket, the row that is there; int32."""
+        """Inverse of `find`: for each place in the bucket's first array, the number of the row that is there; int32."""
         places = jnp.arange(self.arrays[0].shape[0], dtype=jnp.int32)
         rows = len(places) // self.num_ranks
         shard = self.first_rank + places // rows
@@ -90,15 +91,15 @@ class Bucket(NamedTuple):
 
 
 def custom_vjp(*static_argnums: int) -> Callable[[Callable], Any]:
-    """`jax.custom_vjp` for a function whose arguments at these positions are static."""
+    """`jax.custom_vjp` for a function whose arguments at positions `static_argnums` are static."""
     return lambda function: jax.custom_vjp(function, nondiff_argnums=static_argnums)
 
 
 def vary_alike(*arrays: jax.Array) -> list[jax.Array]:
     """Marks arrays as varying over every mesh axis that any of them varies over.
 
-    The transpose of the mark is a psum over the added axes. It sums the gradients of weights that are replicated over
-    token axes, and of activations that are replicated over tensor axes.
+    In backward, the mark becomes a psum over the axes that it added. That sums the gradients of weights that are
+    replicated over token axes, and of activations that are replicated over tensor axes.
     """
     axes = frozenset[str]().union(*(jax.typeof(array).mat.varying for array in arrays))
     return [_vary(array, axes) for array in arrays]
@@ -112,8 +113,8 @@ def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
 def zeros(shape: Sequence[int], dtype: Any, like: jax.Array) -> jax.Array:
     """Zeros that vary over the same mesh axes as `like`, as the initial value of a loop's carry must.
 
-    They depend on `like`. The compiler makes constant zeros once, outside of all loops, keeps them as long as the
-    program runs, and copies them to each use.
+    The zeros are computed from `like`, so that the compiler does not see a constant. It would make a constant
+    once, outside all loops, keep it as long as the program runs, and copy it to each use.
     """
     bits = jnp.dtype(f"uint{8 * like.dtype.itemsize}")
     first = lax.bitcast_convert_type(like[(0,) * like.ndim], bits)
@@ -130,13 +131,13 @@ def over_buckets(
     Args:
       body: (carry, bucket) -> (carry, y).
       carry: initial value.
-      shard: this rank's rows of each weight, each [rows, D]; rows divisible by `stream.buckets`.
-      axes: folded mesh axes; empty: no communication, the buckets are those of this device's shard.
-      stream: how buckets move; their number.
+      shard: this rank's rows of each weight, each [rows, D]; `stream.buckets` divides rows.
+      axes: folded mesh axes. If empty, nothing is communicated, and the buckets are parts of this device's shard.
+      stream: how buckets move, and how many there are.
       dtype: compute dtype; each bucket is cast to it before it is sent.
 
     Returns:
-      (carry, ys): ys stacked [buckets, ...] in the order of buckets.
+      (carry, ys): the ys of all buckets are stacked, [buckets, ...], in the order of the buckets.
 
     Moves: (R - 1) / R of all ranks' rows x D x itemsize(dtype), in `buckets` all-gathers or R - 1 collective-permutes.
     Keeps: nothing.
@@ -161,7 +162,7 @@ def over_buckets_with_grads(
       carry, shard, axes, stream, dtype: as in `over_buckets`.
 
     Returns:
-      (carry, grads, ys): grads have the shapes and dtypes of `shard`, summed over ranks.
+      (carry, grads, ys): grads are summed over ranks and have the shapes and dtypes of `shard`.
 
     Moves: the weights as in `over_buckets`, and as many gradient elements in `stream.grad_dtype`, by reduce-scatters or
       collective-permutes.
@@ -194,7 +195,7 @@ def _pack_grads(grads: Arrays, ranks: int, dtype: Any) -> jax.Array:
 
 
 def cast_like(arrays: Sequence[jax.Array], shard: Arrays) -> Arrays:
-    """Gradients in the dtypes of the arrays that they belong to."""
+    """Casts each of `arrays`, the gradients of `shard`, to the dtype of its weight."""
     return tuple(array.astype(own.dtype) for array, own in zip(arrays, shard, strict=True))
 
 
@@ -222,11 +223,11 @@ class _ShardBuckets:
         return Bucket(_unpack(message, self.rows), index, 0, self.ranks, index, self.number)
 
     def pack_grads(self, grads: Arrays) -> jax.Array | Arrays:
-        """The message of a bucket's gradients."""
+        """Packs a bucket's gradients into one message; without axes, only casts them."""
         return _pack_grads(grads, self.ranks, self.grad_dtype) if self.axes else cast_like(grads, self.shard)
 
     def scatter(self, message: Any) -> Arrays:
-        """The message of a bucket's gradients -> this rank's part of their sum over ranks, each [rows, D]."""
+        """Reduce-scatters a message of gradients; returns this rank's part of their sum over ranks, each [rows, D]."""
         if not self.axes:
             return message
         with jax.named_scope("scatter"):
@@ -234,12 +235,12 @@ class _ShardBuckets:
             return cast_like(_unpack(mine, self.rows), self.shard)
 
     def join(self, reduced: Arrays) -> Arrays:
-        """Stacks of buckets, each [buckets, rows, D] -> like the shard."""
+        """Joins stacks of buckets, each [buckets, rows, D], to arrays of the shard's shapes."""
         return tuple(stack.reshape(own.shape) for stack, own in zip(reduced, self.shard, strict=True))
 
 
 def _gather(step, carry, shard, axes, stream, dtype, sends: bool):
-    """While a bucket is used, the next bucket is gathered and the gradients of the previous one are scattered."""
+    """While a bucket is used, the next bucket is gathered, and the previous bucket's gradients are reduce-scattered."""
     buckets = _ShardBuckets(shard, axes, stream, dtype)
 
     def use(carry, message, index):
@@ -264,9 +265,9 @@ def _gather(step, carry, shard, axes, stream, dtype, sends: bool):
 
 
 def _ring_route(axes: tuple[str, ...]) -> tuple[tuple[str, ...], list[tuple[int, int]]]:
-    """(axes, route) of the `lax.ppermute` from each rank of `axes` to the next.
+    """Returns the axes and the route of a `lax.ppermute` from each rank of `axes` to the next.
 
-    `lax.ppermute` numbers ranks in the mesh's order of axes, whatever the order of its argument.
+    `lax.ppermute` numbers ranks in the mesh's order of axes, whatever the order of the axes that it is given.
     """
     in_mesh = tuple(name for name in jax.sharding.get_abstract_mesh().axis_names if name in axes)
     sizes = {name: lax.axis_size(name) for name in axes}
@@ -278,7 +279,7 @@ def _ring_route(axes: tuple[str, ...]) -> tuple[tuple[str, ...], list[tuple[int,
 
 
 def _ring(step, carry, shard, axes, stream, dtype, sends: bool):
-    """In step i this rank uses the shard of rank me - i.
+    """In step i, each rank r uses the shard of rank r - i.
 
     The sum of a shard's gradients starts at the next rank, follows the shard around the ring, and reaches the owner
     with the last hop; the owner then adds its own gradient.

@@ -1,4 +1,4 @@
-"""Shared by every command: find a configuration, parse flags, print an error as one line and exit with 2."""
+"""What all commands share: finding a configuration, parsing flags, and printing an error as one line (exit code 2)."""
 
 import contextlib
 import importlib.util
@@ -27,7 +27,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = next(filter(Path.is_dir, [_PACKAGE / "configs", _PACKAGE.parent / "configs"]), _PACKAGE.parent / "configs")
 """folder of configurations: inside an installed package, beside the package in a clone"""
 _OWNERS = {hint.__name__: name for name, hint in get_type_hints(Config).items() if hint.__module__ == Config.__module__}
-"""class of a part of a configuration -> its field in Config"""
+"""name of a class that is a part of Config, such as StreamConfig -> the field that holds it, such as stream"""
 
 
 def main(
@@ -38,14 +38,14 @@ def main(
     text_command: tuple[Callable[[str, Any], Any], Any] | None = None,
     needs_output: bool = True,
 ) -> None:
-    """Runs ``command(name, options, optimizer)`` with the command line ``CONFIG [--flag value ...]`` and exits.
+    """Parses the command line ``CONFIG [--flag value ...]``, runs ``command(name, options, optimizer)`` and exits.
 
     Args:
       command: the command's body; an int that it returns is the exit code.
-      options: function that makes the dataclass whose fields are the flags, given the configuration.
+      options: function from the configuration to the dataclass whose fields are the flags.
       about: one sentence for ``--help``.
-      text_command: (body, default options) for a first argument that is a .hlo or .txt file.
-      needs_output: the command ends if standard output cannot be written; otherwise it goes on without.
+      text_command: (body, default options) of what runs instead if the first argument is a .hlo or .txt file.
+      needs_output: if True, the command ends when standard output cannot be written; if False, it goes on without it.
     """
     arguments = sys.argv[1:]
     with errors_in_a_line(needs_output):
@@ -61,7 +61,7 @@ def main(
 
 @contextlib.contextmanager
 def errors_in_a_line(needs_output: bool = True) -> Iterator[None]:
-    """Prints a ConfigError or RunStopped as one line and ends the process with its exit code.
+    """Context manager: prints a ConfigError or RunStopped as one line and ends the process with the error's exit code.
 
     `needs_output` is as in `main`.
     """
@@ -86,7 +86,7 @@ def errors_in_a_line(needs_output: bool = True) -> Iterator[None]:
 
 
 def _check_process() -> None:
-    """Raises ConfigError if an argument is not text, or the clock shows a time that checkpoints cannot hold."""
+    """Raises ConfigError if an argument is not UTF-8, or the clock shows a time that checkpoints cannot hold."""
     if (now := time.time()) < 0:
         raise ConfigError(f"the clock says {time.strftime('%Y-%m-%d', time.gmtime(now))}, before 1970; set it")
     for argument in sys.argv[1:]:
@@ -97,7 +97,7 @@ def _check_process() -> None:
 
 
 def leave(code: int, together: bool = True) -> NoReturn:
-    """Ends the process now, even if its threads hang; `together`: all processes do, so none waits for another."""
+    """Ends this process at once, even if its threads hang. `together`: all processes end, so none waits for another."""
     if together and jax.distributed.is_initialized():
         with contextlib.suppress(RuntimeError):
             jax.distributed.shutdown()
@@ -130,7 +130,7 @@ def parse(
     """Parses ``CONFIG [--flag value ...]``; `options` and `about` are those of `main`.
 
     Returns:
-      (name of the configuration, options with the flags applied, optimizer of the file or None).
+      (name of the configuration, options with the flags applied, the file's own optimizer or None).
     """
     if not arguments or arguments[0].startswith("-"):
         if arguments and arguments[0] in ("-h", "--help"):
@@ -149,15 +149,17 @@ def _known() -> str:
 
 
 def load_config(name: str) -> Config:
-    """Returns the `config` of `load_config_file`."""
+    """Loads a configuration as `load_config_file` does; returns only its `config`."""
     return load_config_file(name)[0]
 
 
 def load_config_file(name: str) -> tuple[Config, Optimizer]:
-    """Returns `config` and `optimizer` (or None) of a configuration: a known name, or the path of a .py file.
+    """Loads a configuration, given as a known name or the path of a .py file; returns its `config` and `optimizer`.
+
+    `optimizer` is None if the file defines none.
 
     Raises:
-      ConfigError: no such configuration, it defines no `config`, or it sets a field that does not exist.
+      ConfigError: the configuration does not exist, defines no `config`, or sets a field that does not exist.
     """
     path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
     if not path.is_file():
@@ -178,7 +180,7 @@ def load_config_file(name: str) -> tuple[Config, Optimizer]:
 
 
 def _unknown_field(error: str) -> str | None:
-    """A line about a field that a configuration file sets and its class does not have; None for other errors."""
+    """One line for an error about a field that a configuration sets but that does not exist; None for other errors."""
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", error)
     if not found or found[1] not in {"Config", *_OWNERS}:
         return None
@@ -200,7 +202,7 @@ def parse_flags(default: T, arguments: Sequence[str], about: str = "") -> T:
 
 
 def _removed_flag(flags: Sequence[str]) -> str | None:
-    """A line about the first flag or value that only earlier versions had; None if there is none."""
+    """One line about the first of the flags or values that only earlier versions had; None if there is none."""
     for flag, following in zip(flags, [*flags[1:], ""], strict=True):
         name, equals, value = flag.partition("=")
         field = name.removeprefix("--").removeprefix("config.").replace("-", "_").replace(".no_", ".")
@@ -210,7 +212,7 @@ def _removed_flag(flags: Sequence[str]) -> str | None:
 
 
 def _one_line(box: str) -> str:
-    """The text of a framed message, without its frame, headings and hints."""
+    """The text of the parser's framed error message in one line, without its frame, headings and hints."""
     words = " ".join(re.sub(r"[\u2500-\u257f]|-{5,}", " ", box).split())
     words = re.split(r"Argument helptext|For full helptext", words)[0]
     headings = r"^(Value error|Invalid choice|Parsing error|Missing argument|Unrecognized options(?= Unrecognized)) "
@@ -218,7 +220,7 @@ def _one_line(box: str) -> str:
 
 
 def use_devices(cpu_devices: int) -> None:
-    """Sets up this many virtual CPU devices, unless 0; must run before anything touches a device."""
+    """Sets up `cpu_devices` virtual CPU devices, unless it is 0. Call it before anything uses a device."""
     if cpu_devices > MOST_CPU_DEVICES:
         raise ConfigError(f"cpu_devices={cpu_devices} is too large; use {MOST_CPU_DEVICES} at most")
     if cpu_devices:

@@ -31,17 +31,18 @@ class CompareOptions:
     target: str = "mi300x:8"
     """devices to compile for, which need not be present: cpu:8, mi300x:8, mi355x:8, h100:8, v5p:8"""
     layouts: str = ""
-    """layouts, as in --layout, and sizes of their axes, such as tsp:8,tp_sp:2x4,tsp(weights=data+tsp):2x4: of axes that
-    shard weights alone, then of batch axes, then of sequence axes; the first batch axis, if it shards no weights, has
-    no size and takes the remaining devices; empty: those in the table of README"""
+    """layouts, each written as for --layout and followed by the sizes of its axes, such as
+    tsp:8,tp_sp:2x4,tsp(weights=data+tsp):2x4; the order of sizes is: tensor axes (they shard weights alone), batch
+    axes, sequence axes; a first batch axis that shards no weights has no size and takes the remaining devices; empty:
+    the layouts in README's table"""
     seq_lens: str = ""
     """tokens per sequence, such as 16384,131072; empty: as in the configuration"""
     per_replica: int = 1
     """sequences per replica"""
     step: Step = "train"
-    """train: an optimizer step; forward: the loss of a batch; prefill; decode: one token per sequence"""
+    """train (an optimizer step), forward (the loss of a batch), prefill, or decode (one token per sequence)"""
     attention_efficiency: float = 0.0
-    """share of the sustained rate that the attention kernel is assumed to reach; 0: the default, which is printed"""
+    """share of sustained FLOP/s that attention is assumed to reach; 0: the device's default, which is printed"""
     chunk: int = 0
     """prompt tokens that one prefill step processes; 0: all of them"""
     json: str = ""
@@ -99,7 +100,7 @@ def _default_layouts(devices: int) -> list[str]:
 
 
 _OUTER_COMMA = r",(?![^(]*\))"
-"""a comma that is not inside of parentheses"""
+"""pattern of a comma that is not inside parentheses"""
 
 
 def _items(text: str, comma: str = ",") -> list[str]:
@@ -131,7 +132,7 @@ def _print_table(name: str, rows: Sequence[Row], target: Target, step: str) -> N
 
 
 def _gb(value: float | None) -> str:
-    """A cell in GB; small values, such as the bytes received per decoded token, with more digits."""
+    """Text of a table cell in GB; small values, such as the bytes received per decoded token, get more digits."""
     return "" if value is None else f"{value / 1e9:.{1 if value >= 5e7 else 4}f}"
 
 

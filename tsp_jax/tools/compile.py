@@ -39,19 +39,19 @@ class CompiledStep:
     """seconds of tracing, lowering and compiling"""
 
     def report(self, *, record: bool = False) -> Report:
-        """Its memory, communication and simulated time; `record` keeps the events for a trace."""
+        """Reports the step's memory, communication and simulated time; `record` keeps the events for a trace."""
         weights = full_weights(self.config, self.placement)
         return report(self.compiled, target=self.target.hardware, full_weights=weights, record=record)
 
     @property
     def model_flops(self) -> float:
-        """Operations per device of the model's own matrix products, without padding; 0 for prefill and decode."""
+        """Number of operations per device in the model's matrix products, without padding; 0 for prefill and decode."""
         if self.step not in ("train", "forward"):
             return 0.0
         return sum(step_flops(self.config, forward=self.step == "forward").values()) / self.target.num_devices
 
     def facts(self) -> dict[str, Any]:
-        """The program and its target, for a report's JSON."""
+        """What the JSON of a report says about the program and its target."""
         config = self.config
         return {
             "target": str(self.target), "num_devices": self.target.num_devices,
@@ -65,7 +65,7 @@ def place_on(config: Config, target: Target) -> Placement:
     """Places a configuration's layout on all devices of a target.
 
     Raises:
-      ConfigError: layout, mesh, target and sizes do not fit together, or the target's compiler is not installed.
+      ConfigError: the layout, mesh, target and sizes do not fit together, or the target's compiler is not installed.
     """
     layout = get_layout(config.layout)
     sizes = parse_mesh(config.mesh, layout, target.num_devices)
@@ -91,7 +91,7 @@ def compile_step(
       optimizer: the user's own, for step train; None: AdamW from `config.optimizer`.
 
     Raises:
-      ConfigError: as `place_step`, or the step is unknown.
+      ConfigError: the step is unknown, or `place_step` refuses it.
     """
     if step not in get_args(Step):
         raise ConfigError(f"step={step} is unknown; use one of {', '.join(get_args(Step))}")
@@ -103,7 +103,7 @@ def compile_step(
 
 
 def full_weights(config: Config, placement: Placement) -> tuple[FullWeight, ...]:
-    """For each op, the elements of its whole weights as stored, which no device should gather at once."""
+    """For each op with sharded weights, the number of their stored elements, which no device should gather at once."""
     model, layout = config.model, placement.layout
     heads = HeadSharding.of(layout, placement.mesh.shape, model.num_heads, model.num_kv_heads, model.head_dim)
     query, kv = heads.stored
@@ -118,7 +118,7 @@ def full_weights(config: Config, placement: Placement) -> tuple[FullWeight, ...]
 
 
 def place_step(config: Config, target: Target, step: Step, chunk: int) -> Placement:
-    """`place_on`, for a step; also raises ConfigError if the layout cannot serve, or the step not process the chunk."""
+    """`place_on` for a step. Also raises ConfigError if the layout cannot run the step, or `chunk` does not suit it."""
     if chunk and step != "prefill":
         raise ConfigError(f"chunk={chunk} means nothing to step={step}; use --step prefill")
     if not 0 <= chunk <= config.seq_len:
@@ -130,7 +130,7 @@ def place_step(config: Config, target: Target, step: Step, chunk: int) -> Placem
 
 
 def _lower(config: Config, placement: Placement, step: Step, chunk: int, optimizer: Optimizer) -> jax.stages.Lowered:
-    """Lowers a step. Prefill takes a chunk of a prompt, or all of it; decode has a cache of seq_len tokens."""
+    """Lowers a step. Prefill processes `chunk` tokens of a prompt, or all of it; the KV cache holds seq_len tokens."""
     if step in ("train", "forward"):
         program = make_program(config, placement, optimizer if step == "train" else None)
         if step == "train":

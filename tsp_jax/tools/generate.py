@@ -1,4 +1,4 @@
-"""The command tsp-generate: the text as it is sampled, then throughput and peak memory."""
+"""The command tsp-generate: prints text as it is sampled, then throughput and peak memory."""
 
 import dataclasses
 import sys
@@ -28,7 +28,7 @@ class GenerateOptions:
     prompt_file: str = ""
     """file with the text to continue"""
     chat: bool = False
-    """wrap the prompt in the model's chat template, as a message of the user"""
+    """wrap the prompt in the model's chat template, as a user message"""
     max_new_tokens: int = 64
     """tokens to generate, unless a stop token comes first"""
     stop: bool = True
@@ -37,7 +37,7 @@ class GenerateOptions:
     layout: str = "tsp"
     """a preset, such as tsp, tp_sp or fsdp, or a row of your own, such as tsp(weights=data+tsp), as in training"""
     mesh: str = ""
-    """axis sizes, such as tsp=8; empty: every device on the layout's own axes"""
+    """mesh axis sizes, such as tsp=8; empty: all devices on the layout's own axes"""
     cpu_devices: int = 0
     """run on this many virtual CPU devices; 0: on the devices that are present"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -101,7 +101,7 @@ def _prompt(options: GenerateOptions) -> str:
 
 
 def throughput(model: Model, stats: Stats) -> str:
-    """A line: tokens per second of prefill and of decoding, and peak memory per device."""
+    """One line with tokens per second in prefill and in decoding, and peak memory per device."""
     mesh = format_sizes(model.placement.mesh.shape)
     decoded = f"{stats.decoded_tokens / stats.decode_s:,.1f} tokens/s" if stats.decoded_tokens else "nothing"
     peak, source = peak_bytes(model)
@@ -113,7 +113,7 @@ def throughput(model: Model, stats: Stats) -> str:
 
 
 def peak_bytes(model: Model) -> tuple[int, str]:
-    """(peak bytes per device, "measured" by the devices or, where they do not count, "compiled")."""
+    """(peak bytes per device, source): "measured" if all devices count their bytes, else "compiled"."""
     mesh = model.placement.mesh
     counts = [device.memory_stats() or {} for device in mesh.local_devices] if isinstance(mesh, Mesh) else []
     if counts and all("peak_bytes_in_use" in count for count in counts):

@@ -1,4 +1,7 @@
-"""The command tsp-inspect: a compiled step, or a compiled program's text, as tables, JSON, trace and contracts."""
+"""The command tsp-inspect: reports on a compiled step, or on the text of a compiled program, and checks contracts.
+
+A report is printed as tables. It can also be written as JSON, and its simulated timeline as a trace.
+"""
 
 import dataclasses
 import json
@@ -37,12 +40,12 @@ class Outputs:
     expect: str = ""
     """contracts, such as no-full-weight,exposed<=0.1,peak<=24GB; exit code 1 if one is broken"""
     largest: int = 12
-    """most rows to show of each table"""
+    """largest number of rows to show of each table"""
     attention_efficiency: float = 0.0
-    """share of the sustained rate that the attention kernel is assumed to reach; 0: the device's default (printed)"""
+    """share of sustained FLOP/s that attention is assumed to reach; 0: the device's default, which is printed"""
 
     def check(self) -> None:
-        """Raises ConfigError if a file cannot be written or a contract is not understood; call before long work."""
+        """Raises ConfigError if a file cannot be written or a contract is not understood. Call it before long work."""
         parse_expectations(self.expect)
         check_writable(json=self.json, trace=self.trace)
 
@@ -55,7 +58,7 @@ class StepOptions:
     target: str = "cpu:8"
     """devices to compile for, which need not be present: cpu:8, mi300x:8, mi355x:8, h100:8, v5p:8"""
     step: Step = "train"
-    """train: an optimizer step; forward: the loss of a batch; prefill; decode: one token per sequence"""
+    """train (an optimizer step), forward (the loss of a batch), prefill, or decode (one token per sequence)"""
     chunk: int = 0
     """prompt tokens that one prefill step processes; 0: all of them"""
     dump_hlo: str = ""
@@ -65,17 +68,17 @@ class StepOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """The text of a compiled program."""
+    """Options for a compiled program that is given as text."""
 
     target: str = ""
-    """devices that it was compiled for; empty: no timeline"""
+    """devices that the program was compiled for; empty: no timeline"""
     mesh: str = ""
     """axis sizes in the order of the devices, such as data=1,tsp=8; empty: collectives are shown without axis names"""
     outputs: Annotated[Outputs, tyro.conf.arg(name="")] = Outputs()
 
 
 def check_writable(**files: str) -> None:
-    """Raises ConfigError if the folder of a file does not exist; names of arguments are names of flags."""
+    """Raises ConfigError if the folder of a file does not exist. Arguments are named like the flags of the files."""
     for field, file in files.items():
         if file and (Path(file).is_dir() or not Path(file).parent.is_dir()):
             raise ConfigError(f"{field}={file} cannot be written; use a file in a folder that exists")
@@ -105,7 +108,7 @@ def inspect_step(name: str, options: StepOptions, optimizer: Optimizer = None) -
 
 
 def inspect_text(file: str, options: TextOptions) -> int:
-    """Prints a report of the text of a program; returns the exit code."""
+    """Prints a report of a compiled program, whose text is in a file; returns the exit code."""
     options.outputs.check()
     name = options.target if ":" in options.target else f"{options.target}:1"
     hardware = parse_target(name, options.outputs.attention_efficiency).hardware if options.target else None

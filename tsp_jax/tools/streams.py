@@ -1,4 +1,4 @@
-"""Standard output and standard error that may be closed, full, or unable to encode what is printed."""
+"""Guards for standard output and standard error, which may be closed, full, or unable to encode what is printed."""
 
 import contextlib
 import errno
@@ -13,11 +13,11 @@ from tsp_jax.errors import ConfigError
 
 @contextlib.contextmanager
 def guarded_streams(needs_output: bool) -> Iterator[None]:
-    """Replaces both streams by ones whose failures never end a command with a traceback.
+    """Context manager that guards stdout and stderr: if they fail, the command does not end with a traceback.
 
     Characters that a stream's encoding lacks are written as escapes. When standard output fails for the first time,
-    the command ends if `needs_output` is set; else it goes on, a line on stderr says so, and its output is lost.
-    When standard error fails, what is printed there is lost.
+    the command ends if `needs_output` is set. Otherwise a line on stderr says so, the command goes on, and further
+    output is lost. When standard error fails, what is printed there is lost.
 
     Raises:
       ConfigError: standard output cannot be written, and `needs_output` is set.
@@ -42,7 +42,10 @@ def _output_failed(needs_output: bool) -> Callable[[OSError], None]:
 
 
 def _occupy_closed_descriptors() -> None:
-    """Opens /dev/null on each closed descriptor of 0, 1, 2; else the next opened file would get what is printed."""
+    """Opens /dev/null on those of the descriptors 0, 1 and 2 that are closed.
+
+    Otherwise the next file to be opened would take such a number, and receive what is printed.
+    """
     for number in range(3):
         try:
             os.fstat(number)

@@ -27,7 +27,7 @@ _PAPER_PEAKS = {
     ("tsp:8", 16384): "31.0", ("tsp:8", 131072): "38.8", ("tp:8", 16384): "31.5", ("tp:8", 131072): "70.0",
     ("tp_sp:2x4", 131072): "85-140", ("tp_sp:4x2", 131072): "85-140",
 }  # fmt: skip
-"""GB per GPU on 8 x MI300X, one sequence; for TP+SP the paper gives the range over factorizations"""
+"""(layout, tokens) -> the paper's peak GB per GPU on 8 x MI300X, one sequence; for TP+SP a range over factorizations"""
 USABLE = 0.92
 """share of a device's memory that a program may fill; the runtime and fragmentation take the rest"""
 
@@ -50,13 +50,13 @@ class Row:
     exposed_comm_s: float | None = None
     step_s: float | None = None
     matmul_s: float | None = None
-    """the step's matrix products alone, at the sustained rate"""
+    """time of the step's matrix products alone, at the device's sustained FLOP/s"""
     tokens_per_s: float | None = None
     """over all devices"""
     largest_seq_len: int | None = None
-    """longest that fits with this batch, a multiple of 16384: memory formula scaled to the compiled peak"""
+    """longest sequence that fits with this batch, a multiple of 16384: closed form scaled to the compiled peak"""
     largest_batch: int | None = None
-    """most sequences per replica that fit at this length, by the closed form, scaled as the field above"""
+    """largest number of sequences per replica that fit at this length: closed form scaled to the compiled peak"""
     compile_s: float | None = None
     paper_peak_gb: str = ""
     by_kind: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -65,13 +65,14 @@ class Row:
 
 
 def parse_layout(text: str, num_devices: int) -> tuple[Layout, dict[str, int]]:
-    """``tp_sp:2x4`` -> (layout, mesh sizes): sizes of tensor axes, then of batch axes, then of sequence axes.
+    """Parses a layout and the sizes of its axes, such as ``tp_sp:2x4``; returns (layout, mesh sizes).
 
-    The first batch axis, if it shards no weights, gets no size: it takes the remaining devices. ``dp`` and ``fsdp``,
-    which have a batch axis alone, need none either.
+    Sizes of tensor axes come first, then those of batch axes, then those of sequence axes. A first batch axis that
+    shards no weights gets no size: it takes the remaining devices. ``dp`` and ``fsdp`` need no size, since their only
+    axis is a batch axis.
 
     Raises:
-      ConfigError: unknown layout, or sizes that do not divide the devices.
+      ConfigError: the layout is unknown, or its sizes do not divide the devices.
     """
     name, colon, shape = (part.strip() for part in text.partition(":"))
     layout = get_layout(name)
@@ -96,7 +97,7 @@ def parse_layout(text: str, num_devices: int) -> tuple[Layout, dict[str, int]]:
 
 
 def configure(config: Config, text: str, seq_len: int, batch: int, num_devices: int) -> Config:
-    """Returns `config` with a layout, its mesh, and `batch` sequences per replica."""
+    """Returns `config` with the layout and mesh in `text`, this `seq_len`, and `batch` sequences per replica."""
     layout, sizes = parse_layout(text, num_devices)
     batch *= num_ranks(layout.batch, sizes)
     return dataclasses.replace(config, layout=layout.name, mesh=format_sizes(sizes), seq_len=seq_len, batch=batch)
@@ -107,9 +108,9 @@ def compare_layouts(
     batch: int = 1, step: Step = "train", chunk: int = 0, optimizer: Optimizer = None,
     progress: Callable[[str], object] = lambda _: None,
 ) -> list[Row]:  # fmt: skip
-    """Compiles every layout at every sequence length and inspects the programs; `compile_step` has more on arguments.
+    """Compiles every layout at every sequence length and inspects the programs.
 
-    A layout that cannot be compiled gives a row that says why.
+    If a layout cannot be compiled, its row says why.
 
     Args:
       config: the model and everything else that all rows share.
@@ -117,10 +118,11 @@ def compare_layouts(
       layouts: for example tsp:8, tp_sp:2x4 and tsp(weights=data+tsp):2x4; see `parse_layout`.
       seq_lens: tokens per sequence.
       batch: sequences per replica.
+      step, chunk, optimizer: as in `compile_step`.
       progress: called with a line of text before each compilation.
 
     Raises:
-      ConfigError: a layout is unknown or does not fit the target, before anything compiles.
+      ConfigError: a layout is unknown or does not fit the target; raised before anything is compiled.
     """
     pairs = itertools.product(layouts, seq_lens)
     jobs = [(text, configure(config, text, length, batch, target.num_devices)) for text, length in pairs]
@@ -166,7 +168,7 @@ def _paper_peak_gb(name: str, config: Config, target: Target, step: Step) -> str
 
 
 def _with_limits(row: Row, config: Config, limit: float) -> Row:
-    """Adds the closed-form estimate of peak memory and the largest sizes that fit under it."""
+    """Adds to a row the closed-form estimate of peak memory, and the largest sizes that fit into `limit` bytes."""
     layout, sizes = get_layout(config.layout), parse_sizes(config.mesh)
     replicas = num_ranks(layout.batch, sizes)
 
@@ -183,7 +185,7 @@ def _with_limits(row: Row, config: Config, limit: float) -> Row:
 
 
 def _largest(fits: Callable[[int], bool]) -> int:
-    """Returns the largest n with fits(n), 0 if there is none; fits(n) implies fits(n - 1)."""
+    """Returns the largest n for which fits(n) is true, or 0 if there is none; fits(n) must imply fits(n - 1)."""
     high = 1
     while fits(high) and high < 1 << 20:
         high *= 2

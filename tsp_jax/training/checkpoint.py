@@ -1,8 +1,8 @@
 """Checkpoints of global, unpadded arrays: saved under any layout and mesh, restored under any other.
 
-``checkpoints/STEP/`` has ``state/`` (Orbax), ``meta.json`` and ``manifest.json``. It is written in the background as
-``STEP.partial`` and renamed when it is complete, so a folder whose name is a number was once a complete checkpoint. The
-manifest detects damage since then. A damaged checkpoint is renamed to ``STEP.damaged`` and never used.
+The folder ``checkpoints/STEP/`` has ``state/`` (Orbax), ``meta.json`` and ``manifest.json``. It is written in the
+background as ``STEP.partial`` and renamed when it is complete. So a folder whose name is a number was complete when it
+was renamed; the manifest reveals later damage. A damaged checkpoint is renamed to ``STEP.damaged`` and never used.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ from tsp_jax.training.distributed import broadcast_from_writer, gather_from_all,
 from tsp_jax.training.step import TrainProgram, TrainState
 
 CONTINUED = ("seed", "batch", "seq_len", "steps", "optimizer", "z_loss")
-"""fields of Config that change the losses of a resumed run; a difference is reported"""
+"""fields of Config that affect the losses of a resumed run; a field that differs from the checkpoint's is reported"""
 
 METRICS = "metrics.jsonl"
-"""file of a checkpoint: the lines up to its step that the metrics file lacked when it was saved"""
+"""name of the metrics file, and of a checkpoint's file with the lines that could not be written to the metrics file"""
 SAVE_TIMEOUT_S = 1200
 """seconds after which a save in the background counts as failed"""
 
@@ -47,12 +47,12 @@ class _Data(msgspec.Struct):
 
 
 class Meta(msgspec.Struct):
-    """What is read of ``meta.json``."""
+    """The part of ``meta.json`` that is read back."""
 
     config: dict[str, Any]
     data: _Data
     opt_state: Shapes = {}
-    """of the optimizer; earlier versions did not save it"""
+    """shapes of the optimizer's state; earlier versions did not save them"""
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -65,7 +65,7 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def steps_to_drop(steps: Iterable[int], newest: int, every: int) -> list[int]:
-    """Returns the steps to delete: all except the `newest` last ones and multiples of `every` (0: no multiples)."""
+    """Returns the steps to delete: all but the last `newest` steps and the multiples of `every` (0: no multiples)."""
     return [step for step in sorted(steps)[:-newest] if not (every and step % every == 0)]
 
 
@@ -73,14 +73,14 @@ class Checkpoints:
     """The checkpoints of one working directory. Every process of a run makes the same calls.
 
     Args:
-      folder: folder of the checkpoints; made with the first one.
+      folder: folder of the checkpoints; the first save creates it.
       program: describes the state under this run's layout.
       config: saved with each checkpoint, and compared before a restore.
       data_digest: SHA-256 of the training split; saved and compared too.
       report: called with one line about each damaged checkpoint and each failed save.
 
     Raises:
-      ConfigError: a file, or a link to nothing, is in the place of the folder.
+      ConfigError: `folder` is a file or a dangling link.
     """
 
     def __init__(self, folder: Path, program: TrainProgram, config: Config, data_digest: str, report: Callable = print):
@@ -105,7 +105,8 @@ class Checkpoints:
     def save(self, state: TrainState, step: int, metrics: str = "") -> None:
         """Copies the state and writes it in the background. First waits for the previous save, as `wait` does.
 
-        `metrics` are lines that a full disk has kept from the metrics file; the checkpoint keeps them.
+        `metrics` are the lines that could not be written to the metrics file, such as when the disk is full. They are
+        saved in the checkpoint.
         """
         self.wait()
         self.last = step
@@ -125,7 +126,7 @@ class Checkpoints:
             self._current = step, failed
 
     def poll(self) -> None:
-        """Reports a failed save, as soon as the failure is known; does not wait.
+        """Reports the current save if it is known to have failed; does not wait for it.
 
         Raises:
           RunStopped: a save failed and `faults.failed_save` is "stop".
@@ -134,7 +135,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the current save is complete, or reports that it failed; raises what `poll` raises."""
+        """Waits for the current save to end, and reports it if it failed; raises what `poll` raises."""
         if not self._current:
             return
         step, future = self._current
@@ -153,7 +154,7 @@ class Checkpoints:
     def close(self, last: int = 0) -> None:
         """Waits for the current save and releases the thread.
 
-        Raises RunStopped if step `last`, the last one of the run, has no undamaged checkpoint (0: none is needed).
+        `last` is the last step of the run. Raises RunStopped if it has no undamaged checkpoint (0: it needs none).
         """
         self.wait()
         self._pool.shutdown()
@@ -189,8 +190,8 @@ class Checkpoints:
     def newest_undamaged(self) -> int | None:
         """Returns the step of the newest checkpoint whose files are all undamaged; None if there are no checkpoints.
 
-        Damaged checkpoints are reported with the name of the file and renamed to ``STEP.damaged``. The files are
-        divided among the processes. Raises ConfigError if there are checkpoints and all are damaged.
+        Each process verifies a part of the files. A damaged checkpoint is reported with the name of a damaged file and
+        renamed to ``STEP.damaged``. Raises ConfigError if there are checkpoints and all are damaged.
         """
         damaged = 0
         while (step := broadcast_from_writer(max(saved_steps(self.folder), default=-1))) >= 0:
@@ -224,8 +225,8 @@ class Checkpoints:
     def check(self, step: int) -> list[str]:
         """Compares a checkpoint with this run's configuration and data.
 
-        Returns one line about each difference that does not prevent resuming; raises ConfigError if the model or the
-        optimizer is another one, or ``meta.json`` does not say.
+        Returns one line about each difference that does not prevent resuming. Raises ConfigError if the model or the
+        optimizer differs, or ``meta.json`` does not say what they were.
         """
         path, advice = self.folder / str(step) / "meta.json", f"move checkpoints/{step} away, or use another --workdir"
         meta = read_json(path, Meta, advice=advice)
@@ -264,7 +265,7 @@ class Checkpoints:
 
 
 def _remove(path: Path) -> None:
-    """Deletes a folder, a file or a link, as far as it can be."""
+    """Deletes a folder, a file or a link; ignores errors."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: SHA-256 of every file, written before the commit and verified before a restore."""
+"""The manifest of a checkpoint: SHA-256 of every file, written at the end of a save and verified before a restore."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from tsp_jax.files import FileError, folders_below, open_regular, read_json
 
 MANIFEST = "manifest.json"
 THREADS = 8
-"""number of files hashed at a time; hashing releases Python's lock"""
+"""number of files that are hashed at a time, in threads; hashing releases Python's global lock"""
 
 
 class Manifest(msgspec.Struct):
@@ -36,7 +36,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Verifies one of `parts` parts of a folder's files against its manifest, and that no file is missing or added.
+    """Verifies part `part` of `parts` of a folder's files against its manifest, and that no file is missing or added.
 
     Returns the first damaged file and what is wrong with it, or None.
     """
@@ -55,7 +55,7 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Sorted paths below a folder of everything that is not a folder, without the manifest."""
+    """Sorted paths, relative to a folder, of everything below it except folders and the manifest."""
     paths = (path for parent in folders_below(folder) for path in parent.iterdir() if not path.is_dir())
     return sorted(path.relative_to(folder).as_posix() for path in paths if path != folder / MANIFEST)
 

@@ -1,8 +1,9 @@
 """Text or token files -> one file of token ids for each split, built once and then cached.
 
-Every file is a document. About one file in `HELD_OUT` is held out. It is chosen by a hash of its path relative to the
-fixed part of the glob, so that adding files moves no other file to the other split. If the hash leaves a split empty,
-the last file is held out; of a single file, the last ``max(1, tokens // HELD_OUT)`` tokens are held out.
+Every file is a document. About one file in `HELD_OUT` is held out. A hash of a file's path, relative to the part of the
+glob before the first wildcard, decides which; so added files do not move other files to the other split. If the hash
+leaves a split empty, the last file is held out. If there is only one file, its last ``max(1, tokens // HELD_OUT)``
+tokens are held out.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from tsp_jax.training.token_file import TokenFile
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 HELD_OUT = 50
-"""one document in this many is held out"""
+"""about one document in this many is held out"""
 
 LARGEST_ID = 2**32 - 1
 _FORMAT_VERSION = 1
@@ -45,14 +46,14 @@ class ByteTokenizer:
         return np.frombuffer(text.encode(errors="replace") if isinstance(text, str) else text, np.uint8)
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
-        """[n] integer ids -> text. Ids above 255, which a larger vocabulary can sample, are left out."""
+        """[n] integer ids -> text. Ids above 255, which a model with a larger vocabulary can sample, are left out."""
         ids = np.asarray(ids, np.int64)
         return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode(errors="replace")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """One split: its documents concatenated to one array of tokens."""
+    """One split of a corpus: its documents, concatenated into one array of tokens."""
 
     tokens: TokenFile | np.ndarray
     """[tokens] uint8, uint16 or uint32"""
@@ -118,7 +119,7 @@ def load_corpus(data: DataConfig, vocab_size: int, split: Split) -> Corpus:
 
 
 def _open_cached(folder: Path, split: Split) -> tuple[Facts, TokenFile, np.ndarray]:
-    """Returns (facts, tokens, starts); raises FileError if one is damaged."""
+    """Returns (facts, tokens, starts); raises FileError if one of the files is damaged."""
     facts = read_json(folder / "corpus.json", Facts)
     tokens = TokenFile(folder / f"{split}.npy", f"delete {folder}")
     starts = np.asarray(TokenFile(folder / f"{split}_starts.npy", f"delete {folder}"))
@@ -136,7 +137,7 @@ class _Document(NamedTuple):
 
 
 def _digest_sources(root: Path, sources: list[Source]) -> str:
-    """Name of the cache folder. The root is hashed too: two unpacked corpora may agree in names and mtimes."""
+    """Name of the cache folder: a hash of sources and root, since two corpora may have equal names and mtimes."""
     listing = [_FORMAT_VERSION, str(root), [source[1:] for source in sources]]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:32]
 
@@ -172,7 +173,7 @@ def _build(folder: Path, sources: list[Source], data: DataConfig) -> None:
 
 
 def _split_documents(data: DataConfig, documents: list[_Document]) -> dict[Split, list[_Document]]:
-    """Applies the rule at the top of this file. Neither split is empty."""
+    """Divides documents into two splits by the rule at the top of this file. Neither split is empty."""
     total = sum(document.stop for document in documents)
     if total < 2:
         raise ConfigError(f"data.files={data.files!r} matches files with {total} tokens in all; use 2 or more")
@@ -191,7 +192,7 @@ def _split_documents(data: DataConfig, documents: list[_Document]) -> dict[Split
 
 
 def _measure(data: DataConfig, source: Source) -> _Document:
-    """Reads length and largest id of a file; refuses arrays that are not token ids."""
+    """Finds the number of tokens and the largest token id of a file; refuses arrays that are not token ids."""
     length = source.size
     if source.path.suffix == ".npy":
         with reading(data, source.path):

@@ -28,7 +28,7 @@ class Batch(NamedTuple, Generic[Array]):
 
     tokens: Array
     labels: Array
-    """the next token of the same document; `IGNORE` for the last one"""
+    """the next token of the same document; `IGNORE` at the last token of a document"""
     positions: Array
     """distance from the start of the document, or from the start of the sequence if that is nearer"""
     segment_ids: Array
@@ -36,10 +36,11 @@ class Batch(NamedTuple, Generic[Array]):
 
 
 class Batches:
-    """Batches of a corpus by step. There is no state besides the step, so a resumed run asks for the next one.
+    """The batches of a corpus, one for each step. The step is the only state: a resumed run asks for the next one.
 
-    Window w is tokens ``[w S, (w + 1) S)`` of the corpus; a remainder shorter than S is never used. The epochs follow
-    one another, each has every window once, and step s takes windows ``[s B, (s + 1) B)`` of that endless sequence.
+    Window w is tokens ``[w S, (w + 1) S)`` of the corpus; a remainder shorter than S is never used. Each epoch has
+    every window once. Epoch follows epoch in an endless sequence of windows, and step s takes places
+    ``[s B, (s + 1) B)`` of this sequence.
 
     Args:
       corpus: one split.
@@ -51,8 +52,8 @@ class Batches:
       shuffle: permute the windows anew in every epoch; otherwise they are in the order of the corpus.
 
     Raises:
-      ConfigError: `seq_len` is not a multiple of what the ranks need, the corpus is shorter than one sequence, or no
-        token of it has a label.
+      ConfigError: `seq_len` does not suit the ranks (see `sequence_order`), the corpus is shorter than one sequence,
+        or none of its tokens has a label.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Batches:
                 f"use {f'seq_len={fitting} or ' if fitting else ''}more text"
             )
         self.order = sequence_order(seq_len, sequence_shards, order)
-        """[S] int64: index of the token at each position of a placed array"""
+        """[S] int64: for each position in a placed array, the index of its token in the sequence"""
         self.num_windows = num_tokens // seq_len
         """number of sequences in one epoch"""
         self.digest = corpus.digest
@@ -87,8 +88,8 @@ class Batches:
     def place(self, step: int, sharding: NamedSharding, *, accumulate: int | None = None) -> Batch[jax.Array]:
         """Returns the batch of a step as global arrays, with tokens in `order`.
 
-        They are [B, S], or [accumulate, B / accumulate, S] for micro-batches of consecutive rows. Each process reads
-        only the shards of its own devices, each of them once.
+        The arrays are [B, S], or [accumulate, B / accumulate, S] with micro-batches of consecutive rows. Each process
+        reads only the shards of its own devices, and each shard once.
 
         Raises:
           ConfigError: B is not a multiple of `accumulate`.
@@ -154,7 +155,7 @@ class Splits(NamedTuple):
 
 
 def load_splits(config: Config, sequence_shards: int) -> Splits:
-    """Reads the corpus of a run, or finds it in the cache; shuffles the training split.
+    """Loads both splits of a run's corpus, from the cache if they are there. The training split is shuffled.
 
     Raises:
       ConfigError: as `load_corpus` and `Batches`.
@@ -171,7 +172,7 @@ def load_splits(config: Config, sequence_shards: int) -> Splits:
 
 
 def sequence_order(seq_len: int, shards: int, order: Order) -> np.ndarray:
-    """Order of tokens in an array that is sharded over R ranks: [S] int64, the index of the token at each position.
+    """Order of tokens in an array that is sharded over R ranks: [S] int64, for each position the index of its token.
 
     "contiguous" is the natural order. "zigzag" splits the sequence into 2 R chunks and gives rank p the chunks p and
     2 R - 1 - p, so that under a causal mask every rank attends to the same number of keys.
@@ -226,7 +227,7 @@ def _seq_len_multiple(shards: int, order: Order) -> int:
 
 @functools.lru_cache(maxsize=2)  # an epoch and the next
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """A permutation, [size] int64, made of raw random bits, which are the same in every release of numpy."""
+    """A random permutation, [size] int64, made from raw bits, which are the same in every release of numpy."""
     bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(size)
     permutation = np.argsort(bits, kind="stable")
     permutation.flags.writeable = False

@@ -1,4 +1,4 @@
-"""Several processes: how they connect, exchange integers, and report. Process 0 is the writer."""
+"""How the processes of a run connect, exchange integers, and print warnings. Process 0 is the writer."""
 
 import contextlib
 import sys
@@ -94,6 +94,6 @@ def report(text: str) -> None:
 
 
 def report_once(text: str) -> None:
-    """Prints, on the writer only, a warning that every process reports."""
+    """Prints a warning on the writer only; for warnings that are the same on every process."""
     if is_writer():
         report(text)

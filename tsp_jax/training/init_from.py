@@ -18,13 +18,13 @@ from tsp_jax.training.step import TrainProgram, TrainState
 FREE = ("init_std",)
 """fields of ModelConfig that a folder of weights does not determine"""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-"""files of a tokenizer; a folder with one of them has weights of a model whose tokens are not bytes"""
+"""files of a tokenizer; if a folder has one of them, the tokens of its model are not bytes"""
 
 
 def check_init_from(config: Config, placement: Placement) -> None:
-    """Raises ConfigError if `init_from` has no weights of the configured model, or its tokens differ from the data's.
+    """Raises ConfigError if `init_from` lacks weights of the configured model, or its tokens are not those of the data.
 
-    A run that is resumed needs no weights.
+    Checks nothing if the run is resumed, since it then needs no initial weights.
     """
     if not config.init_from or saved_steps(Path(config.workdir) / "checkpoints"):
         return
@@ -41,7 +41,7 @@ def check_init_from(config: Config, placement: Placement) -> None:
 
 
 def _check_tokens(config: Config) -> None:
-    """Raises ConfigError if text would be read as bytes by a model whose tokens are those of a tokenizer."""
+    """Raises ConfigError if the data is text, read as bytes, but the model's tokens are those of a tokenizer."""
     found = [name for name in TOKENIZERS if (Path(config.init_from) / name).exists()]
     larger = config.model.vocab_size > 2 * ByteTokenizer.vocab_size  # up to that, bytes may have been padded
     if (found or larger) and is_text(config.data):
@@ -62,7 +62,7 @@ def init_state(config: Config, program: TrainProgram, placement: Placement) -> T
 
 
 def _fields(model: Any, owner: str = "") -> dict[str, Any]:
-    """Dotted name -> value of each field."""
+    """Dotted name -> value, for each field that is not in `FREE`."""
     fields = {}
     for field in dataclasses.fields(model):
         value = getattr(model, field.name)

@@ -16,18 +16,18 @@ from tsp_jax.files import Count, FileError, Finite, check_json, parse_json, read
 from tsp_jax.training.distributed import is_writer, write_atomically
 
 MAX_BYTES = 2**30
-"""a larger file is not read"""
+"""largest metrics file that is read, in bytes"""
 
 
 class EvaluationLine(msgspec.Struct):
-    """The content of the line of an evaluation. Null stands for a number that was not finite."""
+    """The content of an evaluation's line. Null stands for a number that was not finite."""
 
     step: Count
     eval_loss: Finite | None
 
 
 class StepLine(msgspec.Struct):
-    """The content of the line of a step, which may hold further numbers."""
+    """The content of a step's line. A line may hold further numbers."""
 
     step: Count
     loss: Finite | None
@@ -36,17 +36,17 @@ class StepLine(msgspec.Struct):
 
 
 class MetricsFile:
-    """The metrics file of one run. Its lines are also in memory, so that damage to the file loses none.
+    """The metrics file of one run. Its lines are also kept in memory, so none is lost if the file is damaged.
 
-    Lines later than `resume_step`, the step resumed from, are dropped; so are damaged ones. Lines that cannot be
-    written are tried again with each further line; a file that was removed is written anew. At the start, anything
-    at its path that is not a regular file is renamed to ``metrics.jsonl.damaged``.
+    At the start, lines of steps after `resume_step` are dropped, and so are damaged lines. Anything at `path` that is
+    not a regular file is renamed to ``metrics.jsonl.damaged``. Later, lines that cannot be written are tried again
+    with each new line, and a file that was removed is written anew.
 
     Args:
       path: path of the file.
-      resume_step: the step resumed from.
+      resume_step: the step that the run resumes from.
       report: called with one line about each fault, on the writer only.
-      saved: file with the lines that `sync` returned when the step `resume_step` was saved, if there were any.
+      saved: file with the lines that `sync` returned when `resume_step` was saved, if it returned any.
     """
 
     def __init__(self, path: Path, resume_step: int, report: Callable[[str], Any] = print, saved: Path | None = None):
@@ -56,7 +56,7 @@ class MetricsFile:
         kept = {_place(line): line for line in (*lines, *waiting) if line["step"] <= resume_step}
         lines = [kept[place] for place in sorted(kept)]
         self.earlier = [line for line in lines if "eval_loss" not in line]
-        """lines of training steps up to the one resumed from"""
+        """lines of the training steps up to `resume_step`"""
         self.evaluations = {line["step"] for line in lines if "eval_loss" in line}
         """steps that have an evaluation"""
         self._report_gaps(resume_step)
@@ -81,7 +81,7 @@ class MetricsFile:
             self._flush()
 
     def sync(self) -> str:
-        """Flushes all lines to disk, so that every step in a checkpoint written afterwards has its line.
+        """Flushes all lines to disk, so that every step up to the next checkpoint has its line there.
 
         Returns:
           The lines that are not on disk; the checkpoint should keep them.
@@ -106,7 +106,7 @@ class MetricsFile:
     # ---------------------------------------------------------------------------------------------- reading
 
     def _read(self) -> tuple[bytes, list[dict]]:
-        """(content, lines); nothing if there is no file, or no regular one."""
+        """Reads (content, lines) of the file; both are empty if it does not exist or is not a regular file."""
         if not os.path.lexists(self.path):
             return b"", []
         try:
@@ -144,7 +144,7 @@ class MetricsFile:
         self._flush()
 
     def _flush(self) -> None:
-        """Writes the lines that are not in the file."""
+        """Writes the lines that are not in the file yet."""
         if not is_writer():
             return
         try:
@@ -161,10 +161,10 @@ class MetricsFile:
         self._fails = True
 
     def _open(self) -> int:
-        """Opens the file, creates it if it has vanished, and cuts off everything after its known lines.
+        """Opens the file, creates it if it has vanished, and cuts off what follows the lines that this run wrote.
 
         Raises:
-          OSError: it cannot be opened, or something else is in its place.
+          OSError: the file cannot be opened, or something else is in its place.
         """
         there = os.stat(self.path) if os.path.exists(self.path) else None
         mine = None if self._file is None else os.fstat(self._file)
@@ -189,7 +189,7 @@ class MetricsFile:
         return file
 
     def _is_copy(self) -> bool:
-        """Whether the file at the path ends like the one that was written, as when an editor has saved a copy."""
+        """Whether the file at `path` ends with the lines that this run wrote, as when an editor has saved a copy."""
         try:
             tail = read_bytes(self.path, MAX_BYTES)[-4096:]
         except FileError:
@@ -203,7 +203,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Reads a metrics file, without damaged lines, such as a last one that a crash cut short.
+    """Reads the lines of a metrics file, except damaged ones, such as a last line that a crash cut short.
 
     Raises:
       FileError: the file is missing, not a regular one, or larger than `MAX_BYTES`.
@@ -212,7 +212,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def _parse(content: bytes) -> tuple[list[dict], int]:
-    """(lines, number of damaged ones); a last line that a crash cut short is neither."""
+    """(lines, number of damaged lines). A last line that a crash cut short is in neither."""
     *whole, last = content.split(b"\n")
     lines = [_parse_line(text) for text in whole]
     kept = [line for line in (*lines, _parse_line(last)) if line is not None]
@@ -229,7 +229,7 @@ def _parse_line(text: bytes) -> dict | None:
 
 
 def _place(line: dict) -> tuple[int, bool]:
-    """Sort key: lines are in the order of their steps, a step before its evaluation."""
+    """Sort key of a line: by step, and the line of a step before the line of its evaluation."""
     return line["step"], "eval_loss" in line
 
 

@@ -20,25 +20,25 @@ ALWAYS_USED = ("zero1",)
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear from 0 to the peak, then half a cosine down to the final fraction at `steps`."""
+    """Learning rate by step: linear warm-up from 0 to the peak, then cosine decay to the final fraction at `steps`."""
     peak, warmup = config.learning_rate, warmup_steps(config, steps)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, peak * config.final_fraction)
 
 
 def warmup_steps(config: OptimizerConfig, steps: int) -> int:
-    """Warm-up steps: those configured, or a tenth of the run's steps if it has no more than those."""
+    """Number of warm-up steps: as configured if the run has more steps than that, else a tenth of the run's steps."""
     return config.warmup_steps if config.warmup_steps < steps else steps // 10
 
 
 def describe_shorter_warmup(config: OptimizerConfig, steps: int, own: Optimizer) -> str | None:
-    """A line about a warm-up that is shorter than the configuration says; None if it is not."""
+    """One line if AdamW's warm-up is shorter than configured; None if not, or if the user's own optimizer is used."""
     if own is not None or (used := warmup_steps(config, steps)) == config.warmup_steps:
         return None
     return f"optimizer.warmup_steps={config.warmup_steps} is not less than steps={steps}; the warm-up has {used}"
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW after global-norm clipping. Arrays are global, so the norm is the same under every layout."""
+    """AdamW after global-norm clipping. Gradients are global arrays, so their norm is the same under every layout."""
 
     def decayed(params: dict) -> dict:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
@@ -70,7 +70,7 @@ def keep_state_in(dtype: Any, inner: optax.GradientTransformation) -> optax.Grad
 
 
 def check_optimizer(own: object) -> None:
-    """Raises ConfigError if the user's own optimizer has a wrong type."""
+    """Raises ConfigError if the user's own optimizer is not an optax.GradientTransformation."""
     if own is not None and not isinstance(own, optax.GradientTransformation):
         raise ConfigError(
             f"optimizer is of type {type(own).__name__}, not an optax.GradientTransformation; "
@@ -90,7 +90,7 @@ def choose_optimizer(
 
 
 def injected_learning_rate(opt_state: Any) -> jax.typing.ArrayLike:
-    """``learning_rate`` of optax.inject_hyperparams; NaN (null in the metrics) unless there is exactly one."""
+    """The ``learning_rate`` that optax.inject_hyperparams keeps; NaN (null in metrics) unless there is exactly one."""
     found = optax.tree_utils.tree_get_all_with_path(
         opt_state, "learning_rate", filtering=lambda path, value: isinstance(value, jax.Array)
     )
@@ -98,7 +98,7 @@ def injected_learning_rate(opt_state: Any) -> jax.typing.ArrayLike:
 
 
 def check_unused_flags(own: object, in_file: OptimizerConfig, with_flags: OptimizerConfig) -> None:
-    """Raises ConfigError if a flag changed a field of the file's config that the file's own optimizer would ignore."""
+    """Raises ConfigError if a flag changes a setting that the configuration file's own optimizer ignores."""
     for field in dataclasses.fields(OptimizerConfig) if own is not None else ():
         value = getattr(with_flags, field.name)
         if field.name not in ALWAYS_USED and value != getattr(in_file, field.name):

@@ -68,7 +68,7 @@ def is_text(data: DataConfig) -> bool:
 
 @contextlib.contextmanager
 def reading(data: DataConfig, path: Path) -> Iterator[None]:
-    """Turns errors from reading a source into one-line errors."""
+    """Context manager that turns errors in reading a source into a ConfigError of one line."""
     try:
         yield
     except FileError as error:
@@ -81,7 +81,7 @@ def reading(data: DataConfig, path: Path) -> Iterator[None]:
 
 
 def _match(pattern: str) -> set[Path]:
-    """The paths that an absolute pattern matches, as in glob, but ``**`` searches no folder twice through links."""
+    """The paths that match an absolute pattern, as in glob; but ``**`` searches no folder twice through links."""
     parts = pattern.split(os.sep)
     if "**" not in parts:
         return set(map(Path, glob.glob(pattern)))

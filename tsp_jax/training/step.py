@@ -40,7 +40,7 @@ class StepMetrics(NamedTuple):
     learning_rate: jax.typing.ArrayLike
     """NaN if the user's own optimizer does not report it (`injected_learning_rate`)"""
     tokens: jax.Array
-    """number of labels in the batch (tokens that have one)"""
+    """number of tokens in the batch that have a label"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +50,15 @@ class TrainProgram:
     init: Callable[[], TrainState]
     """() -> the state of step 0, sharded"""
     step: Any
-    """jitted (state, batch: `a` micro-batches, [a, B / a, S]) -> (state, StepMetrics); donates the state"""
+    """jitted (state, batch) -> (state, StepMetrics); a batch is [a, B / a, S], `a` micro-batches; donates the state"""
     evaluate: Any
     """jitted (params, batch [1, B, S]) -> (sum of negative log-likelihoods, number of labels)"""
     abstract_state: TrainState
-    """shapes, dtypes and shardings"""
+    """shapes, dtypes and shardings of the state"""
     paddings: TrainState
-    """for each array, the object that pads it from the logical to the stored shape, and back"""
+    """for each array of the state, the object that converts it between its logical and its stored form"""
     batch_sharding: NamedSharding
-    """sharding of a batch [a, B / a, S], a: micro-batches"""
+    """sharding of a batch [a, B / a, S] of `a` micro-batches"""
 
     def lower_step(self, config: Config) -> jax.stages.Lowered:
         """Lowers the step for batches of a configuration."""
@@ -72,7 +72,11 @@ class TrainProgram:
 
 
 def make_program(config: Config, placement: Placement, optimizer: Optimizer = None) -> TrainProgram:
-    """Builds the functions of a training run; compiles nothing. Raises ConfigError if `optimizer` is not optax's."""
+    """Builds the functions of a training run; compiles nothing.
+
+    Raises:
+      ConfigError: `optimizer` is not an optax.GradientTransformation.
+    """
 
     def make_model(seed: int | jax.Array) -> Transformer:
         return Transformer(
@@ -111,7 +115,10 @@ def _make_step(
     config: Config, model_of: Callable[[dict], Transformer], optimizer: optax.GradientTransformation,
     learning_rate: Callable[[Any, Any], jax.typing.ArrayLike], shardings: dict, moments: dict,
 ):  # fmt: skip
-    """Returns (state, batch) -> (state, metrics); shardings are those of the parameters and of their moments."""
+    """Returns the step function (state, batch) -> (state, metrics).
+
+    `shardings` are those of the parameters, `moments` those of the parameters' moments.
+    """
 
     def loss(params: dict, micro: Batch, num_labels: jax.Array):
         nll_BT, lse_BT = model_of(params).token_losses(micro)
@@ -152,10 +159,10 @@ def _accumulate(gradient: Callable[[Batch], tuple[dict, jax.Array]], batch: Batc
 def _state_trees(
     abstract: nnx.State, optimizer: optax.GradientTransformation, placement: Placement, zero1: bool
 ) -> tuple[TrainState, TrainState, dict]:
-    """Returns (shardings, paddings) of the state, and the shardings of a moment of each parameter.
+    """Returns the shardings of the state, the paddings of the state, and the shardings of the parameters' moments.
 
-    An array of the optimizer that belongs to a parameter and has its shape is sharded and padded like the parameter;
-    any other one (counts, factored moments) is replicated and not padded.
+    An array of the optimizer that belongs to a parameter and has its shape is sharded as a moment and padded like the
+    parameter. Any other array (counts, factored moments) is replicated and not padded.
     """
     params = nnx.to_pure_dict(abstract)
     shardings, pads = jax.tree.map(lambda param: param.sharding, params), paddings(abstract)
@@ -182,7 +189,11 @@ def _state_trees(
 
 
 def _moment_sharding(param: jax.ShapeDtypeStruct, placement: Placement) -> NamedSharding:
-    """ZeRO-1: the parameter's sharding, plus its replicating batch axes on the last dim that they divide."""
+    """The sharding of a parameter's moments with ZeRO-1.
+
+    It is the parameter's sharding, plus the batch axes over which the parameter is replicated. These shard the last
+    unsharded dim that they divide, if there is one.
+    """
     spec = [*param.sharding.spec, *[None] * (param.ndim - len(param.sharding.spec))]
     used = {name for names in spec for name in ((names,) if isinstance(names, str) else names or ())}
     copies = tuple(name for name in placement.layout.batch if name not in used)

@@ -22,7 +22,7 @@ from tsp_jax.training.safety.finite import is_skipped
 
 
 class Summary(msgspec.Struct, kw_only=True):
-    """The content of summary.json. Null stands for a number that no step has."""
+    """The content of summary.json. Null stands for a number that no step produced."""
 
     config: str
     layout: str
@@ -40,7 +40,7 @@ class Summary(msgspec.Struct, kw_only=True):
 def summarize(config: Config, name: str, placement: Placement, compiled: Any, lines: list[dict], step: int) -> dict:
     """The content of summary.json: last losses, median speed, memory and communication of the compiled step.
 
-    `name` is that of the configuration; `lines` are all lines of the metrics file; `step` is the last one.
+    `name` is the configuration's name; `lines` are all lines of the metrics file; `step` is the last step.
     """
     steps = [line for line in lines if "loss" in line]
     speeds = [line["tokens_per_s"] for line in steps if line["tokens_per_s"] is not None]
@@ -62,7 +62,7 @@ def summarize(config: Config, name: str, placement: Placement, compiled: Any, li
 
 
 def read_summary(path: Path, step: int, report: Callable[[str], Any]) -> dict | None:
-    """Reads summary.json; None if there is none for this step, or if it is damaged (which is reported)."""
+    """Reads summary.json; None if it does not exist, is of another step, or is damaged (which is reported)."""
     if not os.path.lexists(path):
         return None
     try:

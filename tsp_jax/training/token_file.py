@@ -14,14 +14,15 @@ from tsp_jax.files import FileError, open_regular
 class TokenFile:
     """A one-dimensional .npy file of integers, indexed like the array that it holds.
 
-    The file is read, not mapped: where a mapped file is truncated, the next access kills the process (SIGBUS).
+    The file is read, not memory-mapped: if a mapped file is truncated, the next access kills the process (SIGBUS).
 
     Args:
       path: path of the file.
-      advice: what errors say to do if the file is damaged.
+      advice: what an error tells the user to do if the file is damaged.
 
     Raises:
-      FileError: the file cannot be read, or is not a complete array of that kind; later reads raise it too.
+      FileError: the file cannot be read, or is not a complete one-dimensional array of integers. Later reads raise it
+        too.
     """
 
     def __init__(self, path: Path, advice: str):
@@ -44,7 +45,7 @@ class TokenFile:
         return self.read(0, self._length).astype(dtype or self.dtype, copy=False)
 
     def __getitem__(self, at: np.ndarray) -> np.ndarray:
-        """[..., n] indices -> [..., n]; one read per row covers its smallest to its largest index."""
+        """[..., n] indices -> [..., n] items. Each row takes one read, from its smallest to its largest index."""
         found = np.empty(at.shape, self.dtype)
         for place in np.ndindex(at.shape[:-1]):
             first = int(at[place].min())
@@ -68,7 +69,7 @@ class TokenFile:
 
 
 def _read_header(file, path: Path, advice: str) -> tuple[tuple[int, ...], np.dtype]:
-    """(shape, dtype)."""
+    """Reads the header of a .npy file: (shape, dtype)."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         with warnings.catch_warnings(action="ignore"):  # of headers that Python 2 wrote

@@ -41,7 +41,7 @@ def train(config: Config, name: str = "run", optimizer: Optimizer = None) -> dic
 
     Args:
       config: what to train.
-      name: of the configuration, for the summary.
+      name: name of the configuration, for the summary.
       optimizer: the user's own, whose schedule does not follow `config.steps`; None: AdamW from `config.optimizer`.
 
     Returns:
@@ -49,7 +49,7 @@ def train(config: Config, name: str = "run", optimizer: Optimizer = None) -> dic
 
     Raises:
       ConfigError: the configuration does not fit the machine, the data or the working directory.
-      RunStopped: training ended early: a signal, bad numbers, or a checkpoint that could not be saved.
+      RunStopped: training ended early: by a signal, bad numbers, or a checkpoint that could not be saved.
     """
     with StopSignals() as signals, contextlib.ExitStack() as held:
         return _train(config, name, optimizer, signals, held)
@@ -101,7 +101,7 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
 
 
 def _place(config: Config) -> Placement:
-    """Places the layout; raises ConfigError if a size does not divide, or a process has no device in the mesh."""
+    """Places the layout; raises ConfigError if tokens do not divide over the mesh, or a process has no device in it."""
     layout = get_layout(config.layout)
     sizes = parse_mesh(config.mesh, layout, jax.device_count())
     check_fits(config, layout, sizes)
@@ -116,7 +116,7 @@ def _place(config: Config) -> Placement:
 
 
 def _check_room(config: Config, placement: Placement, program: TrainProgram) -> None:
-    """Raises ConfigError if the state, a layer's input in forward, or prefetched batches exceed the memory."""
+    """Raises ConfigError if the state, a layer's input, or the prefetched batches are too large for the memory."""
     batch, length = config.batch, config.seq_len
     layer_input = jax.ShapeDtypeStruct(
         (batch // config.accumulate, length, config.model.d_model), config.compute_dtype,
@@ -134,21 +134,21 @@ def _check_room(config: Config, placement: Placement, program: TrainProgram) -> 
 
 
 def _describe(placement: Placement) -> str:
-    """``tsp, data=1 x tsp=8, cpu``, and the number of processes if there are several."""
+    """A text such as ``tsp, data=1 x tsp=8, cpu``, with the number of processes if there are several."""
     mesh = " x ".join(f"{name}={size}" for name, size in placement.mesh.shape.items())
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"{placement.layout.name}, {mesh}, {jax.devices()[0].device_kind}{processes}"
 
 
 def _remarks(config: Config, optimizer: Optimizer, checkpoints: Checkpoints, start: int) -> list[str]:
-    """Lines about how the run differs from the checkpoint's training, or from its own configuration."""
+    """Lines about how this run differs from the one that saved the checkpoint, or from its own configuration."""
     lines = [f"resuming with a difference: {text}" for text in (checkpoints.check(start) if start else ())]
     warmup = describe_shorter_warmup(config.optimizer, config.steps, optimizer)
     return [*lines, warmup] if warmup else lines
 
 
 def _finish(workdir: Path, summary: dict, lines: list[dict], console: Console) -> dict:
-    """Writes loss.png and summary.json as far as they can be, and prints the summary."""
+    """Writes loss.png and summary.json if possible, and prints the summary."""
     picture = workdir / "loss.png"
     try:
         if not plot_losses(lines, picture):
@@ -244,7 +244,7 @@ class TrainLoop:
         self.numbers.see(line)
 
     def _evaluate(self, state: TrainState, step: int) -> bool:
-        """Writes the held-out loss; returns False if a signal interrupted it (a resumed run evaluates again)."""
+        """Computes and writes the held-out loss; returns False if a signal interrupts it (redone on resume)."""
         total = count = 0.0
         held_out = self.splits.held_out
         for index in range(min(self.config.eval_batches, max(1, held_out.num_windows // self.config.batch))):

@@ -1,16 +1,17 @@
 """The working directory of a run: writable, and held by one run at a time.
 
-Every run that holds the directory makes a file ``lock.N`` with the next N; the largest N is in force. It names host and
-process, and its modification time is renewed every `BEAT_S` (and set to 0 at the end). A run that finds a lock takes
-over, with ``lock.(N + 1)``, if the holder has ended or is dead, and is refused otherwise:
+A run that takes the directory makes a file ``lock.N`` with the next N; the lock with the largest N is in force. A lock
+names the host and process that hold it. Its modification time is renewed every `BEAT_S` seconds, and set to 0 when the
+run ends. A run that finds a lock takes over, with ``lock.(N + 1)``, if the holder has ended or is dead. Otherwise it is
+refused. It finds out as follows:
 
-- If the process is of this machine, whether it runs decides at once: a restart after kill -9 need not wait.
-- Else its renewals decide: if none is seen for `STALE_S`, the process, its container or its node is dead. No times of
-  two hosts are compared.
+- A holder on this machine is dead if its process does not run. So a restart after kill -9 need not wait.
+- A holder on another machine is dead if no renewal of its lock is seen for `STALE_S` seconds: then the process, its
+  container or its node has died. Clocks of two hosts are never compared.
 
-This asks of a file system only that O_EXCL is atomic, which holds for shared ones too: of several runs that make the
-same N one succeeds, and a lock in force is never deleted or renamed. flock is not used: NFS and Lustre may keep it
-within one host, refuse it, or leave a dead node's lock in force, so that renewals would be needed beside it.
+The file system only has to make O_EXCL atomic, which shared file systems do too: of several runs that make the same N,
+one succeeds, and a lock in force is never deleted or renamed. flock is not used: NFS and Lustre may keep it within one
+host, refuse it, or leave a dead node's lock in force, so renewals would be needed all the same.
 """
 
 import contextlib
@@ -47,11 +48,11 @@ class Owner(msgspec.Struct, frozen=True):
     host: str
     pid: Size
     machine: str
-    """boot and process-id namespace, within which `pid` and `started` name one process; empty: unknown"""
+    """boot id and process-id namespace; within them `pid` and `started` identify one process; empty: unknown"""
     started: str
     """when the process started, in clock ticks since the boot"""
     run: str = ""
-    """random, different for each lock"""
+    """random text, different for each lock"""
 
     def runs(self) -> bool | None:
         """Whether the process runs; None if this machine cannot tell."""
@@ -64,9 +65,9 @@ class Owner(msgspec.Struct, frozen=True):
 
 @contextlib.contextmanager
 def open_workdir(path: str) -> Iterator[Path]:
-    """Makes the working directory if it is missing and holds it. Every process of a run makes this call.
+    """Context manager that creates the working directory if it is missing, and holds it for the run.
 
-    The writer holds the directory for all processes of the run.
+    Every process of a run makes this call. The writer holds the directory for all of them.
 
     Raises:
       ConfigError: the directory cannot be written, or another run holds it.
@@ -97,7 +98,7 @@ def _check_writable(workdir: Path) -> None:
 
 
 class Lock:
-    """The lock of this run, or what it has seen of another run's."""
+    """This run's lock on the working directory, and what the run has seen of another run's lock."""
 
     def __init__(self, folder: Path):
         self.folder, self.me = folder, this_process()
@@ -109,7 +110,7 @@ class Lock:
         self._renewals = threading.Thread(target=self._renew, name="tsp_lock", daemon=True)
 
     def take(self) -> int:
-        """Returns whether this run holds the directory, is refused, or must call `take` again after `POLL_S`."""
+        """Tries to take the directory. Returns whether this run holds it, is refused, or must retry after `POLL_S`."""
         try:
             newest = max(self._all(), default=0)
             if newest and not self._is_free(self._path(newest)):
@@ -147,7 +148,10 @@ class Lock:
         return self.folder / f"lock.{number}"
 
     def _is_free(self, path: Path) -> bool:
-        """Whether a lock's holder has ended or is dead; sets `refusal` if it runs. Neither: not known yet."""
+        """Whether the holder of a lock has ended or is dead.
+
+        If it runs, `refusal` is set. If the result is False and `refusal` is empty, it is not known yet.
+        """
         owner, now = _read(path), time.monotonic()
         try:
             renewal = path.stat().st_mtime_ns

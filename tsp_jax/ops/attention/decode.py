@@ -1,13 +1,13 @@
 """Attention of one new token per sequence to the KV cache, with stationary weights: queries are sent to the keys.
 
-Every device has the new tokens, except that batch axes without weights shard them. Each device projects them with its
-own rows of the weights. Queries are gathered, so that each device attends to its own cache entries, of its own
+The new tokens are replicated over all mesh axes, except batch axes that shard no weights. Each device projects them
+with its own rows of the weights. Queries are gathered, so that each device attends to its own cache entries, of its own
 sequences, for all heads of its tensor shard. The partial softmaxes are merged on the devices that hold the output
 weights. The cache is only read: the new keys and values of all layers are written at once, after the last layer.
 
-Dims: B batch, b sequences whose cache this device has (fewer if folded axes shard the batch), s this device's cache
-entries, D model, N query heads and K KV heads of this tensor shard, G = N / K, H head, w this device's rows of a
-weight, R ranks of the sequence, or those that share the rows of weights.
+Dims: B batch, b sequences whose cache this device has (fewer than B if folded axes shard the batch), s this device's
+cache entries, D model, N query heads and K KV heads of this tensor shard, G = N / K, H head, w this device's rows of a
+weight, R ranks of the sequence, or ranks that share the rows of weights.
 """
 
 from functools import partial
@@ -33,7 +33,8 @@ def decode_attention(
     """Attention of one new token per sequence to itself and to all cached tokens.
 
     Forward only: ``out = softmax([q K_cache^T, q k^T] / sqrt(H)) [V_cache; v]``, ``y = concat_h(out_h) Wo``. Device i
-    has (out_i, lse_i) of its cache entries; merged: ``sum_i out_i exp(lse_i - logsumexp_i(lse_i))``.
+    computes (out_i, lse_i) over its own cache entries; merged, these give
+    ``out = sum_i out_i exp(lse_i - logsumexp_i(lse_i))``.
 
     Args:
       x_B1D: the new tokens in the compute dtype, replicated over all axes except batch axes that are not folded.
@@ -50,9 +51,9 @@ def decode_attention(
     Returns:
       (y [B, 1, D] in x's dtype, replicated like x; keys and values to be written, [1, b, K, 1, H] in x's dtype).
 
-    Moves: folded axes: one all-gather of B (N + 2 K) H and one reduce-scatter of B N H elements; sequence axes: one
-      all-gather of R b N log-sum-exps, one all-reduce of B n H over those not folded; weight axes: one
-      all-reduce of B D. All float32; no weights, no cached keys.
+    Moves: only float32 elements; no weights, and no cached keys or values. Over folded axes, one all-gather of
+      B (N + 2 K) H and one reduce-scatter of B N H; over sequence axes, one all-gather of R b N log-sum-exps; over
+      sequence axes that are not folded, one all-reduce of B w; over the axes that shard weights, one all-reduce of B D.
     Keeps: nothing.
     Source: partial softmaxes merged by log-sum-exp: Dao et al., Flash-Decoding (2023); arXiv 2411.01783 (pass-Q).
     """
@@ -115,8 +116,9 @@ def _gather_rows(arrays_B1w: tuple[jax.Array, ...], axes: tuple[str, ...]) -> tu
 
 
 def _attend_to_shard(q_B1NH, cache: KeyValues, new: KeyValues, attended_Bs, keeps_new_B1):
-    """(out [B, N, H], lse [B, N]), float32: attention to this device's cache entries, and to the new token where it is
-    kept; zeros and `MASKED` where a sequence has no key on this device.
+    """(out [B, N, H], lse [B, N]), float32: attention to this device's cache entries, and to new tokens that it keeps.
+
+    Where a sequence has no key on this device, out is 0 and lse is `MASKED`.
     """
     batch, _, heads, head_dim = q_B1NH.shape
     (k_BKsH, v_BKsH), (k_BK1H, v_BK1H) = ((kv.k_LBKsH[0], kv.v_LBKsH[0]) for kv in (cache, new))

@@ -1,9 +1,9 @@
 """A KV cache on one device: which entries new tokens get, and how they are written.
 
-Each sequence's tokens are sharded over the sequence axes. For each layer a device's shard of the cache holds all KV
-heads of its tensor shard. An entry has the position of its token, `EMPTY` without one. So any token may be in any entry
-of any device, and the causal mask hides empty entries too: their position is later than every query's. The heads dim
-comes before the entries dim, as the products of decode need it.
+Each sequence's tokens are sharded over the sequence axes. For each layer, a device's shard of the cache holds all KV
+heads of its tensor shard. The position of each entry's token is stored, so any token may be in any entry of any device.
+An entry without a token has the position `EMPTY`, which is later than every query, so the causal mask hides it. The
+heads dim comes before the entries dim, the order that the matrix products of decode need.
 
 Dims: B batch, t this device's new tokens, s this device's cache entries, K KV heads of this tensor shard, H head,
 L layers, l the layers written at once.
@@ -25,7 +25,7 @@ NO_TOKEN = -1
 
 
 class KeyValues(NamedTuple):
-    """This device's shard of the cache, all layers; or keys and values of new tokens."""
+    """Keys and values: this device's shard of the cache, with all layers, or those of new tokens."""
 
     k_LBKsH: jax.Array
     v_LBKsH: jax.Array
@@ -35,9 +35,9 @@ class NewEntries(NamedTuple):
     """The cache entries of this device's new tokens; they are consecutive in each sequence."""
 
     first_B1: jax.Array
-    """int32, index of the first one"""
+    """int32, index of the first entry for new tokens in each sequence"""
     count_B1: jax.Array
-    """int32, number of tokens that this device keeps; they come before those that it does not"""
+    """int32, number of new tokens that this device keeps; they come before the tokens that it does not keep"""
 
 
 def allocate_entries(positions_Bs: jax.Array, new_positions_Bt: jax.Array) -> tuple[NewEntries, jax.Array]:
@@ -45,7 +45,8 @@ def allocate_entries(positions_Bs: jax.Array, new_positions_Bt: jax.Array) -> tu
 
     Args:
       positions_Bs: int32, position of each entry's token; used entries come first.
-      new_positions_Bt: int32; `NO_TOKEN`, after all others, for tokens that this device does not keep.
+      new_positions_Bt: int32, positions of the new tokens. Tokens that this device does not keep come last, and have
+        `NO_TOKEN`.
 
     Returns:
       (the new tokens' entries, positions_Bs with the new tokens).
@@ -61,10 +62,11 @@ def allocate_entries(positions_Bs: jax.Array, new_positions_Bt: jax.Array) -> tu
 
 
 def write_entries(cache: KeyValues, new: KeyValues, layer: jax.Array, entries: NewEntries) -> KeyValues:
-    """The cache of all layers after writing new tokens' keys and values to their entries, in place.
+    """Writes the keys and values of new tokens to their entries, in place, and returns the cache of all layers.
 
-    One sequence at a time: compilers would run a scatter of all on a transposed copy of the cache. `new`: l
-    layers from `layer` on, any float dtype; its t tokens fit s entries per sequence.
+    Sequences are written one at a time: compilers would run a scatter for all of them on a transposed copy of the
+    cache. `new` has l layers, of which `layer` is the first, in any float dtype. It has t tokens of each sequence, at
+    most as many as there are entries (s).
     """
     with jax.named_scope("write_entries"):
         return KeyValues(*(_write(old, fresh, layer, entries) for old, fresh in zip(cache, new, strict=True)))
@@ -93,7 +95,7 @@ def own_positions(positions_Bt: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Positions of the tokens that this rank keeps, `NO_TOKEN` for the others.
 
     Every rank of `axes` has all tokens; rank n mod R keeps token n of a sequence. If the ranks' token counts
-    differed by at most one before, the larger ones on earlier ranks, they still do.
+    differ by at most one before, with the larger counts on earlier ranks, this still holds afterwards.
     """
     if not axes:
         return positions_Bt
@@ -109,7 +111,7 @@ def to_cache_order(k_BtKH: jax.Array, v_BtKH: jax.Array) -> KeyValues:
 def row_major(array: jax.Array) -> jax.Array:
     """The array, constrained to a row-major layout in memory.
 
-    For a part of the cache. Without it a compiler may give the whole cache the layout that the part's one
-    reader prefers, and transpose the cache before and after the loop over layers.
+    The array is a part of the cache. Without the constraint, a compiler may give the whole cache the layout that the
+    only reader of this part prefers, and transpose the cache before and after the loop over layers.
     """
     return with_layout_constraint(array, Layout(tuple(range(array.ndim))))

@@ -1,8 +1,9 @@
 """Attention of many new tokens to themselves and to a KV cache: weights are streamed, keys and values gathered.
 
-Three stages, one after another so that their buffers are not in memory together: stream [Wq Wk Wv], project this
-device's tokens and write keys and values into the cache; attend to all devices' cache entries; stream Wo. New keys are
-read from the cache like old ones, so one program serves a whole prompt and a later chunk of it.
+Three stages run one after another, so that their buffers are not in memory at the same time. The first streams
+[Wq Wk Wv], projects this device's tokens, and writes keys and values into the cache. The second attends to all devices'
+cache entries. The third streams Wo. New keys are read from the cache like old ones, so the same program serves a whole
+prompt and a later chunk of a prompt.
 
 Dims: B batch, t this device's new tokens, s this device's cache entries, S those of all ranks, p entries of a cache
 chunk (t of every rank), b buckets of KV heads, D model, N query heads and K KV heads of this tensor shard (or of
@@ -33,7 +34,7 @@ def prefill_attention(
     ``y = concat_h(out_h) Wo``.
 
     Args:
-      x_BtD: this device's new tokens, in the compute dtype, in any order over ranks.
+      x_BtD: this device's new tokens, in the compute dtype; tokens may be in any order over the ranks.
       weights: this device's rows, any float dtype.
       norms: scales of q/k RMSNorm, or None.
       cache: this device's shard, in the compute dtype.
@@ -43,7 +44,7 @@ def prefill_attention(
       entry_positions_BS: int32, positions of all devices' cache entries, new tokens included, ranks in order.
       max_used: [] int32, the most entries that any device has in use; later entries are not read.
       config: static sizes; `exchange_buckets`: number of buckets of KV heads, gathered one after another.
-      axes: roles of the mesh axes of the heads.
+      axes: the mesh axes by role.
       stream: its movement is ignored: weights are always gathered; its buckets are replaced by those of `config`.
 
     Returns:

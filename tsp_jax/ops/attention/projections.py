@@ -24,7 +24,7 @@ from tsp_jax.ops.stream import Arrays, Bucket, custom_vjp, over_buckets, over_bu
 def vary_inputs_alike(
     x_BtD: jax.Array, weights: AttentionWeights, norms: HeadNorms | None, tokens: Any
 ) -> tuple[jax.Array, AttentionWeights, HeadNorms, Any]:
-    """The inputs, all varying over the same mesh axes; None norms: `HeadNorms()`."""
+    """The inputs, marked as varying over the same mesh axes. If `norms` is None, `HeadNorms()` replaces it."""
     leaves, structure = jax.tree.flatten((x_BtD, weights, norms or HeadNorms(), tokens))
     return jax.tree.unflatten(structure, vary_alike(*leaves))
 
@@ -35,7 +35,7 @@ def split_heads(rows_Btp: jax.Array, head_dim: int) -> jax.Array:
 
 
 def normalize_and_rotate(rows_Btp: jax.Array, norm_H, positions_Bt, config: AttentionConfig, dtype) -> jax.Array:
-    """Projected queries or keys -> what attention takes: q/k norm (unless None), RoPE, compute dtype."""
+    """Splits projected queries or keys into heads, applies q/k norm (if not None) and RoPE, and casts to `dtype`."""
     x_BtNH = split_heads(rows_Btp, config.head_dim)
     if norm_H is not None:
         x_BtNH = rms_norm(x_BtNH, norm_H, config.norm_eps)
@@ -65,7 +65,7 @@ def project_in(x_BtD: jax.Array, weights, norms: HeadNorms, positions_Bt: jax.Ar
 
     Moves: forward (N + 2 K) H D (R - 1) / R elements of weights (R folded ranks), in the compute dtype; backward the
       same again, and a reduce-scatter of as many gradients in the stream's `grad_dtype`.
-    Keeps: its inputs. Backward repeats a product only where there is a q/k norm.
+    Keeps: its inputs. Backward repeats a projection of forward only if a q/k norm follows it.
     Source: arXiv 2604.26294, except that it sends a bucket's four weights in one message, and we send
       [Wk Wv], Wq and Wo separately.
     """
@@ -95,7 +95,7 @@ def _in_backward(heads: ShardedHeads, residuals, cotangents):
 def _project(
     name: str, heads: ShardedHeads, group: HeadStream, num_heads: int, weights, norm_H, tokens
 ) -> Arrays:  # fmt: skip
-    """Products of tokens (x, positions) with weights [Wq] or [Wk Wv]; norm and RoPE for Wq, Wk only."""
+    """Projects tokens (x, positions) with [Wq] or [Wk Wv]. Norm and RoPE follow for Wq and Wk, but not for Wv."""
     config, dtype = heads.config, tokens[0].dtype
 
     def body(projected, bucket: Bucket):

@@ -37,18 +37,18 @@ class AttentionConfig(NamedTuple):
     """Everything about an attention op that does not depend on arrays; hashable."""
 
     heads: Heads
-    """of all tensor shards"""
+    """heads of all tensor shards"""
     rope_theta: float
     norm_eps: float = 1e-6
     query_buckets: int = 1
-    """at most so many buckets for Wq, and for Wo: their number divides the parts of `HeadRows`"""
+    """most buckets for Wq, and for Wo; the actual number divides `HeadRows.parts`"""
     kv_buckets: int = 1
     """the same for Wk and Wv together"""
     kernel: Kernel = XlaKernel()
-    """attention on one device"""
+    """computes attention on one device"""
     rope_scaling: RopeScaling = RopeScaling()
     exchange_buckets: int = 1
-    """buckets of KV heads, at most, for the exchange of keys and values over the sequence"""
+    """most buckets of KV heads for the exchange of keys and values over the sequence"""
 
     @property
     def head_dim(self) -> int:
@@ -66,7 +66,7 @@ class HeadStream(NamedTuple):
 
     @classmethod
     def of(cls, rows: HeadRows, axes: tuple[str, ...], stream: Stream, buckets: int) -> "HeadStream":
-        """At most `buckets` buckets. Only whole heads can go around a ring; others are gathered."""
+        """A stream with at most `buckets` buckets. Only ranks that store whole heads can use a ring; others gather."""
         movement = stream.movement if rows.whole else "gather"
         return cls(axes, stream._replace(buckets=largest_divisor(rows.parts, buckets), movement=movement), rows)
 
@@ -74,9 +74,10 @@ class HeadStream(NamedTuple):
         return self.stream.buckets == 1 and bucket.num_ranks == self.rows.ranks
 
     def _by_bucket(self, heads_BtNH: jax.Array, bucket: Bucket) -> jax.Array:
-        """[B, t, groups of ranks, ranks per group (bucket), buckets per rank, heads per rank and bucket, H].
+        """Heads as [B, t, groups of ranks, ranks per group, buckets per rank, heads per rank and bucket, H].
 
-        By units, a bucket has consecutive heads: one group of one rank.
+        A bucket has heads of all ranks of one group. Where ranks store parts of units instead of whole heads, the heads
+        of a bucket are consecutive, as with one group of one rank.
         """
         shape, num_ranks = heads_BtNH.shape, bucket.num_ranks
         ranks = (self.rows.ranks // num_ranks, num_ranks) if self.rows.whole else (1, 1)
@@ -102,7 +103,7 @@ class HeadStream(NamedTuple):
         return lax.dynamic_update_slice(by_bucket, new, start).reshape(heads_BtNH.shape)
 
     def by_head(self, rows: jax.Array, axis: int = 0) -> jax.Array:
-        """Rows of a bucket as gathered, rank after rank -> its p rows, head after head, without zeros."""
+        """Reorders gathered rows of a bucket: rank after rank -> head after head, p rows, without padding."""
         if self.rows.in_order:
             return rows
         before, after = rows.shape[:axis], rows.shape[axis + 1 :]
@@ -130,13 +131,13 @@ class ShardedHeads(NamedTuple):
     axes: Axes
     sharding: HeadSharding
     queries: HeadStream
-    """of Wq and Wo; N heads"""
+    """stream of Wq, and of Wo; N heads"""
     keys_values: HeadStream
-    """of Wk and Wv; K heads, or those of all tensor shards if they share KV heads"""
+    """stream of Wk and Wv; K heads, or all tensor shards' KV heads if tensor shards share KV heads"""
 
     @classmethod
     def of(cls, config: AttentionConfig, axes: Axes, stream: Stream) -> "ShardedHeads":
-        """On this device's mesh; the bucket counts of `config` replace `stream.buckets`."""
+        """The heads of `config`, sharded over these axes; the bucket counts of `config` replace `stream.buckets`."""
         sharding = HeadSharding(config.heads, _size(axes.tensor), _size(axes.folded))
         queries = HeadStream.of(sharding.queries, axes.folded, stream, config.query_buckets)
         # Where tensor shards share KV heads, each gathers all KV heads at once and uses one.
@@ -155,12 +156,15 @@ class ShardedHeads(NamedTuple):
         return largest_divisor(self.num_kv_heads, self.config.exchange_buckets)
 
     def first_kv_row(self) -> jax.Array:
-        """First of all KV heads' rows that belongs to this shard's one head; needs `kv_head_spans_shards`."""
+        """Index, among the rows of all KV heads, of the first row of the one KV head that this tensor shard uses.
+
+        Tensor shards must share KV heads (`kv_head_spans_shards`).
+        """
         head = lax.axis_index(self.axes.tensor) * self.config.heads.kv // self.sharding.tensor
         return head * self.config.head_dim
 
     def select_rows(self, weights: HeadStream, rows: jax.Array, axis: int = 0) -> jax.Array:
-        """Of the rows of a gathered bucket of `weights`, those that this tensor shard uses, head after head."""
+        """The rows of a gathered bucket of `weights` that this tensor shard uses, head after head."""
         rows = weights.by_head(rows, axis)
         if weights.axes == self.axes.folded:
             return rows

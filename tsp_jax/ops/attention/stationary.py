@@ -24,10 +24,10 @@ from tsp_jax.ops.stream import Arrays, Stream, custom_vjp, zeros
 
 
 class StationaryHeads(NamedTuple):
-    """Heads with stationary weights; the axes and buckets in which tokens are gathered to them. Hashable."""
+    """This device's heads, whose weights are stationary, and how tokens are gathered for them. Hashable."""
 
     config: AttentionConfig
-    """with the heads of this device"""
+    """static sizes, with the heads of this device"""
     folded: AxisNames
     """axes over which tokens are gathered and partial outputs reduce-scattered"""
     stream: Stream
@@ -42,10 +42,10 @@ class StationaryHeads(NamedTuple):
 
 
 def weights_of_own_heads(weights: AttentionWeights, heads: ShardedHeads) -> AttentionWeights:
-    """The rows of this rank's own heads, for all folded ranks' tokens: zeros for padded heads.
+    """The rows of this rank's own heads, with which it processes all folded ranks' tokens; zeros for padded heads.
 
-    Ranks that store whole heads have these rows. Others exchange units of heads: each rank receives the units that
-    have its heads. JAX derives the transpose, which adds up the gradients of heads that ranks share.
+    Ranks that store whole heads have these rows already. Otherwise ranks exchange units of heads: each receives the
+    units that contain its heads. JAX derives the transpose, which adds up the gradients of heads that ranks share.
 
     Args:
       weights: this device's rows, as stored, any float dtype.
@@ -54,8 +54,8 @@ def weights_of_own_heads(weights: AttentionWeights, heads: ShardedHeads) -> Atte
     Returns:
       Wq and Wo [n H, D], Wk and Wv [k H, D], in the dtypes of `weights`.
 
-    Moves: nothing, or for each weight one all-to-all, in which a rank receives (R - 1) / R of its units, in the dtype
-      of the weight; backward as much of the gradients.
+    Moves: nothing if ranks store whole heads. Otherwise one all-to-all for each weight, in which a rank receives
+      (R - 1) / R of its units, in the dtype of the weight; backward as many gradients.
     """
     query_heads, kv_heads = heads.sharding.own_heads()
 
@@ -70,7 +70,7 @@ def weights_of_own_heads(weights: AttentionWeights, heads: ShardedHeads) -> Atte
 
 
 def _exchange_heads(w_wD: jax.Array, rows: HeadRows, head_numbers: list[list[int]], axes: AxisNames) -> jax.Array:
-    """[n H, D]: the rows of the heads whose numbers stand in this rank's row of `head_numbers` [R, n]."""
+    """[n H, D]: the rows of this rank's heads. Their numbers are this rank's row of `head_numbers` [R, n]."""
     units_Ru, places_Rn = (jnp.asarray(f(head_numbers)) for f in (rows.units_of, rows.places_of))
     by_unit = w_wD.reshape(rows.units, rows.rows_of_unit, -1)
     received_RurD = lax.all_to_all(by_unit[units_Ru], axes, split_axis=0, concat_axis=0, tiled=True)
@@ -94,8 +94,8 @@ def stationary_project_in(
 ):
     """Queries, keys and values of all folded ranks' tokens, for this rank's heads.
 
-    The equations of `project_in`, with x gathered over the folded axes (which shard both tokens and weights):
-    dgrad is reduce-scattered over them; wgrad needs no sum over them.
+    The equations are those of `project_in`, with x gathered over the folded axes (which shard both tokens and weights).
+    dx is reduce-scattered over the folded axes; the weight gradients need no sum over them.
 
     Args:
       x_BtD: this device's tokens, in the compute dtype.
@@ -123,7 +123,7 @@ def _split_projected(projected_Bpu, norms: HeadNorms, positions_Bp, ends, config
 
 
 def _concatenate_rows(weights, dtype) -> tuple[jax.Array, tuple[int, int]]:
-    """(rows of Wq, Wk and Wv together, in the compute dtype; where those of Wq and of Wk end)."""
+    """(the rows of Wq, Wk and Wv, joined in the compute dtype; (end of Wq's rows, end of Wk's rows))."""
     w_q, w_k, _ = weights
     return jnp.concatenate([w.astype(dtype) for w in weights]), (w_q.shape[0], w_q.shape[0] + w_k.shape[0])
 

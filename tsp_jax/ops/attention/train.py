@@ -1,9 +1,10 @@
 """Causal self-attention with streamed or stationary weights, over a sequence that is sharded over ranks.
 
 Three parts, each with a VJP. `project_in` streams [Wk Wv] and Wq past this device's tokens. `_attend_over_sequence`
-takes one bucket of KV heads at a time: their keys and values are gathered over the sequence while the heads before them
-attend, and in backward their gradients are reduce-scattered while those of the next heads are computed. `project_out`
-streams Wo. The remat policy `save_attention` keeps the results of the second part: outputs and log-sum-exps.
+takes one bucket of KV heads at a time. While one bucket attends, the keys and values of the next bucket are gathered
+over the sequence. In backward, the gradients of one bucket's keys and values are reduce-scattered while those of the
+next bucket are computed. `project_out` streams Wo. The remat policy `save_attention` keeps the results of the second
+part: outputs and log-sum-exps.
 
 Dims: B batch, t this device's tokens, S all tokens, D model, N query heads and K KV heads of this tensor shard,
 G = N / K, c KV heads of a bucket, H head, w this device's rows of a weight. With stationary weights: T tokens of all
@@ -63,12 +64,13 @@ def attention(
     Raises:
       ConfigError: the movement is activations and a folded axis shards the batch.
 
-    Moves: every amount times (R - 1) / R for R ranks. Streamed weights: forward all-gathers of (2 N + 2 K) H D
-      elements of weights and 2 B S K H of keys and values; backward the same again (plus what remat repeats of
-      forward), and reduce-scatters of as many gradients of weights, keys and values. Stationary weights: forward
-      2 B S D (all-gather of x, reduce-scatter of y), backward 3 B S D (x, dy, dx); keys and values only over sequence
-      axes that are not folded. Both: all-gathers of 8 B S bytes of positions and segments; over tensor axes an
-      all-reduce of [B, t, D] forward, and one backward.
+    Moves: the amounts below, each times (R - 1) / R for R ranks.
+      Streamed weights: forward all-gathers of (2 N + 2 K) H D elements of weights and 2 B S K H of keys and values;
+      backward the same again (plus what remat repeats of forward), and reduce-scatters of as many gradients.
+      Stationary weights: forward 2 B S D elements (all-gather of x, reduce-scatter of y), backward 3 B S D (x, dy, dx);
+      keys and values only over sequence axes that are not folded.
+      Both: all-gathers of 8 B S bytes of positions and segments; over tensor axes, an all-reduce of [B, t, D] forward
+      and one backward.
     Keeps: its inputs; queries, keys, values and outputs of this device's tokens; log-sum-exps of the outputs.
     Source: arXiv 2604.26294, section on attention; separating projections from the exchange is ours.
     """
@@ -112,7 +114,7 @@ def _attend(q_BtNH, k_BtKH, v_BtKH, tokens_Bt: Tokens, heads: ShardedHeads) -> j
 
 
 class _KVBucket(NamedTuple):
-    """c (`size`) of the KV heads in arrays [B, t, K, ...]."""
+    """A bucket of KV heads: c (`size`) of the K heads in arrays [B, t, K, ...]."""
 
     index: Any
     size: int

@@ -19,7 +19,7 @@ KERNELS: dict[str, type[Kernel]] = {"triton": TritonKernel, "xla": XlaKernel}
 
 
 def choose_kernel(name: str, mesh: Mesh | AbstractMesh, head_dim: int, dtype: Any) -> Kernel:
-    """The kernel for the devices of a mesh (a topology's or abstract ones too), with block sizes for them.
+    """The kernel for the devices of a mesh, with block sizes for them. The devices may be abstract or a topology's.
 
     `name` is one of `KERNELS`, or ``auto`` for the first one that is supported; `dtype` is the compute dtype.
 

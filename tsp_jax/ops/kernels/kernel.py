@@ -61,12 +61,13 @@ class Kernel(abc.ABC):
 
         Args:
           q_BTKGH: queries, grouped by KV head, in the compute dtype.
-          k_BSKH: keys, and v_BSKH values, in the compute dtype.
+          k_BSKH, v_BSKH: keys and values, in the compute dtype.
           queries: positions and segments of the T query tokens.
-          keys: those of the S key tokens, in any order.
+          keys: positions and segments of the S key tokens, in any order.
 
         Returns:
-          (out [B, T, K, G, H] in q's dtype, lse [B, T, K, G] float32); zeros and `MASKED` for a query without keys.
+          (out [B, T, K, G, H] in q's dtype, lse [B, T, K, G] float32). For a query without keys, out is 0 and lse is
+          `MASKED`.
         """
 
     @abc.abstractmethod

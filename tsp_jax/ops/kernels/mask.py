@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 MASKED = -1e30
-"""score of a pair that may not attend; finite, so that a row without any allowed key stays a number"""
+"""score of a query and a key that may not attend; finite, so that a query without any allowed key does not give NaN"""
 LATEST = 2**31 - 1
 """position of a padding key, which no query attends to; a padding query has -LATEST, and attends to no key"""
 
@@ -42,8 +42,8 @@ def may_attend(queries: Tokens, keys: Tokens) -> jax.Array:
 def tiles_to_visit(queries: Tokens, keys: Tokens, query_tile: int, key_tile: int) -> tuple[jax.Array, jax.Array]:
     """The tile form of `may_attend`: which pairs of tiles to visit, and which of these need no mask.
 
-    A pair of tiles is visited if the bounds of its positions and segments allow any pair of tokens. With
-    several segments in a tile, a visited pair of tiles may still have no tokens that may attend.
+    A pair of tiles is visited if, by the least and greatest positions and segments in the two tiles, some query may
+    attend to some key. If a tile has several segments, a visited pair of tiles may still have no such query and key.
 
     Returns:
       (visit [B, n, m] bool, unmasked [B, n, m] bool), for tiles of `query_tile` of the T queries and `key_tile` of the
@@ -63,9 +63,10 @@ def tiles_to_visit(queries: Tokens, keys: Tokens, query_tile: int, key_tile: int
 def mean_visits(q_len: int, k_len: int, query_tile: int, key_tile: int) -> tuple[float, float]:
     """Mean number of tiles that causal attention visits: (key tiles per query tile, query tiles per key tile).
 
-    A function of shapes alone: it takes this device's queries as a fair sample of all positions (true of a zigzag order
-    and of one rank) and all tokens as one document. Only cost estimates of compiled programs depend on it, no result.
-    `k_len` counts the whole sequence; the tokens of a tile are contiguous in it.
+    The means follow from shapes alone. They assume that this device's queries are a fair sample of all positions (true
+    of a zigzag order and of one rank), and that all tokens are one document. Only cost estimates of compiled programs
+    depend on them, no results. `k_len` is the length of the whole sequence, in which the tokens of a tile are
+    contiguous.
     """
     num_q, num_k = max(1, k_len // query_tile), k_len // key_tile
     visits = sum(min(num_k, -(-(a + 1) * query_tile // key_tile)) for a in range(num_q))

@@ -13,7 +13,7 @@ class Tile(NamedTuple):
     key: int
     """key tokens; a power of two"""
     warps: int
-    """of 64 threads on AMD, of 32 on NVIDIA"""
+    """number of warps, of 64 threads on AMD and of 32 on NVIDIA"""
     stages: int
     """depth of the pipeline that loads tiles ahead"""
 
@@ -38,16 +38,16 @@ _HOPPER = {
 }
 _SMALL = Tiles(Tile(8, 8, 4, 1), Tile(8, 4, 4, 1), Tile(4, 8, 4, 1))
 TILES = {"gfx942": _AMD, "gfx950": _CDNA4, "sm_90": _HOPPER, "interpret": {1 << 30: _SMALL}}
-"""arch -> largest size in bytes of one token's head -> tiles. These are the largest tiles that the compilers keep in
-registers; none of them is timed.
+"""arch -> most bytes that one token's head may have -> tiles. These are the largest tiles that the compilers keep in
+registers; none of them has been timed.
 
-AMD: both operands use LDS in turn (16 to 64 KiB), so registers are the limit. A second stage would leave
-one wavefront per SIMD; forward needs two, to hide each other's latency. A wavefront has 32 rows of a product:
-with 16 rows, and eight wavefronts per block, reading LDS would take as long as multiplying.
-Hopper: products of 64 rows per warp group, 96 to 200 KiB of shared memory. A third stage loads the visit lists ahead of
-the tiles.
+AMD: both operands use LDS in turn (16 to 64 KiB), so registers are the limit. A second stage would leave one wavefront
+per SIMD; forward needs two wavefronts, which hide each other's latency. A wavefront computes 32 rows of a product: with
+16 rows, and eight wavefronts per block, reading LDS would take as long as multiplying.
+Hopper: a warp group computes 64 rows of a product; the tiles take 96 to 200 KiB of shared memory. A third stage loads
+the visit lists ahead of the tiles.
 interpret: small tiles, so that short test sequences have many of them.
-What the compilers made of these and other sizes: benchmarks/attention_kernel.md.
+benchmarks/attention_kernel.md says what the compilers made of these and other sizes.
 """
 
 
@@ -57,6 +57,6 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def find_tiles(arch: str, head_dim: int, dtype: Any) -> Tiles | None:
-    """The tiles for an architecture's heads; None if there are none."""
+    """The tiles for heads of this size and dtype on an architecture; None if there are none."""
     head_bytes = padded_head_dim(head_dim) * jnp.dtype(dtype).itemsize
     return next((tiles for limit, tiles in TILES.get(arch, {}).items() if head_bytes <= limit), None)

@@ -1,8 +1,8 @@
 """Blockwise attention for AMD and NVIDIA GPUs: three Pallas kernels that are compiled by way of Triton.
 
-The scores of a pair of tiles stay in registers. Which tiles a program visits is worked out outside the kernels, in XLA
-(`tsp_jax.ops.kernels.visits`): first, without a mask, those in which every pair of tokens may attend; then, with
-a mask, those in which some may. Tiles in which none may cost nothing, whatever the order of tokens.
+The scores of a pair of tiles stay in registers. The list of tiles that a program visits is made outside the kernels, in
+XLA (`tsp_jax.ops.kernels.visits`). A program first visits, without a mask, the tiles in which every query may attend to
+every key; then, with a mask, the tiles in which some may. It skips the others, whatever the order of tokens.
 
 Dims: B batch, T query tokens, S key tokens, K KV heads, G query heads per KV head, H head; Q tokens of a query tile,
 C tokens of a key tile; n tiles that have a program each, m spans that a program may visit.
@@ -30,7 +30,7 @@ LOG2_E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True)
 class TritonKernel(Kernel):
-    """Attention in one kernel forward and two backward, without scores in memory."""
+    """Attention with one kernel in forward and two in backward; scores are never written to memory."""
 
     arch: str
     """GPU to compile for: a key of `TILES`; ``interpret`` runs anywhere, slowly"""
@@ -81,9 +81,9 @@ class TritonKernel(Kernel):
     def attend_backward(self, q_BTKGH, k_BSKH, v_BSKH, queries, keys, delta_BTKG, lse_BTKG, dout_BTKGH):
         """Gradients of `attend`; see `Kernel.attend_backward`.
 
-        Two kernels: dq by query tiles; dk and dv by key tiles, over the G query heads of a KV head. Both compute the
-        scores (7 matrix products per pair of tiles, not 5), and neither needs atomics or a float32 accumulator in
-        memory.
+        There are two kernels. One computes dq, by query tiles; the other computes dk and dv, by key tiles, summed over
+        the G query heads of a KV head. Both compute the scores (7 matrix products per pair of tiles, not 5). Neither
+        needs atomics or a float32 accumulator in memory.
 
         Keeps: as `attend`, for both kernels.
         Source: Dao, arXiv 2307.08691, algorithm 2.
@@ -114,7 +114,7 @@ class TritonKernel(Kernel):
 
 
 def _pad(x: jax.Array, tile: int, size: int | None = None) -> jax.Array:
-    """Pads with zeros: tokens to a multiple of `tile`, last axis to `size` (None: padded head dim)."""
+    """Pads with zeros: the tokens to a multiple of `tile`, the last dim to `size` (None: `padded_head_dim`)."""
     widths = [(0, 0)] * x.ndim
     widths[1], widths[-1] = (0, -x.shape[1] % tile), (0, (size or padded_head_dim(x.shape[-1])) - x.shape[-1])
     return jnp.pad(x, widths)
@@ -125,12 +125,13 @@ def _crop(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _call(kernel: Callable[..., None], plan: Plan, arch: str, products: tuple[str, int], inputs, outputs):
-    """Runs one program per tile, head (KV head if tiles are of keys, else query head) and row of the batch.
+    """Runs one program per tile, head and row of the batch.
 
-    The kernel reads visits, queries, keys and `inputs`: (dims, array) pairs, the queries' first. It writes
-    `outputs`: (dims, shape and dtype) pairs. A program sees all tokens of its own head. `products`, (kind,
-    matrix products per pair of tiles), is written into the compiled program for `tsp_jax.inspect`, which
-    cannot see into a kernel; XLA drops Pallas' own cost estimate.
+    A program's head is a KV head if tiles are of keys, else a query head; the program sees all tokens of that head. The
+    kernel reads the visits and tokens of `plan`, then `inputs`: (dims, array) pairs, the queries first. It writes
+    `outputs`: (dims, shape and dtype) pairs. `products`, (kind, matrix products per pair of tiles), is written
+    into the compiled program for `tsp_jax.inspect`, which cannot see into a kernel; XLA drops Pallas' own
+    cost estimate.
     """
     batch, _, kv_heads, group, size = inputs[0][1].shape
     kind, number = products
@@ -191,7 +192,7 @@ def _visit(visits: Visits, span: int, tile, step: Callable, carry: Any) -> Any:
 def _forward_kernel(
     visits, queries, keys, q_ref, k_ref, v_ref, out_ref, lse_ref, *, tile: Tile, scale: float, span: int
 ):
-    """out and lse of a query tile. Online softmax by exp2 (one instruction), divided by its sum at the end."""
+    """out and lse of a query tile. Online softmax uses exp2 (one instruction), and divides by the sum at the end."""
     i = visits.programs[pl.program_id(0)]
     rows = pl.ds(i * tile.query, tile.query)
     q_QH, q_tokens = q_ref[rows, :], _rows(queries, rows, 1)

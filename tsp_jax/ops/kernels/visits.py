@@ -15,14 +15,14 @@ from tsp_jax.ops.kernels.mask import LATEST, Tokens, mean_visits, tiles_to_visit
 from tsp_jax.ops.kernels.tiles import Tile
 
 MOST_ENTRIES = 1 << 22
-"""most entries of a kernel's lists of visits, per row of the batch: 16 MiB"""
+"""most entries of a kernel's visit lists, per row of the batch: 16 MiB"""
 
 
 class Visits(NamedTuple):
     """Which tiles each program visits, int32."""
 
     programs: Any
-    """[B, n]: tile of the i-th program; those with most to visit first"""
+    """[B, n]: the tile of each program; the tiles with the most to visit come first"""
     order: Any
     """[B, n, m]: for each tile, its spans in order: unmasked, masked, then not visited"""
     unmasked: Any
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
     keys: Tokens
     tile: Tile
     by_key: bool
-    """a program has a key tile and visits query tiles; else the other way round"""
+    """whether a program has a key tile and visits query tiles; else it is the other way round"""
     span: int
     """tiles that one list entry covers"""
 
@@ -63,7 +63,7 @@ class Plan(NamedTuple):
         return cls(Visits(programs, order, unmasked, visited), queries, keys, tile, by_key, span)
 
     def mean_pairs(self) -> float:
-        """Pairs of tiles visited per head, summed over its programs; the mean that `mean_visits` defines."""
+        """Mean number of pairs of tiles that all programs of a head visit together; see `mean_visits`."""
         lengths = self.queries.positions.shape[1], self.keys.positions.shape[1]
         if self.by_key:
             _, visits = mean_visits(*lengths, self.tile.query * self.span, self.tile.key)
@@ -73,7 +73,7 @@ class Plan(NamedTuple):
 
 
 def span_of(programs: int, tiles: int) -> int:
-    """The smallest power of two that divides `tiles` and keeps visit lists short enough, else the largest."""
+    """The smallest power of two that divides `tiles` and keeps visit lists short enough; if none does, the largest."""
     span = 1
     while programs * tiles // span > MOST_ENTRIES and tiles % (2 * span) == 0:
         span *= 2

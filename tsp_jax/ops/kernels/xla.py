@@ -33,7 +33,7 @@ class XlaKernel(Kernel):
     """Blockwise attention that runs on every device."""
 
     query_block: int = 512
-    """query tokens in a block; the nearest divisor of the sequence is used, see `block_size`"""
+    """query tokens in a block; the nearest divisor of the sequence length is used, see `block_size`"""
     key_block: int = 512
     """key tokens in a block, likewise"""
 
@@ -43,7 +43,7 @@ class XlaKernel(Kernel):
         return cls(size, size)
 
     def within(self, tokens: int) -> Self:
-        """This kernel with blocks of at most about half of the tokens, the size of a zigzag chunk."""
+        """This kernel with block sizes that divide a zigzag chunk, which is half of the tokens."""
         chunk = max(1, tokens // 2)
         return type(self)(block_size(chunk, self.query_block), block_size(chunk, self.key_block))
 

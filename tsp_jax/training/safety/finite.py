@@ -20,10 +20,11 @@ SPIKE_WINDOW = 100
 
 
 def update_if_finite(loss: jax.Array, grad_norm: jax.Array, new: T, old: T) -> T:
-    """Selects the updated state if loss and gradient are finite, else the old one.
+    """Selects the new state if loss and gradient are finite, else the old state.
 
-    Only floating-point arrays are selected; the others (step counts) are always the new ones. The norm is finite only
-    if every gradient is. Selecting needs no second copy: the result is written into the old array, which is donated.
+    Only floating-point arrays are selected; all others (step counts) are always taken from the new state. `grad_norm`
+    is finite only if every gradient is. The selection needs no second copy of the state: the result is written into the
+    old arrays, which are donated.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -34,7 +35,7 @@ def update_if_finite(loss: jax.Array, grad_norm: jax.Array, new: T, old: T) -> T
 
 
 def is_skipped(line: dict[str, Any]) -> bool:
-    """Whether `update_if_finite` kept the old state in a step, from its line of metrics; null means not finite."""
+    """Whether a step, given its line of metrics, was skipped by `update_if_finite`. Null means not finite."""
     return not all(line[name] is not None and math.isfinite(line[name]) for name in ("loss", "grad_norm"))
 
 

@@ -19,10 +19,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """Context manager that catches the signals.
+    """Context manager that catches SIGTERM and SIGINT.
 
-    A thread reads them from the pipe that Python's C handler writes to, because a Python handler has to wait for the
-    main thread, which may be compiling for minutes. Entered outside the main thread it catches nothing.
+    A thread reads the signals from the pipe that Python's C handler writes to, because a Python handler has to wait for
+    the main thread, which may be compiling for minutes. Outside the main thread, this context manager catches nothing.
     """
 
     def __init__(self):
@@ -56,7 +56,10 @@ class StopSignals:
         return self._noticed or self.requested.done()
 
     def protect(self) -> None:
-        """From now on a signal is a request to save and exit. Before, it ends the process at once: nothing to save."""
+        """From this call on, a signal is a request to save and exit.
+
+        Before this call, a signal ends the process at once, since there is nothing to save.
+        """
         with self._lock:
             self._protected = True
 
@@ -81,8 +84,8 @@ class StopSignals:
 class Agreement:
     """Tells all processes at the same step whether any of them was asked to stop.
 
-    With several processes each step starts a maximum over one integer per device. Its result is read a step later, so
-    that nothing waits for it.
+    With several processes, each step starts a reduction: the maximum of one integer per device. The result is read one
+    step later, so that no step waits for it.
     """
 
     def __init__(self, signals: StopSignals):

@@ -11,7 +11,7 @@ import jax
 from tsp_jax.errors import HUNG
 
 LINGER_S = 2.0
-"""several processes: seconds from printing the stacks to the exit, so that the others can print theirs"""
+"""seconds between printing the stacks and exiting, if there are other processes, so that they can print theirs"""
 _STDERR = 2  # file descriptor; sys.stderr may have none
 
 
@@ -19,7 +19,7 @@ class Watchdog:
     """Context manager: if `pet` is not called in time, prints the stack of every thread and exits with code 76.
 
     Each process has its own watchdog, so processes that wait for one that hangs exit too. `deadline_s` is the time
-    allowed between two calls of `pet`; 0: any.
+    allowed between two calls of `pet`; 0: no limit.
     """
 
     def __init__(self, deadline_s: float):

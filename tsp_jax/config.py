@@ -28,8 +28,8 @@ LARGEST = 2**31 - 1
 FLOAT32 = (2.0**-126, 2.0**128)
 """(smallest normal float32: programs flush smaller values to 0; upper bound: every finite float32 is below it)"""
 _TYPES = {bool: bool, int: numbers.Integral, float: numbers.Real, str: str}
-MOST_BYTES = 10**15
-"""more than any target holds: a whole v5p pod, 8,960 devices, has 0.85e15 bytes of memory"""
+MOST_BYTES = 5 * 10**15
+"""more than any target holds: the largest, 16,384 MI355X, has 4.7e15 bytes of memory"""
 
 
 def _check(owner: str, config: object, positive: str = "", not_negative: str = "") -> None:

@@ -15,7 +15,7 @@ from tsp_jax.hf.process import TextError, TextProcess
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""keys under which a message may have its reasoning text; a template reads either the first or the second"""
+"""keys under which a message may have its reasoning text; templates are given it under the first two"""
 
 Message = Mapping[str, Any]
 """a message: its role, its content (a text, or a list of parts), and what else the template reads"""

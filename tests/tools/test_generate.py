@@ -28,6 +28,7 @@ CONFIG = ModelConfig(
 )
 EOS = 2
 PROMPT = "the quick brown fox"
+KERNEL = "attention kernel xla (triton: runs on gfx942, gfx950, sm_90, not on cpu)"
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def test_text_comes_as_it_is_written(folder, model):
     assert "".join(piece for piece in out if piece != "flush") == found.text + "\n"
     assert [piece for piece in out if piece][:4] == [found.text[0], "flush", found.text[1], "flush"]
     assert (stats.prompt_tokens, stats.new_tokens, stats.decoded_tokens) == (len(PROMPT), 12, 11)
-    assert notes[0].startswith("tsp (data=1,tsp=8): prefill 19 tokens, ")
+    assert notes[0].startswith(f"tsp (data=1,tsp=8), {KERNEL}: prefill 19 tokens, ")
     assert notes[0].count("tokens/s") == 2
 
 
@@ -180,7 +181,7 @@ def test_script_continues_a_file_after_the_chat_template(script, folder, model, 
     sampling = inference.Sampling(temperature=0.7, top_k=9, seed=3)
     found = inference.generate(model, ["<s>Why?</s>!"], max_new_tokens=5, sampling=sampling)[0]
     assert (code, out) == (0, found.text + "\n")
-    assert err.startswith("tsp (data=1,tsp=8): prefill 7 tokens, ")
+    assert err.startswith(f"tsp (data=1,tsp=8), {KERNEL}: prefill 7 tokens, ")
 
 
 def test_script_is_short():

@@ -18,6 +18,7 @@ from tsp_jax.inference.program import make_inference_program
 from tsp_jax.inspect import FullWeight, Report, report
 from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh, place
 from tsp_jax.mesh import format_sizes
+from tsp_jax.ops.kernels import describe_kernel
 from tsp_jax.stored import RowPadding
 from tsp_jax.training.optimizer import Optimizer
 from tsp_jax.training.step import make_program
@@ -50,6 +51,17 @@ class CompiledStep:
             return 0.0
         return sum(step_flops(self.config, forward=self.step == "forward").values()) / self.target.num_devices
 
+    @property
+    def kernel(self) -> str:
+        """Name of the attention kernel, and why those before it in the table of kernels cannot run; empty for decode.
+
+        A decode step attends with plain matrix products.
+        """
+        if self.step == "decode":
+            return ""
+        config = self.config
+        return describe_kernel(config.stream.kernel, self.placement.mesh, config.model.head_dim, config.compute_dtype)
+
     def facts(self) -> dict[str, Any]:
         """What the JSON of a report says about the program and its target."""
         config = self.config
@@ -57,7 +69,8 @@ class CompiledStep:
             "target": str(self.target), "num_devices": self.target.num_devices,
             "layout": self.placement.layout.name, "mesh": dict(self.placement.mesh.shape), "step": self.step,
             "seq_len": config.seq_len, "batch": config.batch, "num_params": config.model.num_params,
-            "model_flops": self.model_flops, "compile_s": round(self.compile_s, 2), "jax": jax.__version__,
+            "kernel": self.kernel, "model_flops": self.model_flops, "compile_s": round(self.compile_s, 2),
+            "jax": jax.__version__,
         }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from tsp_jax.inference import Model, Sampling, Stats, generate, load
 from tsp_jax.inspect.units import format_bytes
 from tsp_jax.layout import Placement, get_layout, parse_mesh
 from tsp_jax.mesh import format_sizes, make_mesh
+from tsp_jax.ops.kernels import describe_kernel
 from tsp_jax.tools import cli
 
 
@@ -101,12 +102,13 @@ def _prompt(options: GenerateOptions) -> str:
 
 
 def throughput(model: Model, stats: Stats) -> str:
-    """One line with tokens per second in prefill and in decoding, and peak memory per device."""
+    """One line with prefill's attention kernel, tokens per second in prefill and decode, and peak memory per device."""
     mesh = format_sizes(model.placement.mesh.shape)
+    kernel = describe_kernel(model.stream.kernel, model.placement.mesh, model.config.head_dim, model.dtype)
     decoded = f"{stats.decoded_tokens / stats.decode_s:,.1f} tokens/s" if stats.decoded_tokens else "nothing"
     peak, source = peak_bytes(model)
     return (
-        f"{model.placement.layout.name} ({mesh}): prefill {stats.prompt_tokens:,} tokens, "
+        f"{model.placement.layout.name} ({mesh}), attention kernel {kernel}: prefill {stats.prompt_tokens:,} tokens, "
         f"{stats.prompt_tokens / stats.prefill_s:,.1f} tokens/s; decode {stats.new_tokens:,} tokens, {decoded}; "
         f"peak {format_bytes(peak)} per device ({source})"
     )

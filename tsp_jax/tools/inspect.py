@@ -99,6 +99,8 @@ def inspect_step(name: str, options: StepOptions, optimizer: Optimizer = None) -
         f"{name}, {config.model.num_params / 1e9:.2f} B parameters, {options.step} step of {config.batch} x "
         f"{tokens} tokens, layout {step.placement.layout.name} on {target} ({mesh}), compiled in {step.compile_s:.1f} s"
     )
+    if step.kernel:
+        heading += f"; attention kernel {step.kernel}"
     if options.dump_hlo:
         Path(options.dump_hlo).write_text(step.compiled.as_text())
     found = step.report(record=bool(options.outputs.trace))

@@ -19,6 +19,7 @@ from tsp_jax.hardware.compiler_options import compiler_options
 from tsp_jax.hardware.memory import check_room, host_bytes, memory_bytes, shard_bytes
 from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh
 from tsp_jax.mesh import make_mesh
+from tsp_jax.ops.kernels import describe_kernel
 from tsp_jax.training.checkpoint import METRICS, Checkpoints
 from tsp_jax.training.data import Splits, load_splits, prefetch
 from tsp_jax.training.distributed import is_writer, report, report_once, write_or_report
@@ -79,7 +80,7 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
     write_or_report(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     with console.status("compiling the training step"):
         compiled = program.lower_step(config).compile(dict(compiler_options(jax.devices()[0])))
-    say(f"{f'restored step {start}' if start else 'starting afresh'} on {_describe(placement)}")
+    say(f"{f'restored step {start}' if start else 'starting afresh'} on {_describe(config, placement)}")
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(contextlib.closing(open_metrics()))
         progress = stack.enter_context(TrainProgress(start, config.steps, console))
@@ -133,11 +134,12 @@ def _check_room(config: Config, placement: Placement, program: TrainProgram) -> 
         check_room(what, nbytes, room, f"use {advice}")
 
 
-def _describe(placement: Placement) -> str:
+def _describe(config: Config, placement: Placement) -> str:
     """A text such as ``tsp, data=1 x tsp=8, cpu``, with the number of processes if there are several."""
     mesh = " x ".join(f"{name}={size}" for name, size in placement.mesh.shape.items())
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    return f"{placement.layout.name}, {mesh}, {jax.devices()[0].device_kind}{processes}"
+    kernel = describe_kernel(config.stream.kernel, placement.mesh, config.model.head_dim, config.compute_dtype)
+    return f"{placement.layout.name}, {mesh}, {jax.devices()[0].device_kind}{processes}, attention kernel {kernel}"
 
 
 def _remarks(config: Config, optimizer: Optimizer, checkpoints: Checkpoints, start: int) -> list[str]:

@@ -22,7 +22,7 @@ from tests.builders.attention import (
     run_reference_where,
 )
 from tsp_jax.errors import ConfigError
-from tsp_jax.ops.kernels import KERNELS, TritonKernel, XlaKernel, arch_of, choose_kernel
+from tsp_jax.ops.kernels import KERNELS, TritonKernel, XlaKernel, arch_of, choose_kernel, describe_kernel
 from tsp_jax.ops.kernels.mask import MASKED, Tokens
 from tsp_jax.ops.kernels.tiles import Tile, Tiles
 
@@ -172,10 +172,29 @@ def test_choice(name, mesh, head_dim, dtype, kernel):
 
 
 @pytest.mark.parametrize(
+    ("name", "mesh", "head_dim", "text"),
+    [
+        ("auto", GPU, 128, "triton"),
+        ("xla", GPU, 128, "xla"),
+        ("xla", GPU, 256, "xla"),
+        ("auto", GPU, 64, "triton"),
+        ("auto", CPU, 128, "xla (triton: runs on gfx942, gfx950, sm_90, not on cpu)"),
+    ],
+)
+def test_description_says_why_kernels_before_it_cannot_run(name, mesh, head_dim, text):
+    assert describe_kernel(name, mesh, head_dim, jnp.float32) == text
+
+
+def test_description_of_heads_that_are_too_wide():
+    reason = "heads have 256 float32; they may have at most 512 bytes, of float32 or bfloat16"
+    assert describe_kernel("auto", GPU, 256, jnp.float32) == f"xla (triton: {reason})"
+
+
+@pytest.mark.parametrize(
     ("name", "mesh", "head_dim", "words"),
     [
-        ("triton", CPU, 128, "stream.kernel=triton: heads of 128 float32 on cpu .* gfx942.*; use stream.kernel=xla"),
-        ("triton", GPU, 256, "heads of 256 float32 on gfx942 .* at most 512 bytes"),
+        ("triton", CPU, 128, "stream.kernel=triton: runs on gfx942, .*, not on cpu; use stream.kernel=xla"),
+        ("triton", GPU, 256, "stream.kernel=triton: heads have 256 float32; they may have at most 512 bytes"),
         ("fused", GPU, 128, "stream.kernel=fused is unknown; use one of auto, triton, xla"),
     ],
 )

@@ -12,7 +12,7 @@ from tsp_jax.ops.kernels.kernel import Kernel, arch_of, delta
 from tsp_jax.ops.kernels.triton import TritonKernel
 from tsp_jax.ops.kernels.xla import XlaKernel
 
-__all__ = ["KERNELS", "Kernel", "TritonKernel", "XlaKernel", "arch_of", "choose_kernel", "delta"]
+__all__ = ["KERNELS", "Kernel", "TritonKernel", "XlaKernel", "arch_of", "choose_kernel", "delta", "describe_kernel"]
 
 KERNELS: dict[str, type[Kernel]] = {"triton": TritonKernel, "xla": XlaKernel}
 """name -> kernel; `auto` takes the first one that is supported"""
@@ -26,12 +26,27 @@ def choose_kernel(name: str, mesh: Mesh | AbstractMesh, head_dim: int, dtype: An
     Raises:
       ConfigError: the name is unknown, or the kernel does not support these devices and heads.
     """
+    return _choose(name, mesh, head_dim, dtype)[1]
+
+
+def describe_kernel(name: str, mesh: Mesh | AbstractMesh, head_dim: int, dtype: Any) -> str:
+    """The name of the kernel that `choose_kernel` returns, and why each kernel before it in `KERNELS` cannot run.
+
+    Such as ``xla (triton: runs on gfx942, gfx950, sm_90, not on cpu)``.
+    """
+    chosen, _, reasons = _choose(name, mesh, head_dim, dtype)
+    return f"{chosen} ({'; '.join(reasons)})" if reasons else chosen
+
+
+def _choose(name: str, mesh: Mesh | AbstractMesh, head_dim: int, dtype: Any) -> tuple[str, Kernel, list[str]]:
+    """(name, kernel, reasons against the kernels before it)."""
     if name != "auto" and name not in KERNELS:
         raise ConfigError(f"stream.kernel={name} is unknown; use one of {', '.join(['auto', *KERNELS])}")
-    reason = ""
+    reasons = []
     for each in KERNELS if name == "auto" else [name]:
         kernel = KERNELS[each].for_arch(arch_of(mesh))
         reason = kernel.unsupported(head_dim, dtype)
         if not reason:
-            return kernel
-    raise ConfigError(f"stream.kernel={name}: {reason}; use stream.kernel=xla")
+            return each, kernel, reasons
+        reasons.append(f"{each}: {reason}")
+    raise ConfigError(f"stream.kernel={name}: {reasons[-1].removeprefix(f'{name}: ')}; use stream.kernel=xla")

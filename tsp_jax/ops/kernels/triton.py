@@ -45,11 +45,10 @@ class TritonKernel(Kernel):
         dtype = jnp.dtype(dtype)
         if dtype in (jnp.bfloat16, jnp.float32) and find_tiles(self.arch, head_dim, dtype):
             return ""
-        known = ", ".join(arch for arch in TILES if arch != "interpret")
-        return (
-            f"heads of {head_dim} {dtype.name} on {self.arch or 'unknown devices'} are not supported, only heads of at "
-            f"most 512 bytes, float32 or bfloat16, on {known}"
-        )
+        if self.arch not in TILES:
+            known = ", ".join(arch for arch in TILES if arch != "interpret")
+            return f"runs on {known}, not on {self.arch or 'unknown devices'}"
+        return f"heads have {head_dim} {dtype.name}; they may have at most 512 bytes, of float32 or bfloat16"
 
     def _tiles(self, q_BTKGH: jax.Array) -> Tiles:
         tiles = self.tiles or find_tiles(self.arch, q_BTKGH.shape[-1], q_BTKGH.dtype)

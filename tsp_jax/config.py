@@ -26,14 +26,14 @@ FailedSave = Literal["continue", "stop"]
 LARGEST = 2**31 - 1
 """the largest integer accepted: indices have 32 bits"""
 FLOAT32 = (2.0**-126, 2.0**128)
-"""(smallest normal float32: programs flush smaller values to 0; upper bound: every finite float32 is below it)"""
+"""(smallest normal float32, a bound above every finite float32). Programs flush smaller values than the first to 0."""
 _TYPES = {bool: bool, int: numbers.Integral, float: numbers.Real, str: str}
 MOST_BYTES = 5 * 10**15
 """more than any target holds: the largest, 16,384 MI355X, has 4.7e15 bytes of memory"""
 
 
 def _check(owner: str, config: object, positive: str = "", not_negative: str = "") -> None:
-    """Raises ConfigError unless Literal fields hold one of their values, and numbers are finite and within bounds.
+    """Raises ConfigError if a Literal field has an unknown value, or a number is infinite, NaN or out of bounds.
 
     The command line checks Literal types already; this also covers configurations written in Python.
     """
@@ -60,7 +60,10 @@ def _check(owner: str, config: object, positive: str = "", not_negative: str = "
 
 
 def _check_bytes(what: str, nbytes: int, owner: str, config: object, fields: str) -> None:
-    """Raises ConfigError, naming the largest of `fields`, which set the size, if no target has `nbytes` of memory."""
+    """Raises ConfigError if no target has `nbytes` of memory.
+
+    `fields`: the fields that set this size. The error names the largest of them.
+    """
     if nbytes > MOST_BYTES:
         name = max(fields.split(), key=lambda name: getattr(config, name))
         too_many = f"{what} of {nbytes:.2e} bytes, more than any target holds"
@@ -174,9 +177,9 @@ class StreamConfig:
     vocab_movement: Movement = "auto"
     """as mlp_movement, for the embedding and the output head"""
     bucket_mib: float = 64.0
-    """approximate size in MiB of a bucket: the weights, keys and values, or tokens that a device receives at a time; on
-    folded axes a bucket is at most a quarter of an op's weights or tokens; two buckets are in memory at once; a chunk
-    of tokens is multiplied with a bucket at once, and its float32 product is at most as large as two buckets"""
+    """approximate size of a bucket in MiB. A bucket is what a device receives at a time: weights, keys and values, or
+    tokens. On folded axes it is at most a quarter of an op's weights or tokens. Two buckets are in memory at once. A
+    chunk of tokens is multiplied with one bucket. The float32 product is at most as large as two buckets."""
     grad_dtype: DType = "float32"
     """dtype in which weight gradients are reduce-scattered"""
     kernel: str = "auto"
@@ -306,10 +309,10 @@ class Config:
     faults: FaultsConfig = FaultsConfig()
     cluster: ClusterConfig = ClusterConfig()
     layout: str = "tsp"
-    """a preset (single, dp, fsdp, tp, sp, tp_sp, tsp or fsdp_cp), or a layout of your own: a preset with other mesh
-    axes for some dimensions, such as tsp(weights=data+tsp) or tsp(sequence=node+tsp); the dimensions are batch,
-    sequence, heads, mlp and vocab, and weights sets the last three; whole_weights=true gathers all weights of an op
-    at once"""
+    """a preset (single, dp, fsdp, tp, sp, tp_sp, tsp or fsdp_cp), or a preset with changes, such as
+    tsp(weights=data+tsp) or tsp(sequence=node+tsp). A change gives other mesh axes to one dimension: batch, sequence,
+    heads, mlp or vocab. The name weights stands for heads, mlp and vocab. The change whole_weights=true gathers all
+    weights of an op at once."""
     mesh: str = ""
     """mesh axis sizes, outermost first, such as data=1,tsp=8; empty: all devices on the layout's own axes"""
     cpu_devices: int = 0

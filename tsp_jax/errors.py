@@ -44,7 +44,7 @@ class RunStopped(Exception):
 
 
 def printable(text: str) -> str:
-    """Returns the text with line breaks and characters that cannot be printed escaped."""
+    """Returns the text, in which line breaks and other unprintable characters are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 

@@ -15,16 +15,16 @@ import numpy as np
 from tsp_jax.layout import Layout, num_ranks
 
 LARGEST_WASTE = 1 / 16
-"""largest share of zeros that may be added to the rows of a unit so that they divide over the ranks; if no number of
-heads per unit keeps to it, all heads form one unit"""
+"""Largest share of zeros that may be added to a unit of heads, so that its rows divide over the ranks. If every smaller
+unit needs more zeros, all heads form one unit."""
 
 
 class Heads(NamedTuple):
     """Attention heads, padded so that ranks hold equally many.
 
-    Padded query head (k, g) is query head g of KV head k. Real heads come first along both dimensions. In row-major
-    order, rank p of R holds the n = kv * group / R padded query heads from number p n on. If there are fewer padded KV
-    heads than ranks, several ranks share a KV head.
+    Padded query head (k, g) is query head g of KV head k. Real heads come first along both dimensions. Padded
+    query heads are numbered in row-major order. Each of R ranks holds n = kv * group / R of them: rank p holds the
+    heads from number p n on. If there are fewer padded KV heads than ranks, several ranks share a KV head.
     """
 
     kv: int

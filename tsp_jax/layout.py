@@ -201,7 +201,7 @@ def _parse_row(text: str, row: str) -> dict[str, Any]:
 
 
 def _row_name(preset: Layout, layout: Layout) -> str:
-    """The canonical text of a row: its preset, and what differs from it in the order of Layout's fields."""
+    """The canonical text of a row: its preset and the settings that differ from it, in the order of Layout's fields."""
     changed = [dim for dim in AXIS_DIMS if getattr(layout, dim) != getattr(preset, dim)]
     values = {dim: format_axes(getattr(layout, dim)) for dim in changed}
     if layout.heads == layout.mlp == layout.vocab != preset.vocab:
@@ -257,8 +257,11 @@ def parse_mesh(text: str, layout: Layout, num_devices: int) -> dict[str, int]:
     """Parses axis sizes such as ``data=1,tsp=8``; axes of the layout that are not named get size 1.
 
     If the layout is a row of your own, only batch axes may be left out: otherwise an axis misspelt in the row would
-    shard nothing, unnoticed. If the text is empty, all devices go to the layout's axis or, if there are two, to both,
-    as evenly as possible. Batch axes then get devices only if there is no other axis. `single` gets one device.
+    shard nothing, unnoticed.
+
+    If the text is empty, the devices go to the axes that are not batch axes, or to the batch axes if there are no
+    others. A single axis gets all devices. Of several axes, the first and the last share the devices as evenly as
+    possible. The layout `single` gets one device.
     """
     if not text:
         return _default_mesh(layout, num_devices)

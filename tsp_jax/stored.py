@@ -72,7 +72,8 @@ def _pad_dims(array: jax.Array, widths: tuple[int, ...]) -> jax.Array:
 
 
 LARGEST_MULTIPLE = 64
-"""a rank's rows are padded to a multiple of a power of two, at most this one, so that many bucket sizes divide them"""
+"""largest power of two that padding uses. A rank's rows are padded to a multiple of a power of two, so that many bucket
+sizes divide them"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,9 +155,9 @@ def abstract_logical(paddings: Any, stored: Any) -> Any:
 
     An array whose logical and stored forms are equal keeps its sharding. Any other is sharded by columns, so that the
     conversion is an all-to-all. If it were sharded by rows, whose order or number changes, XLA would gather all rows on
-    every device. A mesh axis that does not divide the columns shards the last dim that it divides. If it divides
-    none, every rank of the axis holds the whole array. So on 7 ranks, for example, which seldom divide D, a device
-    holds all rows of each padded weight and of its moments while it saves or restores a checkpoint.
+    every device. If a mesh axis does not divide the columns, it shards another dim instead: the last one that it
+    divides. If it divides no dim, every rank of the axis holds the whole array. For example, 7 ranks seldom divide D.
+    Each device then holds all rows of each padded weight and of its moments while it saves or restores a checkpoint.
 
     `stored`: arrays on a mesh, or ShapeDtypeStructs with shardings.
     """

@@ -12,7 +12,7 @@ FLOAT32 = 4
 
 
 class _Serving:
-    """Counts of ranks by role, of sequences whose cache a device has (`batch`), of sequences it decodes (`decoded`)."""
+    """Numbers of ranks by role. A device has the cache of `batch` sequences and decodes `decoded` sequences."""
 
     def __init__(self, config: Config, layout: Layout, sizes: Mapping[str, int]):
         model = config.model
@@ -36,10 +36,11 @@ def _summed(nbytes: float, ranks: int) -> float:
 def decode_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, dict[str, float]]:
     """Bytes that a device receives while one token of each of `config.batch` sequences is decoded, by op and kind.
 
-    Neither weights nor cached keys and values move. For B sequences whose tokens a device decodes, it receives
-    O(B (D + N H)) elements per layer, with padded heads, and B V logits once, with padded rows. Kinds: `heads`, which
-    are all-gathered over folded axes; `merges` of partial softmaxes over sequence axes; `sums` of partial outputs over
-    the axes that shard weights; `logits`. The exchange of the numbers of cache entries is not included.
+    Neither weights nor cached keys and values move. A device that decodes the tokens of B sequences receives
+    O(B (D + N H)) elements per layer, padded heads included. After the last layer it receives B V logits, padded rows
+    included. There are four kinds. `heads` are all-gathered over folded axes. `merges` combine partial softmaxes over
+    sequence axes. `sums` add partial outputs over the axes that shard weights. `logits` are all-gathered over the
+    axes that shard the vocabulary. The numbers of cache entries are also exchanged, but not counted.
     """
     s, model = _Serving(config, layout, sizes), config.model
     residual, vocab = s.decoded * model.d_model * s.item, num_ranks(layout.vocab, sizes)
@@ -53,7 +54,10 @@ def decode_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> 
 
 
 def _attention(config: Config, s: _Serving) -> dict[str, float]:
-    """Bytes received in one layer's attention, by kind; in float32, as heads are gathered before q/k norm and RoPE."""
+    """Bytes received in one layer's attention, by kind.
+
+    Elements are float32, because heads are gathered before q/k norm and RoPE.
+    """
     row, (query_rows, kv_rows) = s.decoded * FLOAT32, s.heads.stored
     if s.heads.kv_head_spans_shards:  # each tensor shard gathers all KV heads
         gathered = _gathered(2 * kv_rows * row, s.folded * s.tensor)

@@ -95,7 +95,10 @@ class OpSharding:
         return self._folded_buckets(rows, elements / self.tensor * self.itemsize, bucket_bytes)
 
     def head_buckets(self, heads: HeadSharding, d_model: int, bucket_bytes: float) -> tuple[int, int]:
-        """(number of buckets of Wq, and of Wo; number of buckets of Wk and Wv together). Buckets hold whole heads."""
+        """(number of buckets of Wq, number of buckets of Wk and Wv together). Buckets hold whole heads.
+
+        Wo has as many buckets as Wq.
+        """
 
         def count(rows: HeadRows, weights: int) -> int:
             return self.weight_buckets(rows.parts, weights * self.tensor * rows.stored * d_model, bucket_bytes)
@@ -108,10 +111,10 @@ class OpSharding:
         return self._folded_buckets(self.seq_len // self.sequence, nbytes, bucket_bytes)
 
     def _folded_buckets(self, rows: int, nbytes: float, bucket_bytes: float) -> int:
-        """Number of buckets of `rows` rows per device, `nbytes` on all ranks together.
+        """Number of buckets into which `rows` rows of each device are split.
 
-        On folded axes a bucket has at most about a quarter of these bytes, so that no device holds a full weight or all
-        tokens.
+        `nbytes`: bytes of these rows on all ranks together. On folded axes a bucket has at most about a quarter of
+        these bytes, so that no device holds a full weight or all tokens.
         """
         if self.folded > 1:
             bucket_bytes = min(bucket_bytes, max(1.0, nbytes / FEWEST_BUCKETS))

@@ -83,7 +83,10 @@ def _inside_bandwidth(hardware: Hardware, members: Sequence[int], extents: Seque
 
 
 def _torus_links(place: Sequence[int], places: Sequence[Sequence[int]], extents: Sequence[int]) -> int:
-    """Number of a device's links along the dimensions in which some member differs from it in that coordinate alone."""
+    """Number of links that the device at `place` uses.
+
+    It uses a dimension's links if another member of `places` differs from it in that dimension and in no other.
+    """
     differing = [[k for k in range(len(extents)) if place[k] != other[k]] for other in places]
     straight = {axes[0] for axes in differing if len(axes) == 1}
     return sum(2 if extents[k] > 2 else 1 for k in straight)

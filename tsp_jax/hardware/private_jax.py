@@ -19,7 +19,7 @@ def register_rocm_plugin(library: Path) -> None:
 def hush_absent_plugins() -> None:
     """Drops the traceback that JAX logs for an installed plugin whose hardware is absent: compilers need no hardware.
 
-    JAX logs about hardware that is present, and about anything else, as before.
+    All other messages of JAX are logged as before, those about hardware that is present included.
     """
     logging.getLogger(xla_bridge.__name__).addFilter(_is_not_about_absent_hardware)
 

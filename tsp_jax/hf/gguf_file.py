@@ -19,7 +19,7 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
 MOST_ENTRIES, LONGEST_ARRAY, MOST_DIMS = 2**16, 2**22, 4
-"""limits that no model reaches: on metadata entries and on tensors, on values of an array, on dimensions of a tensor"""
+"""limits that no model reaches: metadata entries or tensors of a file, values of an array, dimensions of a tensor"""
 
 
 class Tensor(NamedTuple):

@@ -26,8 +26,8 @@ class TextError(Exception):
 class TextProcess:
     """Calls methods of `process_main.Text` in a child process.
 
-    The process starts at the first call, and again at the next call after one that ended it. `load`: arguments of
-    `Text.load`, which is called first in each new process; None: it is not called.
+    The process starts at the first call. If a call ends it, the next call starts a new one. `load` has the arguments of
+    `Text.load`, which is called first in each new process. If `load` is None, it is not called.
     """
 
     def __init__(self, load: dict[str, Any] | None = None):

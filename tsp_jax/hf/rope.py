@@ -19,7 +19,10 @@ CONTEXT = "original_max_position_embeddings"
 
 
 class _Rope(msgspec.Struct):
-    """RoPE's parameters, merged from all sources. Any with a default may be absent, even one that `rope_type` needs."""
+    """RoPE's parameters, merged from all sources.
+
+    Parameters with a default may be absent here. `need` raises ConfigError if one that `rope_type` needs is absent.
+    """
 
     rope_type: str
     rope_theta: Finite = 10_000.0

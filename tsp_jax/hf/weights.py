@@ -152,11 +152,14 @@ def abstract_params(config: ModelConfig, placement: Placement, dtype: jax.typing
 
 
 def check_folder(folder: str | Path, config: ModelConfig, placement: Placement) -> Tensors:
-    """Opens and checks a model's weights. It reads the headers alone, and for a tied model any output head as well.
+    """Opens and checks a model's weights.
+
+    It reads only the headers. If the model is tied and the folder has an output head, it also compares that head with
+    the embedding.
 
     Raises:
-      ConfigError: a file or tensor is missing, is broken, has another shape, or is not part of the model; or the model
-        ties its output head to the embedding, and the folder has a different head, which transformers would use.
+      ConfigError: a file or tensor is missing, is broken, has another shape, or is not part of the model. Also if the
+        model is tied, but the folder's head differs from the embedding: transformers would use that head.
     """
 
     def ignored(name: str) -> bool:

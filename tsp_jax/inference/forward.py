@@ -1,11 +1,11 @@
 """The decoder over a KV cache: prefill of a chunk of tokens, or decode of one token per sequence.
 
 Both run the layers of one Transformer on the same parameters. Prefill is the training forward with other attention.
-In decode, activations are so small that they need no sharding over the axes that shard weights. So `decode_placement`
-places the model: the layout is the same, except that no axis shards the sequence, and no axis that shards weights
-shards the batch. The weights are sharded as before. Their axes no longer shard tokens, so they are all tensor axes:
-embedding, MLP and head are tensor-parallel. Only attention uses the original layout, whose batch and sequence axes
-shard the cache.
+In decode, activations are so small that they need no sharding over the axes that shard weights. So the model is
+placed by `decode_placement`, which changes two things in the layout. The sequence is not sharded, and the batch is
+sharded only over axes that shard no weights. The weights are sharded as before. Their axes no longer shard tokens, so
+they are all tensor axes: embedding, MLP and head are tensor-parallel. Only attention uses the original layout, whose
+batch and sequence axes shard the cache.
 
 Dims: B batch, T tokens of a chunk, S cache entries of all ranks, D model, V vocabulary, L layers, K KV heads, H head,
 R ranks of the sequence; lower case: this device's shard.

@@ -166,7 +166,7 @@ def _text(model: Model, tokens: list[int], stops: set[int]) -> str:
 
 
 def _round_up(count: int, ranks: int) -> int:
-    """Rounds `count` up to a multiple of about an eighth of itself, then of `ranks`, so that few sizes are compiled."""
+    """Rounds `count` up to a multiple of about `count` / 8, then to one of `ranks`. So only few sizes are compiled."""
     step = max(1, 1 << count.bit_length() >> 4)
     count = -(-count // step) * step
     return -(-count // ranks) * ranks

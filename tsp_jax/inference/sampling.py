@@ -52,7 +52,7 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.A
 
 
 def filter_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
-    """The logits, with -inf for all but the k largest and ties with the k-th; unchanged if k is 0."""
+    """Replaces logits below the k-th largest by -inf. Ties with the k-th are kept. Changes nothing if k is 0."""
     if not 0 < k < logits_BV.shape[-1]:
         return logits_BV
     least_B1 = lax.top_k(logits_BV, k)[0][:, -1:]
@@ -60,7 +60,7 @@ def filter_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
 
 
 def filter_top_p(logits_BV: jax.Array, p: float) -> jax.Array:
-    """The logits, with -inf for each token if the likelier tokens together have probability p or more.
+    """Replaces the logit of a token by -inf if the tokens likelier than it together have probability p or more.
 
     The likeliest token is always kept.
     """

@@ -13,13 +13,13 @@ from tsp_jax.inspect.shapes import Shape, ints, leaves
 DEEPEST = 100
 """most levels to which computations may be nested; programs of real models have fewer than 20"""
 _MOST_EXPANDED = 1_000_000
-"""most instructions of a program with every call expanded; a long text may have a multiple of the number it lists"""
+"""limit on a program's instructions with every call expanded; a long text may have several times those it lists"""
 _LARGEST = 2**63
 _ARRAYS = {
     "dot": 2, "ragged-dot": 2, "convolution": 2, "dynamic-update-slice": 2, "gather": 2, "scatter": 3,
     "slice": 1, "dynamic-slice": 1, "sort": 1,
 } | dict.fromkeys(ELEMENTWISE, 1)  # fmt: skip
-"""opcode -> how many operands must be arrays; the result must be one too"""
+"""opcode -> how many operands must be arrays; the result must also be an array"""
 _OPERANDS = {"get-tuple-element", "while", "conditional", "bitcast", "opt-barrier", "add-dependency", "domain"}
 """opcodes that need an operand of any shape"""
 

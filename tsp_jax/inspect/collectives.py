@@ -103,7 +103,7 @@ def is_collective(i: Instruction) -> bool:
 
 
 def fused_phase(computation: Computation) -> tuple[str, str]:
-    """(phase, id) of the async collective in a TPU fusion; phase: start, step or done; ("", "") if it has none."""
+    """(phase, id) of a TPU fusion's async collective, or ("", "") if the fusion has none. Phases: start, step, done."""
     ids = (
         re.search(r'chain_id="([^"]*)"', i.attributes.get("frontend_attributes", ""))
         for i in computation.instructions

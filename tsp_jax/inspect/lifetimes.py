@@ -286,7 +286,7 @@ def _reusable_in_fusion(body: Computation) -> list[tuple[int, int]]:
     """(result, parameter) pairs with only elementwise work between them, where no other result uses the parameter."""
     tuple_root = body.root if body.root.opcode == "tuple" else None
     reached: defaultdict[str, set[int]] = defaultdict(set)
-    """instruction -> results that depend on it (two suffice), and _OTHER_WORK if work that is not elementwise does"""
+    """instruction -> results that depend on it (two suffice); also _OTHER_WORK if non-elementwise work depends on it"""
     for k, output in enumerate(_results(body)):
         reached[output.name].add(k)
     for i in reversed(body.instructions):

@@ -18,9 +18,9 @@ Values that XLA may keep in one buffer also count once, if nothing else lives in
 - elementwise operations and fusions, sorts and all-reduces reuse an operand of equal size that dies there
 
 TPU's tile padding is counted. Constants below 1 MiB, scratch memory inside kernels, and arrays outside the device's
-main memory are not. Fragmentation is not modelled: XLA's sum, arguments + temporaries + outputs - aliased, is equal or
-slightly larger on GPU and CPU, and a fifth larger on TPU. TPU's own `peak_memory_in_bytes` equals the figure of this
-module.
+main memory are not. Fragmentation is not modelled. On GPU and CPU, XLA's sum (arguments + temporaries + outputs -
+aliased) equals the figure of this module or is slightly larger. On TPU, the sum is a fifth larger, and TPU's own
+`peak_memory_in_bytes` equals the figure of this module.
 """
 
 import dataclasses
@@ -183,7 +183,7 @@ def _groups(walk: Walk) -> list[_Group]:
 
 
 def _updates_between(updates: Mapping[int, list[tuple[Value, Value]]], roots: set[Value], moment: int) -> bool:
-    """Whether the instruction at a moment overwrites part of one of two values (`roots`), which makes the other."""
+    """Whether the instruction at a moment makes one of two values (`roots`) by overwriting part of the other."""
     return any({operand.root(), result.root()} == roots for operand, result in updates.get(moment, ()))
 
 
@@ -247,8 +247,8 @@ def _kind(walk: Walk, group: _Group, loop: tuple[int, int] | None) -> str:
 def _label(walk: Walk, i: Instruction) -> tuple[str, str]:
     """(scope, file:line) of an instruction.
 
-    An instruction without an op_name takes both from its first operand, a fusion from the instructions that make its
-    results.
+    An instruction without an op_name takes both from its first operand. A fusion without an op_name takes both from
+    the instructions that make its results.
     """
     named, passed = i, []
     if not i.op_name and i.opcode == "fusion":

@@ -168,7 +168,7 @@ class Simulation:
         self.pending = [task._replace(end=task.end + seconds) for task in self.pending]
 
     def _state(self) -> list[tuple[str, float]]:
-        """How much later than compute each queue and the work in flight end; the next iteration depends on this."""
+        """For each queue and task in flight, how long after compute it ends. The next iteration depends on this."""
         ends = [*self.now.items(), *((task.task, task.end) for task in self.pending)]
         return [(name, max(0.0, end - self.now["compute"])) for name, end in ends]
 

@@ -1,7 +1,7 @@
 """A compiled program's instructions as steps of a schedule: which queue each keeps busy, and for how long.
 
-There are three queues: compute; links, between devices; and host, for copies to and from the host's memory. The compute
-queue issues all work; the other two run what it starts, first in, first out.
+There are three queues: compute, links (between devices), and host (copies to and from the host's memory). The compute
+queue issues all work. The other two run what it starts, first in, first out.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class Task:
     seconds: float
     """per execution"""
     bytes: float
-    """per execution, by queue: read and written in main memory, received over links, or copied to or from the host"""
+    """per execution: read and written in main memory by a kernel, received by a collective, or moved by a host copy"""
     flops: float = 0.0
     """per execution, of matrix products"""
 

@@ -68,8 +68,8 @@ class Timeline:
     def hidden_fraction(self) -> dict[str, float]:
         """Instruction name -> share of the collective's time that overlaps with computation, over all executions.
 
-        The share is also 0 if compute waits longer than the collective takes, for example because earlier collectives
-        delay it.
+        The share is 0 if compute waits at least as long as the collective takes. The wait can be longer than the
+        collective, for example because earlier collectives delay it.
         """
         return {
             total.task.name: max(0.0, 1.0 - total.exposed_s / total.seconds) if total.seconds else 1.0

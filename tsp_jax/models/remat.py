@@ -1,6 +1,6 @@
 """Runs the layers of a decoder in sequence: every remat policy, and gradients narrower than the weights.
 
-What forward keeps of a layer; backward recomputes the rest:
+Backward recomputes whatever forward does not keep. Under each policy, forward keeps of a layer:
   none            everything that backward reads.
   save_attention  the layer's input, and attention's outputs and their log-sum-exps.
   full            the layer's input, in a buffer that the layer's gradients overwrite in backward.

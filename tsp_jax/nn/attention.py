@@ -44,7 +44,8 @@ class Attention(Layer):
       rope_scaling: scaling of those frequencies for long contexts.
       qk_norm: whether to apply RMSNorm to each query and key head before RoPE.
       norm_eps: epsilon of that norm.
-      remat: what backward recomputes of this layer; the movement `auto` counts the bytes that recomputing moves again.
+      remat: what backward recomputes of this layer. Recomputing moves bytes again; `auto` counts them when it chooses
+        the movement.
       init_std: standard deviation of the initial input projections.
       out_std: the same for the output projection; init_std if None.
       dtype: compute dtype; parameters are float32.

@@ -75,7 +75,7 @@ class Embed(Layer):
         return self._run(op, specs, tokens_spec, x_BTD.astype(self.dtype), self.table[...], labels_BT)
 
     def _options(self, shape: Sequence[int], traffic: Callable[..., Traffic]) -> dict[str, Any]:
-        """Keyword arguments (axes, stream and V) for tokens [B, T] of the op whose bytes `traffic` gives."""
+        """Keyword arguments (axes, stream and V) of an op on tokens [B, T]; `traffic` gives the bytes it moves."""
         stored, d_model = self.table.shape
         stream = self._stream(
             shape, self.stream.vocab_movement, traffic, d_model=d_model, vocab_size=stored,

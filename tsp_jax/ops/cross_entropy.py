@@ -61,8 +61,8 @@ def cross_entropy(
 
     Moves: forward all-gathers of V D (R - 1) / R elements; backward the same again, and reduce-scatters of as
       many gradients. If activations move: forward an all-gather of x, B S D (R - 1) / R elements; backward an
-      all-gather of x and a reduce-scatter of dx; and seven numbers per token: its label twice, two partial
-      sums, lse and two cotangents.
+      all-gather of x and a reduce-scatter of dx. Each token then also moves seven numbers. Forward: its label and two
+      partial sums. Backward: its label, lse and two cotangents.
       Over tensor axes all-reduces of [B, t] float32 (two sums, a maximum), and one of [B, t, D] backward.
     Keeps: its inputs and one float32 per token.
     Source: online softmax, Milakov and Gimelshein, arXiv 1805.02867.

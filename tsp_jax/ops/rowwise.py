@@ -51,7 +51,7 @@ class RowwiseOp(Protocol):
 
     @property
     def chunked(self) -> bool:
-        """Whether forward runs in chunks of tokens, as `partial` has intermediate results larger than its output."""
+        """Whether forward runs in chunks of tokens; for ops whose intermediate results are larger than their output."""
         ...
 
     def partial(self, inputs: Arrays, bucket: Bucket) -> jax.Array:

@@ -202,7 +202,7 @@ def parse_flags(default: T, arguments: Sequence[str], about: str = "") -> T:
 
 
 def _removed_flag(flags: Sequence[str]) -> str | None:
-    """One line about the first of the flags or values that only earlier versions had; None if there is none."""
+    """One line about the first flag that was removed, or whose value was removed; None if there is none."""
     for flag, following in zip(flags, [*flags[1:], ""], strict=True):
         name, equals, value = flag.partition("=")
         field = name.removeprefix("--").removeprefix("config.").replace("-", "_").replace(".no_", ".")

@@ -31,10 +31,10 @@ class CompareOptions:
     target: str = "mi300x:8"
     """devices to compile for, which need not be present: cpu:8, mi300x:8, mi355x:8, h100:8, v5p:8"""
     layouts: str = ""
-    """layouts, each written as for --layout and followed by the sizes of its axes, such as
-    tsp:8,tp_sp:2x4,tsp(weights=data+tsp):2x4; sizes are given in this order: tensor axes (they shard weights alone),
-    batch axes, sequence axes; the size of the first batch axis is left out if that axis shards no weights, and the
-    axis takes the remaining devices; empty: the layouts in README's table"""
+    """layouts, separated by commas, such as tsp:8,tp_sp:2x4,tsp(weights=data+tsp):2x4. Each is written as for --layout,
+    then a colon and the sizes of its axes: first tensor axes (they shard weights alone), then batch axes, then sequence
+    axes. A first batch axis that shards no weights gets no size: it takes the remaining devices. Empty: the layouts in
+    README's table"""
     seq_lens: str = ""
     """tokens per sequence, such as 16384,131072; empty: as in the configuration"""
     per_replica: int = 1

@@ -116,7 +116,10 @@ def compile_step(
 
 
 def full_weights(config: Config, placement: Placement) -> tuple[FullWeight, ...]:
-    """For each op with sharded weights, the number of their stored elements, which no device should gather at once."""
+    """For each op with sharded weights, the number of elements of these weights in their stored form.
+
+    No device should gather all of an op's weights at once.
+    """
     model, layout = config.model, placement.layout
     heads = HeadSharding.of(layout, placement.mesh.shape, model.num_heads, model.num_kv_heads, model.head_dim)
     query, kv = heads.stored

@@ -36,7 +36,7 @@ class GenerateOptions:
     """end at the model's stop tokens"""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
     layout: str = "tsp"
-    """a preset, such as tsp, tp_sp or fsdp, or a row of your own, such as tsp(weights=data+tsp), as in training"""
+    """as in training: tsp, tp_sp, fsdp or another preset; or a layout of your own, such as tsp(weights=data+tsp)"""
     mesh: str = ""
     """mesh axis sizes, such as tsp=8; empty: all devices on the layout's own axes"""
     cpu_devices: int = 0

@@ -54,7 +54,7 @@ class Row:
     tokens_per_s: float | None = None
     """over all devices"""
     largest_seq_len: int | None = None
-    """longest sequence that fits with this batch, a multiple of 16384: closed form scaled to the compiled peak"""
+    """longest multiple of 16384 tokens that fits with this batch: closed form scaled to the compiled peak"""
     largest_batch: int | None = None
     """largest number of sequences per replica that fit at this length: closed form scaled to the compiled peak"""
     compile_s: float | None = None

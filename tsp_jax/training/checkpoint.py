@@ -33,7 +33,7 @@ CONTINUED = ("seed", "batch", "seq_len", "steps", "optimizer", "z_loss")
 """fields of Config that affect the losses of a resumed run; a field that differs from the checkpoint's is reported"""
 
 METRICS = "metrics.jsonl"
-"""name of the metrics file, and of a checkpoint's file with the lines that could not be written to the metrics file"""
+"""name of the metrics file; lines that could not be written to it are saved in a checkpoint under the same name"""
 SAVE_TIMEOUT_S = 1200
 """seconds after which a save in the background counts as failed"""
 
@@ -65,7 +65,7 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def steps_to_drop(steps: Iterable[int], newest: int, every: int) -> list[int]:
-    """Returns the steps to delete: all but the last `newest` steps and the multiples of `every` (0: no multiples)."""
+    """Returns the steps to delete. The last `newest` steps are kept, and so are multiples of `every` unless it is 0."""
     return [step for step in sorted(steps)[:-newest] if not (every and step % every == 0)]
 
 
@@ -154,7 +154,8 @@ class Checkpoints:
     def close(self, last: int = 0) -> None:
         """Waits for the current save and releases the thread.
 
-        `last` is the last step of the run. Raises RunStopped if it has no undamaged checkpoint (0: it needs none).
+        `last` is the last step of the run. Raises RunStopped if this step has no undamaged checkpoint. If `last` is 0,
+        no checkpoint is required.
         """
         self.wait()
         self._pool.shutdown()

@@ -36,9 +36,10 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Verifies part `part` of `parts` of a folder's files against its manifest, and that no file is missing or added.
+    """Verifies some of a folder's files against its manifest, and that no file is missing or added.
 
-    Returns the first damaged file and what is wrong with it, or None.
+    The files are divided into `parts` parts; the one with index `part` is verified. Returns the first damaged file and
+    what is wrong with it, or None.
     """
     try:
         listing = read_json(folder / MANIFEST, Manifest).sha256

@@ -1,8 +1,8 @@
 """Text or token files -> one file of token ids for each split, built once and then cached.
 
-Every file is a document. About one of every `HELD_OUT` files is held out. A hash of a file's path, relative to the part
-of the glob before the first wildcard, decides whether it is. So added files do not move other files to the other split.
-If the hash leaves a split empty, the last file is held out. If there is only one file, its last
+Every file is a document. About one of every `HELD_OUT` files is held out. Whether a file is held out depends on a hash
+of its path, relative to the part of the glob before the first wildcard. So added files do not move other files to the
+other split. If the hash leaves a split empty, the last file is held out. If there is only one file, its last
 ``max(1, tokens // HELD_OUT)`` tokens are held out.
 """
 

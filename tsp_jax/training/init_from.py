@@ -22,8 +22,9 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "voc
 
 
 def check_init_from(config: Config, placement: Placement) -> None:
-    """Raises ConfigError if `init_from` lacks weights of the configured model, or its tokens are not those of the data.
+    """Raises ConfigError if the folder `init_from` does not suit the configured model or the data.
 
+    The folder must have all weights of the configured model, and its model must use the same tokens as the data.
     Checks nothing if the run is resumed, since it then needs no initial weights.
     """
     if not config.init_from or saved_steps(Path(config.workdir) / "checkpoints"):

@@ -2,15 +2,15 @@
 
 A run that takes the directory makes a file ``lock.N`` with the next N; the lock with the largest N is in force. A lock
 names the host and process that hold it. Its modification time is renewed every `BEAT_S` seconds, and set to 0 when the
-run ends. A run that finds a lock takes over, with ``lock.(N + 1)``, if the holder has ended or is dead. Otherwise it is
-refused. It finds out as follows:
+run ends. A run that finds a lock takes over, with ``lock.(N + 1)``, if the holder has ended or is dead. Otherwise the
+new run is refused. It decides as follows whether a holder is dead:
 
 - A holder on this machine is dead if its process does not run. So a restart after kill -9 need not wait.
 - A holder on another machine is dead if no renewal of its lock is seen for `STALE_S` seconds: then the process, its
   container or its node has died. Clocks of two hosts are never compared.
 
-The file system only has to make O_EXCL atomic, which shared file systems do too: of several runs that make the same N,
-one succeeds, and a lock in force is never deleted or renamed. flock is not used: NFS and Lustre may keep it within one
+The file system only has to make O_EXCL atomic, and shared file systems do so too. Of several runs that make the same N,
+one succeeds. A lock in force is never deleted or renamed. flock is not used: NFS and Lustre may keep it within one
 host, refuse it, or leave a dead node's lock in force, so renewals would be needed all the same.
 """
 
@@ -48,7 +48,7 @@ class Owner(msgspec.Struct, frozen=True):
     host: str
     pid: Size
     machine: str
-    """boot id and process-id namespace; within them `pid` and `started` identify one process; empty: unknown"""
+    """boot id and process-id namespace, within which `pid` and `started` identify one process; empty if unknown"""
     started: str
     """when the process started, in clock ticks since the boot"""
     run: str = ""
@@ -150,7 +150,8 @@ class Lock:
     def _is_free(self, path: Path) -> bool:
         """Whether the holder of a lock has ended or is dead.
 
-        If it runs, `refusal` is set. If the result is False and `refusal` is empty, it is not known yet.
+        If the holder runs, returns False and sets `refusal`. If it is not yet known whether the holder runs, returns
+        False and leaves `refusal` empty.
         """
         owner, now = _read(path), time.monotonic()
         try:

@@ -25,7 +25,7 @@ NO_TOKEN = -1
 
 
 class KeyValues(NamedTuple):
-    """Keys and values: this device's shard of the cache, with all layers, or those of new tokens."""
+    """Keys and values: either those of new tokens, or this device's shard of the cache, with all layers."""
 
     k_LBKsH: jax.Array
     v_LBKsH: jax.Array
@@ -94,8 +94,8 @@ def _write(array_LBKsH: jax.Array, new_lBKtH: jax.Array, layer: jax.Array, entri
 def own_positions(positions_Bt: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Positions of the tokens that this rank keeps, `NO_TOKEN` for the others.
 
-    Every rank of `axes` has all tokens; rank n mod R keeps token n of a sequence. If the ranks' token counts
-    differ by at most one before, with the larger counts on earlier ranks, this still holds afterwards.
+    Every rank of `axes` has all tokens; rank n mod R keeps token n of a sequence. This keeps ranks balanced: if their
+    token counts differ by at most one, with the larger counts on earlier ranks, the same holds with the new tokens.
     """
     if not axes:
         return positions_Bt

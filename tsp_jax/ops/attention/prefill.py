@@ -51,8 +51,8 @@ def prefill_attention(
       (y [B, t, D] in x's dtype, the cache with the new tokens' keys and values).
 
     Moves: all-gathers of weights, (2 N + 2 K) H D (R - 1) / R elements, where R is the number of folded ranks;
-      all-gathers of keys and values, 2 B S K H (R - 1) / R elements, where R is the number of ranks of the sequence
-      and S entries are in use, one cache chunk of one bucket of KV heads at a time;
+      all-gathers of keys and values, each for one cache chunk of one bucket of KV heads, together
+      2 B S K H (R - 1) / R elements, where R is the number of ranks of the sequence and S the entries in use;
       over tensor axes an all-reduce of [B, t, D].
     Keeps: nothing. In memory at a time: queries of all heads, [B, t, N, H], and one gathered cache chunk.
     Source: arXiv 2604.26294; chunks over a sharded cache: Yang et al., arXiv 2411.01783 (pass-KV).

@@ -70,7 +70,7 @@ def weights_of_own_heads(weights: AttentionWeights, heads: ShardedHeads) -> Atte
 
 
 def _exchange_heads(w_wD: jax.Array, rows: HeadRows, head_numbers: list[list[int]], axes: AxisNames) -> jax.Array:
-    """[n H, D]: the rows of this rank's heads. Their numbers are this rank's row of `head_numbers` [R, n]."""
+    """[n H, D]: the rows of this rank's heads. `head_numbers` [R, n] lists the heads of every rank."""
     units_Ru, places_Rn = (jnp.asarray(f(head_numbers)) for f in (rows.units_of, rows.places_of))
     by_unit = w_wD.reshape(rows.units, rows.rows_of_unit, -1)
     received_RurD = lax.all_to_all(by_unit[units_Ru], axes, split_axis=0, concat_axis=0, tiled=True)

@@ -81,8 +81,9 @@ class TritonKernel(Kernel):
         """Gradients of `attend`; see `Kernel.attend_backward`.
 
         There are two kernels. One computes dq, by query tiles; the other computes dk and dv, by key tiles, summed over
-        the G query heads of a KV head. Both compute the scores (7 matrix products per pair of tiles, not 5). Neither
-        needs atomics or a float32 accumulator in memory.
+        the G query heads of a KV head. Both compute the scores and their gradients, so together they
+        need 7 matrix products per pair of tiles; one kernel would need 5. Neither needs atomics or a float32
+        accumulator in memory.
 
         Keeps: as `attend`, for both kernels.
         Source: Dao, arXiv 2307.08691, algorithm 2.

@@ -73,7 +73,10 @@ class Plan(NamedTuple):
 
 
 def span_of(programs: int, tiles: int) -> int:
-    """The smallest power of two that divides `tiles` and keeps visit lists short enough; if none does, the largest."""
+    """The smallest power of two that divides `tiles` and keeps visit lists short enough.
+
+    If none keeps them short enough, the largest power of two that divides `tiles`.
+    """
     span = 1
     while programs * tiles // span > MOST_ENTRIES and tiles % (2 * span) == 0:
         span *= 2

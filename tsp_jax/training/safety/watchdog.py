@@ -18,8 +18,8 @@ _STDERR = 2  # file descriptor; sys.stderr may have none
 class Watchdog:
     """Context manager: if `pet` is not called in time, prints the stack of every thread and exits with code 76.
 
-    Each process has its own watchdog, so processes that wait for one that hangs exit too. `deadline_s` is the time
-    allowed between two calls of `pet`; 0: no limit.
+    Each process has its own watchdog. So if one process hangs, those that wait for it exit too. `deadline_s` is the
+    time allowed between two calls of `pet`; 0: no limit.
     """
 
     def __init__(self, deadline_s: float):
@@ -41,7 +41,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def pet(self, what: str) -> None:
-        """Restarts the deadline; `what` was done last, for the message."""
+        """Restarts the deadline. `what` says what was done last; the message about a hang repeats it."""
         self._last, self._what = time.monotonic(), what
         if self.deadline_s:
             # from C, with exit code 1, in case something hangs while it holds Python's lock

@@ -178,7 +178,7 @@ def sequence_order(seq_len: int, shards: int, order: Order) -> np.ndarray:
     2 R - 1 - p, so that under a causal mask every rank attends to the same number of keys.
 
     Raises:
-      ConfigError: S is not a multiple of R (contiguous) or of 2 R (zigzag; one rank takes any S).
+      ConfigError: S is not a multiple of R (contiguous) or of 2 R (zigzag with R > 1).
     """
     multiple = _seq_len_multiple(shards, order)
     if seq_len % multiple:

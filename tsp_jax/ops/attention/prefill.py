@@ -50,10 +50,11 @@ def prefill_attention(
     Returns:
       (y [B, t, D] in x's dtype, the cache with the new tokens' keys and values).
 
-    Moves: all-gathers of weights, (2 N + 2 K) H D (R - 1) / R elements, where R is the number of folded ranks;
-      all-gathers of keys and values, each for one cache chunk of one bucket of KV heads, together
-      2 B S K H (R - 1) / R elements, where R is the number of ranks of the sequence and S the entries in use;
-      over tensor axes an all-reduce of [B, t, D].
+    Moves:
+      Weights: all-gathers of (2 N + 2 K) H D (F - 1) / F elements for F folded ranks.
+      Keys and values: one all-gather for each cache chunk of each bucket of KV heads. In total 2 B U K H (R - 1) / R
+      elements for U entries in use, those of all ranks.
+      Over tensor axes: an all-reduce of [B, t, D].
     Keeps: nothing. In memory at a time: queries of all heads, [B, t, N, H], and one gathered cache chunk.
     Source: arXiv 2604.26294; chunks over a sharded cache: Yang et al., arXiv 2411.01783 (pass-KV).
     """

@@ -22,7 +22,7 @@ from tsp_jax.ops.stream import zeros
 def block_size(length: int, target: int) -> int:
     """The divisor of `length` nearest to `target` by ratio, at most four times `target`.
 
-    Lengths without a divisor near it, large primes above all, get small and therefore slow blocks.
+    Lengths without a divisor near `target`, large primes above all, get small and therefore slow blocks.
     """
     divisors = [d for d in range(1, min(length, 4 * target) + 1) if length % d == 0]
     return min(divisors, key=lambda d: max(d / target, target / d))

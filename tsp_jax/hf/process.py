@@ -1,8 +1,8 @@
 """A child process, bounded in time and memory, that runs a folder's tokenizer and chat templates.
 
 A regular expression of tokenizer.json may backtrack for years, a normalizer or chat template may make a text of any
-size, and the package `tokenizers` aborts its process on some errors. Only a separate process, which the operating system ends
-at its limits, bounds all of these.
+size, and the package `tokenizers` aborts its process on some errors. Only a separate process bounds all of these: the
+operating system ends it at its limits.
 """
 
 import contextlib

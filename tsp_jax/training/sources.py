@@ -81,7 +81,7 @@ def reading(data: DataConfig, path: Path) -> Iterator[None]:
 
 
 def _match(pattern: str) -> set[Path]:
-    """The paths that match an absolute pattern, as in glob, except that ``**`` skips a folder that it reached before."""
+    """The paths that match an absolute pattern, as in glob, except that ``**`` searches no folder twice."""
     parts = pattern.split(os.sep)
     if "**" not in parts:
         return set(map(Path, glob.glob(pattern)))

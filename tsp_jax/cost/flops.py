@@ -19,10 +19,7 @@ def step_flops(config: Config, *, forward: bool = False) -> dict[str, float]:
     twice = 1 if config.remat in ("full", "offload") else 0  # see cost.traffic.attention_traffic
 
     def count(elements: float, forward_passes: int, backward_products: float) -> float:
-        """Operations of all products.
-
-        `elements`: elements of the weights; in attention, elements of keys and values per token.
-        """
+        """Operations of matrix products in which each token is multiplied with `elements` elements."""
         return 2 * tokens * elements * (1 if forward else forward_passes + backward_products)
 
     query, kv = (heads * model.head_dim * model.d_model for heads in (model.num_heads, model.num_kv_heads))

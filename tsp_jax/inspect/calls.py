@@ -51,7 +51,7 @@ def _calls(i: Instruction, operands: Sequence[ShapeTree]) -> Iterator[tuple[str,
 
 
 def _results(i: Instruction, operands: Sequence[ShapeTree]) -> Iterator[tuple[str, ShapeTree]]:
-    """(computation, shape that it must return) for each call whose result an instruction takes unchanged."""
+    """(called computation, shape that it must return), for each call whose result is the result of the instruction."""
     if i.base == "while":
         yield from ((name, shape) for name in i.called.get("body", ()) for shape in (i.shape, *operands[:1]))
     elif i.base == "conditional":

@@ -15,7 +15,7 @@ Trips: TypeAlias = float | Callable[[Instruction], float]
 """trip count where neither the text nor the program gives it: a number, or a function of the while instruction"""
 
 UNSCHEDULED = "is_scheduled=true, so the compiler has not finished with it; use the text of compiled.as_text()"
-"""what a text from before scheduling lacks"""
+"""end of the message "its text lacks ...", about programs that are not scheduled yet"""
 
 _COMPILER_COUNT = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
 _MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}

@@ -1,4 +1,4 @@
-"""Gated MLP, a row-wise op: each row of the three weights is one ffn column.
+"""Gated MLP, a row-wise op: each of the three weights has one row for each ffn column.
 
 Dims: B batch, t this device's tokens, D model, F ffn, f this device's columns, p columns of one bucket, R folded ranks,
 S tokens of all sequence ranks.

@@ -52,7 +52,7 @@ CASES = LAYOUT_CASES | {
 }
 
 
-LOOPS = ("while", "body", "closed_call", "checkpoint")
+LOOPS = ("while", "body", "closed_call", "eval_jaxpr", "checkpoint")
 """parts of a scope that do not say whether it is forward, repeated forward, or backward"""
 SEPARATE = {"xla_disable_hlo_passes": "cpu-all-reduce-combiner,cse"}
 """The CPU compiler merges sums of unlike origin; apart, each can be told by its scope. It also drops optimization

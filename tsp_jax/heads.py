@@ -10,7 +10,10 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from tsp_jax.layout import Layout, num_ranks
 
@@ -116,6 +119,27 @@ class HeadRows(NamedTuple):
     def parts(self) -> int:
         """Number of parts into which each rank's rows can be split such that gathering one part gives whole heads."""
         return self.num_heads // self.ranks if self.whole else self.units
+
+    def by_head(self, rows: jax.Array, axis: int) -> jax.Array:
+        """Reorders the gathered rows of any number of units: rank after rank -> head after head, without zeros."""
+        if self.in_order:
+            return rows
+        before, after = rows.shape[:axis], rows.shape[axis + 1 :]
+        by_rank = rows.reshape(*before, self.ranks, -1, self.rows_of_unit, *after)
+        by_unit = by_rank.swapaxes(axis, axis + 1).reshape(*before, by_rank.shape[axis + 1], -1, *after)
+        real = lax.slice_in_dim(by_unit, 0, self.unit * self.dim, axis=axis + 1)
+        return real.reshape(*before, -1, *after)
+
+    def by_rank(self, rows: jax.Array, axis: int) -> jax.Array:
+        """Transpose of `by_head`."""
+        if self.in_order:
+            return rows
+        before, after, unit_rows = rows.shape[:axis], rows.shape[axis + 1 :], self.unit * self.dim
+        real = rows.reshape(*before, -1, unit_rows, *after)
+        zero_rows = self.ranks * self.rows_of_unit - unit_rows
+        by_unit = jnp.pad(real, [(0, zero_rows if dim == axis + 1 else 0) for dim in range(real.ndim)])
+        by_unit = by_unit.reshape(*before, -1, self.ranks, self.rows_of_unit, *after)
+        return by_unit.swapaxes(axis, axis + 1).reshape(*before, -1, *after)
 
     def units_of(self, head_numbers: Sequence[Sequence[int]]) -> list[list[int]]:
         """[R, u]: for each rank, the units that contain the heads in the rank's row of `head_numbers`.

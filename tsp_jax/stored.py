@@ -49,20 +49,15 @@ class HeadPadding:
         by_head = self._by_head(rows, heads.num_kv_heads, heads.real_group)
         more = (heads.kv - heads.num_kv_heads, heads.group - heads.real_group if self.queries else 0)
         by_head = _pad_dims(by_head, (*more, 0, 0))
-        by_unit = by_head.reshape(*rows.shape[:-2], -1, stored.unit * heads.dim, rows.shape[-1])
-        by_unit = _pad_dims(by_unit, (stored.ranks * stored.rows_of_unit - stored.unit * heads.dim, 0))
-        by_rank = by_unit.reshape(*rows.shape[:-2], -1, stored.units, stored.ranks, stored.rows_of_unit, rows.shape[-1])
-        return by_rank.swapaxes(-4, -3).reshape(*rows.shape[:-2], -1, rows.shape[-1])
+        by_shard = by_head.reshape(*rows.shape[:-2], -1, stored.num_heads * heads.dim, rows.shape[-1])
+        return stored.by_rank(by_shard, rows.ndim - 1).reshape(*rows.shape[:-2], -1, rows.shape[-1])
 
     def unpad(self, rows: jax.Array) -> jax.Array:
         """[..., stored rows, D] -> [..., logical rows, D]."""
         heads, stored = self.sharding.heads, self._rows
-        by_rank = rows.reshape(*rows.shape[:-2], -1, stored.ranks, stored.units, stored.rows_of_unit, rows.shape[-1])
-        by_unit = by_rank.swapaxes(-4, -3)
-        by_unit = by_unit.reshape(*rows.shape[:-2], -1, stored.ranks * stored.rows_of_unit, rows.shape[-1])
-        by_unit = by_unit[..., : stored.unit * heads.dim, :]
-        by_head = self._by_head(by_unit.reshape(*rows.shape[:-2], -1, rows.shape[-1]), heads.kv, heads.group)
-        by_head = by_head[..., : heads.num_kv_heads, : heads.real_group, :, :]
+        by_shard = rows.reshape(*rows.shape[:-2], -1, stored.stored, rows.shape[-1])
+        by_head = stored.by_head(by_shard, rows.ndim - 1).reshape(*rows.shape[:-2], -1, rows.shape[-1])
+        by_head = self._by_head(by_head, heads.kv, heads.group)[..., : heads.num_kv_heads, : heads.real_group, :, :]
         return by_head.reshape(*rows.shape[:-2], -1, rows.shape[-1])
 
 
@@ -106,8 +101,7 @@ class RowPadding:
 
     def pad(self, rows: jax.Array) -> jax.Array:
         """[..., logical rows, D] -> [..., stored rows, D]."""
-        widths = [(0, 0)] * (rows.ndim - 2) + [(0, self.stored - self.rows), (0, 0)]
-        return jnp.pad(rows, widths) if self.padded else rows
+        return _pad_dims(rows, (self.stored - self.rows, 0)) if self.padded else rows
 
     def unpad(self, rows: jax.Array) -> jax.Array:
         """[..., stored rows, D] -> [..., logical rows, D]."""

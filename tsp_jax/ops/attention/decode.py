@@ -148,7 +148,7 @@ def _merge_ranks(out_bNH, lse_bN, heads: ShardedHeads) -> jax.Array:
             weight_bN = jnp.exp(lse_bN - jax.nn.logsumexp(lse_RbN, axis=0))
             out_bNH = out_bNH * weight_bN[..., None]
         out_BNH = _among_all_sequences(out_bNH, axes)
-        out_Bw = heads.queries.by_rank(out_BNH.reshape(out_BNH.shape[0], -1), axis=1)
+        out_Bw = heads.queries.rows.by_rank(out_BNH.reshape(out_BNH.shape[0], -1), axis=1)
         if axes.folded:
             out_Bw = lax.psum_scatter(out_Bw, axes.folded, scatter_dimension=1, tiled=True)
         if axes.unfolded_sequence:

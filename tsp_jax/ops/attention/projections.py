@@ -179,7 +179,7 @@ def _out_forward(out_BtNH, wo_wD, heads: ShardedHeads):
     queries = heads.queries
 
     def body(y_BtD, bucket: Bucket):
-        w_pD = queries.by_head(bucket.arrays[0])
+        w_pD = queries.rows.by_head(bucket.arrays[0], 0)
 
         def chunk(y_BcD, out_Bcp):
             return y_BcD + matmul(out_Bcp, w_pD), (), ()
@@ -198,7 +198,7 @@ def _out_backward(heads: ShardedHeads, residuals, dy_BtD):
     queries, dtype = heads.queries, out_BtNH.dtype
 
     def body(dout_BtNH, bucket: Bucket):
-        w_pD = queries.by_head(bucket.arrays[0])
+        w_pD = queries.rows.by_head(bucket.arrays[0], 0)
 
         def chunk(_, read):
             out_Bcp, dy_BcD = read
@@ -206,7 +206,7 @@ def _out_backward(heads: ShardedHeads, residuals, dy_BtD):
 
         read = queries.take(out_BtNH, bucket), dy_BtD
         _, dout_Btp, grad_pD = over_chunks(chunk, (), read, chunk_tokens=queries.stream.chunk(bucket.num_rows))
-        return queries.put(dout_BtNH, bucket, dout_Btp), (queries.by_rank(grad_pD),), None
+        return queries.put(dout_BtNH, bucket, dout_Btp), (queries.rows.by_rank(grad_pD, 0),), None
 
     dout_BtNH = zeros(out_BtNH.shape, dtype, like=dy_BtD)
     with jax.named_scope("out"):

@@ -7,7 +7,6 @@ device's rows of a weight, R ranks that share the rows of some heads, m heads of
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.config import RopeScaling
@@ -102,27 +101,6 @@ class HeadStream(NamedTuple):
         start = (0, 0, bucket.first_rank // bucket.num_ranks, 0, bucket.index_in_shard, 0, 0)
         return lax.dynamic_update_slice(by_bucket, new, start).reshape(heads_BtNH.shape)
 
-    def by_head(self, rows: jax.Array, axis: int = 0) -> jax.Array:
-        """Reorders gathered rows of a bucket: rank after rank -> head after head, p rows, without padding."""
-        if self.rows.in_order:
-            return rows
-        before, after = rows.shape[:axis], rows.shape[axis + 1 :]
-        by_rank = rows.reshape(*before, self.rows.ranks, -1, self.rows.rows_of_unit, *after)
-        by_unit = by_rank.swapaxes(axis, axis + 1).reshape(*before, by_rank.shape[axis + 1], -1, *after)
-        real = lax.slice_in_dim(by_unit, 0, self.rows.unit * self.rows.dim, axis=axis + 1)
-        return real.reshape(*before, -1, *after)
-
-    def by_rank(self, rows_p: jax.Array, axis: int = 0) -> jax.Array:
-        """Transpose of `by_head`."""
-        if self.rows.in_order:
-            return rows_p
-        before, after, unit_rows = rows_p.shape[:axis], rows_p.shape[axis + 1 :], self.rows.unit * self.rows.dim
-        real = rows_p.reshape(*before, -1, unit_rows, *after)
-        zero_rows = self.rows.ranks * self.rows.rows_of_unit - unit_rows
-        by_unit = jnp.pad(real, [(0, zero_rows if dim == axis + 1 else 0) for dim in range(real.ndim)])
-        by_unit = by_unit.reshape(*before, -1, self.rows.ranks, self.rows.rows_of_unit, *after)
-        return by_unit.swapaxes(axis, axis + 1).reshape(*before, -1, *after)
-
 
 class ShardedHeads(NamedTuple):
     """How the heads of an attention op are sharded and streamed; shared by all its parts. Hashable."""
@@ -165,7 +143,7 @@ class ShardedHeads(NamedTuple):
 
     def select_rows(self, weights: HeadStream, rows: jax.Array, axis: int = 0) -> jax.Array:
         """The rows of a gathered bucket of `weights` that this tensor shard uses, head after head."""
-        rows = weights.by_head(rows, axis)
+        rows = weights.rows.by_head(rows, axis)
         if weights.axes == self.axes.folded:
             return rows
         return lax.dynamic_slice_in_dim(rows, self.first_kv_row(), self.config.head_dim, axis)
@@ -175,7 +153,7 @@ class ShardedHeads(NamedTuple):
         if weights.axes != self.axes.folded:
             full = zeros((self.config.heads.kv * self.config.head_dim, dw_pD.shape[-1]), dw_pD.dtype, like=dw_pD)
             dw_pD = lax.dynamic_update_slice_in_dim(full, dw_pD, self.first_kv_row(), axis=0)
-        return weights.by_rank(dw_pD)
+        return weights.rows.by_rank(dw_pD, 0)
 
 
 def _size(axes: tuple[str, ...]) -> int:

@@ -68,7 +68,7 @@ def attention(
       Streamed weights: forward all-gathers of (2 N + 2 K) H D elements of weights and 2 B S K H of keys and values;
       backward the same again (plus what remat repeats of forward), and reduce-scatters of as many gradients.
       Stationary weights: forward 2 B S D elements (all-gather of x, reduce-scatter of y), backward 3 B S D (x, dy, dx);
-      keys and values only over sequence axes that are not folded.
+      keys and values only over sequence axes that are not folded; weights only as `weights_of_own_heads` says.
       Both: all-gathers of 8 B S bytes of positions and segments; over tensor axes, an all-reduce of [B, t, D] forward
       and one backward.
     Keeps: its inputs; queries, keys, values and outputs of this device's tokens; log-sum-exps of the outputs.

@@ -13,7 +13,7 @@ import numpy as np
 from tests.builders.arrays import normal, packed_batch
 from tsp_jax.ops import reference
 from tsp_jax.ops.kernels import Kernel, delta
-from tsp_jax.ops.kernels.mask import MASKED, Tokens
+from tsp_jax.ops.kernels.mask import MASKED, Scores, Tokens
 from tsp_jax.training.data import sequence_order
 
 S, H = 48, 10
@@ -63,28 +63,45 @@ def random_tokens(seed: int, num_segments: int, batch: int) -> tuple[Tokens, Tok
     return tokens(), tokens()
 
 
-def allowed_pairs(queries: Tokens, keys: Tokens) -> np.ndarray:
+RULES = {
+    "causal": Scores(),
+    "window": Scores(window=9),
+    "one key": Scores(window=1),
+    "softcap": Scores(softcap=1.5),
+    "scale": Scores(scale=0.7),
+    "encoder": Scores(causal=False),
+    "window of an encoder": Scores(causal=False, window=5),
+    "all": Scores(window=11, softcap=2.0, scale=0.5),
+}
+
+
+def allowed_pairs(queries: Tokens, keys: Tokens, scores: Scores = Scores()) -> np.ndarray:
     """[B, T, S] bool: which pairs may attend, written apart from the kernels' own rule."""
-    later = keys.positions[:, None] > queries.positions[:, :, None]
-    foreign = keys.segments[:, None] != queries.segments[:, :, None]
-    return ~(later | foreign)
+    before = queries.positions[:, :, None] - keys.positions[:, None]
+    forbidden = keys.segments[:, None] != queries.segments[:, :, None]
+    if scores.causal:
+        forbidden |= before < 0
+    if scores.window is not None:
+        forbidden |= abs(before) >= scores.window
+    return ~forbidden
 
 
-def run(kernel: Kernel, q, k, v, dout, queries, keys):
+def run(kernel: Kernel, q, k, v, dout, queries, keys, scores=Scores()):
     """(out, lse, (dq, dk, dv))"""
-    out, lse = kernel.attend(q, k, v, queries, keys)
-    return out, lse, kernel.attend_backward(q, k, v, queries, keys, delta(out, dout), lse, dout)
+    out, lse = kernel.attend(q, k, v, queries, keys, scores)
+    return out, lse, kernel.attend_backward(q, k, v, queries, keys, delta(out, dout), lse, dout, scores)
 
 
-jitted_run = functools.partial(jax.jit, static_argnums=0)(run)
+jitted_run = functools.partial(jax.jit, static_argnums=(0, 7))(run)
 
 
-@jax.jit
-def run_reference(q, k, v, dout, queries, keys):
+@functools.partial(jax.jit, static_argnums=6)
+def run_reference(q, k, v, dout, queries, keys, scores=Scores()):
     """`run` by the plain mathematics; every query must have a key."""
 
     def f(q, k, v):
-        return reference.softmax_attention(q, k, v, queries.positions, keys.positions, queries.segments, keys.segments)
+        tokens = queries.positions, keys.positions, queries.segments, keys.segments
+        return reference.softmax_attention(q, k, v, *tokens, **scores._asdict())
 
     (out, lse), vjp = jax.vjp(f, q, k, v)
     return out, lse, vjp((dout, jnp.zeros_like(lse)))

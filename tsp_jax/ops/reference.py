@@ -19,28 +19,47 @@ def mlp(x_BTD, w_gate_FD, w_up_FD, w_down_FD, activation="silu"):
     return (ACTIVATIONS[activation](x_BTD @ w_gate_FD.T) * (x_BTD @ w_up_FD.T)) @ w_down_FD
 
 
-def softmax_attention(q_BTKGH, k_BSKH, v_BSKH, q_positions, k_positions, q_segments, k_segments):
-    """(out, lse) from the full matrix of scores."""
-    s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH) / jnp.sqrt(jnp.float32(q_BTKGH.shape[-1]))
-    causal_BTS = k_positions[:, None, :] <= q_positions[:, :, None]
-    allowed_BTS = causal_BTS & (k_segments[:, None, :] == q_segments[:, :, None])
+def softmax_attention(
+    q_BTKGH, k_BSKH, v_BSKH, q_positions, k_positions, q_segments, k_segments,
+    *, causal=True, window=None, softcap=None, scale=None, sinks_KG=None,
+):  # fmt: skip
+    """(out, lse) from the full matrix of scores; a sink is one more score of each head, without a value."""
+    scale = 1 / jnp.sqrt(jnp.float32(q_BTKGH.shape[-1])) if scale is None else scale
+    s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH) * scale
+    if softcap is not None:
+        s_BKGTS = softcap * jnp.tanh(s_BKGTS / softcap)
+    before_BTS = q_positions[:, :, None] - k_positions[:, None, :]
+    allowed_BTS = k_segments[:, None, :] == q_segments[:, :, None]
+    if causal:
+        allowed_BTS &= before_BTS >= 0
+    if window is not None:
+        allowed_BTS &= jnp.abs(before_BTS) < window
     s_BKGTS = jnp.where(allowed_BTS[:, None, None], s_BKGTS, -jnp.inf)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", jax.nn.softmax(s_BKGTS, axis=-1), v_BSKH)
+    if sinks_KG is not None:
+        sink_BKGT1 = jnp.broadcast_to(sinks_KG[None, :, :, None, None], (*s_BKGTS.shape[:-1], 1))
+        s_BKGTS = jnp.concatenate([s_BKGTS, sink_BKGT1], axis=-1)
+    weights_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1)[..., : k_BSKH.shape[1]]
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
     return out, jnp.moveaxis(jax.nn.logsumexp(s_BKGTS, axis=-1), 3, 1)
 
 
 def attention(
     x_BTD, wq_NHD, wk_KHD, wv_KHD, wo_NHD, positions, segments,
-    *, head_dim, theta, scaling=NO_SCALING, norms=None, eps=1e-6,
+    *, head_dim, theta, scaling=NO_SCALING, norms=None, eps=1e-6, sinks_N=None, **scores,
 ):  # fmt: skip
-    """Causal self-attention within segments; `norms`: q/k RMSNorm scales or None; `scaling`: RoPE scaling."""
+    """Self-attention within segments; `norms`: q/k RMSNorm scales or None; `scaling`: RoPE scaling.
+
+    `scores`: causal, window, softcap and scale, as `softmax_attention` takes them.
+    """
     B, T, _ = x_BTD.shape
     q, k, v = ((x_BTD @ w.T).reshape(B, T, -1, head_dim) for w in (wq_NHD, wk_KHD, wv_KHD))
     if norms is not None:
         q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
     q, k = rope(q, positions, theta, scaling), rope(k, positions, theta, scaling)
     q_BTKGH = q.reshape(B, T, k.shape[2], -1, head_dim)
-    out, _ = softmax_attention(q_BTKGH, k, v, positions, positions, segments, segments)
+    sinks_KG = None if sinks_N is None else sinks_N.reshape(q_BTKGH.shape[2:4])
+    tokens = positions, positions, segments, segments
+    out, _ = softmax_attention(q_BTKGH, k, v, *tokens, sinks_KG=sinks_KG, **scores)
     return out.reshape(B, T, -1) @ wo_NHD
 
 

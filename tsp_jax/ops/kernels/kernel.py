@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from tsp_jax.ops.kernels.mask import Tokens
+from tsp_jax.ops.kernels.mask import Scores, Tokens
 
 _KINDS = {
     "AMD Instinct MI300": "gfx942", "AMD Instinct MI325": "gfx942", "gfx942": "gfx942",
@@ -36,15 +36,15 @@ def arch_of(mesh: Mesh | AbstractMesh) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel(abc.ABC):
-    """Causal attention within segments on one device, and its gradients. Hashable: a static argument of jitted code."""
+    """Attention within segments on one device, and its gradients. Hashable: a static argument of jitted code."""
 
     @classmethod
     @abc.abstractmethod
     def for_arch(cls, arch: str) -> Self:
         """The kernel with the block sizes of an architecture; see `arch_of`."""
 
-    def unsupported(self, head_dim: int, dtype: Any) -> str:
-        """Why the kernel cannot run with these heads on its architecture; empty if it can."""
+    def unsupported(self, head_dim: int, dtype: Any, scores: Scores = Scores()) -> str:
+        """Why the kernel cannot run with these heads and scores on its architecture; empty if it can."""
         return ""
 
     def within(self, tokens: int) -> Self:
@@ -53,17 +53,19 @@ class Kernel(abc.ABC):
 
     @abc.abstractmethod
     def attend(
-        self, q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries: Tokens, keys: Tokens
-    ) -> tuple[jax.Array, jax.Array]:
-        """Causal attention within segments (`mask.may_attend`).
+        self, q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries: Tokens, keys: Tokens,
+        scores: Scores = Scores(),
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+        """Attention within segments.
 
-        ``out = softmax(mask(q k^T / sqrt(H))) v``, ``lse = logsumexp(mask(q k^T / sqrt(H)))``
+        ``s = mask(cap(scale q k^T))``, ``out = softmax(s) v``, ``lse = logsumexp(s)``; the mask is `mask.may_attend`.
 
         Args:
           q_BTKGH: queries, grouped by KV head, in the compute dtype.
           k_BSKH, v_BSKH: keys and values, in the compute dtype.
           queries: positions and segments of the T query tokens.
           keys: positions and segments of the S key tokens, in any order.
+          scores: scale, soft cap, causality and window; static.
 
         Returns:
           (out [B, T, K, G, H] in q's dtype, lse [B, T, K, G] float32). For a query without keys, out is 0 and lse is
@@ -73,15 +75,18 @@ class Kernel(abc.ABC):
     @abc.abstractmethod
     def attend_backward(
         self, q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries: Tokens, keys: Tokens,
-        delta_BTKG: jax.Array, lse_BTKG: jax.Array, dout_BTKGH: jax.Array,
+        delta_BTKG: jax.Array, lse_BTKG: jax.Array, dout_BTKGH: jax.Array, scores: Scores = Scores(),
     ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
         """Gradients of `attend`, accumulated in float32.
 
-        ``p = exp(q k^T / sqrt(H) - lse)``, ``ds = p (dout v^T - delta) / sqrt(H)``;
-        ``dq = ds k``, ``dk = ds^T q``, ``dv = p^T dout``
+        ``p = exp(s - lse)``, ``ds = scale p (dout v^T - delta) (1 - (s / softcap)^2)``, without the last factor if
+        there is no soft cap; ``dq = ds k``, ``dk = ds^T q``, ``dv = p^T dout``
+
+        The keys may be a part of those that the queries attend to, as long as lse and delta are those of all keys: the
+        gradients of the parts add up.
 
         Args:
-          q_BTKGH, k_BSKH, v_BSKH, queries, keys: as in `attend`.
+          q_BTKGH, k_BSKH, v_BSKH, queries, keys, scores: as in `attend`.
           delta_BTKG: float32, from `delta`.
           lse_BTKG: float32, from `attend`.
           dout_BTKGH: cotangent of out, in the compute dtype.

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from tsp_jax.ops.kernels.kernel import Kernel
-from tsp_jax.ops.kernels.mask import MASKED, Tokens, may_attend
+from tsp_jax.ops.kernels.mask import MASKED, Scores, Tokens, may_attend
 from tsp_jax.ops.kernels.tiles import TILES, Tile, Tiles, find_tiles, padded_head_dim
 from tsp_jax.ops.kernels.visits import Plan, Visits
 
@@ -41,7 +41,7 @@ class TritonKernel(Kernel):
     def for_arch(cls, arch: str) -> Self:
         return cls(arch)
 
-    def unsupported(self, head_dim: int, dtype: Any) -> str:
+    def unsupported(self, head_dim: int, dtype: Any, scores: Scores = Scores()) -> str:
         dtype = jnp.dtype(dtype)
         if dtype in (jnp.bfloat16, jnp.float32) and find_tiles(self.arch, head_dim, dtype):
             return ""
@@ -56,8 +56,8 @@ class TritonKernel(Kernel):
             raise ValueError(self.unsupported(q_BTKGH.shape[-1], q_BTKGH.dtype))
         return tiles
 
-    def attend(self, q_BTKGH, k_BSKH, v_BSKH, queries, keys):
-        """Causal attention within segments; see `Kernel.attend`.
+    def attend(self, q_BTKGH, k_BSKH, v_BSKH, queries, keys, scores=Scores()):
+        """Attention within segments; see `Kernel.attend`.
 
         Keeps: visit lists, int32 [B, T/Q, S/C] or smaller (`visits.MOST_ENTRIES`). Where Q does not divide T, C does
           not divide S, or H is no power of two, also padded copies of the arrays.
@@ -66,18 +66,20 @@ class TritonKernel(Kernel):
         Source: Dao, arXiv 2307.08691 (FlashAttention-2).
         """
         tile = self._tiles(q_BTKGH).forward
-        plan = Plan.of(queries, keys, tile, by_key=False)
+        plan = Plan.of(queries, keys, tile, by_key=False, scores=scores)
         q, k, v = _pad(q_BTKGH, tile.query), _pad(k_BSKH, tile.key), _pad(v_BSKH, tile.key)
         batch, length, kv_heads, group, _ = q.shape
         out, lse_BKGT = _call(
-            functools.partial(_forward_kernel, tile=tile, scale=q_BTKGH.shape[-1] ** -0.5), plan, self.arch,
+            functools.partial(_forward_kernel, tile=tile, scores=_with_scale(scores, q_BTKGH)), plan, self.arch,
             products=("attention_forward", 2),
             inputs=[("BTKGH", q), ("BSKH", k), ("BSKH", v)],
             outputs=[("BTKGH", q), ("BKGT", jax.ShapeDtypeStruct((batch, kv_heads, group, length), jnp.float32))],
         )  # fmt: skip
         return _crop(out, q_BTKGH), lse_BKGT.transpose(0, 3, 1, 2)[:, : q_BTKGH.shape[1]]
 
-    def attend_backward(self, q_BTKGH, k_BSKH, v_BSKH, queries, keys, delta_BTKG, lse_BTKG, dout_BTKGH):
+    def attend_backward(
+        self, q_BTKGH, k_BSKH, v_BSKH, queries, keys, delta_BTKG, lse_BTKG, dout_BTKGH, scores=Scores()
+    ):
         """Gradients of `attend`; see `Kernel.attend_backward`.
 
         There are two kernels. One computes dq, by query tiles; the other computes dk and dv, by key tiles, summed over
@@ -98,8 +100,8 @@ class TritonKernel(Kernel):
                 _pad(x[..., None], tile.query, 1)[..., 0].transpose(0, 2, 3, 1) for x in (lse_BTKG, delta_BTKG)
             )
             return _call(
-                functools.partial(kernel, tile=tile, scale=q_BTKGH.shape[-1] ** -0.5),
-                Plan.of(queries, keys, tile, by_key), self.arch,
+                functools.partial(kernel, tile=tile, scores=_with_scale(scores, q_BTKGH)),
+                Plan.of(queries, keys, tile, by_key, scores), self.arch,
                 products=("attention_backward", products),
                 inputs=[("BTKGH", q), ("BSKH", k), ("BSKH", v), ("BTKGH", dout), ("BKGT", lse), ("BKGT", delta)],
                 outputs=[(dims, {"BTKGH": q, "BSKH": k}[dims]) for dims in outputs],
@@ -118,6 +120,11 @@ def _pad(x: jax.Array, tile: int, size: int | None = None) -> jax.Array:
     widths = [(0, 0)] * x.ndim
     widths[1], widths[-1] = (0, -x.shape[1] % tile), (0, (size or padded_head_dim(x.shape[-1])) - x.shape[-1])
     return jnp.pad(x, widths)
+
+
+def _with_scale(scores: Scores, q_BTKGH: jax.Array) -> Scores:
+    """Scores with an explicit scale: inside the kernels, heads are padded."""
+    return scores._replace(scale=scores.scale_of(q_BTKGH.shape[-1]))
 
 
 def _crop(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -170,6 +177,18 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
+def _scores(product: jax.Array, scores: Scores) -> jax.Array:
+    """Scores in units of log 2, from products of queries and keys."""
+    if scores.softcap is None:
+        return product * (scores.scale * LOG2_E)
+    return scores.cap(product * scores.scale) * LOG2_E
+
+
+def _score_grads(grads: jax.Array, scores_in_log2: jax.Array, scores: Scores) -> jax.Array:
+    """Gradients of scaled products, from those of the scores."""
+    return grads if scores.softcap is None else scores.uncap_grad(grads, scores_in_log2 * (1 / LOG2_E))
+
+
 def _rows(tokens: Tokens, rows: Any, dim: int) -> Tokens:
     """Some tokens, with a dim of size 1 inserted so that they broadcast over a tile of scores."""
     return Tokens(*(jnp.expand_dims(ref[rows], dim) for ref in tokens))
@@ -190,7 +209,7 @@ def _visit(visits: Visits, span: int, tile, step: Callable, carry: Any) -> Any:
 
 
 def _forward_kernel(
-    visits, queries, keys, q_ref, k_ref, v_ref, out_ref, lse_ref, *, tile: Tile, scale: float, span: int
+    visits, queries, keys, q_ref, k_ref, v_ref, out_ref, lse_ref, *, tile: Tile, scores: Scores, span: int
 ):
     """out and lse of a query tile. Online softmax uses exp2 (one instruction), and divides by the sum at the end."""
     i = visits.programs[pl.program_id(0)]
@@ -201,9 +220,9 @@ def _forward_kernel(
         acc_QH, top_Q, sum_Q = carry
         rows = pl.ds(j * tile.key, tile.key)
         k_CH, v_CH = k_ref[rows, :], v_ref[rows, :]
-        s_QC = _dot(q_QH, k_CH.T) * (scale * LOG2_E)
+        s_QC = _scores(_dot(q_QH, k_CH.T), scores)
         if masked:
-            s_QC = jnp.where(may_attend(q_tokens, _rows(keys, rows, 0)), s_QC, MASKED)
+            s_QC = jnp.where(may_attend(q_tokens, _rows(keys, rows, 0), scores), s_QC, MASKED)
         new_Q = jnp.maximum(top_Q, s_QC.max(axis=1))
         p_QC = jnp.exp2(s_QC - new_Q[:, None])
         decay_Q = jnp.exp2(top_Q - new_Q)
@@ -219,7 +238,7 @@ def _forward_kernel(
 
 
 def _dq_kernel(
-    visits, queries, keys, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, *, tile: Tile, scale: float,
+    visits, queries, keys, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, *, tile: Tile, scores: Scores,
     span: int,
 ):  # fmt: skip
     """dq of a query tile."""
@@ -231,19 +250,20 @@ def _dq_kernel(
     def step(j, dq_QH, masked: bool):
         rows = pl.ds(j * tile.key, tile.key)
         k_CH, v_CH = k_ref[rows, :], v_ref[rows, :]
-        p_QC = jnp.exp2(_dot(q_QH, k_CH.T) * (scale * LOG2_E) - lse_Q1)
+        s_QC = _scores(_dot(q_QH, k_CH.T), scores)
+        p_QC = jnp.exp2(s_QC - lse_Q1)
         if masked:
-            p_QC = jnp.where(may_attend(q_tokens, _rows(keys, rows, 0)), p_QC, 0.0)
-        ds_QC = p_QC * (_dot(dout_QH, v_CH.T) - delta_Q1)
+            p_QC = jnp.where(may_attend(q_tokens, _rows(keys, rows, 0), scores), p_QC, 0.0)
+        ds_QC = _score_grads(p_QC * (_dot(dout_QH, v_CH.T) - delta_Q1), s_QC, scores)
         return dq_QH + _dot(ds_QC.astype(k_CH.dtype), k_CH)
 
     dq_QH = _visit(visits, span, i, step, jnp.zeros(q_QH.shape, jnp.float32))
-    dq_ref[rows, :] = (dq_QH * scale).astype(dq_ref.dtype)
+    dq_ref[rows, :] = (dq_QH * scores.scale).astype(dq_ref.dtype)
 
 
 def _dkv_kernel(
     visits, queries, keys, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref, *, tile: Tile,
-    scale: float, span: int,
+    scores: Scores, span: int,
 ):  # fmt: skip
     """dk and dv of a key tile. Scores are transposed, so that no product transposes an array in registers."""
     j = visits.programs[pl.program_id(0)]
@@ -255,11 +275,12 @@ def _dkv_kernel(
         rows = pl.ds(i * tile.query, tile.query)
         q_QH, dout_QH = q_ref[rows, head, :], dout_ref[rows, head, :]
         lse_1Q, delta_1Q = lse_ref[head, rows][None, :], delta_ref[head, rows][None, :]
-        p_CQ = jnp.exp2(_dot(k_CH, q_QH.T) * (scale * LOG2_E) - lse_1Q)
+        s_CQ = _scores(_dot(k_CH, q_QH.T), scores)
+        p_CQ = jnp.exp2(s_CQ - lse_1Q)
         if masked:
-            p_CQ = jnp.where(may_attend(_rows(queries, rows, 0), k_tokens), p_CQ, 0.0)
+            p_CQ = jnp.where(may_attend(_rows(queries, rows, 0), k_tokens, scores), p_CQ, 0.0)
         dv_CH += _dot(p_CQ.astype(dout_QH.dtype), dout_QH)
-        ds_CQ = p_CQ * (_dot(v_CH, dout_QH.T) - delta_1Q)
+        ds_CQ = _score_grads(p_CQ * (_dot(v_CH, dout_QH.T) - delta_1Q), s_CQ, scores)
         return dk_CH + _dot(ds_CQ.astype(q_QH.dtype), q_QH), dv_CH
 
     def head(index, carry):
@@ -267,5 +288,5 @@ def _dkv_kernel(
 
     zero = jnp.zeros(k_CH.shape, jnp.float32)
     dk_CH, dv_CH = lax.fori_loop(0, q_ref.shape[1], head, (zero, zero))
-    dk_ref[cols, :] = (dk_CH * scale).astype(dk_ref.dtype)
+    dk_ref[cols, :] = (dk_CH * scores.scale).astype(dk_ref.dtype)
     dv_ref[cols, :] = dv_CH.astype(dv_ref.dtype)

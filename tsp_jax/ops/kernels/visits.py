@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from tsp_jax.ops.kernels.mask import LATEST, Tokens, mean_visits, tiles_to_visit
+from tsp_jax.ops.kernels.mask import LATEST, Scores, Tokens, mean_visits, tiles_to_visit
 from tsp_jax.ops.kernels.tiles import Tile
 
 MOST_ENTRIES = 1 << 22
@@ -42,33 +42,34 @@ class Plan(NamedTuple):
     """whether a program has a key tile and visits query tiles; else it is the other way round"""
     span: int
     """tiles that one list entry covers"""
+    scores: Scores
 
     @classmethod
-    def of(cls, queries: Tokens, keys: Tokens, tile: Tile, by_key: bool) -> "Plan":
+    def of(cls, queries: Tokens, keys: Tokens, tile: Tile, by_key: bool, scores: Scores = Scores()) -> "Plan":
         """The plan for queries [B, T] and keys [B, S], padded to whole tiles."""
         queries, keys = _pad_tokens(queries, tile.query, -LATEST), _pad_tokens(keys, tile.key, LATEST)
         num_q, num_k = queries.positions.shape[1] // tile.query, keys.positions.shape[1] // tile.key
         if by_key:
             span = span_of(num_k, num_q)
-            both = tiles_to_visit(queries, keys, tile.query * span, tile.key)
+            both = tiles_to_visit(queries, keys, tile.query * span, tile.key, scores)
             visit_Bnm, unmasked_Bnm = (x.swapaxes(1, 2) for x in both)
         else:
             span = span_of(num_q, num_k)
-            visit_Bnm, unmasked_Bnm = tiles_to_visit(queries, keys, tile.query, tile.key * span)
+            visit_Bnm, unmasked_Bnm = tiles_to_visit(queries, keys, tile.query, tile.key * span, scores)
         num = visit_Bnm.shape[-1]
         rank = 2 - visit_Bnm.astype(jnp.int32) - unmasked_Bnm.astype(jnp.int32)
         order = jnp.sort(rank * num + lax.broadcasted_iota(jnp.int32, rank.shape, 2), axis=-1) % num
         unmasked, visited = (span * x.sum(axis=-1, dtype=jnp.int32) for x in (unmasked_Bnm, visit_Bnm))
         programs = jnp.argsort(-visited, axis=-1, stable=True).astype(jnp.int32)
-        return cls(Visits(programs, order, unmasked, visited), queries, keys, tile, by_key, span)
+        return cls(Visits(programs, order, unmasked, visited), queries, keys, tile, by_key, span, scores)
 
     def mean_pairs(self) -> float:
         """Mean number of pairs of tiles that all programs of a head visit together; see `mean_visits`."""
         lengths = self.queries.positions.shape[1], self.keys.positions.shape[1]
         if self.by_key:
-            _, visits = mean_visits(*lengths, self.tile.query * self.span, self.tile.key)
+            _, visits = mean_visits(*lengths, self.tile.query * self.span, self.tile.key, self.scores)
             return lengths[1] // self.tile.key * visits * self.span
-        visits, _ = mean_visits(*lengths, self.tile.query, self.tile.key * self.span)
+        visits, _ = mean_visits(*lengths, self.tile.query, self.tile.key * self.span, self.scores)
         return lengths[0] // self.tile.query * visits * self.span
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.ops.kernels.kernel import Kernel
-from tsp_jax.ops.kernels.mask import MASKED, Tokens, may_attend, mean_visits, tiles_to_visit
+from tsp_jax.ops.kernels.mask import MASKED, Scores, Tokens, may_attend, mean_visits, tiles_to_visit
 from tsp_jax.ops.stream import zeros
 
 
@@ -47,13 +47,13 @@ class XlaKernel(Kernel):
         chunk = max(1, tokens // 2)
         return type(self)(block_size(chunk, self.query_block), block_size(chunk, self.key_block))
 
-    def attend(self, q_BTKGH, k_BSKH, v_BSKH, queries, keys):
-        """Causal attention within segments; see `Kernel.attend`.
+    def attend(self, q_BTKGH, k_BSKH, v_BSKH, queries, keys, scores=Scores()):
+        """Attention within segments; see `Kernel.attend`.
 
         Keeps: the scores of one pair of blocks at a time; only the table of T/Q x S/C pairs grows as T S.
         Source: Rabe and Staats, arXiv 2112.05682; Dao et al., arXiv 2205.14135.
         """
-        blocks = _Blocks(q_BTKGH, k_BSKH, queries, keys, self)
+        blocks = _Blocks(q_BTKGH, k_BSKH, queries, keys, self, scores)
         q_nBKMH, k_nBKCH, v_nBKCH = blocks.split_queries(q_BTKGH), blocks.split_keys(k_BSKH), blocks.split_keys(v_BSKH)
         order_qk, count_q = _visited_first(blocks.visit_qk)
 
@@ -82,14 +82,16 @@ class XlaKernel(Kernel):
         _, (out_nBKMH, lse_nBKM) = lax.scan(query_block, (), jnp.arange(blocks.num_q))
         return blocks.join_queries(out_nBKMH), blocks.join_queries(lse_nBKM[..., None])[..., 0]
 
-    def attend_backward(self, q_BTKGH, k_BSKH, v_BSKH, queries, keys, delta_BTKG, lse_BTKG, dout_BTKGH):
+    def attend_backward(
+        self, q_BTKGH, k_BSKH, v_BSKH, queries, keys, delta_BTKG, lse_BTKG, dout_BTKGH, scores=Scores()
+    ):
         """Gradients of `attend`; see `Kernel.attend_backward`.
 
         The outer loop is over key blocks, so that dk and dv are accumulated one block at a time.
 
         Keeps: dq in float32, and scores as `attend` does.
         """
-        blocks = _Blocks(q_BTKGH, k_BSKH, queries, keys, self)
+        blocks = _Blocks(q_BTKGH, k_BSKH, queries, keys, self, scores)
         dtype = q_BTKGH.dtype
         q_nBKMH, dout_nBKMH = blocks.split_queries(q_BTKGH), blocks.split_queries(dout_BTKGH)
         k_nBKCH, v_nBKCH = blocks.split_keys(k_BSKH), blocks.split_keys(v_BSKH)
@@ -104,10 +106,11 @@ class XlaKernel(Kernel):
                 dq_nBKMH, dk_BKCH, dv_BKCH = carry
                 i = order_kq[j, step]
                 q_BKMH, dout_BKMH = q_nBKMH[i], dout_nBKMH[i]
-                p_BKMC = jnp.exp(blocks.scores(q_BKMH, k_BKCH) - lse_nBKM[i][..., None])
-                p_BKMC = jnp.where(blocks.mask(i, j), p_BKMC, 0.0)
+                s_BKMC = blocks.scores(q_BKMH, k_BKCH)
+                p_BKMC = jnp.where(blocks.mask(i, j), jnp.exp(s_BKMC - lse_nBKM[i][..., None]), 0.0)
                 dp_BKMC = _dot("bkmh,bkch->bkmc", dout_BKMH, v_BKCH)
-                ds_BKMC = (p_BKMC * (dp_BKMC - delta_nBKM[i][..., None]) * blocks.scale).astype(dtype)
+                ds_BKMC = scores.uncap_grad(p_BKMC * (dp_BKMC - delta_nBKM[i][..., None]), s_BKMC)
+                ds_BKMC = (ds_BKMC * blocks.scale).astype(dtype)
                 dv_BKCH += _dot("bkmc,bkmh->bkch", p_BKMC.astype(dtype), dout_BKMH)
                 dk_BKCH += _dot("bkmc,bkmh->bkch", ds_BKMC, q_BKMH)
                 return dq_nBKMH.at[i].add(_dot("bkmc,bkch->bkmh", ds_BKMC, k_BKCH)), dk_BKCH, dv_BKCH
@@ -134,17 +137,19 @@ def _visited_first(visit: jax.Array) -> tuple[jax.Array, jax.Array]:
 class _Blocks:
     """Splits arrays into blocks, with the block dim first and the rows of a block as the matrix products need them."""
 
-    def __init__(self, q_BTKGH: jax.Array, k_BSKH: jax.Array, queries: Tokens, keys: Tokens, kernel: XlaKernel):
+    def __init__(
+        self, q_BTKGH: jax.Array, k_BSKH: jax.Array, queries: Tokens, keys: Tokens, kernel: XlaKernel, rule: Scores
+    ):
         self.batch, q_len, self.kv_heads, self.group, head_dim = q_BTKGH.shape
         k_len = k_BSKH.shape[1]
         self.q_size, self.k_size = block_size(q_len, kernel.query_block), block_size(k_len, kernel.key_block)
         self.num_q, self.num_k = q_len // self.q_size, k_len // self.k_size
-        self.scale = head_dim**-0.5
+        self.rule, self.scale = rule, rule.scale_of(head_dim)
         self.q_tokens = Tokens(*(self._split_tokens(t, self.num_q) for t in queries))
         self.k_tokens = Tokens(*(self._split_tokens(t, self.num_k) for t in keys))
-        visit_Bqk, _ = tiles_to_visit(queries, keys, self.q_size, self.k_size)
+        visit_Bqk, _ = tiles_to_visit(queries, keys, self.q_size, self.k_size, rule)
         self.visit_qk = visit_Bqk.any(axis=0)
-        self.mean_visits = mean_visits(q_len, k_len, self.q_size, self.k_size)
+        self.mean_visits = mean_visits(q_len, k_len, self.q_size, self.k_size, rule)
 
     def _split_tokens(self, tokens_BT: jax.Array, num: int) -> jax.Array:
         return tokens_BT.reshape(self.batch, num, -1).swapaxes(0, 1)
@@ -153,12 +158,12 @@ class _Blocks:
         """[B, 1, M, C]: which pairs of tokens of two blocks may attend."""
         queries = Tokens(*(t[i][:, :, None] for t in self.q_tokens))
         keys = Tokens(*(t[j][:, None] for t in self.k_tokens))
-        allowed_BQC = may_attend(queries, keys)
+        allowed_BQC = may_attend(queries, keys, self.rule)
         allowed_BGQC = jnp.broadcast_to(allowed_BQC[:, None], (self.batch, self.group, self.q_size, self.k_size))
         return allowed_BGQC.reshape(self.batch, 1, -1, self.k_size)
 
     def scores(self, q_BKMH: jax.Array, k_BKCH: jax.Array) -> jax.Array:
-        return _dot("bkmh,bkch->bkmc", q_BKMH, k_BKCH) * self.scale
+        return self.rule.cap(_dot("bkmh,bkch->bkmc", q_BKMH, k_BKCH) * self.scale)
 
     def split_queries(self, x_BTKGH: jax.Array) -> jax.Array:
         x = x_BTKGH.reshape(self.batch, self.num_q, self.q_size, self.kv_heads, self.group, -1)

@@ -18,6 +18,7 @@ from tsp_jax.layout import Axes
 from tsp_jax.ops.attention.kv_cache import EMPTY, KeyValues, NewEntries, row_major, to_cache_order, write_entries
 from tsp_jax.ops.attention.projections import project_in, project_out, vary_inputs_alike
 from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, ShardedHeads
+from tsp_jax.ops.kernels.kernel import merge
 from tsp_jax.ops.kernels.mask import MASKED, Tokens
 from tsp_jax.ops.sequence import gather_sequence
 from tsp_jax.ops.stream import Stream, zeros
@@ -83,7 +84,7 @@ def _attend_to_cache(q_BtNH, cache: KeyValues, layer, tokens_Bt, entry_positions
         def attend_chunk(chunk, carry):
             k_BpKH, v_BpKH = _gather_chunk(cache, layer, chunk, t, bucket, heads)
             keys_Bp = Tokens.one_document(_chunk_positions(positions_BRs, chunk, t))
-            return _merge_softmax(carry, kernel.attend(q_BtKGH, k_BpKH, v_BpKH, tokens_Bt, keys_Bp))
+            return merge(carry, kernel.attend(q_BtKGH, k_BpKH, v_BpKH, tokens_Bt, keys_Bp))
 
         zero = zeros(q_BtKGH.shape, jnp.float32, like=q_BtKGH)
         with jax.named_scope(f"mean_trips[{(max_chunks + 1) / 2:g}]"):  # over all prefills that fill the cache
@@ -110,10 +111,3 @@ def _chunk_positions(positions_BRs: jax.Array, chunk, size: int) -> jax.Array:
     is_new = start + jnp.arange(size, dtype=jnp.int32) >= chunk * size
     positions_BRs = lax.dynamic_slice_in_dim(positions_BRs, start, size, axis=2)
     return jnp.where(is_new[None, None], positions_BRs, EMPTY).reshape(positions_BRs.shape[0], -1)
-
-
-def _merge_softmax(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """(out, lse) of attention to the union of two sets of keys, float32."""
-    lse = jnp.logaddexp(a[1], b[1])
-    out_a, out_b = (out.astype(jnp.float32) * jnp.exp(part - lse)[..., None] for out, part in (a, b))
-    return out_a + out_b, lse

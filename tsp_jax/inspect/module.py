@@ -117,7 +117,9 @@ class Module:
 
     def branches(self, conditional: Instruction) -> tuple[Computation, ...]:
         """The branch that the program declares as the likely one, else all branches."""
-        return likely_branches(conditional, self.called(conditional, "branch_computations"))
+        branches = self.called(conditional, "branch_computations")
+        by_truth = "true_computation" in conditional.attributes  # the text then has branch 1 first
+        return likely_branches(conditional, branches[::-1] if by_truth else branches)
 
     def executions(
         self, unknown_trips: Trips = 1, *, fusions: bool = False, unlikely: bool = False

@@ -7,8 +7,6 @@ from typing import NamedTuple, TypeVar
 from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.instructions import Instruction
 
-Branch = TypeVar("Branch")
-
 _ADDED_BY_JAX = re.compile(
     r"while|body|cond|closed_call|shard_map|checkpoint|rematted_computation|eval_jaxpr|scan|pjit|branch_\d+_fun|"
     r"(jit|jvp|transpose|vmap|pjit|checkpoint|custom_jvp_call|custom_vjp_call)\(.*\)|custom_[jv][jv]p_call|.*->.*|"
@@ -16,7 +14,7 @@ _ADDED_BY_JAX = re.compile(
 )
 _DECLARED_TRIPS = re.compile(r"(?:^|[/(])mean_trips\[([^\]/]*)\]\)*/while$")
 _DECLARED_FLOPS = re.compile(r"(?:^|[/(])mean_flops\[(\w+)=([^\]/]*)\]\)*/[^/]+$")
-_LIKELY_BRANCH = re.compile(r"(?:^|[/(])likely_branch\[([^\]/]*)\]\)*/[^/]+$")
+
 
 _TOO_MANY = 1e30
 
@@ -76,6 +74,10 @@ def declared_flops(i: Instruction) -> DeclaredFlops | None:
         return None
     kind, number = found.groups()
     return DeclaredFlops(kind, _positive(i, "mean_flops", f"{kind}=", number, "1.5e12"))
+
+
+Branch = TypeVar("Branch")
+_LIKELY_BRANCH = re.compile(r"(?:^|[/(])likely_branch\[([^\]/]*)\]\)*/[^/]+$")
 
 
 def likely_branches(conditional: Instruction, branches: tuple[Branch, ...]) -> tuple[Branch, ...]:

@@ -13,6 +13,8 @@ from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tsp_jax.ops.kernels.kernel import declare_products
 from tsp_jax.ops.kernels.mask import Scores
@@ -105,10 +107,11 @@ def _call(
       Arrays like `outputs`; in forward also log-sum-exps [B, N, C] float32.
     """
     batch, chunk, heads, head_dim = inputs[0].shape
-    varying = jax.typeof(inputs[0]).mat
+    like = jax.typeof(inputs[0])
+    sharding = None if like.sharding.mesh.empty else NamedSharding(like.sharding.mesh, P())
 
     def result(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding, manual_axis_type=like.mat)
 
     results = [result((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), x.dtype) for x in outputs]
     layouts: list[tuple[int, ...] | None] = [(0, 2, 1, 3)] * len(outputs)  # heads and tokens are swapped back below

@@ -1,8 +1,11 @@
 """Attention by cuDNN on NVIDIA GPUs, which computes pairs of chunks; see `tsp_jax.ops.kernels.pairs`.
 
-XLA replaces two calls by cuDNN's fused attention. They are written here with `jax.ffi`: `jax.nn.dot_product_attention`
-gives no access to a backward pass with the log-sum-exp of more keys than its own, and asks a present GPU what it can do,
-so that no program could be compiled for an absent one.
+XLA replaces two calls by cuDNN's fused attention. They are written here with `jax.ffi`, for two reasons.
+`jax.nn.dot_product_attention` has no backward pass that takes the log-sum-exp of more keys than its own, and it asks a
+present GPU what it can do, so that no program could be compiled for an absent one.
+
+XLA asks cuDNN how much workspace it needs when it compiles for a present GPU; compiled for an absent one, a program's
+peak memory leaves the workspace out.
 
 Dims: B batch, K KV heads, G query heads per KV head, N = K G, H head; C tokens of a chunk.
 """

@@ -1,16 +1,16 @@
 """Attention by pairs of chunks, for kernels that know neither positions nor segments.
 
-If the sequence is one document, each pair of a query chunk and a key chunk is one of three kinds. The pair is *whole* if
-every query may attend to every key; *diagonal* if both chunks are the same tokens, so that a query attends to keys of no
-higher index; *empty* if no query may attend to any key. Under a zigzag order over R ranks, each rank has 2R - 1 whole
-pairs and two diagonal ones. A kernel without masks computes a whole pair, and one with an index-causal mask a diagonal
-pair. Results of pairs are merged by log-sum-exp; gradients add up.
+If the sequence is one document, each pair of a query chunk and a key chunk is one of three kinds. A pair is *whole* if
+every query may attend to every key. It is *diagonal* if both chunks are the same tokens in ascending order, so that a
+query attends to keys of no higher index. It is *empty* if no query may attend to any key. Under a zigzag order over R
+ranks, each rank has 2R - 1 whole pairs and two diagonal ones. Whole pairs need a kernel without a mask, diagonal pairs
+one with a mask by index. Results of pairs are merged by log-sum-exp; gradients add up.
 
 Which pair is of which kind is computed from positions and segments at run time (`PairLists.of`). If some pair is of no
 kind, such as with documents that cross chunks, another kernel computes the attention.
 
-Dims: B batch, T query tokens, S key tokens, K KV heads, G query heads per KV head, H head; C tokens of a chunk; n chunks
-that have a list each, m chunks in a list.
+Dims: B batch, T query tokens, S key tokens, K KV heads, G query heads per KV head, H head; C tokens of a chunk; n
+chunks that have a list each, m chunks in a list.
 """
 
 import abc
@@ -214,7 +214,9 @@ class PairLists(NamedTuple):
     def fold(self, chunk: Any, step: Callable, carry: Any) -> Any:
         """Folds ``step(other chunk, carry, causal)`` over the pairs of a chunk, the diagonal one last."""
         bounds = (0, self.whole_n[chunk]), (self.whole_n[chunk], self.visited_n[chunk])
-        for (start, stop), mean, causal in zip(bounds, (self.mean_whole, self.mean_diagonal), (False, True)):
+        for (start, stop), mean, causal in zip(
+            bounds, (self.mean_whole, self.mean_diagonal), (False, True), strict=True
+        ):
 
             def body(index, carry, causal=causal):
                 return step(self.order_nm[chunk, index], carry, causal)

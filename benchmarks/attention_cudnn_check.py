@@ -32,7 +32,7 @@ def tokens_of(length: int, ranks: int, rank: int) -> tuple[Tokens, Tokens]:
     chunks = np.arange(length, dtype=np.int32).reshape(2 * ranks, -1)
     order = np.concatenate([chunks[[i, 2 * ranks - 1 - i]].reshape(-1) for i in range(ranks)])
     keys, own = order[None], order.reshape(ranks, -1)[rank][None]
-    return tuple(Tokens.one_document(jnp.asarray(positions)) for positions in (own, keys))
+    return Tokens.one_document(jnp.asarray(own)), Tokens.one_document(jnp.asarray(keys))
 
 
 def arrays_of(length: int, ranks: int, heads: tuple[int, int, int]) -> list[jax.Array]:

@@ -48,7 +48,8 @@ class DecoderLayer(nnx.Module):
         self.attention = Attention(
             config.d_model, config.num_heads, config.num_kv_heads, config.head_dim,
             rope_theta=config.rope_theta, rope_scaling=config.rope_scaling, qk_norm=config.qk_norm,
-            norm_eps=config.norm_eps, remat=remat, **kwargs,
+            norm_eps=config.norm_eps, window=config.window, softcap=config.attention_softcap,
+            scale=config.attention_scale, sinks=config.attention_sinks, remat=remat, **kwargs,
         )  # fmt: skip
         self.mlp_norm = _norm(config, placement, dtype, rngs)
         self.mlp = MLP(config.d_model, config.d_ff, activation=config.activation, **kwargs)

@@ -19,9 +19,10 @@ from tests.builders.ops import B, D, S, V, activations, compiled_value_and_grads
 from tsp_jax.heads import HeadSharding
 from tsp_jax.ops import reference
 from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms
+from tsp_jax.ops.attention.sinks import add_sinks, sinks_grad
 from tsp_jax.ops.attention.train import attention
 from tsp_jax.ops.kernels import XlaKernel
-from tsp_jax.ops.kernels.mask import Tokens
+from tsp_jax.ops.kernels.mask import MASKED, Scores, Tokens
 from tsp_jax.ops.stream import Stream
 from tsp_jax.stored import HeadPadding
 
@@ -33,58 +34,65 @@ HEADS = {
 """(query heads, KV heads); those of the second row are uneven over 8 ranks, 5 over any, 18 over 8 in units of one"""
 
 
-def sharded_attention(layout: str, heads: str, stream: Stream, buckets: int = 2, exchange_buckets: int = 1):
+def sharded_attention(
+    layout: str, heads: str, stream: Stream, buckets: int = 2, exchange_buckets: int = 1, scores: Scores = Scores()
+):  # fmt: skip
     placement = place_case(layout)
     spec = placement.layout.spec
     sharding = HeadSharding.of(placement.layout, placement.mesh.shape, *HEADS[heads], HEAD_DIM)
     config = AttentionConfig(
-        sharding.heads, THETA, EPS, buckets, buckets, XlaKernel(5, 4), exchange_buckets=exchange_buckets
-    )
+        sharding.heads, THETA, EPS, buckets, buckets, XlaKernel(5, 4), exchange_buckets=exchange_buckets,
+        scores=scores,
+    )  # fmt: skip
 
-    def local(x, weights, norms, tokens):
+    def local(x, weights, norms, sinks, tokens):
         axes = placement.layout.axes("heads")
-        return attention(x, weights, tokens, norms, config=config, axes=axes, stream=stream)
+        return attention(x, weights, tokens, norms, sinks, config=config, axes=axes, stream=stream)
 
     x_spec, token_spec = spec("batch", "sequence", None), spec("batch", "sequence")
-    f = placement.shard_map(local, (x_spec, spec("heads", None), spec(None), token_spec), x_spec)
+    f = placement.shard_map(local, (x_spec, spec("heads", None), spec(None), spec(None), token_spec), x_spec)
     order = zigzag(S, placement)
     batch = packed_batch(B, S, V)
     tokens = Tokens(batch.positions[:, order], batch.segment_ids[:, order])
     back = np.argsort(order)
 
-    def natural(x, weights, norms):
+    def natural(x, weights, norms, sinks):
         q, k, v, o = weights
         queries, keys_values = HeadPadding(sharding, True), HeadPadding(sharding, False)
         stored = AttentionWeights(queries.pad(q), keys_values.pad(k), keys_values.pad(v), queries.pad(o))
-        return f(x[:, order], stored, norms, tokens)[:, back]
+        return f(x[:, order], stored, norms, sinks, tokens)[:, back]
 
     return natural
 
 
-def reference_attention(x, weights, norms):
+def reference_attention(scores: Scores, x, weights, norms, sinks):
     batch = packed_batch(B, S, V)
     return reference.attention(
-        x, *weights, batch.positions, batch.segment_ids, head_dim=HEAD_DIM, theta=THETA, norms=norms, eps=EPS
-    )
+        x, *weights, batch.positions, batch.segment_ids, head_dim=HEAD_DIM, theta=THETA, norms=norms, eps=EPS,
+        sinks_N=sinks, **scores._asdict(),
+    )  # fmt: skip
 
 
-def attention_args(heads: str, norms: bool):
+def attention_args(heads: str, norms: bool, sinks: bool = False):
     queries, keys_values = HEADS[heads]
     rows = [count * HEAD_DIM for count in (queries, keys_values, keys_values, queries)]
     weights = AttentionWeights(*(normal(seed, count, D, std=0.3) for seed, count in enumerate(rows)))
     scales = HeadNorms(1 + normal(8, HEAD_DIM, std=0.3), 1 + normal(9, HEAD_DIM, std=0.3))
-    return activations(0), weights, scales if norms else None
+    return activations(0), weights, scales if norms else None, normal(10, queries) if sinks else None
 
 
 @functools.cache
-def desired_attention(heads: str, norms: bool):
-    return compiled_value_and_grads(reference_attention, activations(4), *attention_args(heads, norms))
+def desired_attention(heads: str, norms: bool, sinks: bool = False, scores: Scores = Scores()):
+    f = functools.partial(reference_attention, scores)
+    return compiled_value_and_grads(f, activations(4), *attention_args(heads, norms, sinks))
 
 
-def check_attention(layout: str, heads: str, stream: Stream, norms: bool, **counts: int):
-    f = sharded_attention(layout, heads, stream, **counts)
-    actual = compiled_value_and_grads(f, activations(4), *attention_args(heads, norms))
-    assert_trees_near(actual, desired_attention(heads, norms), F32_TOLERANCE)
+def check_attention(
+    layout: str, heads: str, stream: Stream, norms: bool, sinks: bool = False, scores: Scores = Scores(), **counts: int
+):
+    f = sharded_attention(layout, heads, stream, scores=scores, **counts)
+    actual = compiled_value_and_grads(f, activations(4), *attention_args(heads, norms, sinks))
+    assert_trees_near(actual, desired_attention(heads, norms, sinks, scores), F32_TOLERANCE)
 
 
 MANY, FEW, ALL = ("multi_head", "shared_kv_heads"), ("one_kv_head_a_rank", "one_kv_head"), tuple(HEADS)[:4]
@@ -137,9 +145,9 @@ def test_attention_inside_data_parallelism(heads):
 
 @pytest.mark.parametrize("heads", ["multi_head", "shared_kv_heads"])
 def test_attention_in_bfloat16_is_near_float32(heads):
-    x, weights, norms = attention_args(heads, norms=True)
+    x, weights, norms, _ = attention_args(heads, norms=True)
     f = sharded_attention("tsp2", heads, Stream())
-    out, grads = compiled_value_and_grads(f, activations(4), jnp.asarray(x, jnp.bfloat16), weights, norms)
+    out, grads = compiled_value_and_grads(f, activations(4), jnp.asarray(x, jnp.bfloat16), weights, norms, None)
     assert out.dtype == jnp.bfloat16
     assert_trees_near((out, grads), desired_attention(heads, norms=True), BF16_TOLERANCE)
 
@@ -155,3 +163,36 @@ def test_attention_in_bfloat16_is_near_float32(heads):
 )
 def test_attention_does_not_depend_on_chunks_or_buckets(layout, heads, stream, counts):
     check_attention(layout, heads, stream, norms=True, **counts)
+
+
+VARIANTS = [
+    ("single", "shared_kv_heads", "gather"),
+    ("tp2_sp4", "shared_kv_heads", "gather"),
+    ("tp8", "9_of_3", "gather"),
+    ("tsp4", "9_of_3", "gather"),
+    ("mix2_4", "one_kv_head", "gather"),
+    ("tsp8", "14_of_2", "activations"),
+    ("mix3_2", "28_of_4", "activations"),
+    ("two_level2_4", "9_of_3", "activations"),
+]
+
+
+@pytest.mark.parametrize(("layout", "heads", "movement"), VARIANTS)
+def test_attention_with_windows_sinks_and_soft_caps(layout, heads, movement):
+    """Sinks of heads that are padded or sharded unevenly meet their own heads."""
+    scores = Scores(window=11, softcap=2.0, scale=0.4)
+    check_attention(layout, heads, Stream(movement), norms=True, sinks=True, scores=scores, exchange_buckets=2)
+
+
+@pytest.mark.parametrize(("layout", "movement"), [("tsp4", "gather"), ("tsp4", "activations"), ("mix2_4", "gather")])
+def test_attention_of_an_encoder(layout, movement):
+    check_attention(layout, "shared_kv_heads", Stream(movement), norms=False, scores=Scores(causal=False))
+
+
+def test_a_query_without_keys_has_only_its_sink():
+    """Its output and the gradients are 0, not NaN."""
+    out, lse, sinks = jnp.zeros((1, 2, 3, 1, 4)), jnp.full((1, 2, 3, 1), MASKED), normal(0, 3, 1)
+    new_out, new_lse = add_sinks(out, lse, sinks)
+    assert not new_out.any()
+    np.testing.assert_array_equal(new_lse, np.broadcast_to(sinks, lse.shape))
+    assert not np.asarray(sinks_grad(jnp.zeros_like(lse), new_lse, sinks)).any()

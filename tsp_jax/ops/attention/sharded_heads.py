@@ -13,6 +13,7 @@ from tsp_jax.config import RopeScaling
 from tsp_jax.heads import HeadRows, Heads, HeadSharding
 from tsp_jax.layout import Axes, largest_divisor
 from tsp_jax.ops.kernels import Kernel, XlaKernel
+from tsp_jax.ops.kernels.mask import Scores
 from tsp_jax.ops.stream import Bucket, Stream, zeros
 
 
@@ -48,6 +49,8 @@ class AttentionConfig(NamedTuple):
     rope_scaling: RopeScaling = RopeScaling()
     exchange_buckets: int = 1
     """most buckets of KV heads for the exchange of keys and values over the sequence"""
+    scores: Scores = Scores()
+    """scale, soft cap, causality and window"""
 
     @property
     def head_dim(self) -> int:

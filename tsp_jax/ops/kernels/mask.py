@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tsp_jax.errors import ConfigError
+from tsp_jax.config import ModelConfig
 
 MASKED = -1e30
 """score of a query and a key that may not attend; finite, so that a query without any allowed key does not give NaN"""
@@ -34,14 +34,10 @@ class Scores(NamedTuple):
     scale: float | None = None
     """factor of the product of query and key; None: 1 / sqrt(H)"""
 
-    def check(self, owner: str = "") -> None:
-        """Raises ConfigError if a value is out of range. `owner`: prefix of the names, such as ``model.``."""
-        if self.window is not None and self.window < 1:
-            raise ConfigError(f"{owner}window={self.window} must be at least 1; use {owner}window=4096, or none")
-        for name, default in (("softcap", 50.0), ("scale", 0.125)):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ConfigError(f"{owner}{name}={value} must be positive and finite; use {default}, or none")
+    @classmethod
+    def of(cls, model: ModelConfig) -> "Scores":
+        """The scores of a decoder's attention."""
+        return cls(True, model.window, model.attention_softcap, model.attention_scale)
 
     def scale_of(self, head_dim: int) -> float:
         """The factor of the product of query and key."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tsp_jax.config import LARGEST, Activation, Remat, RopeScaling, StreamConfig
+from tsp_jax.config import LARGEST, Activation, Remat, RopeScaling, StreamConfig, TokenOrder
 from tsp_jax.errors import ConfigError
 from tsp_jax.layout import Placement
 
@@ -76,6 +76,7 @@ _RULES = {
     **dict.fromkeys(["qk_norm", "causal", "sinks"], _instance(bool, "True or False")),
     "activation": _one_of(Activation),
     "remat": _one_of(Remat),
+    "token_order": _one_of(TokenOrder),
     "dtype": _Rule(_is_float_dtype, "jnp.float32 or jnp.bfloat16"),
     "placement": _instance(Placement, 'a tsp_jax.Placement, such as tsp_jax.place("tsp", tsp=8)'),
     "stream": _instance(StreamConfig, "a tsp_jax.StreamConfig"),

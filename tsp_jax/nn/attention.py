@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tsp_jax.config import Remat, RopeScaling, StreamConfig
+from tsp_jax.config import Remat, RopeScaling, StreamConfig, TokenOrder
 from tsp_jax.cost.traffic import attention_may_move_tokens, attention_traffic
 from tsp_jax.errors import ConfigError
 from tsp_jax.heads import HeadSharding
@@ -49,6 +49,9 @@ class Attention(Layer):
         it; None: all.
       softcap: bound c of the absolute scores s, which become ``c tanh(s / c)``; None: no bound.
       scale: factor of the products of queries and keys; 1 / sqrt(H) if None.
+      token_order: how the tokens of a sequence are ordered over the sequence axes; see `tsp_jax.config.DataConfig`. If
+        it is known, a layer with a window receives only keys and values within the window. Tokens in another order give
+        NaN then.
       sinks: whether each query head has a learned score without a value, 0 at first.
       remat: what backward recomputes of this layer. Recomputing moves bytes again; `auto` counts them when it chooses
         the movement.
@@ -78,6 +81,7 @@ class Attention(Layer):
         softcap: float | None = None,
         scale: float | None = None,
         sinks: bool = False,
+        token_order: TokenOrder = "any",
         remat: Remat = "none",
         init_std: float = 0.02,
         out_std: float | None = None,
@@ -89,8 +93,8 @@ class Attention(Layer):
         self._check_settings(
             d_model=d_model, num_heads=num_heads, num_kv_heads=num_kv_heads, placement=placement, stream=stream,
             rope_theta=rope_theta, rope_scaling=rope_scaling, qk_norm=qk_norm, norm_eps=norm_eps, causal=causal,
-            window=window, softcap=softcap, scale=scale, sinks=sinks, remat=remat, init_std=init_std, out_std=out_std,
-            dtype=dtype, rngs=rngs,
+            window=window, softcap=softcap, scale=scale, sinks=sinks, token_order=token_order, remat=remat,
+            init_std=init_std, out_std=out_std, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         head_dim = _head_dim(d_model, num_heads, num_kv_heads, head_dim)
         sharding = HeadSharding.of(placement.layout, placement.mesh.shape, num_heads, num_kv_heads, head_dim)
@@ -101,7 +105,7 @@ class Attention(Layer):
         kernel = kernels.choose_kernel(stream.kernel, placement.mesh, head_dim, dtype, scores)
         self.config = AttentionConfig(
             heads=sharding.heads, rope_theta=rope_theta, rope_scaling=rope_scaling, norm_eps=norm_eps, kernel=kernel,
-            scores=scores,
+            scores=scores, token_order=token_order,
         )  # fmt: skip
 
         def weight(num_heads: int, queries: bool, std: float) -> nnx.Param:
@@ -158,11 +162,14 @@ class Attention(Layer):
     def configure(self, shape: Sequence[int]) -> tuple[AttentionConfig, Stream]:
         """The op's settings for tokens [B, T, D]: `auto` is resolved, and the bucket size converted to counts."""
         heads, d_model, sharding = self.head_sharding, shape[2], self._sharding(shape)
+        window = {"window": self.config.scores.window, "token_order": self.config.token_order}
         stream = self._stream(
             shape, self.stream.attention_movement, attention_traffic, d_model=d_model, heads=heads, remat=self.remat,
+            **window,
             tokens_may_move=attention_may_move_tokens(self.placement.layout.axes(self.dim), heads),
         )  # fmt: skip
-        exchange_buckets = sharding.exchange_buckets(heads, stream.movement, self._bucket_bytes)
+        exchanged = sharding.exchanged_tokens(stream.movement, **window)
+        exchange_buckets = sharding.exchange_buckets(heads, stream.movement, self._bucket_bytes, exchanged)
         config = self.config._replace(exchange_buckets=exchange_buckets)
         if self.placement.layout.whole_weights:
             return config, stream

@@ -31,7 +31,7 @@ from tsp_jax.ops.attention.stationary import (
 from tsp_jax.ops.kernels import delta
 from tsp_jax.ops.kernels.mask import Tokens
 from tsp_jax.ops.pipeline import pipelined
-from tsp_jax.ops.sequence import gather_sequence, scatter_sequence
+from tsp_jax.ops.sequence import gather_sequence
 from tsp_jax.ops.stationary import moves_tokens
 from tsp_jax.ops.stream import Stream, custom_vjp, zeros
 
@@ -72,6 +72,8 @@ def attention(
       backward the same again (plus what remat repeats of forward), and reduce-scatters of as many gradients.
       Stationary weights: forward 2 B S D elements (all-gather of x, reduce-scatter of y), backward 3 B S D (x, dy, dx);
       keys and values only over sequence axes that are not folded; weights only as `weights_of_own_heads` says.
+      With a window and a known order of tokens, keys and values (and their gradients) move as permutes of at most a
+      window before each of a rank's chunks, instead of all-gathers: see `Exchange`.
       Both: all-gathers of 8 B S bytes of positions and segments; over tensor axes, an all-reduce of [B, t, D] forward
       and one backward.
     Keeps: its inputs; queries, keys, values and outputs of this device's tokens; log-sum-exps of the outputs.
@@ -101,7 +103,8 @@ def _stationary(
     tokens_BT = Tokens(*gather_sequence(*tokens_Bt, axes=axes.folded))
     roles, heads = Axes(sequence=axes.unfolded_sequence), ShardedHeads.of(config, axes, stream)
     weights, sinks_kg = weights_of_own_heads(weights, heads), sinks_of_rank(sinks_of_shard(sinks_N, heads), heads)
-    config = config._replace(heads=heads.sharding.own, kernel=config.kernel.within(x_BtD.shape[1]))
+    kernel = config.kernel.within(x_BtD.shape[1])
+    config = config._replace(heads=heads.sharding.own, kernel=kernel, token_order="any")  # T tokens are many chunks
     if not roles.sequence:  # nothing to exchange: all heads at once
         config = config._replace(exchange_buckets=1)
     heads = ShardedHeads.of(config, roles, stream)
@@ -118,8 +121,15 @@ def _attend(q_BtNH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt: Tokens, heads: ShardedH
     """[B, t, N, H]: attention within segments to the tokens of all sequence axes."""
     tokens_BS = Tokens(*gather_sequence(*tokens_Bt, axes=heads.axes.sequence))
     q_BtKGH = q_BtNH.reshape(*k_BtKH.shape[:3], -1, q_BtNH.shape[-1])
+    exchange = heads.exchange(q_BtNH.shape[1])
+    if exchange.halo:
+        scores = heads.config.scores._replace(total=tokens_BS.positions.shape[1])
+        heads = heads._replace(config=heads.config._replace(scores=scores))
     arrays = q_BtKGH, k_BtKH, v_BtKH, sinks_KG
-    return _attend_over_sequence(*arrays, tokens_Bt, tokens_BS, heads).reshape(q_BtNH.shape)
+    out_BtNH = _attend_over_sequence(*arrays, tokens_Bt, exchange.keys(tokens_BS), heads).reshape(q_BtNH.shape)
+    if exchange.halo:  # NaN instead of a wrong result
+        out_BtNH = jnp.where(exchange.fits(tokens_BS)[:, None, None, None], out_BtNH, jnp.nan)
+    return out_BtNH
 
 
 class _KVBucket(NamedTuple):
@@ -145,12 +155,12 @@ def _attend_over_sequence(q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_B
 
 
 def _forward(q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_BS, heads: ShardedHeads):
-    axes, buckets, scores = heads.axes.sequence, heads.exchange_buckets, heads.config.scores
+    buckets, scores, exchange = heads.exchange_buckets, heads.config.scores, heads.exchange(q_BtKGH.shape[1])
     kernel = heads.config.kernel.within(q_BtKGH.shape[1])
 
     def fetch(_, index):
         bucket = _KVBucket(index, heads.num_kv_heads // buckets)
-        return gather_sequence(bucket.take(k_BtKH), bucket.take(v_BtKH), axes=axes)
+        return exchange.gather(bucket.take(k_BtKH), bucket.take(v_BtKH))
 
     def attend_bucket(carry, keys_values, index):
         bucket = _KVBucket(index, heads.num_kv_heads // buckets)
@@ -161,19 +171,19 @@ def _forward(q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_BS, heads: Sha
 
     out = zeros(q_BtKGH.shape, q_BtKGH.dtype, like=q_BtKGH)
     lse = zeros(q_BtKGH.shape[:-1], jnp.float32, like=q_BtKGH)
-    (out, lse), *_ = pipelined(attend_bucket, fetch, None, (out, lse), buckets, remote=bool(axes))
+    (out, lse), *_ = pipelined(attend_bucket, fetch, None, (out, lse), buckets, remote=bool(exchange.axes))
     out, lse = (checkpoint_name(array, name) for array, name in zip((out, lse), SAVED_NAMES, strict=True))
     return out, (q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_BS, out, lse)
 
 
 def _backward(heads: ShardedHeads, residuals, dout_BtKGH):
     q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_BS, out_BtKGH, lse_BtKG = residuals
-    axes, buckets, scores = heads.axes.sequence, heads.exchange_buckets, heads.config.scores
+    buckets, scores, exchange = heads.exchange_buckets, heads.config.scores, heads.exchange(q_BtKGH.shape[1])
     kernel = heads.config.kernel.within(q_BtKGH.shape[1])
 
     def fetch(carry, index):
         bucket = _KVBucket(index, heads.num_kv_heads // buckets)
-        return gather_sequence(bucket.take(carry[1]), bucket.take(carry[2]), axes=axes)
+        return exchange.gather(bucket.take(carry[1]), bucket.take(carry[2]))
 
     def attend_bucket_vjp(carry, keys_values, index):
         bucket = _KVBucket(index, heads.num_kv_heads // buckets)
@@ -181,13 +191,13 @@ def _backward(heads: ShardedHeads, residuals, dout_BtKGH):
         q_BtcGH, (k_BScH, v_BScH) = bucket.take(carry[0]), keys_values
         inputs = q_BtcGH, k_BScH, v_BScH, tokens_Bt, tokens_BS, delta_BtcG, lse_BtcG, dout_BtcGH
         grads = kernel.attend_backward(*inputs, scores)
-        grads = (grads[0], *scatter_sequence(*grads[1:], axes=axes))
+        grads = (grads[0], *exchange.scatter(*grads[1:]))
         return tuple(bucket.put(array, grad) for array, grad in zip(carry, grads, strict=True)), (), ()
 
     delta_BtKG = delta(out_BtKGH, dout_BtKGH)
     # Gradients overwrite queries, keys and values that have been used.
     carry = q_BtKGH, k_BtKH, v_BtKH
-    grads, *_ = pipelined(attend_bucket_vjp, fetch, None, carry, buckets, remote=bool(axes))
+    grads, *_ = pipelined(attend_bucket_vjp, fetch, None, carry, buckets, remote=bool(exchange.axes))
     return *grads, sinks_grad(delta_BtKG, lse_BtKG, sinks_KG), None, None
 
 

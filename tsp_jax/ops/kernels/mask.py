@@ -33,6 +33,8 @@ class Scores(NamedTuple):
     """bound of the absolute score; None: no bound"""
     scale: float | None = None
     """factor of the product of query and key; None: 1 / sqrt(H)"""
+    total: int | None = None
+    """tokens of the whole sequence, if the keys are only those near the queries; only cost estimates depend on it"""
 
     @classmethod
     def of(cls, model: ModelConfig) -> "Scores":
@@ -133,9 +135,10 @@ def mean_visits(
     The means follow from shapes alone. They assume that this device's queries are a fair sample of all positions (true
     of a zigzag order and of one rank), and that all tokens are one document. Only cost estimates of compiled programs
     depend on them, no results. `k_len` is the length of the whole sequence, in which the tokens of a tile are
-    contiguous.
+    contiguous, unless `scores.total` is that length.
     """
-    num_q, num_k = max(1, k_len // query_tile), k_len // key_tile
+    total = scores.total or k_len
+    num_q, num_k = max(1, total // query_tile), total // key_tile
     visits = 0
     for tile in range(num_q):
         first, last = tile * query_tile, (tile + 1) * query_tile - 1

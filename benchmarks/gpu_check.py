@@ -114,7 +114,7 @@ def attend(kernel: Any, q: Any, k: Any, v: Any, queries: Any, keys: Any) -> tupl
     return kernel.attend(q, k, v, queries, keys)
 
 
-def attend_backward(kernel: Any, q, k, v, queries, keys, out, lse, dout) -> tuple[Any, ...]:  # noqa: ANN001
+def attend_backward(kernel: Any, q, k, v, queries, keys, out, lse, dout) -> tuple[Any, ...]:
     """(dq, dk, dv) of a kernel."""
     kernels = load("tsp_jax.ops.kernels")
     return kernel.attend_backward(q, k, v, queries, keys, kernels.delta(out, dout), lse, dout)
@@ -181,12 +181,11 @@ def rate(results: Results, name: str, flops: float, times: list[float], **facts:
 def device(results: Results, interpret: bool) -> None:
     """Versions and devices."""
     import jax
-    import jaxlib
     import numpy as np
 
     found = jax.devices()
-    versions = {"python": sys.version.split()[0], "jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    for name in ("flax", "optax", "orbax.checkpoint", "msgspec", "tyro", "rich", "jax_cuda13_plugin"):
+    versions = {"python": sys.version.split()[0], "jax": jax.__version__}
+    for name in ("jaxlib", "flax", "optax", "orbax.checkpoint", "msgspec", "tyro", "rich"):
         try:
             module = importlib.import_module(name)
             versions[name] = getattr(module, "__version__", "present")
@@ -253,7 +252,7 @@ def check(results: Results, interpret: bool) -> None:
 
     reference, xla = load("tsp_jax.ops.reference"), load("tsp_jax.ops.kernels").XlaKernel(128, 128)
 
-    def exact(q, k, v, queries, keys, dout):  # noqa: ANN001
+    def exact(q, k, v, queries, keys, dout):
         (out, lse), vjp = jax.vjp(
             lambda *each: reference.softmax_attention(
                 *each, queries.positions, keys.positions, queries.segments, keys.segments
@@ -261,7 +260,7 @@ def check(results: Results, interpret: bool) -> None:
         )  # fmt: skip
         return out, lse, *vjp((dout, jnp.zeros_like(lse)))
 
-    def both(kernel, q, k, v, queries, keys, dout):  # noqa: ANN001
+    def both(kernel, q, k, v, queries, keys, dout):
         out, lse = attend(kernel, q, k, v, queries, keys)
         return out, lse, *attend_backward(kernel, q, k, v, queries, keys, out, lse, dout)
 
@@ -362,7 +361,7 @@ def rates(results: Results, interpret: bool) -> None:
             continue
         add(f"cudnn of jax.nn forward {head}", 2 * sizes.products, direct, flat)
 
-        def both(q, k, v, dout, direct=direct):  # noqa: ANN001
+        def both(q, k, v, dout, direct=direct):
             out, vjp = jax.vjp(direct, q, k, v)
             return out, *vjp(dout)
 

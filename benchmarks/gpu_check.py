@@ -3,7 +3,7 @@
 Each part is a process of its own, so that a crash of a compiler ends one part only. The parts about kernels import
 nothing but jax and numpy. Every result is one line of gpu_check.jsonl in the folder of --out, written when it is known.
 
-On a GPU: python benchmarks/gpu_check.py --out OUT              (about 200 s on an H100)
+On a GPU: python benchmarks/gpu_check.py --out OUT              (220 s at most)
 On a CPU, interpreted and tiny, to see that it runs: python benchmarks/gpu_check.py --out OUT --interpret
 
 Dims: B batch, T query tokens, S key tokens, K KV heads, G query heads per KV head, N = K G query heads, H head.
@@ -14,6 +14,7 @@ import functools
 import importlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,8 +29,10 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGAN = time.perf_counter()
-PARTS = {"device": 40, "check": 120, "rates": 90, "tiles": 90, "train": 100, "calibrate": 90}
+PARTS = {"device": 30, "check": 90, "rates": 60, "tiles": 60, "train": 75, "calibrate": 75}
 """part -> most seconds that it may take"""
+SHORTEST = 15
+"""a part with fewer seconds left is not begun"""
 
 
 # ------------------------------------------------------------------------------------------------ results
@@ -436,17 +439,20 @@ def tiles(results: Results, interpret: bool) -> None:
 
 
 TRAINED = {
-    "tiny": "",
-    "heads of 128": "--model.d-model 1024 --model.num-heads 8 --model.num-kv-heads 4 --model.head-dim 128 "
-    "--model.d-ff 4096 --compute-dtype bfloat16 --seq-len 4096 --batch 4",
+    "heads of 128": (
+        "--model.d-model 1024 --model.num-heads 8 --model.num-kv-heads 4 --model.head-dim 128 --model.d-ff 4096 "
+        "--compute-dtype bfloat16 --seq-len 4096 --batch 4",
+        ("auto", "xla"),
+    ),
+    "tiny": ("", ("auto",)),
 }
-"""name -> flags for configs/tiny.py"""
+"""name -> (flags for configs/tiny.py, attention kernels)"""
 
 
 def train(results: Results, interpret: bool) -> None:
     """A short training run with each kernel: the losses must agree."""
-    for name, flags in list(TRAINED.items())[: 1 if interpret else None]:
-        for kernel in ("xla",) if interpret else ("auto", "xla"):
+    for name, (flags, kernels) in list(TRAINED.items())[1 if interpret else 0 :]:
+        for kernel in kernels:
             with tempfile.TemporaryDirectory() as folder:
                 chosen = f"--cpu-devices {int(interpret)} --mesh data=1,tsp=1 --stream.kernel {kernel}"
                 steps = 2 if interpret else 20
@@ -484,6 +490,7 @@ def main() -> None:
     parser.add_argument("--interpret", action="store_true", help="tiny sizes; Triton's kernels are interpreted")
     parser.add_argument("--one-part", default="", help="run this part in this process")
     parser.add_argument("--seconds", type=float, default=0.0, help="most seconds for each part; 0: see PARTS")
+    parser.add_argument("--total", type=float, default=220.0, help="most seconds for all parts, but if interpreted")
     args = parser.parse_args()
     out = Path(args.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -497,14 +504,25 @@ def main() -> None:
             sys.exit(1)
         return
     for part in args.parts.split(","):
-        command = [sys.executable, __file__, "--out", str(out), "--one-part", part]
+        limit = args.seconds or PARTS[part] * (10 if args.interpret else 1)
+        left = args.total - time.perf_counter() + BEGAN if args.total and not args.interpret else limit
+        if left < SHORTEST:
+            say(f"-- {part}: not begun, {left:.0f} s are left")
+            continue
+        command = [sys.executable, __file__, "--out", str(out), "--one-part", part, *["--interpret"][: args.interpret]]
         began = time.perf_counter()
-        try:
-            limit = args.seconds or PARTS[part] * (10 if args.interpret else 1)
-            code = subprocess.run([*command, *["--interpret"][: args.interpret]], check=False, timeout=limit).returncode
-        except subprocess.TimeoutExpired:
-            code = "timed out"
+        code = run_group(command, min(limit, left))
         say(f"-- {part}: exit code {code}, {time.perf_counter() - began:.1f} s")
+
+
+def run_group(command: list[str], limit: float) -> str:
+    """The exit code of a command; after `limit` seconds it is killed, with the processes that it started."""
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            return str(process.wait(limit))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return "none, timed out"
 
 
 if __name__ == "__main__":

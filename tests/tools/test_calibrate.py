@@ -105,6 +105,7 @@ def test_the_script_measures_virtual_devices(tmp_path):
 def test_one_device_has_no_collectives(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     monkeypatch.setattr(measure, "QUICK_PRODUCTS", 1)
+    monkeypatch.setattr(calibrate, "measure_attention", lambda *_: {})
     options = calibrate.CalibrateOptions(out=str(tmp_path / "a.b.json"), quick=True, kernels="xla", base="h100")
     facts = calibrate.calibrate(options)
     assert "collectives" not in facts and (facts["name"], facts["base"]) == ("a.b", "h100")
@@ -112,12 +113,13 @@ def test_one_device_has_no_collectives(tmp_path, monkeypatch):
 
 
 REFUSED = {
-    "no file": ([], "out='' is empty; use --out my-node.json"),
+    "no file": ([], "out='' is empty; use tsp-calibrate --out my-node.json"),
     "folder": (["--out", "no/such/out.json"], "out=no/such/out.json cannot be written"),
     "base": (["--out", "a.json", "--base", "h200"], "base=h200 is unknown; use one of cpu, mi300x"),
     "kernel": (["--out", "a.json", "--kernels", "xla,flash"], "kernels=xla,flash: 'flash' is unknown; use auto"),
     "kernel elsewhere": (["--out", "a.json", "--kernels", "triton"], "kernels=triton: triton runs on gfx942"),
     "devices": (["--out", "a.json", "--cpu-devices", "-1"], "cpu_devices=-1 must not be negative; use 0"),
+    "name": (["--out", "a.json", "--name", "n" * 101], "has 101 characters; use --name with at most 100"),
     "flag": (["--out", "a.json", "--quik"], "--quik"),
 }
 

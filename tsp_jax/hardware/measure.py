@@ -201,18 +201,17 @@ def _call_of(op: str, ranks: int) -> Callable[[jax.Array], jax.Array]:
 
 
 def collective_sizes(devices: Sequence[Any], quick: bool) -> list[int]:
-    """Bytes of the whole array: 64 KiB to 256 MiB, in factors of 4, while 8 of them fit into a device's memory."""
-    most = 2**20 if quick else 2**28
-    if devices[0].platform == "cpu":
-        most = min(most, 2**24)
+    """Bytes of the whole array: 64 KiB to 256 MiB (16 MiB on a CPU, 1 MiB if quick), while 8 fit into memory."""
+    most = 2**20 if quick else 2**24 if devices[0].platform == "cpu" else 2**28
     most = min(most, (memory_bytes(devices) or most * 8) // 8)
-    return [2**power for power in range(16, 29, 2) if 2**power <= most]
+    return [2**power for power in range(16, 29, 4 if quick else 2) if 2**power <= most]
 
 
 def measure_collective(devices: Sequence[Any], op: str, size: int, effort: Effort) -> tuple[float, list[float]]:
     """(bytes that a device receives, seconds of each repeat) of a collective over all devices, in float32.
 
-    `size`: bytes of the array of which every device gathers the whole, or holds one to reduce or exchange.
+    `size`: bytes of the array of which every device gathers the whole, or holds one to reduce or exchange. An
+    all-reduce includes a copy of that array, because XLA reduces in place.
     """
     ranks = len(devices)
     mesh = Mesh(np.array(devices), ("all",))

@@ -34,6 +34,7 @@ from tsp_jax.tools.inspect import check_writable
 
 FORMAT = 1
 """version of the file's schema"""
+LONGEST_NAME = 100
 HEAD_DIMS = (128, 64, 256)
 KV_HEADS, GROUP = 4, 4
 DTYPE = "bfloat16"
@@ -74,7 +75,7 @@ def calibrate(options: CalibrateOptions) -> Facts:
         on them. Nothing is measured then.
     """
     if not options.out:
-        raise ConfigError("out='' is empty; use --out my-node.json")
+        raise ConfigError(f"out='' is empty; use {cli.program()} --out my-node.json")
     check_writable(out=options.out)
     devices = jax.local_devices()
     facts = _heading(options, devices)
@@ -91,9 +92,12 @@ def calibrate(options: CalibrateOptions) -> Facts:
 
 def _heading(options: CalibrateOptions, devices: list[Any]) -> Facts:
     """What the file says about the devices, apart from their rates."""
+    name = options.name or Path(options.out).stem
+    if len(name) > LONGEST_NAME:
+        raise ConfigError(f"name={name:.20}... has {len(name)} characters; use --name with at most {LONGEST_NAME}")
     return {
         "format": FORMAT,
-        "name": options.name or Path(options.out).stem,
+        "name": name,
         "base": find_base(options.base, devices[0]),
         "device_kind": devices[0].device_kind,
         "num_devices": len(devices),
@@ -209,7 +213,8 @@ def measure_attention(device: Any, kernel: Kernel, head_dim: int, effort: Effort
     }
     found = {}
     for direction, (function, arguments) in calls.items():
-        flops = executed_flops(function, arguments)
+        if not (flops := executed_flops(function, arguments)):
+            raise ValueError(f"{kernel} declares no matrix products; see Kernel.attend")
         times = measure.seconds_per_call(function, arguments, effort)
         found[direction] = Band.of([flops / seconds for seconds in times])
     return found

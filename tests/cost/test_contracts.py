@@ -146,7 +146,7 @@ def windowed(window: int, order: Order) -> Config:
     ("case", "window", "order"), [("tsp4", 9, "zigzag"), ("tsp4", 16, "contiguous"), ("tp4_sp2", 5, "zigzag")]
 )
 def test_traffic_of_windows_equals_the_closed_form(case, window, order):
-    """Of 4 ranks, each receives two windows of 8 keys in zigzag order, one of 15 in contiguous order; of 2, one of 4."""
+    """Each of 4 ranks receives two windows of 8 keys in zigzag order, one of 15 in contiguous order; of 2, one of 4."""
     check_traffic(windowed(window, order), case)
     layout, sizes = CASES[case]
     received = step_traffic(windowed(window, order), layout, {"data": 1, **sizes})["attention"]["keys_values"]

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGAN = time.perf_counter()
-PARTS = {"device": 30, "check": 90, "rates": 60, "tiles": 60, "train": 75, "calibrate": 75}
+PARTS = {"device": 30, "check": 150, "rates": 60, "tiles": 75, "train": 75, "calibrate": 75}
 """part -> most seconds that it may take"""
 SHORTEST = 15
 """a part with fewer seconds left is not begun"""
@@ -112,15 +112,20 @@ def natural(tokens: int) -> Any:
     return load("tsp_jax.ops.kernels.mask").Tokens.one_document(jnp.arange(tokens, dtype=jnp.int32)[None])
 
 
-def attend(kernel: Any, q: Any, k: Any, v: Any, queries: Any, keys: Any) -> tuple[Any, ...]:
+def attend(kernel: Any, q: Any, k: Any, v: Any, queries: Any, keys: Any, rule: Any = ()) -> tuple[Any, ...]:
     """(out, lse) of a kernel; here and in `attend_backward` alone the kernels' signatures are known."""
-    return kernel.attend(q, k, v, queries, keys)
+    return kernel.attend(q, k, v, queries, keys, scores(rule))
 
 
-def attend_backward(kernel: Any, q, k, v, queries, keys, out, lse, dout) -> tuple[Any, ...]:
+def attend_backward(kernel: Any, q, k, v, queries, keys, out, lse, dout, rule: Any = ()) -> tuple[Any, ...]:
     """(dq, dk, dv) of a kernel."""
     kernels = load("tsp_jax.ops.kernels")
-    return kernel.attend_backward(q, k, v, queries, keys, kernels.delta(out, dout), lse, dout)
+    return kernel.attend_backward(q, k, v, queries, keys, kernels.delta(out, dout), lse, dout, scores(rule))
+
+
+def scores(rule: Iterable[tuple[str, Any]]) -> Any:
+    """The scores with these fields."""
+    return load("tsp_jax.ops.kernels.mask").Scores(**dict(rule))
 
 
 def kernels_here(interpret: bool) -> dict[str, Any]:
@@ -210,6 +215,14 @@ class Case(NamedTuple):
     keys: Any
     empty: bool = False
     """whether some query has no key, where the reference would give NaN"""
+    rule: tuple[tuple[str, Any], ...] = ()
+    """fields of `Scores`"""
+
+    @property
+    def key(self) -> str:
+        """Cases with the same key share a compiled program."""
+        rule = "".join(f" {name} {value}" for name, value in self.rule)
+        return f"H {self.sizes.head_dim} T {self.queries.positions.shape[1]} S {self.sizes.tokens}{rule}"
 
 
 def cases(interpret: bool) -> list[Case]:
@@ -231,10 +244,10 @@ def cases(interpret: bool) -> list[Case]:
         documents = segments[order] if packed else np.zeros_like(order)
         return tokens_of(*(jnp.asarray(x, jnp.int32)[None] for x in (order, documents)))
 
-    def some(name: str, head_dim: int, dtype: str, order: np.ndarray, keys: np.ndarray, packed: bool, empty=False):
-        head_dim = head_dim // 8 if interpret else head_dim
+    def some(name: str, head_dim: int, dtype: str, order: np.ndarray, keys: np.ndarray, packed: bool, empty=False, **r):
+        head_dim, rule = head_dim // 8 if interpret else head_dim, tuple(r.items())
         sizes = Sizes(len(keys), 2, 4, head_dim, dtype)
-        return Case(f"{name} H {head_dim} {dtype}", sizes, tokens(order, packed), tokens(keys, packed), empty)
+        return Case(f"{name} H {head_dim} {dtype}", sizes, tokens(order, packed), tokens(keys, packed), empty, rule)
 
     found = []
     for head_dim, dtype in [(64, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (64, "float32"), (128, "float32")]:
@@ -244,48 +257,55 @@ def cases(interpret: bool) -> list[Case]:
         found.append(some("zigzag packed", head_dim, dtype, rank, zigzag, True))
     found.append(some("ragged", 128, "bfloat16", ragged, ragged, True))
     found.append(some("odd heads", 80, "bfloat16", positions, positions, True))
+    every = {"window": total // 5, "softcap": 2.0, "scale": 0.2}
+    for name, rule in ("window", {"window": total // 5}), ("softcap", {"softcap": 2.0}), ("all", every):
+        found.append(some(f"{name}, zigzag packed", 128, "bfloat16", rank, zigzag, True, **rule))
+    found.append(some("encoder", 128, "bfloat16", positions, positions, True, causal=False))
     found.append(some("no keys", 128, "bfloat16", rank, positions[quarter:-quarter], False, empty=True))
     return found
 
 
 def check(results: Results, interpret: bool) -> None:
-    """Each kernel against the reference in float32: out, lse, dq, dk, dv."""
+    """Each kernel against the reference in float32: out, lse, dq, dk, dv. Compilers are slowest with float32: last."""
+    for dtype in ("bfloat16", "float32"):
+        check_cases(results, interpret, [case for case in cases(interpret) if case.sizes.dtype == dtype])
+
+
+def check_cases(results: Results, interpret: bool, found: list[Case]) -> None:
+    """`check` of some cases."""
     import jax
     import jax.numpy as jnp
 
     reference, xla = load("tsp_jax.ops.reference"), load("tsp_jax.ops.kernels").XlaKernel(128, 128)
 
-    def exact(q, k, v, queries, keys, dout):
-        (out, lse), vjp = jax.vjp(
-            lambda *each: reference.softmax_attention(
-                *each, queries.positions, keys.positions, queries.segments, keys.segments
-            ), q, k, v,
-        )  # fmt: skip
+    def exact(rule, q, k, v, queries, keys, dout):
+        tokens = queries.positions, keys.positions, queries.segments, keys.segments
+        (out, lse), vjp = jax.vjp(lambda *each: reference.softmax_attention(*each, *tokens, **dict(rule)), q, k, v)
         return out, lse, *vjp((dout, jnp.zeros_like(lse)))
 
-    def both(kernel, q, k, v, queries, keys, dout):
-        out, lse = attend(kernel, q, k, v, queries, keys)
-        return out, lse, *attend_backward(kernel, q, k, v, queries, keys, out, lse, dout)
+    def both(kernel, rule, q, k, v, queries, keys, dout):
+        out, lse = attend(kernel, q, k, v, queries, keys, rule)
+        return out, lse, *attend_backward(kernel, q, k, v, queries, keys, out, lse, dout, rule)
 
     def inputs(case: Case, dtype: str = "") -> tuple[Any, ...]:
         q, k, v, dout = (x.astype(dtype or x.dtype) for x in arrays(case.sizes, case.queries.positions.shape[1]))
         return q, k, v, case.queries, case.keys, dout
 
-    found, calls = cases(interpret), {}
+    calls = {}
     for case in found:
-        key = f"H {case.sizes.head_dim} T {case.queries.positions.shape[1]} S {case.sizes.tokens}"
-        run = functools.partial(both, xla) if case.empty else exact
+        key = case.key
+        run = functools.partial(both, xla, case.rule) if case.empty else functools.partial(exact, case.rule)
         calls[f"exact {key}"] = (functools.partial(_highest, run), inputs(case, "float32"))
         for name, kernel in kernels_here(interpret).items():
-            if reason := kernel.unsupported(case.sizes.head_dim, case.sizes.dtype):
-                if f"{name} {reason}" not in calls:
-                    say(f"{name}, {case.name}: not supported ({reason})")
+            if reason := kernel.unsupported(case.sizes.head_dim, case.sizes.dtype, scores(case.rule)):
+                say(f"{name}, {case.name}: not supported ({reason})")
                 continue
             if name != "xla" or case.sizes.head_dim in (16, 128):
-                calls[f"{name} {key} {case.sizes.dtype}"] = (functools.partial(both, kernel), inputs(case))
+                run = functools.partial(both, kernel, case.rule)
+                calls[f"{name} {key} {case.sizes.dtype}"] = (run, inputs(case))
     programs = compile_all([(name, *call) for name, call in calls.items()], results)
     for case in found:
-        key = f"H {case.sizes.head_dim} T {case.queries.positions.shape[1]} S {case.sizes.tokens}"
+        key = case.key
         try:
             desired = programs[f"exact {key}"](*inputs(case, "float32"))
         except Exception as error:
@@ -380,32 +400,43 @@ def rates(results: Results, interpret: bool) -> None:
 
 
 TRIED = {
-    "forward": [
-        (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 3),
-        (64, 64, 4, 3),
-    ],
-    "dq": [
-        (128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 4, 3),
-        (64, 128, 4, 2),
-    ],
-    "dkv": [
-        (64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2),
-        (32, 128, 4, 2), (32, 64, 4, 3),
-    ],
-}  # fmt: skip
-"""kernel -> (query tokens, key tokens, warps, stages); the first is the one in use for heads of 128"""
+    128: {
+        "forward": [(128, 64, 4, 3), (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 2), (128, 64, 4, 4)],
+        "dq": [(128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 4)],
+        "dkv": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (32, 64, 4, 2)],
+    },
+    64: {
+        "forward": [(128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 128, 4, 3), (64, 64, 4, 3)],
+        "dq": [(128, 128, 8, 2), (128, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2)],
+        "dkv": [(64, 64, 4, 2), (64, 128, 8, 3), (64, 128, 4, 2), (128, 128, 8, 2), (128, 64, 4, 2)],
+    },
+    256: {
+        "forward": [(128, 32, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 1), (64, 32, 4, 3)],
+        "dq": [(64, 32, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2), (128, 32, 8, 2), (128, 64, 8, 1)],
+        "dkv": [(32, 64, 8, 2), (64, 64, 8, 1), (32, 64, 4, 2), (32, 32, 4, 2), (64, 64, 8, 2)],
+    },
+}
+"""heads -> kernel -> (query tokens, key tokens, warps, stages)"""
 TRIED_INTERPRETED = {
-    "forward": [(8, 8, 4, 1), (16, 8, 4, 1)], "dq": [(8, 4, 4, 1), (8, 8, 4, 1)], "dkv": [(4, 8, 4, 1), (8, 8, 4, 1)]
-}  # fmt: skip
+    16: {"forward": [(8, 8, 4, 1), (16, 8, 4, 1)], "dq": [(8, 8, 4, 1)], "dkv": [(4, 8, 4, 1), (8, 8, 4, 1)]}
+}
 
 
 def tiles(results: Results, interpret: bool) -> None:
-    """Other tiles for heads of 128: operations/s of the products that each kernel does, and the difference made."""
+    """Other tiles: operations/s of the products that each kernel does, and how far results differ from the first."""
+    table = TRIED_INTERPRETED if interpret else TRIED
+    for sizes in timed_sizes(interpret):
+        if sizes.head_dim in table:
+            try_tiles(results, interpret, sizes, table[sizes.head_dim])
+
+
+def try_tiles(results: Results, interpret: bool, sizes: Sizes, tried: dict[str, list[tuple[int, ...]]]) -> None:
+    """`tiles` for heads of one size."""
     import jax
     import numpy as np
 
     kernels, tables = load("tsp_jax.ops.kernels"), load("tsp_jax.ops.kernels.tiles")
-    sizes, usual = timed_sizes(interpret)[0], kernels_here(interpret)["triton"]
+    usual = kernels_here(interpret)["triton"]
     q, k, v, dout = arrays(sizes)
     tokens = natural(sizes.tokens)
     inputs = q, k, v, tokens, tokens
@@ -414,7 +445,7 @@ def tiles(results: Results, interpret: bool) -> None:
     assert standard is not None
     products = {"forward": 2, "dq": 3, "dkv": 4}
     calls = {}
-    for part, shapes in (TRIED_INTERPRETED if interpret else TRIED).items():
+    for part, shapes in tried.items():
         for shape in shapes:
             kernel = kernels.TritonKernel(usual.arch, standard._replace(**{part: tables.Tile(*shape)}))
             if part == "forward":
@@ -422,7 +453,7 @@ def tiles(results: Results, interpret: bool) -> None:
             else:  # XLA leaves out the kernel whose results are not asked for
                 wanted = slice(0, 1) if part == "dq" else slice(1, 3)
                 call = (lambda *a, kernel=kernel, w=wanted: attend_backward(kernel, *a)[w]), (*inputs, out, lse, dout)
-            calls[f"{part} {shape}"] = (part, *call)
+            calls[f"H {sizes.head_dim} {part} {shape}"] = (part, *call)
     programs = compile_all([(name, *call[1:]) for name, call in calls.items()], results)
     first: dict[str, Any] = {}
     for name, program in programs.items():
@@ -444,15 +475,15 @@ TRAINED = {
         "--compute-dtype bfloat16 --seq-len 4096 --batch 4",
         ("auto", "xla"),
     ),
-    "tiny": ("", ("auto",)),
+    "tiny": ("", ()),
 }
 """name -> (flags for configs/tiny.py, attention kernels)"""
 
 
 def train(results: Results, interpret: bool) -> None:
     """A short training run with each kernel: the losses must agree."""
-    for name, (flags, kernels) in list(TRAINED.items())[1 if interpret else 0 :]:
-        for kernel in kernels:
+    for name, (flags, kernels) in TRAINED.items():
+        for kernel in ["auto"] * (name == "tiny") if interpret else kernels:
             with tempfile.TemporaryDirectory() as folder:
                 chosen = f"--cpu-devices {int(interpret)} --mesh data=1,tsp=1 --stream.kernel {kernel}"
                 steps = 2 if interpret else 20

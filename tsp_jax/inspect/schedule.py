@@ -96,7 +96,7 @@ class Schedule:
             loop = self.module.callee(i, "body"), self.module.callee(i, "condition")
             yield Step("loop", i, i.name, callees=loop, trips=self.module.trips(i, self._unknown_trips))
         elif i.opcode == "conditional":
-            yield Step("branch", i, i.name, callees=self.module.called(i, "branch_computations"))
+            yield Step("branch", i, i.name, callees=self.module.branches(i))
         elif i.opcode == "call":
             yield Step("call", i, i.name, callees=self.module.called(i, "to_apply", "calls"))
         elif i.phase == "done":

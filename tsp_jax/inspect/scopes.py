@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.instructions import Instruction
@@ -10,7 +10,7 @@ from tsp_jax.inspect.instructions import Instruction
 _ADDED_BY_JAX = re.compile(
     r"while|body|cond|closed_call|shard_map|checkpoint|rematted_computation|eval_jaxpr|scan|pjit|branch_\d+_fun|"
     r"(jit|jvp|transpose|vmap|pjit|checkpoint|custom_jvp_call|custom_vjp_call)\(.*\)|custom_[jv][jv]p_call|.*->.*|"
-    r"mean_\w+\[.*\]|"
+    r"mean_\w+\[.*\]|likely_branch\[.*\]|"
 )
 _DECLARED_TRIPS = re.compile(r"(?:^|[/(])mean_trips\[([^\]/]*)\]\)*/while$")
 _DECLARED_FLOPS = re.compile(r"(?:^|[/(])mean_flops\[(\w+)=([^\]/]*)\]\)*/[^/]+$")
@@ -74,6 +74,26 @@ def declared_flops(i: Instruction) -> DeclaredFlops | None:
         return None
     kind, number = found.groups()
     return DeclaredFlops(kind, _positive(i, "mean_flops", f"{kind}=", number, "1.5e12"))
+
+
+Branch = TypeVar("Branch")
+_LIKELY_BRANCH = re.compile(r"(?:^|[/(])likely_branch\[([^\]/]*)\]\)*/[^/]+$")
+
+
+def likely_branches(conditional: Instruction, branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
+    """The branches that count as taken: the one that a program declares as the likely one, else all.
+
+    A program declares its number with a named scope directly around the conditional:
+    ``with jax.named_scope("likely_branch[1]")``. The branches of `lax.cond` are 0 for false and 1 for true.
+    """
+    found = _LIKELY_BRANCH.search(conditional.op_name)
+    if not found:
+        return branches
+    if not found[1].isdecimal() or int(found[1]) >= len(branches):
+        raise ConfigError(
+            f"{conditional.name}: scope likely_branch[{found[1]}] is no number of a branch; use 0 to {len(branches) - 1}"
+        )
+    return (branches[int(found[1])],)
 
 
 def _positive(i: Instruction, scope: str, kind: str, text: str, example: str) -> float:

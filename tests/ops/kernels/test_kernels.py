@@ -23,11 +23,25 @@ from tests.builders.attention import (
     run_reference_where,
 )
 from tsp_jax.errors import ConfigError
-from tsp_jax.ops.kernels import KERNELS, TritonKernel, XlaKernel, arch_of, choose_kernel, describe_kernel
-from tsp_jax.ops.kernels.mask import MASKED, Tokens
+from tsp_jax.ops.kernels import (
+    ABSENT,
+    KERNELS,
+    CudnnKernel,
+    TritonKernel,
+    XlaKernel,
+    arch_of,
+    choose_kernel,
+    describe_kernel,
+)
+from tsp_jax.ops.kernels.mask import MASKED, Scores, Tokens
+from tsp_jax.ops.kernels.pairs import XlaPairKernel
 from tsp_jax.ops.kernels.tiles import Tile, Tiles
 
-SMALL = {"triton": TritonKernel("interpret"), "xla": XlaKernel(4, 6)}
+SMALL = {
+    "cudnn": XlaPairKernel((XlaKernel(4, 6),), chunk=6),  # what it makes of chunks; cuDNN itself needs a GPU
+    "triton": TritonKernel("interpret"),
+    "xla": XlaKernel(4, 6),
+}
 """name -> the kernel with blocks so small that a short sequence has many, on any machine"""
 TILES_OF_2 = Tiles(*(Tile(2, 2, 1, 1),) * 3)
 CASES = {
@@ -45,6 +59,7 @@ every_kernel = pytest.mark.parametrize("kernel", SMALL.values(), ids=SMALL)
 
 def test_every_kernel_is_tested():
     assert set(SMALL) == set(KERNELS)
+    assert not set(ABSENT) & set(KERNELS)
 
 
 @every_kernel
@@ -163,6 +178,7 @@ def test_a_mesh_without_devices_has_no_arch():
 
 
 GPU, TPU, CPU = abstract_mesh("gfx942", "gpu"), abstract_mesh("TPU v5p", "tpu"), abstract_mesh("cpu", "cpu")
+H100 = abstract_mesh("NVIDIA H100 80GB HBM3", "gpu")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +188,9 @@ GPU, TPU, CPU = abstract_mesh("gfx942", "gpu"), abstract_mesh("TPU v5p", "tpu"),
         ("triton", GPU, 128, "bfloat16", TritonKernel("gfx942")),
         ("xla", GPU, 128, "bfloat16", XlaKernel(512, 512)),
         ("auto", GPU, 256, "float32", XlaKernel(512, 512)),
+        ("auto", H100, 128, "bfloat16", CudnnKernel.for_arch("sm_90")),
+        ("auto", H100, 128, "float32", TritonKernel("sm_90")),
+        ("triton", H100, 128, "bfloat16", TritonKernel("sm_90")),
         ("auto", CPU, 128, "bfloat16", XlaKernel(256, 256)),
         ("auto", TPU, 128, "bfloat16", XlaKernel(1024, 1024)),
     ],
@@ -180,23 +199,47 @@ def test_choice(name, mesh, head_dim, dtype, kernel):
     assert choose_kernel(name, mesh, head_dim, dtype) == kernel
 
 
+NVIDIA_ONLY = "cudnn: runs on NVIDIA GPUs from sm_80 on, not on"
+TOO_WIDE = "triton: heads have 256 float32; they may have at most 512 bytes, of float32 or bfloat16"
+
+
 @pytest.mark.parametrize(
-    ("name", "mesh", "head_dim", "text"),
+    ("name", "mesh", "head_dim", "dtype", "text"),
     [
-        ("auto", GPU, 128, "triton"),
-        ("xla", GPU, 128, "xla"),
-        ("xla", GPU, 256, "xla"),
-        ("auto", GPU, 64, "triton"),
-        ("auto", CPU, 128, "xla (triton: runs on gfx942, gfx950, sm_90, not on cpu)"),
+        ("auto", GPU, 128, "float32", f"triton ({NVIDIA_ONLY} gfx942)"),
+        ("triton", GPU, 128, "float32", "triton"),
+        ("xla", GPU, 256, "float32", "xla"),
+        ("auto", CPU, 128, "float32", f"xla ({NVIDIA_ONLY} cpu; triton: runs on gfx942, gfx950, sm_90, not on cpu)"),
+        ("auto", GPU, 256, "float32", f"xla ({NVIDIA_ONLY} gfx942; {TOO_WIDE})"),
+        ("auto", H100, 128, "bfloat16", "cudnn (triton for documents that cross chunks)"),
+        ("cudnn", H100, 256, "bfloat16", "cudnn (triton for documents that cross chunks)"),
+        ("cudnn", H100, 128, "float16", "cudnn (xla for documents that cross chunks)"),
+        ("auto", H100, 128, "float32", "triton (cudnn: computes in bfloat16 or float16, not in float32)"),
     ],
 )
-def test_description_says_why_kernels_before_it_cannot_run(name, mesh, head_dim, text):
-    assert describe_kernel(name, mesh, head_dim, jnp.float32) == text
+def test_description_says_why_kernels_before_it_cannot_run_and_which_others_may(name, mesh, head_dim, dtype, text):
+    assert describe_kernel(name, mesh, head_dim, dtype) == text
 
 
-def test_description_of_heads_that_are_too_wide():
-    reason = "heads have 256 float32; they may have at most 512 bytes, of float32 or bfloat16"
-    assert describe_kernel("auto", GPU, 256, jnp.float32) == f"xla (triton: {reason})"
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "scores", "words"),
+    [
+        ("sm_90", 264, Scores(), "heads have 264 dims; on sm_90 they must have a multiple of 8, at most 256"),
+        ("sm_90", 20, Scores(), "heads have 20 dims"),
+        ("sm_80", 256, Scores(), "on sm_80 they must have a multiple of 8, at most 128"),
+        ("sm_75", 128, Scores(), "runs on NVIDIA GPUs from sm_80 on, not on sm_75"),
+        ("", 128, Scores(), "not on unknown devices"),
+        ("sm_90", 128, Scores(window=4096), "causal attention without window and soft cap only"),
+        ("sm_90", 128, Scores(softcap=50.0), "causal attention without window and soft cap only"),
+        ("sm_90", 128, Scores(causal=False), "causal attention without window and soft cap only"),
+    ],
+)
+def test_what_cudnn_cannot_compute(arch, head_dim, scores, words):
+    assert words in CudnnKernel.for_arch(arch).unsupported(head_dim, "bfloat16", scores)
+
+
+def test_cudnn_takes_any_scale():
+    assert not CudnnKernel.for_arch("sm_90").unsupported(128, "bfloat16", Scores(scale=0.2))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +247,9 @@ def test_description_of_heads_that_are_too_wide():
     [
         ("triton", CPU, 128, "stream.kernel=triton: runs on gfx942, .*, not on cpu; use stream.kernel=xla"),
         ("triton", GPU, 256, "stream.kernel=triton: heads have 256 float32; they may have at most 512 bytes"),
-        ("fused", GPU, 128, "stream.kernel=fused is unknown; use one of auto, triton, xla"),
+        ("cudnn", GPU, 128, "stream.kernel=cudnn: runs on NVIDIA GPUs .*, not on gfx942; use stream.kernel=xla"),
+        ("aiter", GPU, 128, "stream.kernel=aiter: .* jax_aiter, .*; use stream.kernel=triton"),
+        ("fused", GPU, 128, "stream.kernel=fused is unknown; use one of auto, cudnn, triton, xla"),
     ],
 )
 def test_refusals(name, mesh, head_dim, words):

@@ -19,6 +19,7 @@ from tsp_jax.ops.attention.kv_cache import EMPTY, KeyValues, NewEntries, row_maj
 from tsp_jax.ops.attention.projections import project_in, project_out, vary_inputs_alike
 from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, ShardedHeads
 from tsp_jax.ops.attention.sinks import add_sinks, sinks_of_shard
+from tsp_jax.ops.kernels.kernel import merge
 from tsp_jax.ops.kernels.mask import MASKED, Tokens
 from tsp_jax.ops.sequence import gather_sequence
 from tsp_jax.ops.stream import Stream, zeros
@@ -89,7 +90,7 @@ def _attend_to_cache(
         def attend_chunk(chunk, carry):
             k_BpKH, v_BpKH = _gather_chunk(cache, layer, chunk, t, bucket, heads)
             keys_Bp = Tokens.one_document(_chunk_positions(positions_BRs, chunk, t))
-            return _merge_softmax(carry, kernel.attend(q_BtKGH, k_BpKH, v_BpKH, tokens_Bt, keys_Bp, scores))
+            return merge(carry, kernel.attend(q_BtKGH, k_BpKH, v_BpKH, tokens_Bt, keys_Bp, scores))
 
         zero = zeros(q_BtKGH.shape, jnp.float32, like=q_BtKGH)
         with jax.named_scope(f"mean_trips[{(max_chunks + 1) / 2:g}]"):  # over all prefills that fill the cache
@@ -116,10 +117,3 @@ def _chunk_positions(positions_BRs: jax.Array, chunk, size: int) -> jax.Array:
     is_new = start + jnp.arange(size, dtype=jnp.int32) >= chunk * size
     positions_BRs = lax.dynamic_slice_in_dim(positions_BRs, start, size, axis=2)
     return jnp.where(is_new[None, None], positions_BRs, EMPTY).reshape(positions_BRs.shape[0], -1)
-
-
-def _merge_softmax(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """(out, lse) of attention to the union of two sets of keys, float32."""
-    lse = jnp.logaddexp(a[1], b[1])
-    out_a, out_b = (out.astype(jnp.float32) * jnp.exp(part - lse)[..., None] for out, part in (a, b))
-    return out_a + out_b, lse

@@ -32,7 +32,7 @@ def tokens_of(length: int, ranks: int, rank: int) -> tuple[Tokens, Tokens]:
     chunks = np.arange(length, dtype=np.int32).reshape(2 * ranks, -1)
     order = np.concatenate([chunks[[i, 2 * ranks - 1 - i]].reshape(-1) for i in range(ranks)])
     keys, own = order[None], order.reshape(ranks, -1)[rank][None]
-    return Tokens.one_document(jnp.asarray(own)), Tokens.one_document(jnp.asarray(keys))
+    return tuple(Tokens.one_document(jnp.asarray(positions)) for positions in (own, keys))
 
 
 def arrays_of(length: int, ranks: int, heads: tuple[int, int, int]) -> list[jax.Array]:
@@ -117,7 +117,7 @@ def attempt(name: str, f: Any, *args: Any) -> bool:
     start = time.perf_counter()
     try:
         line = {"case": name, **f(*args)}
-    except Exception as error:  # any failure is a finding, and the next case must run
+    except Exception as error:
         text = traceback.format_exception_only(error)[-1].strip()
         line = {"case": name, "failed": text[:600]}
     print(json.dumps(line | {"took_s": round(time.perf_counter() - start, 1)}), flush=True)

@@ -78,6 +78,11 @@ RULES = {
 }
 
 
+def rule_of(scores: Scores) -> dict:
+    """The arguments of the reference."""
+    return {name: getattr(scores, name) for name in ("causal", "window", "softcap", "scale")}
+
+
 def allowed_pairs(queries: Tokens, keys: Tokens, scores: Scores = Scores()) -> np.ndarray:
     """[B, T, S] bool: which pairs may attend, written apart from the kernels' own rule."""
     before = queries.positions[:, :, None] - keys.positions[:, None]
@@ -118,7 +123,7 @@ def run_reference(q, k, v, dout, queries, keys, scores=Scores()):
 
     def f(q, k, v):
         tokens = queries.positions, keys.positions, queries.segments, keys.segments
-        return reference.softmax_attention(q, k, v, *tokens, **scores._asdict())
+        return reference.softmax_attention(q, k, v, *tokens, **rule_of(scores))
 
     (out, lse), vjp = jax.vjp(f, q, k, v)
     return out, lse, vjp((dout, jnp.zeros_like(lse)))

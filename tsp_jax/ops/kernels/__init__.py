@@ -8,10 +8,10 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh
 
 from tsp_jax.errors import ConfigError
+from tsp_jax.ops.kernels.chunk_pairs import PairKernel
 from tsp_jax.ops.kernels.cudnn import CudnnKernel
 from tsp_jax.ops.kernels.kernel import Kernel, arch_of, delta
 from tsp_jax.ops.kernels.mask import Scores
-from tsp_jax.ops.kernels.pairs import PairKernel
 from tsp_jax.ops.kernels.triton import TritonKernel
 from tsp_jax.ops.kernels.xla import XlaKernel
 

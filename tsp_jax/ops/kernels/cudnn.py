@@ -1,4 +1,4 @@
-"""Attention by cuDNN on NVIDIA GPUs, which computes pairs of chunks; see `tsp_jax.ops.kernels.pairs`.
+"""Attention by cuDNN on NVIDIA GPUs, which computes pairs of chunks; see `tsp_jax.ops.kernels.chunk_pairs`.
 
 XLA replaces two calls by cuDNN's fused attention. They are written here with `jax.ffi`, for two reasons.
 `jax.nn.dot_product_attention` has no backward pass that takes the log-sum-exp of more keys than its own, and it asks a
@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tsp_jax.ops.kernels.chunk_pairs import PairKernel
 from tsp_jax.ops.kernels.kernel import declare_products
 from tsp_jax.ops.kernels.mask import Scores
-from tsp_jax.ops.kernels.pairs import PairKernel
 from tsp_jax.ops.kernels.triton import TritonKernel
 from tsp_jax.ops.kernels.xla import XlaKernel
 
@@ -57,7 +57,7 @@ class CudnnKernel(PairKernel):
         most = 256 if int(capability) >= 90 else 128
         if head_dim > most or head_dim % 8:
             return f"heads have {head_dim} dims; on {self.arch} they must have a multiple of 8, at most {most}"
-        if scores._replace(scale=None) != Scores():
+        if scores._replace(scale=None, total=None) != Scores():
             return "computes causal attention without window and soft cap only"
         return ""
 

@@ -142,7 +142,7 @@ class PairKernel(Kernel):
         """Whether lengths are whole chunks and the scores causal without a window or cap."""
         chunk = self.chunk or q_BTKGH.shape[1]
         whole = q_BTKGH.shape[1] % chunk == 0 and k_BSKH.shape[1] % chunk == 0
-        return whole and scores._replace(scale=None) == Scores()
+        return whole and scores._replace(scale=None, total=None) == Scores()
 
     def _lists(self, q_BTKGH, queries: Tokens, keys: Tokens, by_key: bool = False):
         chunk = self.chunk or q_BTKGH.shape[1]

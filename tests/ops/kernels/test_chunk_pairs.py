@@ -16,10 +16,10 @@ from tests.builders.attention import Case, S, jitted_run, random_tokens, run, ru
 from tests.builders.targets import needs_compiler
 from tsp_jax.hardware.targets import HARDWARE, Target
 from tsp_jax.ops.kernels import CudnnKernel, XlaKernel, delta
+from tsp_jax.ops.kernels.chunk_pairs import PairLists, XlaPairKernel
 from tsp_jax.ops.kernels.cudnn import _outputs
 from tsp_jax.ops.kernels.kernel import Kernel
 from tsp_jax.ops.kernels.mask import Tokens
-from tsp_jax.ops.kernels.pairs import PairLists, XlaPairKernel
 from tsp_jax.training.data import sequence_order
 
 RANKS = [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)]

@@ -144,7 +144,8 @@ def rows_differ(case: Case) -> tuple[Tokens, Tokens]:
 
 OTHERS = {
     "packed": Case(ranks=4, rank=2, packed=True).tokens,
-    "packed, one rank": Case(ranks=1, packed=True).tokens,
+    "packed, one row": Case(ranks=4, rank=2, packed=True, batch=1).tokens,
+    "packed, one rank and row": Case(ranks=1, packed=True, batch=1).tokens,
     "random order": lambda: random_tokens(3, 1, 2),
     "two keys in each other's place": lambda: swapped(Case(ranks=4, rank=0)),
     "rows of different kinds": lambda: rows_differ(Case(ranks=4, rank=0)),
@@ -158,7 +159,7 @@ def test_other_tokens_are_left_to_the_other_kernel(tokens):
     if tokens is OTHERS["queries that are padding"]:
         queries = queries._replace(positions=np.where(queries.positions == 1, -(2**31) + 1, queries.positions))
     ranks = S // queries.positions.shape[1]
-    case = Case(ranks=ranks)
+    case = Case(ranks=ranks, batch=len(queries.positions))
     out, lse, grads = jitted_run(only_pairs(ranks), *case.arrays(), queries, keys)
     assert all(np.isnan(array).all() for array in (out, lse, *grads))
     kernel = XlaPairKernel((XlaKernel(4, 6),)).within(S // ranks)

@@ -156,7 +156,9 @@ def _step(row: Row) -> str:
 
 def _table(rows: Sequence[Row], hardware: Hardware) -> Table:
     columns = "tokens,batch,peak GB,formula,paper,received GB,comm s,exposed,step s,/ matmul,tokens/s,largest tokens"
-    right = [Column(column, justify="right") for column in (*columns.split(","), "largest batch")]
+    right = [
+        Column(column, justify="right", no_wrap=column == "step s") for column in (*columns.split(","), "largest batch")
+    ]
     title = f"One device of {hardware.memory_bytes / 1e9:.0f} GB"
     table = Table(Column("layout", overflow="fold"), *right, title=title, title_justify="left")
     for _, group in itertools.groupby(rows, lambda row: row.layout):

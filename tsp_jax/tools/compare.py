@@ -150,14 +150,16 @@ def _seconds(value: float) -> str:
 
 def _step(row: Row) -> str:
     """The band of a step, and its typical value."""
-    low, typical, high = (_seconds(value or 0.0) for value in (row.step_low_s, row.step_s, row.step_high_s))
+    band = (row.step_low_s or 0.0, row.step_s or 0.0, row.step_high_s or 0.0)
+    low, typical, high = (f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in band)
     return typical if low == high else f"{low} to {high} ({typical})"
 
 
 def _table(rows: Sequence[Row], hardware: Hardware) -> Table:
     columns = "tokens,batch,peak GB,formula,paper,received GB,comm s,exposed,step s,/ matmul,tokens/s,largest tokens"
     right = [
-        Column(column, justify="right", no_wrap=column == "step s") for column in (*columns.split(","), "largest batch")
+        Column(column, justify="right", no_wrap=column == "step s", overflow="fold")
+        for column in (*columns.split(","), "largest batch")
     ]
     title = f"One device of {hardware.memory_bytes / 1e9:.0f} GB"
     table = Table(Column("layout", overflow="fold"), *right, title=title, title_justify="left")
@@ -178,7 +180,7 @@ def _cells(row: Row) -> list[str]:
         _gb(row.received_bytes),
         _seconds(row.comm_s), exposed, _step(row),
         f"{row.step_s / row.matmul_s:.2f}" if row.matmul_s else "-", f"{row.tokens_per_s:,.0f}",
-        "" if row.largest_seq_len is None else f"{row.largest_seq_len:,}",
+        "" if row.largest_seq_len is None else f"{row.largest_seq_len // 1024:,} K",
         "" if row.largest_batch is None else str(row.largest_batch),
     ]  # fmt: skip
 

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tsp_jax.ops.kernels import CudnnKernel, Kernel, TritonKernel, delta
+from tsp_jax.ops.kernels.chunk_pairs import PairKernel, XlaPairKernel
 from tsp_jax.ops.kernels.mask import Tokens
-from tsp_jax.ops.kernels.pairs import PairKernel, XlaPairKernel
 
 TOLERANCE = 0.02
 """largest error over the largest value: bfloat16 has 8 bits, and each pair's result is rounded"""

@@ -198,8 +198,9 @@ class StreamConfig:
     grad_dtype: DType = "float32"
     """dtype in which weight gradients are reduce-scattered"""
     kernel: str = "auto"
-    """attention kernel: xla runs everywhere; triton is for MI300X, MI355X and H100, but has not yet run on any of them;
-    auto: triton on these three, for heads of at most 512 bytes, and xla otherwise"""
+    """attention kernel: xla runs everywhere; triton is for MI300X, MI355X and H100; cudnn is for NVIDIA GPUs, and
+    leaves documents that cross chunks of the sequence to triton; auto: the first of cudnn, triton and xla that can
+    compute the heads. cudnn and triton have not yet run on a GPU"""
 
     def __post_init__(self):
         _check("stream.", self, positive="bucket_mib")

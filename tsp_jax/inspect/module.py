@@ -126,9 +126,9 @@ class Module:
     ) -> Iterator[tuple[Computation, float]]:
         """Every computation that runs, callers first, and how often it runs in one execution of the module.
 
-        Of a conditional, the branches of `branches` count as taken. `unknown_trips` are the trips of data-dependent loops for
-        which the program declares none (`declared_trips`). `fusions` adds the bodies of fusions; only the results of a
-        body's root are written to memory. `unlikely` adds all other branches.
+        Of a conditional, the branches of `branches` count as taken. `unknown_trips` are the trips of data-dependent
+        loops for which the program declares none (`declared_trips`). `fusions` adds the bodies of fusions; only the
+        results of a body's root are written to memory. `unlikely` adds all other branches.
         """
         times: dict[str, float] = dict.fromkeys(self.computations, 0)
         times[self.entry.name] = 1

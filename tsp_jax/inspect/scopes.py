@@ -101,9 +101,8 @@ def likely_branches(conditional: Instruction, branches: tuple[Branch, ...]) -> t
     if not found:
         return branches
     if not found[1].isdecimal() or int(found[1]) >= len(branches):
-        raise ConfigError(
-            f"{conditional.name}: scope likely_branch[{found[1]}] is no number of a branch; use 0 to {len(branches) - 1}"
-        )
+        text = f"{conditional.name}: scope likely_branch[{found[1]}] is no number of a branch"
+        raise ConfigError(f"{text}; use 0 to {len(branches) - 1}")
     return (branches[int(found[1])],)
 
 

@@ -33,8 +33,8 @@ from tsp_jax.ops.kernels import (
     choose_kernel,
     describe_kernel,
 )
+from tsp_jax.ops.kernels.chunk_pairs import XlaPairKernel
 from tsp_jax.ops.kernels.mask import MASKED, Scores, Tokens
-from tsp_jax.ops.kernels.pairs import XlaPairKernel
 from tsp_jax.ops.kernels.tiles import Tile, Tiles
 
 SMALL = {

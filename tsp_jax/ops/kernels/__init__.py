@@ -8,10 +8,10 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh
 
 from tsp_jax.errors import ConfigError
+from tsp_jax.ops.kernels.chunk_pairs import PairKernel
 from tsp_jax.ops.kernels.cudnn import CudnnKernel
 from tsp_jax.ops.kernels.kernel import Kernel, arch_of, delta
 from tsp_jax.ops.kernels.mask import Scores
-from tsp_jax.ops.kernels.pairs import PairKernel
 from tsp_jax.ops.kernels.triton import TritonKernel
 from tsp_jax.ops.kernels.xla import XlaKernel
 
@@ -44,8 +44,8 @@ def choose_kernel(name: str, mesh: Mesh | AbstractMesh, head_dim: int, dtype: An
 def describe_kernel(name: str, mesh: Mesh | AbstractMesh, head_dim: int, dtype: Any, scores: Scores = Scores()) -> str:
     """The name of the kernel that `choose_kernel` returns, and why each kernel before it in `KERNELS` cannot run.
 
-    Such as ``triton (cudnn: runs on NVIDIA GPUs from sm_80 on, not on gfx942)``. For a kernel that leaves some tokens to
-    another one, such as ``cudnn (triton for documents that cross chunks)``.
+    Such as ``triton (cudnn: runs on NVIDIA GPUs from sm_80 on, not on gfx942)``. A kernel that leaves some tokens to
+    another one names it: ``cudnn (triton for documents that cross chunks)``.
     """
     chosen, kernel, notes = _choose(name, mesh, head_dim, dtype, scores)
     if isinstance(kernel, PairKernel):

@@ -1,8 +1,11 @@
-"""Attention by cuDNN on NVIDIA GPUs, which computes pairs of chunks; see `tsp_jax.ops.kernels.pairs`.
+"""Attention by cuDNN on NVIDIA GPUs, which computes pairs of chunks; see `tsp_jax.ops.kernels.chunk_pairs`.
 
-XLA replaces two calls by cuDNN's fused attention. They are written here with `jax.ffi`: `jax.nn.dot_product_attention`
-gives no access to a backward pass with the log-sum-exp of more keys than its own, and asks a present GPU what it can do,
-so that no program could be compiled for an absent one.
+XLA replaces two calls by cuDNN's fused attention. They are written here with `jax.ffi`, for two reasons.
+`jax.nn.dot_product_attention` has no backward pass that takes the log-sum-exp of more keys than its own, and it asks a
+present GPU what it can do, so that no program could be compiled for an absent one.
+
+XLA asks cuDNN how much workspace it needs when it compiles for a present GPU; compiled for an absent one, a program's
+peak memory leaves the workspace out.
 
 Dims: B batch, K KV heads, G query heads per KV head, N = K G, H head; C tokens of a chunk.
 """
@@ -16,9 +19,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tsp_jax.ops.kernels.chunk_pairs import PairKernel
 from tsp_jax.ops.kernels.kernel import declare_products
 from tsp_jax.ops.kernels.mask import Scores
-from tsp_jax.ops.kernels.pairs import PairKernel
 from tsp_jax.ops.kernels.triton import TritonKernel
 from tsp_jax.ops.kernels.xla import XlaKernel
 
@@ -54,7 +57,7 @@ class CudnnKernel(PairKernel):
         most = 256 if int(capability) >= 90 else 128
         if head_dim > most or head_dim % 8:
             return f"heads have {head_dim} dims; on {self.arch} they must have a multiple of 8, at most {most}"
-        if scores._replace(scale=None) != Scores():
+        if scores._replace(scale=None, total=None) != Scores():
             return "computes causal attention without window and soft cap only"
         return ""
 

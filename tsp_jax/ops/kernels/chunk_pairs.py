@@ -1,16 +1,16 @@
 """Attention by pairs of chunks, for kernels that know neither positions nor segments.
 
-If the sequence is one document, each pair of a query chunk and a key chunk is one of three kinds. The pair is *whole* if
-every query may attend to every key; *diagonal* if both chunks are the same tokens, so that a query attends to keys of no
-higher index; *empty* if no query may attend to any key. Under a zigzag order over R ranks, each rank has 2R - 1 whole
-pairs and two diagonal ones. A kernel without masks computes a whole pair, and one with an index-causal mask a diagonal
-pair. Results of pairs are merged by log-sum-exp; gradients add up.
+If the sequence is one document, each pair of a query chunk and a key chunk is one of three kinds. A pair is *whole* if
+every query may attend to every key. It is *diagonal* if both chunks are the same tokens in ascending order, so that a
+query attends to keys of no higher index. It is *empty* if no query may attend to any key. Under a zigzag order over R
+ranks, each rank has 2R - 1 whole pairs and two diagonal ones. Whole pairs need a kernel without a mask, diagonal pairs
+one with a mask by index. Results of pairs are merged by log-sum-exp; gradients add up.
 
 Which pair is of which kind is computed from positions and segments at run time (`PairLists.of`). If some pair is of no
 kind, such as with documents that cross chunks, another kernel computes the attention.
 
-Dims: B batch, T query tokens, S key tokens, K KV heads, G query heads per KV head, H head; C tokens of a chunk; n chunks
-that have a list each, m chunks in a list.
+Dims: B batch, T query tokens, S key tokens, K KV heads, G query heads per KV head, H head; C tokens of a chunk; n
+chunks that have a list each, m chunks in a list.
 """
 
 import abc
@@ -101,20 +101,23 @@ class PairKernel(Kernel):
         Keeps: dq in float32, dk and dv of one key chunk in float32, and results of one pair.
         """
         other = self.other(q_BTKGH.shape[-1], q_BTKGH.dtype, scores)
-        rest = delta_BTKG, lse_BTKG, dout_BTKGH
         if not self._is_simple(q_BTKGH, k_BSKH, scores):
-            return other.attend_backward(q_BTKGH, k_BSKH, v_BSKH, queries, keys, *rest, scores)
+            return other.attend_backward(
+                q_BTKGH, k_BSKH, v_BSKH, queries, keys, delta_BTKG, lse_BTKG, dout_BTKGH, scores
+            )
         chunk, lists, decomposes = self._lists(q_BTKGH, queries, keys, by_key=True)
         scale = scores.scale_of(q_BTKGH.shape[-1])
 
-        def by_pairs(q_BTKGH, k_BSKH, v_BSKH, *rest):
+        def by_pairs(q_BTKGH, k_BSKH, v_BSKH, delta_BTKG, lse_BTKG, dout_BTKGH):
             def key_chunk(dq_BTKGH, j):
                 k_BCKH, v_BCKH = _take(k_BSKH, j, chunk), _take(v_BSKH, j, chunk)
 
                 def step(i, carry, causal: bool):
                     dq_BTKGH, dk_BCKH, dv_BCKH = carry
-                    own = (_take(array, i, chunk) for array in rest)
-                    dq, dk, dv = self.pair_backward(_take(q_BTKGH, i, chunk), k_BCKH, v_BCKH, *own, causal, scale)
+                    q, delta, lse, dout = (
+                        _take(array, i, chunk) for array in (q_BTKGH, delta_BTKG, lse_BTKG, dout_BTKGH)
+                    )
+                    dq, dk, dv = self.pair_backward(q, k_BCKH, v_BCKH, delta, lse, dout, causal, scale)
                     dq = _take(dq_BTKGH, i, chunk) + dq.astype(jnp.float32)
                     dq_BTKGH = lax.dynamic_update_slice_in_dim(dq_BTKGH, dq, i * chunk, axis=1)
                     return dq_BTKGH, dk_BCKH + dk.astype(jnp.float32), dv_BCKH + dv.astype(jnp.float32)
@@ -127,16 +130,19 @@ class PairKernel(Kernel):
             dq_BTKGH, grads = lax.scan(key_chunk, dq_BTKGH, jnp.arange(lists.num, dtype=jnp.int32))
             return dq_BTKGH.astype(q_BTKGH.dtype), *map(_join, grads)
 
-        def by_other(q_BTKGH, k_BSKH, v_BSKH, *rest):
-            return other.attend_backward(q_BTKGH, k_BSKH, v_BSKH, queries, keys, *rest, scores)
+        def by_other(q_BTKGH, k_BSKH, v_BSKH, delta_BTKG, lse_BTKG, dout_BTKGH):
+            return other.attend_backward(
+                q_BTKGH, k_BSKH, v_BSKH, queries, keys, delta_BTKG, lse_BTKG, dout_BTKGH, scores
+            )
 
-        return _either(decomposes, by_pairs, by_other, q_BTKGH, k_BSKH, v_BSKH, *rest)
+        arrays = q_BTKGH, k_BSKH, v_BSKH, delta_BTKG, lse_BTKG, dout_BTKGH
+        return _either(decomposes, by_pairs, by_other, *arrays)
 
     def _is_simple(self, q_BTKGH: jax.Array, k_BSKH: jax.Array, scores: Scores) -> bool:
         """Whether lengths are whole chunks and the scores causal without a window or cap."""
         chunk = self.chunk or q_BTKGH.shape[1]
         whole = q_BTKGH.shape[1] % chunk == 0 and k_BSKH.shape[1] % chunk == 0
-        return whole and scores._replace(scale=None) == Scores()
+        return whole and scores._replace(scale=None, total=None) == Scores()
 
     def _lists(self, q_BTKGH, queries: Tokens, keys: Tokens, by_key: bool = False):
         chunk = self.chunk or q_BTKGH.shape[1]
@@ -157,8 +163,10 @@ class XlaPairKernel(PairKernel):
         return self._xla.attend(q_BCKGH, k_BCKH, v_BCKH, *_tokens_of_pair(q_BCKGH, causal), Scores(scale=scale))
 
     def pair_backward(self, q_BCKGH, k_BCKH, v_BCKH, delta_BCKG, lse_BCKG, dout_BCKGH, causal, scale):
-        tokens, rest = _tokens_of_pair(q_BCKGH, causal), (delta_BCKG, lse_BCKG, dout_BCKGH)
-        return self._xla.attend_backward(q_BCKGH, k_BCKH, v_BCKH, *tokens, *rest, Scores(scale=scale))
+        queries, keys = _tokens_of_pair(q_BCKGH, causal)
+        return self._xla.attend_backward(
+            q_BCKGH, k_BCKH, v_BCKH, queries, keys, delta_BCKG, lse_BCKG, dout_BCKGH, Scores(scale=scale)
+        )
 
     @property
     def _xla(self) -> Kernel:
@@ -214,7 +222,9 @@ class PairLists(NamedTuple):
     def fold(self, chunk: Any, step: Callable, carry: Any) -> Any:
         """Folds ``step(other chunk, carry, causal)`` over the pairs of a chunk, the diagonal one last."""
         bounds = (0, self.whole_n[chunk]), (self.whole_n[chunk], self.visited_n[chunk])
-        for (start, stop), mean, causal in zip(bounds, (self.mean_whole, self.mean_diagonal), (False, True)):
+        for (start, stop), mean, causal in zip(
+            bounds, (self.mean_whole, self.mean_diagonal), (False, True), strict=True
+        ):
 
             def body(index, carry, causal=causal):
                 return step(self.order_nm[chunk, index], carry, causal)

@@ -8,14 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tests.builders.arrays import BF16_TOLERANCE, F32_TOLERANCE, assert_trees_near, normal
-from tests.builders.attention import Case, S, jitted_run, random_tokens, run, run_reference
+from tests.builders.attention import Case, S, jitted_run, random_tokens, run, run_reference, sharded_run
+from tests.builders.targets import needs_compiler
+from tsp_jax.hardware.targets import HARDWARE, Target
 from tsp_jax.ops.kernels import CudnnKernel, XlaKernel, delta
+from tsp_jax.ops.kernels.chunk_pairs import PairLists, XlaPairKernel
 from tsp_jax.ops.kernels.cudnn import _outputs
 from tsp_jax.ops.kernels.kernel import Kernel
 from tsp_jax.ops.kernels.mask import Tokens
-from tsp_jax.ops.kernels.pairs import PairLists, XlaPairKernel
+from tsp_jax.training.data import sequence_order
 
 RANKS = [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)]
 every_rank = pytest.mark.parametrize(("ranks", "rank"), RANKS)
@@ -107,6 +112,16 @@ def test_bfloat16_pairs_are_near_float32():
     assert_trees_near(jitted_run(only_pairs(4), *half, *case.tokens()), desired, BF16_TOLERANCE)
 
 
+def test_pairs_in_a_sharded_program():
+    case = Case(batch=1)
+    order = sequence_order(S, 4, "zigzag")
+    q, k, v, dout = (array[:, order] for array in case.arrays())
+    tokens = Tokens(*(array[:, order] for array in case.tokens()[0]))
+    mesh = jax.make_mesh((4,), ("tsp",), axis_types=(AxisType.Auto,))
+    actual = jax.jit(sharded_run(mesh, only_pairs(4)))(q, k, v, dout, *tokens, *tokens)
+    assert_trees_near(actual, run_reference(q, k, v, dout, tokens, tokens), F32_TOLERANCE)
+
+
 # ------------------------------------------------------------------------------------------------ other tokens
 
 
@@ -193,6 +208,24 @@ def test_cudnn_calls_declare_what_they_compute(ranks):
     assert {(direction, int(flops)) for direction, flops in found} == wanted
     trips = set(re.findall(r"mean_trips\[([^\]]*)\]", text))
     assert {f"{(2 * ranks - 1) / 2:g}", "1", f"{(2 * ranks - 1) / (2 * ranks):g}", f"{1 / ranks:g}"} <= trips
+
+
+def test_cudnn_compiles_for_an_absent_gpu_in_a_sharded_program():
+    """Both passes of both kinds of pairs, and three Triton kernels for other tokens; no scores in memory."""
+    needs_compiler("cuda")
+    mesh = Mesh(np.array(Target(HARDWARE["h100"], 8).devices()), ("tsp",), axis_types=(AxisType.Auto,))
+
+    def like(*shape, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
+
+    tokens = (like(1, 4096, dtype="int32"),) * 4
+    arrays = like(1, 4096, 1, 4, 128), like(1, 4096, 1, 128), like(1, 4096, 1, 128), like(1, 4096, 1, 4, 128)
+    program = jax.jit(sharded_run(mesh, CudnnKernel.for_arch("sm_90").within(512))).lower(*arrays, *tokens).compile()
+    text = program.as_text()
+    assert text.count('custom_call_target="__cudnn$fmhaSoftmax"') == 2
+    assert text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') == 2
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3
+    assert text.count("likely_branch[1]/cond") >= 2
 
 
 def lowered_text(kernel: Kernel, *arguments) -> str:

@@ -11,8 +11,9 @@ def step_flops(config: Config, *, forward: bool = False) -> dict[str, float]:
 
     A multiply-add counts as two operations. One product of T tokens with a weight of n elements takes 2 T n. In
     attention only causal pairs of tokens within the window W count, as if each sequence were one document:
-    T (W - W (W - 1) / 2 S) pairs, T (S + 1) / 2 without a window, each of which takes 2 N H operations per product. Recomputed products are included: those that backward recomputes under
-    `config.remat`, and those that some ops always recompute in backward.
+    T (W - W (W - 1) / 2 S) pairs, T (S + 1) / 2 without a window, each of which takes 2 N H operations per product.
+    Recomputed products are included: those that backward recomputes under `config.remat`, and those that some ops
+    always recompute in backward.
     """
     model, tokens = config.model, config.batch * config.seq_len
     again = 0 if config.remat == "none" else 1

@@ -187,8 +187,14 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 def _scores(product: jax.Array, scores: Scores) -> jax.Array:
     """Scores in units of log 2, from products of queries and keys."""
     if scores.softcap is None:
-        return product * (scores.scale * LOG2_E)
-    return scores.cap(product * scores.scale) * LOG2_E
+        return product * (_scale(scores) * LOG2_E)
+    return scores.cap(product * _scale(scores)) * LOG2_E
+
+
+def _scale(scores: Scores) -> float:
+    """The scale that `_with_scale` has set."""
+    assert scores.scale is not None
+    return scores.scale
 
 
 def _score_grads(grads: jax.Array, scores_in_log2: jax.Array, scores: Scores) -> jax.Array:
@@ -265,7 +271,7 @@ def _dq_kernel(
         return dq_QH + _dot(ds_QC.astype(k_CH.dtype), k_CH)
 
     dq_QH = _visit(visits, span, i, step, jnp.zeros(q_QH.shape, jnp.float32))
-    dq_ref[rows, :] = (dq_QH * scores.scale).astype(dq_ref.dtype)
+    dq_ref[rows, :] = (dq_QH * _scale(scores)).astype(dq_ref.dtype)
 
 
 def _dkv_kernel(
@@ -295,5 +301,5 @@ def _dkv_kernel(
 
     zero = jnp.zeros(k_CH.shape, jnp.float32)
     dk_CH, dv_CH = lax.fori_loop(0, q_ref.shape[1], head, (zero, zero))
-    dk_ref[cols, :] = (dk_CH * scores.scale).astype(dk_ref.dtype)
+    dk_ref[cols, :] = (dk_CH * _scale(scores)).astype(dk_ref.dtype)
     dv_ref[cols, :] = dv_CH.astype(dv_ref.dtype)

@@ -10,12 +10,16 @@ from jax.sharding import AbstractMesh, Mesh
 from tsp_jax.errors import ConfigError
 from tsp_jax.ops.kernels.kernel import Kernel, arch_of, delta
 from tsp_jax.ops.kernels.mask import Scores
+from tsp_jax.ops.kernels.tpu import TpuKernel
 from tsp_jax.ops.kernels.triton import TritonKernel
 from tsp_jax.ops.kernels.xla import XlaKernel
 
-__all__ = ["KERNELS", "Kernel", "TritonKernel", "XlaKernel", "arch_of", "choose_kernel", "delta", "describe_kernel"]
+__all__ = [
+    "KERNELS", "Kernel", "TpuKernel", "TritonKernel", "XlaKernel", "arch_of", "choose_kernel", "delta",
+    "describe_kernel",
+]  # fmt: skip
 
-KERNELS: dict[str, type[Kernel]] = {"triton": TritonKernel, "xla": XlaKernel}
+KERNELS: dict[str, type[Kernel]] = {"triton": TritonKernel, "tpu": TpuKernel, "xla": XlaKernel}
 """name -> kernel; `auto` takes the first one that is supported"""
 
 

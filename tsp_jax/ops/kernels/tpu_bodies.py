@@ -25,7 +25,8 @@ def forward_body(
     flags, queries, keys, q_ref, k_ref, v_ref, out_ref, lse_ref, own, top_ref, sum_ref, acc_ref, *,
     part: int, scores: Scores,
 ) -> None:  # fmt: skip
-    """out and lse of a query tile, by online softmax."""
+    """out and lse of a query tile, by online softmax. Sums are kept per lane, and added up at the end."""
+    size = acc_ref.shape[1]
 
     def start():
         _set_columns(own, queries)
@@ -33,27 +34,25 @@ def forward_body(
         sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
-    def step(masked: bool):
-        top_QL, sum_QL, acc_QH = top_ref[...], sum_ref[...], acc_ref[...]
-        for at in _parts(k_ref, part):
-            s_QC = scores.cap(_dot(q_ref[...], k_ref[at, :], transposed=True) * scores.scale)
-            if masked:
-                s_QC = jnp.where(_allowed(own, keys, at, False, scores), s_QC, MASKED)
-            new_QL = jnp.maximum(top_QL, s_QC.max(axis=1, keepdims=True))
-            p_QC = jnp.exp(s_QC - _spread(new_QL, part))
-            decay_QL = jnp.exp(top_QL - new_QL)
-            sum_QL = sum_QL * decay_QL + p_QC.sum(axis=1, keepdims=True)
-            acc_QH = acc_QH * _spread(decay_QL, acc_QH.shape[1]) + _dot(p_QC.astype(v_ref.dtype), v_ref[at, :])
-            top_QL = new_QL
-        top_ref[...], sum_ref[...], acc_ref[...] = top_QL, sum_QL, acc_QH
+    def step(at: pl.Slice, masked: bool):
+        s_QC = scores.cap(_dot(q_ref[...], k_ref[at, :], transposed=True) * scores.scale)
+        if masked:
+            s_QC = jnp.where(_allowed(own, keys, at, False, scores), s_QC, MASKED)
+        top_QL = jnp.maximum(top_ref[...], s_QC.max(axis=1, keepdims=True))
+        p_QC = jnp.exp(s_QC - _spread(top_QL, part))
+        decay_QL = jnp.exp(top_ref[...] - top_QL)
+        sum_ref[...] = sum_ref[...] * decay_QL + _sum_registers(p_QC)
+        acc_ref[...] = acc_ref[...] * _spread(decay_QL, size) + _dot(p_QC.astype(v_ref.dtype), v_ref[at, :])
+        top_ref[...] = top_QL
 
     def finish():
         empty_QL = top_ref[...] <= MASKED / 2
-        out_QH = acc_ref[...] * _spread(1.0 / jnp.where(empty_QL, 1.0, sum_ref[...]), acc_ref.shape[1])
-        out_ref[...] = jnp.where(_spread(empty_QL, acc_ref.shape[1]), 0.0, out_QH).astype(out_ref.dtype)
-        lse_ref[...] = jnp.where(empty_QL, MASKED, top_ref[...] + jnp.log(sum_ref[...])).T[:1]
+        sum_QL = jnp.broadcast_to(sum_ref[...].sum(axis=1, keepdims=True), sum_ref.shape)
+        out_QH = acc_ref[...] * _spread(1.0 / sum_QL, size)
+        out_ref[...] = jnp.where(_spread(empty_QL, size), 0.0, out_QH).astype(out_ref.dtype)
+        lse_ref[...] = jnp.where(empty_QL, MASKED, top_ref[...] + jnp.log(sum_QL)).T[:1]
 
-    _run(flags, start, step, finish)
+    _run(flags, start, _over_parts(k_ref, part, step), finish)
 
 
 def dq_body(
@@ -67,22 +66,19 @@ def dq_body(
         lse_QL[...], delta_QL[...] = _column(lse_ref[...]), _column(delta_ref[...])
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
-    def step(masked: bool):
-        dq_QH = acc_ref[...]
-        for at in _parts(k_ref, part):
-            s_QC = scores.cap(_dot(q_ref[...], k_ref[at, :], transposed=True) * scores.scale)
-            p_QC = jnp.exp(s_QC - _spread(lse_QL[...], part))
-            if masked:
-                p_QC = jnp.where(_allowed(own, keys, at, False, scores), p_QC, 0.0)
-            dp_QC = _dot(dout_ref[...], v_ref[at, :], transposed=True)
-            ds_QC = scores.uncap_grad(p_QC * (dp_QC - _spread(delta_QL[...], part)), s_QC)
-            dq_QH += _dot(ds_QC.astype(k_ref.dtype), k_ref[at, :])
-        acc_ref[...] = dq_QH
+    def step(at: pl.Slice, masked: bool):
+        s_QC = scores.cap(_dot(q_ref[...], k_ref[at, :], transposed=True) * scores.scale)
+        p_QC = jnp.exp(s_QC - _spread(lse_QL[...], part))
+        if masked:
+            p_QC = jnp.where(_allowed(own, keys, at, False, scores), p_QC, 0.0)
+        dp_QC = _dot(dout_ref[...], v_ref[at, :], transposed=True)
+        ds_QC = scores.uncap_grad(p_QC * (dp_QC - _spread(delta_QL[...], part)), s_QC)
+        acc_ref[...] += _dot(ds_QC.astype(k_ref.dtype), k_ref[at, :])
 
     def finish():
         dq_ref[...] = (acc_ref[...] * scores.scale).astype(dq_ref.dtype)
 
-    _run(flags, start, step, finish)
+    _run(flags, start, _over_parts(k_ref, part, step), finish)
 
 
 def dkv_body(
@@ -99,27 +95,24 @@ def dkv_body(
         dk_acc[...] = jnp.zeros(dk_acc.shape, jnp.float32)
         dv_acc[...] = jnp.zeros(dv_acc.shape, jnp.float32)
 
-    def step(masked: bool):
-        dk_CH, dv_CH = dk_acc[...], dv_acc[...]
-        for at in _parts(q_ref, part):
-            s_CQ = scores.cap(_dot(k_ref[...], q_ref[at, :], transposed=True) * scores.scale)
-            p_CQ = jnp.exp(s_CQ - lse_ref[:, at])
-            if masked:
-                p_CQ = jnp.where(_allowed(own, queries, at, True, scores), p_CQ, 0.0)
-            dv_CH += _dot(p_CQ.astype(dout_ref.dtype), dout_ref[at, :])
-            dp_CQ = _dot(v_ref[...], dout_ref[at, :], transposed=True)
-            ds_CQ = scores.uncap_grad(p_CQ * (dp_CQ - delta_ref[:, at]), s_CQ).astype(q_ref.dtype)
-            dk_CH += _dot(ds_CQ, q_ref[at, :])
-            if add_dq:
-                dims = (((0,), (0,)), ((), ()))
-                add_dq(at, lax.dot_general(ds_CQ, k_ref[...], dims, preferred_element_type=jnp.float32))
-        dk_acc[...], dv_acc[...] = dk_CH, dv_CH
+    def step(at: pl.Slice, masked: bool):
+        s_CQ = scores.cap(_dot(k_ref[...], q_ref[at, :], transposed=True) * scores.scale)
+        p_CQ = jnp.exp(s_CQ - lse_ref[:, at])
+        if masked:
+            p_CQ = jnp.where(_allowed(own, queries, at, True, scores), p_CQ, 0.0)
+        dv_acc[...] += _dot(p_CQ.astype(dout_ref.dtype), dout_ref[at, :])
+        dp_CQ = _dot(v_ref[...], dout_ref[at, :], transposed=True)
+        ds_CQ = scores.uncap_grad(p_CQ * (dp_CQ - delta_ref[:, at]), s_CQ).astype(q_ref.dtype)
+        dk_acc[...] += _dot(ds_CQ, q_ref[at, :])
+        if add_dq:
+            dims = (((0,), (0,)), ((), ()))
+            add_dq(at, lax.dot_general(ds_CQ, k_ref[...], dims, preferred_element_type=jnp.float32))
 
     def finish():
         dk_ref[...] = (dk_acc[...] * scores.scale).astype(dk_ref.dtype)
         dv_ref[...] = dv_acc[...].astype(dv_ref.dtype)
 
-    _run(flags, start, step, finish)
+    _run(flags, start, _over_parts(q_ref, part, step), finish)
 
 
 def backward_body(
@@ -161,8 +154,16 @@ def _run(flags: Any, start: Callable, step: Callable, finish: Callable) -> None:
     pl.when((flags & LAST != 0) & at_end)(finish)
 
 
-def _parts(tile_ref: Any, part: int) -> list[pl.Slice]:
-    return [pl.ds(start, part) for start in range(0, tile_ref.shape[0], part)]
+def _over_parts(tile_ref: Any, part: int, step: Callable) -> Callable[[bool], None]:
+    """``step(slice, masked)`` for all parts of a tile. The loop is not unrolled: compilation takes half as long."""
+
+    def over(masked: bool):
+        def body(i, _):
+            step(pl.ds(pl.multiple_of(i * part, part), part), masked)
+
+        lax.fori_loop(0, tile_ref.shape[0] // part, body, None)
+
+    return over
 
 
 def _dot(a: jax.Array, b: jax.Array, transposed: bool = False) -> jax.Array:
@@ -176,6 +177,13 @@ def _spread(x_QL: jax.Array, width: int) -> jax.Array:
     if width <= x_QL.shape[1]:
         return x_QL[:, :width]
     return jnp.tile(x_QL, (1, -(-width // x_QL.shape[1])))[:, :width]
+
+
+def _sum_registers(x_QC: jax.Array) -> jax.Array:
+    """[Q, L]: sums of the values in each lane, whose total is the sum of the row. C is below L or a multiple of it."""
+    if x_QC.shape[1] % LANES:
+        return jnp.pad(x_QC, ((0, 0), (0, -x_QC.shape[1] % LANES)))
+    return sum(x_QC[:, lane : lane + LANES] for lane in range(0, x_QC.shape[1], LANES))
 
 
 def _column(row_1Q: jax.Array) -> jax.Array:

@@ -9,11 +9,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from tests.builders.arrays import normal, packed_batch
 from tsp_jax.ops import reference
 from tsp_jax.ops.kernels import Kernel, delta
 from tsp_jax.ops.kernels.mask import MASKED, Scores, Tokens
+from tsp_jax.ops.stream import vary_alike
 from tsp_jax.training.data import sequence_order
 
 S, H = 48, 10
@@ -90,6 +92,20 @@ def run(kernel: Kernel, q, k, v, dout, queries, keys, scores=Scores()):
     """(out, lse, (dq, dk, dv))"""
     out, lse = kernel.attend(q, k, v, queries, keys, scores)
     return out, lse, kernel.attend_backward(q, k, v, queries, keys, delta(out, dout), lse, dout, scores)
+
+
+def sharded_run(mesh: Mesh, kernel: Kernel, check_vma: bool = True):
+    """`run` on each device's queries, over all keys; gradients of keys are summed over the mesh."""
+
+    def local(*arrays):
+        q, k, v, dout, *tokens = vary_alike(*arrays)
+        out, lse, (dq, dk, dv) = run(kernel, q, k, v, dout, Tokens(*tokens[:2]), Tokens(*tokens[2:]))
+        return out, lse, (dq, *jax.lax.psum((dk, dv), "tsp"))
+
+    split, whole = PartitionSpec(None, "tsp"), PartitionSpec()
+    specs = (split, whole, whole, split, split, split, whole, whole)
+    out_specs = (split, split, (split, whole, whole))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma)
 
 
 jitted_run = functools.partial(jax.jit, static_argnums=(0, 7))(run)

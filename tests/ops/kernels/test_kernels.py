@@ -23,13 +23,27 @@ from tests.builders.attention import (
     run_reference_where,
 )
 from tsp_jax.errors import ConfigError
-from tsp_jax.ops.kernels import KERNELS, TritonKernel, XlaKernel, arch_of, choose_kernel, describe_kernel
+from tsp_jax.ops.kernels import (
+    KERNELS,
+    TpuKernel,
+    TritonKernel,
+    XlaKernel,
+    arch_of,
+    choose_kernel,
+    describe_kernel,
+    tpu_tiles,
+)
 from tsp_jax.ops.kernels.mask import MASKED, Scores, Tokens
 from tsp_jax.ops.kernels.tiles import Tile, Tiles
 
-SMALL = {"triton": TritonKernel("interpret"), "xla": XlaKernel(4, 6)}
+SMALL = {"triton": TritonKernel("interpret"), "tpu": TpuKernel("interpret"), "xla": XlaKernel(4, 6)}
 """name -> the kernel with blocks so small that a short sequence has many, on any machine"""
-TILES_OF_2 = Tiles(*(Tile(2, 2, 1, 1),) * 3)
+SMALLER = {
+    "triton": TritonKernel("interpret", Tiles(*(Tile(2, 2, 1, 1),) * 3)),
+    "tpu": TpuKernel("interpret", tpu_tiles.Tiles(*(tpu_tiles.Tile(6, 6, 3),) * 3)),
+    "xla": XlaKernel(6, 6),
+}
+"""with blocks that divide a zigzag chunk of 6 tokens"""
 CASES = {
     "plain": Case(),
     "one head": Case(kv_heads=1, group=1),
@@ -120,7 +134,7 @@ def test_bfloat16_is_near_float32(kernel):
 
 
 @pytest.mark.parametrize("rank", [1, 3])
-@pytest.mark.parametrize("kernel", [XlaKernel(6, 6), TritonKernel("interpret", TILES_OF_2)], ids=["xla", "triton"])
+@pytest.mark.parametrize("kernel", SMALLER.values(), ids=SMALLER)
 def test_keys_after_every_query_are_not_visited(kernel, rank):
     """A zigzag chunk of 6 tokens is whole blocks; keys that are not numbers in skipped blocks change nothing."""
     case = Case(ranks=4, rank=rank)
@@ -134,7 +148,7 @@ def test_keys_after_every_query_are_not_visited(kernel, rank):
     assert not clean[2][1][:, later].any()
 
 
-@pytest.mark.parametrize("kernel", [XlaKernel(6, 6), SMALL["triton"]], ids=["xla", "triton"])
+@pytest.mark.parametrize("kernel", SMALLER.values(), ids=SMALLER)
 def test_queries_before_every_key_are_not_visited_backward(kernel):
     case = Case()
     queries, _ = case.tokens()
@@ -163,7 +177,12 @@ def abstract_mesh(kind: str, platform: str) -> AbstractMesh:
         ("gfx942", "gpu", "gfx942"),
         ("NVIDIA H100 80GB HBM3", "gpu", "sm_90"),
         ("NVIDIA A100", "gpu", ""),
-        ("TPU v5p", "tpu", "tpu"),
+        ("TPU v5", "tpu", "tpu_v5p"),
+        ("TPU v5p", "tpu", "tpu_v5p"),
+        ("TPU v5 lite", "tpu", "tpu_v5e"),
+        ("TPU v6 lite", "tpu", "tpu_v6e"),
+        ("TPU7x", "tpu", "tpu_v7x"),
+        ("TPU v4", "tpu", "tpu"),
         ("cpu", "cpu", "cpu"),
     ],
 )
@@ -176,6 +195,8 @@ def test_a_mesh_without_devices_has_no_arch():
 
 
 GPU, TPU, CPU = abstract_mesh("gfx942", "gpu"), abstract_mesh("TPU v5p", "tpu"), abstract_mesh("cpu", "cpu")
+OLD_TPU = abstract_mesh("TPU v4", "tpu")
+NOT_TPU = "tpu: runs on tpu_v5p, tpu_v5e, tpu_v6e, tpu_v7x, not on"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +207,9 @@ GPU, TPU, CPU = abstract_mesh("gfx942", "gpu"), abstract_mesh("TPU v5p", "tpu"),
         ("xla", GPU, 128, "bfloat16", XlaKernel(512, 512)),
         ("auto", GPU, 256, "float32", XlaKernel(512, 512)),
         ("auto", CPU, 128, "bfloat16", XlaKernel(256, 256)),
-        ("auto", TPU, 128, "bfloat16", XlaKernel(1024, 1024)),
+        ("auto", TPU, 128, "bfloat16", TpuKernel("tpu_v5p")),
+        ("auto", TPU, 512, "bfloat16", XlaKernel(1024, 1024)),
+        ("auto", OLD_TPU, 128, "bfloat16", XlaKernel(1024, 1024)),
     ],
 )
 def test_choice(name, mesh, head_dim, dtype, kernel):
@@ -200,7 +223,8 @@ def test_choice(name, mesh, head_dim, dtype, kernel):
         ("xla", GPU, 128, "xla"),
         ("xla", GPU, 256, "xla"),
         ("auto", GPU, 64, "triton"),
-        ("auto", CPU, 128, "xla (triton: runs on gfx942, gfx950, sm_90, not on cpu)"),
+        ("auto", CPU, 128, f"xla (triton: runs on gfx942, gfx950, sm_90, not on cpu; {NOT_TPU} cpu)"),
+        ("auto", TPU, 128, "tpu (triton: runs on gfx942, gfx950, sm_90, not on tpu_v5p)"),
     ],
 )
 def test_description_says_why_kernels_before_it_cannot_run(name, mesh, head_dim, text):
@@ -209,7 +233,7 @@ def test_description_says_why_kernels_before_it_cannot_run(name, mesh, head_dim,
 
 def test_description_of_heads_that_are_too_wide():
     reason = "heads have 256 float32; they may have at most 512 bytes, of float32 or bfloat16"
-    assert describe_kernel("auto", GPU, 256, jnp.float32) == f"xla (triton: {reason})"
+    assert describe_kernel("auto", GPU, 256, jnp.float32) == f"xla (triton: {reason}; {NOT_TPU} gfx942)"
 
 
 @pytest.mark.parametrize(
@@ -217,7 +241,14 @@ def test_description_of_heads_that_are_too_wide():
     [
         ("triton", CPU, 128, "stream.kernel=triton: runs on gfx942, .*, not on cpu; use stream.kernel=xla"),
         ("triton", GPU, 256, "stream.kernel=triton: heads have 256 float32; they may have at most 512 bytes"),
-        ("fused", GPU, 128, "stream.kernel=fused is unknown; use one of auto, triton, xla"),
+        ("tpu", GPU, 128, "stream.kernel=tpu: runs on tpu_v5p, .*, not on gfx942; use stream.kernel=xla"),
+        (
+            "tpu",
+            TPU,
+            512,
+            "stream.kernel=tpu: heads have 512 float32; they may have at most 256 of bfloat16 or float32",
+        ),
+        ("fused", GPU, 128, "stream.kernel=fused is unknown; use one of auto, triton, tpu, xla"),
     ],
 )
 def test_refusals(name, mesh, head_dim, words):

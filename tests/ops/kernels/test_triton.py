@@ -9,15 +9,14 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tests.builders.arrays import F32_TOLERANCE, assert_trees_near
-from tests.builders.attention import Case, S, jitted_run, run, run_reference
+from tests.builders.attention import Case, S, jitted_run, run, run_reference, sharded_run
 from tests.builders.targets import needs_compiler
 from tsp_jax.hardware.targets import HARDWARE, Target
 from tsp_jax.inspect import parse
 from tsp_jax.inspect.scopes import declared_flops
-from tsp_jax.ops.kernels import Kernel, TritonKernel, arch_of, visits
+from tsp_jax.ops.kernels import TritonKernel, arch_of, visits
 from tsp_jax.ops.kernels.mask import Tokens
 from tsp_jax.ops.kernels.tiles import Tile, Tiles, padded_head_dim
-from tsp_jax.ops.stream import vary_alike
 from tsp_jax.training.data import sequence_order
 
 KERNEL = TritonKernel("interpret")
@@ -77,20 +76,6 @@ def test_kernels_declare_the_products_of_the_tiles_that_they_visit(ranks, entrie
 
 
 # ------------------------------------------------------------------------------------------------ on a mesh
-
-
-def sharded_run(mesh: Mesh, kernel: Kernel, check_vma: bool = True):
-    """`run` on each device's queries, over all keys; gradients of keys are summed over the mesh."""
-
-    def local(*arrays):
-        q, k, v, dout, *tokens = vary_alike(*arrays)
-        out, lse, (dq, dk, dv) = run(kernel, q, k, v, dout, Tokens(*tokens[:2]), Tokens(*tokens[2:]))
-        return out, lse, (dq, *jax.lax.psum((dk, dv), "tsp"))
-
-    split, whole = P(None, "tsp"), P()
-    specs = (split, whole, whole, split, split, split, whole, whole)
-    out_specs = (split, split, (split, whole, whole))
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma)
 
 
 def test_under_shard_map():

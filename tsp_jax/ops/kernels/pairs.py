@@ -1,7 +1,7 @@
 """The list of visited pairs of tiles of the TPU kernels, worked out in XLA (`mask.tiles_to_visit`).
 
 A core of a TPU runs the steps of a kernel's grid one after the other, so one list holds the pairs of all tiles, and the
-grid is as long as the list. A pair is an own tile, whose results stay in VMEM, and a span of other tiles, which pass by.
+grid is as long as the list. A pair is an own tile, whose results stay in VMEM, and a span of other tiles, which pass.
 The pairs of one own tile are neighbours. The list is read from SMEM, so in long sequences a span has several tiles.
 
 Dims: B batch, T query tokens, S key tokens; n own tiles and m spans per row of the batch; c cores; E entries, B n m.
@@ -58,32 +58,37 @@ class PairList(NamedTuple):
         return cls(*_compact(visit_Bnm, unmasked_Bnm, cores), queries, keys, span, mean)
 
 
-def core_of_tiles(tiles: int, cores: int) -> np.ndarray:
-    """The core of each own tile of a row: 0, 1, 1, 0, 0, ..., so that both have as much work if it grows linearly."""
-    return (np.arange(tiles) + 1) // 2 % cores
+def _cores_of_tiles(visit_Bnm: jax.Array, cores: int) -> jax.Array:
+    """[B, n]: the core of each own tile. From the tile with the most pairs down, they go to cores 0, 1, 1, 0, 0, ..."""
+    rank_Bn = jnp.argsort(jnp.argsort(-visit_Bnm.sum(axis=2), axis=1, stable=True), axis=1)
+    return (rank_Bn + 1) // 2 % cores
 
 
 def _compact(visit_Bnm: jax.Array, unmasked_Bnm: jax.Array, cores: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(own_cE, other_cE, number) of `PairList`. An own tile without any pair to visit is listed once, to be written."""
     batch, num_own, num_other = visit_Bnm.shape
     lonely_Bn1 = ~visit_Bnm.any(axis=2, keepdims=True)
-    listed_Bnm = visit_Bnm | (lonely_Bn1 & (jnp.arange(num_other) == 0))
-    is_core_cn1 = core_of_tiles(num_own, cores)[:, None] == np.arange(cores)[:, None, None]
-    listed_cE = (listed_Bnm & is_core_cn1[:, None]).reshape(cores, -1)
+    listed_Bnm = visit_Bnm | (lonely_Bn1 & (np.arange(num_other).reshape(1, 1, -1) == 0))
+    core_1Bn1 = _cores_of_tiles(visit_Bnm, cores)[None, :, :, None]
+    listed_cE = (listed_Bnm[None] & (core_1Bn1 == np.arange(cores).reshape(-1, 1, 1, 1))).reshape(cores, -1)
     number_c1 = listed_cE.sum(axis=1, keepdims=True, dtype=jnp.int32)
-    run_mask_E = (visit_Bnm * RUN + (visit_Bnm & ~unmasked_Bnm) * MASK).reshape(-1)
-    entries = np.arange(batch * num_own * num_other, dtype=np.int32)
-    sorted_cE = jnp.sort(jnp.where(listed_cE, entries * (RUN + MASK + 1) + run_mask_E, np.iinfo(np.int32).max), axis=1)
-    sorted_cE = jnp.where(entries < number_c1, sorted_cE, jnp.take_along_axis(sorted_cE, number_c1 - 1, axis=1))
-    pair_cE, run_mask_cE = sorted_cE // (RUN + MASK + 1), sorted_cE % (RUN + MASK + 1)
+    run_mask_1E = (_mark(visit_Bnm, RUN) + _mark(visit_Bnm & ~unmasked_Bnm, MASK)).reshape(1, -1)
+    entry_1E, base = np.arange(batch * num_own * num_other, dtype=np.int32)[None], RUN + MASK + 1
+    sorted_cE = jnp.sort(jnp.where(listed_cE, entry_1E * base + run_mask_1E, np.iinfo(np.int32).max), axis=1)
+    sorted_cE = jnp.where(entry_1E < number_c1, sorted_cE, jnp.take_along_axis(sorted_cE, number_c1 - 1, axis=1))
+    pair_cE, run_mask_cE = sorted_cE // base, sorted_cE % base
     own_cE, row_cE = pair_cE // num_other, pair_cE // (num_own * num_other)
 
     def first(x_cE: jax.Array) -> jax.Array:
         return jnp.pad(x_cE[:, 1:] != x_cE[:, :-1], ((0, 0), (1, 0)), constant_values=True)
 
     first_cE = first(own_cE)
-    last_cE = jnp.pad(first_cE[:, 1:], ((0, 0), (0, 1))) | (entries == number_c1 - 1)
-    flags_cE = run_mask_cE + first_cE * FIRST + last_cE * LAST + first(row_cE) * FIRST_OF_ROW
-    flags_cE = jnp.where(entries < number_c1, flags_cE, 0)
+    last_cE = jnp.pad(first_cE[:, 1:], ((0, 0), (0, 1))) | (entry_1E == number_c1 - 1)
+    flags_cE = run_mask_cE + _mark(first_cE, FIRST) + _mark(last_cE, LAST) + _mark(first(row_cE), FIRST_OF_ROW)
+    flags_cE = jnp.where(entry_1E < number_c1, flags_cE, 0)
     other_cE = pair_cE % num_other + row_cE * num_other
     return own_cE, (other_cE << FLAG_BITS) + flags_cE, number_c1.max()
+
+
+def _mark(where: jax.Array, flag: int) -> jax.Array:
+    return jnp.where(where, jnp.int32(flag), jnp.int32(0))

@@ -1,4 +1,4 @@
-"""The bodies of the TPU kernels: what one step of a grid does with a pair of tiles. `tsp_jax.ops.kernels.tpu` runs them.
+"""The bodies of the TPU kernels: what a step of a grid does with a pair of tiles. `tsp_jax.ops.kernels.tpu` runs them.
 
 References to arrays come in this order: the list of pairs; positions and segments of queries, then of keys; inputs;
 outputs; scratch in VMEM, of which `own` has positions and segments of the own tile's tokens in rows.

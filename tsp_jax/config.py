@@ -183,8 +183,9 @@ class StreamConfig:
     grad_dtype: DType = "float32"
     """dtype in which weight gradients are reduce-scattered"""
     kernel: str = "auto"
-    """attention kernel: xla runs everywhere; triton is for MI300X, MI355X and H100, but has not yet run on any of them;
-    auto: triton on these three, for heads of at most 512 bytes, and xla otherwise"""
+    """attention kernel: xla runs everywhere; triton is for MI300X, MI355X and H100, tpu for v5p, v5e, v6e and v7x, but
+    neither has yet run on any of them; auto: triton on these three GPUs, for heads of at most 512 bytes, tpu on these
+    TPUs, for heads of at most 256, and xla otherwise"""
 
     def __post_init__(self):
         _check("stream.", self, positive="bucket_mib")

@@ -138,7 +138,7 @@ def test_kernels_declare_the_products_of_the_tiles_that_they_visit(ranks, entrie
     if not fused:
         request.getfixturevalue("no_room_for_dq")
     monkeypatch.setattr(pairs, "MOST_ENTRIES", entries)
-    case, tiles = Case(ranks=ranks, batch=1), Tiles(Tile(2, 3, 1), Tile(3, 2, 1), Tile(3, 6, 1))
+    case, tiles = Case(kv_heads=2, ranks=ranks, batch=1), Tiles(Tile(2, 3, 1), Tile(3, 2, 1), Tile(3, 6, 1))
 
     def f(*arrays):
         return run(TpuKernel("interpret", tiles), *arrays)

@@ -62,14 +62,13 @@ class TpuKernel(Kernel):
         """
         grid = self._grid("forward", q_BTKGH, k_BSKH, queries, keys, scores)
         rows, size = grid.tile.query, q_BTKGH.shape[-1]
-        return tuple(
-            grid.call(
-                forward_body, ("attention_forward", 2), scores,
-                inputs=[("Q", q_BTKGH), ("K", k_BSKH), ("K", v_BSKH)],
-                outputs=[("Q", q_BTKGH.dtype), ("q", jnp.float32)],
-                scratch=[(rows, LANES), (rows, LANES), (rows, size)],
-            )
+        out, lse = grid.call(
+            forward_body, ("attention_forward", 2), scores,
+            inputs=[("Q", q_BTKGH), ("K", k_BSKH), ("K", v_BSKH)],
+            outputs=[("Q", q_BTKGH.dtype), ("q", jnp.float32)],
+            scratch=[(rows, LANES), (rows, LANES), (rows, size)],
         )  # fmt: skip
+        return out, lse
 
     def attend_backward(
         self, q_BTKGH, k_BSKH, v_BSKH, queries, keys, delta_BTKG, lse_BTKG, dout_BTKGH, scores=Scores()
@@ -131,7 +130,8 @@ class _Grid(NamedTuple):
     @property
     def dq_bytes(self) -> int:
         """VMEM for dq of a row of the batch and a KV head, float32, in two buffers."""
-        return 8 * self.q_shape[3] * self.pairs.queries.positions.shape[1] * self.q_shape[4]
+        lanes = -(-self.q_shape[4] // LANES) * LANES
+        return 8 * self.q_shape[3] * self.pairs.queries.positions.shape[1] * lanes
 
     def call(self, body: Callable[..., None], products: tuple[str, int], scores: Scores, inputs, outputs, scratch):
         """Runs `body` in every step.
@@ -144,10 +144,10 @@ class _Grid(NamedTuple):
         batch, _, kv_heads, group, size = self.q_shape
         number, heads = self.pairs.number, kv_heads * (1 if self.by_key else group)
         own_size = self.tile.key if self.by_key else self.tile.query
-        body = functools.partial(body, part=self.tile.part, scores=scores._replace(scale=scores.scale_of(size)))
+        step = functools.partial(self._step, body, part=self.tile.part, scores=scores)
         varying = jax.typeof(inputs[0][1]).mat
         call = pl.pallas_call(
-            functools.partial(self._step, body),
+            step,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
                 grid=(self.cores, heads, number, self.pairs.span, group if self.by_key else 1),
@@ -179,16 +179,12 @@ class _Grid(NamedTuple):
 
     # -------------------------------------------------------------------------------------------- in a step
 
-    def _step(self, body: Callable[..., None], own_ref, other_ref, *refs) -> None:
+    def _step(self, body: Callable[..., None], own_ref, other_ref, *refs, **static) -> None:
         core, entry = pl.program_id(0), pl.program_id(2)
-        if body.func is backward_body:
-
-            def query_tile():
-                first = self._row(core, entry, own_ref) * (self.pairs.queries.positions.shape[1] // self.tile.query)
-                return self._other(core, entry, pl.program_id(3), other_ref) - first
-
-            body = functools.partial(body, query_tile=query_tile)
-        body(other_ref[self._entry(core, entry)] & ((1 << FLAG_BITS) - 1), *refs)
+        if body is backward_body:
+            first = self._row(core, entry, own_ref) * (self.pairs.queries.positions.shape[1] // self.tile.query)
+            static["query_tile"] = self._other(core, entry, pl.program_id(3), other_ref) - first
+        body(other_ref[self._entry(core, entry)] & ((1 << FLAG_BITS) - 1), *refs, **static)
 
     def _entry(self, core, entry):
         return entry if self.cores == 1 else core * self.pairs.own_cE.shape[1] + entry

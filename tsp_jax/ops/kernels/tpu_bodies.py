@@ -35,7 +35,7 @@ def forward_body(
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
     def step(at: pl.Slice, masked: bool):
-        s_QC = scores.cap(_dot(q_ref[...], k_ref[at, :], transposed=True) * scores.scale)
+        s_QC = scores.cap(_dot(q_ref[...], k_ref[at, :], transposed=True) * scores.scale_of(q_ref.shape[1]))
         if masked:
             s_QC = jnp.where(_allowed(own, keys, at, False, scores), s_QC, MASKED)
         top_QL = jnp.maximum(top_ref[...], s_QC.max(axis=1, keepdims=True))
@@ -67,7 +67,7 @@ def dq_body(
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
     def step(at: pl.Slice, masked: bool):
-        s_QC = scores.cap(_dot(q_ref[...], k_ref[at, :], transposed=True) * scores.scale)
+        s_QC = scores.cap(_dot(q_ref[...], k_ref[at, :], transposed=True) * scores.scale_of(q_ref.shape[1]))
         p_QC = jnp.exp(s_QC - _spread(lse_QL[...], part))
         if masked:
             p_QC = jnp.where(_allowed(own, keys, at, False, scores), p_QC, 0.0)
@@ -76,7 +76,7 @@ def dq_body(
         acc_ref[...] += _dot(ds_QC.astype(k_ref.dtype), k_ref[at, :])
 
     def finish():
-        dq_ref[...] = (acc_ref[...] * scores.scale).astype(dq_ref.dtype)
+        dq_ref[...] = (acc_ref[...] * scores.scale_of(q_ref.shape[1])).astype(dq_ref.dtype)
 
     _run(flags, start, _over_parts(k_ref, part, step), finish)
 
@@ -96,7 +96,7 @@ def dkv_body(
         dv_acc[...] = jnp.zeros(dv_acc.shape, jnp.float32)
 
     def step(at: pl.Slice, masked: bool):
-        s_CQ = scores.cap(_dot(k_ref[...], q_ref[at, :], transposed=True) * scores.scale)
+        s_CQ = scores.cap(_dot(k_ref[...], q_ref[at, :], transposed=True) * scores.scale_of(q_ref.shape[1]))
         p_CQ = jnp.exp(s_CQ - lse_ref[:, at])
         if masked:
             p_CQ = jnp.where(_allowed(own, queries, at, True, scores), p_CQ, 0.0)
@@ -109,7 +109,7 @@ def dkv_body(
             add_dq(at, lax.dot_general(ds_CQ, k_ref[...], dims, preferred_element_type=jnp.float32))
 
     def finish():
-        dk_ref[...] = (dk_acc[...] * scores.scale).astype(dk_ref.dtype)
+        dk_ref[...] = (dk_acc[...] * scores.scale_of(q_ref.shape[1])).astype(dk_ref.dtype)
         dv_ref[...] = dv_acc[...].astype(dv_ref.dtype)
 
     _run(flags, start, _over_parts(q_ref, part, step), finish)
@@ -117,13 +117,13 @@ def dkv_body(
 
 def backward_body(
     flags, queries, keys, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, dk_ref, dv_ref, own, dk_acc,
-    dv_acc, *, part: int, scores: Scores, query_tile: Callable[[], Any],
+    dv_acc, *, part: int, scores: Scores, query_tile: Any,
 ) -> None:  # fmt: skip
     """dk and dv of a key tile, and dq without scale of all query tiles of its row of the batch, [G, T, H] float32.
 
-    ``query_tile()`` is the query tile of this step, counted from the start of the row.
+    `query_tile` is the query tile of this step, counted from the start of the row.
     """
-    head, first = pl.program_id(4), query_tile() * q_ref.shape[0]
+    head, first = pl.program_id(4), query_tile * q_ref.shape[0]
 
     @pl.when((flags & FIRST_OF_ROW != 0) & _at_start())
     def _():
@@ -183,7 +183,8 @@ def _sum_registers(x_QC: jax.Array) -> jax.Array:
     """[Q, L]: sums of the values in each lane, whose total is the sum of the row. C is below L or a multiple of it."""
     if x_QC.shape[1] % LANES:
         return jnp.pad(x_QC, ((0, 0), (0, -x_QC.shape[1] % LANES)))
-    return sum(x_QC[:, lane : lane + LANES] for lane in range(0, x_QC.shape[1], LANES))
+    first, *others = (x_QC[:, lane : lane + LANES] for lane in range(0, x_QC.shape[1], LANES))
+    return sum(others, first)
 
 
 def _column(row_1Q: jax.Array) -> jax.Array:
@@ -198,5 +199,6 @@ def _set_columns(own: Any, tokens_2Q: Any) -> None:
 
 def _allowed(own: Any, other: Any, at: pl.Slice, by_key: bool, scores: Scores) -> jax.Array:
     """Which own tokens, in rows, may attend to some of the other tokens, in lanes, or be attended to by them."""
-    rows, lanes = Tokens(*(_spread(own[i], at.size) for i in (0, 1))), Tokens(*(other[i : i + 1, at] for i in (0, 1)))
+    lanes = Tokens(*(other[i : i + 1, at] for i in (0, 1)))
+    rows = Tokens(*(_spread(own[i], lanes.positions.shape[1]) for i in (0, 1)))
     return may_attend(lanes, rows, scores) if by_key else may_attend(rows, lanes, scores)

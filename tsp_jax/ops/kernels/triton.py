@@ -41,14 +41,16 @@ class TritonKernel(Kernel):
     def for_arch(cls, arch: str) -> Self:
         return cls(arch)
 
+    def not_here(self) -> str:
+        known = ", ".join(arch for arch in TILES if arch != "interpret")
+        return "" if self.arch in TILES else f"runs on {known}, not on {self.arch or 'unknown devices'}"
+
     def unsupported(self, head_dim: int, dtype: Any, scores: Scores = Scores()) -> str:
         dtype = jnp.dtype(dtype)
         if dtype in (jnp.bfloat16, jnp.float32) and find_tiles(self.arch, head_dim, dtype):
             return ""
-        if self.arch not in TILES:
-            known = ", ".join(arch for arch in TILES if arch != "interpret")
-            return f"runs on {known}, not on {self.arch or 'unknown devices'}"
-        return f"heads have {head_dim} {dtype.name}; they may have at most 512 bytes, of float32 or bfloat16"
+        wide = f"heads have {head_dim} {dtype.name}; they may have at most 512 bytes, of float32 or bfloat16"
+        return self.not_here() or wide
 
     def _tiles(self, q_BTKGH: jax.Array) -> Tiles:
         tiles = self.tiles or find_tiles(self.arch, q_BTKGH.shape[-1], q_BTKGH.dtype)

@@ -100,20 +100,6 @@ def run(kernel: Kernel, q, k, v, dout, queries, keys, scores=Scores()):
     return out, lse, kernel.attend_backward(q, k, v, queries, keys, delta(out, dout), lse, dout, scores)
 
 
-def sharded_run(mesh: Mesh, kernel: Kernel, check_vma: bool = True):
-    """`run` on each device's queries, over all keys; gradients of keys are summed over the mesh."""
-
-    def local(*arrays):
-        q, k, v, dout, *tokens = vary_alike(*arrays)
-        out, lse, (dq, dk, dv) = run(kernel, q, k, v, dout, Tokens(*tokens[:2]), Tokens(*tokens[2:]))
-        return out, lse, (dq, *jax.lax.psum((dk, dv), "tsp"))
-
-    split, whole = PartitionSpec(None, "tsp"), PartitionSpec()
-    specs = (split, whole, whole, split, split, split, whole, whole)
-    out_specs = (split, split, (split, whole, whole))
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma)
-
-
 jitted_run = functools.partial(jax.jit, static_argnums=(0, 7))(run)
 
 

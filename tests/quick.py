@@ -32,6 +32,7 @@ QUICK = {
     "ops/test_rope.py": "",
     "ops/test_sequence.py": "",
     "ops/test_stream.py": "2x4|find",
+    "tools/test_calibrate.py": "fit|band|call|wrong_flags|operations",
     "tools/test_cli.py": "bad_flags|removed|every_field|bad_configurations|configurations_load",
     "tools/test_compare.py": "layouts|files",
     "training/safety/test_finite.py": "an_update|spike|in_a_row|resumed",

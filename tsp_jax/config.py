@@ -18,6 +18,7 @@ Movement = Literal["auto", "gather", "ring", "activations"]
 Order = Literal["zigzag", "contiguous"]
 Remat = Literal["none", "full", "save_attention", "offload"]
 DType = Literal["float32", "bfloat16"]
+TokenOrder = Literal["any", "contiguous", "zigzag"]
 RopeKind = Literal["none", "linear", "llama3"]
 Launcher = Literal["none", "slurm", "ompi", "mpi4py", "k8s", "explicit"]
 ProcessPer = Literal["gpu", "host"]
@@ -39,6 +40,10 @@ def _check(owner: str, config: object, positive: str = "", not_negative: str = "
     """
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
+        if type(None) in get_args(hint):
+            if value is None:
+                continue
+            hint = get_args(hint)[0]
         if line := removal(f"{owner}{name}={value}"):
             raise ConfigError(line)
         if get_origin(hint) is Literal and value not in get_args(hint):
@@ -51,7 +56,7 @@ def _check(owner: str, config: object, positive: str = "", not_negative: str = "
             raise ConfigError(f"{owner}{name}={value} is too large; use {LARGEST} at most")
     for name in positive.split():
         value = getattr(config, name)
-        if not value >= FLOAT32[0]:
+        if value is not None and not value >= FLOAT32[0]:
             use = 1 if isinstance(value, int) else 1.0
             raise ConfigError(f"{owner}{name}={value} must be positive{' in float32' * (value > 0)}; use {use}")
     for name in not_negative.split():
@@ -132,6 +137,14 @@ class ModelConfig:
     """base of the rotary frequencies"""
     rope_scaling: RopeScaling = RopeScaling()
     """scaling of the rotary frequencies for long contexts"""
+    window: int | None = None
+    """sliding window: a token attends to this many tokens, itself and those just before it; None: to all before it"""
+    attention_scale: float | None = None
+    """factor of the products of queries and keys; None: 1 / sqrt(head_dim)"""
+    attention_softcap: float | None = None
+    """bound c of the absolute scores s, which become c tanh(s / c) (Gemma 2); None: no bound"""
+    attention_sinks: bool = False
+    """a learned score without a value for each query head (gpt-oss)"""
     norm_eps: float = 1e-5
     """added to the mean square in every RMSNorm"""
     init_std: float = 0.02
@@ -139,7 +152,8 @@ class ModelConfig:
 
     def __post_init__(self):
         sizes = "vocab_size d_model num_layers num_heads num_kv_heads head_dim d_ff"
-        _check("model.", self, positive=f"{sizes} rope_theta norm_eps init_std")
+        scores = "window attention_scale attention_softcap"
+        _check("model.", self, positive=f"{sizes} rope_theta norm_eps init_std {scores}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}; "
@@ -155,7 +169,8 @@ class ModelConfig:
     def num_params(self) -> int:
         """Number of parameters, without padding."""
         heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.d_model
-        layer = heads + 3 * self.d_ff * self.d_model + 2 * self.d_model + 2 * self.head_dim * self.qk_norm
+        small = 2 * self.d_model + 2 * self.head_dim * self.qk_norm + self.num_heads * self.attention_sinks
+        layer = heads + 3 * self.d_ff * self.d_model + small
         tables = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
         return self.num_layers * layer + tables + self.d_model
 
@@ -183,9 +198,9 @@ class StreamConfig:
     grad_dtype: DType = "float32"
     """dtype in which weight gradients are reduce-scattered"""
     kernel: str = "auto"
-    """attention kernel: xla runs everywhere; triton is for MI300X, MI355X and H100, tpu for v5p, v5e, v6e and v7x, but
-    neither has yet run on any of them; auto: triton on these three GPUs, for heads of at most 512 bytes, tpu on these
-    TPUs, for heads of at most 256, and xla otherwise"""
+    """attention kernel: xla runs everywhere; triton is for MI300X, MI355X and H100; cudnn is for NVIDIA GPUs, and
+    leaves documents that cross chunks of the sequence to triton; tpu is for v5p, v5e, v6e and v7x; auto: the first of
+    cudnn, triton, tpu and xla that can compute the heads. cudnn, triton and tpu have not yet run on such devices"""
 
     def __post_init__(self):
         _check("stream.", self, positive="bucket_mib")

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from tests.builders.arrays import normal, packed_batch
 from tsp_jax.ops import reference
@@ -77,6 +78,11 @@ RULES = {
 }
 
 
+def rule_of(scores: Scores) -> dict:
+    """The arguments of the reference."""
+    return {name: getattr(scores, name) for name in ("causal", "window", "softcap", "scale")}
+
+
 def allowed_pairs(queries: Tokens, keys: Tokens, scores: Scores = Scores()) -> np.ndarray:
     """[B, T, S] bool: which pairs may attend, written apart from the kernels' own rule."""
     before = queries.positions[:, :, None] - keys.positions[:, None]
@@ -94,6 +100,9 @@ def run(kernel: Kernel, q, k, v, dout, queries, keys, scores=Scores()):
     return out, lse, kernel.attend_backward(q, k, v, queries, keys, delta(out, dout), lse, dout, scores)
 
 
+jitted_run = functools.partial(jax.jit, static_argnums=(0, 7))(run)
+
+
 def sharded_run(mesh: Mesh, kernel: Kernel, check_vma: bool = True):
     """`run` on each device's queries, over all keys; gradients of keys are summed over the mesh."""
 
@@ -102,13 +111,10 @@ def sharded_run(mesh: Mesh, kernel: Kernel, check_vma: bool = True):
         out, lse, (dq, dk, dv) = run(kernel, q, k, v, dout, Tokens(*tokens[:2]), Tokens(*tokens[2:]))
         return out, lse, (dq, *jax.lax.psum((dk, dv), "tsp"))
 
-    split, whole = PartitionSpec(None, "tsp"), PartitionSpec()
+    split, whole = P(None, "tsp"), P()
     specs = (split, whole, whole, split, split, split, whole, whole)
     out_specs = (split, split, (split, whole, whole))
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma)
-
-
-jitted_run = functools.partial(jax.jit, static_argnums=(0, 7))(run)
 
 
 @functools.partial(jax.jit, static_argnums=6)
@@ -117,7 +123,7 @@ def run_reference(q, k, v, dout, queries, keys, scores=Scores()):
 
     def f(q, k, v):
         tokens = queries.positions, keys.positions, queries.segments, keys.segments
-        return reference.softmax_attention(q, k, v, *tokens, **scores._asdict())
+        return reference.softmax_attention(q, k, v, *tokens, **rule_of(scores))
 
     (out, lse), vjp = jax.vjp(f, q, k, v)
     return out, lse, vjp((dout, jnp.zeros_like(lse)))

@@ -12,7 +12,6 @@ from tsp_jax.config import Config, DType, ModelConfig, StreamConfig
 from tsp_jax.inference import make_inference_program
 from tsp_jax.inference.token_loop import prefill_prompts
 from tsp_jax.ops import reference
-from tsp_jax.ops.norm import rms_norm
 from tsp_jax.stored import to_stored
 
 LOGITS_TOLERANCE = 1e-4
@@ -33,7 +32,11 @@ MODELS = {
     ),
     "thirds": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, head_dim=12),  # three ranks could share a KV head
     "wide": WIDE,
-}
+    "windowed": dataclasses.replace(
+        MULTI_HEAD, num_heads=9, num_kv_heads=3, window=19, attention_softcap=2.0, attention_scale=0.5,
+        attention_sinks=True,
+    ),
+}  # fmt: skip
 STREAM = StreamConfig(bucket_mib=0.004)
 BATCH, CAPACITY, CHUNK, STEPS = 4, 128, 48, 67
 LENGTHS = (1, 61, 13, 48)
@@ -46,6 +49,7 @@ CASES = [
     ("sp8", "multi_head"), ("fsdp_cp8", "odd_heads"), ("data2_tsp4", "grouped"), ("mix2_4", "odd_heads"),
     ("two_axes2_4", "multi_head"), ("two_level2_4", "grouped"),
     ("mix2_3", "odd_heads"), ("mix3_2", "thirds"), ("fsdp4", "odd_heads"), ("replicas2_4", "grouped"),
+    ("tsp4", "windowed"), ("tp2_sp4", "windowed"), ("mix2_3", "windowed"),
 ]  # fmt: skip
 """every layout; every model under tsp; fewer KV heads than ranks where that is another path"""
 
@@ -90,20 +94,9 @@ def reference_forward(model: str):
 
     def forward(params, tokens_BT):
         positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-        x_BTD = reference.embed(tokens_BT, params["embed"]["table"])
-        for index in range(config.num_layers):
-            layer = jax.tree.map(lambda p, i=index: p[i], params["layers"])
-            attn, ffn = layer["attention"], layer["mlp"]
-            h_BTD = rms_norm(x_BTD, layer["attention_norm"]["scale"], config.norm_eps)
-            x_BTD += reference.attention(
-                h_BTD, attn["w_q"], attn["w_k"], attn["w_v"], attn["w_o"], positions, jnp.zeros_like(positions),
-                head_dim=config.head_dim, theta=config.rope_theta, eps=config.norm_eps,
-                norms=(attn["q_norm"], attn["k_norm"]) if config.qk_norm else None,
-            )  # fmt: skip
-            h_BTD = rms_norm(x_BTD, layer["mlp_norm"]["scale"], config.norm_eps)
-            x_BTD += reference.mlp(h_BTD, ffn["w_gate"], ffn["w_up"], ffn["w_down"], config.activation)
-        x_BTD = rms_norm(x_BTD, params["final_norm"]["scale"], config.norm_eps)
-        return x_BTD @ params["embed" if config.tie_embeddings else "head"]["table"].T
+        segments = jnp.zeros_like(positions)
+        x_BTD, table_VD = reference.decoder(params, tokens_BT, positions, segments, config=config)
+        return x_BTD @ table_VD.T
 
     return jax.jit(forward)
 

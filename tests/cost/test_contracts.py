@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 
 from tests.builders.arrays import LAYOUT_CASES, MIX, UNUSUAL_CASES
-from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
+from tsp_jax.config import Config, ModelConfig, OptimizerConfig, Order, StreamConfig
 from tsp_jax.cost.training import movements, step_traffic
 from tsp_jax.inspect import list_buffers, list_collectives, parse
 from tsp_jax.layout import Layout, num_ranks, place
@@ -79,6 +79,8 @@ def kind_of(collective, layout: Layout) -> str:
         return "replica_sums"
     if "_tokens" in collective.scope or ("gather_sequence" in collective.scope and "attention" not in collective.scope):
         return "activations"
+    if "window_halos" in collective.scope:
+        return "key_value_grads" if "transpose(window_halos)" in collective.scope else "keys_values"
     if "gather_sequence" in collective.scope:
         return "" if collective.dtype.startswith("s32") else "keys_values"
     if "scatter_sequence" in collective.scope:
@@ -133,6 +135,22 @@ def test_traffic_with_uneven_heads_equals_the_closed_form(case):
 @pytest.mark.parametrize("movement", ["gather", "activations"])
 def test_traffic_of_padded_rows_equals_the_closed_form(case, forward, movement):
     check_traffic(moved(UNEVEN, movement), case, forward)
+
+
+def windowed(window: int, order: Order) -> Config:
+    model = dataclasses.replace(MODEL, window=window)
+    return dataclasses.replace(CONFIG, model=model, data=dataclasses.replace(CONFIG.data, order=order))
+
+
+@pytest.mark.parametrize(
+    ("case", "window", "order"), [("tsp4", 9, "zigzag"), ("tsp4", 16, "contiguous"), ("tp4_sp2", 5, "zigzag")]
+)
+def test_traffic_of_windows_equals_the_closed_form(case, window, order):
+    """Each of 4 ranks receives two windows of 8 keys in zigzag order, one of 15 in contiguous order; of 2, one of 4."""
+    check_traffic(windowed(window, order), case)
+    layout, sizes = CASES[case]
+    received = step_traffic(windowed(window, order), layout, {"data": 1, **sizes})["attention"]["keys_values"]
+    assert received < step_traffic(CONFIG, layout, {"data": 1, **sizes})["attention"]["keys_values"]
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "offload"])

@@ -75,6 +75,17 @@ READ = {
     ),
     "no window without use_sliding_window": ({**QWEN3, "sliding_window": ABSENT}, {"qk_norm": True}),
     "layer types": ({"layer_types": ["full_attention", "attention"]}, {}),
+    "window": ({**MISTRAL, "sliding_window": 8}, {"window": 8}),
+    "window by default": ({**MISTRAL, "sliding_window": ABSENT}, {"window": 4096}),
+    "window of mistral with Llama's name": ({"model_type": "mistral", "sliding_window": 8}, {"window": 8}),
+    "window of qwen3": (
+        {**QWEN3, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+        {"qk_norm": True, "window": 8},
+    ),
+    "window by layer types": (
+        {**QWEN3, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2, "use_sliding_window": True},
+        {"qk_norm": True, "window": 8},
+    ),
     "model_type before architectures": ({**QWEN3, "architectures": ["LlamaForCausalLM"]}, {"qk_norm": True}),
     "no model_type": ({"model_type": ABSENT}, {}),
     "no architectures": ({"architectures": None}, {}),
@@ -87,19 +98,21 @@ REFUSED = {
     "no family": ({"architectures": None, "model_type": ABSENT}, ["model_type=null", "use llama, mistral, qwen3"]),
     "other family": ({"model_type": "gemma"}, ['model_type="gemma"']),
     "family of a wrong type": ({"model_type": ["llama"]}, ['model_type=["llama"]']),
-    "window of mistral with Llama's name": ({"model_type": "mistral", "sliding_window": 8}, ["sliding_window=8"]),
     "bias": ({"attention_bias": True}, ["attention_bias=true"]),
     "bias of the MLP": ({"mlp_bias": 1}, ["mlp_bias=1"]),
     "quantized": ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
     "not causal": ({"is_causal": False}, ["is_causal=false"]),
     "layers of several kinds": ({"per_layer_config": {"0": {"intermediate_size": 8}}}, ["per_layer_config"]),
-    "window": ({**MISTRAL, "sliding_window": 4096}, ["sliding_window=4096 is"]),
-    "window by default": ({**MISTRAL, "sliding_window": ABSENT}, ["sliding_window=4096 (mistral's default)"]),
+    "window of 0": ({**MISTRAL, "sliding_window": 0}, ["sliding_window=0 is no window", "use 4096"]),
+    "window without a size": (
+        {**QWEN3, "sliding_window": None, "layer_types": ["sliding_attention"] * 2},
+        ["sliding_window=null is no window"],
+    ),
     "window of llama": ({"sliding_window": 8}, ["sliding_window=8"]),
     "window of some layers": ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types"]),
     "window after max_window_layers": (
         {**QWEN3, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-        ["sliding_window=8"],
+        ["sliding_window=8 from layer max_window_layers=1 on"],
     ),
     "layer types of other layers": ({"layer_types": ["full_attention"]}, ["layer_types", "2 layers"]),
     "layer types a number": ({"layer_types": 5}, ["layer_types=5", "`array | null`"]),
@@ -181,7 +194,7 @@ def test_transformers_reads_the_same(case, tmp_path):
     desired = rope.inv_freq.numpy()
     np.testing.assert_allclose(frequencies(ours.head_dim, ours.rope_theta, ours.rope_scaling), desired, rtol=1e-5)
     assert {layer.input_layernorm.variance_epsilon for layer in model.model.layers} == {ours.norm_eps}
-    assert {getattr(layer.self_attn, "sliding_window", None) for layer in model.model.layers} == {None}
+    assert {getattr(layer.self_attn, "sliding_window", None) for layer in model.model.layers} <= {None, ours.window}
     assert model.config.hidden_act in ("silu", "gelu_new")
     assert ours.activation == ("silu" if model.config.hidden_act == "silu" else "gelu")
 
@@ -260,3 +273,16 @@ def test_both_spellings_of_rope_are_read(key, tmp_path):
     raw |= {key: rope, "rope_theta": theta} if key == "rope_scaling" else {key: {**rope, "rope_theta": theta}}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     assert hf.read_config(tmp_path) == SCALED
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_window_is_written_as_it_is_read(qk_norm, tmp_path):
+    model = dataclasses.replace(MODEL, window=8, qk_norm=qk_norm)
+    (tmp_path / "config.json").write_text(json.dumps(config_json(model, "float32")))
+    assert hf.read_config(tmp_path) == model
+
+
+@pytest.mark.parametrize("changes", [{"attention_softcap": 50.0}, {"attention_scale": 0.1}, {"attention_sinks": True}])
+def test_what_no_family_has_is_not_written(changes):
+    with pytest.raises(ConfigError, match=f"model.{next(iter(changes))}=.* has no place in config.json"):
+        config_json(dataclasses.replace(MODEL, **changes), "float32")

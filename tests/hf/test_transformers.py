@@ -53,6 +53,11 @@ MODELS = {
         },
     ),
     "mistral_any_width": ("Mistral", {"sliding_window": None, "hidden_size": 52, "head_dim": 10}),
+    "mistral_window": ("Mistral", {"sliding_window": 9, "head_dim": 10}),
+    "qwen3_window": (
+        "Qwen3",
+        {"head_dim": 12, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
+    ),
     "qwen3_grouped": ("Qwen3", {"head_dim": 20}),
     "qwen3_tied_multi_head": ("Qwen3", {"head_dim": 12, "num_key_value_heads": 8, "tie_word_embeddings": True}),
 }  # fmt: skip

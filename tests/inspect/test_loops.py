@@ -148,6 +148,37 @@ def test_a_conditional_costs_its_dearest_branch(moved):
     assert (len(result.collectives), len(result.kernels)) == ((1, 1) if moved > 80 else (0, 2))
 
 
+CHOICES = {
+    "by index": "%c = () conditional(s32[] %x.i, f32[2] %x.l, f32[2] %x.r), branch_computations={%left, %right}",
+    "by truth": "%c = () conditional(pred[] %x.i, f32[2] %x.r, f32[2] %x.l), "
+    "true_computation=%right, false_computation=%left",
+}
+"""a choice of %left (0, false) or %right (1, true)"""
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+@pytest.mark.parametrize(("number", "seconds"), [(0, 80), (1, 8)])
+def test_of_a_conditional_the_declared_branch_counts(choice, number, seconds):
+    branches = [
+        f"%left (l: f32[2]) -> () {{\n{lines(kernel('k', 80))}\n}}\n",
+        f"%right (r: f32[2]) -> () {{\n{lines(kernel('m', 8))}\n}}\n",
+    ]
+    scope = f', metadata={{op_name="jit(f)/likely_branch[{number}]/cond"}}'
+    result = simulated(lines(choice + scope), *branches)
+    assert (result.step_s, len(result.kernels)) == (seconds, 1)
+    module = module_of(lines(choice + scope), *branches)
+    assert len([*module.executions()]) == 2
+    assert len([*module.executions(unlikely=True)]) == 3
+
+
+@pytest.mark.parametrize("number", ["2", "-1", "x", ""])
+def test_a_declared_branch_that_does_not_exist_is_named(number):
+    branches = [f"%{name} (p: f32[2]) -> () {{\n{lines(kernel('k', 80))}\n}}\n" for name in ("left", "right")]
+    scope = f', metadata={{op_name="jit(f)/likely_branch[{number}]/cond"}}'
+    with pytest.raises(ConfigError, match=rf"c: scope likely_branch\[{number}\] is no number of a branch; use 0 to 1"):
+        simulated(lines(CHOICES["by index"] + scope), *branches)
+
+
 def test_calls_are_gone_through():
     start, done = gather("g", 56)
     body = f"%whole (w: f32[2]) -> () {{\n{lines(start, kernel('k', 16), done)}\n}}\n"

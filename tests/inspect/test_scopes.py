@@ -16,6 +16,7 @@ from tsp_jax.inspect.scopes import readable_scope
         ("jit(step)/transpose(jvp())/tsp/(attention/scatter/x:mlp/scatter/x)", (), "backward tsp/attention/scatter"),
         ("jit(step)/jvp()/tsp/mlp/reshape;tsp/mlp/gather/squeeze", (), "forward tsp/mlp"),
         ("jit(f)/jvp()/tsp/attention/while/body/eval_jaxpr/while/body/eval_jaxpr/le", (), "forward tsp/attention"),
+        ("jit(step)/jvp()/tsp/attention/likely_branch[1]/cond/branch_1_fun/mul", (), "forward tsp/attention"),
         ("jit(step)/optimizer/add", (), "optimizer"),
         ("jit(step)/add", (), "other"),
         ("", (), "other"),

@@ -55,6 +55,15 @@ MODELS = {
     "14_of_2": dataclasses.replace(MULTI_HEAD, num_heads=14, num_kv_heads=2),
     "4_of_1": dataclasses.replace(MULTI_HEAD, num_heads=4, num_kv_heads=1, qk_norm=True),
     "28_of_4": dataclasses.replace(MULTI_HEAD, num_heads=28, num_kv_heads=4),
+    "windowed": dataclasses.replace(
+        MULTI_HEAD,
+        num_heads=9,
+        num_kv_heads=3,
+        window=11,
+        attention_softcap=2.0,
+        attention_scale=0.5,
+        attention_sinks=True,
+    ),
     "thirds": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, head_dim=12),  # three ranks could share a KV head
 }
 BATCH, SEQ_LEN, Z_LOSS = 2, 48, 1e-2
@@ -120,6 +129,12 @@ CASES = [
     # tensor ranks that neither divide the KV heads nor are divided by them
     ("mix2_3", "odd_heads_tied", GATHER, FULL),
     ("mix3_2", "thirds", GATHER, NONE),
+    # windows, soft caps and sinks, also where heads are padded, or sharded by two axes
+    ("tsp4", "windowed", GATHER, SAVE),
+    ("tsp8", "windowed", ACTIVATIONS, FULL),
+    ("mix2_4", "windowed", ACTIVATIONS, NONE),
+    ("tp2_sp4", "windowed", GATHER, FULL),
+    ("fsdp8", "windowed", GATHER, FULL),
 ]
 """(layout, model, movement, remat)"""
 

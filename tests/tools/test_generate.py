@@ -29,8 +29,8 @@ CONFIG = ModelConfig(
 EOS = 2
 PROMPT = "the quick brown fox"
 KERNEL = (
-    "attention kernel xla (triton: runs on gfx942, gfx950, sm_90, not on cpu; "
-    "tpu: runs on tpu_v5p, tpu_v5e, tpu_v6e, tpu_v7x, not on cpu)"
+    "attention kernel xla (cudnn: runs on NVIDIA GPUs from sm_80 on, not on cpu; "
+    "triton: runs on gfx942, gfx950, sm_90, not on cpu; tpu: runs on tpu_v5p, tpu_v5e, tpu_v6e, tpu_v7x, not on cpu)"
 )
 
 

@@ -109,7 +109,7 @@ def test_streams_are_as_before_afterwards():
     assert (sys.stdout, sys.stderr) == before
 
 
-HELP = {"train.py": ["tiny"], "inspect_hlo.py": ["tiny"], "compare.py": ["tiny"], "generate.py": []}
+HELP = {"train.py": ["tiny"], "inspect_hlo.py": ["tiny"], "compare.py": ["tiny"], "generate.py": [], "calibrate.py": []}
 
 
 @pytest.mark.parametrize("script", HELP)

@@ -12,7 +12,7 @@ V vocabulary, H head.
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from tsp_jax.config import Remat
+from tsp_jax.config import Remat, TokenOrder
 from tsp_jax.heads import HeadRows, HeadSharding
 from tsp_jax.layout import Axes, Layout, num_ranks
 
@@ -21,6 +21,8 @@ INT32 = FLOAT32 = 4
 FEWEST_BUCKETS = 4
 """on folded axes, an op's weights or tokens are split into at least about this many buckets: with only two, XLA for
 ROCm makes a padded copy of each (benchmarks/step_128k.md)"""
+WINDOW_MULTIPLE = 128
+"""keys and values within a window are exchanged in multiples of this many tokens"""
 Traffic = dict[str, float]
 """Kind of traffic -> bytes. Over folded axes: `weights` and `weight_grads`, or `activations` in their place. Over
 sequence axes: `keys_values` and `key_value_grads`. Over tensor axes: `tensor_sums` of partial outputs. Over axes that
@@ -120,10 +122,28 @@ class OpSharding:
             bucket_bytes = min(bucket_bytes, max(1.0, nbytes / FEWEST_BUCKETS))
         return num_buckets(rows, nbytes, bucket_bytes)
 
-    def exchange_buckets(self, heads: HeadSharding, movement: str, bucket_bytes: float) -> int:
-        """Number of buckets of KV heads in which keys and values of the whole sequence are exchanged."""
+    def exchanged_tokens(self, movement: str, window: int | None = None, token_order: TokenOrder = "any") -> int:
+        """Tokens per sequence whose keys and values this device receives from others over the sequence axes.
+
+        Those of all other ranks; or, if the order of the tokens is known, at most a window before each of this rank's
+        chunks, rounded up to a multiple of 128 tokens if chunks are such multiples.
+        """
+        moves_tokens = movement == "activations"
+        ranks = self.sequence // self.folded if moves_tokens else self.sequence
+        others = self.seq_len // ranks * (ranks - 1)
+        if window is None or token_order == "any" or moves_tokens:
+            return others
+        chunks = 2 if token_order == "zigzag" and ranks > 1 else 1
+        multiple = WINDOW_MULTIPLE if self.seq_len // (ranks * chunks) % WINDOW_MULTIPLE == 0 else 1
+        halo = multiple * -(-(window - 1) // multiple)
+        messages = 1 if ranks == 2 else chunks  # of two ranks, one needs nothing before its first chunk
+        return messages * halo if 0 < chunks * halo < others else others
+
+    def exchange_buckets(self, heads: HeadSharding, movement: str, bucket_bytes: float, exchanged: int) -> int:
+        """Number of buckets of KV heads in which keys and values are exchanged, with those of `exchanged_tokens`."""
         kv_heads = (heads.own if movement == "activations" else heads.shard).kv
-        nbytes = 2 * self.batch * self.seq_len * kv_heads * heads.heads.dim * self.itemsize
+        ranks = self.sequence // self.folded if movement == "activations" else self.sequence
+        nbytes = 2 * self.batch * (exchanged + self.seq_len // ranks) * kv_heads * heads.heads.dim * self.itemsize
         return num_buckets(kv_heads, nbytes, bucket_bytes)
 
 
@@ -179,12 +199,13 @@ def num_buckets(rows: int, nbytes: float, bucket_bytes: float) -> int:
 
 
 def attention_traffic(
-    sharding: OpSharding, movement: str, *, heads: HeadSharding, d_model: int, remat: Remat, forward: bool = False
-) -> Traffic:
+    sharding: OpSharding, movement: str, *, heads: HeadSharding, d_model: int, remat: Remat, forward: bool = False,
+    window: int | None = None, token_order: TokenOrder = "any",
+) -> Traffic:  # fmt: skip
     """Traffic of one layer's attention in forward and backward, or in `forward` alone.
 
-    `remat` says what backward recomputes. Here and in the ops below, movement `activations` moves tokens; every other
-    movement moves weights.
+    `remat` says what backward recomputes; `window` and `token_order` are those of `tsp_jax.nn.Attention`. Here and in
+    the ops below, movement `activations` moves tokens; every other movement moves weights.
     """
     moves_tokens, dim = movement == "activations", heads.heads.dim
     query, kv = (rows * d_model for rows in heads.stored)
@@ -196,8 +217,8 @@ def attention_traffic(
         kv_weights = 2 * kv * _others(heads.keys_values.ranks) if spans else sharding.weights_received(2 * kv)
     into, out = kv_weights + query_weights, query_weights
     used_heads = (heads.own if moves_tokens else heads.shard).kv
-    exchanged = _others(sharding.sequence // sharding.folded if moves_tokens else sharding.sequence)
-    keys_values = 2 * sharding.batch * sharding.seq_len * used_heads * dim * sharding.itemsize * exchanged
+    exchanged = sharding.exchanged_tokens(movement, window, token_order)
+    keys_values = 2 * sharding.batch * exchanged * used_heads * dim * sharding.itemsize
     again = 0 if remat == "none" else 1
     # Full remat projects queries, keys and values once more, after the MLP's backward.
     twice = 1 if remat in ("full", "offload") else 0

@@ -5,6 +5,7 @@ Bytes received are counted as `tsp_jax.inspect.collectives` counts them, by the 
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 from tsp_jax.config import Config
 from tsp_jax.cost.traffic import (
@@ -37,6 +38,11 @@ class _Step:
         self.d_ff = RowPadding.over(model.d_ff, num_ranks(layout.mlp, sizes)).stored
         self.vocab_size = RowPadding.over(model.vocab_size, num_ranks(layout.vocab, sizes)).stored
 
+    @property
+    def window(self) -> dict[str, Any]:
+        """What `attention_traffic` needs to know of windows."""
+        return {"window": self.config.model.window, "token_order": self.config.data.order}
+
     def sharding_of(self, dim: str) -> OpSharding:
         batch = self.config.batch // self.config.accumulate
         return OpSharding.of(
@@ -51,7 +57,7 @@ class _Step:
         mlp = partial(mlp_traffic, self.sharding_of("mlp"), d_model=model.d_model, d_ff=self.d_ff)
         table = {"d_model": model.d_model, "vocab_size": self.vocab_size}
         functions: dict[str, tuple[str, Callable[..., Traffic]]] = {
-            "attention": (stream.attention_movement, partial(attention, remat=self.config.remat)),
+            "attention": (stream.attention_movement, partial(attention, remat=self.config.remat, **self.window)),
             "mlp": (stream.mlp_movement, mlp),
             "embed": (stream.vocab_movement, partial(embed_traffic, vocab, **table)),
             "loss": (stream.vocab_movement, partial(loss_traffic, vocab, **table)),
@@ -131,13 +137,15 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dic
     if config.remat == "full":
         waiting = max(0.0, waiting - residuals)
     movement = step.ops()["attention"][0]
-    exchanged = heads.shard.kv / sharding.exchange_buckets(heads, movement, step.bucket_bytes)
+    exchanged = sharding.exchanged_tokens(movement, model.window, config.data.order)
+    kv_heads = heads.shard.kv / sharding.exchange_buckets(heads, movement, step.bucket_bytes, exchanged)
+    keys = exchanged + config.seq_len // sharding.sequence
     bucket = step.bucket_elements() / sharding.tensor
     return {
         "state": (layers + tables) / shards * (4 + 2 * ITEMSIZE[config.optimizer.moments_dtype] / replicas),
         "gradients": waiting + tables * 4 / shards,
         "residuals": residuals,
         "activations": _ACTIVATIONS * activation,
-        "keys_values": _KEY_VALUES * 2 * sharding.batch * config.seq_len * exchanged * heads.heads.dim * step.itemsize,
+        "keys_values": _KEY_VALUES * 2 * sharding.batch * keys * kv_heads * heads.heads.dim * step.itemsize,
         "weights": bucket * (2 * step.itemsize + step.grad_itemsize),
     }

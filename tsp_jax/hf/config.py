@@ -114,7 +114,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     path, raw, family = _read(folder)
     keys = check_json(DEFAULTS[family] | raw, str(path), _Keys)
     _refuse(path, raw)
-    _refuse_windows(path, raw, family, keys)
+    window = _read_window(path, raw, family, keys)
     _read_dtype(path, keys)
     if keys.hidden_act not in ACTIVATIONS:
         value = f"hidden_act={keys.hidden_act[:80]}"
@@ -127,6 +127,7 @@ def read_config(folder: str | Path) -> ModelConfig:
             head_dim=keys.head_dim or keys.hidden_size // keys.num_attention_heads,
             activation=ACTIVATIONS[keys.hidden_act],
             qk_norm=family == "qwen3",
+            window=window,
             tie_embeddings=keys.tie_word_embeddings,
             rope_theta=theta,
             rope_scaling=scaling,
@@ -164,23 +165,33 @@ def _refuse(path: Path, raw: Mapping[str, Any]) -> None:
             raise ConfigError(f"{path}: {key}={json.dumps(raw[key]):.80} is not supported; use a model {use}")
 
 
-def _refuse_windows(path: Path, raw: Mapping[str, Any], family: str, keys: _Keys) -> None:
-    types = keys.layer_types
-    if types is not None and (len(types) != keys.num_hidden_layers or set(types) - FULL_ATTENTION):
+def _read_window(path: Path, raw: Mapping[str, Any], family: str, keys: _Keys) -> int | None:
+    """The sliding window of all layers; None if no layer has one. Raises ConfigError if only some layers have one."""
+    types, layers = keys.layer_types, keys.num_hidden_layers
+    if types is None and family == "qwen3" and keys.use_sliding_window:
+        full = min(keys.max_window_layers, layers)
+        types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    kinds = set(types or ()) - FULL_ATTENTION
+    if types is not None and (len(types) != layers or (kinds and set(types) != {"sliding_attention"})):
+        value = f"layer_types={json.dumps(types):.80}"
+        if keys.layer_types is None:
+            value = f"sliding_window={keys.sliding_window} from layer max_window_layers={keys.max_window_layers} on"
         raise ConfigError(
-            f"{path}: layer_types={json.dumps(types):.80} is not supported; "
-            f"use a model of {keys.num_hidden_layers} layers (num_hidden_layers) that are all full_attention"
+            f"{path}: {value} is not supported; use a model of {layers} layers (num_hidden_layers) that are all "
+            "full_attention, or all sliding_attention"
         )
-    if family == "qwen3":
-        windows = keys.use_sliding_window and types is None and keys.max_window_layers < keys.num_hidden_layers
-    else:
-        windows = family == "mistral" or keys.use_sliding_window is not False
-    if windows and keys.sliding_window is not None:
-        default = "" if "sliding_window" in raw else f" ({family}'s default)"
+    if family == "llama" and keys.use_sliding_window is not False and keys.sliding_window is not None:
         raise ConfigError(
-            f"{path}: sliding_window={keys.sliding_window}{default} is not supported; "
-            "use a model without windows (sliding_window null)"
+            f"{path}: sliding_window={keys.sliding_window} is not supported in a llama model; "
+            "use model_type mistral, or sliding_window null"
         )
+    if family != "mistral" and not kinds:
+        return None
+    if keys.sliding_window == 0 or (kinds and keys.sliding_window is None):
+        raise ConfigError(
+            f"{path}: sliding_window={json.dumps(keys.sliding_window)} is no window; use 4096, or full attention"
+        )
+    return keys.sliding_window
 
 
 def _read_dtype(path: Path, keys: _Keys) -> DType:
@@ -197,10 +208,15 @@ def _read_dtype(path: Path, keys: _Keys) -> DType:
 
 def config_json(config: ModelConfig, dtype: str, carried: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Returns the content of `config.json` for a model, plus those keys of `carried` that are in `CARRIED`."""
+    for field in ("attention_scale", "attention_softcap", "attention_sinks"):
+        if getattr(config, field):
+            value = f"model.{field}={getattr(config, field)}"
+            raise ConfigError(f"{value} has no place in config.json of {', '.join(FAMILIES)}; use a model without it")
     activation = {name: hf_name for hf_name, name in reversed(ACTIVATIONS.items())}[config.activation]
     family = "qwen3" if config.qk_norm else "llama"
-    if family == "llama" and config.d_model % config.num_heads:
-        family = "mistral"  # the same model, without transformers' demand that the heads divide the width
+    if family == "llama" and (config.window or config.d_model % config.num_heads):
+        family = "mistral"  # with windows, and without transformers' demand that the heads divide the width
+    windows = {"use_sliding_window": True, "max_window_layers": 0} if config.window and family == "qwen3" else {}
     return {
         "architectures": [FAMILIES[family]],
         "model_type": family,
@@ -209,7 +225,8 @@ def config_json(config: ModelConfig, dtype: str, carried: Mapping[str, Any] | No
         "head_dim": config.head_dim,
         "hidden_act": activation,
         "attention_bias": False,
-        "sliding_window": None,
+        "sliding_window": config.window,
+        **windows,
         "tie_word_embeddings": config.tie_embeddings,
         **rope_json(config),
         "rms_norm_eps": config.norm_eps,

@@ -223,6 +223,7 @@ def save_params(
       ConfigError: the folder is not empty, is a URL, or cannot be written.
     """
     check_local("folder", str(folder))
+    config_json(config, dtype)  # refuses models that have no place in it
     tree, itemsize = _param_tree(config, placement), jnp.dtype(dtype).itemsize
     carried = read_json(Path(source) / "config.json") if source else None
     pairs = list(zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True))

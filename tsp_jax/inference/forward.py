@@ -146,9 +146,10 @@ def decode(
 def _run(op: Callable, module: Attention, placement: Placement, x_BTD: jax.Array, x_spec: PartitionSpec, inputs, specs):
     """Runs an attention op on x and `inputs`, the first of which is keys and values. Returns (y, keys and values)."""
     weights = AttentionWeights(module.w_q[...], module.w_k[...], module.w_v[...], module.w_o[...])
-    in_specs = (x_spec, placement.layout.spec("heads", None), REPLICATED, *specs)
+    in_specs = (x_spec, placement.layout.spec("heads", None), REPLICATED, *specs, REPLICATED)
     run = placement.shard_map(op, in_specs, (x_spec, specs[0]))
-    return run(x_BTD.astype(module.dtype), weights, module.head_norms(), *inputs)
+    norms, sinks_N = module.replicated()
+    return run(x_BTD.astype(module.dtype), weights, norms, *inputs, sinks_N)
 
 
 def _layers(model: Transformer, x_BTD: jax.Array, attend: Callable, carry: Any) -> tuple[jax.Array, Any, Any]:

@@ -52,7 +52,7 @@ def list_buffers(module: Module) -> list[Buffer]:
     """
     return [
         Buffer(leaf.dims, leaf.dtype, leaf.bytes, leaf.memory_space, i.op_name, i.opcode, i.name, i.computation)
-        for computation, _ in module.executions()
+        for computation, _ in module.executions(unlikely=True)
         for i in computation.instructions
         if i.opcode != "parameter" or computation is module.entry
         for leaf in leaves(_made(i))

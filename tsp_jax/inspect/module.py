@@ -8,7 +8,7 @@ from typing import TypeAlias
 from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.opcodes import SCALAR_FORWARDING
-from tsp_jax.inspect.scopes import declared_trips
+from tsp_jax.inspect.scopes import declared_trips, likely_branches
 from tsp_jax.inspect.shapes import Shape, natural
 
 Trips: TypeAlias = float | Callable[[Instruction], float]
@@ -115,16 +115,24 @@ class Module:
             trips = unknown_trips(loop) if callable(unknown_trips) else unknown_trips
         return trips
 
-    def executions(self, unknown_trips: Trips = 1, *, fusions: bool = False) -> Iterator[tuple[Computation, float]]:
+    def branches(self, conditional: Instruction) -> tuple[Computation, ...]:
+        """The branch that the program declares as the likely one, else all branches."""
+        branches = self.called(conditional, "branch_computations")
+        by_truth = "true_computation" in conditional.attributes  # the text then has branch 1 first
+        return likely_branches(conditional, branches[::-1] if by_truth else branches)
+
+    def executions(
+        self, unknown_trips: Trips = 1, *, fusions: bool = False, unlikely: bool = False
+    ) -> Iterator[tuple[Computation, float]]:
         """Every computation that runs, callers first, and how often it runs in one execution of the module.
 
-        Every branch of a conditional counts as taken. `unknown_trips` are the trips of data-dependent loops for
-        which the program declares none (`declared_trips`). `fusions` adds the bodies of fusions; only the results of a
-        body's root are written to memory.
+        Of a conditional, the branches of `branches` count as taken. `unknown_trips` are the trips of data-dependent
+        loops for which the program declares none (`declared_trips`). `fusions` adds the bodies of fusions; only the
+        results of a body's root are written to memory. `unlikely` adds all other branches.
         """
         times: dict[str, float] = dict.fromkeys(self.computations, 0)
         times[self.entry.name] = 1
-        calls = {name: self._calls(c, unknown_trips, fusions) for name, c in self.computations.items()}
+        calls = {name: self._calls(c, unknown_trips, fusions, unlikely) for name, c in self.computations.items()}
         for name in _callers_first(self.entry.name, calls):
             if times[name]:
                 yield self.computations[name], times[name]
@@ -138,7 +146,9 @@ class Module:
         for computation, times in self.executions(unknown_trips, fusions=fusions):
             yield from ((i, times) for i in computation.instructions)
 
-    def _calls(self, computation: Computation, unknown_trips: Trips, fusions: bool) -> list[tuple[str, float]]:
+    def _calls(
+        self, computation: Computation, unknown_trips: Trips, fusions: bool, unlikely: bool
+    ) -> list[tuple[str, float]]:
         """(callee, number of calls) for each call in one execution of a computation."""
         calls: list[tuple[str, float]] = []
         for i in computation.instructions:
@@ -148,7 +158,8 @@ class Module:
                 trips = self.trips(i, unknown_trips)
                 calls += [(self.callee(i, "body").name, trips), (self.callee(i, "condition").name, trips + 1)]
             elif i.base == "conditional":
-                calls += [(c.name, 1) for c in self.called(i, "branch_computations")]
+                taken = self.called(i, "branch_computations") if unlikely else self.branches(i)
+                calls += [(c.name, 1) for c in taken]
             elif i.base in ("call", "async") or (fusions and i.base == "fusion"):
                 calls += [(c.name, 1) for c in self.called(i, "to_apply", "calls")]
         return calls

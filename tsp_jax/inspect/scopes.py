@@ -2,18 +2,20 @@
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tsp_jax.errors import ConfigError
+from tsp_jax.hardware.rates import Work
 from tsp_jax.inspect.instructions import Instruction
 
 _ADDED_BY_JAX = re.compile(
     r"while|body|cond|closed_call|shard_map|checkpoint|rematted_computation|eval_jaxpr|scan|pjit|branch_\d+_fun|"
     r"(jit|jvp|transpose|vmap|pjit|checkpoint|custom_jvp_call|custom_vjp_call)\(.*\)|custom_[jv][jv]p_call|.*->.*|"
-    r"mean_\w+\[.*\]|"
+    r"mean_\w+\[.*\]|likely_branch\[.*\]|"
 )
 _DECLARED_TRIPS = re.compile(r"(?:^|[/(])mean_trips\[([^\]/]*)\]\)*/while$")
-_DECLARED_FLOPS = re.compile(r"(?:^|[/(])mean_flops\[(\w+)=([^\]/]*)\]\)*/[^/]+$")
+_DECLARED_FLOPS = re.compile(r"(?:^|[/(])mean_flops\[([\w.]+)=([^\]/]*)\]\)*/[^/]+$")
+_ATTENTION = re.compile(r"attention_(forward|backward)(?:\.(\w+)\.h(\d{1,6}))?")
 
 
 _TOO_MANY = 1e30
@@ -23,8 +25,17 @@ class DeclaredFlops(NamedTuple):
     """FLOPs that a program declares for a kernel: the mean over the kernel's executions."""
 
     kind: str
-    """kind of kernel; see `tsp_jax.hardware.devices.Hardware.efficiency`"""
+    """kind of kernel, such as attention_forward.triton.h128 (`tsp_jax.ops.kernels.kernel.declare_products`)"""
     flops: float
+
+    @property
+    def work(self) -> Work:
+        """What `Rates.seconds` needs to know; a kind that is no attention counts as plain products."""
+        if not (found := _ATTENTION.fullmatch(self.kind)):
+            return Work(self.flops)
+        direction, kernel, head_dim = found.groups()
+        direction = "forward" if direction == "forward" else "backward"
+        return Work(self.flops, direction=direction, kernel=kernel or "", head_dim=int(head_dim or 0))
 
 
 def readable_scope(op_name: str, callers: Sequence[str] = ()) -> str:
@@ -67,13 +78,32 @@ def declared_flops(i: Instruction) -> DeclaredFlops | None:
     """The FLOPs that a program declares for a kernel whose HLO text does not show them; None if it declares none.
 
     A program declares them with a named scope directly around the kernel:
-    ``with jax.named_scope("mean_flops[some_kind=1.5e12]")``.
+    ``with jax.named_scope("mean_flops[some_kind=1.5e12]")``. Attention kernels do so by `declare_products`.
     """
     found = _DECLARED_FLOPS.search(i.op_name) if i.opcode == "custom-call" else None
     if not found:
         return None
     kind, number = found.groups()
     return DeclaredFlops(kind, _positive(i, "mean_flops", f"{kind}=", number, "1.5e12"))
+
+
+Branch = TypeVar("Branch")
+_LIKELY_BRANCH = re.compile(r"(?:^|[/(])likely_branch\[([^\]/]*)\]\)*/[^/]+$")
+
+
+def likely_branches(conditional: Instruction, branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
+    """The branches that count as taken: the one that a program declares as the likely one, else all.
+
+    A program declares its number with a named scope directly around the conditional:
+    ``with jax.named_scope("likely_branch[1]")``. The branches of `lax.cond` are 0 for false and 1 for true.
+    """
+    found = _LIKELY_BRANCH.search(conditional.op_name)
+    if not found:
+        return branches
+    if not found[1].isdecimal() or int(found[1]) >= len(branches):
+        text = f"{conditional.name}: scope likely_branch[{found[1]}] is no number of a branch"
+        raise ConfigError(f"{text}; use 0 to {len(branches) - 1}")
+    return (branches[int(found[1])],)
 
 
 def _positive(i: Instruction, scope: str, kind: str, text: str, example: str) -> float:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tsp_jax.config import ModelConfig, Remat, StreamConfig
+from tsp_jax.config import ModelConfig, Remat, StreamConfig, TokenOrder
 from tsp_jax.layout import Placement
 from tsp_jax.models.remat import add_attention, run_layers
 from tsp_jax.nn import MLP, Attention, Embed, residual_std
@@ -38,7 +38,7 @@ class DecoderLayer(nnx.Module):
 
     def __init__(
         self, config: ModelConfig, *, placement: Placement, stream: StreamConfig, dtype: Any, remat: Remat,
-        rngs: nnx.Rngs,
+        token_order: TokenOrder, rngs: nnx.Rngs,
     ):  # fmt: skip
         kwargs: dict[str, Any] = {"placement": placement, "stream": stream, "dtype": dtype, "rngs": rngs}
         kwargs["init_std"] = config.init_std
@@ -48,7 +48,8 @@ class DecoderLayer(nnx.Module):
         self.attention = Attention(
             config.d_model, config.num_heads, config.num_kv_heads, config.head_dim,
             rope_theta=config.rope_theta, rope_scaling=config.rope_scaling, qk_norm=config.qk_norm,
-            norm_eps=config.norm_eps, remat=remat, **kwargs,
+            norm_eps=config.norm_eps, window=config.window, softcap=config.attention_softcap,
+            scale=config.attention_scale, sinks=config.attention_sinks, token_order=token_order, remat=remat, **kwargs,
         )  # fmt: skip
         self.mlp_norm = _norm(config, placement, dtype, rngs)
         self.mlp = MLP(config.d_model, config.d_ff, activation=config.activation, **kwargs)
@@ -76,6 +77,7 @@ class Transformer(nnx.Module):
       stream: movement, bucket size, kernel.
       dtype: compute dtype; parameters are float32.
       remat: what backward recomputes; see `tsp_jax.models.remat`.
+      token_order: how the tokens of a sequence are ordered over the sequence axes; see `tsp_jax.nn.Attention`.
       grad_dtype: dtype of the layers' gradients until the backward pass ends.
       rngs: random number generators; the stream `params` is used.
     """
@@ -83,7 +85,7 @@ class Transformer(nnx.Module):
     def __init__(
         self, config: ModelConfig, *, placement: Placement, stream: StreamConfig = StreamConfig(),
         dtype: Any = jnp.bfloat16, remat: Remat = "full", grad_dtype: jax.typing.DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
+        token_order: TokenOrder = "any", rngs: nnx.Rngs,
     ):  # fmt: skip
         self.config, self.placement, self.grad_dtype = config, placement, jnp.dtype(grad_dtype)
         self.remat: Remat = remat
@@ -94,7 +96,7 @@ class Transformer(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
         def stacked(rngs: nnx.Rngs) -> DecoderLayer:
-            return DecoderLayer(config, **kwargs, remat=remat, rngs=rngs)
+            return DecoderLayer(config, **kwargs, remat=remat, token_order=token_order, rngs=rngs)
 
         self.layers = stacked(rngs)
         self.final_norm = _norm(config, placement, dtype, rngs)

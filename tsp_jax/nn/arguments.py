@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tsp_jax.config import LARGEST, Activation, Remat, RopeScaling, StreamConfig
+from tsp_jax.config import LARGEST, Activation, Remat, RopeScaling, StreamConfig, TokenOrder
 from tsp_jax.errors import ConfigError
 from tsp_jax.layout import Placement
 
@@ -60,6 +60,10 @@ def _instance(kind: type, use: str) -> _Rule:
     return _Rule(lambda value: isinstance(value, kind), use)
 
 
+def _or_none(rule: _Rule) -> _Rule:
+    return _Rule(lambda value: value is None or rule.fits(value), f"{rule.use}, or None")
+
+
 _SIZE = _Rule(lambda value: _is_number(value, Integral) and 0 < value <= LARGEST, "a positive integer")
 _POSITIVE = _Rule(lambda value: _is_number(value) and value > 0, "a positive number")
 _NOT_NEGATIVE = _Rule(lambda value: _is_number(value) and value >= 0, "a number that is not negative")
@@ -67,9 +71,12 @@ _RULES = {
     **dict.fromkeys(["d_model", "d_ff", "vocab_size", "num_heads", "num_kv_heads", "head_dim", "num_layers"], _SIZE),
     "rope_theta": _POSITIVE,
     **dict.fromkeys(["norm_eps", "init_std", "out_std"], _NOT_NEGATIVE),
+    "window": _or_none(_SIZE),
+    **dict.fromkeys(["scale", "softcap"], _or_none(_POSITIVE)),
+    **dict.fromkeys(["qk_norm", "causal", "sinks"], _instance(bool, "True or False")),
     "activation": _one_of(Activation),
     "remat": _one_of(Remat),
-    "qk_norm": _instance(bool, "True or False"),
+    "token_order": _one_of(TokenOrder),
     "dtype": _Rule(_is_float_dtype, "jnp.float32 or jnp.bfloat16"),
     "placement": _instance(Placement, 'a tsp_jax.Placement, such as tsp_jax.place("tsp", tsp=8)'),
     "stream": _instance(StreamConfig, "a tsp_jax.StreamConfig"),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tsp_jax.config import Remat, RopeScaling, StreamConfig
+from tsp_jax.config import Remat, RopeScaling, StreamConfig, TokenOrder
 from tsp_jax.cost.traffic import attention_may_move_tokens, attention_traffic
 from tsp_jax.errors import ConfigError
 from tsp_jax.heads import HeadSharding
@@ -20,13 +20,13 @@ from tsp_jax.nn.layer import Layer
 from tsp_jax.ops import kernels
 from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms
 from tsp_jax.ops.attention.train import attention
-from tsp_jax.ops.kernels.mask import Tokens
+from tsp_jax.ops.kernels.mask import Scores, Tokens
 from tsp_jax.ops.stream import Stream
 from tsp_jax.stored import HeadPadding
 
 
 class Attention(Layer):
-    """Causal self-attention with grouped queries, RoPE, and optional q/k RMSNorm.
+    """Self-attention with grouped queries and RoPE; causal, without a window, norms and sinks by default.
 
     Heads that do not divide over the tensor axes are padded with heads of zeros, which get no gradient and change no
     result. Folded axes need no padded heads: each rank stores an equal part of the rows of all heads. There is one
@@ -44,6 +44,15 @@ class Attention(Layer):
       rope_scaling: scaling of those frequencies for long contexts.
       qk_norm: whether to apply RMSNorm to each query and key head before RoPE.
       norm_eps: epsilon of that norm.
+      causal: whether a token attends to no later token; False in encoders.
+      window: number of tokens that a token attends to, itself and those just before it, and in encoders as many after
+        it; None: all.
+      softcap: bound c of the absolute scores s, which become ``c tanh(s / c)``; None: no bound.
+      scale: factor of the products of queries and keys; 1 / sqrt(H) if None.
+      token_order: how the tokens of a sequence are ordered over the sequence axes; see `tsp_jax.config.DataConfig`. If
+        it is known, a layer with a window receives only keys and values within the window. Tokens in another order give
+        NaN then.
+      sinks: whether each query head has a learned score without a value, 0 at first.
       remat: what backward recomputes of this layer. Recomputing moves bytes again; `auto` counts them when it chooses
         the movement.
       init_std: standard deviation of the initial input projections.
@@ -67,6 +76,12 @@ class Attention(Layer):
         rope_scaling: RopeScaling = RopeScaling(),
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
+        causal: bool = True,
+        window: int | None = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        sinks: bool = False,
+        token_order: TokenOrder = "any",
         remat: Remat = "none",
         init_std: float = 0.02,
         out_std: float | None = None,
@@ -77,7 +92,8 @@ class Attention(Layer):
         out_std = init_std if out_std is None else out_std
         self._check_settings(
             d_model=d_model, num_heads=num_heads, num_kv_heads=num_kv_heads, placement=placement, stream=stream,
-            rope_theta=rope_theta, rope_scaling=rope_scaling, qk_norm=qk_norm, norm_eps=norm_eps, remat=remat,
+            rope_theta=rope_theta, rope_scaling=rope_scaling, qk_norm=qk_norm, norm_eps=norm_eps, causal=causal,
+            window=window, softcap=softcap, scale=scale, sinks=sinks, token_order=token_order, remat=remat,
             init_std=init_std, out_std=out_std, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         head_dim = _head_dim(d_model, num_heads, num_kv_heads, head_dim)
@@ -85,28 +101,31 @@ class Attention(Layer):
         super().__init__(placement, stream, dtype)
         self.head_sharding = sharding
         self.remat: Remat = remat
+        scores = Scores(causal, window, softcap, scale)
+        kernel = kernels.choose_kernel(stream.kernel, placement.mesh, head_dim, dtype, scores)
         self.config = AttentionConfig(
-            heads=sharding.heads, rope_theta=rope_theta, rope_scaling=rope_scaling,
-            norm_eps=norm_eps, kernel=kernels.choose_kernel(stream.kernel, placement.mesh, head_dim, dtype),
+            heads=sharding.heads, rope_theta=rope_theta, rope_scaling=rope_scaling, norm_eps=norm_eps, kernel=kernel,
+            scores=scores, token_order=token_order,
         )  # fmt: skip
 
         def weight(num_heads: int, queries: bool, std: float) -> nnx.Param:
             return self._param(rngs, num_heads * head_dim, d_model, std, HeadPadding(sharding, queries))
 
-        def norm() -> nnx.Param | None:
+        def replicated(value: float, size: int) -> nnx.Param:
             sharding = {"out_sharding": placement.layout.spec(None), "mesh": placement.mesh}
-            return nnx.Param(jnp.ones((head_dim,), jnp.float32), **sharding) if qk_norm else None
+            return nnx.Param(jnp.full((size,), value, jnp.float32), **sharding)
 
         self.w_q = weight(num_heads, True, init_std)
         self.w_k = weight(num_kv_heads, False, init_std)
         self.w_v = weight(num_kv_heads, False, init_std)
         self.w_o = weight(num_heads, True, out_std)
-        self.q_norm, self.k_norm = norm(), norm()
+        self.q_norm, self.k_norm = (replicated(1.0, head_dim) if qk_norm else None for _ in range(2))
+        self.sinks = replicated(0.0, num_heads) if sinks else None
 
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segment_ids_BT: jax.Array | None = None
     ) -> jax.Array:
-        """Each token attends to the tokens of its segment whose positions are not later than its own.
+        """Each token attends to the tokens of its segment, causally and within the window if the layer has one.
 
         Args:
           x_BTD: input, any float dtype.
@@ -132,21 +151,25 @@ class Attention(Layer):
         config, stream = self.configure(x_BTD.shape)
         op = partial(attention, config=config, axes=self.placement.layout.axes(self.dim), stream=stream)
         tokens_spec, x_spec, w_spec = self._specs()
-        in_specs = x_spec, w_spec, tokens_spec, self.placement.layout.spec(None)
-        return self._run(op, in_specs, x_spec, x_BTD.astype(self.dtype), weights, tokens, self.head_norms())
+        in_specs = x_spec, w_spec, tokens_spec, *(self.placement.layout.spec(None),) * 2
+        return self._run(op, in_specs, x_spec, x_BTD.astype(self.dtype), weights, tokens, *self.replicated())
 
-    def head_norms(self) -> HeadNorms:
-        """Scales of the q/k norm; both are None if there is no norm."""
-        return HeadNorms(*(None if norm is None else norm[...] for norm in (self.q_norm, self.k_norm)))
+    def replicated(self) -> tuple[HeadNorms, jax.Array | None]:
+        """The parameters that all devices hold: (scales of the q/k norm, sinks [N]), each None if there is none."""
+        q_H, k_H, sinks_N = (None if p is None else p[...] for p in (self.q_norm, self.k_norm, self.sinks))
+        return HeadNorms(q_H, k_H), sinks_N
 
     def configure(self, shape: Sequence[int]) -> tuple[AttentionConfig, Stream]:
         """The op's settings for tokens [B, T, D]: `auto` is resolved, and the bucket size converted to counts."""
         heads, d_model, sharding = self.head_sharding, shape[2], self._sharding(shape)
+        window = {"window": self.config.scores.window, "token_order": self.config.token_order}
         stream = self._stream(
             shape, self.stream.attention_movement, attention_traffic, d_model=d_model, heads=heads, remat=self.remat,
+            **window,
             tokens_may_move=attention_may_move_tokens(self.placement.layout.axes(self.dim), heads),
         )  # fmt: skip
-        exchange_buckets = sharding.exchange_buckets(heads, stream.movement, self._bucket_bytes)
+        exchanged = sharding.exchanged_tokens(stream.movement, **window)
+        exchange_buckets = sharding.exchange_buckets(heads, stream.movement, self._bucket_bytes, exchanged)
         config = self.config._replace(exchange_buckets=exchange_buckets)
         if self.placement.layout.whole_weights:
             return config, stream

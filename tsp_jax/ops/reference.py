@@ -79,8 +79,8 @@ def cross_entropy(x_BTD, table_VD, labels_BT):
     return jnp.where(real_BT, lse_BT - label_BT, no_label_BT), jnp.where(real_BT, lse_BT, no_label_BT)
 
 
-def decoder_loss(params, tokens, labels, positions, segments, *, config, z_loss=0.0):
-    """Mean loss of a decoder (`ModelConfig`) over tokens whose label is not ignored.
+def decoder(params, tokens, positions, segments, *, config):
+    """(final hidden states [B, T, D], table of the output head [V, D]) of a decoder (`ModelConfig`).
 
     `params` are those of `tsp_jax.stored.logical_params`, layers stacked [L, ...]; the other arrays are [B, T] int32.
     """
@@ -88,16 +88,21 @@ def decoder_loss(params, tokens, labels, positions, segments, *, config, z_loss=
     for index in range(config.num_layers):
         layer = jax.tree.map(lambda p, i=index: p[i], params["layers"])
         attn, ffn = layer["attention"], layer["mlp"]
-        norms = (attn["q_norm"], attn["k_norm"]) if config.qk_norm else None
         h_BTD = rms_norm(x_BTD, layer["attention_norm"]["scale"], config.norm_eps)
         x_BTD += attention(
             h_BTD, attn["w_q"], attn["w_k"], attn["w_v"], attn["w_o"], positions, segments,
-            head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling, norms=norms,
-            eps=config.norm_eps,
+            head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling, eps=config.norm_eps,
+            norms=(attn["q_norm"], attn["k_norm"]) if config.qk_norm else None,
+            sinks_N=attn["sinks"] if config.attention_sinks else None, window=config.window,
+            softcap=config.attention_softcap, scale=config.attention_scale,
         )  # fmt: skip
         h_BTD = rms_norm(x_BTD, layer["mlp_norm"]["scale"], config.norm_eps)
         x_BTD += mlp(h_BTD, ffn["w_gate"], ffn["w_up"], ffn["w_down"], config.activation)
     x_BTD = rms_norm(x_BTD, params["final_norm"]["scale"], config.norm_eps)
-    table_VD = params["embed" if config.tie_embeddings else "head"]["table"]
-    nll_BT, lse_BT = cross_entropy(x_BTD, table_VD, labels)
+    return x_BTD, params["embed" if config.tie_embeddings else "head"]["table"]
+
+
+def decoder_loss(params, tokens, labels, positions, segments, *, config, z_loss=0.0):
+    """Mean loss of a decoder over tokens whose label is not ignored; arguments as those of `decoder`."""
+    nll_BT, lse_BT = cross_entropy(*decoder(params, tokens, positions, segments, config=config), labels)
     return (nll_BT + z_loss * lse_BT**2).sum() / (labels >= 0).sum(dtype=jnp.float32)

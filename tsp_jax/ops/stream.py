@@ -264,8 +264,8 @@ def _gather(step, carry, shard, axes, stream, dtype, sends: bool):
 # ------------------------------------------------------------------------------------------------ ring
 
 
-def _ring_route(axes: tuple[str, ...]) -> tuple[tuple[str, ...], list[tuple[int, int]]]:
-    """Returns the axes and the route of a `lax.ppermute` from each rank of `axes` to the next.
+def permute_ranks(axes: tuple[str, ...]) -> tuple[tuple[str, ...], list[int]]:
+    """(the axes for a `lax.ppermute` over `axes`, the number that it gives to each rank of `axes`).
 
     `lax.ppermute` numbers ranks in the mesh's order of axes, whatever the order of the axes that it is given.
     """
@@ -275,7 +275,7 @@ def _ring_route(axes: tuple[str, ...]) -> tuple[tuple[str, ...], list[tuple[int,
     for indices in itertools.product(*map(range, sizes.values())):
         index = dict(zip(axes, indices, strict=True))
         ranks.append(functools.reduce(lambda rank, name: rank * sizes[name] + index[name], in_mesh, 0))
-    return in_mesh, list(zip(ranks, ranks[1:] + ranks[:1], strict=True))
+    return in_mesh, ranks
 
 
 def _ring(step, carry, shard, axes, stream, dtype, sends: bool):
@@ -286,7 +286,8 @@ def _ring(step, carry, shard, axes, stream, dtype, sends: bool):
     """
     ranks, me = lax.axis_size(axes), lax.axis_index(axes)
     rows = [array.shape[0] for array in shard]
-    ring_axes, route = _ring_route(axes)
+    ring_axes, numbers = permute_ranks(axes)
+    route = list(zip(numbers, numbers[1:] + numbers[:1], strict=True))
 
     def hop(message):
         with jax.named_scope("ring"):

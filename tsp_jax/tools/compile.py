@@ -19,6 +19,7 @@ from tsp_jax.inspect import FullWeight, Report, report
 from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh, place
 from tsp_jax.mesh import format_sizes
 from tsp_jax.ops.kernels import describe_kernel
+from tsp_jax.ops.kernels.mask import Scores
 from tsp_jax.stored import RowPadding
 from tsp_jax.training.optimizer import Optimizer
 from tsp_jax.training.step import make_program
@@ -60,7 +61,13 @@ class CompiledStep:
         if self.step == "decode":
             return ""
         config = self.config
-        return describe_kernel(config.stream.kernel, self.placement.mesh, config.model.head_dim, config.compute_dtype)
+        return describe_kernel(
+            config.stream.kernel,
+            self.placement.mesh,
+            config.model.head_dim,
+            config.compute_dtype,
+            Scores.of(config.model),
+        )
 
     def facts(self) -> dict[str, Any]:
         """What the JSON of a report says about the program and its target."""

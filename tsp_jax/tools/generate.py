@@ -17,6 +17,7 @@ from tsp_jax.inspect.units import format_bytes
 from tsp_jax.layout import Placement, get_layout, parse_mesh
 from tsp_jax.mesh import format_sizes, make_mesh
 from tsp_jax.ops.kernels import describe_kernel
+from tsp_jax.ops.kernels.mask import Scores
 from tsp_jax.tools import cli
 
 
@@ -104,7 +105,9 @@ def _prompt(options: GenerateOptions) -> str:
 def throughput(model: Model, stats: Stats) -> str:
     """One line with prefill's attention kernel, tokens per second in prefill and decode, and peak memory per device."""
     mesh = format_sizes(model.placement.mesh.shape)
-    kernel = describe_kernel(model.stream.kernel, model.placement.mesh, model.config.head_dim, model.dtype)
+    kernel = describe_kernel(
+        model.stream.kernel, model.placement.mesh, model.config.head_dim, model.dtype, Scores.of(model.config)
+    )
     decoded = f"{stats.decoded_tokens / stats.decode_s:,.1f} tokens/s" if stats.decoded_tokens else "nothing"
     peak, source = peak_bytes(model)
     return (

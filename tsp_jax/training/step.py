@@ -81,7 +81,7 @@ def make_program(config: Config, placement: Placement, optimizer: Optimizer = No
     def make_model(seed: int | jax.Array) -> Transformer:
         return Transformer(
             config.model, placement=placement, stream=config.stream, dtype=jnp.dtype(config.compute_dtype),
-            remat=config.remat, grad_dtype=config.grad_dtype, rngs=nnx.Rngs(params=seed),
+            remat=config.remat, grad_dtype=config.grad_dtype, token_order=config.data.order, rngs=nnx.Rngs(params=seed),
         )  # fmt: skip
 
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(0)))

@@ -20,6 +20,7 @@ from tsp_jax.hardware.memory import check_room, host_bytes, memory_bytes, shard_
 from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh
 from tsp_jax.mesh import make_mesh
 from tsp_jax.ops.kernels import describe_kernel
+from tsp_jax.ops.kernels.mask import Scores
 from tsp_jax.training.checkpoint import METRICS, Checkpoints
 from tsp_jax.training.data import Splits, load_splits, prefetch
 from tsp_jax.training.distributed import is_writer, report, report_once, write_or_report
@@ -138,7 +139,9 @@ def _describe(config: Config, placement: Placement) -> str:
     """A text such as ``tsp, data=1 x tsp=8, cpu``, with the number of processes if there are several."""
     mesh = " x ".join(f"{name}={size}" for name, size in placement.mesh.shape.items())
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    kernel = describe_kernel(config.stream.kernel, placement.mesh, config.model.head_dim, config.compute_dtype)
+    kernel = describe_kernel(
+        config.stream.kernel, placement.mesh, config.model.head_dim, config.compute_dtype, Scores.of(config.model)
+    )
     return f"{placement.layout.name}, {mesh}, {jax.devices()[0].device_kind}{processes}, attention kernel {kernel}"
 
 

@@ -1,91 +1,21 @@
 """Attention for training under its layouts and movements, value and every gradient, against the reference."""
 
-import functools
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.builders.arrays import (
-    BF16_TOLERANCE,
-    F32_TOLERANCE,
-    assert_trees_near,
-    normal,
-    packed_batch,
-    place_case,
-    zigzag,
+from tests.builders.arrays import BF16_TOLERANCE, assert_trees_near, normal
+from tests.builders.ops import activations, compiled_value_and_grads
+from tests.builders.sharded_attention import (
+    HEADS,
+    attention_args,
+    check_attention,
+    desired_attention,
+    sharded_attention,
 )
-from tests.builders.ops import B, D, S, V, activations, compiled_value_and_grads
-from tsp_jax.heads import HeadSharding
-from tsp_jax.ops import reference
-from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms
-from tsp_jax.ops.attention.train import attention
-from tsp_jax.ops.kernels import XlaKernel
-from tsp_jax.ops.kernels.mask import Tokens
+from tsp_jax.ops.attention.sinks import add_sinks, sinks_grad
+from tsp_jax.ops.kernels.mask import MASKED, Scores
 from tsp_jax.ops.stream import Stream
-from tsp_jax.stored import HeadPadding
-
-HEAD_DIM, THETA, EPS = 24, 100.0, 1e-3
-HEADS = {
-    "multi_head": (8, 8), "one_kv_head_a_rank": (16, 8), "shared_kv_heads": (8, 2), "one_kv_head": (8, 1),
-    "9_of_3": (9, 3), "4_of_1": (4, 1), "14_of_2": (14, 2), "28_of_4": (28, 4), "5": (5, 5), "18": (18, 18),
-}  # fmt: skip
-"""(query heads, KV heads); those of the second row are uneven over 8 ranks, 5 over any, 18 over 8 in units of one"""
-
-
-def sharded_attention(layout: str, heads: str, stream: Stream, buckets: int = 2, exchange_buckets: int = 1):
-    placement = place_case(layout)
-    spec = placement.layout.spec
-    sharding = HeadSharding.of(placement.layout, placement.mesh.shape, *HEADS[heads], HEAD_DIM)
-    config = AttentionConfig(
-        sharding.heads, THETA, EPS, buckets, buckets, XlaKernel(5, 4), exchange_buckets=exchange_buckets
-    )
-
-    def local(x, weights, norms, tokens):
-        axes = placement.layout.axes("heads")
-        return attention(x, weights, tokens, norms, config=config, axes=axes, stream=stream)
-
-    x_spec, token_spec = spec("batch", "sequence", None), spec("batch", "sequence")
-    f = placement.shard_map(local, (x_spec, spec("heads", None), spec(None), token_spec), x_spec)
-    order = zigzag(S, placement)
-    batch = packed_batch(B, S, V)
-    tokens = Tokens(batch.positions[:, order], batch.segment_ids[:, order])
-    back = np.argsort(order)
-
-    def natural(x, weights, norms):
-        q, k, v, o = weights
-        queries, keys_values = HeadPadding(sharding, True), HeadPadding(sharding, False)
-        stored = AttentionWeights(queries.pad(q), keys_values.pad(k), keys_values.pad(v), queries.pad(o))
-        return f(x[:, order], stored, norms, tokens)[:, back]
-
-    return natural
-
-
-def reference_attention(x, weights, norms):
-    batch = packed_batch(B, S, V)
-    return reference.attention(
-        x, *weights, batch.positions, batch.segment_ids, head_dim=HEAD_DIM, theta=THETA, norms=norms, eps=EPS
-    )
-
-
-def attention_args(heads: str, norms: bool):
-    queries, keys_values = HEADS[heads]
-    rows = [count * HEAD_DIM for count in (queries, keys_values, keys_values, queries)]
-    weights = AttentionWeights(*(normal(seed, count, D, std=0.3) for seed, count in enumerate(rows)))
-    scales = HeadNorms(1 + normal(8, HEAD_DIM, std=0.3), 1 + normal(9, HEAD_DIM, std=0.3))
-    return activations(0), weights, scales if norms else None
-
-
-@functools.cache
-def desired_attention(heads: str, norms: bool):
-    return compiled_value_and_grads(reference_attention, activations(4), *attention_args(heads, norms))
-
-
-def check_attention(layout: str, heads: str, stream: Stream, norms: bool, **counts: int):
-    f = sharded_attention(layout, heads, stream, **counts)
-    actual = compiled_value_and_grads(f, activations(4), *attention_args(heads, norms))
-    assert_trees_near(actual, desired_attention(heads, norms), F32_TOLERANCE)
-
 
 MANY, FEW, ALL = ("multi_head", "shared_kv_heads"), ("one_kv_head_a_rank", "one_kv_head"), tuple(HEADS)[:4]
 ATTENTION_CASES = {
@@ -137,9 +67,9 @@ def test_attention_inside_data_parallelism(heads):
 
 @pytest.mark.parametrize("heads", ["multi_head", "shared_kv_heads"])
 def test_attention_in_bfloat16_is_near_float32(heads):
-    x, weights, norms = attention_args(heads, norms=True)
+    x, weights, norms, _ = attention_args(heads, norms=True)
     f = sharded_attention("tsp2", heads, Stream())
-    out, grads = compiled_value_and_grads(f, activations(4), jnp.asarray(x, jnp.bfloat16), weights, norms)
+    out, grads = compiled_value_and_grads(f, activations(4), jnp.asarray(x, jnp.bfloat16), weights, norms, None)
     assert out.dtype == jnp.bfloat16
     assert_trees_near((out, grads), desired_attention(heads, norms=True), BF16_TOLERANCE)
 
@@ -155,3 +85,36 @@ def test_attention_in_bfloat16_is_near_float32(heads):
 )
 def test_attention_does_not_depend_on_chunks_or_buckets(layout, heads, stream, counts):
     check_attention(layout, heads, stream, norms=True, **counts)
+
+
+VARIANTS = [
+    ("single", "shared_kv_heads", "gather"),
+    ("tp2_sp4", "shared_kv_heads", "gather"),
+    ("tp8", "9_of_3", "gather"),
+    ("tsp4", "9_of_3", "gather"),
+    ("mix2_4", "one_kv_head", "gather"),
+    ("tsp8", "14_of_2", "activations"),
+    ("mix3_2", "28_of_4", "activations"),
+    ("two_level2_4", "9_of_3", "activations"),
+]
+
+
+@pytest.mark.parametrize(("layout", "heads", "movement"), VARIANTS)
+def test_attention_with_windows_sinks_and_soft_caps(layout, heads, movement):
+    """Sinks of heads that are padded or sharded unevenly meet their own heads."""
+    scores = Scores(window=11, softcap=2.0, scale=0.4)
+    check_attention(layout, heads, Stream(movement), norms=True, sinks=True, scores=scores, exchange_buckets=2)
+
+
+@pytest.mark.parametrize(("layout", "movement"), [("tsp4", "gather"), ("tsp4", "activations"), ("mix2_4", "gather")])
+def test_attention_of_an_encoder(layout, movement):
+    check_attention(layout, "shared_kv_heads", Stream(movement), norms=False, scores=Scores(causal=False))
+
+
+def test_a_query_without_keys_has_only_its_sink():
+    """Its output and the gradients are 0, not NaN."""
+    out, lse, sinks = jnp.zeros((1, 2, 3, 1, 4)), jnp.full((1, 2, 3, 1), MASKED), normal(0, 3, 1)
+    new_out, new_lse = add_sinks(out, lse, sinks)
+    assert not new_out.any()
+    np.testing.assert_array_equal(new_lse, np.broadcast_to(sinks, lse.shape))
+    assert not np.asarray(sinks_grad(jnp.zeros_like(lse), new_lse, sinks)).any()

@@ -24,7 +24,9 @@ from tests.builders.attention import (
 )
 from tsp_jax.errors import ConfigError
 from tsp_jax.ops.kernels import (
+    ABSENT,
     KERNELS,
+    CudnnKernel,
     TpuKernel,
     TritonKernel,
     XlaKernel,
@@ -33,10 +35,16 @@ from tsp_jax.ops.kernels import (
     describe_kernel,
     tpu_tiles,
 )
+from tsp_jax.ops.kernels.chunk_pairs import XlaPairKernel
 from tsp_jax.ops.kernels.mask import MASKED, Scores, Tokens
 from tsp_jax.ops.kernels.tiles import Tile, Tiles
 
-SMALL = {"triton": TritonKernel("interpret"), "tpu": TpuKernel("interpret"), "xla": XlaKernel(4, 6)}
+SMALL = {
+    "cudnn": XlaPairKernel((XlaKernel(4, 6),), chunk=6),  # what it makes of chunks; cuDNN itself needs a GPU
+    "triton": TritonKernel("interpret"),
+    "tpu": TpuKernel("interpret"),
+    "xla": XlaKernel(4, 6),
+}
 """name -> the kernel with blocks so small that a short sequence has many, on any machine"""
 SMALLER = {
     "triton": TritonKernel("interpret", Tiles(*(Tile(2, 2, 1, 1),) * 3)),
@@ -59,6 +67,7 @@ every_kernel = pytest.mark.parametrize("kernel", SMALL.values(), ids=SMALL)
 
 def test_every_kernel_is_tested():
     assert set(SMALL) == set(KERNELS)
+    assert not set(ABSENT) & set(KERNELS)
 
 
 @every_kernel
@@ -74,19 +83,6 @@ def test_windows_soft_caps_and_scales_equal_the_reference(scores, kernel):
     case = CASES["zigzag, packed, third of 4"]
     actual = jitted_run(kernel, *case.arrays(), *case.tokens(), scores)
     assert_trees_near(actual, run_reference(*case.arrays(), *case.tokens(), scores), F32_TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    ("scores", "words"),
-    [
-        (Scores(window=0), "model.window=0 must be at least 1; use model.window=4096, or none"),
-        (Scores(softcap=-1.0), "model.softcap=-1.0 must be positive and finite; use 50.0, or none"),
-        (Scores(scale=float("nan")), "model.scale=nan must be positive and finite; use 0.125, or none"),
-    ],
-)
-def test_scores_that_mean_nothing_are_refused(scores, words):
-    with pytest.raises(ConfigError, match=words):
-        scores.check("model.")
 
 
 def test_the_reference_is_what_jax_computes():
@@ -196,7 +192,7 @@ def test_a_mesh_without_devices_has_no_arch():
 
 GPU, TPU, CPU = abstract_mesh("gfx942", "gpu"), abstract_mesh("TPU v5p", "tpu"), abstract_mesh("cpu", "cpu")
 OLD_TPU = abstract_mesh("TPU v4", "tpu")
-NOT_TPU = "tpu: runs on tpu_v5p, tpu_v5e, tpu_v6e, tpu_v7x, not on"
+H100 = abstract_mesh("NVIDIA H100 80GB HBM3", "gpu")
 
 
 @pytest.mark.parametrize(
@@ -206,6 +202,9 @@ NOT_TPU = "tpu: runs on tpu_v5p, tpu_v5e, tpu_v6e, tpu_v7x, not on"
         ("triton", GPU, 128, "bfloat16", TritonKernel("gfx942")),
         ("xla", GPU, 128, "bfloat16", XlaKernel(512, 512)),
         ("auto", GPU, 256, "float32", XlaKernel(512, 512)),
+        ("auto", H100, 128, "bfloat16", CudnnKernel.for_arch("sm_90")),
+        ("auto", H100, 128, "float32", TritonKernel("sm_90")),
+        ("triton", H100, 128, "bfloat16", TritonKernel("sm_90")),
         ("auto", CPU, 128, "bfloat16", XlaKernel(256, 256)),
         ("auto", TPU, 128, "bfloat16", TpuKernel("tpu_v5p")),
         ("auto", TPU, 512, "bfloat16", XlaKernel(1024, 1024)),
@@ -216,24 +215,50 @@ def test_choice(name, mesh, head_dim, dtype, kernel):
     assert choose_kernel(name, mesh, head_dim, dtype) == kernel
 
 
+NVIDIA_ONLY = "cudnn: runs on NVIDIA GPUs from sm_80 on, not on"
+GPU_ONLY = "triton: runs on gfx942, gfx950, sm_90, not on"
+TPU_ONLY = "tpu: runs on tpu_v5p, tpu_v5e, tpu_v6e, tpu_v7x, not on"
+TOO_WIDE = "triton: heads have 256 float32; they may have at most 512 bytes, of float32 or bfloat16"
+
+
 @pytest.mark.parametrize(
-    ("name", "mesh", "head_dim", "text"),
+    ("name", "mesh", "head_dim", "dtype", "text"),
     [
-        ("auto", GPU, 128, "triton"),
-        ("xla", GPU, 128, "xla"),
-        ("xla", GPU, 256, "xla"),
-        ("auto", GPU, 64, "triton"),
-        ("auto", CPU, 128, f"xla (triton: runs on gfx942, gfx950, sm_90, not on cpu; {NOT_TPU} cpu)"),
-        ("auto", TPU, 128, "tpu (triton: runs on gfx942, gfx950, sm_90, not on tpu_v5p)"),
+        ("auto", GPU, 128, "float32", f"triton ({NVIDIA_ONLY} gfx942)"),
+        ("triton", GPU, 128, "float32", "triton"),
+        ("xla", GPU, 256, "float32", "xla"),
+        ("auto", CPU, 128, "float32", f"xla ({NVIDIA_ONLY} cpu; {GPU_ONLY} cpu; {TPU_ONLY} cpu)"),
+        ("auto", TPU, 128, "float32", f"tpu ({NVIDIA_ONLY} tpu_v5p; {GPU_ONLY} tpu_v5p)"),
+        ("auto", GPU, 256, "float32", f"xla ({NVIDIA_ONLY} gfx942; {TOO_WIDE}; {TPU_ONLY} gfx942)"),
+        ("auto", H100, 128, "bfloat16", "cudnn (triton for documents that cross chunks)"),
+        ("cudnn", H100, 256, "bfloat16", "cudnn (triton for documents that cross chunks)"),
+        ("cudnn", H100, 128, "float16", "cudnn (xla for documents that cross chunks)"),
+        ("auto", H100, 128, "float32", "triton (cudnn: computes in bfloat16 or float16, not in float32)"),
     ],
 )
-def test_description_says_why_kernels_before_it_cannot_run(name, mesh, head_dim, text):
-    assert describe_kernel(name, mesh, head_dim, jnp.float32) == text
+def test_description_says_why_kernels_before_it_cannot_run_and_which_others_may(name, mesh, head_dim, dtype, text):
+    assert describe_kernel(name, mesh, head_dim, dtype) == text
 
 
-def test_description_of_heads_that_are_too_wide():
-    reason = "heads have 256 float32; they may have at most 512 bytes, of float32 or bfloat16"
-    assert describe_kernel("auto", GPU, 256, jnp.float32) == f"xla (triton: {reason}; {NOT_TPU} gfx942)"
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "scores", "words"),
+    [
+        ("sm_90", 264, Scores(), "heads have 264 dims; on sm_90 they must have a multiple of 8, at most 256"),
+        ("sm_90", 20, Scores(), "heads have 20 dims"),
+        ("sm_80", 256, Scores(), "on sm_80 they must have a multiple of 8, at most 128"),
+        ("sm_75", 128, Scores(), "runs on NVIDIA GPUs from sm_80 on, not on sm_75"),
+        ("", 128, Scores(), "not on unknown devices"),
+        ("sm_90", 128, Scores(window=4096), "causal attention without window and soft cap only"),
+        ("sm_90", 128, Scores(softcap=50.0), "causal attention without window and soft cap only"),
+        ("sm_90", 128, Scores(causal=False), "causal attention without window and soft cap only"),
+    ],
+)
+def test_what_cudnn_cannot_compute(arch, head_dim, scores, words):
+    assert words in CudnnKernel.for_arch(arch).unsupported(head_dim, "bfloat16", scores)
+
+
+def test_cudnn_takes_any_scale():
+    assert not CudnnKernel.for_arch("sm_90").unsupported(128, "bfloat16", Scores(scale=0.2))
 
 
 @pytest.mark.parametrize(
@@ -241,6 +266,9 @@ def test_description_of_heads_that_are_too_wide():
     [
         ("triton", CPU, 128, "stream.kernel=triton: runs on gfx942, .*, not on cpu; use stream.kernel=xla"),
         ("triton", GPU, 256, "stream.kernel=triton: heads have 256 float32; they may have at most 512 bytes"),
+        ("cudnn", GPU, 128, "stream.kernel=cudnn: runs on NVIDIA GPUs .*, not on gfx942; use stream.kernel=xla"),
+        ("aiter", GPU, 128, "stream.kernel=aiter: .* jax_aiter, .*; use stream.kernel=triton"),
+        ("fused", GPU, 128, "stream.kernel=fused is unknown; use one of auto, cudnn, triton, tpu, xla"),
         ("tpu", GPU, 128, "stream.kernel=tpu: runs on tpu_v5p, .*, not on gfx942; use stream.kernel=xla"),
         (
             "tpu",
@@ -248,7 +276,6 @@ def test_description_of_heads_that_are_too_wide():
             512,
             "stream.kernel=tpu: heads have 512 float32; they may have at most 256 of bfloat16 or float32",
         ),
-        ("fused", GPU, 128, "stream.kernel=fused is unknown; use one of auto, triton, tpu, xla"),
     ],
 )
 def test_refusals(name, mesh, head_dim, words):

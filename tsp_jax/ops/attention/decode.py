@@ -20,21 +20,22 @@ from tsp_jax.layout import Axes
 from tsp_jax.ops.attention.kv_cache import KeyValues, NewEntries, row_major, to_cache_order
 from tsp_jax.ops.attention.projections import normalize_and_rotate, split_heads
 from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, ShardedHeads
-from tsp_jax.ops.kernels.mask import MASKED, Tokens, may_attend
+from tsp_jax.ops.attention.sinks import sinks_of_shard
+from tsp_jax.ops.kernels.mask import MASKED, Scores, Tokens, may_attend
 from tsp_jax.ops.linear import matmul, matmul_t
 from tsp_jax.ops.stream import Stream, zeros
 
 
 def decode_attention(
     x_B1D: jax.Array, weights: AttentionWeights, norms: HeadNorms | None, cache: KeyValues, layer: jax.Array,
-    positions_b1: jax.Array, entries: NewEntries, entry_positions_bs: jax.Array, *, config: AttentionConfig,
-    axes: Axes = Axes(),
+    positions_b1: jax.Array, entries: NewEntries, entry_positions_bs: jax.Array, sinks_N: jax.Array | None = None, *,
+    config: AttentionConfig, axes: Axes = Axes(),
 ) -> tuple[jax.Array, KeyValues]:  # fmt: skip
     """Attention of one new token per sequence to itself and to all cached tokens.
 
-    Forward only: ``out = softmax([q K_cache^T, q k^T] / sqrt(H)) [V_cache; v]``, ``y = concat_h(out_h) Wo``. Device i
-    computes (out_i, lse_i) over its own cache entries; merged, these give
-    ``out = sum_i out_i exp(lse_i - logsumexp_i(lse_i))``.
+    Forward only: ``out = softmax(s) [V_cache; v]``, ``y = concat_h(out_h) Wo``, where the scores s follow from
+    ``[q K_cache^T, q k^T]`` as `Scores` says. Device i computes (out_i, lse_i) over its own cache entries; merged,
+    these give ``out = sum_i out_i exp(lse_i - logsumexp_i(lse_i))``, with the sink among the lse_i if there is one.
 
     Args:
       x_B1D: the new tokens in the compute dtype, replicated over all axes except batch axes that are not folded.
@@ -45,6 +46,7 @@ def decode_attention(
       positions_b1: int32, of the new tokens; `NO_TOKEN` where a sequence has none.
       entries: cache entries of the new tokens; exactly one rank of the sequence keeps each token.
       entry_positions_bs: int32, positions of this device's cache entries, without the new tokens.
+      sinks_N: float32 [N], sinks of all query heads of the model (`tsp_jax.ops.attention.sinks`), or None.
       config: static sizes.
       axes: the mesh axes by role. Folded axes act as tensor axes here.
 
@@ -61,10 +63,11 @@ def decode_attention(
         heads = ShardedHeads.of(config, axes, Stream())
         q_b1NH, k_b1KH, v_b1KH = _project_and_gather(x_B1D, weights, norms or HeadNorms(), positions_b1, heads)
         new = to_cache_order(k_b1KH, v_b1KH)
-        attended_bs = may_attend(Tokens.one_document(positions_b1), Tokens.one_document(entry_positions_bs))
+        tokens = Tokens.one_document(positions_b1), Tokens.one_document(entry_positions_bs)
+        attended_bs = may_attend(*tokens, config.scores)
         cache = KeyValues(*(row_major(lax.dynamic_slice_in_dim(array, layer, 1)) for array in cache))
-        out_bNH, lse_bN = _attend_to_shard(q_b1NH, cache, new, attended_bs, entries.count_B1 > 0)
-        out_B1w = _merge_ranks(out_bNH, lse_bN, heads).astype(x_B1D.dtype)
+        out_bNH, lse_bN = _attend_to_shard(q_b1NH, cache, new, attended_bs, entries.count_B1 > 0, config.scores)
+        out_B1w = _merge_ranks(out_bNH, lse_bN, sinks_of_shard(sinks_N, heads), heads).astype(x_B1D.dtype)
         y_B1D = matmul(out_B1w, weights.o_wD.astype(x_B1D.dtype))
         weight_axes = axes.tensor + axes.folded
         return (lax.psum(y_B1D, weight_axes) if weight_axes else y_B1D).astype(x_B1D.dtype), new
@@ -115,7 +118,7 @@ def _gather_rows(arrays_B1w: tuple[jax.Array, ...], axes: tuple[str, ...]) -> tu
     return tuple(jnp.moveaxis(part, 0, 2).reshape(*arrays_B1w[0].shape[:2], -1) for part in parts_RB1w)
 
 
-def _attend_to_shard(q_B1NH, cache: KeyValues, new: KeyValues, attended_Bs, keeps_new_B1):
+def _attend_to_shard(q_B1NH, cache: KeyValues, new: KeyValues, attended_Bs, keeps_new_B1, rule: Scores):
     """(out [B, N, H], lse [B, N]), float32: attention to this device's cache entries, and to new tokens that it keeps.
 
     Where a sequence has no key on this device, out is 0 and lse is `MASKED`.
@@ -126,7 +129,8 @@ def _attend_to_shard(q_B1NH, cache: KeyValues, new: KeyValues, attended_Bs, keep
     dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def scores(k_BKsH, attended_Bs):
-        return jnp.where(attended_Bs[:, None, None], dot("bkgh,bksh->bkgs", q_BKGH, k_BKsH) * head_dim**-0.5, MASKED)
+        s_BKGs = rule.cap(dot("bkgh,bksh->bkgs", q_BKGH, k_BKsH) * rule.scale_of(head_dim))
+        return jnp.where(attended_Bs[:, None, None], s_BKGs, MASKED)
 
     s_BKGs, s_BKG1 = scores(k_BKsH, attended_Bs), scores(k_BK1H, keeps_new_B1)
     top_BKG1 = jnp.maximum(s_BKGs.max(axis=-1, keepdims=True), s_BKG1)
@@ -139,14 +143,17 @@ def _attend_to_shard(q_B1NH, cache: KeyValues, new: KeyValues, attended_Bs, keep
     return out_BKGH.reshape(batch, heads, head_dim), jnp.where(is_empty_BKG1, MASKED, lse_BKG1).reshape(batch, heads)
 
 
-def _merge_ranks(out_bNH, lse_bN, heads: ShardedHeads) -> jax.Array:
+def _merge_ranks(out_bNH, lse_bN, sinks_KG: jax.Array | None, heads: ShardedHeads) -> jax.Array:
     """[B, 1, w]: attention to all cache entries, for the rows of Wo that this device holds."""
     axes = heads.axes
     with jax.named_scope("merge_ranks"):
+        total_bN = lse_bN
         if axes.sequence:
-            lse_RbN = lax.all_gather(lse_bN, axes.sequence)
-            weight_bN = jnp.exp(lse_bN - jax.nn.logsumexp(lse_RbN, axis=0))
-            out_bNH = out_bNH * weight_bN[..., None]
+            total_bN = jax.nn.logsumexp(lax.all_gather(lse_bN, axes.sequence), axis=0)
+        if sinks_KG is not None:
+            total_bN = jnp.logaddexp(total_bN, sinks_KG.reshape(1, -1))
+        if total_bN is not lse_bN:
+            out_bNH = out_bNH * jnp.exp(lse_bN - total_bN)[..., None]
         out_BNH = _among_all_sequences(out_bNH, axes)
         out_Bw = heads.queries.rows.by_rank(out_BNH.reshape(out_BNH.shape[0], -1), axis=1)
         if axes.folded:

@@ -18,6 +18,8 @@ from tsp_jax.layout import Axes
 from tsp_jax.ops.attention.kv_cache import EMPTY, KeyValues, NewEntries, row_major, to_cache_order, write_entries
 from tsp_jax.ops.attention.projections import project_in, project_out, vary_inputs_alike
 from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, ShardedHeads
+from tsp_jax.ops.attention.sinks import add_sinks, sinks_of_shard
+from tsp_jax.ops.kernels.kernel import merge
 from tsp_jax.ops.kernels.mask import MASKED, Tokens
 from tsp_jax.ops.sequence import gather_sequence
 from tsp_jax.ops.stream import Stream, zeros
@@ -25,13 +27,13 @@ from tsp_jax.ops.stream import Stream, zeros
 
 def prefill_attention(
     x_BtD: jax.Array, weights: AttentionWeights, norms: HeadNorms | None, cache: KeyValues, layer: jax.Array,
-    positions_Bt: jax.Array, entries: NewEntries, entry_positions_BS: jax.Array, max_used: jax.Array, *,
-    config: AttentionConfig, axes: Axes = Axes(), stream: Stream = Stream(),
+    positions_Bt: jax.Array, entries: NewEntries, entry_positions_BS: jax.Array, max_used: jax.Array,
+    sinks_N: jax.Array | None = None, *, config: AttentionConfig, axes: Axes = Axes(), stream: Stream = Stream(),
 ) -> tuple[jax.Array, KeyValues]:  # fmt: skip
     """Causal attention of new tokens to themselves and to all cached tokens.
 
-    Forward only: ``out_h = softmax(q_h k_h^T / sqrt(H)) v_h`` over all cache entries, new tokens included;
-    ``y = concat_h(out_h) Wo``.
+    Forward only: ``out_h = softmax(s_h) v_h`` over all cache entries, new tokens included; ``y = concat_h(out_h) Wo``.
+    `Scores` says how the scores s follow from q and k.
 
     Args:
       x_BtD: this device's new tokens, in the compute dtype; tokens may be in any order over the ranks.
@@ -43,6 +45,7 @@ def prefill_attention(
       entries: cache entries of the new tokens.
       entry_positions_BS: int32, positions of all devices' cache entries, new tokens included, ranks in order.
       max_used: [] int32, the most entries that any device has in use; later entries are not read.
+      sinks_N: float32 [N], sinks of all query heads of the model (`tsp_jax.ops.attention.sinks`), or None.
       config: static sizes; `exchange_buckets`: number of buckets of KV heads, gathered one after another.
       axes: the mesh axes by role.
       stream: its movement is ignored: weights are always gathered; its buckets are replaced by those of `config`.
@@ -64,33 +67,37 @@ def prefill_attention(
         heads = ShardedHeads.of(config, axes, stream._replace(movement="gather"))
         q_BtNH, k_BtKH, v_BtKH = project_in(x_BtD, weights[:3], norms, positions_Bt, heads)
         cache = write_entries(cache, to_cache_order(k_BtKH, v_BtKH), layer, entries)
-        out_BtNH = _attend_to_cache(q_BtNH, cache, layer, tokens_Bt, entry_positions_BS, max_used, heads)
+        out_BtNH = _attend_to_cache(q_BtNH, cache, layer, tokens_Bt, entry_positions_BS, max_used, sinks_N, heads)
         y_BtD = project_out(out_BtNH, weights.o_wD, heads)
         return lax.psum(y_BtD, axes.tensor) if axes.tensor else y_BtD, cache
 
 
-def _attend_to_cache(q_BtNH, cache: KeyValues, layer, tokens_Bt, entry_positions_BS, max_used, heads: ShardedHeads):
+def _attend_to_cache(
+    q_BtNH, cache: KeyValues, layer, tokens_Bt, entry_positions_BS, max_used, sinks_N, heads: ShardedHeads
+):
     """[B, t, N, H]: attention to all devices' entries, one bucket of KV heads and one cache chunk at a time."""
     batch, t, _, head_dim = q_BtNH.shape
-    buckets, kernel = heads.exchange_buckets, heads.config.kernel.within(t)
+    buckets, kernel, scores = heads.exchange_buckets, heads.config.kernel.within(t), heads.config.scores
+    sinks_KG = sinks_of_shard(sinks_N, heads)
+    sinks_bKG = None if sinks_KG is None else sinks_KG.reshape(buckets, -1, sinks_KG.shape[1])
     positions_BRs = entry_positions_BS.reshape(batch, -1, cache.k_LBKsH.shape[3])
     max_chunks = -(-positions_BRs.shape[2] // t)
     q_bBtKGH = jnp.moveaxis(q_BtNH.reshape(batch, t, buckets, heads.num_kv_heads // buckets, -1, head_dim), 2, 0)
 
     def attend_bucket(_, xs):
-        q_BtKGH, bucket = xs
+        q_BtKGH, sinks_KG, bucket = xs
 
         def attend_chunk(chunk, carry):
             k_BpKH, v_BpKH = _gather_chunk(cache, layer, chunk, t, bucket, heads)
             keys_Bp = Tokens.one_document(_chunk_positions(positions_BRs, chunk, t))
-            return _merge_softmax(carry, kernel.attend(q_BtKGH, k_BpKH, v_BpKH, tokens_Bt, keys_Bp))
+            return merge(carry, kernel.attend(q_BtKGH, k_BpKH, v_BpKH, tokens_Bt, keys_Bp, scores))
 
         zero = zeros(q_BtKGH.shape, jnp.float32, like=q_BtKGH)
         with jax.named_scope(f"mean_trips[{(max_chunks + 1) / 2:g}]"):  # over all prefills that fill the cache
-            out, _ = lax.fori_loop(0, (max_used + t - 1) // t, attend_chunk, (zero, zero[..., 0] + MASKED))
-        return (), out.astype(q_BtKGH.dtype)
+            out, lse = lax.fori_loop(0, (max_used + t - 1) // t, attend_chunk, (zero, zero[..., 0] + MASKED))
+        return (), add_sinks(out, lse, sinks_KG)[0].astype(q_BtKGH.dtype)
 
-    _, out_bBtKGH = lax.scan(attend_bucket, (), (q_bBtKGH, jnp.arange(buckets, dtype=jnp.int32)))
+    _, out_bBtKGH = lax.scan(attend_bucket, (), (q_bBtKGH, sinks_bKG, jnp.arange(buckets, dtype=jnp.int32)))
     return jnp.moveaxis(out_bBtKGH, 0, 2).reshape(q_BtNH.shape)
 
 
@@ -110,10 +117,3 @@ def _chunk_positions(positions_BRs: jax.Array, chunk, size: int) -> jax.Array:
     is_new = start + jnp.arange(size, dtype=jnp.int32) >= chunk * size
     positions_BRs = lax.dynamic_slice_in_dim(positions_BRs, start, size, axis=2)
     return jnp.where(is_new[None, None], positions_BRs, EMPTY).reshape(positions_BRs.shape[0], -1)
-
-
-def _merge_softmax(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """(out, lse) of attention to the union of two sets of keys, float32."""
-    lse = jnp.logaddexp(a[1], b[1])
-    out_a, out_b = (out.astype(jnp.float32) * jnp.exp(part - lse)[..., None] for out, part in (a, b))
-    return out_a + out_b, lse

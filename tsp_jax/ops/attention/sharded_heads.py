@@ -9,10 +9,12 @@ from typing import NamedTuple
 import jax
 from jax import lax
 
-from tsp_jax.config import RopeScaling
+from tsp_jax.config import RopeScaling, TokenOrder
 from tsp_jax.heads import HeadRows, Heads, HeadSharding
 from tsp_jax.layout import Axes, largest_divisor
+from tsp_jax.ops.attention.exchange import Exchange
 from tsp_jax.ops.kernels import Kernel, XlaKernel
+from tsp_jax.ops.kernels.mask import Scores
 from tsp_jax.ops.stream import Bucket, Stream, zeros
 
 
@@ -48,6 +50,10 @@ class AttentionConfig(NamedTuple):
     rope_scaling: RopeScaling = RopeScaling()
     exchange_buckets: int = 1
     """most buckets of KV heads for the exchange of keys and values over the sequence"""
+    scores: Scores = Scores()
+    """scale, soft cap, causality and window"""
+    token_order: TokenOrder = "any"
+    """the order of a sequence's tokens over the ranks; if it is known, windows need not exchange all keys"""
 
     @property
     def head_dim(self) -> int:
@@ -132,6 +138,10 @@ class ShardedHeads(NamedTuple):
     def exchange_buckets(self) -> int:
         """Number of buckets in which KV heads are exchanged over the sequence axes."""
         return largest_divisor(self.num_kv_heads, self.config.exchange_buckets)
+
+    def exchange(self, tokens: int) -> Exchange:
+        """The exchange of keys and values over the sequence axes, for this many tokens of this device."""
+        return Exchange.of(self.axes.sequence, tokens, self.config.scores, self.config.token_order)
 
     def first_kv_row(self) -> jax.Array:
         """Index, among the rows of all KV heads, of the first row of the one KV head that this tensor shard uses.

@@ -1,4 +1,4 @@
-"""Causal self-attention with streamed or stationary weights, over a sequence that is sharded over ranks.
+"""Self-attention with streamed or stationary weights, over a sequence that is sharded over ranks.
 
 Three parts, each with a VJP. `project_in` streams [Wk Wv] and Wq past this device's tokens. `_attend_over_sequence`
 takes one bucket of KV heads at a time. While one bucket attends, the keys and values of the next bucket are gathered
@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from tsp_jax.layout import Axes, check_attention_movement
 from tsp_jax.ops.attention.projections import project_in, project_out, vary_inputs_alike
 from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, ShardedHeads
+from tsp_jax.ops.attention.sinks import add_sinks, sinks_grad, sinks_of_rank, sinks_of_shard
 from tsp_jax.ops.attention.stationary import (
     StationaryHeads,
     stationary_project_in,
@@ -30,7 +31,7 @@ from tsp_jax.ops.attention.stationary import (
 from tsp_jax.ops.kernels import delta
 from tsp_jax.ops.kernels.mask import Tokens
 from tsp_jax.ops.pipeline import pipelined
-from tsp_jax.ops.sequence import gather_sequence, scatter_sequence
+from tsp_jax.ops.sequence import gather_sequence
 from tsp_jax.ops.stationary import moves_tokens
 from tsp_jax.ops.stream import Stream, custom_vjp, zeros
 
@@ -39,20 +40,22 @@ SAVED_NAMES = ("attention_out", "attention_lse")
 
 
 def attention(
-    x_BtD: jax.Array, weights: AttentionWeights, tokens_Bt: Tokens, norms: HeadNorms | None = None, *,
-    config: AttentionConfig, axes: Axes = Axes(), stream: Stream = Stream(),
+    x_BtD: jax.Array, weights: AttentionWeights, tokens_Bt: Tokens, norms: HeadNorms | None = None,
+    sinks_N: jax.Array | None = None, *, config: AttentionConfig, axes: Axes = Axes(), stream: Stream = Stream(),
 ) -> jax.Array:  # fmt: skip
-    """Causal self-attention within segments.
+    """Self-attention within segments.
 
-    Forward: ``out_h = softmax(q_h k_h^T / sqrt(H)) v_h``, ``y = concat_h(out_h) Wo``, with q, k, v of `project_in`.
-    dgrad, with P the softmax and delta = rowsum(dout * out): ``dS = P * (dout v^T - delta)``,
-    ``dq = dS k / sqrt(H)``, ``dk = dS^T q / sqrt(H)``, ``dv = P^T dout``. wgrad: see `project_in` and `project_out`.
+    Forward: ``out_h = softmax(s_h) v_h``, ``y = concat_h(out_h) Wo``, with q, k, v of `project_in` and scores
+    ``s = mask(cap(scale q k^T))`` (`Scores`). dgrad, with P the softmax and delta = rowsum(dout * out):
+    ``dS = scale P * (dout v^T - delta)`` (times the soft cap's derivative), ``dq = dS k``, ``dk = dS^T q``,
+    ``dv = P^T dout``. wgrad: see `project_in` and `project_out`; sinks: see `sinks_grad`.
 
     Args:
       x_BtD: this device's tokens, in the compute dtype.
       weights: this device's rows, any float dtype.
       tokens_Bt: positions and segments of this device's tokens; tokens may be in any order over the ranks.
       norms: scales of q/k RMSNorm (Qwen3), or None.
+      sinks_N: float32 [N], sinks of all query heads of the model (`tsp_jax.ops.attention.sinks`), or None.
       config: static sizes.
       axes: over folded axes, weights or tokens are exchanged (see `stream`); over tensor axes, partial outputs are
         summed; over sequence axes, keys and values are gathered.
@@ -69,6 +72,8 @@ def attention(
       backward the same again (plus what remat repeats of forward), and reduce-scatters of as many gradients.
       Stationary weights: forward 2 B S D elements (all-gather of x, reduce-scatter of y), backward 3 B S D (x, dy, dx);
       keys and values only over sequence axes that are not folded; weights only as `weights_of_own_heads` says.
+      With a window and a known order of tokens, keys and values (and their gradients) move as permutes of at most a
+      window before each of a rank's chunks, instead of all-gathers: see `Exchange`.
       Both: all-gathers of 8 B S bytes of positions and segments; over tensor axes, an all-reduce of [B, t, D] forward
       and one backward.
     Keeps: its inputs; queries, keys, values and outputs of this device's tokens; log-sum-exps of the outputs.
@@ -76,41 +81,55 @@ def attention(
     """
     with jax.named_scope("tsp/attention"):
         check_attention_movement(axes, stream.movement)
-        inputs = vary_inputs_alike(x_BtD, weights, norms, tokens_Bt)
+        x_BtD, weights, norms, (tokens_Bt, sinks_N) = vary_inputs_alike(x_BtD, weights, norms, (tokens_Bt, sinks_N))
         run = _stationary if moves_tokens(axes.folded, stream) else _streamed
-        y_BtD = run(*inputs, config, axes, stream)
+        y_BtD = run(x_BtD, weights, norms, tokens_Bt, sinks_N, config, axes, stream)
         return lax.psum(y_BtD, axes.tensor) if axes.tensor else y_BtD
 
 
-def _streamed(x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, config, axes: Axes, stream: Stream) -> jax.Array:
+def _streamed(
+    x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, sinks_N, config, axes: Axes, stream: Stream
+) -> jax.Array:  # fmt: skip
     heads = ShardedHeads.of(config, axes, stream)
     q_BtNH, k_BtKH, v_BtKH = project_in(x_BtD, weights[:3], norms, tokens_Bt.positions, heads)
-    out_BtNH = _attend(q_BtNH, k_BtKH, v_BtKH, tokens_Bt, heads)
+    out_BtNH = _attend(q_BtNH, k_BtKH, v_BtKH, sinks_of_shard(sinks_N, heads), tokens_Bt, heads)
     return project_out(out_BtNH, weights.o_wD, heads)
 
 
-def _stationary(x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, config, axes: Axes, stream: Stream) -> jax.Array:
+def _stationary(
+    x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, sinks_N, config, axes: Axes, stream: Stream
+) -> jax.Array:  # fmt: skip
     """Each rank attends with its own heads for all folded ranks' tokens; outputs are reduce-scattered."""
     tokens_BT = Tokens(*gather_sequence(*tokens_Bt, axes=axes.folded))
     roles, heads = Axes(sequence=axes.unfolded_sequence), ShardedHeads.of(config, axes, stream)
-    weights = weights_of_own_heads(weights, heads)
-    config = config._replace(heads=heads.sharding.own, kernel=config.kernel.within(x_BtD.shape[1]))
+    weights, sinks_kg = weights_of_own_heads(weights, heads), sinks_of_rank(sinks_of_shard(sinks_N, heads), heads)
+    kernel = config.kernel.within(x_BtD.shape[1])
+    config = config._replace(heads=heads.sharding.own, kernel=kernel, token_order="any")  # T tokens are many chunks
     if not roles.sequence:  # nothing to exchange: all heads at once
         config = config._replace(exchange_buckets=1)
     heads = ShardedHeads.of(config, roles, stream)
     stationary = StationaryHeads(config, axes.folded, stream)
     q_BTnH, k_BTkH, v_BTkH = stationary_project_in(x_BtD, weights[:3], norms, tokens_BT.positions, stationary)
-    return stationary_project_out(_attend(q_BTnH, k_BTkH, v_BTkH, tokens_BT, heads), weights.o_wD, stationary)
+    out_BTnH = _attend(q_BTnH, k_BTkH, v_BTkH, sinks_kg, tokens_BT, heads)
+    return stationary_project_out(out_BTnH, weights.o_wD, stationary)
 
 
 # ------------------------------------------------------------------------------------------------ over the sequence
 
 
-def _attend(q_BtNH, k_BtKH, v_BtKH, tokens_Bt: Tokens, heads: ShardedHeads) -> jax.Array:
-    """[B, t, N, H]: causal attention within segments to the tokens of all sequence axes."""
+def _attend(q_BtNH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt: Tokens, heads: ShardedHeads) -> jax.Array:
+    """[B, t, N, H]: attention within segments to the tokens of all sequence axes."""
     tokens_BS = Tokens(*gather_sequence(*tokens_Bt, axes=heads.axes.sequence))
     q_BtKGH = q_BtNH.reshape(*k_BtKH.shape[:3], -1, q_BtNH.shape[-1])
-    return _attend_over_sequence(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, heads).reshape(q_BtNH.shape)
+    exchange = heads.exchange(q_BtNH.shape[1])
+    if exchange.halo:
+        scores = heads.config.scores._replace(total=tokens_BS.positions.shape[1])
+        heads = heads._replace(config=heads.config._replace(scores=scores))
+    arrays = q_BtKGH, k_BtKH, v_BtKH, sinks_KG
+    out_BtNH = _attend_over_sequence(*arrays, tokens_Bt, exchange.keys(tokens_BS), heads).reshape(q_BtNH.shape)
+    if exchange.halo:  # NaN instead of a wrong result
+        out_BtNH = jnp.where(exchange.fits(tokens_BS)[:, None, None, None], out_BtNH, jnp.nan)
+    return out_BtNH
 
 
 class _KVBucket(NamedTuple):
@@ -122,59 +141,64 @@ class _KVBucket(NamedTuple):
     def take(self, array_BtK: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(array_BtK, self.index * self.size, self.size, axis=2)
 
+    def take_sinks(self, sinks_KG: jax.Array | None) -> jax.Array | None:
+        return None if sinks_KG is None else self.take(sinks_KG[None, None])[0, 0]
+
     def put(self, array_BtK: jax.Array, new_Btc: jax.Array) -> jax.Array:
         new_Btc = new_Btc.astype(array_BtK.dtype)
         return lax.dynamic_update_slice_in_dim(array_BtK, new_Btc, self.index * self.size, axis=2)
 
 
-@custom_vjp(5)
-def _attend_over_sequence(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, heads: ShardedHeads):
-    return _forward(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, heads)[0]
+@custom_vjp(6)
+def _attend_over_sequence(q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_BS, heads: ShardedHeads):
+    return _forward(q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_BS, heads)[0]
 
 
-def _forward(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, heads: ShardedHeads):
-    axes, buckets = heads.axes.sequence, heads.exchange_buckets
+def _forward(q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_BS, heads: ShardedHeads):
+    buckets, scores, exchange = heads.exchange_buckets, heads.config.scores, heads.exchange(q_BtKGH.shape[1])
     kernel = heads.config.kernel.within(q_BtKGH.shape[1])
 
     def fetch(_, index):
         bucket = _KVBucket(index, heads.num_kv_heads // buckets)
-        return gather_sequence(bucket.take(k_BtKH), bucket.take(v_BtKH), axes=axes)
+        return exchange.gather(bucket.take(k_BtKH), bucket.take(v_BtKH))
 
     def attend_bucket(carry, keys_values, index):
         bucket = _KVBucket(index, heads.num_kv_heads // buckets)
         k_BScH, v_BScH = keys_values
-        new = kernel.attend(bucket.take(q_BtKGH), k_BScH, v_BScH, tokens_Bt, tokens_BS)
+        new = kernel.attend(bucket.take(q_BtKGH), k_BScH, v_BScH, tokens_Bt, tokens_BS, scores)
+        new = add_sinks(*new, bucket.take_sinks(sinks_KG))
         return tuple(bucket.put(array, part) for array, part in zip(carry, new, strict=True)), (), ()
 
     out = zeros(q_BtKGH.shape, q_BtKGH.dtype, like=q_BtKGH)
     lse = zeros(q_BtKGH.shape[:-1], jnp.float32, like=q_BtKGH)
-    (out, lse), *_ = pipelined(attend_bucket, fetch, None, (out, lse), buckets, remote=bool(axes))
+    (out, lse), *_ = pipelined(attend_bucket, fetch, None, (out, lse), buckets, remote=bool(exchange.axes))
     out, lse = (checkpoint_name(array, name) for array, name in zip((out, lse), SAVED_NAMES, strict=True))
-    return out, (q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, out, lse)
+    return out, (q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_BS, out, lse)
 
 
 def _backward(heads: ShardedHeads, residuals, dout_BtKGH):
-    q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, out_BtKGH, lse_BtKG = residuals
-    axes, buckets = heads.axes.sequence, heads.exchange_buckets
+    q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_BS, out_BtKGH, lse_BtKG = residuals
+    buckets, scores, exchange = heads.exchange_buckets, heads.config.scores, heads.exchange(q_BtKGH.shape[1])
     kernel = heads.config.kernel.within(q_BtKGH.shape[1])
 
     def fetch(carry, index):
         bucket = _KVBucket(index, heads.num_kv_heads // buckets)
-        return gather_sequence(bucket.take(carry[1]), bucket.take(carry[2]), axes=axes)
+        return exchange.gather(bucket.take(carry[1]), bucket.take(carry[2]))
 
     def attend_bucket_vjp(carry, keys_values, index):
         bucket = _KVBucket(index, heads.num_kv_heads // buckets)
         delta_BtcG, lse_BtcG, dout_BtcGH = (bucket.take(array) for array in (delta_BtKG, lse_BtKG, dout_BtKGH))
         q_BtcGH, (k_BScH, v_BScH) = bucket.take(carry[0]), keys_values
-        grads = kernel.attend_backward(q_BtcGH, k_BScH, v_BScH, tokens_Bt, tokens_BS, delta_BtcG, lse_BtcG, dout_BtcGH)
-        grads = (grads[0], *scatter_sequence(*grads[1:], axes=axes))
+        inputs = q_BtcGH, k_BScH, v_BScH, tokens_Bt, tokens_BS, delta_BtcG, lse_BtcG, dout_BtcGH
+        grads = kernel.attend_backward(*inputs, scores)
+        grads = (grads[0], *exchange.scatter(*grads[1:]))
         return tuple(bucket.put(array, grad) for array, grad in zip(carry, grads, strict=True)), (), ()
 
     delta_BtKG = delta(out_BtKGH, dout_BtKGH)
     # Gradients overwrite queries, keys and values that have been used.
     carry = q_BtKGH, k_BtKH, v_BtKH
-    grads, *_ = pipelined(attend_bucket_vjp, fetch, None, carry, buckets, remote=bool(axes))
-    return *grads, None, None
+    grads, *_ = pipelined(attend_bucket_vjp, fetch, None, carry, buckets, remote=bool(exchange.axes))
+    return *grads, sinks_grad(delta_BtKG, lse_BtKG, sinks_KG), None, None
 
 
 _attend_over_sequence.defvjp(_forward, _backward)

@@ -8,6 +8,8 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh
 
 from tsp_jax.errors import ConfigError
+from tsp_jax.ops.kernels.chunk_pairs import PairKernel
+from tsp_jax.ops.kernels.cudnn import CudnnKernel
 from tsp_jax.ops.kernels.kernel import Kernel, arch_of, delta
 from tsp_jax.ops.kernels.mask import Scores
 from tsp_jax.ops.kernels.tpu import TpuKernel
@@ -15,12 +17,19 @@ from tsp_jax.ops.kernels.triton import TritonKernel
 from tsp_jax.ops.kernels.xla import XlaKernel
 
 __all__ = [
-    "KERNELS", "Kernel", "TpuKernel", "TritonKernel", "XlaKernel", "arch_of", "choose_kernel", "delta",
-    "describe_kernel",
+    "ABSENT", "KERNELS", "CudnnKernel", "Kernel", "TpuKernel", "TritonKernel", "XlaKernel", "arch_of", "choose_kernel",
+    "delta", "describe_kernel",
 ]  # fmt: skip
 
-KERNELS: dict[str, type[Kernel]] = {"triton": TritonKernel, "tpu": TpuKernel, "xla": XlaKernel}
+KERNELS: dict[str, type[Kernel]] = {
+    "cudnn": CudnnKernel, "triton": TritonKernel, "tpu": TpuKernel, "xla": XlaKernel
+}  # fmt: skip
 """name -> kernel; `auto` takes the first one that is supported"""
+ABSENT = {
+    "aiter": "AMD's AITER reaches JAX through the package jax_aiter, which no package index has, so it could not be "
+    "tested here; use stream.kernel=triton",
+}
+"""names of known kernels for which there is no code here -> why, and what to use"""
 
 
 def choose_kernel(name: str, mesh: Mesh | AbstractMesh, head_dim: int, dtype: Any, scores: Scores = Scores()) -> Kernel:
@@ -38,10 +47,17 @@ def choose_kernel(name: str, mesh: Mesh | AbstractMesh, head_dim: int, dtype: An
 def describe_kernel(name: str, mesh: Mesh | AbstractMesh, head_dim: int, dtype: Any, scores: Scores = Scores()) -> str:
     """The name of the kernel that `choose_kernel` returns, and why each kernel before it in `KERNELS` cannot run.
 
-    Such as ``xla (triton: runs on gfx942, gfx950, sm_90, not on cpu)``.
+    Such as ``triton (cudnn: runs on NVIDIA GPUs from sm_80 on, not on gfx942)``. A kernel that leaves some tokens to
+    another one names it: ``cudnn (triton for documents that cross chunks)``.
     """
-    chosen, _, reasons = _choose(name, mesh, head_dim, dtype, scores)
-    return f"{chosen} ({'; '.join(reasons)})" if reasons else chosen
+    chosen, kernel, notes = _choose(name, mesh, head_dim, dtype, scores)
+    if isinstance(kernel, PairKernel):
+        other = kernel.other(head_dim, dtype, scores)
+        notes = [
+            *notes,
+            f"{next(each for each in KERNELS if type(other) is KERNELS[each])} for documents that cross chunks",
+        ]
+    return f"{chosen} ({'; '.join(notes)})" if notes else chosen
 
 
 def _choose(
@@ -49,6 +65,8 @@ def _choose(
 ) -> tuple[str, Kernel, list[str]]:
     """(name, kernel, reasons against the kernels before it)."""
     if name != "auto" and name not in KERNELS:
+        if name in ABSENT:
+            raise ConfigError(f"stream.kernel={name}: {ABSENT[name]}")
         raise ConfigError(f"stream.kernel={name} is unknown; use one of {', '.join(['auto', *KERNELS])}")
     reasons = []
     for each in KERNELS if name == "auto" else [name]:

@@ -5,7 +5,8 @@ Dims: B batch, T query tokens, S key tokens, K KV heads, G query heads per KV he
 
 import abc
 import dataclasses
-from typing import Any, Self
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -98,9 +99,38 @@ class Kernel(abc.ABC):
         """
 
 
+def declare_products(
+    kernel: str, direction: Literal["forward", "backward"], head_dim: int, flops: float
+) -> AbstractContextManager[Any]:
+    """A named scope that tells `tsp_jax.inspect` what a kernel computes, which the text of a program does not show.
+
+    The scope goes directly around the call that becomes the kernel: ``with declare_products("triton", "forward", 128,
+    6e12): call(...)`` writes ``mean_flops[attention_forward.triton.h128=6000000000000]``.
+
+    Args:
+      kernel: the kernel's name in `tsp_jax.ops.kernels.KERNELS`.
+      direction: which of `Kernel.attend` and `Kernel.attend_backward` calls it.
+      head_dim: H, as the kernel sees it.
+      flops: operations of all matrix products that one call executes on a device, a multiply-add counting as two: 4 H a
+        visited pair of query and key in forward; in backward 10 H, or 14 H if scores are computed twice. The mean, if
+        it depends on data.
+    """
+    return jax.named_scope(f"mean_flops[attention_{direction}.{kernel}.h{head_dim}={flops:.0f}]")
+
+
 def delta(out_BTKGH: jax.Array, dout_BTKGH: jax.Array) -> jax.Array:
     """``sum_H(out dout)``, [B, T, K, G] float32: all that backward needs of the outputs.
 
     Source: Dao et al., arXiv 2205.14135, appendix B.
     """
     return (dout_BTKGH.astype(jnp.float32) * out_BTKGH.astype(jnp.float32)).sum(axis=-1)
+
+
+def merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """(out, lse), float32, of attention to the union of two sets of keys, from those of each set.
+
+    ``lse = log(exp(lse_a) + exp(lse_b))``, ``out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b``
+    """
+    lse = jnp.logaddexp(a[1], b[1])
+    out_a, out_b = (out.astype(jnp.float32) * jnp.exp(part - lse)[..., None] for out, part in (a, b))
+    return out_a + out_b, lse

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tsp_jax.errors import ConfigError
+from tsp_jax.config import ModelConfig
 
 MASKED = -1e30
 """score of a query and a key that may not attend; finite, so that a query without any allowed key does not give NaN"""
@@ -33,15 +33,13 @@ class Scores(NamedTuple):
     """bound of the absolute score; None: no bound"""
     scale: float | None = None
     """factor of the product of query and key; None: 1 / sqrt(H)"""
+    total: int | None = None
+    """tokens of the whole sequence, if the keys are only those near the queries; only cost estimates depend on it"""
 
-    def check(self, owner: str = "") -> None:
-        """Raises ConfigError if a value is out of range. `owner`: prefix of the names, such as ``model.``."""
-        if self.window is not None and self.window < 1:
-            raise ConfigError(f"{owner}window={self.window} must be at least 1; use {owner}window=4096, or none")
-        for name, default in (("softcap", 50.0), ("scale", 0.125)):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ConfigError(f"{owner}{name}={value} must be positive and finite; use {default}, or none")
+    @classmethod
+    def of(cls, model: ModelConfig) -> "Scores":
+        """The scores of a decoder's attention."""
+        return cls(True, model.window, model.attention_softcap, model.attention_scale)
 
     def scale_of(self, head_dim: int) -> float:
         """The factor of the product of query and key."""
@@ -137,9 +135,10 @@ def mean_visits(
     The means follow from shapes alone. They assume that this device's queries are a fair sample of all positions (true
     of a zigzag order and of one rank), and that all tokens are one document. Only cost estimates of compiled programs
     depend on them, no results. `k_len` is the length of the whole sequence, in which the tokens of a tile are
-    contiguous.
+    contiguous, unless `scores.total` is that length.
     """
-    num_q, num_k = max(1, k_len // query_tile), k_len // key_tile
+    total = scores.total or k_len
+    num_q, num_k = max(1, total // query_tile), total // key_tile
     visits = 0
     for tile in range(num_q):
         first, last = tile * query_tile, (tile + 1) * query_tile - 1

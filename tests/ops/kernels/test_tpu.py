@@ -144,7 +144,7 @@ def test_kernels_declare_the_products_of_the_tiles_that_they_visit(ranks, entrie
         return run(TpuKernel("interpret", tiles), *arrays)
 
     text = jax.jit(f).lower(*case.arrays(), *case.tokens()).as_text(debug_info=True)
-    declared = Counter(float(n) for _, n in re.findall(r"mean_flops\[(\w+)=([^\]]*)\]", text))
+    declared = Counter(float(n) for _, n in re.findall(r"mean_flops\[([^=]+)=([^\]]*)\]", text))
     products = [
         (2, tiles.forward, False),
         *([(5, tiles.dkv, True)] if fused else [(4, tiles.dkv, True), (3, tiles.dq, False)]),
@@ -199,5 +199,8 @@ def test_kernels_compile_for_absent_tpus(head_dim, dtype, kv_heads, group, lengt
     own, every = like(1, length, spec=split), like(1, length)
     text = jax.jit(sharded_run(mesh, kernel)).lower(q, k, k, q, own, own, every, every).compile().as_text()
     kinds = Counter(found[0] for i, _ in parse(text).walk() if (found := declared_flops(i)))
-    assert kinds == {"attention_forward": 1, "attention_backward": 2 if group == 8 else 1}
+    assert kinds == {
+        f"attention_forward.tpu.h{head_dim}": 1,
+        f"attention_backward.tpu.h{head_dim}": 2 if group == 8 else 1,
+    }
     assert f"{length // 8},{length}]" not in text

@@ -11,7 +11,7 @@ tile, C tokens of a key tile.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tsp_jax.ops.kernels.kernel import Kernel
+from tsp_jax.ops.kernels.kernel import Kernel, declare_products
 from tsp_jax.ops.kernels.mask import Scores, Tokens
 from tsp_jax.ops.kernels.pairs import FLAG_BITS, PairList
 from tsp_jax.ops.kernels.tpu_bodies import backward_body, dkv_body, dq_body, forward_body
@@ -65,7 +65,7 @@ class TpuKernel(Kernel):
         grid = self._grid("forward", q_BTKGH, k_BSKH, queries, keys, scores)
         rows, size = grid.tile.query, q_BTKGH.shape[-1]
         out, lse = grid.call(
-            forward_body, ("attention_forward", 2), scores,
+            forward_body, ("forward", 2), scores,
             inputs=[("Q", q_BTKGH), ("K", k_BSKH), ("K", v_BSKH)],
             outputs=[("Q", q_BTKGH.dtype), ("q", jnp.float32)],
             scratch=[(rows, LANES), (rows, LANES), (rows, size)],
@@ -88,15 +88,14 @@ class TpuKernel(Kernel):
         inputs = [("Q", q_BTKGH), ("K", k_BSKH), ("K", v_BSKH), ("Q", dout_BTKGH), ("q", lse_BTKG), ("q", delta_BTKG)]
         grid, size = self._grid("dkv", *arrays), q_BTKGH.shape[-1]
         by_key = [("K", k_BSKH.dtype), ("K", v_BSKH.dtype)], [(grid.tile.key, size)] * 2
-        kind = "attention_backward"
         if grid.dq_bytes <= CORES[self.arch].vmem_bytes // 2:
             outputs = [("D", jnp.float32), *by_key[0]]
-            dq, dk, dv = grid.call(backward_body, (kind, 5), scores, inputs, outputs, by_key[1])
+            dq, dk, dv = grid.call(backward_body, ("backward", 5), scores, inputs, outputs, by_key[1])
             return (dq * scores.scale_of(size)).astype(q_BTKGH.dtype), dk, dv
-        dk, dv = grid.call(dkv_body, (kind, 4), scores, inputs, *by_key)
+        dk, dv = grid.call(dkv_body, ("backward", 4), scores, inputs, *by_key)
         grid = self._grid("dq", *arrays)
         scratch = [(grid.tile.query, LANES), (grid.tile.query, LANES), (grid.tile.query, size)]
-        (dq,) = grid.call(dq_body, (kind, 3), scores, inputs, [("Q", q_BTKGH.dtype)], scratch)
+        (dq,) = grid.call(dq_body, ("backward", 3), scores, inputs, [("Q", q_BTKGH.dtype)], scratch)
         return dq, dk, dv
 
     def _grid(self, name: str, q_BTKGH, k_BSKH, queries: Tokens, keys: Tokens, scores: Scores) -> "_Grid":
@@ -135,12 +134,20 @@ class _Grid(NamedTuple):
         lanes = -(-self.q_shape[4] // LANES) * LANES
         return 8 * self.q_shape[3] * self.pairs.queries.positions.shape[1] * lanes
 
-    def call(self, body: Callable[..., None], products: tuple[str, int], scores: Scores, inputs, outputs, scratch):
+    def call(
+        self,
+        body: Callable[..., None],
+        products: tuple[Literal["forward", "backward"], int],
+        scores: Scores,
+        inputs,
+        outputs,
+        scratch,
+    ):
         """Runs `body` in every step.
 
         Inputs are (dims, array), and outputs (dims, dtype). Dims are Q: [B, T, K, G, H]; K: [B, S, K, H]; q:
         [B, T, K, G]; D: as Q, all tokens of a row at once, summed over the cores. `scratch` has shapes of float32
-        arrays. `products`, (kind, matrix products per pair of tiles), is written into the compiled program for
+        arrays. `products`, (direction, matrix products per pair of tiles), is written into the compiled program for
         `tsp_jax.inspect`, which cannot see into a kernel.
         """
         batch, _, kv_heads, group, size = self.q_shape
@@ -170,12 +177,12 @@ class _Grid(NamedTuple):
             ),
             interpret=self.arch == "interpret",
         )  # fmt: skip
-        kind, number = products
+        direction, number = products
         flops = 2.0 * number * batch * kv_heads * group * self.pairs.mean * self.tile.query * self.tile.key * size
         tokens = (jnp.stack([x.reshape(-1) for x in each]) for each in (self.pairs.queries, self.pairs.keys))
         lists = self.pairs.own_cE.reshape(-1), self.pairs.other_cE.reshape(-1)
         arrays = [self._heads_first(*each) for each in inputs]
-        with jax.named_scope(f"mean_flops[{kind}={flops:.0f}]"):
+        with declare_products("tpu", direction, size, flops):
             results = call(*lists, *tokens, *arrays)
         return [self._heads_last(dims, x) for (dims, _), x in zip(outputs, results, strict=True)]
 

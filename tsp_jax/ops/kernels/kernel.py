@@ -17,6 +17,7 @@ _KINDS = {
     "AMD Instinct MI300": "gfx942", "AMD Instinct MI325": "gfx942", "gfx942": "gfx942",
     "AMD Instinct MI35": "gfx950", "gfx950": "gfx950",
     "NVIDIA H100": "sm_90", "NVIDIA H200": "sm_90", "NVIDIA GH200": "sm_90",
+    "NVIDIA B200": "sm_100",
 }  # fmt: skip
 """prefix of a device kind -> arch, for topologies and abstract devices that report no compute capability"""
 

@@ -1,6 +1,5 @@
 """The link model: seconds that a collective keeps the links busy, against figures worked out by hand."""
 
-import dataclasses
 import subprocess
 import sys
 import types
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders.hlo import at_rates
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware import targets
 from tsp_jax.hardware.devices import HARDWARE, TPU_TOPOLOGIES, Hardware
@@ -20,7 +20,7 @@ ALL_8 = [tuple(range(8))]
 
 def hardware(name: str) -> Hardware:
     """A link carries 1 GB/s, a network card a quarter of that."""
-    return dataclasses.replace(HARDWARE[name], link_bandwidth=1e9, node_bandwidth=0.25e9)
+    return at_rates(HARDWARE[name], link=1e9, between_nodes=0.25e9)
 
 
 MESH, SWITCH, TORUS, HOST = (hardware(name) for name in ("mi300x", "h100", "v5p", "cpu"))
@@ -106,7 +106,7 @@ def test_whole_nodes_share_their_network_cards(op, share):
 
 
 def test_the_links_inside_decide_where_the_network_is_fast():
-    fast = dataclasses.replace(MESH, node_bandwidth=1e12)
+    fast = at_rates(MESH, link=1e9, between_nodes=1e12)
     assert collective_seconds(fast, "all-gather", BYTES, [tuple(range(16))]) == pytest.approx(14 / 15)
 
 
@@ -139,9 +139,11 @@ def test_a_slice_that_is_not_known_is_named():
 
 @pytest.mark.parametrize("kind", HARDWARE.values(), ids=HARDWARE)
 def test_nothing_is_sustained_above_its_peak(kind):
-    assert 0 < kind.sustained_flops < kind.peak_flops
-    assert 0 < kind.sustained_bandwidth < kind.memory_bandwidth
-    assert f"{kind.link_bandwidth / 1e9:g} GB/s" in link_model(kind)
+    rates = kind.rates
+    assert all(0 < product.flops_per_s.low <= product.flops_per_s.high < kind.peak_flops for product in rates.products)
+    assert all(0 < row.flops_per_s.low <= row.flops_per_s.high < kind.peak_flops for row in rates.attention)
+    assert 0 < rates.memory.bytes_per_s.high < kind.memory_bandwidth
+    assert f"{rates.between_nodes.bytes_per_s.text(1e9)} GB/s" in link_model(kind)
 
 
 def test_targets_speak_of_the_same_hardware():

@@ -24,6 +24,7 @@ from tsp_jax.hardware.devices import (
     is_present,
 )
 from tsp_jax.hardware.private_jax import register_rocm_plugin
+from tsp_jax.hardware.rates_file import check_base, read_hardware
 from tsp_jax.hardware.rocm_standins import load_rocm_libraries
 
 _STANDINS: set[str] = set()
@@ -71,13 +72,16 @@ def use_target(target: Target) -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
-def parse_target(text: str, attention_efficiency: float = 0.0) -> Target:
+def parse_target(text: str, attention_efficiency: float = 0.0, hardware_file: str = "") -> Target:
     """Parses the text of a target, such as ``mi300x:8``.
 
-    `attention_efficiency`, unless 0, replaces the share of the sustained rate that attention kernels reach on it.
+    Args:
+      text: a name in `HARDWARE`, a colon, and a number of devices.
+      attention_efficiency: share of the fastest product's rate that attention kernels reach; 0: by kernel and heads.
+      hardware_file: file of measured rates, which replace the target's (`tsp_jax.hardware.rates_file`); empty: none.
 
     Raises:
-      ConfigError: the name is unknown, or the number or share is out of range.
+      ConfigError: the name is unknown, the number or share is out of range, or the file is not one of such devices.
     """
     name, _, count = text.partition(":")
     if name not in HARDWARE:
@@ -88,7 +92,12 @@ def parse_target(text: str, attention_efficiency: float = 0.0) -> Target:
     most = MOST_CPU_DEVICES if hardware.platform == "cpu" else MOST_DEVICES
     if len(count) > len(str(most)) or int(count) > most:
         raise ConfigError(f"target={text:.80} has too many devices; use {name}:{most} at most")
-    return Target(hardware.with_attention(attention_efficiency) if attention_efficiency else hardware, int(count))
+    if hardware_file:
+        hardware = read_hardware(hardware_file)
+        check_base(hardware_file, hardware, text)
+    if attention_efficiency:
+        hardware = dataclasses.replace(hardware, rates=hardware.rates.with_attention(attention_efficiency))
+    return Target(hardware, int(count))
 
 
 def standins_note() -> str:

@@ -5,7 +5,8 @@ Dims: B batch, T query tokens, S key tokens, K KV heads, G query heads per KV he
 
 import abc
 import dataclasses
-from typing import Any, Self
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,25 @@ class Kernel(abc.ABC):
         Returns:
           (dq [B, T, K, G, H], dk [B, S, K, H], dv [B, S, K, H]), each in the dtype of its primal.
         """
+
+
+def declare_products(
+    kernel: str, direction: Literal["forward", "backward"], head_dim: int, flops: float
+) -> AbstractContextManager[Any]:
+    """A named scope that tells `tsp_jax.inspect` what a kernel computes, which the text of a program does not show.
+
+    The scope goes directly around the call that becomes the kernel: ``with declare_products("triton", "forward", 128,
+    6e12): call(...)`` writes ``mean_flops[attention_forward.triton.h128=6000000000000]``.
+
+    Args:
+      kernel: the kernel's name in `tsp_jax.ops.kernels.KERNELS`.
+      direction: which of `Kernel.attend` and `Kernel.attend_backward` calls it.
+      head_dim: H, as the kernel sees it.
+      flops: operations of all matrix products that one call executes on a device, a multiply-add counting as two: 4 H a
+        visited pair of query and key in forward; in backward 10 H, or 14 H if scores are computed twice. The mean, if
+        it depends on data.
+    """
+    return jax.named_scope(f"mean_flops[attention_{direction}.{kernel}.h{head_dim}={flops:.0f}]")
 
 
 def delta(out_BTKGH: jax.Array, dout_BTKGH: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from tsp_jax.ops.kernels.kernel import Kernel
+from tsp_jax.ops.kernels.kernel import Kernel, declare_products
 from tsp_jax.ops.kernels.mask import MASKED, Tokens, may_attend
 from tsp_jax.ops.kernels.tiles import TILES, Tile, Tiles, find_tiles, padded_head_dim
 from tsp_jax.ops.kernels.visits import Plan, Visits
@@ -71,7 +71,7 @@ class TritonKernel(Kernel):
         batch, length, kv_heads, group, _ = q.shape
         out, lse_BKGT = _call(
             functools.partial(_forward_kernel, tile=tile, scale=q_BTKGH.shape[-1] ** -0.5), plan, self.arch,
-            products=("attention_forward", 2),
+            products=("forward", 2),
             inputs=[("BTKGH", q), ("BSKH", k), ("BSKH", v)],
             outputs=[("BTKGH", q), ("BKGT", jax.ShapeDtypeStruct((batch, kv_heads, group, length), jnp.float32))],
         )  # fmt: skip
@@ -100,7 +100,7 @@ class TritonKernel(Kernel):
             return _call(
                 functools.partial(kernel, tile=tile, scale=q_BTKGH.shape[-1] ** -0.5),
                 Plan.of(queries, keys, tile, by_key), self.arch,
-                products=("attention_backward", products),
+                products=("backward", products),
                 inputs=[("BTKGH", q), ("BSKH", k), ("BSKH", v), ("BTKGH", dout), ("BKGT", lse), ("BKGT", delta)],
                 outputs=[(dims, {"BTKGH": q, "BSKH": k}[dims]) for dims in outputs],
             )  # fmt: skip
@@ -124,17 +124,24 @@ def _crop(x: jax.Array, like: jax.Array) -> jax.Array:
     return x[:, : like.shape[1], ..., : like.shape[-1]]
 
 
-def _call(kernel: Callable[..., None], plan: Plan, arch: str, products: tuple[str, int], inputs, outputs):
+def _call(
+    kernel: Callable[..., None],
+    plan: Plan,
+    arch: str,
+    products: tuple[Literal["forward", "backward"], int],
+    inputs,
+    outputs,
+):
     """Runs one program per tile, head and row of the batch.
 
     A program's head is a KV head if tiles are of keys, else a query head; the program sees all tokens of that head. The
     kernel reads the visits and tokens of `plan`, then `inputs`: (dims, array) pairs, the queries first. It writes
-    `outputs`: (dims, shape and dtype) pairs. `products`, (kind, matrix products per pair of tiles), is written
+    `outputs`: (dims, shape and dtype) pairs. `products`, (direction, matrix products per pair of tiles), is written
     into the compiled program for `tsp_jax.inspect`, which cannot see into a kernel; XLA drops Pallas' own
     cost estimate.
     """
     batch, _, kv_heads, group, size = inputs[0][1].shape
-    kind, number = products
+    direction, number = products
     flops = 2.0 * number * batch * kv_heads * group * plan.mean_pairs() * plan.tile.query * plan.tile.key * size
 
     def indices(_, head, row) -> dict[str, Any]:
@@ -159,7 +166,7 @@ def _call(kernel: Callable[..., None], plan: Plan, arch: str, products: tuple[st
         compiler_params=triton.CompilerParams(num_warps=plan.tile.warps, num_stages=plan.tile.stages),
         interpret=arch == "interpret",
     )
-    with jax.named_scope(f"mean_flops[{kind}={flops:.0f}]"):
+    with declare_products("triton", direction, size, flops):
         return call(*tokens, *(array for _, array in inputs))
 
 

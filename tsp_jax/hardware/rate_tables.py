@@ -160,13 +160,14 @@ _XLA_LINKS = "line through openxla/xla default_collective_perf_table.txtpb, 1 Mi
 _NICS = _collective(
     (20, 40, 100), (41, 45, 48),
     _measured("send and receive 47 to 48 GB/s a GPU, a gather of two nodes 330 to 350 GB/s a node; fixed cost assumed",
-              "400 Gb/s a GPU", "2025 to 2026"),
+              "400 Gb/s a GPU", "before 2026-11"),
 )  # fmt: skip
 _LINKS_GFX942 = _links(
     _collective((12, 25, 105), (300, 330, 340), Source(
         "extrapolated", "from all-reduce: 12 to 25 us, 330 GB/s over 7 links; highest fixed cost: gfx950's in XLA's "
-        "table", "MI300X", "2025 to 2026")),
-    _collective((12, 25, 105), (300, 330, 340), _measured("RCCL, 12 to 25 us and 330 GB/s", "MI300X", "2025")),
+        "table", "MI300X", "before 2026-11")),
+    _collective((12, 25, 105), (300, 330, 340), _measured(
+        "RCCL, 12 to 25 us and 330 GB/s", "8 x MI300X", "before 2026-11")),
     _collective((12, 35, 40), (40, 45, 48), _measured(
         "an xGMI link 45 to 48 GB/s (AMD's ROCm blog); fixed cost of gfx950", "MI300X", "2025-03")),
 )  # fmt: skip
@@ -247,21 +248,21 @@ _MI300X = Rates(
     products=product_tables.MI300X, attention=tuple(_ATTENTION_GFX942),
     collectives=_LINKS_GFX942, contention=_AMD_CONTENTION,
     memory=_memory(4.0, 4.1, 4.3, _measured("copies like BabelStream's", "MI300X", "2024")),
-    host=_host(50, 55, 56, _measured("copies to and from pinned memory", "MI300X", "2025 to 2026")),
+    host=_host(50, 55, 56, _measured("copies to and from pinned memory", "MI300X", "before 2026-11")),
     default_kernel="triton", between_nodes=_NICS, tile=64,
 )  # fmt: skip
 _MI355X = Rates(
     products=product_tables.MI355X, attention=tuple(_ATTENTION_GFX950),
     collectives=_LINKS_GFX950, contention=_AMD_CONTENTION,
     memory=_memory(5.6, 6.2, 6.6, _assumed("the share of the peak that MI300X reaches")),
-    host=_host(50, 55, 56, Source("extrapolated", "MI300X's", "MI300X", "2025 to 2026")),
+    host=_host(50, 55, 56, Source("extrapolated", "MI300X's", "MI300X", "before 2026-11")),
     default_kernel="triton", between_nodes=_NICS, tile=64,
 )  # fmt: skip
 _H100_RATES = Rates(
     products=product_tables.H100, attention=tuple(_ATTENTION_H100),
     collectives=_LINKS_H100, contention=_NVIDIA_CONTENTION,
     memory=_memory(2.7, 3.0, 3.15, _assumed("0.8 to 0.94 of the peak")),
-    host=_host(45, 51, 55, _measured("copies to and from pinned memory", "H100", "2025 to 2026")),
+    host=_host(45, 51, 55, _measured("copies to and from pinned memory", "H100", "before 2026-11")),
     default_kernel="triton", between_nodes=_NICS, tile=64,
 )  # fmt: skip
 _B200_RATES = dataclasses.replace(

@@ -7,7 +7,7 @@ The file has ``format``, ``name``, ``base`` (a row of `HARDWARE`) and ``date``, 
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -67,6 +67,16 @@ class _Collective(_Bounds, frozen=True, kw_only=True):
     """what the line was drawn through"""
 
 
+class _Collectives(_Strict, frozen=True, kw_only=True, rename="kebab"):
+    """A field for each of `COLLECTIVES`."""
+
+    all_gather: _Collective | None = None
+    reduce_scatter: _Collective | None = None
+    all_reduce: _Collective | None = None
+    all_to_all: _Collective | None = None
+    collective_permute: _Collective | None = None
+
+
 class _Attention(_Bounds, frozen=True, kw_only=True):
     kernel: str
     direction: Direction
@@ -89,7 +99,7 @@ class _File(_Strict, frozen=True, kw_only=True):
     versions: dict[str, str] = {}
     products: tuple[_Product, ...] = ()
     memory: _Memory | None = None
-    collectives: dict[str, _Collective] = {}
+    collectives: _Collectives = _Collectives()
     attention: tuple[_Attention, ...] = ()
     host: _Host | None = None
 
@@ -118,8 +128,7 @@ def read_hardware(path: str | Path) -> Hardware:
         changes["host"] = Memory(bytes_per_s=Band(ways[0], sum(ways) / 2, ways[1]), source=source)
     if file.attention:
         changes["attention"] = _attention(path, file, source, rates.attention)
-    if file.collectives:
-        changes["collectives"] = _collectives(path, file, source, base)
+    changes["collectives"] = _collectives(path, file, source, base)
     where = f"{path}: measured on {file.name}, {file.num_devices} x {file.device_kind or file.base}, {file.date}"
     return dataclasses.replace(base, rates=dataclasses.replace(rates, origin=where, **changes))
 
@@ -176,10 +185,10 @@ def _collectives(path: str, file: _File, source: Source, base: Hardware) -> tupl
     links = 1.0
     if base.links == "full_mesh" and file.num_devices > 1:
         links = max(1.0, base.num_links / (file.num_devices - 1))
-    rows: dict[str, Any] = dict(base.rates.collectives)
-    for op, row in file.collectives.items():
-        if op not in COLLECTIVES:
-            raise FileError(f"{path}: collectives.{op:.80} is unknown; use one of {', '.join(COLLECTIVES)}")
+    rows = dict(base.rates.collectives)
+    for op in COLLECTIVES:
+        if (row := getattr(file.collectives, op.replace("-", "_"))) is None:
+            continue
         band = _band(path, f"collectives.{op}", "bytes_per_s", row.bytes_per_s, row)
         factor = 1.0 if op == "collective-permute" else links
         rows[op] = Collective(

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from tsp_jax.config import Config, ModelConfig, OptimizerConfig, Remat, StreamConfig
 from tsp_jax.errors import ConfigError
@@ -350,6 +351,8 @@ def _remats(run: Run) -> tuple[tuple[Remat, ...], Sequence[str]]:
     if "context=remat" in said:
         return ("offload" if "layer input=offload" in said else "full",), ()
     if said.startswith(("custom(context", "context")):
+        if "offload" in said and "offload_attention" in get_args(Remat):
+            return ("offload_attention",), ()  # pyright: ignore[reportReturnType]
         moved = ["what the run keeps in the host's memory stays on the device"] if "offload" in said else []
         return ("save_attention",), moved
     if said.startswith(("save_dot", "minimal")):

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 
 import tsp_jax
-from tsp_jax.config import Remat
+from tsp_jax.config import Config, Remat
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import cache_folder, parse_target, use_target
 from tsp_jax.tools.compile import compile_step
@@ -34,6 +34,7 @@ class CompiledRun:
     """A compiled program and its facts."""
 
     remat: Remat
+    layers: int
     text: str
     """HLO"""
     peak_bytes: int
@@ -42,31 +43,53 @@ class CompiledRun:
     """name and version"""
 
 
-def compile_run(path: str | Path, rebuilt: Rebuilt, remat: Remat, timeout_s: float) -> CompiledRun:
+class OutOfMemory(NotRebuilt):
+    """The compiler refuses a program that its device cannot hold."""
+
+
+def compile_run(path: str | Path, rebuilt: Rebuilt, remat: Remat, timeout_s: float, layers: int = 0) -> CompiledRun:
     """The program of a run under a remat policy, from the cache or compiled in a new process.
 
-    `path` is the file that holds the run.
+    `path` is the file that holds the run; `layers` replaces the model's number of layers, unless it is 0.
 
     Raises:
+      OutOfMemory: the compiler says that the device cannot hold the program.
       NotRebuilt: the target's compiler is not installed, or it fails, or takes longer than `timeout_s`.
     """
-    entry = cache_folder() / "published" / _key(rebuilt, remat)
+    config = _config(rebuilt, remat, layers)
+    entry = cache_folder() / "published" / _key(rebuilt, config)
     if not entry.with_suffix(".json").exists():
         entry.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "tsp_jax.tools.rebuilt", str(path), rebuilt.run.id, remat, str(entry)]
+        command = [
+            sys.executable,
+            "-m",
+            "tsp_jax.tools.rebuilt",
+            str(path),
+            rebuilt.run.id,
+            remat,
+            str(layers),
+            str(entry),
+        ]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
         except subprocess.TimeoutExpired:
             raise NotRebuilt(f"not compiled within {timeout_s:g} s; use a longer --timeout") from None
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise NotRebuilt(f"does not compile: {lines[-1].removeprefix('error: '):.300}")
+            kind = OutOfMemory if "RESOURCE_EXHAUSTED" in done.stderr else NotRebuilt
+            raise kind(f"does not compile: {lines[-1].removeprefix('error: '):.300}")
     facts = json.loads(entry.with_suffix(".json").read_text())
-    return CompiledRun(remat, gzip.decompress(entry.with_suffix(".hlo.gz").read_bytes()).decode(), **facts)
+    text = gzip.decompress(entry.with_suffix(".hlo.gz").read_bytes()).decode()
+    return CompiledRun(remat, config.model.num_layers, text, **facts)
 
 
-def _key(rebuilt: Rebuilt, remat: Remat) -> str:
-    config = dataclasses.replace(rebuilt.config, remat=remat)
+def _config(rebuilt: Rebuilt, remat: Remat, layers: int) -> Config:
+    model = rebuilt.config.model
+    model = dataclasses.replace(model, num_layers=layers or model.num_layers)
+    return dataclasses.replace(rebuilt.config, remat=remat, model=model)
+
+
+def _key(rebuilt: Rebuilt, config: Config) -> str:
     facts = [rebuilt.target, repr(config), rebuilt.kernel, str(rebuilt.backward_products), jax.__version__]
     for file in sorted(_ROOT.rglob("*.py")):
         name = file.relative_to(_ROOT).as_posix()
@@ -75,11 +98,11 @@ def _key(rebuilt: Rebuilt, remat: Remat) -> str:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
 
 
-def _compile(rebuilt: Rebuilt, remat: Remat, entry: Path) -> None:
+def _compile(rebuilt: Rebuilt, config: Config, entry: Path) -> None:
     target = parse_target(rebuilt.target)
     use_target(target)
     with priced_kernel(rebuilt.kernel, rebuilt.backward_products):
-        step = compile_step(dataclasses.replace(rebuilt.config, remat=remat), target)
+        step = compile_step(config, target)
     name = _COMPILERS.get(target.hardware.platform, "jaxlib")
     facts = {
         "peak_bytes": step.report().peak_bytes, "compile_s": round(step.compile_s, 1),
@@ -90,11 +113,12 @@ def _compile(rebuilt: Rebuilt, remat: Remat, entry: Path) -> None:
 
 
 def main() -> None:
-    """The new process: FILE ROW REMAT ENTRY."""
-    path, name, remat, entry = sys.argv[1:]
+    """The new process: FILE ROW REMAT LAYERS ENTRY."""
+    path, name, remat, layers, entry = sys.argv[1:]
     try:
-        run = next(run for run in read_runs(path) if run.id == name)
-        _compile(rebuild(run), remat, Path(entry))  # pyright: ignore[reportArgumentType]
+        rebuilt = rebuild(next(run for run in read_runs(path) if run.id == name))
+        config = _config(rebuilt, remat, int(layers))  # pyright: ignore[reportArgumentType]
+        _compile(rebuilt, config, Path(entry))
     except ConfigError as error:
         sys.exit(f"error: {error}")
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from tsp_jax.config import Remat
 from tsp_jax.errors import ConfigError
 from tsp_jax.files import read_json
 from tsp_jax.hardware.targets import parse_target
@@ -22,7 +23,7 @@ from tsp_jax.inspect import Timeline, parse, simulate
 from tsp_jax.tools import cli
 from tsp_jax.tools.inspect import check_writable
 from tsp_jax.tools.published import NotRebuilt, Rebuilt, Run, measured_seconds, read_runs, rebuild
-from tsp_jax.tools.rebuilt import CompiledRun, compile_run
+from tsp_jax.tools.rebuilt import CompiledRun, OutOfMemory, compile_run
 from tsp_jax.tools.sweep import USABLE
 
 WORSE = 1
@@ -97,10 +98,9 @@ def compare_run(run: Run, path: str | Path, timeout_s: float) -> Comparison:
     )  # fmt: skip
     try:
         rebuilt = rebuild(run)
-        compiled, fits = _first_that_fits(rebuilt, path, timeout_s)
+        return _predicted(row, rebuilt, *_figures(rebuilt, path, timeout_s))
     except NotRebuilt as why:
         return dataclasses.replace(row, reason=str(why))
-    return _predicted(row, rebuilt, compiled, fits)
 
 
 def _program(run: Run) -> str:
@@ -108,32 +108,56 @@ def _program(run: Run) -> str:
     return f"{run.framework}, {run.model}, {run.global_batch or '?'} x {tokens}"
 
 
-def _first_that_fits(rebuilt: Rebuilt, path: str | Path, timeout_s: float) -> tuple[CompiledRun, bool]:
-    """(the program under the first remat policy whose peak memory fits, whether it fits); the last one if none does."""
-    memory = parse_target(rebuilt.target).hardware.memory_bytes
-    compiled, fits = None, False
+def _figures(rebuilt: Rebuilt, path: str | Path, timeout_s: float) -> tuple[CompiledRun, dict[str, float], bool]:
+    """(a compiled program, its figures, whether it fits) under the first remat policy whose peak memory fits.
+
+    If none fits, the last one counts. A program that the compiler refuses for its memory is compiled with two smaller
+    numbers of layers: layers are alike, so that every figure is a line in their number.
+    """
+    memory = USABLE * parse_target(rebuilt.target).hardware.memory_bytes / 1e9
     for remat in rebuilt.remats:
-        compiled = compile_run(path, rebuilt, remat, timeout_s)
-        if fits := compiled.peak_bytes <= USABLE * memory:
-            break
-    assert compiled is not None
-    return compiled, fits
+        try:
+            compiled = compile_run(path, rebuilt, remat, timeout_s)
+        except OutOfMemory:
+            if remat != rebuilt.remats[-1]:
+                continue
+            return _of_fewer_layers(rebuilt, path, remat, timeout_s)
+        figures = _of_program(compiled, rebuilt)
+        if figures["peak_gb"] <= memory or remat == rebuilt.remats[-1]:
+            return compiled, figures, figures["peak_gb"] <= memory
+    raise AssertionError("a run has a remat policy")
 
 
-def _predicted(row: Comparison, rebuilt: Rebuilt, compiled: CompiledRun, fits: bool) -> Comparison:
+def _of_fewer_layers(rebuilt: Rebuilt, path: str | Path, remat: Remat, timeout_s: float):
+    layers = rebuilt.config.model.num_layers
+    some = [compile_run(path, rebuilt, remat, timeout_s, layers // parts) for parts in (8, 4)]
+    few, more = (_of_program(compiled, rebuilt) for compiled in some)
+    times = (layers - some[0].layers) / (some[1].layers - some[0].layers)
+    return some[1], {name: few[name] + times * (more[name] - few[name]) for name in few}, False
+
+
+def _of_program(compiled: CompiledRun, rebuilt: Rebuilt) -> dict[str, float]:
+    """Figures of `Comparison` that are read from a program."""
     timeline = simulate(parse(compiled.text), parse_target(rebuilt.target).hardware)
     low, step, high = timeline.band()
+    return {
+        "step_s": step, "low_s": low, "high_s": high, "attention_s": _attention_seconds(timeline),
+        "exposed_comm_s": timeline.exposed_comm_s, "exposed_host_s": timeline.exposed_host_s,
+        "peak_gb": compiled.peak_bytes / 1e9,
+    }  # fmt: skip
+
+
+def _predicted(
+    row: Comparison, rebuilt: Rebuilt, compiled: CompiledRun, figures: dict[str, float], fits: bool
+) -> Comparison:
     measured, measured_as = measured_seconds(rebuilt.run)
-    peak = compiled.peak_bytes / 1e9
     assert measured is not None
     remarks = rebuilt.remarks if fits else (*rebuilt.remarks, "the rebuilt program does not fit the device")
     return dataclasses.replace(
         row, layout=rebuilt.config.layout, mesh=rebuilt.config.mesh, remat=compiled.remat, kernel=rebuilt.kernel,
         measured_s=measured, measured_as=measured_as, other_measured_s=rebuilt.run.step_s[1:],
-        step_s=step, low_s=low, high_s=high, error=step / measured - 1, attention_s=_attention_seconds(timeline),
-        exposed_comm_s=timeline.exposed_comm_s, exposed_host_s=timeline.exposed_host_s,
-        peak_gb=peak, memory_error=peak / row.measured_gb - 1 if row.measured_gb else None, remarks=remarks,
-        compiler=compiled.compiler,
+        error=figures["step_s"] / measured - 1, remarks=remarks, compiler=compiled.compiler,
+        memory_error=figures["peak_gb"] / row.measured_gb - 1 if row.measured_gb else None, **figures,
     )  # fmt: skip
 
 

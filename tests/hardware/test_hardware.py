@@ -24,6 +24,7 @@ def hardware(name: str) -> Hardware:
 
 
 MESH, SWITCH, TORUS, HOST = (hardware(name) for name in ("mi300x", "h100", "v5p", "cpu"))
+FLAT, PAIRED = hardware("v5e"), hardware("v7x")
 
 
 @pytest.mark.parametrize("op", GATHERS)
@@ -69,6 +70,20 @@ def test_virtual_devices_share_the_hosts_memory(op):
 )
 def test_a_torus_uses_the_links_along_the_dimensions_of_the_group(groups, links):
     assert collective_seconds(TORUS, "all-gather", BYTES, groups) == pytest.approx(7 / links)
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices", "links"),
+    [
+        (FLAT, 8, 3),  # 2 x 4: one link along the dimension of 2, two along that of 4
+        (FLAT, 64, 4),
+        (PAIRED, 2, 1),  # the two cores of a chip
+        (PAIRED, 8, 3),  # 2 x 2 x 1 chips of two cores: a link along each dimension, and the other core
+        (PAIRED, 128, 7),
+    ],
+)
+def test_each_kind_of_tpu_has_a_torus_of_its_own(kind, devices, links):
+    assert collective_seconds(kind, "all-gather", BYTES, [tuple(range(devices))]) == pytest.approx(7 / links)
 
 
 def test_a_permute_has_one_link_of_the_torus():
@@ -118,8 +133,8 @@ def test_an_unknown_op_is_named():
 
 
 def test_a_slice_that_is_not_known_is_named():
-    with pytest.raises(ConfigError, match=r"devices=65 .* use one of 4, 8, 16, 32, 64"):
-        collective_seconds(TORUS, "all-gather", 1, [tuple(range(65))])
+    with pytest.raises(ConfigError, match=r"devices=513 .* use one of 4, 8, .* 512$"):
+        collective_seconds(TORUS, "all-gather", 1, [tuple(range(513))])
 
 
 @pytest.mark.parametrize("kind", HARDWARE.values(), ids=HARDWARE)
@@ -160,7 +175,13 @@ assert "jax" not in sys.modules
         ("gpu", "NVIDIA H100 80GB HBM3", "h100"),
         ("tpu", "TPU v5", "v5p"),  # so in jax 0.10 to 0.12
         ("tpu", "TPU v5p", "v5p"),
-        ("tpu", "TPU v5 lite", None),
+        ("tpu", "TPU v5 lite", "v5e"),
+        ("tpu", "TPU v6 lite", "v6e"),
+        ("tpu", "TPU7x", "v7x"),
+        ("tpu", "TPU v4", None),
+        ("gpu", "NVIDIA H200", "h200"),
+        ("gpu", "NVIDIA B200", "b200"),
+        ("gpu", "AMD Instinct MI325X", "mi325x"),
         ("cpu", "cpu", "cpu"),
     ],
 )

@@ -1,6 +1,8 @@
 """Facts about devices: data sheets, the links between devices, and the rates that programs reach (`Rates`)."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +39,8 @@ class Hardware:
     """`device_kind` of such devices in JAX, where it does not contain `name`"""
     description: str = ""
     """for GPUs, the compiler's description of the device: XLA's GpuTargetConfig as text"""
+    devices_per_chip: int = 1
+    """devices that share a chip and its links; their rates above are one device's part of the chip's"""
 
     def is_kind_of(self, device: Any) -> bool:
         """Whether a JAX device, present or of a topology, is of this kind."""
@@ -67,13 +71,17 @@ def _amd(gfx: str, cores: int, shared: int, clock_ghz: float, memory: int, bandw
     return _gpu(info, capability, "ROCM", "major: 1 minor: 3 patch: 0", gfx)
 
 
-_H100 = _BLOCK | {
-    "threads_per_warp": 32, "shared_memory_per_block": 49152, "shared_memory_per_core": 233472, "core_count": 132,
-    "block_dim_limit_x": 2147483647, "block_dim_limit_y": 65535, "block_dim_limit_z": 65535,
-    "memory_bandwidth": 3352320000000, "l2_cache_size": 52428800, "clock_rate_ghz": 1.98,
-    "device_memory_size": 85028765696, "shared_memory_per_block_optin": 232448,
-    "registers_per_core_limit": 65536, "registers_per_block_limit": 65536,
-}  # fmt: skip
+def _nvidia(name: str, major: int, cores: int, l2: int, clock_ghz: float, memory: int, bandwidth: int) -> str:
+    info = _BLOCK | {
+        "threads_per_warp": 32, "shared_memory_per_block": 49152, "shared_memory_per_core": 233472,
+        "core_count": cores, "block_dim_limit_x": 2147483647, "block_dim_limit_y": 65535, "block_dim_limit_z": 65535,
+        "memory_bandwidth": bandwidth, "l2_cache_size": l2, "clock_rate_ghz": clock_ghz,
+        "device_memory_size": memory, "shared_memory_per_block_optin": 232448,
+        "registers_per_core_limit": 65536, "registers_per_block_limit": 65536,
+    }  # fmt: skip
+    capability = f"cuda_compute_capability {{ major: {major} minor: 0 }}"
+    return _gpu(info, capability, "CUDA", "major: 9 minor: 10", name)
+
 
 HARDWARE = {
     hardware.name: hardware
@@ -89,6 +97,12 @@ HARDWARE = {
             description=_amd("gfx942", 304, 65536, 2.1, 206141652992, 5300000000000),
         ),
         Hardware(
+            # No jax_kind: the topology's devices are gfx942, as MI300X's are; a present one is AMD Instinct MI325X.
+            name="mi325x", platform="rocm", memory_bytes=256e9, memory_bandwidth=6e12, peak_flops=1307e12,
+            links="full_mesh", num_links=7, node_size=8, rates=RATES["mi325x"], source="AMD MI325X data sheet",
+            description=_amd("gfx942", 304, 65536, 2.1, 274877906944, 6000000000000),
+        ),
+        Hardware(
             name="mi355x", platform="rocm", jax_kind="gfx950",
             memory_bytes=288e9, memory_bandwidth=8e12, peak_flops=2500e12,
             links="full_mesh", num_links=7, node_size=8, rates=RATES["mi355x"], source="AMD MI355X data sheet",
@@ -97,10 +111,18 @@ HARDWARE = {
         Hardware(
             name="h100", platform="cuda", memory_bytes=80e9, memory_bandwidth=3.35e12, peak_flops=989e12,
             links="switch", num_links=1, node_size=8, rates=RATES["h100"], source="NVIDIA H100 SXM data sheet",
-            description=_gpu(
-                _H100, "cuda_compute_capability { major: 9 minor: 0 }", "CUDA", "major: 9 minor: 10",
-                "NVIDIA H100 80GB HBM3",
-            ),
+            description=_nvidia("NVIDIA H100 80GB HBM3", 9, 132, 52428800, 1.98, 85028765696, 3352320000000),
+        ),
+        Hardware(
+            name="h200", platform="cuda", memory_bytes=141e9, memory_bandwidth=4.8e12, peak_flops=989e12,
+            links="switch", num_links=1, node_size=8, rates=RATES["h200"], source="NVIDIA H200 SXM data sheet",
+            description=_nvidia("NVIDIA H200 141GB HBM3e", 9, 132, 52428800, 1.98, 151397597184, 4800000000000),
+        ),
+        Hardware(
+            name="b200", platform="cuda", memory_bytes=180e9, memory_bandwidth=8e12, peak_flops=2250e12,
+            links="switch", num_links=1, node_size=8, rates=RATES["b200"],
+            source="NVIDIA DGX B200 data sheet (1,440 GB on 8 GPUs)",
+            description=_nvidia("NVIDIA B200", 10, 148, 132644864, 1.965, 191514411008, 7672320000000),
         ),
         Hardware(
             name="v5p", platform="tpu", jax_kind="TPU v5",
@@ -108,11 +130,45 @@ HARDWARE = {
             links="torus", num_links=6, node_size=8960, rates=RATES["v5p"],
             source="Google Cloud TPU v5p page (4,800 Gb/s of interconnect a chip, over six directions)",
         ),
+        Hardware(
+            name="v5e", platform="tpu", jax_kind="TPU v5 lite",
+            memory_bytes=16e9, memory_bandwidth=819e9, peak_flops=197e12,
+            links="torus", num_links=4, node_size=256, rates=RATES["v5e"],
+            source="Google Cloud TPU v5e page (400 GB/s of interconnect a chip both ways, over four directions)",
+        ),
+        Hardware(
+            name="v6e", platform="tpu", jax_kind="TPU v6 lite",
+            memory_bytes=32e9, memory_bandwidth=1638e9, peak_flops=918e12,
+            links="torus", num_links=4, node_size=256, rates=RATES["v6e"],
+            source="Google Cloud TPU v6e page (800 GB/s of interconnect a chip both ways, over four directions)",
+        ),
+        Hardware(
+            name="v7x", platform="tpu", jax_kind="TPU7x", devices_per_chip=2,
+            memory_bytes=96e9, memory_bandwidth=3.685e12, peak_flops=1153.5e12,
+            links="torus", num_links=7, node_size=18432, rates=RATES["v7x"],
+            source="Google Cloud TPU7x (Ironwood) page, halved: a device is one of a chip's two cores (a chip: 2,307 "
+            "TFLOP/s, 192 GB, 7.37 TB/s, 1,200 GB/s of interconnect both ways over six directions); the link between "
+            "the two cores is faster, and counts like one of them",
+        ),
     )
 }  # fmt: skip
 
-TPU_TOPOLOGIES = {4: "v5:2x2x1", 8: "v5:2x2x2", 16: "v5:2x2x4", 32: "v5:2x4x4", 64: "v5:4x4x4"}
-"""number of chips of a v5p slice -> its name, with the extents of its torus"""
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+_SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+
+
+def _slices(name: str, shapes: Sequence[str], devices_per_chip: int = 1) -> dict[int, str]:
+    """number of devices -> name of the slice for the compiler"""
+    return {math.prod(map(int, shape.split("x"))) * devices_per_chip: f"{name}:{shape}" for shape in shapes}
+
+
+TPU_TOPOLOGIES = {
+    "v5p": _slices("v5", _CUBES),
+    "v5e": _slices("v5e", _SQUARES),
+    "v6e": _slices("v6e", _SQUARES),
+    "v7x": _slices("tpu7x", _CUBES, 2),
+}
+"""kind of TPU -> number of devices of a slice -> its name, with the extents of its torus in chips"""
 _DEVICE_FILES = {"rocm": ("/dev/kfd",), "cuda": ("/dev/nvidiactl",), "tpu": ("/dev/accel0", "/dev/vfio/0")}
 
 

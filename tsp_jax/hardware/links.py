@@ -38,7 +38,7 @@ def collective_seconds(
         raise ConfigError(f"op={op} is no collective; use one of {', '.join(COLLECTIVES)}")
     if op == "collective-permute":
         return max((_pair_seconds(hardware, received_bytes, *pair, level=level) for pair in groups), default=0.0)
-    extents = _extents(groups) if hardware.links == "torus" else ()
+    extents = _extents(hardware, groups) if hardware.links == "torus" else ()
     return max((_group_seconds(hardware, op, received_bytes, group, extents, level) for group in groups), default=0.0)
 
 
@@ -112,11 +112,13 @@ def coordinates(device: int, extents: Sequence[int]) -> tuple[int, ...]:
     return tuple(device // math.prod(extents[k + 1 :]) % extent for k, extent in enumerate(extents))
 
 
-def _extents(groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Extents of the smallest slice that has all the devices."""
+def _extents(hardware: Hardware, groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Extents of the smallest slice that has all the devices; the last one counts the devices of a chip, if several."""
     devices = max(itertools.chain.from_iterable(groups), default=0) + 1
-    size = min((size for size in TPU_TOPOLOGIES if size >= devices), default=None)
+    slices = TPU_TOPOLOGIES[hardware.name]
+    size = min((size for size in slices if size >= devices), default=None)
     if size is None:
-        known = ", ".join(map(str, TPU_TOPOLOGIES))
+        known = ", ".join(map(str, slices))
         raise ConfigError(f"devices={devices} are more than the slices known here; use one of {known}")
-    return tuple(int(extent) for extent in TPU_TOPOLOGIES[size].partition(":")[2].split("x"))
+    extents = tuple(int(extent) for extent in slices[size].partition(":")[2].split("x"))
+    return (*extents, hardware.devices_per_chip) if hardware.devices_per_chip > 1 else extents

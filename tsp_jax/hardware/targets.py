@@ -1,4 +1,4 @@
-"""Hardware to compile for, present or not: ``cpu:8``, ``mi300x:8``, ``mi355x:8``, ``h100:8``, ``v5p:8``.
+"""Hardware to compile for, present or not: ``cpu:8``, ``mi300x:8``, ``h100:8``, ``v5p:8``, any row of `HARDWARE`.
 
 A target's devices are the machine's own if it has enough of them, else those of a topology that the platform's compiler
 describes without any device. A program compiled for a topology can be inspected, but not run.
@@ -150,14 +150,16 @@ def _cuda(target: Target) -> Any:
 @functools.cache
 def _tpu(target: Target) -> Any:
     library = _package(target, "libtpu") / "libtpu.so"
-    if target.num_devices not in TPU_TOPOLOGIES:
-        raise ConfigError(f"target={target}: no such slice; use v5p: with one of {', '.join(map(str, TPU_TOPOLOGIES))}")
+    slices = TPU_TOPOLOGIES[target.hardware.name]
+    if target.num_devices not in slices:
+        known = f"{target.hardware.name}: with one of {', '.join(map(str, slices))}"
+        raise ConfigError(f"target={target}: no such slice; use {known}")
     known = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-16", "TPU_WORKER_HOSTNAMES": "localhost"}
     if not is_present("tpu"):  # else one process alone may use the TPU, and libtpu locks it
         known["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     for name, value in (known | {"TPU_LIBRARY_PATH": str(library)}).items():
         os.environ.setdefault(name, value)
-    name, bounds = TPU_TOPOLOGIES[target.num_devices], {"chips_per_host_bounds": (2, 2, 1)}
+    name, bounds = slices[target.num_devices], {"chips_per_host_bounds": (2, 2, 1)}
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds).devices
 
 

@@ -30,7 +30,8 @@ class CompareOptions:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     target: str = "mi300x:8"
-    """devices to compile for, which need not be present: cpu:8, mi300x:8, mi355x:8, h100:8, v5p:8"""
+    """devices to compile for, which need not be present: cpu:8, mi300x:8, mi325x:8, mi355x:8, h100:8, h200:8,
+    b200:8, v5e:8, v5p:8, v6e:8, v7x:8"""
     layouts: str = ""
     """layouts, separated by commas, such as tsp:8,tp_sp:2x4,tsp(weights=data+tsp):2x4. Each is written as for --layout,
     then a colon and the sizes of its axes: first tensor axes (they shard weights alone), then batch axes, then sequence

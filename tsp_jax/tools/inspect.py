@@ -60,7 +60,8 @@ class StepOptions:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     target: str = "cpu:8"
-    """devices to compile for, which need not be present: cpu:8, mi300x:8, mi355x:8, h100:8, v5p:8"""
+    """devices to compile for, which need not be present: cpu:8, mi300x:8, mi325x:8, mi355x:8, h100:8, h200:8,
+    b200:8, v5e:8, v5p:8, v6e:8, v7x:8"""
     step: Step = "train"
     """train (an optimizer step), forward (the loss of a batch), prefill, or decode (one token per sequence)"""
     chunk: int = 0

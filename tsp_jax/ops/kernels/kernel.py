@@ -18,6 +18,7 @@ _KINDS = {
     "AMD Instinct MI300": "gfx942", "AMD Instinct MI325": "gfx942", "gfx942": "gfx942",
     "AMD Instinct MI35": "gfx950", "gfx950": "gfx950",
     "NVIDIA H100": "sm_90", "NVIDIA H200": "sm_90", "NVIDIA GH200": "sm_90",
+    "NVIDIA B200": "sm_100",
     "TPU v5 lite": "tpu_v5e", "TPU v5e": "tpu_v5e", "TPU v5": "tpu_v5p", "TPU v6": "tpu_v6e", "TPU7x": "tpu_v7x",
     "TPU": "tpu",
 }  # fmt: skip

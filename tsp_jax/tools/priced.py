@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton
 
 from tsp_jax.ops.kernels import KERNELS, Kernel
 from tsp_jax.ops.kernels.kernel import declare_products
+from tsp_jax.ops.kernels.mask import Scores
 
 NAME = "priced"
 """the stand-in's name in `stream.kernel`, while `priced_kernel` lasts"""
@@ -41,7 +42,7 @@ class PricedKernel(Kernel):
     def for_arch(cls, arch: str) -> Self:
         raise NotImplementedError("use priced_kernel")
 
-    def attend(self, q_BTKGH, k_BSKH, v_BSKH, queries, keys):
+    def attend(self, q_BTKGH, k_BSKH, v_BSKH, queries, keys, scores=Scores()):
         """Declares ``2 x 2 B T (S + 1) / 2 N H`` operations; see `Kernel.attend`.
 
         Moves: nothing. Keeps: nothing.
@@ -49,7 +50,9 @@ class PricedKernel(Kernel):
         lse_BTKG = jax.ShapeDtypeStruct(q_BTKGH.shape[:-1], jnp.float32)
         return self._declare("forward", FORWARD_PRODUCTS, (q_BTKGH, k_BSKH, v_BSKH), (q_BTKGH, lse_BTKG))
 
-    def attend_backward(self, q_BTKGH, k_BSKH, v_BSKH, queries, keys, delta_BTKG, lse_BTKG, dout_BTKGH):
+    def attend_backward(
+        self, q_BTKGH, k_BSKH, v_BSKH, queries, keys, delta_BTKG, lse_BTKG, dout_BTKGH, scores=Scores()
+    ):
         """Declares ``backward_products x 2 B T (S + 1) / 2 N H`` operations; see `Kernel.attend_backward`.
 
         Moves: nothing. Keeps: nothing.
@@ -63,7 +66,7 @@ class PricedKernel(Kernel):
         flops = causal_flops(products, batch, tokens, arrays[1].shape[1], kv_heads * group, head_dim)
         varying = jax.typeof(arrays[0]).mat
         made = [_flat(jnp.dtype(x.dtype), x.shape) for x in outputs]
-        on_tpu = self.arch == "tpu"
+        on_tpu = self.arch.startswith("tpu")
         whole = pl.BlockSpec(memory_space=pl.ANY) if on_tpu else pl.BlockSpec()
         call = pl.pallas_call(
             lambda *refs: None,

@@ -68,33 +68,19 @@ def _by_heads(band: tuple[float, float, float], small: float, large: float) -> d
     }
 
 
-_FA3 = "FlashAttention-3's figures (arXiv 2407.08608), 16 K tokens: {} without a causal mask, {} with one"
-_FIG = "H100 SXM", "2024-07"
 _OTHER_HEADS = Source("extrapolated", "from heads of 128, lower end lowered by 0.85")
+_OURS = Source(
+    "measured", "this package's benchmarks/gpu_h100.md, 16 K tokens, causal, jax 0.11.2", "H100 SXM", "2026-11-26"
+)
+_CUDNN = Source(
+    "measured", "jax.nn.dot_product_attention in benchmarks/gpu_h100.md, 16 K tokens, causal; FlashAttention-3's "
+    "figures (arXiv 2407.08608) have 539 forward, causal, and 516 backward", "H100 SXM", "2026-11-26",
+)  # fmt: skip
 _ATTENTION_H100 = [
-    *_heads(
-        "triton", "forward", {64: (324, 390, 403), 128: (378, 395, 477), 256: (300, 370, 477)},
-        {
-            0: _OTHER_HEADS,
-            64: _measured("FlashAttention-3's figures: 403 without a causal mask; low assumed", *_FIG),
-            128: _measured(_FA3.format(395, 378) + "; high: 477 of TorchBench (pytorch/benchmark PR 2391)", *_FIG),
-        },
-    ),
-    *_heads("triton", "backward", _by_heads(_seven(220, 245, 265), 0.85, 0.8), {
-        0: _OTHER_HEADS,
-        128: _measured(
-            "265 TFLOP/s by 5 products a pair (high), in a TritonBench report that names no card", "", "2024"
-        ),
-    }),
-    *_heads("cudnn", "forward", {64: (350, 413, 438), 128: (500, 539, 595), 256: (460, 539, 620)}, {
-        0: _OTHER_HEADS,
-        64: _measured("FlashAttention-3's figures: 413 without a causal mask", *_FIG),
-        128: _measured(_FA3.format(595, 539), *_FIG),
-    }),
-    *_heads("cudnn", "backward", _by_heads((420, 480, 516), 0.75, 0.9), {
-        0: _OTHER_HEADS,
-        128: _measured("FlashAttention-3's figures: 516 (high); less with a causal mask, assumed", *_FIG),
-    }),
+    *_heads("triton", "forward", {64: (314, 324, 327), 128: (378, 424, 433), 256: (451, 457, 462)}, {0: _OURS}),
+    *_heads("triton", "backward", {64: (419, 428, 444), 128: (509, 522, 534), 256: (325, 327, 331)}, {0: _OURS}),
+    *_heads("cudnn", "forward", {64: (409, 415, 452), 128: (529, 548, 607), 256: (605, 620, 632)}, {0: _CUDNN}),
+    *_heads("cudnn", "backward", {64: (392, 414, 417), 128: (480, 514, 524), 256: (323, 349, 379)}, {0: _CUDNN}),
 ]  # fmt: skip
 _HIPKITTENS = "figure data of HipKittens (arXiv 2511.08083), 16 K tokens, causal"
 _ATTENTION_GFX950 = [

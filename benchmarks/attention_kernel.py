@@ -1,8 +1,8 @@
 """Times attention kernels, forward and backward, at one rank's shape, and compares their errors; runs alternate.
 
 Queries are one rank's zigzag tokens, keys those of all ranks. cuDNN takes no positions: it gets a causal square with as
-many allowed pairs, up to rounding, for which its time is corrected. `Hardware.attention_forward` and
-`attention_backward` assume the rates printed, over `Hardware.sustained_flops`.
+many allowed pairs, up to rounding, for which its time is corrected. The rates printed count 2
+products a pair in forward and 5 in backward; those of `tsp_jax.hardware.rates` count all that a kernel executes.
 
 On a GPU: python benchmarks/attention_kernel.py
 On a CPU, interpreted, to see that it runs: python benchmarks/attention_kernel.py --seq-len 256 --ranks 4 --head-dim 16

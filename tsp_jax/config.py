@@ -199,8 +199,9 @@ class StreamConfig:
     """dtype in which weight gradients are reduce-scattered"""
     kernel: str = "auto"
     """attention kernel: xla runs everywhere; triton is for MI300X, MI355X and H100; cudnn is for NVIDIA GPUs, and
-    leaves documents that cross chunks of the sequence to triton; auto: the first of cudnn, triton and xla that can
-    compute the heads. cudnn and triton have not yet run on a GPU"""
+    leaves documents that cross chunks of the sequence to triton; tpu is for v5p, v5e, v6e and v7x; auto: the first of
+    cudnn, triton, tpu and xla that can compute the heads. Of triton and tpu, triton has run on H100 alone, and tpu on
+    no TPU yet."""
 
     def __post_init__(self):
         _check("stream.", self, positive="bucket_mib")

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tsp_jax.hardware.devices import HARDWARE
+from tsp_jax.hardware.devices import HARDWARE, Hardware
+from tsp_jax.hardware.rates import flat_rates
 from tsp_jax.inspect import parse
 from tsp_jax.inspect.roofline import Costs
 from tsp_jax.inspect.timeline import Timeline, simulate
@@ -16,10 +17,24 @@ MESH = {"data": 2, "tsp": 4}
 F32 = 4
 LAYERS, BUCKETS, D = 3, 5, 8
 
-UNIT = dataclasses.replace(
-    HARDWARE["h100"], sustained_flops=1.0, sustained_bandwidth=1.0, link_bandwidth=1.0, host_bandwidth=1.0
-)
-"""a byte of memory, of a link or of the host a second, and an operation a second"""
+
+def at_rates(
+    hardware: Hardware = HARDWARE["h100"],
+    *,
+    flops: float = 1.0,
+    memory: float = 1.0,
+    host: float = 1.0,
+    link: float = 1.0,
+    between_nodes: float = 1.0,
+) -> Hardware:
+    """`hardware` with 1 of everything a second: operations, bytes of memory, of a link, of the host, between nodes."""
+    rates = flat_rates(
+        flops=flops, memory=memory, host=host, link=link, between_nodes=between_nodes, num_links=hardware.num_links
+    )
+    return dataclasses.replace(hardware, rates=rates)
+
+
+UNIT = at_rates()
 TPU_UNIT = dataclasses.replace(UNIT, platform="tpu")
 GROUPS = "replica_groups={{0,1,2,3,4,5,6,7}}"
 SYNC = 'backend_config={"collective_backend_config":{"is_sync":true}}'

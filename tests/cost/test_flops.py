@@ -78,3 +78,17 @@ def test_training_step_on_mi300x(name):
     found, desired = compiled_flops(config, parse_target(f"mi300x:{ranks}")), step_flops(config)
     per_device = {op: flops / ranks for op, flops in desired.items()}
     assert dict(found) == pytest.approx(per_device, rel=0.01)
+
+
+def test_attention_within_windows_on_mi300x():
+    """A tile of queries visits the tiles of its window, and at most two tiles more, of 128 or fewer keys each."""
+    needs_compiler("rocm")
+    model = dataclasses.replace(model_of(32000, 1024, 2048, (8, 8, 128)), window=4096)
+    config = dataclasses.replace(CONFIG, model=model, seq_len=65536, compute_dtype="bfloat16", mesh="", remat="none")
+    config = dataclasses.replace(config, stream=dataclasses.replace(config.stream, bucket_mib=64.0, kernel="triton"))
+    found, desired = compiled_flops(config, parse_target("mi300x:8")), step_flops(config)
+    assert 1 <= found["attention"] * 8 / desired["attention"] <= 1 + 2 * 128 / 4096
+    assert (
+        desired["attention"]
+        < step_flops(dataclasses.replace(config, model=model_of(32000, 1024, 2048, (8, 8, 128))))["attention"] / 7
+    )

@@ -1,6 +1,5 @@
 """The link model: seconds that a collective keeps the links busy, against figures worked out by hand."""
 
-import dataclasses
 import subprocess
 import sys
 import types
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders.hlo import at_rates
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware import targets
 from tsp_jax.hardware.devices import HARDWARE, TPU_TOPOLOGIES, Hardware
@@ -20,10 +20,11 @@ ALL_8 = [tuple(range(8))]
 
 def hardware(name: str) -> Hardware:
     """A link carries 1 GB/s, a network card a quarter of that."""
-    return dataclasses.replace(HARDWARE[name], link_bandwidth=1e9, node_bandwidth=0.25e9)
+    return at_rates(HARDWARE[name], link=1e9, between_nodes=0.25e9)
 
 
 MESH, SWITCH, TORUS, HOST = (hardware(name) for name in ("mi300x", "h100", "v5p", "cpu"))
+FLAT, PAIRED = hardware("v5e"), hardware("v7x")
 
 
 @pytest.mark.parametrize("op", GATHERS)
@@ -71,6 +72,20 @@ def test_a_torus_uses_the_links_along_the_dimensions_of_the_group(groups, links)
     assert collective_seconds(TORUS, "all-gather", BYTES, groups) == pytest.approx(7 / links)
 
 
+@pytest.mark.parametrize(
+    ("kind", "devices", "links"),
+    [
+        (FLAT, 8, 3),  # 2 x 4: one link along the dimension of 2, two along that of 4
+        (FLAT, 64, 4),
+        (PAIRED, 2, 1),  # the two cores of a chip
+        (PAIRED, 8, 3),  # 2 x 2 x 1 chips of two cores: a link along each dimension, and the other core
+        (PAIRED, 128, 7),
+    ],
+)
+def test_each_kind_of_tpu_has_a_torus_of_its_own(kind, devices, links):
+    assert collective_seconds(kind, "all-gather", BYTES, [tuple(range(devices))]) == pytest.approx(7 / links)
+
+
 def test_a_permute_has_one_link_of_the_torus():
     assert collective_seconds(TORUS, "collective-permute", BYTES, [(k, (k + 1) % 8) for k in range(8)]) == 7.0
 
@@ -91,7 +106,7 @@ def test_whole_nodes_share_their_network_cards(op, share):
 
 
 def test_the_links_inside_decide_where_the_network_is_fast():
-    fast = dataclasses.replace(MESH, node_bandwidth=1e12)
+    fast = at_rates(MESH, link=1e9, between_nodes=1e12)
     assert collective_seconds(fast, "all-gather", BYTES, [tuple(range(16))]) == pytest.approx(14 / 15)
 
 
@@ -118,15 +133,17 @@ def test_an_unknown_op_is_named():
 
 
 def test_a_slice_that_is_not_known_is_named():
-    with pytest.raises(ConfigError, match=r"devices=65 .* use one of 4, 8, 16, 32, 64"):
-        collective_seconds(TORUS, "all-gather", 1, [tuple(range(65))])
+    with pytest.raises(ConfigError, match=r"devices=513 .* use one of 4, 8, .* 512$"):
+        collective_seconds(TORUS, "all-gather", 1, [tuple(range(513))])
 
 
 @pytest.mark.parametrize("kind", HARDWARE.values(), ids=HARDWARE)
 def test_nothing_is_sustained_above_its_peak(kind):
-    assert 0 < kind.sustained_flops < kind.peak_flops
-    assert 0 < kind.sustained_bandwidth < kind.memory_bandwidth
-    assert f"{kind.link_bandwidth / 1e9:g} GB/s" in link_model(kind)
+    rates = kind.rates
+    assert all(0 < product.flops_per_s.low <= product.flops_per_s.high < kind.peak_flops for product in rates.products)
+    assert all(0 < row.flops_per_s.low <= row.flops_per_s.high < kind.peak_flops for row in rates.attention)
+    assert 0 < rates.memory.bytes_per_s.high < kind.memory_bandwidth
+    assert f"{rates.between_nodes.bytes_per_s.text(1e9)} GB/s" in link_model(kind)
 
 
 def test_targets_speak_of_the_same_hardware():
@@ -158,7 +175,13 @@ assert "jax" not in sys.modules
         ("gpu", "NVIDIA H100 80GB HBM3", "h100"),
         ("tpu", "TPU v5", "v5p"),  # so in jax 0.10 to 0.12
         ("tpu", "TPU v5p", "v5p"),
-        ("tpu", "TPU v5 lite", None),
+        ("tpu", "TPU v5 lite", "v5e"),
+        ("tpu", "TPU v6 lite", "v6e"),
+        ("tpu", "TPU7x", "v7x"),
+        ("tpu", "TPU v4", None),
+        ("gpu", "NVIDIA H200", "h200"),
+        ("gpu", "NVIDIA B200", "b200"),
+        ("gpu", "AMD Instinct MI325X", "mi325x"),
         ("cpu", "cpu", "cpu"),
     ],
 )

@@ -1,10 +1,20 @@
 """Simulated time of small programs whose answer is known."""
 
-import dataclasses
-
 import pytest
 
-from tests.builders.hlo import GROUPS, SYNC, TPU_UNIT, UNIT, cost, gather, kernel, lines, overlapped, simulated
+from tests.builders.hlo import (
+    GROUPS,
+    SYNC,
+    TPU_UNIT,
+    UNIT,
+    at_rates,
+    cost,
+    gather,
+    kernel,
+    lines,
+    overlapped,
+    simulated,
+)
 
 
 @pytest.mark.parametrize("spelling", ["all-reduce", "all-reduce-start"])
@@ -64,7 +74,7 @@ def test_compute_takes_the_longer_of_products_and_memory():
         left, right = f"f32[2,{k}] %p.a", f"f32[{k},2] %p.b"
         return lines(f"%d = f32[2,2] dot({left}, {right}), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}")
 
-    fast = dataclasses.replace(UNIT, sustained_bandwidth=1000.0)
+    fast = at_rates(memory=1000.0)
     assert simulated(product(50), hardware=UNIT).step_s == 4 * (100 + 100 + 4)
     result = simulated(product(50), hardware=fast)
     assert result.step_s == result.matmul_s == result.flops == 2 * 4 * 50
@@ -176,12 +186,12 @@ CHAIN = (
 
 
 def test_tpu_spreads_a_gather_over_fusions():
-    fast = dataclasses.replace(TPU_UNIT, sustained_bandwidth=1e9, links="switch")
+    fast = at_rates(TPU_UNIT, memory=1e9)
     result = simulated(lines(*CHAIN), FUSIONS, hardware=fast)
     assert result.flops == 2 * 4 * 8
     assert (result.comm_s, result.exposed_comm_s) == (56, 0)
     assert result.step_s == 64
-    slow = dataclasses.replace(fast, sustained_flops=2.0)
+    slow = at_rates(TPU_UNIT, memory=1e9, flops=2.0)
     after = "%d = f32[1,1] dot(f32[1,8] %p.a, f32[8,1] %p.b), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
     result = simulated(lines(*CHAIN, after), FUSIONS, hardware=slow)
     assert (result.step_s, result.exposed_comm_s) == (56 + 8, 24)

@@ -1,13 +1,12 @@
 """Traces of recorded timelines."""
 
-import dataclasses
 import gzip
 import json
 from collections import Counter
 
 import pytest
 
-from tests.builders.hlo import UNIT, gather, kernel, lines, loop, overlapped, simulated
+from tests.builders.hlo import at_rates, gather, kernel, lines, loop, overlapped, simulated
 from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.trace import write_trace
 
@@ -16,7 +15,7 @@ def traced(tmp_path, name: str = "trace.json"):
     start, done = gather("g", 56)
     inner, inner_bodies = loop("inner", lines(kernel("k", 8)), 100)
     outer, bodies = loop("outer", lines(start, inner, kernel("m", 16), done), 2, inner=inner_bodies)
-    slow_links = dataclasses.replace(UNIT, link_bandwidth=0.05)
+    slow_links = at_rates(link=0.05)
     timeline = simulated(lines(outer), bodies, hardware=slow_links, record=True)
     write_trace(timeline, tmp_path / name)
     return timeline, (tmp_path / name).read_bytes()

@@ -10,9 +10,10 @@ def step_flops(config: Config, *, forward: bool = False) -> dict[str, float]:
     """Floating-point operations of a training step, or of its `forward` pass and loss, on all devices together, by op.
 
     A multiply-add counts as two operations. One product of T tokens with a weight of n elements takes 2 T n. In
-    attention only causal pairs of tokens count, as if each sequence were one document: T (S + 1) / 2 pairs, each of
-    which takes 2 N H operations per product. Recomputed products are included: those that backward recomputes under
-    `config.remat`, and those that some ops always recompute in backward.
+    attention only causal pairs of tokens within the window W count, as if each sequence were one document:
+    T (W - W (W - 1) / 2 S) pairs, T (S + 1) / 2 without a window, each of which takes 2 N H operations per product.
+    Recomputed products are included: those that backward recomputes under `config.remat`, and those that some ops
+    always recompute in backward.
     """
     model, tokens = config.model, config.batch * config.seq_len
     again = 0 if config.remat == "none" else 1
@@ -24,7 +25,8 @@ def step_flops(config: Config, *, forward: bool = False) -> dict[str, float]:
 
     query, kv = (heads * model.head_dim * model.d_model for heads in (model.num_heads, model.num_kv_heads))
     repeated = (query + kv) / (query + 2 * kv) if model.qk_norm else 0  # the norm's backward needs its input
-    pairs = model.num_heads * model.head_dim * (config.seq_len + 1) / 2
+    window = min(model.window or config.seq_len, config.seq_len)  # token i attends to min(i + 1, window) tokens
+    pairs = model.num_heads * model.head_dim * (window - window * (window - 1) / (2 * config.seq_len))
     layers = {
         # Backward: dx and dW of every weight.
         "projections": count(query + 2 * kv, 1 + again + twice, 2 + repeated) + count(query, 1 + again, 2),

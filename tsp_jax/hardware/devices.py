@@ -1,10 +1,13 @@
-"""Facts about devices: data sheets, rates that real programs reach, and the links between devices."""
+"""Facts about devices: data sheets, the links between devices, and the rates that programs reach (`Rates`)."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from tsp_jax.errors import ConfigError
+from tsp_jax.hardware.rate_tables import RATES
+from tsp_jax.hardware.rates import Rates
 
 MOST_CPU_DEVICES = 1024
 """limit on virtual CPU devices: each starts threads, and a process with tens of thousands of threads dies"""
@@ -26,47 +29,22 @@ class Hardware:
     links: Literal["host", "full_mesh", "switch", "torus"]
     num_links: int
     """number of links of a device within a node; in a torus, one for each direction"""
-    link_bandwidth: float
-    """bytes/s that one link sustains"""
     node_size: int
     """number of devices in a node, which these links connect"""
-    node_bandwidth: float
-    """bytes/s between a device and other nodes"""
-    sustained_flops: float
-    """dense bfloat16 operations/s that matrix products of real programs reach"""
-    sustained_bandwidth: float
-    """bytes/s of main memory that real programs reach"""
-    host_bandwidth: float
-    """bytes/s between the device and its host's memory"""
+    rates: Rates
+    """rates that programs reach"""
     source: str
-    attention_forward: float = 1.0
-    """share of sustained_flops that the fused attention kernel reaches; `attention_backward` likewise"""
-    attention_backward: float = 1.0
-    attention_source: str = "no fused kernel is known"
+    """of the data sheet"""
     jax_kind: str = ""
     """`device_kind` of such devices in JAX, where it does not contain `name`"""
     description: str = ""
     """for GPUs, the compiler's description of the device: XLA's GpuTargetConfig as text"""
-
-    @property
-    def efficiency(self) -> dict[str, float]:
-        """Kind of kernel, as programs declare it -> share of sustained_flops that the kernel reaches."""
-        return {"attention_forward": self.attention_forward, "attention_backward": self.attention_backward}
+    devices_per_chip: int = 1
+    """devices that share a chip and its links; their rates above are one device's part of the chip's"""
 
     def is_kind_of(self, device: Any) -> bool:
         """Whether a JAX device, present or of a topology, is of this kind."""
         return self.name in f"{device.platform} {device.device_kind}".lower() or device.device_kind == self.jax_kind
-
-    def with_attention(self, efficiency: float) -> "Hardware":
-        """A copy whose attention kernels, forward and backward, reach this share of `sustained_flops`.
-
-        Raises:
-          ConfigError: `efficiency` is not in (0, 1].
-        """
-        if not 0 < efficiency <= 1:
-            raise ConfigError(f"attention_efficiency={efficiency} must be above 0 and at most 1; use 0.6")
-        both = {"attention_forward": efficiency, "attention_backward": efficiency}
-        return dataclasses.replace(self, **both, attention_source="as the caller says")
 
 
 def _gpu(info: dict[str, Any], capability: str, platform: str, dnn: str, name: str) -> str:
@@ -93,77 +71,104 @@ def _amd(gfx: str, cores: int, shared: int, clock_ghz: float, memory: int, bandw
     return _gpu(info, capability, "ROCM", "major: 1 minor: 3 patch: 0", gfx)
 
 
-_H100 = _BLOCK | {
-    "threads_per_warp": 32, "shared_memory_per_block": 49152, "shared_memory_per_core": 233472, "core_count": 132,
-    "block_dim_limit_x": 2147483647, "block_dim_limit_y": 65535, "block_dim_limit_z": 65535,
-    "memory_bandwidth": 3352320000000, "l2_cache_size": 52428800, "clock_rate_ghz": 1.98,
-    "device_memory_size": 85028765696, "shared_memory_per_block_optin": 232448,
-    "registers_per_core_limit": 65536, "registers_per_block_limit": 65536,
-}  # fmt: skip
+def _nvidia(name: str, major: int, cores: int, l2: int, clock_ghz: float, memory: int, bandwidth: int) -> str:
+    info = _BLOCK | {
+        "threads_per_warp": 32, "shared_memory_per_block": 49152, "shared_memory_per_core": 233472,
+        "core_count": cores, "block_dim_limit_x": 2147483647, "block_dim_limit_y": 65535, "block_dim_limit_z": 65535,
+        "memory_bandwidth": bandwidth, "l2_cache_size": l2, "clock_rate_ghz": clock_ghz,
+        "device_memory_size": memory, "shared_memory_per_block_optin": 232448,
+        "registers_per_core_limit": 65536, "registers_per_block_limit": 65536,
+    }  # fmt: skip
+    capability = f"cuda_compute_capability {{ major: {major} minor: 0 }}"
+    return _gpu(info, capability, "CUDA", "major: 9 minor: 10", name)
+
 
 HARDWARE = {
     hardware.name: hardware
     for hardware in (
         Hardware(
-            name="cpu", platform="cpu", memory_bytes=24e9, memory_bandwidth=20e9, peak_flops=1e11, links="host",
-            num_links=1, link_bandwidth=10e9, node_size=1 << 30, node_bandwidth=1e9,
-            sustained_flops=5e10, sustained_bandwidth=10e9, host_bandwidth=10e9,
-            source="placeholders of a small host: virtual devices share one memory",
+            name="cpu", platform="cpu", memory_bytes=24e9, memory_bandwidth=20e9, peak_flops=1e11,
+            links="host", num_links=1, node_size=1 << 30, rates=RATES["cpu"], source="placeholders of a small host",
         ),
         Hardware(
             name="mi300x", platform="rocm", jax_kind="gfx942",
             memory_bytes=192e9, memory_bandwidth=5.3e12, peak_flops=1307e12,
-            links="full_mesh", num_links=7, link_bandwidth=48e9, node_size=8, node_bandwidth=50e9,
-            sustained_flops=620e12, sustained_bandwidth=4.1e12, host_bandwidth=50e9,
-            source="AMD MI300X data sheet; usable xGMI rate from AMD's ROCm blog, March 2025 (64 GB/s raw); bf16 "
-            "products 620 TFLOP/s by SemiAnalysis, December 2024; memory as copies like BabelStream's reach "
-            "(4.0-4.3 TB/s); host link 0.8 of PCIe 5.0 x16: assumed, no measurement known",
-            attention_forward=0.7, attention_backward=0.45,
-            attention_source="forward: the share taken for MI355X; backward: the ratio taken for H100; both assumed, "
-            "no measurement of a Triton kernel on this device known",
+            links="full_mesh", num_links=7, node_size=8, rates=RATES["mi300x"], source="AMD MI300X data sheet",
             description=_amd("gfx942", 304, 65536, 2.1, 206141652992, 5300000000000),
+        ),
+        Hardware(
+            # No jax_kind: the topology's devices are gfx942, as MI300X's are; a present one is AMD Instinct MI325X.
+            name="mi325x", platform="rocm", memory_bytes=256e9, memory_bandwidth=6e12, peak_flops=1307e12,
+            links="full_mesh", num_links=7, node_size=8, rates=RATES["mi325x"], source="AMD MI325X data sheet",
+            description=_amd("gfx942", 304, 65536, 2.1, 274877906944, 6000000000000),
         ),
         Hardware(
             name="mi355x", platform="rocm", jax_kind="gfx950",
             memory_bytes=288e9, memory_bandwidth=8e12, peak_flops=2500e12,
-            links="full_mesh", num_links=7, link_bandwidth=58e9, node_size=8, node_bandwidth=50e9,
-            sustained_flops=1180e12, sustained_bandwidth=6.2e12, host_bandwidth=50e9,
-            source="AMD MI355X data sheet (xGMI 76.8 GB/s raw; usable rate scaled as on MI300X); sustained rates are "
-            "the share of the peak that MI300X reaches: assumed, no measurement known",
-            attention_forward=0.7, attention_backward=0.45,
-            attention_source="forward: Triton's kernel at 845 TFLOP/s, causal, 16 K tokens, heads of 128, in "
-            "a figure's data of HipKittens (arXiv 2511.08083), over an assumed sustained rate; backward: the ratio "
-            "taken for H100, assumed",
+            links="full_mesh", num_links=7, node_size=8, rates=RATES["mi355x"], source="AMD MI355X data sheet",
             description=_amd("gfx950", 256, 163840, 2.4, 309220868096, 8000000000000),
         ),
         Hardware(
             name="h100", platform="cuda", memory_bytes=80e9, memory_bandwidth=3.35e12, peak_flops=989e12,
-            links="switch", num_links=1, link_bandwidth=450e9, node_size=8, node_bandwidth=50e9,
-            sustained_flops=720e12, sustained_bandwidth=3.0e12, host_bandwidth=50e9,
-            source="NVIDIA H100 SXM data sheet; bf16 products about 720 TFLOP/s by SemiAnalysis, December 2024; memory "
-            "0.9 of the peak and host link 0.8 of PCIe 5.0 x16: assumed, no measurement known",
-            attention_forward=0.6, attention_backward=0.37,
-            attention_source="forward: Triton's kernel at 395 (FlashAttention-3, arXiv 2407.08608) to 477 TFLOP/s "
-            "(TorchBench, July 2024), 16 K tokens, heads of 128, causal or not is not said; backward: assumed, after "
-            "265 TFLOP/s of a Triton kernel in a TritonBench report that names no card",
-            description=_gpu(
-                _H100, "cuda_compute_capability { major: 9 minor: 0 }", "CUDA", "major: 9 minor: 10",
-                "NVIDIA H100 80GB HBM3",
-            ),
+            links="switch", num_links=1, node_size=8, rates=RATES["h100"], source="NVIDIA H100 SXM data sheet",
+            description=_nvidia("NVIDIA H100 80GB HBM3", 9, 132, 52428800, 1.98, 85028765696, 3352320000000),
+        ),
+        Hardware(
+            name="h200", platform="cuda", memory_bytes=141e9, memory_bandwidth=4.8e12, peak_flops=989e12,
+            links="switch", num_links=1, node_size=8, rates=RATES["h200"], source="NVIDIA H200 SXM data sheet",
+            description=_nvidia("NVIDIA H200 141GB HBM3e", 9, 132, 52428800, 1.98, 151397597184, 4800000000000),
+        ),
+        Hardware(
+            name="b200", platform="cuda", memory_bytes=180e9, memory_bandwidth=8e12, peak_flops=2250e12,
+            links="switch", num_links=1, node_size=8, rates=RATES["b200"],
+            source="NVIDIA DGX B200 data sheet (1,440 GB on 8 GPUs)",
+            description=_nvidia("NVIDIA B200", 10, 148, 132644864, 1.965, 191514411008, 7672320000000),
         ),
         Hardware(
             name="v5p", platform="tpu", jax_kind="TPU v5",
             memory_bytes=95e9, memory_bandwidth=2.765e12, peak_flops=459e12,
-            links="torus", num_links=6, link_bandwidth=90e9, node_size=8960, node_bandwidth=25e9,
-            sustained_flops=367e12, sustained_bandwidth=2.5e12, host_bandwidth=16e9,
-            source="Google Cloud TPU v5p page (4,800 Gb/s of interconnect a chip, over six directions); products 0.8 "
-            "and memory 0.9 of the peak, host link of PCIe 3.0 x16: assumed, no measurement known",
+            links="torus", num_links=6, node_size=8960, rates=RATES["v5p"],
+            source="Google Cloud TPU v5p page (4,800 Gb/s of interconnect a chip, over six directions)",
+        ),
+        Hardware(
+            name="v5e", platform="tpu", jax_kind="TPU v5 lite",
+            memory_bytes=16e9, memory_bandwidth=819e9, peak_flops=197e12,
+            links="torus", num_links=4, node_size=256, rates=RATES["v5e"],
+            source="Google Cloud TPU v5e page (400 GB/s of interconnect a chip both ways, over four directions)",
+        ),
+        Hardware(
+            name="v6e", platform="tpu", jax_kind="TPU v6 lite",
+            memory_bytes=32e9, memory_bandwidth=1638e9, peak_flops=918e12,
+            links="torus", num_links=4, node_size=256, rates=RATES["v6e"],
+            source="Google Cloud TPU v6e page (800 GB/s of interconnect a chip both ways, over four directions)",
+        ),
+        Hardware(
+            name="v7x", platform="tpu", jax_kind="TPU7x", devices_per_chip=2,
+            memory_bytes=96e9, memory_bandwidth=3.685e12, peak_flops=1153.5e12,
+            links="torus", num_links=7, node_size=18432, rates=RATES["v7x"],
+            source="Google Cloud TPU7x (Ironwood) page, halved: a device is one of a chip's two cores (a chip: 2,307 "
+            "TFLOP/s, 192 GB, 7.37 TB/s, 1,200 GB/s of interconnect both ways over six directions); the link between "
+            "the two cores is faster, and counts like one of them",
         ),
     )
 }  # fmt: skip
 
-TPU_TOPOLOGIES = {4: "v5:2x2x1", 8: "v5:2x2x2", 16: "v5:2x2x4", 32: "v5:2x4x4", 64: "v5:4x4x4"}
-"""number of chips of a v5p slice -> its name, with the extents of its torus"""
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+_SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+
+
+def _slices(name: str, shapes: Sequence[str], devices_per_chip: int = 1) -> dict[int, str]:
+    """number of devices -> name of the slice for the compiler"""
+    return {math.prod(map(int, shape.split("x"))) * devices_per_chip: f"{name}:{shape}" for shape in shapes}
+
+
+TPU_TOPOLOGIES = {
+    "v5p": _slices("v5", _CUBES),
+    "v5e": _slices("v5e", _SQUARES),
+    "v6e": _slices("v6e", _SQUARES),
+    "v7x": _slices("tpu7x", _CUBES, 2),
+}
+"""kind of TPU -> number of devices of a slice -> its name, with the extents of its torus in chips"""
 _DEVICE_FILES = {"rocm": ("/dev/kfd",), "cuda": ("/dev/nvidiactl",), "tpu": ("/dev/accel0", "/dev/vfio/0")}
 
 

@@ -1,4 +1,4 @@
-"""Hardware to compile for, present or not: ``cpu:8``, ``mi300x:8``, ``mi355x:8``, ``h100:8``, ``v5p:8``.
+"""Hardware to compile for, present or not: ``cpu:8``, ``mi300x:8``, ``h100:8``, ``v5p:8``, any row of `HARDWARE`.
 
 A target's devices are the machine's own if it has enough of them, else those of a topology that the platform's compiler
 describes without any device. A program compiled for a topology can be inspected, but not run.
@@ -24,6 +24,7 @@ from tsp_jax.hardware.devices import (
     is_present,
 )
 from tsp_jax.hardware.private_jax import register_rocm_plugin
+from tsp_jax.hardware.rates_file import check_base, read_hardware
 from tsp_jax.hardware.rocm_standins import load_rocm_libraries
 
 _STANDINS: set[str] = set()
@@ -71,13 +72,16 @@ def use_target(target: Target) -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
-def parse_target(text: str, attention_efficiency: float = 0.0) -> Target:
+def parse_target(text: str, attention_efficiency: float = 0.0, hardware_file: str = "") -> Target:
     """Parses the text of a target, such as ``mi300x:8``.
 
-    `attention_efficiency`, unless 0, replaces the share of the sustained rate that attention kernels reach on it.
+    Args:
+      text: a name in `HARDWARE`, a colon, and a number of devices.
+      attention_efficiency: share of the fastest product's rate that attention kernels reach; 0: by kernel and heads.
+      hardware_file: file of measured rates, which replace the target's (`tsp_jax.hardware.rates_file`); empty: none.
 
     Raises:
-      ConfigError: the name is unknown, or the number or share is out of range.
+      ConfigError: the name is unknown, the number or share is out of range, or the file is not one of such devices.
     """
     name, _, count = text.partition(":")
     if name not in HARDWARE:
@@ -88,7 +92,12 @@ def parse_target(text: str, attention_efficiency: float = 0.0) -> Target:
     most = MOST_CPU_DEVICES if hardware.platform == "cpu" else MOST_DEVICES
     if len(count) > len(str(most)) or int(count) > most:
         raise ConfigError(f"target={text:.80} has too many devices; use {name}:{most} at most")
-    return Target(hardware.with_attention(attention_efficiency) if attention_efficiency else hardware, int(count))
+    if hardware_file:
+        hardware = read_hardware(hardware_file)
+        check_base(hardware_file, hardware, text)
+    if attention_efficiency:
+        hardware = dataclasses.replace(hardware, rates=hardware.rates.with_attention(attention_efficiency))
+    return Target(hardware, int(count))
 
 
 def standins_note() -> str:
@@ -141,14 +150,16 @@ def _cuda(target: Target) -> Any:
 @functools.cache
 def _tpu(target: Target) -> Any:
     library = _package(target, "libtpu") / "libtpu.so"
-    if target.num_devices not in TPU_TOPOLOGIES:
-        raise ConfigError(f"target={target}: no such slice; use v5p: with one of {', '.join(map(str, TPU_TOPOLOGIES))}")
+    slices = TPU_TOPOLOGIES[target.hardware.name]
+    if target.num_devices not in slices:
+        known = f"{target.hardware.name}: with one of {', '.join(map(str, slices))}"
+        raise ConfigError(f"target={target}: no such slice; use {known}")
     known = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-16", "TPU_WORKER_HOSTNAMES": "localhost"}
     if not is_present("tpu"):  # else one process alone may use the TPU, and libtpu locks it
         known["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     for name, value in (known | {"TPU_LIBRARY_PATH": str(library)}).items():
         os.environ.setdefault(name, value)
-    name, bounds = TPU_TOPOLOGIES[target.num_devices], {"chips_per_host_bounds": (2, 2, 1)}
+    name, bounds = slices[target.num_devices], {"chips_per_host_bounds": (2, 2, 1)}
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds).devices
 
 

@@ -1,4 +1,7 @@
-"""Contracts that a compiled program must keep, such as ``no-full-weight,exposed<=0.1,peak<=24GB``."""
+"""Contracts that a compiled program must keep, such as ``no-full-weight,exposed<=0.1,peak<=24GB``.
+
+Times and shares of time are those at typical rates.
+"""
 
 import re
 from collections.abc import Callable

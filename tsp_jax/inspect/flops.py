@@ -42,6 +42,16 @@ def _product_flops(computation: Computation, i: Instruction) -> float:
     return 0.0
 
 
+def product_shape(computation: Computation, i: Instruction, flops: float) -> tuple[float, float, float] | None:
+    """(m, n, k) of a product [m, k] x [k, n] of so many operations, with a batch counted in m; None if unclear."""
+    operands, results = [leaves(operand.shape) for operand in computation.operands(i)], leaves(i.shape)
+    if not operands or not operands[0] or not results or not results[0].size:
+        return None
+    k = flops / 2 / results[0].size
+    m = min(max(1.0, operands[0][0].size / k), results[0].size) if k else 0.0
+    return (m, results[0].size / m, k) if m else None
+
+
 def declared_or_product_flops(computation: Computation, i: Instruction) -> float:
     """Operations of an instruction: those that the program declares for it, else those of a matrix product."""
     declared = declared_flops(i)

@@ -19,7 +19,7 @@ from tsp_jax.inspect.platforms import (
     platforms_of_devices,
     platforms_of_text,
 )
-from tsp_jax.inspect.timeline import Timeline, simulate
+from tsp_jax.inspect.timeline import Timeline, Times, simulate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +119,10 @@ class Report:
     def _timeline_json(self) -> dict[str, Any] | None:
         if self.timeline is None:
             return None
-        names = ("step_s", "compute_s", "comm_s", "exposed_comm_s", "matmul_s", "host_s", "exposed_host_s", "flops")
-        return {name: getattr(self.timeline, name) for name in (*names, "matmul_ratio")} | {
+        names = [field.name for field in dataclasses.fields(Times)]
+        return {name: getattr(self.timeline, name) for name in (*names, "flops", "matmul_ratio")} | {
+            "bands": {name: self.timeline.band(name)._asdict() for name in names},
+            "scenarios": {name: dataclasses.asdict(times) for name, times in self.timeline.scenarios.items()},
             "exposed_fraction": self.exposed_fraction,
             "by_scope": self.timeline.by_scope,
             "assumptions": list(self.timeline.assumptions),

@@ -2,7 +2,8 @@
 
 Kernels run one after another on the compute queue. A blocking step waits for compute and for its own queue, and keeps
 both busy. Asynchronous work begins when it has been issued and all earlier work of its queue has ended. Where the
-program waits for such work to end, the compute queue stands idle: that is exposed time.
+program waits for such work to end, the compute queue stands idle: that is exposed time. While the compute queue and
+the links both work, each loses a share of its rate (`Schedule.contention`).
 """
 
 from collections import Counter, defaultdict
@@ -43,6 +44,7 @@ class _Pending(NamedTuple):
     base: str
     """opcode without phase"""
     task: str
+    queue: Queue
     end: float
 
 
@@ -66,8 +68,7 @@ class Simulation:
         for step in self.schedule.steps(computation):
             self._spend(1, step)
             if step.kind == "run":
-                self._note("compute", self.now["compute"], step.seconds, self.schedule.tasks[step.task])
-                self.now["compute"] += step.seconds
+                self._compute(step.seconds, self.schedule.tasks[step.task])
                 self.executions[step.task] += 1
             elif step.kind in ("start", "block"):
                 self._start(step)
@@ -101,9 +102,25 @@ class Simulation:
         self.now[step.queue] = begin + step.seconds
         self._note(step.queue, begin, step.seconds, self.schedule.tasks[step.task])
         self.executions[step.task] += 1
-        self.pending.append(_Pending(step.key, step.instruction.base, step.task, self.now[step.queue]))
+        self.pending.append(_Pending(step.key, step.instruction.base, step.task, step.queue, self.now[step.queue]))
         if step.kind == "block":
             self._stall(self.pending[-1])
+
+    def _compute(self, seconds: float, task: Task | None) -> None:
+        """Runs work of so many seconds on the compute queue; it and what the links do meanwhile slow each other."""
+        begin, (own, links) = self.now["compute"], self.schedule.contention
+        busy = max(0.0, self.now["links"] - begin)
+        if busy and (own or links):
+            both = min(seconds / (1 - own), busy / (1 - links))
+            seconds += own * both
+            self.now["links"] += links * both
+            self.pending = [
+                task if task.end <= begin or task.queue != "links"
+                else task._replace(end=min(begin + (task.end - begin) / (1 - links), task.end + links * both))
+                for task in self.pending
+            ]  # fmt: skip
+        self._note("compute", begin, seconds, task)
+        self.now["compute"] = begin + seconds
 
     def _wait(self, step: Step) -> None:
         for task in self.pending:
@@ -130,8 +147,7 @@ class Simulation:
         body, condition = step.callees
         if all(map(self.schedule.compute_only, step.callees)):
             seconds, runs = self._compute_loop(step)
-            self._note("compute", self.now["compute"], seconds, self._whole(step, seconds, runs))
-            self.now["compute"] += seconds
+            self._compute(seconds, self._whole(step, seconds, runs))
             _add(self.executions, runs, 1)
             return
         iterations, state = round(step.trips), self._state()

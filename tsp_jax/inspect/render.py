@@ -7,7 +7,7 @@ from rich.table import Table
 
 from tsp_jax.inspect.program_report import Report
 from tsp_jax.inspect.scopes import readable_scope
-from tsp_jax.inspect.units import format_bytes, format_seconds
+from tsp_jax.inspect.units import format_band, format_bytes, format_seconds
 
 
 def show(report: Report, out: Console, *, largest: int = 12) -> None:
@@ -115,16 +115,17 @@ def _traffic(report: Report, largest: int) -> Table:
 def _timeline(report: Report) -> Table:
     t = report.timeline
     assert t is not None
-    table = _table("Time of a step, simulated", "part", ">time", ">share of the step")
+    table = _table("Time of a step, simulated: low to high (typical)", "part", ">time", ">share of the step")
     rows = {
-        "step": t.step_s, "computation": t.compute_s, "communication": t.comm_s,
-        f"exposed communication ({report.exposed_fraction:.0%} of communication)": t.exposed_comm_s,
-        f"matrix products alone ({t.flops / 1e15:.1f} PFLOP)": t.matmul_s,
+        "step": "step_s", "computation": "compute_s",
+        "computation is slowed by communication": "contention_s", "communication": "comm_s",
+        f"exposed communication ({report.exposed_fraction:.0%} of communication)": "exposed_comm_s",
+        f"matrix products alone ({t.flops / 1e15:.1f} PFLOP)": "matmul_s",
     }  # fmt: skip
     if t.host_s:
-        rows |= {"copies to and from the host": t.host_s, "exposed copies to and from the host": t.exposed_host_s}
-    for name, value in rows.items():
-        table.add_row(name, format_seconds(value), _share(value, t.step_s))
+        rows |= {"copies to and from the host": "host_s", "exposed copies to and from the host": "exposed_host_s"}
+    for name, field in rows.items():
+        table.add_row(name, format_band(t.band(field)), _share(getattr(t, field), t.step_s))
     if t.matmul_ratio:
         table.add_row("step over matrix products alone", f"{t.matmul_ratio:.2f} x")
     table.add_section()

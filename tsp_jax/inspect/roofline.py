@@ -8,10 +8,11 @@ not counted here; see `tsp_jax.inspect.collectives`.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
+from tsp_jax.hardware.rates import Work
 from tsp_jax.inspect.collectives import is_collective
-from tsp_jax.inspect.flops import product_flops
+from tsp_jax.inspect.flops import product_flops, product_shape
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.module import Module
 from tsp_jax.inspect.opcodes import ALIASES, IN_PLACE, NO_KERNEL, NO_TRAFFIC_CALLS, POINT_TO_POINT, SLICES
@@ -23,31 +24,34 @@ from tsp_jax.inspect.shapes import HOST_MEMORY_SPACE, Shape, leaves
 class Cost:
     """Cost of one execution on one device."""
 
-    flops: float = 0.0
-    """of matrix products; a multiply-add is two"""
-    work: float = 0.0
-    """flops / the fraction of the sustained rate that the kernel reaches, so that work / sustained rate is its time"""
+    products: tuple[Work, ...] = ()
+    """matrix products, one after another"""
     bytes: float = 0.0
     """read from and written to main memory"""
     host_bytes: float = 0.0
     """read from and written to the host's memory"""
 
+    @property
+    def flops(self) -> float:
+        """Operations of the matrix products; a multiply-add is two."""
+        return sum(work.flops for work in self.products)
+
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+        sizes = self.bytes + other.bytes, self.host_bytes + other.host_bytes
+        return Cost(self.products + other.products, *sizes)
 
 
 class Costs:
     """Costs of a module's instructions, each computed once."""
 
-    def __init__(self, module: Module, *, on_chip: bool = False, efficiency: Mapping[str, float] | None = None):
+    def __init__(self, module: Module, *, on_chip: bool = False):
         """Makes an empty table. The cost of an instruction is computed when it is first asked for.
 
         Args:
           module: a parsed program.
           on_chip: memory spaces other than 0 are on-chip, as on TPU, and not main memory.
-          efficiency: kind of `DeclaredFlops` -> fraction of the sustained rate that its kernels reach; default 1.
         """
-        self.module, self._on_chip, self._efficiency = module, on_chip, efficiency or {}
+        self.module, self._on_chip = module, on_chip
         self._known: dict[str, Cost] = {}
 
     def of(self, i: Instruction) -> Cost:
@@ -73,9 +77,12 @@ class Costs:
             body = self.module.callee(i, "calls")
             return sum((self._products(body, inner) for inner in body.instructions), Cost())
         if declared := declared_flops(i):
-            return Cost(declared.flops, declared.flops / self._efficiency.get(declared.kind, 1.0))
-        flops = product_flops(computation, i)
-        return Cost(flops, flops)
+            return Cost((declared.work,))
+        if not (flops := product_flops(computation, i)):
+            return Cost()
+        operand = leaves(computation.operands(i)[0].shape)[0]
+        dtype = "float32" if operand.dtype == "f32" else "bfloat16"
+        return Cost((Work(flops, product_shape(computation, i, flops), dtype),))
 
     def _fusion_traffic(self, computation: Computation, i: Instruction) -> list[tuple[Shape, float]]:
         """(array, bytes read or written) for each array of a fusion."""

@@ -4,12 +4,14 @@ There are three queues: compute, links (between devices), and host (copies to an
 queue issues all work. The other two run what it starts, first in, first out.
 """
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.links import collective_seconds
+from tsp_jax.hardware.rates import Scenario, Work
 from tsp_jax.inspect.collectives import fused_phase, is_collective, list_collectives
 from tsp_jax.inspect.groups import groups_of
 from tsp_jax.inspect.instructions import Computation, Instruction
@@ -59,14 +61,12 @@ class Task:
 
 
 class Schedule:
-    """Steps of each computation of a module on given hardware, cached."""
+    """Steps of each computation of a module on given hardware at typical rates, cached; see `at` for other rates."""
 
     def __init__(self, module: Module, hardware: Hardware, unknown_trips: Trips = 1):
         self.module, self.hardware, self._unknown_trips = module, hardware, unknown_trips
-        self.tasks: dict[str, Task] = {}
-        self._costs = Costs(module, on_chip=hardware.platform == "tpu", efficiency=hardware.efficiency)
-        self._steps: dict[str, list[Step]] = {}
-        self._compute_only: dict[str, bool] = {}
+        self._costs = Costs(module, on_chip=hardware.platform == "tpu")
+        self._use(Scenario())
         self._callers = {
             name: i
             for c in module.computations.values()
@@ -76,6 +76,25 @@ class Schedule:
         }
         found = list_collectives(module, unknown_trips=unknown_trips)
         self._collectives = {(c.computation, c.name): c for c in found}
+
+    def at(self, scenario: Scenario) -> "Schedule":
+        """The same schedule at other levels of the rates. What does not depend on rates is shared."""
+        other = copy.copy(self)
+        other._use(scenario)
+        return other
+
+    def _use(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.tasks: dict[str, Task] = {}
+        self._steps: dict[str, list[Step]] = {}
+        self._compute_only: dict[str, bool] = {}
+        self._product_seconds: dict[Work, float] = {}
+
+    @property
+    def contention(self) -> tuple[float, float]:
+        """Shares of their rates that computation and communication lose while both run."""
+        contention, level = self.hardware.rates.contention, self.scenario.links
+        return contention.compute.cost(level), contention.links.cost(level)
 
     def steps(self, computation: Computation) -> list[Step]:
         """The steps of a computation that take time, in schedule order."""
@@ -128,17 +147,25 @@ class Schedule:
         for i in instructions:
             c = self._collectives.get((i.computation, i.name))
             if c is not None:
-                seconds = collective_seconds(self.hardware, c.op, c.bytes, groups_of(self.module, i))
+                groups, level = groups_of(self.module, i), self.scenario.links
+                seconds = collective_seconds(self.hardware, c.op, c.bytes, groups, level)
                 yield self._busy(kind, i, "links", seconds, op=c.op, scope=c.scope, bytes=c.bytes, key=key)
 
     def _kernel(self, i: Instruction, kind: _Busy) -> Iterator[Step]:
         cost, op = self._costs.of(i), i.custom_call_target or i.opcode
-        seconds = max(cost.work / self.hardware.sustained_flops, cost.bytes / self.hardware.sustained_bandwidth)
+        rates, level = self.hardware.rates, self.scenario.compute
+        seconds = max(sum(map(self._seconds_of, cost.products)), cost.bytes / rates.memory.bytes_per_s.rate(level))
         if seconds and not (kind == "start" and cost.host_bytes):
             yield self._busy("run", i, "compute", seconds, op=op, bytes=cost.bytes, flops=cost.flops)
         if cost.host_bytes:
-            seconds = cost.host_bytes / self.hardware.host_bandwidth
+            seconds = cost.host_bytes / rates.host.bytes_per_s.rate(self.scenario.links)
             yield self._busy(kind, i, "host", seconds, op=op, bytes=cost.host_bytes, key=i.name)
+
+    def _seconds_of(self, work: Work) -> float:
+        """Time of matrix products; programs repeat a few shapes many times."""
+        if work not in self._product_seconds:
+            self._product_seconds[work] = self.hardware.rates.seconds(work, self.scenario.compute)
+        return self._product_seconds[work]
 
     def _busy(
         self, kind: _Busy, i: Instruction, queue: Queue, seconds: float, *, op: str, bytes: float, flops: float = 0.0,

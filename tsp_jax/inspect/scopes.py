@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 from tsp_jax.errors import ConfigError
+from tsp_jax.hardware.rates import Work
 from tsp_jax.inspect.instructions import Instruction
 
 _ADDED_BY_JAX = re.compile(
@@ -13,7 +14,8 @@ _ADDED_BY_JAX = re.compile(
     r"mean_\w+\[.*\]|likely_branch\[.*\]|"
 )
 _DECLARED_TRIPS = re.compile(r"(?:^|[/(])mean_trips\[([^\]/]*)\]\)*/while$")
-_DECLARED_FLOPS = re.compile(r"(?:^|[/(])mean_flops\[(\w+)=([^\]/]*)\]\)*/[^/]+$")
+_DECLARED_FLOPS = re.compile(r"(?:^|[/(])mean_flops\[([\w.]+)=([^\]/]*)\]\)*/[^/]+$")
+_ATTENTION = re.compile(r"attention_(forward|backward)(?:\.(\w+)\.h(\d{1,6}))?")
 
 
 _TOO_MANY = 1e30
@@ -23,8 +25,17 @@ class DeclaredFlops(NamedTuple):
     """FLOPs that a program declares for a kernel: the mean over the kernel's executions."""
 
     kind: str
-    """kind of kernel; see `tsp_jax.hardware.devices.Hardware.efficiency`"""
+    """kind of kernel, such as attention_forward.triton.h128 (`tsp_jax.ops.kernels.kernel.declare_products`)"""
     flops: float
+
+    @property
+    def work(self) -> Work:
+        """What `Rates.seconds` needs to know; a kind that is no attention counts as plain products."""
+        if not (found := _ATTENTION.fullmatch(self.kind)):
+            return Work(self.flops)
+        direction, kernel, head_dim = found.groups()
+        direction = "forward" if direction == "forward" else "backward"
+        return Work(self.flops, direction=direction, kernel=kernel or "", head_dim=int(head_dim or 0))
 
 
 def readable_scope(op_name: str, callers: Sequence[str] = ()) -> str:
@@ -67,7 +78,7 @@ def declared_flops(i: Instruction) -> DeclaredFlops | None:
     """The FLOPs that a program declares for a kernel whose HLO text does not show them; None if it declares none.
 
     A program declares them with a named scope directly around the kernel:
-    ``with jax.named_scope("mean_flops[some_kind=1.5e12]")``.
+    ``with jax.named_scope("mean_flops[some_kind=1.5e12]")``. Attention kernels do so by `declare_products`.
     """
     found = _DECLARED_FLOPS.search(i.op_name) if i.opcode == "custom-call" else None
     if not found:

@@ -1,15 +1,18 @@
 """Simulated timeline of a compiled program on given hardware: time of a step, and which communication is exposed.
 
 `tsp_jax.inspect.queues` has the rules of the simulation, `tsp_jax.inspect.roofline` the cost of an instruction,
-`tsp_jax.hardware.links` the link model. Every result states its assumptions, as `Timeline.assumptions`.
+`tsp_jax.hardware.links` the link model, `tsp_jax.hardware.rates` the rates. The program is simulated in each of
+`SCENARIOS`: at typical rates, to which all figures but bands refer, and at the corners of the rates' bands. Every
+result states its assumptions, as `Timeline.assumptions`.
 """
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.links import link_model
+from tsp_jax.hardware.rates import SCENARIOS, Band, Rates, Work
 from tsp_jax.inspect.module import Module, Trips
 from tsp_jax.inspect.platforms import check_platform, platforms_of_text
 from tsp_jax.inspect.queues import Event, Simulation
@@ -33,24 +36,34 @@ class TaskTotal:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Timeline:
-    """Simulated execution of a program on one device. step_s = compute_s + exposed_comm_s + exposed_host_s."""
+class Times:
+    """Seconds of one execution. step_s = compute_s + contention_s + exposed_comm_s + exposed_host_s."""
 
     step_s: float
     compute_s: float
-    """time that the compute queue runs kernels"""
+    """time that kernels take alone"""
+    contention_s: float
+    """time by which communication lengthens kernels"""
     comm_s: float
-    """time that the links are busy with collectives"""
+    """time that collectives take alone"""
     exposed_comm_s: float
     """time that the compute queue waits for collectives"""
     host_s: float
     """time that the link to the host is busy"""
     exposed_host_s: float
     """time that the compute queue waits for copies to and from the host"""
+    matmul_s: float
+    """time that the matrix products take at the rate of the fastest product: a lower bound for any schedule"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline(Times):
+    """Simulated execution of a program on one device, at typical rates."""
+
     flops: float
     """floating-point operations of the matrix products"""
-    matmul_s: float
-    """time that `flops` take at the sustained rate: a lower bound for any schedule"""
+    scenarios: Mapping[str, Times]
+    """name in `SCENARIOS` -> times at its rates"""
     kernels: tuple[TaskTotal, ...]
     """tasks of the compute queue, the longest first"""
     collectives: tuple[TaskTotal, ...]
@@ -58,6 +71,11 @@ class Timeline:
     assumptions: tuple[str, ...]
     """what the simulation assumes, to be printed with the results"""
     events: tuple[Event, ...] = dataclasses.field(default=(), repr=False)
+
+    def band(self, name: str = "step_s") -> Band:
+        """The shortest, the typical and the longest of a time over all scenarios."""
+        found = [getattr(times, name) for times in self.scenarios.values()]
+        return Band(min(found), getattr(self, name), max(found))
 
     @property
     def matmul_ratio(self) -> float | None:
@@ -100,18 +118,43 @@ def simulate(module: Module, hardware: Hardware, *, unknown_trips: Trips = 1, re
     module.check_scheduled()
     check_platform(hardware, platforms_of_text(module))
     schedule = Schedule(module, hardware, unknown_trips)
-    simulation = Simulation(schedule, record)
-    simulation.run(module.entry)
-    simulation.wait_for_all()
-    compute, links, host = (_totals(schedule, simulation, queue) for queue in ("compute", "links", "host"))
-    flops = sum(total.count * total.task.flops for total in compute)
+    simulation, times, totals = _run(schedule, record)
+    scenarios = {
+        name: times if scenario == schedule.scenario else _run(schedule.at(scenario))[1]
+        for name, scenario in SCENARIOS.items()
+    }
+    compute = totals["compute"]
     return Timeline(
-        step_s=simulation.now["compute"], compute_s=sum(total.seconds for total in compute),
-        comm_s=sum(total.seconds for total in links), exposed_comm_s=sum(total.exposed_s for total in links),
-        host_s=sum(total.seconds for total in host), exposed_host_s=sum(total.exposed_s for total in host),
-        flops=flops, matmul_s=flops / hardware.sustained_flops, kernels=compute, collectives=links,
-        assumptions=_assumptions(module, hardware, unknown_trips, compute), events=tuple(simulation.events),
+        **{field.name: getattr(times, field.name) for field in dataclasses.fields(Times)},
+        flops=_flops(compute), kernels=compute, collectives=totals["links"], scenarios=scenarios,
+        assumptions=_assumptions(module, schedule, unknown_trips, totals), events=tuple(simulation.events),
     )  # fmt: skip
+
+
+Totals = dict[Queue, tuple["TaskTotal", ...]]
+
+
+def _run(schedule: Schedule, record: bool = False) -> tuple[Simulation, Times, Totals]:
+    """Simulates one execution at the rates of a schedule's scenario."""
+    simulation = Simulation(schedule, record)
+    simulation.run(schedule.module.entry)
+    simulation.wait_for_all()
+    queues: tuple[Queue, ...] = ("compute", "links", "host")
+    totals: Totals = {queue: _totals(schedule, simulation, queue) for queue in queues}
+    busy = {queue: sum(total.seconds for total in totals[queue]) for queue in queues}
+    exposed = {queue: sum(total.exposed_s for total in totals[queue]) for queue in queues}
+    step, best = simulation.now["compute"], schedule.hardware.rates.best_flops.rate(schedule.scenario.compute)
+    stretched = step - busy["compute"] - exposed["links"] - exposed["host"] if schedule.contention[0] else 0.0
+    times = Times(
+        step_s=step, compute_s=busy["compute"], contention_s=max(0.0, stretched), comm_s=busy["links"],
+        exposed_comm_s=exposed["links"], host_s=busy["host"], exposed_host_s=exposed["host"],
+        matmul_s=_flops(totals["compute"]) / best,
+    )  # fmt: skip
+    return simulation, times, totals
+
+
+def _flops(kernels: Iterable[TaskTotal]) -> float:
+    return sum(total.count * total.task.flops for total in kernels)
 
 
 def _totals(schedule: Schedule, simulation: Simulation, queue: Queue) -> tuple[TaskTotal, ...]:
@@ -121,18 +164,46 @@ def _totals(schedule: Schedule, simulation: Simulation, queue: Queue) -> tuple[T
     return tuple(sorted(totals, key=lambda total: -total.seconds))
 
 
-def _assumptions(module: Module, hardware: Hardware, unknown: Trips, kernels: Iterable[TaskTotal]) -> tuple[str, ...]:
+def _assumptions(module: Module, schedule: Schedule, unknown: Trips, totals: Totals) -> tuple[str, ...]:
+    hardware, rates = schedule.hardware, schedule.hardware.rates
     return (
-        f"{hardware.name}: {hardware.sustained_flops / 1e12:g} TFLOP/s in matrix products, "
-        f"{hardware.sustained_bandwidth / 1e12:g} TB/s of memory, {hardware.host_bandwidth / 1e9:g} GB/s to the host",
-        f"source of these rates: {hardware.source}",
+        "a band goes from the shortest to the longest step over slow and fast computation and slow and fast links; "
+        "other figures are at typical rates",
+        *([f"rates of {rates.origin}; what that file lacks is {hardware.name}'s"] if rates.origin else []),
+        f"{hardware.name}: products of {_product_range(rates)} TFLOP/s by shape; "
+        f"{rates.memory.bytes_per_s.text(1e12)} TB/s of memory; {rates.host.bytes_per_s.text(1e9)} GB/s to the host",
+        *_sources([*(p.source for p in rates.products), rates.memory.source, rates.host.source]),
         link_model(hardware),
-        "links have no latency, kernels no launch cost; communication does not slow down computation",
+        *_collective_assumptions(rates, totals["links"]),
+        f"while both run, communication takes {rates.contention.compute.text(0.01)} % of computation's rate, and "
+        f"computation {rates.contention.links.text(0.01)} % of communication's; {rates.contention.source}",
+        "kernels have no launch cost",
         "a kernel takes the longer of its matrix products and its memory traffic; other arithmetic is free",
         "caches keep nothing between kernels; copies within the device run one after another with the kernels",
         *_loop_assumptions(module, unknown),
-        *_kernel_assumptions(module, hardware, kernels),
+        *_kernel_assumptions(module, schedule, totals["compute"]),
     )
+
+
+def _product_range(rates: Rates) -> str:
+    slowest = min((p.flops_per_s for p in rates.products), key=lambda band: band.typical)
+    best = rates.best_flops.text(1e12)
+    return best if len(rates.products) == 1 else f"{slowest.typical / 1e12:.3g} (small ones) up to {best}"
+
+
+def _sources(sources: Iterable[object]) -> list[str]:
+    """A line for each source, once."""
+    return [f"source of these rates: {text}" for text in dict.fromkeys(map(str, sources))]
+
+
+def _collective_assumptions(rates: Rates, collectives: Iterable[TaskTotal]) -> list[str]:
+    """The rates of each kind of collective that the program runs."""
+    lines = []
+    for op in sorted({total.task.op for total in collectives}):
+        row = rates.collective(op)
+        figures = f"{row.fixed_s.text(1e-6)} us and {row.bytes_per_s.text(1e9)} GB/s within a node"
+        lines.append(f"{op}: {figures}; {row.source}")
+    return lines
 
 
 def _loop_assumptions(module: Module, unknown_trips: Trips) -> list[str]:
@@ -150,17 +221,24 @@ def _loop_assumptions(module: Module, unknown_trips: Trips) -> list[str]:
     return lines
 
 
-def _kernel_assumptions(module: Module, hardware: Hardware, kernels: Iterable[TaskTotal]) -> list[str]:
+def _kernel_assumptions(module: Module, schedule: Schedule, kernels: Iterable[TaskTotal]) -> list[str]:
     """The rates assumed for kernels that the HLO text does not describe."""
     calls = {i.name for i, _ in module.walk() if i.opcode == "custom-call"}
     opaque = sorted({t.task.op for t in kernels if t.task.name in calls and not t.task.flops})
-    kinds = sorted({d.kind for d in map(declared_flops, (i for i, _ in module.walk(fusions=True))) if d})
+    found = {d.kind: d.work for d in map(declared_flops, (i for i, _ in module.walk(fusions=True))) if d}
     lines = []
-    if kinds:
-        shares = ", ".join(f"{kind} {hardware.efficiency.get(kind, 1.0):g}" for kind in kinds)
-        rule = "read each array once and reach these shares of the rate above"
-        lines.append(f"kernels that declare their matrix products {rule}: {shares}")
-        lines.append(f"source of these shares: {hardware.attention_source}")
+    if found:
+        lines.append("kernels that declare their matrix products read each array once")
+        lines += [f"{kind}: {_declared_rate(schedule.hardware.rates, work)}" for kind, work in sorted(found.items())]
     if opaque:
         lines.append(f"other custom kernels count by their memory traffic alone: {', '.join(opaque)}")
     return lines
+
+
+def _declared_rate(rates: Rates, work: Work) -> str:
+    if not work.direction:
+        return f"{rates.best_flops.text(1e12)} TFLOP/s, as the fastest plain products"
+    row = rates.attention_row(work)
+    other = [] if row.kernel in (work.kernel, "") else [f"of kernel {row.kernel}"]
+    other += [] if row.head_dim in (work.head_dim, 0) else [f"of heads of {row.head_dim}"]
+    return f"{row.flops_per_s.text(1e12)} TFLOP/s{', ' * bool(other)}{' and '.join(other)}; {row.source}"

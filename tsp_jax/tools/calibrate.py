@@ -184,7 +184,11 @@ def _attention(device: Any, kernels: dict[str, Kernel], quick: bool, progress: P
             if kernel.unsupported(head_dim, DTYPE):
                 continue
             progress(f"attention by {name}, heads of {head_dim}")
-            for direction, band in measure_attention(device, kernel, head_dim, Effort.of(quick)).items():
+            found = measure_attention(device, kernel, head_dim, Effort.of(quick))
+            if len(found) < 2:
+                line = f"attention by {name}, heads of {head_dim}: its program does not say what it computes; left out"
+                console(stderr=True).print(line, soft_wrap=True, highlight=False)
+            for direction, band in found.items():
                 row = {"kernel": name, "direction": direction, "head_dim": head_dim}
                 rows.append(row | _rate("flops_per_s", band))
     return rows
@@ -195,7 +199,8 @@ def measure_attention(device: Any, kernel: Kernel, head_dim: int, effort: Effort
 
     The operations are those of the matrix products that the kernel executes, as `tsp_jax.inspect` reads them from the
     compiled program: tiles at the diagonal count whole, and so does what backward recomputes (7 products by Triton's
-    kernels, 5 by one kernel). A program's time is its operations, counted in the same way, over these rates.
+    kernels, 5 by one kernel). A program's time is its operations, counted in the same way, over these rates. A
+    direction is left out if its program does not say what it computes.
     """
     tokens = 256 if device.platform == "cpu" else 16384
     here = measure.on(device)
@@ -214,7 +219,7 @@ def measure_attention(device: Any, kernel: Kernel, head_dim: int, effort: Effort
     found = {}
     for direction, (function, arguments) in calls.items():
         if not (flops := executed_flops(function, arguments)):
-            raise ValueError(f"{kernel} declares no matrix products; see Kernel.attend")
+            continue
         times = measure.seconds_per_call(function, arguments, effort)
         found[direction] = Band.of([flops / seconds for seconds in times])
     return found

@@ -1,4 +1,4 @@
-"""Chart of a comparison of layouts: peak memory by kind, and step time with exposed communication."""
+"""Chart of a comparison of layouts: peak memory by kind, and step time with exposed communication and its band."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,4 +55,6 @@ def _time(panel, rows: Sequence[Row]) -> None:
     busy = [(row.step_s or 0.0) - wait for row, wait in zip(rows, exposed, strict=True)]
     panel.barh(names, busy, color="#34618d", label="computation")
     panel.barh(names, exposed, left=busy, color="crimson", label="exposed communication")
+    for row in rows:
+        panel.plot([row.step_low_s or 0.0, row.step_high_s or 0.0], [row.layout] * 2, "k|-", markersize=7, label="band")
     panel.set_xlabel("step, s (simulated)")

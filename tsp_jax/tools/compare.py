@@ -19,6 +19,7 @@ from tsp_jax.inspect.render import console
 from tsp_jax.tools import cli
 from tsp_jax.tools.compile import Step
 from tsp_jax.tools.inspect import check_writable
+from tsp_jax.tools.ranking import turns
 from tsp_jax.tools.sweep import PAPER, Row, compare_layouts, write_csv, write_json
 from tsp_jax.training.optimizer import Optimizer
 
@@ -29,7 +30,8 @@ class CompareOptions:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     target: str = "mi300x:8"
-    """devices to compile for, which need not be present: cpu:8, mi300x:8, mi355x:8, h100:8, v5p:8"""
+    """devices to compile for, which need not be present: cpu:8, mi300x:8, mi325x:8, mi355x:8, h100:8, h200:8,
+    b200:8, v5e:8, v5p:8, v6e:8, v7x:8"""
     layouts: str = ""
     """layouts, separated by commas, such as tsp:8,tp_sp:2x4,tsp(weights=data+tsp):2x4. Each is written as for --layout,
     then a colon and the sizes of its axes: first tensor axes (they shard weights alone), then batch axes, then sequence
@@ -41,8 +43,10 @@ class CompareOptions:
     """sequences per replica"""
     step: Step = "train"
     """train (an optimizer step), forward (the loss of a batch), prefill, or decode (one token per sequence)"""
+    hardware: str = ""
+    """file of measured rates, as JSON, which replace the target's; empty: published and assumed rates"""
     attention_efficiency: float = 0.0
-    """share of sustained FLOP/s that attention is assumed to reach; 0: the device's default, which is printed"""
+    """share of the fastest product's FLOP/s that attention is assumed to reach; 0: by kernel, heads and direction"""
     chunk: int = 0
     """prompt tokens that one prefill step processes; 0: all of them"""
     json: str = ""
@@ -55,7 +59,7 @@ class CompareOptions:
 
 def compare(name: str, options: CompareOptions, optimizer: Optimizer = None) -> None:
     """Compiles every program, prints the table and writes the files."""
-    target = parse_target(options.target, options.attention_efficiency)
+    target = parse_target(options.target, options.attention_efficiency, options.hardware)
     check_writable(json=options.json, csv=options.csv, png=options.png)
     draw = _drawer() if options.png else None
     lengths = _parse_lengths(options.seq_lens) or [options.config.seq_len]
@@ -73,11 +77,11 @@ def compare(name: str, options: CompareOptions, optimizer: Optimizer = None) -> 
         write_csv(rows, Path(options.csv))
     if options.json:
         facts = {"config": name, "target": str(target), "step": options.step, "chunk": options.chunk}
-        facts |= {"jax": jax.__version__, "paper": PAPER}
+        facts |= {"jax": jax.__version__, "paper": PAPER, "turns": turns(rows), "rates": target.hardware.rates.origin}
         write_json(rows, facts, Path(options.json))
     if draw:
         draw(rows, target, Path(options.png))
-    _print_table(name, rows, target, options.step)  # after the files, which need no standard output
+    _print_table(name, rows, target, options.step, turns(rows))  # after the files, which need no standard output
     if options.chunk:
         print("chunk: figures are averages per chunk; the time of attention to earlier chunks is underestimated")
 
@@ -114,7 +118,7 @@ def _parse_lengths(text: str) -> list[int]:
     return [int(item) for item in _items(text)]
 
 
-def _print_table(name: str, rows: Sequence[Row], target: Target, step: str) -> None:
+def _print_table(name: str, rows: Sequence[Row], target: Target, step: str, turned: Sequence[str]) -> None:
     out = console()
     heading = f"{name}, {step} step on {target}, compiled with jax {jax.__version__}"
     out.print(f"{heading}, {standins_note()}" if standins_note() else heading, soft_wrap=True, highlight=False)
@@ -122,13 +126,18 @@ def _print_table(name: str, rows: Sequence[Row], target: Target, step: str) -> N
     for row in rows:
         if row.note:
             out.print(f"{row.layout} at {row.seq_len}: {row.note}", soft_wrap=True, highlight=False, markup=False)
+    for line in turned:
+        out.print(line, soft_wrap=True, highlight=False)
     if any(row.paper_peak_gb for row in rows):
         out.print(f"paper: peak GB per GPU, {PAPER}; for TP+SP its range over factorizations", soft_wrap=True)
     out.print(
-        "step, exposed: simulated, tsp-inspect prints the assumptions; / matmul: step over the time of its matrix "
-        "products alone, at the sustained rate; received: per device and step; batch: sequences over all devices",
+        "step: low to high over the bands of the rates (typical), simulated; tsp-inspect prints the assumptions; comm, "
+        "exposed: at typical rates; / matmul: step over the time of its matrix products alone, at the fastest one's "
+        "rate; received: per device and step; batch: sequences over all devices",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
+    if target.hardware.rates.origin:
+        out.print(f"rates of {target.hardware.rates.origin}", soft_wrap=True, highlight=False)
 
 
 def _gb(value: float | None) -> str:
@@ -140,9 +149,19 @@ def _seconds(value: float) -> str:
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
+def _step(row: Row) -> str:
+    """The band of a step, and its typical value."""
+    band = (row.step_low_s or 0.0, row.step_s or 0.0, row.step_high_s or 0.0)
+    low, typical, high = (f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in band)
+    return typical if low == high else f"{low} to {high} ({typical})"
+
+
 def _table(rows: Sequence[Row], hardware: Hardware) -> Table:
     columns = "tokens,batch,peak GB,formula,paper,received GB,comm s,exposed,step s,/ matmul,tokens/s,largest tokens"
-    right = [Column(column, justify="right") for column in (*columns.split(","), "largest batch")]
+    right = [
+        Column(column, justify="right", no_wrap=column == "step s", overflow="fold")
+        for column in (*columns.split(","), "largest batch")
+    ]
     title = f"One device of {hardware.memory_bytes / 1e9:.0f} GB"
     table = Table(Column("layout", overflow="fold"), *right, title=title, title_justify="left")
     for _, group in itertools.groupby(rows, lambda row: row.layout):
@@ -160,9 +179,9 @@ def _cells(row: Row) -> list[str]:
     return [
         row.layout, str(row.seq_len), str(row.batch), peak, _gb(row.predicted_bytes), row.paper_peak_gb,
         _gb(row.received_bytes),
-        _seconds(row.comm_s), exposed, _seconds(row.step_s),
+        _seconds(row.comm_s), exposed, _step(row),
         f"{row.step_s / row.matmul_s:.2f}" if row.matmul_s else "-", f"{row.tokens_per_s:,.0f}",
-        "" if row.largest_seq_len is None else f"{row.largest_seq_len:,}",
+        "" if row.largest_seq_len is None else f"{row.largest_seq_len // 1024:,} K",
         "" if row.largest_batch is None else str(row.largest_batch),
     ]  # fmt: skip
 

@@ -14,6 +14,7 @@ import tyro
 from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
 from tsp_jax.files import read_text
+from tsp_jax.hardware.rates_file import read_hardware
 from tsp_jax.hardware.targets import parse_target, standins_note, use_target
 from tsp_jax.inspect import Report, report
 from tsp_jax.inspect.expect import broken, parse_expectations
@@ -38,11 +39,14 @@ class Outputs:
     trace: str = ""
     """file for the simulated timeline, .json or .json.gz, to open in ui.perfetto.dev"""
     expect: str = ""
-    """contracts, such as no-full-weight,exposed<=0.1,peak<=24GB; exit code 1 if one is broken"""
+    """contracts, such as no-full-weight,exposed<=0.1,peak<=24GB; exit code 1 if one is broken. Times and shares are
+    those at typical rates"""
     largest: int = 12
     """largest number of rows to show of each table"""
+    hardware: str = ""
+    """file of measured rates, as JSON, which replace the target's; empty: published and assumed rates"""
     attention_efficiency: float = 0.0
-    """share of sustained FLOP/s that attention is assumed to reach; 0: the device's default, which is printed"""
+    """share of the fastest product's FLOP/s that attention is assumed to reach; 0: by kernel, heads and direction"""
 
     def check(self) -> None:
         """Raises ConfigError if a file cannot be written or a contract is not understood. Call it before long work."""
@@ -56,7 +60,8 @@ class StepOptions:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     target: str = "cpu:8"
-    """devices to compile for, which need not be present: cpu:8, mi300x:8, mi355x:8, h100:8, v5p:8"""
+    """devices to compile for, which need not be present: cpu:8, mi300x:8, mi325x:8, mi355x:8, h100:8, h200:8,
+    b200:8, v5e:8, v5p:8, v6e:8, v7x:8"""
     step: Step = "train"
     """train (an optimizer step), forward (the loss of a batch), prefill, or decode (one token per sequence)"""
     chunk: int = 0
@@ -86,7 +91,7 @@ def check_writable(**files: str) -> None:
 
 def inspect_step(name: str, options: StepOptions, optimizer: Optimizer = None) -> int:
     """Compiles a step and prints a report; returns the exit code."""
-    target = parse_target(options.target, options.outputs.attention_efficiency)
+    target = parse_target(options.target, options.outputs.attention_efficiency, options.outputs.hardware)
     options.outputs.check()
     check_writable(dump_hlo=options.dump_hlo)
     use_target(target)
@@ -112,12 +117,15 @@ def inspect_step(name: str, options: StepOptions, optimizer: Optimizer = None) -
 def inspect_text(file: str, options: TextOptions) -> int:
     """Prints a report of a compiled program, whose text is in a file; returns the exit code."""
     options.outputs.check()
-    name = options.target if ":" in options.target else f"{options.target}:1"
-    hardware = parse_target(name, options.outputs.attention_efficiency).hardware if options.target else None
+    outputs, target = options.outputs, options.target
+    if outputs.hardware and not target:
+        target = read_hardware(outputs.hardware).name
+    name = target if ":" in target else f"{target}:1"
+    hardware = parse_target(name, outputs.attention_efficiency, outputs.hardware).hardware if target else None
     text = read_text(file, _LONGEST_TEXT, "use the text of a compiled program")
     axes = parse_sizes(options.mesh) if options.mesh else None
     found = report(text, target=hardware, mesh_axes=axes, record=bool(options.outputs.trace))
-    return _finish(found, {"file": file, "target": options.target, "mesh": axes}, options.outputs, [])
+    return _finish(found, {"file": file, "target": target, "mesh": axes}, options.outputs, [])
 
 
 def _finish(found: Report, facts: dict[str, Any], outputs: Outputs, headings: Sequence[str | None]) -> int:

@@ -49,8 +49,11 @@ class Row:
     comm_s: float | None = None
     exposed_comm_s: float | None = None
     step_s: float | None = None
+    """at typical rates, as all other times; its band goes from `step_low_s` to `step_high_s`"""
+    step_low_s: float | None = None
+    step_high_s: float | None = None
     matmul_s: float | None = None
-    """time of the step's matrix products alone, at the device's sustained FLOP/s"""
+    """time of the step's matrix products alone, at the rate of the fastest product"""
     tokens_per_s: float | None = None
     """over all devices"""
     largest_seq_len: int | None = None
@@ -60,6 +63,8 @@ class Row:
     compile_s: float | None = None
     paper_peak_gb: str = ""
     by_kind: dict[str, int] = dataclasses.field(default_factory=dict)
+    scenario_steps_s: dict[str, float] = dataclasses.field(default_factory=dict)
+    """name in `SCENARIOS` -> step at its rates, which are the same for every row"""
     note: str = ""
     """why there are no figures, or the memory limit that the peak exceeds"""
 
@@ -153,6 +158,9 @@ def _row(name: str, config: Config, target: Target, step: Step, chunk: int, opti
         peak_bytes=found.peak_bytes,
         received_bytes=sum(c.total_bytes for c in found.collectives),
         **{name: getattr(t, name) for name in ("comm_s", "exposed_comm_s", "step_s", "matmul_s")},
+        step_low_s=t.band().low,
+        step_high_s=t.band().high,
+        scenario_steps_s={name: times.step_s for name, times in t.scenarios.items()},
         tokens_per_s=config.batch * (1 if step == "decode" else chunk or config.seq_len) / t.step_s,
         compile_s=round(compiled.compile_s, 1),
         paper_peak_gb=_paper_peak_gb(name, config, target, step),
@@ -199,7 +207,7 @@ def write_json(rows: Sequence[Row], facts: dict[str, Any], path: Path) -> None:
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Writes a line for each row."""
-    fields = [field.name for field in dataclasses.fields(Row) if field.name != "by_kind"]
+    fields = [field.name for field in dataclasses.fields(Row) if field.name not in ("by_kind", "scenario_steps_s")]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fields, extrasaction="ignore")
         writer.writeheader()

@@ -13,6 +13,7 @@ from tests.builders.sharded_attention import (
     desired_attention,
     sharded_attention,
 )
+from tsp_jax.errors import ConfigError
 from tsp_jax.ops.attention.sinks import add_sinks, sinks_grad
 from tsp_jax.ops.kernels.mask import MASKED, Scores
 from tsp_jax.ops.stream import Stream
@@ -118,3 +119,10 @@ def test_a_query_without_keys_has_only_its_sink():
     assert not new_out.any()
     np.testing.assert_array_equal(new_lse, np.broadcast_to(sinks, lse.shape))
     assert not np.asarray(sinks_grad(jnp.zeros_like(lse), new_lse, sinks)).any()
+
+
+def test_sinks_of_other_heads_are_refused():
+    f = sharded_attention("single", "multi_head", Stream())
+    x, weights, norms, _ = attention_args("multi_head", norms=True)
+    with pytest.raises(ConfigError, match=r"attention: sinks_N is \[5\]; use \[8\], one for each query head"):
+        f(x, weights, norms, normal(0, 5))

@@ -27,11 +27,13 @@ from tsp_jax.ops.kernels import (
     ABSENT,
     KERNELS,
     CudnnKernel,
+    TpuKernel,
     TritonKernel,
     XlaKernel,
     arch_of,
     choose_kernel,
     describe_kernel,
+    tpu_tiles,
 )
 from tsp_jax.ops.kernels.chunk_pairs import XlaPairKernel
 from tsp_jax.ops.kernels.mask import MASKED, Scores, Tokens
@@ -40,10 +42,16 @@ from tsp_jax.ops.kernels.tiles import Tile, Tiles
 SMALL = {
     "cudnn": XlaPairKernel((XlaKernel(4, 6),), chunk=6),  # what it makes of chunks; cuDNN itself needs a GPU
     "triton": TritonKernel("interpret"),
+    "tpu": TpuKernel("interpret"),
     "xla": XlaKernel(4, 6),
 }
 """name -> the kernel with blocks so small that a short sequence has many, on any machine"""
-TILES_OF_2 = Tiles(*(Tile(2, 2, 1, 1),) * 3)
+SMALLER = {
+    "triton": TritonKernel("interpret", Tiles(*(Tile(2, 2, 1, 1),) * 3)),
+    "tpu": TpuKernel("interpret", tpu_tiles.Tiles(*(tpu_tiles.Tile(6, 6, 3),) * 3)),
+    "xla": XlaKernel(6, 6),
+}
+"""with blocks that divide a zigzag chunk of 6 tokens"""
 CASES = {
     "plain": Case(),
     "one head": Case(kv_heads=1, group=1),
@@ -122,7 +130,7 @@ def test_bfloat16_is_near_float32(kernel):
 
 
 @pytest.mark.parametrize("rank", [1, 3])
-@pytest.mark.parametrize("kernel", [XlaKernel(6, 6), TritonKernel("interpret", TILES_OF_2)], ids=["xla", "triton"])
+@pytest.mark.parametrize("kernel", SMALLER.values(), ids=SMALLER)
 def test_keys_after_every_query_are_not_visited(kernel, rank):
     """A zigzag chunk of 6 tokens is whole blocks; keys that are not numbers in skipped blocks change nothing."""
     case = Case(ranks=4, rank=rank)
@@ -136,7 +144,7 @@ def test_keys_after_every_query_are_not_visited(kernel, rank):
     assert not clean[2][1][:, later].any()
 
 
-@pytest.mark.parametrize("kernel", [XlaKernel(6, 6), SMALL["triton"]], ids=["xla", "triton"])
+@pytest.mark.parametrize("kernel", SMALLER.values(), ids=SMALLER)
 def test_queries_before_every_key_are_not_visited_backward(kernel):
     case = Case()
     queries, _ = case.tokens()
@@ -165,7 +173,12 @@ def abstract_mesh(kind: str, platform: str) -> AbstractMesh:
         ("gfx942", "gpu", "gfx942"),
         ("NVIDIA H100 80GB HBM3", "gpu", "sm_90"),
         ("NVIDIA A100", "gpu", ""),
-        ("TPU v5p", "tpu", "tpu"),
+        ("TPU v5", "tpu", "tpu_v5p"),
+        ("TPU v5p", "tpu", "tpu_v5p"),
+        ("TPU v5 lite", "tpu", "tpu_v5e"),
+        ("TPU v6 lite", "tpu", "tpu_v6e"),
+        ("TPU7x", "tpu", "tpu_v7x"),
+        ("TPU v4", "tpu", "tpu"),
         ("cpu", "cpu", "cpu"),
     ],
 )
@@ -179,6 +192,7 @@ def test_a_mesh_without_devices_has_no_arch():
 
 GPU, TPU, CPU = abstract_mesh("gfx942", "gpu"), abstract_mesh("TPU v5p", "tpu"), abstract_mesh("cpu", "cpu")
 H100 = abstract_mesh("NVIDIA H100 80GB HBM3", "gpu")
+OLD_TPU = abstract_mesh("TPU v4", "tpu")
 
 
 @pytest.mark.parametrize(
@@ -192,29 +206,33 @@ H100 = abstract_mesh("NVIDIA H100 80GB HBM3", "gpu")
         ("auto", H100, 128, "float32", TritonKernel("sm_90")),
         ("triton", H100, 128, "bfloat16", TritonKernel("sm_90")),
         ("auto", CPU, 128, "bfloat16", XlaKernel(256, 256)),
-        ("auto", TPU, 128, "bfloat16", XlaKernel(1024, 1024)),
+        ("auto", TPU, 128, "bfloat16", TpuKernel("tpu_v5p")),
+        ("auto", TPU, 512, "bfloat16", XlaKernel(1024, 1024)),
+        ("auto", OLD_TPU, 128, "bfloat16", XlaKernel(1024, 1024)),
     ],
 )
 def test_choice(name, mesh, head_dim, dtype, kernel):
     assert choose_kernel(name, mesh, head_dim, dtype) == kernel
 
 
-NVIDIA_ONLY = "cudnn: runs on NVIDIA GPUs from sm_80 on, not on"
 TOO_WIDE = "triton: heads have 256 float32; they may have at most 512 bytes, of float32 or bfloat16"
+HALF_ONLY = "cudnn: computes in bfloat16 or float16, not in float32"
 
 
 @pytest.mark.parametrize(
     ("name", "mesh", "head_dim", "dtype", "text"),
     [
-        ("auto", GPU, 128, "float32", f"triton ({NVIDIA_ONLY} gfx942)"),
+        ("auto", GPU, 128, "float32", "triton"),
         ("triton", GPU, 128, "float32", "triton"),
         ("xla", GPU, 256, "float32", "xla"),
-        ("auto", CPU, 128, "float32", f"xla ({NVIDIA_ONLY} cpu; triton: runs on gfx942, gfx950, sm_90, not on cpu)"),
-        ("auto", GPU, 256, "float32", f"xla ({NVIDIA_ONLY} gfx942; {TOO_WIDE})"),
+        ("auto", CPU, 128, "float32", "xla"),
+        ("auto", TPU, 128, "float32", "tpu"),
+        ("auto", GPU, 256, "float32", f"xla ({TOO_WIDE})"),
+        ("auto", H100, 256, "float32", f"xla ({HALF_ONLY}; {TOO_WIDE})"),
         ("auto", H100, 128, "bfloat16", "cudnn (triton for documents that cross chunks)"),
         ("cudnn", H100, 256, "bfloat16", "cudnn (triton for documents that cross chunks)"),
         ("cudnn", H100, 128, "float16", "cudnn (xla for documents that cross chunks)"),
-        ("auto", H100, 128, "float32", "triton (cudnn: computes in bfloat16 or float16, not in float32)"),
+        ("auto", H100, 128, "float32", f"triton ({HALF_ONLY})"),
     ],
 )
 def test_description_says_why_kernels_before_it_cannot_run_and_which_others_may(name, mesh, head_dim, dtype, text):
@@ -249,7 +267,14 @@ def test_cudnn_takes_any_scale():
         ("triton", GPU, 256, "stream.kernel=triton: heads have 256 float32; they may have at most 512 bytes"),
         ("cudnn", GPU, 128, "stream.kernel=cudnn: runs on NVIDIA GPUs .*, not on gfx942; use stream.kernel=xla"),
         ("aiter", GPU, 128, "stream.kernel=aiter: .* jax_aiter, .*; use stream.kernel=triton"),
-        ("fused", GPU, 128, "stream.kernel=fused is unknown; use one of auto, cudnn, triton, xla"),
+        ("tpu", GPU, 128, "stream.kernel=tpu: runs on tpu_v5p, .*, not on gfx942; use stream.kernel=xla"),
+        (
+            "tpu",
+            TPU,
+            512,
+            "stream.kernel=tpu: heads have 512 float32; they may have at most 256 of bfloat16 or float32",
+        ),
+        ("fused", GPU, 128, "stream.kernel=fused is unknown; use one of auto, cudnn, triton, tpu, xla"),
     ],
 )
 def test_refusals(name, mesh, head_dim, words):

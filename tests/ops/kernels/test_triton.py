@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tests.builders.arrays import F32_TOLERANCE, assert_trees_near
-from tests.builders.attention import Case, S, jitted_run, run, run_reference, sharded_run
+from tests.builders.attention import Case, H, S, jitted_run, run, run_reference, sharded_run
 from tests.builders.targets import needs_compiler
 from tsp_jax.hardware.targets import HARDWARE, Target
 from tsp_jax.inspect import parse
@@ -70,9 +70,10 @@ def test_kernels_declare_the_products_of_the_tiles_that_they_visit(ranks, entrie
     case, tiles = Case(ranks=ranks), Tiles(Tile(2, 3, 1, 1), Tile(3, 2, 1, 1), Tile(3, 6, 1, 1))
     kernel = TritonKernel("interpret", tiles)
     text = jax.jit(lambda *arrays: run(kernel, *arrays)).lower(*case.arrays(), *case.tokens()).as_text(debug_info=True)
-    declared = {float(n): kind for kind, n in re.findall(r"mean_flops\[(\w+)=([^\]]*)\]", text)}
+    declared = {float(n): kind for kind, n in re.findall(r"mean_flops\[([^=]+)=([^\]]*)\]", text)}
     forward, dq, dkv = counted_flops(case, tiles)
-    assert declared == {forward: "attention_forward", dq: "attention_backward", dkv: "attention_backward"}
+    kinds = [f"attention_{each}.triton.h{padded_head_dim(H)}" for each in ("forward", "backward", "backward")]
+    assert declared == dict(zip((forward, dq, dkv), kinds, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ on a mesh
@@ -120,7 +121,8 @@ def test_kernels_compile_for_absent_gpus(name, head_dim, dtype, group):
     )
     text = jax.jit(sharded_run(mesh, kernel)).lower(q, k, k, q, *tokens).compile().as_text()
     declared = [found for i, _ in parse(text).walk() if (found := declared_flops(i))]
-    assert Counter(kind for kind, _ in declared) == {"attention_forward": 1, "attention_backward": 2}
+    assert Counter(found.work.direction for found in declared) == {"forward": 1, "backward": 2}
+    assert {(found.work.kernel, found.work.head_dim) for found in declared} == {("triton", 128)}
     least = 2 * 9 * (length // 8) * (length / 2) * kv_heads * group * head_dim
     assert least < sum(flops for _, flops in declared) < 2.2 * least  # heads of 80 are padded to 128
     assert f"{length // 8},{length}]" not in text

@@ -94,8 +94,8 @@ def _attend_to_cache(
 
         zero = zeros(q_BtKGH.shape, jnp.float32, like=q_BtKGH)
         with jax.named_scope(f"mean_trips[{(max_chunks + 1) / 2:g}]"):  # over all prefills that fill the cache
-            merged = lax.fori_loop(0, (max_used + t - 1) // t, attend_chunk, (zero, zero[..., 0] + MASKED))
-        return (), add_sinks(*merged, sinks_KG)[0].astype(q_BtKGH.dtype)
+            out, lse = lax.fori_loop(0, (max_used + t - 1) // t, attend_chunk, (zero, zero[..., 0] + MASKED))
+        return (), add_sinks(out, lse, sinks_KG)[0].astype(q_BtKGH.dtype)
 
     _, out_bBtKGH = lax.scan(attend_bucket, (), (q_bBtKGH, sinks_bKG, jnp.arange(buckets, dtype=jnp.int32)))
     return jnp.moveaxis(out_bBtKGH, 0, 2).reshape(q_BtNH.shape)

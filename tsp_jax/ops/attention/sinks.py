@@ -12,14 +12,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tsp_jax.errors import ConfigError
 from tsp_jax.ops.attention.sharded_heads import ShardedHeads
 
 
 def sinks_of_shard(sinks_N: jax.Array | None, heads: ShardedHeads) -> jax.Array | None:
-    """[K, G]: the sinks of this tensor shard's query heads, from those of all real heads; 0 for padded heads."""
+    """[K, G]: the sinks of this tensor shard's query heads, from those of all real heads; 0 for padded heads.
+
+    Raises:
+      ConfigError: there is not one sink for each query head.
+    """
     if sinks_N is None:
         return None
     model, shard = heads.config.heads, heads.sharding.shard
+    num_heads = model.num_kv_heads * model.real_group
+    if sinks_N.shape != (num_heads,):
+        raise ConfigError(f"attention: sinks_N is {list(sinks_N.shape)}; use [{num_heads}], one for each query head")
     sinks_KG = sinks_N.reshape(model.num_kv_heads, model.real_group)
     padding = (0, model.kv - model.num_kv_heads), (0, model.group - model.real_group)
     sinks_N = jnp.pad(sinks_KG, padding).reshape(-1)

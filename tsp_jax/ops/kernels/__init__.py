@@ -12,15 +12,16 @@ from tsp_jax.ops.kernels.chunk_pairs import PairKernel
 from tsp_jax.ops.kernels.cudnn import CudnnKernel
 from tsp_jax.ops.kernels.kernel import Kernel, arch_of, delta
 from tsp_jax.ops.kernels.mask import Scores
+from tsp_jax.ops.kernels.tpu import TpuKernel
 from tsp_jax.ops.kernels.triton import TritonKernel
 from tsp_jax.ops.kernels.xla import XlaKernel
 
 __all__ = [
-    "ABSENT", "KERNELS", "CudnnKernel", "Kernel", "TritonKernel", "XlaKernel", "arch_of", "choose_kernel", "delta",
-    "describe_kernel",
+    "ABSENT", "KERNELS", "CudnnKernel", "Kernel", "TpuKernel", "TritonKernel", "XlaKernel", "arch_of", "choose_kernel",
+    "delta", "describe_kernel",
 ]  # fmt: skip
 
-KERNELS: dict[str, type[Kernel]] = {"cudnn": CudnnKernel, "triton": TritonKernel, "xla": XlaKernel}
+KERNELS: dict[str, type[Kernel]] = {"cudnn": CudnnKernel, "triton": TritonKernel, "tpu": TpuKernel, "xla": XlaKernel}
 """name -> kernel; `auto` takes the first one that is supported"""
 ABSENT = {
     "aiter": "AMD's AITER reaches JAX through the package jax_aiter, which no package index has, so it could not be "
@@ -42,9 +43,9 @@ def choose_kernel(name: str, mesh: Mesh | AbstractMesh, head_dim: int, dtype: An
 
 
 def describe_kernel(name: str, mesh: Mesh | AbstractMesh, head_dim: int, dtype: Any, scores: Scores = Scores()) -> str:
-    """The name of the kernel that `choose_kernel` returns, and why each kernel before it in `KERNELS` cannot run.
+    """The name of the kernel that `choose_kernel` returns, and why others of these devices before it cannot compute it.
 
-    Such as ``triton (cudnn: runs on NVIDIA GPUs from sm_80 on, not on gfx942)``. A kernel that leaves some tokens to
+    Such as ``triton (cudnn: computes in bfloat16 or float16, not in float32)``. A kernel that leaves some tokens to
     another one names it: ``cudnn (triton for documents that cross chunks)``.
     """
     chosen, kernel, notes = _choose(name, mesh, head_dim, dtype, scores)
@@ -60,7 +61,7 @@ def describe_kernel(name: str, mesh: Mesh | AbstractMesh, head_dim: int, dtype: 
 def _choose(
     name: str, mesh: Mesh | AbstractMesh, head_dim: int, dtype: Any, scores: Scores
 ) -> tuple[str, Kernel, list[str]]:
-    """(name, kernel, reasons against the kernels before it)."""
+    """(name, kernel, reasons against those before it that run on these devices)."""
     if name != "auto" and name not in KERNELS:
         if name in ABSENT:
             raise ConfigError(f"stream.kernel={name}: {ABSENT[name]}")
@@ -71,5 +72,6 @@ def _choose(
         reason = kernel.unsupported(head_dim, dtype, scores)
         if not reason:
             return each, kernel, reasons
-        reasons.append(f"{each}: {reason}")
+        if name != "auto" or not kernel.not_here():
+            reasons.append(f"{each}: {reason}")
     raise ConfigError(f"stream.kernel={name}: {reasons[-1].removeprefix(f'{name}: ')}; use stream.kernel=xla")

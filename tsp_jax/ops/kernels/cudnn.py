@@ -48,13 +48,22 @@ class CudnnKernel(PairKernel):
     def for_arch(cls, arch: str) -> Self:
         return cls((TritonKernel.for_arch(arch), XlaKernel.for_arch(arch)), arch=arch)
 
+    @property
+    def _capability(self) -> int:
+        """Such as 90 for ``sm_90``; 0 if the device is no NVIDIA GPU."""
+        number = self.arch.removeprefix("sm_")
+        return int(number) if self.arch.startswith("sm_") and number.isdecimal() else 0
+
+    def not_here(self) -> str:
+        here = self.arch or "unknown devices"
+        return "" if self._capability >= 80 else f"runs on NVIDIA GPUs from sm_80 on, not on {here}"
+
     def unsupported(self, head_dim: int, dtype: Any, scores: Scores = Scores()) -> str:
-        capability = self.arch.removeprefix("sm_")
-        if not self.arch.startswith("sm_") or not capability.isdecimal() or int(capability) < 80:
-            return f"runs on NVIDIA GPUs from sm_80 on, not on {self.arch or 'unknown devices'}"
+        if reason := self.not_here():
+            return reason
         if jnp.dtype(dtype).name not in _ELEMENT:
             return f"computes in {' or '.join(_ELEMENT)}, not in {jnp.dtype(dtype).name}"
-        most = 256 if int(capability) >= 90 else 128
+        most = 256 if self._capability >= 90 else 128
         if head_dim > most or head_dim % 8:
             return f"heads have {head_dim} dims; on {self.arch} they must have a multiple of 8, at most {most}"
         if scores._replace(scale=None, total=None) != Scores():

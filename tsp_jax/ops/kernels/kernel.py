@@ -18,14 +18,17 @@ _KINDS = {
     "AMD Instinct MI300": "gfx942", "AMD Instinct MI325": "gfx942", "gfx942": "gfx942",
     "AMD Instinct MI35": "gfx950", "gfx950": "gfx950",
     "NVIDIA H100": "sm_90", "NVIDIA H200": "sm_90", "NVIDIA GH200": "sm_90",
+    "NVIDIA B200": "sm_100",
+    "TPU v5 lite": "tpu_v5e", "TPU v5e": "tpu_v5e", "TPU v5": "tpu_v5p", "TPU v6": "tpu_v6e", "TPU7x": "tpu_v7x",
+    "TPU": "tpu",
 }  # fmt: skip
-"""prefix of a device kind -> arch, for topologies and abstract devices that report no compute capability"""
+"""prefix of a device kind -> arch, for devices that report no compute capability: TPUs, topologies, abstract devices"""
 
 
 def arch_of(mesh: Mesh | AbstractMesh) -> str:
-    """Architecture of a mesh's devices: ``cpu``, ``tpu``, ``gfx942``, ``sm_90``, ...; empty if it is not known."""
+    """Architecture of a mesh's devices: ``cpu``, ``tpu_v5p``, ``gfx942``, ``sm_90``, ...; empty if it is not known."""
     device: Any = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
-    if device is None or device.platform in ("cpu", "tpu"):
+    if device is None or device.platform == "cpu":
         return device.platform if device else ""
     capability = str(getattr(device, "compute_capability", ""))
     if capability.startswith("gfx"):
@@ -44,9 +47,13 @@ class Kernel(abc.ABC):
     def for_arch(cls, arch: str) -> Self:
         """The kernel with the block sizes of an architecture; see `arch_of`."""
 
+    def not_here(self) -> str:
+        """Why the kernel cannot run on its architecture; empty if it can."""
+        return ""
+
     def unsupported(self, head_dim: int, dtype: Any, scores: Scores = Scores()) -> str:
         """Why the kernel cannot run with these heads and scores on its architecture; empty if it can."""
-        return ""
+        return self.not_here()
 
     def within(self, tokens: int) -> Self:
         """The kernel for `tokens` query tokens that form two zigzag chunks, with blocks that never span both chunks."""

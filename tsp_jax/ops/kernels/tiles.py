@@ -33,8 +33,9 @@ _AMD = {
 }
 _CDNA4 = _AMD | {256: _AMD[256]._replace(forward=Tile(128, 32, 4, 1))}
 _HOPPER = {
+    128: Tiles(Tile(128, 128, 4, 3), Tile(64, 128, 4, 2), Tile(128, 64, 4, 2)),
     256: Tiles(Tile(128, 64, 4, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 2)),
-    512: Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+    512: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 1), Tile(64, 64, 8, 2)),
 }
 _SMALL = Tiles(Tile(8, 8, 4, 1), Tile(8, 4, 4, 1), Tile(4, 8, 4, 1))
 TILES = {"gfx942": _AMD, "gfx950": _CDNA4, "sm_90": _HOPPER, "interpret": {1 << 30: _SMALL}}

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from tsp_jax.ops.kernels.kernel import Kernel
+from tsp_jax.ops.kernels.kernel import Kernel, declare_products
 from tsp_jax.ops.kernels.mask import MASKED, Scores, Tokens, may_attend
 from tsp_jax.ops.kernels.tiles import TILES, Tile, Tiles, find_tiles, padded_head_dim
 from tsp_jax.ops.kernels.visits import Plan, Visits
@@ -41,14 +41,16 @@ class TritonKernel(Kernel):
     def for_arch(cls, arch: str) -> Self:
         return cls(arch)
 
+    def not_here(self) -> str:
+        known = ", ".join(arch for arch in TILES if arch != "interpret")
+        return "" if self.arch in TILES else f"runs on {known}, not on {self.arch or 'unknown devices'}"
+
     def unsupported(self, head_dim: int, dtype: Any, scores: Scores = Scores()) -> str:
         dtype = jnp.dtype(dtype)
         if dtype in (jnp.bfloat16, jnp.float32) and find_tiles(self.arch, head_dim, dtype):
             return ""
-        if self.arch not in TILES:
-            known = ", ".join(arch for arch in TILES if arch != "interpret")
-            return f"runs on {known}, not on {self.arch or 'unknown devices'}"
-        return f"heads have {head_dim} {dtype.name}; they may have at most 512 bytes, of float32 or bfloat16"
+        wide = f"heads have {head_dim} {dtype.name}; they may have at most 512 bytes, of float32 or bfloat16"
+        return self.not_here() or wide
 
     def _tiles(self, q_BTKGH: jax.Array) -> Tiles:
         tiles = self.tiles or find_tiles(self.arch, q_BTKGH.shape[-1], q_BTKGH.dtype)
@@ -71,7 +73,7 @@ class TritonKernel(Kernel):
         batch, length, kv_heads, group, _ = q.shape
         out, lse_BKGT = _call(
             functools.partial(_forward_kernel, tile=tile, scores=_with_scale(scores, q_BTKGH)), plan, self.arch,
-            products=("attention_forward", 2),
+            products=("forward", 2),
             inputs=[("BTKGH", q), ("BSKH", k), ("BSKH", v)],
             outputs=[("BTKGH", q), ("BKGT", jax.ShapeDtypeStruct((batch, kv_heads, group, length), jnp.float32))],
         )  # fmt: skip
@@ -102,7 +104,7 @@ class TritonKernel(Kernel):
             return _call(
                 functools.partial(kernel, tile=tile, scores=_with_scale(scores, q_BTKGH)),
                 Plan.of(queries, keys, tile, by_key, scores), self.arch,
-                products=("attention_backward", products),
+                products=("backward", products),
                 inputs=[("BTKGH", q), ("BSKH", k), ("BSKH", v), ("BTKGH", dout), ("BKGT", lse), ("BKGT", delta)],
                 outputs=[(dims, {"BTKGH": q, "BSKH": k}[dims]) for dims in outputs],
             )  # fmt: skip
@@ -131,17 +133,24 @@ def _crop(x: jax.Array, like: jax.Array) -> jax.Array:
     return x[:, : like.shape[1], ..., : like.shape[-1]]
 
 
-def _call(kernel: Callable[..., None], plan: Plan, arch: str, products: tuple[str, int], inputs, outputs):
+def _call(
+    kernel: Callable[..., None],
+    plan: Plan,
+    arch: str,
+    products: tuple[Literal["forward", "backward"], int],
+    inputs,
+    outputs,
+):
     """Runs one program per tile, head and row of the batch.
 
     A program's head is a KV head if tiles are of keys, else a query head; the program sees all tokens of that head. The
     kernel reads the visits and tokens of `plan`, then `inputs`: (dims, array) pairs, the queries first. It writes
-    `outputs`: (dims, shape and dtype) pairs. `products`, (kind, matrix products per pair of tiles), is written
+    `outputs`: (dims, shape and dtype) pairs. `products`, (direction, matrix products per pair of tiles), is written
     into the compiled program for `tsp_jax.inspect`, which cannot see into a kernel; XLA drops Pallas' own
     cost estimate.
     """
     batch, _, kv_heads, group, size = inputs[0][1].shape
-    kind, number = products
+    direction, number = products
     flops = 2.0 * number * batch * kv_heads * group * plan.mean_pairs() * plan.tile.query * plan.tile.key * size
 
     def indices(_, head, row) -> dict[str, Any]:
@@ -166,7 +175,7 @@ def _call(kernel: Callable[..., None], plan: Plan, arch: str, products: tuple[st
         compiler_params=triton.CompilerParams(num_warps=plan.tile.warps, num_stages=plan.tile.stages),
         interpret=arch == "interpret",
     )
-    with jax.named_scope(f"mean_flops[{kind}={flops:.0f}]"):
+    with declare_products("triton", direction, size, flops):
         return call(*tokens, *(array for _, array in inputs))
 
 
@@ -180,8 +189,14 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 def _scores(product: jax.Array, scores: Scores) -> jax.Array:
     """Scores in units of log 2, from products of queries and keys."""
     if scores.softcap is None:
-        return product * (scores.scale * LOG2_E)
-    return scores.cap(product * scores.scale) * LOG2_E
+        return product * (_scale(scores) * LOG2_E)
+    return scores.cap(product * _scale(scores)) * LOG2_E
+
+
+def _scale(scores: Scores) -> float:
+    """The scale that `_with_scale` has set."""
+    assert scores.scale is not None
+    return scores.scale
 
 
 def _score_grads(grads: jax.Array, scores_in_log2: jax.Array, scores: Scores) -> jax.Array:
@@ -258,7 +273,7 @@ def _dq_kernel(
         return dq_QH + _dot(ds_QC.astype(k_CH.dtype), k_CH)
 
     dq_QH = _visit(visits, span, i, step, jnp.zeros(q_QH.shape, jnp.float32))
-    dq_ref[rows, :] = (dq_QH * scores.scale).astype(dq_ref.dtype)
+    dq_ref[rows, :] = (dq_QH * _scale(scores)).astype(dq_ref.dtype)
 
 
 def _dkv_kernel(
@@ -288,5 +303,5 @@ def _dkv_kernel(
 
     zero = jnp.zeros(k_CH.shape, jnp.float32)
     dk_CH, dv_CH = lax.fori_loop(0, q_ref.shape[1], head, (zero, zero))
-    dk_ref[cols, :] = (dk_CH * scores.scale).astype(dk_ref.dtype)
+    dk_ref[cols, :] = (dk_CH * _scale(scores)).astype(dk_ref.dtype)
     dv_ref[cols, :] = dv_CH.astype(dv_ref.dtype)

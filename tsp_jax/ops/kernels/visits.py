@@ -47,7 +47,7 @@ class Plan(NamedTuple):
     @classmethod
     def of(cls, queries: Tokens, keys: Tokens, tile: Tile, by_key: bool, scores: Scores = Scores()) -> "Plan":
         """The plan for queries [B, T] and keys [B, S], padded to whole tiles."""
-        queries, keys = _pad_tokens(queries, tile.query, -LATEST), _pad_tokens(keys, tile.key, LATEST)
+        queries, keys = pad_tokens(queries, tile.query, -LATEST), pad_tokens(keys, tile.key, LATEST)
         num_q, num_k = queries.positions.shape[1] // tile.query, keys.positions.shape[1] // tile.key
         if by_key:
             span = span_of(num_k, num_q)
@@ -66,25 +66,31 @@ class Plan(NamedTuple):
     def mean_pairs(self) -> float:
         """Mean number of pairs of tiles that all programs of a head visit together; see `mean_visits`."""
         lengths = self.queries.positions.shape[1], self.keys.positions.shape[1]
-        if self.by_key:
-            _, visits = mean_visits(*lengths, self.tile.query * self.span, self.tile.key, self.scores)
-            return lengths[1] // self.tile.key * visits * self.span
-        visits, _ = mean_visits(*lengths, self.tile.query, self.tile.key * self.span, self.scores)
-        return lengths[0] // self.tile.query * visits * self.span
+        return mean_pairs(*lengths, self.tile, self.by_key, self.span, self.scores)
 
 
-def span_of(programs: int, tiles: int) -> int:
-    """The smallest power of two that divides `tiles` and keeps visit lists short enough.
+def mean_pairs(q_len: int, k_len: int, tile: Any, by_key: bool, span: int, scores: Scores) -> float:
+    """Mean number of pairs of tiles that are visited for whole tiles of queries and keys; see `mean_visits`."""
+    if by_key:
+        _, visits = mean_visits(q_len, k_len, tile.query * span, tile.key, scores)
+        return k_len // tile.key * visits * span
+    visits, _ = mean_visits(q_len, k_len, tile.query, tile.key * span, scores)
+    return q_len // tile.query * visits * span
+
+
+def span_of(programs: int, tiles: int, most: int | None = None) -> int:
+    """The smallest power of two that divides `tiles` and keeps visit lists short enough: `most` or `MOST_ENTRIES`.
 
     If none keeps them short enough, the largest power of two that divides `tiles`.
     """
-    span = 1
-    while programs * tiles // span > MOST_ENTRIES and tiles % (2 * span) == 0:
+    span, most = 1, most or MOST_ENTRIES
+    while programs * tiles // span > most and tiles % (2 * span) == 0:
         span *= 2
     return span
 
 
-def _pad_tokens(tokens: Tokens, tile: int, position: int) -> Tokens:
+def pad_tokens(tokens: Tokens, tile: int, position: int) -> Tokens:
+    """Tokens padded to whole tiles, with `position` and the segment of the last token."""
     padding = ((0, 0), (0, -tokens.positions.shape[1] % tile))
     positions = jnp.pad(tokens.positions, padding, constant_values=position)
     return Tokens(positions, jnp.pad(tokens.segments, padding, mode="edge"))

@@ -39,7 +39,7 @@ class XlaKernel(Kernel):
 
     @classmethod
     def for_arch(cls, arch: str) -> Self:
-        size = {"cpu": 256, "tpu": 1024}.get(arch, 512)
+        size = {"cpu": 256, "tpu": 1024}.get(arch.partition("_")[0], 512)
         return cls(size, size)
 
     def within(self, tokens: int) -> Self:

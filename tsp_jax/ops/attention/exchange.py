@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from tsp_jax.config import TokenOrder
@@ -127,7 +126,7 @@ class Exchange(NamedTuple):
         in_mesh, numbers = permute_ranks(self.axes)
         rank, ranks = lax.axis_index(self.axes), lax.axis_size(self.axes)
         for messages in rounds(ranks, self._chunks, hop):
-            sent, received = np.full(ranks, -1), np.full(ranks, -1)
+            sent, received = [-1] * ranks, [-1] * ranks
             for source, tail, target, halo in messages:
                 sent[source], received[target] = tail, halo
             message = tails[0] if len(tails) == 1 else jnp.where(jnp.asarray(sent)[rank] == 1, tails[1], tails[0])

@@ -10,19 +10,21 @@ are the cycles of that part of a kernel. The compiler's dump says which unit eac
 """
 
 import argparse
+import functools
 import itertools
 import os
 import re
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 UNITS = {"MXU": 4, "XLU": 3, "VALU": 4, "VPOP": 2, "EUP": 1, "VLOAD": 3, "FILL": 3, "VSTORE": 1, "SPILL": 1, "SALU": 2}
 """unit -> how many of its instructions v5p has room for in a bundle, in the order of the dump"""
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="bundles, spills and memory of attention kernels on a TPU")
     parser.add_argument("kernel", choices=["forward", "backward", "splash_forward", "splash_backward"])
     parser.add_argument("--target", default="v5p", help="a kind of TPU that tsp_jax.hardware knows")
     parser.add_argument("--tile", type=int, nargs=3, metavar=("QUERY", "KEY", "PART"), help="default: the kernel's own")
@@ -54,6 +56,13 @@ def splash(args: argparse.Namespace):
     return lambda q, k, v, queries, keys: run(q, k, v, kernel.SegmentIds(queries.segments[0], keys.segments[0]))
 
 
+def gradients(attend: Any, q, k, v, queries: Any, keys: Any, dout):
+    """(dq, dk, dv)"""
+    import jax
+
+    return jax.vjp(lambda *arrays: attend(*arrays, queries, keys), q, k, v)[1](dout)
+
+
 def compile_kernel(args: argparse.Namespace) -> None:
     """Compiles the kernel of the arguments for one device, and prints temporary memory."""
     import jax
@@ -61,6 +70,7 @@ def compile_kernel(args: argparse.Namespace) -> None:
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
     from tsp_jax.hardware.targets import Target, parse_target, use_target
+    from tsp_jax.inspect.memory import compiled_memory
     from tsp_jax.ops.kernels import TpuKernel, arch_of
     from tsp_jax.ops.kernels.mask import Tokens
     from tsp_jax.ops.kernels.tpu_tiles import Tile, Tiles
@@ -76,30 +86,21 @@ def compile_kernel(args: argparse.Namespace) -> None:
     queries, keys = (Tokens(*(like(1, n, dtype="int32"),) * 2) for n in (args.queries, args.keys))
     heads, size = args.kv_heads * args.group, args.head_dim
     if args.kernel.startswith("splash"):
-        attend = splash(args)
+        f, backward = splash(args), args.kernel.endswith("backward")
         q, k = like(heads, args.queries, size), like(args.kv_heads, args.keys, size)
-        if args.kernel.endswith("backward"):
-
-            def f(q, k, v, dout, queries, keys):
-                return jax.vjp(lambda *arrays: attend(*arrays, queries, keys), q, k, v)[1](dout)
-        else:
-
-            def f(q, k, v, dout, queries, keys):
-                return attend(q, k, v, queries, keys)
-
-        arguments = q, k, k, q, queries, keys
+        arguments = (q, k, k, queries, keys, *((q,) if backward else ()))
+        if backward:
+            f = functools.partial(gradients, f)
     else:
-        kernel = TpuKernel(arch_of(mesh), Tiles(*(Tile(*args.tile),) * 3) if args.tile else None)
-        kernel = kernel.within(args.queries)
+        kernel = TpuKernel(arch_of(mesh), Tiles(*(Tile(*args.tile),) * 3) if args.tile else None).within(args.queries)
         q, k = like(1, args.queries, args.kv_heads, args.group, size), like(1, args.keys, args.kv_heads, size)
         row = like(1, args.queries, args.kv_heads, args.group, dtype="float32")
-        if args.kernel == "backward":
-            f, arguments = kernel.attend_backward, (q, k, k, queries, keys, row, row, q)
-        else:
-            f, arguments = kernel.attend, (q, k, k, queries, keys)
+        backward = args.kernel == "backward"
+        f: Any = kernel.attend_backward if backward else kernel.attend
+        arguments = (q, k, k, queries, keys, *((row, row, q) if backward else ()))
     start = time.time()
     compiled = jax.jit(f).lower(*arguments).compile()
-    temporary = compiled.memory_analysis().temp_size_in_bytes
+    temporary = compiled_memory(compiled).temp_bytes
     print(f"{jax.__version__} {args}\ncompiled in {time.time() - start:.0f} s; temporaries {temporary / 1e6:.1f} MB")
 
 

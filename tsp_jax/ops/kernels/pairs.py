@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from tsp_jax.ops.kernels.mask import LATEST, Scores, Tokens, tiles_to_visit
 from tsp_jax.ops.kernels.visits import mean_pairs, pad_tokens, span_of
@@ -68,13 +67,13 @@ def _compact(visit_Bnm: jax.Array, unmasked_Bnm: jax.Array, cores: int) -> tuple
     """(own_cE, other_cE, number) of `PairList`. An own tile without any pair to visit is listed once, to be written."""
     batch, num_own, num_other = visit_Bnm.shape
     lonely_Bn1 = ~visit_Bnm.any(axis=2, keepdims=True)
-    listed_Bnm = visit_Bnm | (lonely_Bn1 & (np.arange(num_other).reshape(1, 1, -1) == 0))
+    listed_Bnm = visit_Bnm | (lonely_Bn1 & (jnp.arange(num_other).reshape(1, 1, -1) == 0))
     core_1Bn1 = _cores_of_tiles(visit_Bnm, cores)[None, :, :, None]
-    listed_cE = (listed_Bnm[None] & (core_1Bn1 == np.arange(cores).reshape(-1, 1, 1, 1))).reshape(cores, -1)
+    listed_cE = (listed_Bnm[None] & (core_1Bn1 == jnp.arange(cores).reshape(-1, 1, 1, 1))).reshape(cores, -1)
     number_c1 = listed_cE.sum(axis=1, keepdims=True, dtype=jnp.int32)
     run_mask_1E = (_mark(visit_Bnm, RUN) + _mark(visit_Bnm & ~unmasked_Bnm, MASK)).reshape(1, -1)
-    entry_1E, base = np.arange(batch * num_own * num_other, dtype=np.int32)[None], RUN + MASK + 1
-    sorted_cE = jnp.sort(jnp.where(listed_cE, entry_1E * base + run_mask_1E, np.iinfo(np.int32).max), axis=1)
+    entry_1E, base = jnp.arange(batch * num_own * num_other, dtype=jnp.int32)[None], RUN + MASK + 1
+    sorted_cE = jnp.sort(jnp.where(listed_cE, entry_1E * base + run_mask_1E, LATEST), axis=1)
     sorted_cE = jnp.where(entry_1E < number_c1, sorted_cE, jnp.take_along_axis(sorted_cE, number_c1 - 1, axis=1))
     pair_cE, run_mask_cE = sorted_cE // base, sorted_cE % base
     own_cE, row_cE = pair_cE // num_other, pair_cE // (num_own * num_other)

@@ -132,15 +132,29 @@ _ATTENTION_GFX942 = [
 ]  # fmt: skip
 
 
+_LARGE_PRODUCTS = (0.7, 0.8, 0.9)
+"""shares of a TPU's peak that large matrix products reach: assumed"""
+_BUSY: dict[tuple[Direction, int], float] = {
+    ("forward", 128): 0.88, ("forward", 256): 0.99, ("backward", 128): 1.0, ("backward", 256): 1.0,
+}  # fmt: skip
+"""(direction, head size) -> share of the peak that the inner loop of splash attention reaches by v5p's schedule"""
+_SCHEDULE = (
+    "products' shares of the peak (assumed) times the share that splash attention's compiled schedule keeps busy "
+    "(benchmarks/tpu_attention_schedule.md); no rate of a TPU attention kernel alone is published"
+)
+
+
 def _tpu_attention(peak: float) -> list[Attention]:
-    """Shares of a TPU's peak, in TFLOP/s: no rate of a kernel alone is published."""
-    source = _assumed(
-        "shares of the peak; no TPU attention kernel's own rate is published, none at all for heads of 128"
-    )
-    bands = {64: (0.2, 0.35, 0.5), 128: (0.4, 0.6, 0.75), 256: (0.6, 0.75, 0.85)}
-    forward = {size: (low * peak, typical * peak, high * peak) for size, (low, typical, high) in bands.items()}
-    backward = {size: (0.8 * low, 0.9 * typical, high) for size, (low, typical, high) in forward.items()}
-    return _heads("tpu", "forward", forward, {0: source}) + _heads("tpu", "backward", backward, {0: source})
+    """From the peak, in TFLOP/s."""
+    source = {0: Source("extrapolated", _SCHEDULE, "v5p, libtpu 0.0.42.1", "2026-11")}
+    rows = []
+    for direction in ("forward", "backward"):
+        # Heads of 64 use half of the depth of the matrix units.
+        share = {64: 0.5 * _BUSY[direction, 128], 128: _BUSY[direction, 128], 256: _BUSY[direction, 256]}
+        low, typical, high = (products * peak for products in _LARGE_PRODUCTS)
+        bands = {size: (low * busy, typical * busy, high * busy) for size, busy in share.items()}
+        rows += _heads("tpu", direction, bands, source)
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------ links
@@ -235,7 +249,7 @@ def _tpu(peak: float, bandwidth: float, host: float, network: float, link: float
         Product(m=m, n=n, k=k, flops_per_s=_band(0.7 * share, share, 1.2 * share, peak * T), source=source)
         for (m, n, k), share in points.items()
     ]
-    large = Product(m=4096, n=4096, k=4096, flops_per_s=_band(0.7, 0.8, 0.9, peak * T), source=source)
+    large = Product(m=4096, n=4096, k=4096, flops_per_s=_band(*_LARGE_PRODUCTS, peak * T), source=source)
     return Rates(
         products=(*small, large), attention=tuple(_tpu_attention(peak)), default_kernel="tpu", tile=128,
         memory=_memory(0.8 * bandwidth, 0.9 * bandwidth, 0.95 * bandwidth, source),

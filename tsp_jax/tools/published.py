@@ -299,6 +299,11 @@ def rebuild(run: Run) -> Rebuilt:
         raise NotRebuilt(f"sequences per step not published (per_device_batch: {run.per_device_batch or 'none'})")
     if measured_seconds(run)[0] is None:
         raise NotRebuilt(measured_seconds(run)[1])
+    if layout == "sp" and accumulate > 1:
+        raise NotRebuilt(
+            f"gradients accumulated over {accumulate} micro-batches on each device and reduced once: here each "
+            "micro-batch reduces them"
+        )
     remats, remat_remarks = _remats(run)
     kernel, products, kernel_remarks = _kernel(run)
     config = Config(

@@ -141,7 +141,7 @@ def _figures(rebuilt: Rebuilt, path: str | Path, timeout_s: float) -> tuple[Comp
 
 def _of_fewer_layers(rebuilt: Rebuilt, path: str | Path, remat: Remat, timeout_s: float):
     layers = rebuilt.config.model.num_layers
-    some = [compile_run(path, rebuilt, remat, timeout_s, layers // parts) for parts in (8, 4)]
+    some = [compile_run(path, rebuilt, remat, timeout_s, layers // parts) for parts in (16, 8)]
     few, more = (_of_program(compiled, rebuilt) for compiled in some)
     times = (layers - some[0].layers) / (some[1].layers - some[0].layers)
     return some[1], {name: few[name] + times * (more[name] - few[name]) for name in few}, False

@@ -1,6 +1,7 @@
 """Predictions beside published runs: pricing attention, errors, explanations, and the command."""
 
 import dataclasses
+import gzip
 import json
 import re
 import subprocess
@@ -13,10 +14,11 @@ from tests.builders.targets import needs_compiler
 from tsp_jax.config import Config, ModelConfig, StreamConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import parse_target
+from tsp_jax.inspect import parse, simulate
 from tsp_jax.ops.kernels import KERNELS
 from tsp_jax.tools.compile import compile_step
 from tsp_jax.tools.priced import causal_flops, priced_kernel
-from tsp_jax.tools.published import read_runs
+from tsp_jax.tools.published import measured_seconds, model_flops, read_runs, rebuild
 from tsp_jax.tools.validate import Comparison, Options, explain, grown, markdown, summary, validate
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +74,26 @@ def test_priced_attention_is_what_a_kernel_of_this_package_computes_but_for_its_
     assert all(1.0 < tiled[direction] / priced[direction] < 1.15 for direction in priced)
 
 
+BOUNDS = {"T3": 0.08, "H10": 0.03}
+"""row -> largest error of time at which its stored program may be simulated"""
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_errors_of_stored_programs_do_not_grow(name):
+    """Programs as jax 0.10.2 compiled them: what the rates and the simulation make of them."""
+    text = gzip.decompress((SMALL.parent / f"{name}.hlo.gz").read_bytes()).decode()
+    step_s = simulate(parse(text), parse_target(rebuild(RUNS[name]).target).hardware).step_s
+    assert step_s == pytest.approx(measured_seconds(RUNS[name])[0], rel=BOUNDS[name])
+
+
+@pytest.mark.parametrize(("platform", "name"), [("tpu", "T3"), ("rocm", "A5")])
+def test_errors_of_rebuilt_runs_do_not_grow(platform, name):
+    needs_compiler(platform)
+    lines = []
+    options = Options(rows=name, baseline=str(ROOT / "benchmarks" / "validation.json"), tolerance=0.03)
+    assert validate(str(SMALL), options, lines.append) == 0, lines
+
+
 def test_the_stand_in_is_in_the_table_of_kernels_only_while_it_is_needed():
     with priced_kernel("tpu", 5) as name:
         assert name in KERNELS
@@ -93,6 +115,23 @@ def test_recomputed_attention_is_explained_by_another_run_that_recomputes_it():
     assert "by b over keeps: with this factor the error is +0.0%" in found["a"]
     assert "by a over keeps" in found["b"]
     assert not found["keeps"]
+
+
+@pytest.mark.parametrize(
+    ("said", "executed", "explained"),
+    [
+        ("not stated", 1.4, True),  # 1.5 / 1.4 of the measured step without recomputation
+        ("not stated", 1.0, False),  # nothing is recomputed
+        ("full", 1.4, False),  # the run recomputes as much
+    ],
+)
+def test_a_run_that_does_not_say_what_it_recomputes_may_do_less(said, executed, explained):
+    run = dataclasses.replace(RUNS["T3"], remat=said)
+    slow = row("T3", 0.5, "full", low_s=1.45, flops=executed * model_flops(run) / run.devices)
+    (found,) = explain([slow], {"T3": run})
+    assert bool(found.explanation) == explained
+    if explained:
+        assert "executes 1.40 x the model's own products: without recomputation the error is +7.1%" in found.explanation
 
 
 @pytest.mark.parametrize(

@@ -77,10 +77,10 @@ H100 = _table(
     },
     {(2048, 256, 256): 33.0, (1024, 1024, 1024): 117, (4096, 4096, 256): 188, (4096, 4096, 4096): 403},
     "H100", "336bb15",
-    _large(640, 720, 780, Source(
+    _large(619, 700, 780, Source(
         "measured",
-        "SemiAnalysis (typical), XLA's table at 4096^3 (high); low assumed, below it under a power limit", "H100 SXM",
-        "2024-12 to 2026")),
+        "this package's benchmarks/gpu_h100.md: 619 at 16384 x 4096 x 14336 (low), 697 at 8192^3, 717 at 4096^3; "
+        "SemiAnalysis: 720; XLA's table at 4096^3 (high)", "H100 SXM", "2024-12 to 2026-11-26")),
 )  # fmt: skip
 B200 = _table(
     {

@@ -118,15 +118,30 @@ _ATTENTION_GFX942 = [
 ]  # fmt: skip
 
 
-def _tpu_attention(peak: float) -> list[Attention]:
-    """Shares of a TPU's peak, in TFLOP/s: no rate of a kernel alone is published."""
-    source = _assumed(
-        "shares of the peak; no TPU attention kernel's own rate is published, none at all for heads of 128"
+_LARGE_PRODUCTS = (0.7, 0.8, 0.9)
+"""shares of a TPU's peak that large matrix products reach: assumed"""
+_BUSY: dict[str, dict[Direction, dict[int, float]]] = {
+    "v5p": {"forward": {128: 0.88, 256: 0.99}, "backward": {128: 1.0, 256: 1.0}},
+    "v7x": {"forward": {128: 0.31, 256: 0.52}, "backward": {128: 0.48, 256: 0.89}},
+}
+"""kind of TPU -> share of the peak that the inner loop of splash attention reaches by its schedule, by head size"""
+
+
+def _tpu_attention(peak: float, schedule: str) -> list[Attention]:
+    """From the peak, in TFLOP/s, and the kind of TPU whose schedule counts."""
+    text = (
+        f"products' shares of the peak (assumed) times the share in which {schedule}'s schedule of splash attention "
+        "keeps the matrix units busy (benchmarks/tpu_attention_schedule.md); no TPU attention kernel's own rate is "
+        "published"
     )
-    bands = {64: (0.2, 0.35, 0.5), 128: (0.4, 0.6, 0.75), 256: (0.6, 0.75, 0.85)}
-    forward = {size: (low * peak, typical * peak, high * peak) for size, (low, typical, high) in bands.items()}
-    backward = {size: (0.8 * low, 0.9 * typical, high) for size, (low, typical, high) in forward.items()}
-    return _heads("tpu", "forward", forward, {0: source}) + _heads("tpu", "backward", backward, {0: source})
+    source = {0: Source("extrapolated", text, f"{schedule}, libtpu 0.0.42.1", "2026-11")}
+    low, typical, high = (products * peak for products in _LARGE_PRODUCTS)
+    rows = []
+    for direction, busy in _BUSY[schedule].items():
+        # Heads of 64 use half of the depth of the matrix units that heads of 128 use.
+        shares = {64: 0.5 * busy[128], **busy}
+        rows += _heads("tpu", direction, {n: (low * x, typical * x, high * x) for n, x in shares.items()}, source)
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------ links
@@ -213,17 +228,22 @@ def _host(low: float, typical: float, high: float, source: Source) -> Memory:
     return Memory(bytes_per_s=_band(low, typical, high, G), source=source)
 
 
-def _tpu(peak: float, bandwidth: float, host: float, network: float, link: float, links: int) -> Rates:
-    """From a TPU's data sheet: peak TFLOP/s, TB/s, and GB/s of the host, of the network and of each of its links."""
+def _tpu(
+    peak: float, bandwidth: float, host: float, network: float, link: float, links: int, schedule: str = "v5p"
+) -> Rates:
+    """From a TPU's data sheet: peak TFLOP/s, TB/s, and GB/s of the host, of the network and of each of its links.
+
+    `schedule`: the kind of TPU whose schedule of attention counts.
+    """
     source = _assumed("shares of the peak: products 0.7 to 0.9, small ones less; memory 0.8 to 0.95")
     points = {(128, 128, 128): 0.02, (1024, 128, 128): 0.15, (1024, 1024, 128): 0.4, (1024, 1024, 1024): 0.65}
     small = [
         Product(m=m, n=n, k=k, flops_per_s=_band(0.7 * share, share, 1.2 * share, peak * T), source=source)
         for (m, n, k), share in points.items()
     ]
-    large = Product(m=4096, n=4096, k=4096, flops_per_s=_band(0.7, 0.8, 0.9, peak * T), source=source)
+    large = Product(m=4096, n=4096, k=4096, flops_per_s=_band(*_LARGE_PRODUCTS, peak * T), source=source)
     return Rates(
-        products=(*small, large), attention=tuple(_tpu_attention(peak)), default_kernel="tpu", tile=128,
+        products=(*small, large), attention=tuple(_tpu_attention(peak, schedule)), default_kernel="tpu", tile=128,
         memory=_memory(0.8 * bandwidth, 0.9 * bandwidth, 0.95 * bandwidth, source),
         host=_host(0.6 * host, host, 1.2 * host, _assumed("PCIe to the host")), contention=_TPU_CONTENTION,
         collectives=_tpu_links(link, links), between_nodes=_slices(network),
@@ -247,8 +267,11 @@ _MI355X = Rates(
 _H100_RATES = Rates(
     products=product_tables.H100, attention=tuple(_ATTENTION_H100),
     collectives=_LINKS_H100, contention=_NVIDIA_CONTENTION,
-    memory=_memory(2.7, 3.0, 3.15, _assumed("0.8 to 0.94 of the peak")),
-    host=_host(45, 51, 55, _measured("copies to and from pinned memory", "H100", "before 2026-11")),
+    memory=_memory(2.5, 2.8, 3.0, _measured(
+        "this package's benchmarks/gpu_h100.md: 2.52 read and written (low); high: 0.9 of the peak; typical between",
+        "H100 SXM", "2026-11-26")),
+    host=_host(51, 52, 55, _measured(
+        "this package's benchmarks/gpu_h100.md: 51.3 and 52.8; high assumed", "H100 SXM", "2026-11-26")),
     default_kernel="triton", between_nodes=_NICS, tile=64,
 )  # fmt: skip
 _B200_RATES = dataclasses.replace(
@@ -279,7 +302,7 @@ RATES = {
     "b200": _B200_RATES,
     "v5p": _tpu(459, 2.765, 16, 25, 100, 6),
     "v5e": _tpu(197, 0.819, 16, 3, 50, 4),
-    "v6e": _tpu(918, 1.638, 50, 12, 100, 4),
-    "v7x": _tpu(1153.5, 3.685, 25, 6, 50, 7),
+    "v6e": _tpu(918, 1.638, 50, 12, 100, 4, "v7x"),
+    "v7x": _tpu(1153.5, 3.685, 25, 6, 50, 7, "v7x"),
 }  # fmt: skip
 """name of a kind of device in `tsp_jax.hardware.devices.HARDWARE` -> its rates"""

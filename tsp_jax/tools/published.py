@@ -208,12 +208,20 @@ def measured_seconds(run: Run) -> tuple[float | None, str]:
     if run.tokens_per_s:
         return tokens / run.devices / run.tokens_per_s, "tokens/s"
     if run.tflops and run.flop_convention.startswith(("full attention", "causal half")):
-        model = model_of(run)
-        pairs = run.seq_len * (1.0 if run.flop_convention.startswith("full") else 0.5) if run.seq_len else 0.0
-        attention = 12 * model.num_layers * model.num_heads * model.head_dim * pairs
-        flops = 6 * (model.num_params - model.vocab_size * model.d_model) + attention
-        return tokens / run.devices * flops / (run.tflops * 1e12), "TFLOP/s"
+        whole_square = run.flop_convention.startswith("full")
+        return model_flops(run, whole_square) / run.devices / (run.tflops * 1e12), "TFLOP/s"
     return None, "no time, and no TFLOP/s by a known convention"
+
+
+def model_flops(run: Run, whole_square: bool = False) -> float:
+    """Operations of a step's products on all devices together, without recomputation: 6 (N - V D) + 12 L N H S / 2.
+
+    `whole_square`: count all pairs of tokens in attention, not the causal half.
+    """
+    model, tokens = model_of(run), total_tokens(run) or 0
+    pairs = (run.seq_len or 0) * (1.0 if whole_square else 0.5)
+    attention = 12 * model.num_layers * model.num_heads * model.head_dim * pairs
+    return tokens * (6 * (model.num_params - model.vocab_size * model.d_model) + attention)
 
 
 def total_tokens(run: Run) -> int | None:
@@ -299,6 +307,11 @@ def rebuild(run: Run) -> Rebuilt:
         raise NotRebuilt(f"sequences per step not published (per_device_batch: {run.per_device_batch or 'none'})")
     if measured_seconds(run)[0] is None:
         raise NotRebuilt(measured_seconds(run)[1])
+    if layout == "sp" and accumulate > 1:
+        raise NotRebuilt(
+            f"gradients accumulated over {accumulate} micro-batches on each device and reduced once: here each "
+            "micro-batch reduces them"
+        )
     remats, remat_remarks = _remats(run)
     kernel, products, kernel_remarks = _kernel(run)
     config = Config(
@@ -337,12 +350,17 @@ def _layout(run: Run) -> tuple[str, dict[str, int], Sequence[str]]:
     return "fsdp_cp", {"data": 1, "tsp": context}, ring
 
 
+def remat_is_published(run: Run) -> bool:
+    """Whether a run says what it recomputes."""
+    return not _UNKNOWN.fullmatch(run.remat)
+
+
 def _remats(run: Run) -> tuple[tuple[Remat, ...], Sequence[str]]:
     """(policies, remarks) nearest to a run's."""
     said = run.remat.lower()
     if said == "none stated":
         return ("none",), ["no recomputation is stated; MLPs recompute gate and up"]
-    if _UNKNOWN.fullmatch(said):
+    if not remat_is_published(run):
         return ("none", "save_attention", "full"), [f"remat is not published ({run.remat}): the first policy that fits"]
     if said.startswith("full") and "offload" in said:
         return ("offload",), ()

@@ -58,6 +58,9 @@ def compile_run(path: str | Path, rebuilt: Rebuilt, remat: Remat, timeout_s: flo
     """
     config = _config(rebuilt, remat, layers)
     entry = cache_folder() / "published" / _key(rebuilt, config)
+    refused = entry.with_suffix(".refused")
+    if refused.exists():
+        raise OutOfMemory(refused.read_text())
     if not entry.with_suffix(".json").exists():
         entry.parent.mkdir(parents=True, exist_ok=True)
         command = [
@@ -76,8 +79,11 @@ def compile_run(path: str | Path, rebuilt: Rebuilt, remat: Remat, timeout_s: flo
             raise NotRebuilt(f"not compiled within {timeout_s:g} s; use a longer --timeout") from None
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            kind = OutOfMemory if "RESOURCE_EXHAUSTED" in done.stderr else NotRebuilt
-            raise kind(f"does not compile: {lines[-1].removeprefix('error: '):.300}")
+            why = f"does not compile: {lines[-1].removeprefix('error: '):.300}"
+            if "RESOURCE_EXHAUSTED" not in done.stderr:
+                raise NotRebuilt(why)
+            refused.write_text(why)
+            raise OutOfMemory(why)
     facts = json.loads(entry.with_suffix(".json").read_text())
     text = gzip.decompress(entry.with_suffix(".hlo.gz").read_bytes()).decode()
     return CompiledRun(remat, config.model.num_layers, text, **facts)

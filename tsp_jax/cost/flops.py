@@ -6,14 +6,15 @@ Layout and padding do not count. Dims: T all tokens of the step, S tokens per se
 from tsp_jax.config import Config
 
 
-def step_flops(config: Config, *, forward: bool = False) -> dict[str, float]:
+def step_flops(config: Config, *, forward: bool = False, backward_products: int = 5) -> dict[str, float]:
     """Floating-point operations of a training step, or of its `forward` pass and loss, on all devices together, by op.
 
     A multiply-add counts as two operations. One product of T tokens with a weight of n elements takes 2 T n. In
     attention only causal pairs of tokens within the window W count, as if each sequence were one document:
     T (W - W (W - 1) / 2 S) pairs, T (S + 1) / 2 without a window, each of which takes 2 N H operations per product.
     Recomputed products are included: those that backward recomputes under `config.remat`, and those that some ops
-    always recompute in backward.
+    always recompute in backward. `backward_products` is the number of products that attention's backward takes for each
+    pair of tokens: 5 in one kernel, 7 in two kernels, each of which computes the scores.
     """
     model, tokens = config.model, config.batch * config.seq_len
     again = 0 if config.remat == "none" else 1
@@ -30,8 +31,7 @@ def step_flops(config: Config, *, forward: bool = False) -> dict[str, float]:
     layers = {
         # Backward: dx and dW of every weight.
         "projections": count(query + 2 * kv, 1 + again + twice, 2 + repeated) + count(query, 1 + again, 2),
-        # Forward: q k and p v. Backward: three products for dq and four for dk and dv, which repeat the scores.
-        "attention": count(2 * pairs, 1 + twice, 7 / 2),
+        "attention": count(2 * pairs, 1 + twice, backward_products / 2),  # forward: q k and p v
         # Backward: gate and up again, then dx and dW of three weights.
         "mlp": count(3 * model.d_ff * model.d_model, 1, 8 / 3),
     }

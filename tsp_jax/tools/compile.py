@@ -18,7 +18,7 @@ from tsp_jax.inference.program import make_inference_program
 from tsp_jax.inspect import FullWeight, Report, report
 from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh, place
 from tsp_jax.mesh import format_sizes
-from tsp_jax.ops.kernels import describe_kernel
+from tsp_jax.ops.kernels import choose_kernel, describe_kernel
 from tsp_jax.ops.kernels.mask import Scores
 from tsp_jax.stored import RowPadding
 from tsp_jax.training.optimizer import Optimizer
@@ -50,7 +50,9 @@ class CompiledStep:
         """Number of operations per device in the model's matrix products, without padding; 0 for prefill and decode."""
         if self.step not in ("train", "forward"):
             return 0.0
-        return sum(step_flops(self.config, forward=self.step == "forward").values()) / self.target.num_devices
+        products = choose_kernel(*self._attention).backward_products
+        flops = step_flops(self.config, forward=self.step == "forward", backward_products=products)
+        return sum(flops.values()) / self.target.num_devices
 
     @property
     def kernel(self) -> str:
@@ -60,14 +62,13 @@ class CompiledStep:
         """
         if self.step == "decode":
             return ""
-        config = self.config
-        return describe_kernel(
-            config.stream.kernel,
-            self.placement.mesh,
-            config.model.head_dim,
-            config.compute_dtype,
-            Scores.of(config.model),
-        )
+        return describe_kernel(*self._attention)
+
+    @property
+    def _attention(self) -> tuple[Any, ...]:
+        """What decides on the attention kernel."""
+        config, model = self.config, self.config.model
+        return config.stream.kernel, self.placement.mesh, model.head_dim, config.compute_dtype, Scores.of(model)
 
     def facts(self) -> dict[str, Any]:
         """What the JSON of a report says about the program and its target."""

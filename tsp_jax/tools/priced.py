@@ -35,7 +35,7 @@ class PricedKernel(Kernel):
     """as `arch_of` gives it"""
     kernel: str
     """name of the published kernel: one of `tsp_jax.hardware.rates.ATTENTION_KERNELS`"""
-    backward_products: int = 5
+    products: int = 5
     """5 in one kernel (scores, dp, dq, dk, dv); 7 in two kernels, which both repeat scores and dp"""
 
     @classmethod
@@ -53,12 +53,12 @@ class PricedKernel(Kernel):
     def attend_backward(
         self, q_BTKGH, k_BSKH, v_BSKH, queries, keys, delta_BTKG, lse_BTKG, dout_BTKGH, scores=Scores()
     ):
-        """Declares ``backward_products x 2 B T (S + 1) / 2 N H`` operations; see `Kernel.attend_backward`.
+        """Declares ``products x 2 B T (S + 1) / 2 N H`` operations; see `Kernel.attend_backward`.
 
         Moves: nothing. Keeps: nothing.
         """
         arrays = q_BTKGH, k_BSKH, v_BSKH, dout_BTKGH, delta_BTKG, lse_BTKG
-        return self._declare("backward", self.backward_products, arrays, (q_BTKGH, k_BSKH, v_BSKH))
+        return self._declare("backward", self.products, arrays, (q_BTKGH, k_BSKH, v_BSKH))
 
     def _declare(self, direction: Literal["forward", "backward"], products: int, arrays, outputs):
         """Reads `arrays` and makes arrays like `outputs`, of any content."""

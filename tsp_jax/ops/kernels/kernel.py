@@ -6,7 +6,7 @@ Dims: B batch, T query tokens, S key tokens, K KV heads, G query heads per KV he
 import abc
 import dataclasses
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,9 @@ def arch_of(mesh: Mesh | AbstractMesh) -> str:
 @dataclasses.dataclass(frozen=True)
 class Kernel(abc.ABC):
     """Attention within segments on one device, and its gradients. Hashable: a static argument of jitted code."""
+
+    backward_products: ClassVar[int] = 5
+    """matrix products that backward computes for each pair of query and key"""
 
     @classmethod
     @abc.abstractmethod

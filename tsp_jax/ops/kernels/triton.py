@@ -32,6 +32,8 @@ LOG2_E = math.log2(math.e)
 class TritonKernel(Kernel):
     """Attention with one kernel in forward and two in backward; scores are never written to memory."""
 
+    backward_products = 7
+
     arch: str
     """GPU to compile for: a key of `TILES`; ``interpret`` runs anywhere, slowly"""
     tiles: Tiles | None = None

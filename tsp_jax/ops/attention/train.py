@@ -3,8 +3,10 @@
 Three parts, each with a VJP. `project_in` streams [Wk Wv] and Wq past this device's tokens. `_attend_over_sequence`
 takes one bucket of KV heads at a time. While one bucket attends, the keys and values of the next bucket are gathered
 over the sequence. In backward, the gradients of one bucket's keys and values are reduce-scattered while those of the
-next bucket are computed. `project_out` streams Wo. The remat policy `save_attention` keeps the results of the second
-part: outputs and log-sum-exps.
+next bucket are computed. `project_out` streams Wo.
+
+Whoever has kept the results of the second part, `Attended`, can give them back in backward. Then the first two parts
+are only differentiated: queries, keys and values are projected for that alone, and the kernel's forward is not run.
 
 Dims: B batch, t this device's tokens, S all tokens, D model, N query heads and K KV heads of this tensor shard,
 G = N / K, c KV heads of a bucket, H head, w this device's rows of a weight. With stationary weights: T tokens of all
@@ -17,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
-from tsp_jax.layout import Axes, check_attention_movement
+from tsp_jax.layout import Axes, AxisNames, check_attention_movement
 from tsp_jax.ops.attention.projections import project_in, project_out, vary_inputs_alike
 from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, ShardedHeads
 from tsp_jax.ops.attention.stationary import (
@@ -35,13 +38,31 @@ from tsp_jax.ops.stationary import moves_tokens
 from tsp_jax.ops.stream import Stream, custom_vjp, zeros
 
 SAVED_NAMES = ("attention_out", "attention_lse")
-"""checkpoint names of the arrays that `save_attention` keeps"""
+"""checkpoint names of the arrays of `Attended`"""
+
+
+class Attended(NamedTuple):
+    """What the kernel computes. With stationary weights, of this device's heads and all folded ranks' tokens."""
+
+    out_BtNH: Any
+    """outputs before Wo, in the compute dtype"""
+    lse_BNt: Any
+    """log-sum-exps of the scores, float32; tokens last, for the TPU compiler keeps no other order on the host"""
+
+
+def attended_specs(axes: Axes, batch: AxisNames, stream: Stream) -> Attended:
+    """PartitionSpecs of `Attended` as global arrays; `batch`: axes that shard the batch."""
+    if moves_tokens(axes.folded, stream):
+        sequence, heads = axes.unfolded_sequence, axes.tensor + axes.folded
+    else:
+        sequence, heads = axes.sequence, axes.tensor
+    return Attended(PartitionSpec(batch, sequence, heads, None), PartitionSpec(batch, heads, sequence))
 
 
 def attention(
-    x_BtD: jax.Array, weights: AttentionWeights, tokens_Bt: Tokens, norms: HeadNorms | None = None, *,
-    config: AttentionConfig, axes: Axes = Axes(), stream: Stream = Stream(),
-) -> jax.Array:  # fmt: skip
+    x_BtD: jax.Array, weights: AttentionWeights, tokens_Bt: Tokens, norms: HeadNorms | None = None,
+    known: Attended | None = None, *, config: AttentionConfig, axes: Axes = Axes(), stream: Stream = Stream(),
+) -> tuple[jax.Array, Attended]:  # fmt: skip
     """Causal self-attention within segments.
 
     Forward: ``out_h = softmax(q_h k_h^T / sqrt(H)) v_h``, ``y = concat_h(out_h) Wo``, with q, k, v of `project_in`.
@@ -53,13 +74,15 @@ def attention(
       weights: this device's rows, any float dtype.
       tokens_Bt: positions and segments of this device's tokens; tokens may be in any order over the ranks.
       norms: scales of q/k RMSNorm (Qwen3), or None.
+      known: what an earlier call with the same arguments returned, or None. It is returned as the result, in place of
+        running the kernel; gradients are those of the result.
       config: static sizes.
       axes: over folded axes, weights or tokens are exchanged (see `stream`); over tensor axes, partial outputs are
         summed; over sequence axes, keys and values are gathered.
       stream: movement; its buckets are replaced by those of `config`.
 
     Returns:
-      [B, t, D] in x's dtype.
+      ([B, t, D] in x's dtype, `Attended`, which has no gradient of its own).
 
     Raises:
       ConfigError: the movement is activations and a folded axis shards the batch.
@@ -78,18 +101,22 @@ def attention(
         check_attention_movement(axes, stream.movement)
         inputs = vary_inputs_alike(x_BtD, weights, norms, tokens_Bt)
         run = _stationary if moves_tokens(axes.folded, stream) else _streamed
-        y_BtD = run(*inputs, config, axes, stream)
-        return lax.psum(y_BtD, axes.tensor) if axes.tensor else y_BtD
+        y_BtD, attended = run(*inputs, known, config, axes, stream)
+        return lax.psum(y_BtD, axes.tensor) if axes.tensor else y_BtD, lax.stop_gradient(attended)
 
 
-def _streamed(x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, config, axes: Axes, stream: Stream) -> jax.Array:
+def _streamed(
+    x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, known: Attended | None, config, axes: Axes, stream: Stream
+) -> tuple[jax.Array, Attended]:
     heads = ShardedHeads.of(config, axes, stream)
     q_BtNH, k_BtKH, v_BtKH = project_in(x_BtD, weights[:3], norms, tokens_Bt.positions, heads)
-    out_BtNH = _attend(q_BtNH, k_BtKH, v_BtKH, tokens_Bt, heads)
-    return project_out(out_BtNH, weights.o_wD, heads)
+    attended = _attend(q_BtNH, k_BtKH, v_BtKH, tokens_Bt, known, heads)
+    return project_out(attended.out_BtNH, weights.o_wD, heads), attended
 
 
-def _stationary(x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, config, axes: Axes, stream: Stream) -> jax.Array:
+def _stationary(
+    x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, known: Attended | None, config, axes: Axes, stream: Stream
+) -> tuple[jax.Array, Attended]:
     """Each rank attends with its own heads for all folded ranks' tokens; outputs are reduce-scattered."""
     tokens_BT = Tokens(*gather_sequence(*tokens_Bt, axes=axes.folded))
     roles, heads = Axes(sequence=axes.unfolded_sequence), ShardedHeads.of(config, axes, stream)
@@ -100,17 +127,23 @@ def _stationary(x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, config, axe
     heads = ShardedHeads.of(config, roles, stream)
     stationary = StationaryHeads(config, axes.folded, stream)
     q_BTnH, k_BTkH, v_BTkH = stationary_project_in(x_BtD, weights[:3], norms, tokens_BT.positions, stationary)
-    return stationary_project_out(_attend(q_BTnH, k_BTkH, v_BTkH, tokens_BT, heads), weights.o_wD, stationary)
+    attended = _attend(q_BTnH, k_BTkH, v_BTkH, tokens_BT, known, heads)
+    return stationary_project_out(attended.out_BtNH, weights.o_wD, stationary), attended
 
 
 # ------------------------------------------------------------------------------------------------ over the sequence
 
 
-def _attend(q_BtNH, k_BtKH, v_BtKH, tokens_Bt: Tokens, heads: ShardedHeads) -> jax.Array:
-    """[B, t, N, H]: causal attention within segments to the tokens of all sequence axes."""
+def _attend(q_BtNH, k_BtKH, v_BtKH, tokens_Bt: Tokens, known: Attended | None, heads: ShardedHeads) -> Attended:
+    """Causal attention within segments to the tokens of all sequence axes."""
     tokens_BS = Tokens(*gather_sequence(*tokens_Bt, axes=heads.axes.sequence))
     q_BtKGH = q_BtNH.reshape(*k_BtKH.shape[:3], -1, q_BtNH.shape[-1])
-    return _attend_over_sequence(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, heads).reshape(q_BtNH.shape)
+    arrays = q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS
+    if known is None:
+        out, lse = _attend_over_sequence(*arrays, heads)
+        return Attended(out.reshape(q_BtNH.shape), lse.reshape(q_BtNH.shape[:-1]).swapaxes(1, 2))
+    out, lse = known.out_BtNH.reshape(q_BtKGH.shape), known.lse_BNt.swapaxes(1, 2).reshape(q_BtKGH.shape[:-1])
+    return known._replace(out_BtNH=_as_attended(*arrays, out, lse, heads).reshape(q_BtNH.shape))
 
 
 class _KVBucket(NamedTuple):
@@ -129,6 +162,7 @@ class _KVBucket(NamedTuple):
 
 @custom_vjp(5)
 def _attend_over_sequence(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, heads: ShardedHeads):
+    """(outputs [B, t, K, G, H], log-sum-exps [B, t, K, G]); gradients of the log-sum-exps are ignored."""
     return _forward(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, heads)[0]
 
 
@@ -150,10 +184,11 @@ def _forward(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, heads: ShardedHeads)
     lse = zeros(q_BtKGH.shape[:-1], jnp.float32, like=q_BtKGH)
     (out, lse), *_ = pipelined(attend_bucket, fetch, None, (out, lse), buckets, remote=bool(axes))
     out, lse = (checkpoint_name(array, name) for array, name in zip((out, lse), SAVED_NAMES, strict=True))
-    return out, (q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, out, lse)
+    return (out, lse), (q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, out, lse)
 
 
-def _backward(heads: ShardedHeads, residuals, dout_BtKGH):
+def _backward(heads: ShardedHeads, residuals, cotangents):
+    dout_BtKGH, _ = cotangents
     q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, out_BtKGH, lse_BtKG = residuals
     axes, buckets = heads.axes.sequence, heads.exchange_buckets
     kernel = heads.config.kernel.within(q_BtKGH.shape[1])
@@ -178,3 +213,20 @@ def _backward(heads: ShardedHeads, residuals, dout_BtKGH):
 
 
 _attend_over_sequence.defvjp(_forward, _backward)
+
+
+@custom_vjp(7)
+def _as_attended(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, out_BtKGH, lse_BtKG, heads: ShardedHeads):
+    """Returns `out`, as the outputs that `_attend_over_sequence` has computed from the same arrays."""
+    return out_BtKGH
+
+
+def _as_attended_forward(q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, out_BtKGH, lse_BtKG, heads: ShardedHeads):
+    return out_BtKGH, (q_BtKGH, k_BtKH, v_BtKH, tokens_Bt, tokens_BS, out_BtKGH, lse_BtKG)
+
+
+def _as_attended_backward(heads: ShardedHeads, residuals, dout_BtKGH):
+    return *_backward(heads, residuals, (dout_BtKGH, None)), None, None
+
+
+_as_attended.defvjp(_as_attended_forward, _as_attended_backward)

@@ -108,7 +108,7 @@ BAD_SETTINGS = [
     *((MLP, name, -1.0, NOT_NEGATIVE) for name in ("init_std", "out_std")),
     (Embed, "init_std", float("inf"), NOT_NEGATIVE),
     *((MLP, "activation", value, "one of silu, gelu") for value in ("relu", jax.nn.silu, [])),
-    (Attention, "remat", "ful", "one of none, full, save_attention, offload"),
+    (Attention, "remat", "ful", "one of none, full, save_attention, offload, offload_attention"),
     (Attention, "qk_norm", "no", "True or False"),
     *((layer, "dtype", value, FLOATS)
       for layer in (Attention, MLP, Embed) for value in (jnp.int32, "bf16", None, float)),

@@ -16,7 +16,7 @@ Activation = Literal["silu", "gelu"]
 AttentionMovement = Literal["auto", "gather", "activations"]
 Movement = Literal["auto", "gather", "ring", "activations"]
 Order = Literal["zigzag", "contiguous"]
-Remat = Literal["none", "full", "save_attention", "offload"]
+Remat = Literal["none", "full", "save_attention", "offload", "offload_attention"]
 DType = Literal["float32", "bfloat16"]
 TokenOrder = Literal["any", "contiguous", "zigzag"]
 RopeKind = Literal["none", "linear", "llama3"]
@@ -350,7 +350,8 @@ class Config:
     """dtype in which the layers' gradients are stored until the update; micro-batches are always summed in float32"""
     remat: Remat = "full"
     """what backward recomputes: none; full (everything but layer inputs); save_attention (as full, but attention
-    outputs are kept too); offload (as full, with layer inputs kept in the host's memory)"""
+    outputs are kept too); offload, offload_attention (as full and save_attention, but what is kept is in the host's
+    memory)"""
     z_loss: float = 0.0
     """coefficient of the squared log-partition in the loss"""
     seed: int = 0

@@ -39,7 +39,7 @@ def sharded_attention(
 
     def local(x, weights, norms, sinks, tokens):
         axes = placement.layout.axes("heads")
-        return attention(x, weights, tokens, norms, sinks, config=config, axes=axes, stream=stream)
+        return attention(x, weights, tokens, norms, sinks, config=config, axes=axes, stream=stream)[0]
 
     x_spec, token_spec = spec("batch", "sequence", None), spec("batch", "sequence")
     f = placement.shard_map(local, (x_spec, spec("heads", None), spec(None), spec(None), token_spec), x_spec)

@@ -65,15 +65,16 @@ MODELS = {
 """sizes of models whose heads ranks do not share evenly, with two layers; ranks"""
 
 
+@pytest.mark.parametrize("remat", ["full", "save_attention", pytest.param("offload_attention", marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
     "name",
     [name if "on 8" in name else pytest.param(name, marks=pytest.mark.soak) for name in MODELS],
 )
-def test_training_step_on_mi300x(name):
-    """The whole step: what full remat repeats, and attention by the Triton kernel."""
+def test_training_step_on_mi300x(name, remat):
+    """The whole step: what backward repeats, and attention by the Triton kernel."""
     needs_compiler("rocm")
     model, ranks = MODELS[name]
-    config = dataclasses.replace(CONFIG, model=model, seq_len=32768, compute_dtype="bfloat16", mesh="", remat="full")
+    config = dataclasses.replace(CONFIG, model=model, seq_len=32768, compute_dtype="bfloat16", mesh="", remat=remat)
     config = dataclasses.replace(config, stream=dataclasses.replace(config.stream, bucket_mib=64.0, kernel="triton"))
     found, desired = compiled_flops(config, parse_target(f"mi300x:{ranks}")), step_flops(config, backward_products=7)
     per_device = {op: flops / ranks for op, flops in desired.items()}

@@ -72,6 +72,7 @@ MOVEMENTS = ("gather", "paper", "activations")
 """paper: a ring for the MLP and the tables"""
 GATHER, PAPER, ACTIVATIONS = MOVEMENTS
 FULL, NONE, SAVE = REMATS
+SAVE_ON_HOST: Remat = "offload_attention"
 CASES = [
     # no weights move, so that a movement changes nothing
     ("single", "grouped", GATHER, FULL),
@@ -135,6 +136,15 @@ CASES = [
     ("mix2_4", "windowed", ACTIVATIONS, NONE),
     ("tp2_sp4", "windowed", GATHER, FULL),
     ("fsdp8", "windowed", GATHER, FULL),
+    ("tsp4", "windowed", GATHER, SAVE_ON_HOST),
+    # what attention has computed is kept, of heads that are shared or padded too
+    ("tp8", "4_of_1", GATHER, SAVE),
+    ("tp4_sp2", "grouped", GATHER, SAVE_ON_HOST),
+    ("tsp8", "14_of_2", ACTIVATIONS, SAVE),
+    ("mix2_3", "odd_heads_tied", ACTIVATIONS, SAVE),
+    ("mix3_2", "thirds", GATHER, SAVE_ON_HOST),
+    ("two_level2_4", "grouped", ACTIVATIONS, SAVE_ON_HOST),
+    ("fsdp8", "odd_heads_tied", GATHER, SAVE_ON_HOST),
 ]
 """(layout, model, movement, remat)"""
 

@@ -4,6 +4,7 @@ Layout and padding do not count. Dims: T all tokens of the step, S tokens per se
 """
 
 from tsp_jax.config import Config
+from tsp_jax.cost.traffic import repeats_attention
 
 
 def step_flops(config: Config, *, forward: bool = False, backward_products: int = 5) -> dict[str, float]:
@@ -18,7 +19,7 @@ def step_flops(config: Config, *, forward: bool = False, backward_products: int 
     """
     model, tokens = config.model, config.batch * config.seq_len
     again = 0 if config.remat == "none" else 1
-    twice = 1 if config.remat in ("full", "offload") else 0  # see cost.traffic.attention_traffic
+    twice = int(repeats_attention(config.remat))
 
     def count(elements: float, forward_passes: int, backward_products: float) -> float:
         """Operations of matrix products in which each token is multiplied with `elements` elements."""

@@ -198,6 +198,11 @@ def num_buckets(rows: int, nbytes: float, bucket_bytes: float) -> int:
 # ------------------------------------------------------------------------------------------------ ops
 
 
+def repeats_attention(remat: Remat) -> bool:
+    """Whether backward computes attention's outputs again; then it projects queries, keys and values twice."""
+    return remat in ("full", "offload")
+
+
 def attention_traffic(
     sharding: OpSharding, movement: str, *, heads: HeadSharding, d_model: int, remat: Remat, forward: bool = False,
     window: int | None = None, token_order: TokenOrder = "any",
@@ -220,10 +225,9 @@ def attention_traffic(
     exchanged = sharding.exchanged_tokens(movement, window, token_order)
     keys_values = 2 * sharding.batch * exchanged * used_heads * dim * sharding.itemsize
     again = 0 if remat == "none" else 1
-    # Full remat projects queries, keys and values once more, after the MLP's backward.
-    twice = 1 if remat in ("full", "offload") else 0
+    twice = int(repeats_attention(remat))
     if moves_tokens:  # backward keeps the heads that forward has exchanged; whatever repeats forward exchanges all
-        into_passes = out_passes = 1 if forward else 1 + again + twice
+        into_passes, out_passes = (1, 1) if forward else (1 + again + twice, 1 + 2 * again)
     else:
         into_passes, out_passes = (1, 1) if forward else (2 + again + twice, 2 + again)
     # Forward gathers x and scatters y; backward gathers x and dy and scatters dx, and repeats forward's.

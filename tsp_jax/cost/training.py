@@ -9,6 +9,7 @@ from typing import Any
 
 from tsp_jax.config import Config
 from tsp_jax.cost.traffic import (
+    FLOAT32,
     OpSharding,
     Traffic,
     attention_may_move_tokens,
@@ -17,6 +18,7 @@ from tsp_jax.cost.traffic import (
     embed_traffic,
     loss_traffic,
     mlp_traffic,
+    repeats_attention,
 )
 from tsp_jax.heads import HeadSharding
 from tsp_jax.layout import Layout, num_ranks
@@ -116,10 +118,11 @@ their gradients."""
 def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, float]:
     """Peak bytes per device of a training step, by part; for `accumulate` = 1 and any remat except `none`.
 
-    Parts: `state` is float32 weights and two moments. `residuals` is what forward keeps on the device for backward.
-    `gradients` is the gradients that wait for the update; full remat stores them in the residuals' buffers, so only
-    those that do not fit there count. `activations`, `keys_values` and `weights` are transient. Source of the terms:
-    arXiv 2604.26294, section III. The numbers of arrays in memory at once were counted; see `_ACTIVATIONS`.
+    Parts: `state` is float32 weights and two moments. `residuals` is what forward keeps on the device for backward, or
+    what backward has fetched for one layer from the host. `gradients` is the gradients that wait for the update; where
+    they take the place of residuals, only those that do not fit there count. `activations`, `keys_values` and `weights`
+    are transient. Source of the terms: arXiv 2604.26294, section III. The numbers of arrays in memory at once were
+    counted; see `_ACTIVATIONS`.
     """
     step, model = _Step(config, layout, sizes), config.model
     sharding, heads = step.sharding, step.heads
@@ -130,13 +133,15 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dic
     copies = tuple(name for name in layout.batch if name not in layout.heads)
     replicas = num_ranks(copies, sizes) if config.optimizer.zero1 else 1
     activation = sharding.tokens * model.d_model * step.itemsize
-    outputs = sharding.tokens * heads.shard.query * heads.heads.dim * step.itemsize
-    kept = {"offload": 0.0, "save_attention": activation + outputs}.get(config.remat, activation)
-    residuals = model.num_layers * kept
-    waiting = layers * ITEMSIZE[config.grad_dtype] / shards
-    if config.remat == "full":
-        waiting = max(0.0, waiting - residuals)
     movement = step.ops()["attention"][0]
+    computed = heads.own.query * sharding.folded if movement == "activations" else heads.shard.query
+    outputs = sharding.tokens * computed * (heads.heads.dim * step.itemsize + FLOAT32)  # and log-sum-exps
+    kept = activation + (0 if repeats_attention(config.remat) else outputs)
+    on_host = config.remat.startswith("offload")
+    residuals = kept if on_host else model.num_layers * kept
+    waiting = layers * ITEMSIZE[config.grad_dtype] / shards
+    if not on_host:
+        waiting = max(0.0, waiting - residuals)
     exchanged = sharding.exchanged_tokens(movement, model.window, config.data.order)
     kv_heads = heads.shard.kv / sharding.exchange_buckets(heads, movement, step.bucket_bytes, exchanged)
     keys = exchanged + config.seq_len // sharding.sequence

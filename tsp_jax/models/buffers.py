@@ -1,4 +1,4 @@
-"""One buffer for each layer, which holds the layer's input and later its gradients.
+"""One buffer for each layer, which holds what forward saves of the layer and later the layer's gradients.
 
 A buffer is [rows, D] on each device, however arrays are sharded; `BufferFormat` says which rows hold which array.
 
@@ -36,34 +36,47 @@ class BufferFormat(NamedTuple):
     """Which rows of a buffer hold which array; hashable. Leaves are in the order of `jax.tree.leaves`."""
 
     placement: Placement
-    x: _Leaf
+    saved: tuple[_Leaf, ...]
     grads: tuple[_Leaf, ...]
+    saved_tree: Any
+    """structure of what is saved of a layer"""
     num_layers: int
     width: int
     """D"""
+    dtype: Any
+    """of the buffers"""
 
     @classmethod
-    def of(cls, placement: Placement, x_BTD: jax.Array, params: Params, specs: Params, grad_dtype) -> "BufferFormat":
-        """The format of buffers that hold layer inputs shaped like x, and gradients of `params` [L, ...]."""
-        width, itemsize = x_BTD.shape[-1], x_BTD.dtype.itemsize
+    def of(
+        cls, placement: Placement, saved: Any, saved_specs: Any, params: Params, specs: Params, grad_dtype: Any
+    ) -> "BufferFormat":
+        """The format of buffers that hold arrays shaped like `saved`, and gradients of `params` [L, ...].
 
-        def leaf(spec: PartitionSpec, shape: tuple[int, ...], dtype: Any, first: int) -> _Leaf:
-            local = NamedSharding(placement.mesh, spec).shard_shape(shape)
-            rows = -(-math.prod(local) * dtype.itemsize // (width * itemsize))
-            return _Leaf(spec, local, dtype, first, rows)
+        The first array of `saved` is the layer's input, [B, T, D]. Buffers have its dtype and its D.
+        """
+        x_BTD = jax.tree.leaves(saved)[0]
+        width, dtype = x_BTD.shape[-1], x_BTD.dtype
 
-        leaves, first = [], 0
-        for spec, param in zip(jax.tree.leaves(specs), jax.tree.leaves(params), strict=True):
-            leaves.append(leaf(PartitionSpec(*spec[1:]), param.shape[1:], grad_dtype, first))
-            first += leaves[-1].rows
-        x_spec = placement.layout.spec("batch", "sequence", None)
-        x = leaf(x_spec, x_BTD.shape, x_BTD.dtype, 0)
-        return cls(placement, x, tuple(leaves), jax.tree.leaves(params)[0].shape[0], width)
+        def leaves(arrays: list[tuple[PartitionSpec, tuple[int, ...], Any]]) -> tuple[_Leaf, ...]:
+            found, first = [], 0
+            for spec, shape, array_dtype in arrays:
+                local = NamedSharding(placement.mesh, spec).shard_shape(shape)
+                rows = -(-math.prod(local) * array_dtype.itemsize // (width * dtype.itemsize))
+                found.append(_Leaf(spec, local, array_dtype, first, rows))
+                first += rows
+            return tuple(found)
+
+        all_saved = zip(jax.tree.leaves(saved_specs), jax.tree.leaves(saved), strict=True)
+        all_params = zip(jax.tree.leaves(specs), jax.tree.leaves(params), strict=True)
+        saved_leaves = leaves([(spec, array.shape, array.dtype) for spec, array in all_saved])
+        grads = leaves([(PartitionSpec(*spec[1:]), param.shape[1:], grad_dtype) for spec, param in all_params])
+        num_layers = jax.tree.leaves(params)[0].shape[0]
+        return cls(placement, saved_leaves, grads, jax.tree.structure(saved), num_layers, width, dtype)
 
     @property
     def rows(self) -> int:
         """Rows of a buffer on one device."""
-        return max(self.x.rows, sum(leaf.rows for leaf in self.grads))
+        return max(sum(leaf.rows for leaf in leaves) for leaves in (self.saved, self.grads))
 
     @property
     def _spec(self) -> PartitionSpec:
@@ -78,35 +91,36 @@ class BufferFormat(NamedTuple):
     def zeros(self) -> jax.Array:
         """The buffers of all layers, [L, devices x rows, D]."""
         shape = (self.num_layers, self.rows, self.width)
-        return self._shard_map(lambda: jnp.zeros(shape, self.x.dtype), (), self._spec)()
+        return self._shard_map(lambda: jnp.zeros(shape, self.dtype), (), self._spec)()
 
-    def write_input(self, buffers: jax.Array, index: jax.Array, x_BTD: jax.Array) -> jax.Array:
-        """`buffers` after the input of layer `index` has been written."""
-
-        def write(buffers, index, x_BtD):
-            return _row_major(lax.dynamic_update_slice(buffers, _to_rows(x_BtD, self.x, buffers), (index, 0, 0)))
-
-        return self._shard_map(write, (self._spec, PartitionSpec(), self.x.spec), self._spec)(buffers, index, x_BTD)
-
-    def read_input(self, buffers: jax.Array, index: jax.Array) -> jax.Array:
-        """The input of layer `index`; call it before the layer's gradients overwrite the buffer."""
-
-        def read(buffers, index):
-            rows = lax.dynamic_slice(buffers, (index, 0, 0), (1, self.x.rows, self.width))
-            return _from_rows(rows, self.x)[0]
-
-        return self._shard_map(read, (self._spec, PartitionSpec()), self.x.spec)(buffers, index)
+    def write_saved(self, buffers: jax.Array, index: jax.Array, saved: Any) -> jax.Array:
+        """`buffers` after what is saved of layer `index` has been written."""
+        return self._write(buffers, index, self.saved, saved)
 
     def write_grads(self, buffers: jax.Array, index: jax.Array, grads: Params) -> jax.Array:
-        """`buffers` after the gradients of layer `index` have overwritten the layer's saved input."""
+        """`buffers` after the gradients of layer `index` have overwritten what was saved of it."""
+        return self._write(buffers, index, self.grads, grads)
 
-        def write(buffers, index, *grads):
-            for leaf, grad in zip(self.grads, grads, strict=True):
-                buffers = lax.dynamic_update_slice(buffers, _to_rows(grad, leaf, buffers), (index, leaf.first, 0))
+    def _write(self, buffers: jax.Array, index: jax.Array, leaves: tuple[_Leaf, ...], arrays: Any) -> jax.Array:
+        def write(buffers, index, *arrays):
+            for leaf, array in zip(leaves, arrays, strict=True):
+                buffers = lax.dynamic_update_slice(buffers, _to_rows(array, leaf, buffers), (index, leaf.first, 0))
             return _row_major(buffers)
 
-        specs = (self._spec, PartitionSpec(), *(leaf.spec for leaf in self.grads))
-        return self._shard_map(write, specs, self._spec)(buffers, index, *jax.tree.leaves(grads))
+        specs = (self._spec, PartitionSpec(), *(leaf.spec for leaf in leaves))
+        return self._shard_map(write, specs, self._spec)(buffers, index, *jax.tree.leaves(arrays))
+
+    def read_saved(self, buffers: jax.Array, index: jax.Array) -> Any:
+        """What is saved of layer `index`; call it before the layer's gradients overwrite the buffer."""
+
+        def read(buffers, index):
+            def rows(leaf: _Leaf) -> jax.Array:
+                return lax.dynamic_slice(buffers, (index, leaf.first, 0), (1, leaf.rows, self.width))
+
+            return tuple(_from_rows(rows(leaf), leaf)[0] for leaf in self.saved)
+
+        arrays = self._shard_map(read, (self._spec, PartitionSpec()), tuple(leaf.spec for leaf in self.saved))
+        return jax.tree.unflatten(self.saved_tree, arrays(buffers, index))
 
     def read_grads(self, buffers: jax.Array, params: Params) -> Params:
         """The gradients of all layers, shaped and typed like `params`."""

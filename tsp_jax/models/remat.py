@@ -1,13 +1,14 @@
 """Runs the layers of a decoder in sequence: every remat policy, and gradients narrower than the weights.
 
 Backward recomputes whatever forward does not keep. Under each policy, forward keeps of a layer:
-  none            everything that backward reads.
-  save_attention  the layer's input, and attention's outputs and their log-sum-exps.
-  full            the layer's input, in a buffer that the layer's gradients overwrite in backward.
-  offload         the layer's input, in the host's memory.
+  none               everything that backward reads.
+  full               the layer's input, in a buffer that the layer's gradients overwrite in backward.
+  save_attention     the layer's input, attention's outputs and their log-sum-exps, in such a buffer.
+  offload            what `full` keeps, in the host's memory.
+  offload_attention  what `save_attention` keeps, in the host's memory.
 
-Under `full`, gradients that wait for the optimizer need no memory of their own if a device has at least as
-many tokens as it has rows of a layer's weights.
+Under `full` and `save_attention`, gradients that wait for the optimizer need no memory of their own if a layer's
+saved arrays are at least as large. Copies from the host are made one layer ahead, so that they overlap with backward.
 
 Autodiff requires gradients in the dtype of the weights. But until backward is done with all layers, their gradients are
 kept in `grad_dtype`. The conversion comes last, so that the compiler fuses it into the optimizer.
@@ -17,42 +18,52 @@ Dims: B batch, T tokens, D model, L layers; upper case is the full dimension, lo
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from tsp_jax.config import Remat
 from tsp_jax.errors import ConfigError
 from tsp_jax.layout import Placement
 from tsp_jax.models.buffers import BufferFormat
+from tsp_jax.models.keep import Layer, Params, Saved, run_in_buffers, run_one, run_with_host
 from tsp_jax.ops.attention.train import SAVED_NAMES
 
-Params = Any
-Layer = Callable[[Params, jax.Array, Any], jax.Array]
-
-_LAYER_INPUT = "layer_input"
 _SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
-_OFFLOAD_INPUT = jax.checkpoint_policies.save_and_offload_only_these_names(
-    names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT],
-    offload_src="device", offload_dst="pinned_host",
-)  # fmt: skip
+
+
+class _Kept(NamedTuple):
+    """What forward keeps of a layer besides its input, and where."""
+
+    attention: bool
+    """attention's outputs and log-sum-exps too"""
+    host: bool
+    """in the host's memory, not in a buffer on the device"""
+
+
+_KEPT: dict[Remat, _Kept] = {
+    "full": _Kept(attention=False, host=False),
+    "save_attention": _Kept(attention=True, host=False),
+    "offload": _Kept(attention=False, host=True),
+    "offload_attention": _Kept(attention=True, host=True),
+}
 
 
 def run_layers(
-    layer: Layer, x_BTD: jax.Array, params: Params, shared: Any, *, specs: Params, placement: Placement,
-    policy: Remat, grad_dtype: jax.typing.DTypeLike,
+    layer: Layer, x_BTD: jax.Array, params: Params, shared: Any, *, specs: Params, attended_specs: Any,
+    placement: Placement, policy: Remat, grad_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:  # fmt: skip
-    """Applies the layers in sequence: ``layer(params[L - 1], ... layer(params[0], x, shared) ..., shared)``.
+    """Applies the layers in sequence: the output of each is the input of the next.
 
     Args:
-      layer: (parameters of one layer, x [B, T, D], shared) -> [B, T, D] in x's dtype.
+      layer: see `Layer`.
       x_BTD: input of the first layer, sharded like tokens.
       params: parameters of all layers, each [L, ...].
       shared: arrays that every layer reads; they get no gradients.
       specs: PartitionSpecs like `params`.
+      attended_specs: PartitionSpecs of what attention has computed, as the layer returns it.
       placement: layout and mesh.
       policy: what forward keeps.
       grad_dtype: dtype of the layers' gradients until backward is done.
@@ -60,37 +71,65 @@ def run_layers(
     Returns:
       [B, T, D] in x's dtype.
 
-    Keeps: under `full`, one buffer per layer, for its input and later its gradients. Otherwise what the
-      policy says, and all gradients.
+    Keeps: what the policy says. In buffers, a layer's gradients take the place of what was kept of it; otherwise all
+      gradients are kept too.
     """
     grad_dtype = jnp.dtype(grad_dtype)
     x_BTD, params = _differentiable_once((x_BTD, params))
-    if policy == "full":
-        buffers = BufferFormat.of(placement, x_BTD, params, specs, grad_dtype)
-        return _run_in_buffers(layer, buffers, x_BTD, params, shared)
-
-    def step(x_BTD, scanned):
-        return layer(_use_proxies(grad_dtype, *scanned), checkpoint_name(x_BTD, _LAYER_INPUT), shared), None
-
-    if policy != "none":
-        kept = _SAVE_ATTENTION if policy == "save_attention" else _OFFLOAD_INPUT
-        step = jax.checkpoint(step, policy=kept, prevent_cse=False)
-    proxies = jax.tree.map(lambda param: param.astype(grad_dtype), params)
-    return lax.scan(step, x_BTD, (lax.stop_gradient(params), proxies))[0]
+    if policy == "none":
+        return _run_with_proxies(layer, grad_dtype, x_BTD, params, shared)
+    keep_attention, host = _KEPT[policy]
+    if host:
+        return run_with_host(layer, keep_attention, grad_dtype, x_BTD, params, shared)
+    one = jax.tree.map(lambda param: jax.ShapeDtypeStruct(param.shape[1:], param.dtype), params)
+    _, saved = jax.eval_shape(partial(run_one, layer, keep_attention), one, x_BTD, shared)
+    saved_specs = placement.layout.spec("batch", "sequence", None), attended_specs if keep_attention else None
+    buffers = BufferFormat.of(placement, saved, saved_specs, params, specs, grad_dtype)
+    return run_in_buffers(layer, keep_attention, buffers, x_BTD, params, shared)
 
 
-def add_attention(attend: Callable[[jax.Array], tuple[jax.Array, Any]], x_BTD: jax.Array, policy: Remat):
+def add_attention(
+    attend: Callable[[jax.Array], tuple[jax.Array, Any]], x_BTD: jax.Array, policy: Remat,
+    recall: Callable[[], Saved] | None = None,
+) -> tuple[jax.Array, Any]:  # fmt: skip
     """Adds an attention branch to the residual stream: (x + y, extra) where (y, extra) = attend(x).
 
-    Under `full` and `offload`, the backward pass of a layer runs the branch again, but keeps only attention's outputs
-    and their log-sum-exps. It projects queries, keys and values once more after the MLP's backward, so that they take
-    no memory while the MLP's backward runs.
+    Unless the policy is `none`, the backward pass of a layer has attention's outputs and their log-sum-exps before the
+    MLP's backward: it runs the branch again, or has kept them. It projects queries, keys and values after the MLP's
+    backward (once more, if it runs the branch again), so that they take no memory while the MLP's backward runs. Nor
+    does x: if there is `recall`, x is read again.
     """
-    if policy not in ("full", "offload"):
+    if policy == "none":
         y_BTD, extra = attend(x_BTD)
         return x_BTD + y_BTD, extra
-    y_BTD, extra = jax.checkpoint(attend, policy=_SAVE_ATTENTION)(x_BTD)
+
+    def branch(x_BTD):
+        return attend(_with_value(x_BTD, recall()[0]) if recall else x_BTD)
+
+    y_BTD, extra = jax.checkpoint(branch, policy=_SAVE_ATTENTION)(x_BTD)
     return lax.optimization_barrier(x_BTD + y_BTD), extra
+
+
+@jax.custom_vjp
+def _with_value(array: jax.Array, value: jax.Array) -> jax.Array:
+    """Returns `value`, which equals `array`, in such a way that gradients go to `array` and only `value` is read."""
+    return value
+
+
+_with_value.defvjp(lambda array, value: (value, None), lambda _, grad: (grad, None))
+
+
+@jax.custom_vjp
+def finish_gradients(x_BTD: jax.Array, params: Params) -> tuple[jax.Array, Params]:
+    """Returns its arguments. Backward has all gradients of `params` before it uses the gradient of x.
+
+    Between attention and the MLP this stops the compiler from sending the last gradients of the MLP's weights to their
+    owners as late as the end of the layer, and keeping them all through attention's backward.
+    """
+    return x_BTD, params
+
+
+finish_gradients.defvjp(lambda x, params: ((x, params), None), lambda _, grads: lax.optimization_barrier(grads))
 
 
 # ------------------------------------------------------------------------------------------------ one derivative
@@ -144,40 +183,11 @@ def _proxies_backward(grad_dtype, _, grads):
 _use_proxies.defvjp(_proxies_forward, _proxies_backward)
 
 
-# ------------------------------------------------------------------------------------------------ full
+def _run_with_proxies(layer: Layer, grad_dtype: Any, x_BTD: jax.Array, params: Params, shared: Any) -> jax.Array:
+    """Applies the layers in sequence and keeps everything that backward reads."""
 
+    def step(x_BTD, scanned):
+        return layer(_use_proxies(grad_dtype, *scanned), x_BTD, shared, None)[0], None
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _run_in_buffers(layer: Layer, buffer_format: BufferFormat, x_BTD, params, shared):
-    return lax.scan(lambda x, params: (layer(params, x, shared), None), x_BTD, params)[0]
-
-
-def _forward(layer: Layer, buffer_format: BufferFormat, x_BTD, params, shared):
-    def step(carry, scanned):
-        x_BTD, buffers = carry
-        index, params = scanned
-        return (layer(params, x_BTD, shared), buffer_format.write_input(buffers, index, x_BTD)), None
-
-    layers = jnp.arange(buffer_format.num_layers), params
-    (y_BTD, buffers), _ = lax.scan(step, (x_BTD, buffer_format.zeros()), layers)
-    return y_BTD, (buffers, params, shared)
-
-
-def _backward(layer: Layer, buffer_format: BufferFormat, residuals, dy_BTD):
-    buffers, params, shared = residuals
-
-    def step(carry, scanned):
-        dx_BTD, buffers = carry
-        index, params = scanned
-        x_BTD = buffer_format.read_input(buffers, index)
-        _, vjp = jax.vjp(lambda params, x: layer(params, x, shared), params, x_BTD)
-        # The barrier orders every read of the input before the write over it: without it both are kept.
-        dparams, dx_BTD = lax.optimization_barrier(vjp(dx_BTD))
-        return (dx_BTD, buffer_format.write_grads(buffers, index, dparams)), None
-
-    layers = jnp.arange(buffer_format.num_layers), params
-    (dx_BTD, buffers), _ = lax.scan(step, (dy_BTD, buffers), layers, reverse=True)
-    return dx_BTD, buffer_format.read_grads(buffers, params), None
-
-
-_run_in_buffers.defvjp(_forward, _backward)
+    proxies = jax.tree.map(lambda param: param.astype(grad_dtype), params)
+    return lax.scan(step, x_BTD, (lax.stop_gradient(params), proxies))[0]

@@ -14,7 +14,8 @@ from flax import nnx
 
 from tsp_jax.config import ModelConfig, Remat, StreamConfig, TokenOrder
 from tsp_jax.layout import Placement
-from tsp_jax.models.remat import add_attention, run_layers
+from tsp_jax.models.keep import Saved
+from tsp_jax.models.remat import add_attention, finish_gradients, run_layers
 from tsp_jax.nn import MLP, Attention, Embed, residual_std
 
 M = TypeVar("M", bound=nnx.Module)
@@ -54,10 +55,24 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = _norm(config, placement, dtype, rngs)
         self.mlp = MLP(config.d_model, config.d_ff, activation=config.activation, **kwargs)
 
-    def __call__(self, x_BTD: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-        """(residual stream [B, T, D], other output of `attend`); `attend` is for training, prefill or decode."""
-        x_BTD, extra = add_attention(lambda x: attend(self.attention, self.attention_norm(x)), x_BTD, self.remat)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), extra
+    def __call__(
+        self, x_BTD: jax.Array, attend: Attend, recall: Callable[[], Saved] | None = None
+    ) -> tuple[jax.Array, Any]:
+        """(residual stream [B, T, D], other output of `attend`).
+
+        `attend` is for training, prefill or decode; `recall` is that of `tsp_jax.models.keep.Layer`.
+        """
+
+        def branch(x_BTD):
+            return attend(self.attention, self.attention_norm(x_BTD))
+
+        x_BTD, extra = add_attention(branch, x_BTD, self.remat, recall)
+        mlp = self.mlp
+        if self.remat != "none":
+            graphdef, state = nnx.split(mlp)
+            x_BTD, state = finish_gradients(x_BTD, state)
+            mlp = nnx.merge(graphdef, state)
+        return x_BTD + mlp(self.mlp_norm(x_BTD)), extra
 
 
 def _norm(config: ModelConfig, placement: Placement, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -107,12 +122,17 @@ class Transformer(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
         merge = make_merge(graphdef, stacked)
 
-        def layer(params, x_BTD, documents):
-            return merge(params)(x_BTD, lambda attention, x: (attention(x, *documents), None))[0]
+        def layer(params, x_BTD, documents, recall):
+            def attend(attention, x_BTD):
+                return attention.attend(x_BTD, *documents, known=recall and recall()[1])
 
+            return merge(params)(x_BTD, attend, recall)
+
+        x_BTD = self.embed(tokens_BT)
         x_BTD = run_layers(
-            layer, self.embed(tokens_BT), nnx.to_pure_dict(stacked), (positions_BT, segment_ids_BT),
-            specs=nnx.to_pure_dict(nnx.get_partition_spec(stacked)), placement=self.placement,
+            layer, x_BTD, nnx.to_pure_dict(stacked), (positions_BT, segment_ids_BT),
+            specs=nnx.to_pure_dict(nnx.get_partition_spec(stacked)),
+            attended_specs=self.layers.attention.attended_specs(x_BTD.shape), placement=self.placement,
             policy=self.remat, grad_dtype=self.grad_dtype,
         )  # fmt: skip
         return self.final_norm(x_BTD)

@@ -19,7 +19,7 @@ from tsp_jax.nn.arguments import check_settings
 from tsp_jax.nn.layer import Layer
 from tsp_jax.ops import kernels
 from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms
-from tsp_jax.ops.attention.train import attention
+from tsp_jax.ops.attention.train import Attended, attended_specs, attention
 from tsp_jax.ops.kernels.mask import Scores, Tokens
 from tsp_jax.ops.stream import Stream
 from tsp_jax.stored import HeadPadding
@@ -135,6 +135,19 @@ class Attention(Layer):
         Returns:
           [B, T, D] in the compute dtype.
         """
+        return self.attend(x_BTD, positions_BT, segment_ids_BT)[0]
+
+    def attend(
+        self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segment_ids_BT: jax.Array | None = None,
+        known: Attended | None = None,
+    ) -> tuple[jax.Array, Attended]:  # fmt: skip
+        """As a call, but also returns what the kernel has computed.
+
+        Given back as `known` for the same arguments, this replaces the kernel's run. So backward need not repeat it.
+
+        Returns:
+          ([B, T, D] in the compute dtype, `Attended`: global arrays sharded as `attended_specs` says).
+        """
         self._check_x(x_BTD, self.w_q.shape[-1])
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1], dtype=jnp.int32), x_BTD.shape[:2])
@@ -150,9 +163,16 @@ class Attention(Layer):
         weights = AttentionWeights(self.w_q[...], self.w_k[...], self.w_v[...], w_o)
         config, stream = self.configure(x_BTD.shape)
         op = partial(attention, config=config, axes=self.placement.layout.axes(self.dim), stream=stream)
-        tokens_spec, x_spec, w_spec = self._specs()
-        in_specs = x_spec, w_spec, tokens_spec, *(self.placement.layout.spec(None),) * 2
-        return self._run(op, in_specs, x_spec, x_BTD.astype(self.dtype), weights, tokens, *self.replicated())
+        (tokens_spec, x_spec, w_spec), attended = self._specs(), self.attended_specs(x_BTD.shape)
+        whole = self.placement.layout.spec(None)
+        in_specs = x_spec, w_spec, tokens_spec, whole, whole, None if known is None else attended
+        arrays = x_BTD.astype(self.dtype), weights, tokens, *self.replicated(), known
+        return self._run(op, in_specs, (x_spec, attended), *arrays)
+
+    def attended_specs(self, shape: Sequence[int]) -> Attended:
+        """PartitionSpecs of `Attended` for tokens [B, T, D]."""
+        layout = self.placement.layout
+        return attended_specs(layout.axes(self.dim), layout.batch, self.configure(shape)[1])
 
     def replicated(self) -> tuple[HeadNorms, jax.Array | None]:
         """The parameters that all devices hold: (scales of the q/k norm, sinks [N]), each None if there is none."""

@@ -3,8 +3,10 @@
 Three parts, each with a VJP. `project_in` streams [Wk Wv] and Wq past this device's tokens. `_attend_over_sequence`
 takes one bucket of KV heads at a time. While one bucket attends, the keys and values of the next bucket are gathered
 over the sequence. In backward, the gradients of one bucket's keys and values are reduce-scattered while those of the
-next bucket are computed. `project_out` streams Wo. The remat policy `save_attention` keeps the results of the second
-part: outputs and log-sum-exps.
+next bucket are computed. `project_out` streams Wo.
+
+Whoever has kept the results of the second part, `Attended`, can give them back in backward. Then the first two parts
+are only differentiated: queries, keys and values are projected for that alone, and the kernel's forward is not run.
 
 Dims: B batch, t this device's tokens, S all tokens, D model, N query heads and K KV heads of this tensor shard,
 G = N / K, c KV heads of a bucket, H head, w this device's rows of a weight. With stationary weights: T tokens of all
@@ -17,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
-from tsp_jax.layout import Axes, check_attention_movement
+from tsp_jax.layout import Axes, AxisNames, check_attention_movement
 from tsp_jax.ops.attention.projections import project_in, project_out, vary_inputs_alike
 from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, ShardedHeads
 from tsp_jax.ops.attention.sinks import add_sinks, sinks_grad, sinks_of_rank, sinks_of_shard
@@ -36,13 +39,32 @@ from tsp_jax.ops.stationary import moves_tokens
 from tsp_jax.ops.stream import Stream, custom_vjp, zeros
 
 SAVED_NAMES = ("attention_out", "attention_lse")
-"""checkpoint names of the arrays that `save_attention` keeps"""
+"""checkpoint names of the arrays of `Attended`"""
+
+
+class Attended(NamedTuple):
+    """What the kernel computes. With stationary weights, of this device's heads and all folded ranks' tokens."""
+
+    out_BtNH: Any
+    """outputs before Wo, in the compute dtype"""
+    lse_BNt: Any
+    """log-sum-exps of the scores, float32; tokens last, for the TPU compiler keeps no other order on the host"""
+
+
+def attended_specs(axes: Axes, batch: AxisNames, stream: Stream) -> Attended:
+    """PartitionSpecs of `Attended` as global arrays; `batch`: axes that shard the batch."""
+    if moves_tokens(axes.folded, stream):
+        sequence, heads = axes.unfolded_sequence, axes.tensor + axes.folded
+    else:
+        sequence, heads = axes.sequence, axes.tensor
+    return Attended(PartitionSpec(batch, sequence, heads, None), PartitionSpec(batch, heads, sequence))
 
 
 def attention(
     x_BtD: jax.Array, weights: AttentionWeights, tokens_Bt: Tokens, norms: HeadNorms | None = None,
-    sinks_N: jax.Array | None = None, *, config: AttentionConfig, axes: Axes = Axes(), stream: Stream = Stream(),
-) -> jax.Array:  # fmt: skip
+    sinks_N: jax.Array | None = None, known: Attended | None = None, *, config: AttentionConfig, axes: Axes = Axes(),
+    stream: Stream = Stream(),
+) -> tuple[jax.Array, Attended]:  # fmt: skip
     """Self-attention within segments.
 
     Forward: ``out_h = softmax(s_h) v_h``, ``y = concat_h(out_h) Wo``, with q, k, v of `project_in` and scores
@@ -56,13 +78,15 @@ def attention(
       tokens_Bt: positions and segments of this device's tokens; tokens may be in any order over the ranks.
       norms: scales of q/k RMSNorm (Qwen3), or None.
       sinks_N: float32 [N], sinks of all query heads of the model (`tsp_jax.ops.attention.sinks`), or None.
+      known: what an earlier call with the same arguments returned, or None. It is returned as the result, in place of
+        running the kernel; gradients are those of the result.
       config: static sizes.
       axes: over folded axes, weights or tokens are exchanged (see `stream`); over tensor axes, partial outputs are
         summed; over sequence axes, keys and values are gathered.
       stream: movement; its buckets are replaced by those of `config`.
 
     Returns:
-      [B, t, D] in x's dtype.
+      ([B, t, D] in x's dtype, `Attended`, which has no gradient of its own).
 
     Raises:
       ConfigError: the movement is activations and a folded axis shards the batch.
@@ -83,22 +107,24 @@ def attention(
         check_attention_movement(axes, stream.movement)
         x_BtD, weights, norms, (tokens_Bt, sinks_N) = vary_inputs_alike(x_BtD, weights, norms, (tokens_Bt, sinks_N))
         run = _stationary if moves_tokens(axes.folded, stream) else _streamed
-        y_BtD = run(x_BtD, weights, norms, tokens_Bt, sinks_N, config, axes, stream)
-        return lax.psum(y_BtD, axes.tensor) if axes.tensor else y_BtD
+        y_BtD, attended = run(x_BtD, weights, norms, tokens_Bt, sinks_N, known, config, axes, stream)
+        return lax.psum(y_BtD, axes.tensor) if axes.tensor else y_BtD, lax.stop_gradient(attended)
 
 
 def _streamed(
-    x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, sinks_N, config, axes: Axes, stream: Stream
-) -> jax.Array:  # fmt: skip
+    x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, sinks_N, known: Attended | None, config, axes: Axes,
+    stream: Stream,
+) -> tuple[jax.Array, Attended]:  # fmt: skip
     heads = ShardedHeads.of(config, axes, stream)
     q_BtNH, k_BtKH, v_BtKH = project_in(x_BtD, weights[:3], norms, tokens_Bt.positions, heads)
-    out_BtNH = _attend(q_BtNH, k_BtKH, v_BtKH, sinks_of_shard(sinks_N, heads), tokens_Bt, heads)
-    return project_out(out_BtNH, weights.o_wD, heads)
+    attended = _attend(q_BtNH, k_BtKH, v_BtKH, sinks_of_shard(sinks_N, heads), tokens_Bt, known, heads)
+    return project_out(attended.out_BtNH, weights.o_wD, heads), attended
 
 
 def _stationary(
-    x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, sinks_N, config, axes: Axes, stream: Stream
-) -> jax.Array:  # fmt: skip
+    x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, sinks_N, known: Attended | None, config, axes: Axes,
+    stream: Stream,
+) -> tuple[jax.Array, Attended]:  # fmt: skip
     """Each rank attends with its own heads for all folded ranks' tokens; outputs are reduce-scattered."""
     tokens_BT = Tokens(*gather_sequence(*tokens_Bt, axes=axes.folded))
     roles, heads = Axes(sequence=axes.unfolded_sequence), ShardedHeads.of(config, axes, stream)
@@ -110,26 +136,31 @@ def _stationary(
     heads = ShardedHeads.of(config, roles, stream)
     stationary = StationaryHeads(config, axes.folded, stream)
     q_BTnH, k_BTkH, v_BTkH = stationary_project_in(x_BtD, weights[:3], norms, tokens_BT.positions, stationary)
-    out_BTnH = _attend(q_BTnH, k_BTkH, v_BTkH, sinks_kg, tokens_BT, heads)
-    return stationary_project_out(out_BTnH, weights.o_wD, stationary)
+    attended = _attend(q_BTnH, k_BTkH, v_BTkH, sinks_kg, tokens_BT, known, heads)
+    return stationary_project_out(attended.out_BtNH, weights.o_wD, stationary), attended
 
 
 # ------------------------------------------------------------------------------------------------ over the sequence
 
 
-def _attend(q_BtNH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt: Tokens, heads: ShardedHeads) -> jax.Array:
-    """[B, t, N, H]: attention within segments to the tokens of all sequence axes."""
+def _attend(
+    q_BtNH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt: Tokens, known: Attended | None, heads: ShardedHeads
+) -> Attended:  # fmt: skip
+    """Attention within segments to the tokens of all sequence axes."""
     tokens_BS = Tokens(*gather_sequence(*tokens_Bt, axes=heads.axes.sequence))
     q_BtKGH = q_BtNH.reshape(*k_BtKH.shape[:3], -1, q_BtNH.shape[-1])
     exchange = heads.exchange(q_BtNH.shape[1])
     if exchange.halo:
         scores = heads.config.scores._replace(total=tokens_BS.positions.shape[1])
         heads = heads._replace(config=heads.config._replace(scores=scores))
-    arrays = q_BtKGH, k_BtKH, v_BtKH, sinks_KG
-    out_BtNH = _attend_over_sequence(*arrays, tokens_Bt, exchange.keys(tokens_BS), heads).reshape(q_BtNH.shape)
+    arrays = q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, exchange.keys(tokens_BS)
+    if known is not None:
+        out, lse = known.out_BtNH.reshape(q_BtKGH.shape), known.lse_BNt.swapaxes(1, 2).reshape(q_BtKGH.shape[:-1])
+        return known._replace(out_BtNH=_as_attended(*arrays, out, lse, heads).reshape(q_BtNH.shape))
+    out, lse = _attend_over_sequence(*arrays, heads)
     if exchange.halo:  # NaN instead of a wrong result
-        out_BtNH = jnp.where(exchange.fits(tokens_BS)[:, None, None, None], out_BtNH, jnp.nan)
-    return out_BtNH
+        out = jnp.where(exchange.fits(tokens_BS)[:, None, None, None, None], out, jnp.nan)
+    return Attended(out.reshape(q_BtNH.shape), lse.reshape(q_BtNH.shape[:-1]).swapaxes(1, 2))
 
 
 class _KVBucket(NamedTuple):
@@ -150,11 +181,12 @@ class _KVBucket(NamedTuple):
 
 
 @custom_vjp(6)
-def _attend_over_sequence(q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_BS, heads: ShardedHeads):
-    return _forward(q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_BS, heads)[0]
+def _attend_over_sequence(q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_Bs, heads: ShardedHeads):
+    """(outputs [B, t, K, G, H], log-sum-exps [B, t, K, G]); gradients of the log-sum-exps are ignored."""
+    return _forward(q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_Bs, heads)[0]
 
 
-def _forward(q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_BS, heads: ShardedHeads):
+def _forward(q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_Bs, heads: ShardedHeads):
     buckets, scores, exchange = heads.exchange_buckets, heads.config.scores, heads.exchange(q_BtKGH.shape[1])
     kernel = heads.config.kernel.within(q_BtKGH.shape[1])
 
@@ -165,7 +197,7 @@ def _forward(q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_BS, heads: Sha
     def attend_bucket(carry, keys_values, index):
         bucket = _KVBucket(index, heads.num_kv_heads // buckets)
         k_BScH, v_BScH = keys_values
-        new = kernel.attend(bucket.take(q_BtKGH), k_BScH, v_BScH, tokens_Bt, tokens_BS, scores)
+        new = kernel.attend(bucket.take(q_BtKGH), k_BScH, v_BScH, tokens_Bt, tokens_Bs, scores)
         new = add_sinks(*new, bucket.take_sinks(sinks_KG))
         return tuple(bucket.put(array, part) for array, part in zip(carry, new, strict=True)), (), ()
 
@@ -173,11 +205,12 @@ def _forward(q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_BS, heads: Sha
     lse = zeros(q_BtKGH.shape[:-1], jnp.float32, like=q_BtKGH)
     (out, lse), *_ = pipelined(attend_bucket, fetch, None, (out, lse), buckets, remote=bool(exchange.axes))
     out, lse = (checkpoint_name(array, name) for array, name in zip((out, lse), SAVED_NAMES, strict=True))
-    return out, (q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_BS, out, lse)
+    return (out, lse), (q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_Bs, out, lse)
 
 
-def _backward(heads: ShardedHeads, residuals, dout_BtKGH):
-    q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_BS, out_BtKGH, lse_BtKG = residuals
+def _backward(heads: ShardedHeads, residuals, cotangents):
+    dout_BtKGH, _ = cotangents
+    q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_Bs, out_BtKGH, lse_BtKG = residuals
     buckets, scores, exchange = heads.exchange_buckets, heads.config.scores, heads.exchange(q_BtKGH.shape[1])
     kernel = heads.config.kernel.within(q_BtKGH.shape[1])
 
@@ -189,7 +222,7 @@ def _backward(heads: ShardedHeads, residuals, dout_BtKGH):
         bucket = _KVBucket(index, heads.num_kv_heads // buckets)
         delta_BtcG, lse_BtcG, dout_BtcGH = (bucket.take(array) for array in (delta_BtKG, lse_BtKG, dout_BtKGH))
         q_BtcGH, (k_BScH, v_BScH) = bucket.take(carry[0]), keys_values
-        inputs = q_BtcGH, k_BScH, v_BScH, tokens_Bt, tokens_BS, delta_BtcG, lse_BtcG, dout_BtcGH
+        inputs = q_BtcGH, k_BScH, v_BScH, tokens_Bt, tokens_Bs, delta_BtcG, lse_BtcG, dout_BtcGH
         grads = kernel.attend_backward(*inputs, scores)
         grads = (grads[0], *exchange.scatter(*grads[1:]))
         return tuple(bucket.put(array, grad) for array, grad in zip(carry, grads, strict=True)), (), ()
@@ -202,3 +235,22 @@ def _backward(heads: ShardedHeads, residuals, dout_BtKGH):
 
 
 _attend_over_sequence.defvjp(_forward, _backward)
+
+
+@custom_vjp(7)
+def _as_attended(q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_Bs, out_BtKGH, lse_BtKG, heads: ShardedHeads):
+    """Returns `out`, as the outputs that `_attend_over_sequence` has computed from the same arrays."""
+    return out_BtKGH
+
+
+def _as_attended_forward(
+    q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_Bs, out_BtKGH, lse_BtKG, heads: ShardedHeads
+):
+    return out_BtKGH, (q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_Bs, out_BtKGH, lse_BtKG)
+
+
+def _as_attended_backward(heads: ShardedHeads, residuals, dout_BtKGH):
+    return *_backward(heads, residuals, (dout_BtKGH, None)), None, None
+
+
+_as_attended.defvjp(_as_attended_forward, _as_attended_backward)

@@ -1,0 +1,125 @@
+"""Runs layers that keep something of forward for backward: on the device, or in the host's memory.
+
+What a layer keeps, its `saved`, is (its input, what its attention has computed or None). On the device, saved arrays
+share a buffer with the layer's gradients, which overwrite them in backward. From the host, backward fetches the saved
+arrays of a layer while the layer after it is differentiated.
+
+Dims: B batch, T tokens, D model, L layers; upper case is the full dimension.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tsp_jax.models.buffers import BufferFormat
+
+Params = Any
+Saved = tuple[jax.Array, Any]
+"""(a layer's input [B, T, D], what its attention has computed or None)"""
+Layer = Callable[[Params, jax.Array, Any, Callable[[], Saved] | None], tuple[jax.Array, Any]]
+"""(parameters of one layer, x [B, T, D], shared, recall) -> ([B, T, D] in x's dtype, what attention has computed).
+In backward, `recall` reads what is saved for the same x; if that has attention's results, attention need not run. In
+forward it is None."""
+
+
+def run_one(layer: Layer, keep_attention: bool, params: Params, x_BTD: jax.Array, shared: Any) -> tuple[Any, Saved]:
+    """(the layer's output [B, T, D], what is saved of it)."""
+    y_BTD, attended = layer(params, x_BTD, shared, None)
+    return y_BTD, (x_BTD, attended if keep_attention else None)
+
+
+def _differentiate(
+    layer: Layer, params: Params, shared: Any, recall: Callable[[], Saved], dy_BTD
+) -> tuple[Params, Any]:
+    """(gradients of the layer's parameters, of its input)."""
+    _, vjp = jax.vjp(lambda params, x: layer(params, x, shared, recall)[0], params, recall()[0])
+    return vjp(dy_BTD)
+
+
+# ------------------------------------------------------------------------------------------------ on the device
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def run_in_buffers(layer: Layer, keep_attention: bool, buffer_format: BufferFormat, x_BTD, params, shared) -> jax.Array:
+    """Applies the layers in sequence; saved arrays and gradients are in buffers of `buffer_format`."""
+    return _run(layer, x_BTD, params, shared)
+
+
+def _run(layer: Layer, x_BTD, params, shared) -> jax.Array:
+    return lax.scan(lambda x, params: (layer(params, x, shared, None)[0], None), x_BTD, params)[0]
+
+
+def _forward_in_buffers(layer: Layer, keep_attention: bool, buffer_format: BufferFormat, x_BTD, params, shared):
+    def step(carry, scanned):
+        x_BTD, buffers = carry
+        index, params = scanned
+        y_BTD, saved = run_one(layer, keep_attention, params, x_BTD, shared)
+        return (y_BTD, buffer_format.write_saved(buffers, index, saved)), None
+
+    layers = jnp.arange(buffer_format.num_layers), params
+    (y_BTD, buffers), _ = lax.scan(step, (x_BTD, buffer_format.zeros()), layers)
+    return y_BTD, (buffers, params, shared)
+
+
+def _backward_in_buffers(layer: Layer, keep_attention: bool, buffer_format: BufferFormat, residuals, dy_BTD):
+    buffers, params, shared = residuals
+
+    def step(carry, scanned):
+        dy_BTD, buffers = carry
+        index, params = scanned
+        grads = _differentiate(layer, params, shared, lambda: buffer_format.read_saved(buffers, index), dy_BTD)
+        # The barrier orders every read of saved arrays before the write over them: without it both are kept.
+        dparams, dx_BTD = lax.optimization_barrier(grads)
+        return (dx_BTD, buffer_format.write_grads(buffers, index, dparams)), None
+
+    layers = jnp.arange(buffer_format.num_layers), params
+    (dx_BTD, buffers), _ = lax.scan(step, (dy_BTD, buffers), layers, reverse=True)
+    return dx_BTD, buffer_format.read_grads(buffers, params), None
+
+
+run_in_buffers.defvjp(_forward_in_buffers, _backward_in_buffers)
+
+
+# ------------------------------------------------------------------------------------------------ in the host's memory
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def run_with_host(layer: Layer, keep_attention: bool, grad_dtype: Any, x_BTD, params, shared) -> jax.Array:
+    """Applies the layers in sequence; saved arrays are in the host's memory, gradients wait in `grad_dtype`."""
+    return _run(layer, x_BTD, params, shared)
+
+
+def _forward_to_host(layer: Layer, keep_attention: bool, grad_dtype: Any, x_BTD, params, shared):
+    def step(x_BTD, params):
+        y_BTD, saved = run_one(layer, keep_attention, params, x_BTD, shared)
+        return y_BTD, jax.device_put(saved, jax.memory.Space.Host)
+
+    y_BTD, saved = lax.scan(step, x_BTD, params)
+    return y_BTD, (saved, params, shared)
+
+
+def _backward_from_host(layer: Layer, keep_attention: bool, grad_dtype: Any, residuals, dy_BTD):
+    stacks, params, shared = residuals
+
+    def fetch(index):
+        saved = jax.tree.map(lambda stack: lax.dynamic_index_in_dim(stack, index, keepdims=False), stacks)
+        return jax.device_put(saved, jax.memory.Space.Device)
+
+    def step(carry, scanned):
+        dy_BTD, saved = carry
+        index, params = scanned
+        fetched = fetch(jnp.maximum(index - 1, 0))
+        dparams, dx_BTD = _differentiate(layer, params, shared, lambda: saved, dy_BTD)
+        return (dx_BTD, fetched), jax.tree.map(lambda grad: grad.astype(grad_dtype), dparams)
+
+    num_layers = jax.tree.leaves(params)[0].shape[0]
+    layers, carry = (jnp.arange(num_layers), params), (dy_BTD, fetch(num_layers - 1))
+    (dx_BTD, _), grads = lax.scan(step, carry, layers, reverse=True)
+    return dx_BTD, jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params), None
+
+
+run_with_host.defvjp(_forward_to_host, _backward_from_host)

@@ -237,7 +237,7 @@ def _backward(heads: ShardedHeads, residuals, cotangents):
 _attend_over_sequence.defvjp(_forward, _backward)
 
 
-@custom_vjp(7)
+@custom_vjp(8)
 def _as_attended(q_BtKGH, k_BtKH, v_BtKH, sinks_KG, tokens_Bt, tokens_Bs, out_BtKGH, lse_BtKG, heads: ShardedHeads):
     """Returns `out`, as the outputs that `_attend_over_sequence` has computed from the same arrays."""
     return out_BtKGH

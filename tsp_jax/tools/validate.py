@@ -191,20 +191,23 @@ def explain(rows: Sequence[Comparison], runs: Mapping[str, Run]) -> list[Compari
 
 
 def less_recomputation(row: Comparison, run: Run) -> str:
-    """Says that a run whose remat is not published may recompute less than the program; empty if that is not enough.
+    """Says that the program recomputes products which the run keeps, or may keep; empty if that is not enough.
 
-    With the model's own products alone, in the time that the program's products take in the mean, the shortest step of
-    the rates' bands must come within `LARGE` of the measured one.
+    It applies where the run keeps its products, since MLPs and the loss of this package always recompute some of
+    theirs, and where the run's remat is not published. Without these products, in the time that products take in the
+    mean, and without the communication that compute waits for, the step must come within `LARGE` of the measured one,
+    at the fast end of the rates at least.
     """
-    if remat_is_published(run) or not (row.flops and row.low_s and row.step_s and row.measured_s):
+    may_keep = row.remat == "none" or not remat_is_published(run)
+    if not may_keep or not (row.flops and row.low_s and row.step_s and row.measured_s):
         return ""
-    share = model_flops(run) / run.devices / row.flops
-    typical, fast = (share * seconds / row.measured_s - 1 for seconds in (row.step_s, row.low_s))
+    share, exposed_s = model_flops(run) / run.devices / row.flops, row.exposed_comm_s or 0.0
+    typical, fast = (share * (seconds - exposed_s) / row.measured_s - 1 for seconds in (row.step_s, row.low_s))
     if abs(fast) > LARGE:
         return ""
     return (
-        f"the program executes {1 / share:.2f} x the model's own products: without recomputation the error is "
-        f"{typical:+.1%} ({fast:+.1%} at the fast end of the rates)"
+        f"the program executes {1 / share:.2f} x the model's own products and waits {exposed_s:.2g} s for "
+        f"communication: without both the error is {typical:+.1%} ({fast:+.1%} at the fast end of the rates)"
     )
 
 

@@ -39,11 +39,15 @@ FAULTS = {
         "keys.positions <= queries",
         "keys.positions < queries",
     ),
-    "mask: other segments are attended to": ("ops/kernels/mask.py", " & (keys.segments == queries.segments)", ""),
+    "mask: other segments are attended to": (
+        "ops/kernels/mask.py",
+        "keys.segments == queries.segments",
+        "keys.segments == keys.segments",
+    ),
     "RoPE: the wrong direction": ("ops/rope.py", "first * cos - second * sin", "first * cos + second * sin"),
     "attention: keys' gradients not scattered": (
         "ops/attention/train.py",
-        "*scatter_sequence(*grads[1:], axes=axes)",
+        "*exchange.scatter(*grads[1:])",
         "*(g[:, : q_BtcGH.shape[1]] for g in grads[1:])",
     ),
     "heads: a group one head too large": (
@@ -56,7 +60,11 @@ FAULTS = {
         "2 * elements * itemsize * _others(self.tensor)",
         "elements * itemsize * _others(self.tensor)",
     ),
-    "remat: layers backward in forward order": ("models/remat.py", "layers, reverse=True)", "layers)"),
+    "remat: layers backward in forward order": (
+        "models/keep.py",
+        "(dy_BTD, buffers), layers, reverse=True)",
+        "(dy_BTD, buffers), layers)",
+    ),
     "optimizer: norms decay": ("training/optimizer.py", "path[-1].key not in NOT_DECAYED", "True"),
     "data: contiguous chunks instead of zigzag": ("training/data.py", "chunks[: shards - 1 : -1]", "chunks[shards:]"),
     "step: infinite updates are taken": (
@@ -76,8 +84,8 @@ FAULTS = {
     ),
     "decode: partial softmaxes not weighted": (
         "ops/attention/decode.py",
-        "weight_bN = jnp.exp(lse_bN - jax.nn.logsumexp(lse_RbN, axis=0))",
-        "weight_bN = jnp.exp(lse_bN * 0)",
+        "out_bNH * jnp.exp(lse_bN - total_bN)[..., None]",
+        "out_bNH * jnp.exp(lse_bN * 0)[..., None]",
     ),
     "sampling: top-p keeps one token too few": (
         "inference/sampling.py",

@@ -27,7 +27,7 @@ config = Config(
     seq_len=1048576,
     compute_dtype="bfloat16",
     grad_dtype="bfloat16",
-    remat="offload",
+    remat="offload_attention",
     workdir="runs/qwen3_8b",
     checkpoint_every=100,
 )

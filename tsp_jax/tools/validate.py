@@ -164,6 +164,8 @@ def _predicted(
     measured, measured_as = measured_seconds(rebuilt.run)
     assert measured is not None
     remarks = rebuilt.remarks if fits else (*rebuilt.remarks, "the rebuilt program does not fit the device")
+    if compiled.layers < rebuilt.config.model.num_layers:
+        remarks = (*remarks, f"its figures are extrapolated from {compiled.layers // 2} and {compiled.layers} layers")
     return dataclasses.replace(
         row, layout=rebuilt.config.layout, mesh=rebuilt.config.mesh, remat=compiled.remat, kernel=rebuilt.kernel,
         measured_s=measured, measured_as=measured_as, other_measured_s=rebuilt.run.step_s[1:],

@@ -275,6 +275,7 @@ def test_fsdp_gathers_whole_weights_at_once():
 
 SLIM = dataclasses.replace(
     CONFIG,
+    remat="none",  # else buffers hold what is kept of all layers, and their gradients
     batch=1,
     seq_len=64,
     model=ModelConfig(vocab_size=160, d_model=56, num_layers=2, num_heads=20, num_kv_heads=20, head_dim=8, d_ff=160),

@@ -136,7 +136,7 @@ CASES = [
     ("mix2_4", "windowed", ACTIVATIONS, NONE),
     ("tp2_sp4", "windowed", GATHER, FULL),
     ("fsdp8", "windowed", GATHER, FULL),
-    ("tsp4", "windowed", GATHER, SAVE_ON_HOST),
+    ("tsp2", "windowed", GATHER, SAVE_ON_HOST),
     # what attention has computed is kept, of heads that are shared or padded too
     ("tp8", "4_of_1", GATHER, SAVE),
     ("tp4_sp2", "grouped", GATHER, SAVE_ON_HOST),

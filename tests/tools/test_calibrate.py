@@ -115,7 +115,7 @@ def test_one_device_has_no_collectives(tmp_path, monkeypatch):
 REFUSED = {
     "no file": ([], "out='' is empty; use tsp-calibrate --out my-node.json"),
     "folder": (["--out", "no/such/out.json"], "out=no/such/out.json cannot be written"),
-    "base": (["--out", "a.json", "--base", "h200"], "base=h200 is unknown; use one of cpu, mi300x"),
+    "base": (["--out", "a.json", "--base", "a100"], "base=a100 is unknown; use one of cpu, mi300x"),
     "kernel": (["--out", "a.json", "--kernels", "xla,flash"], "kernels=xla,flash: 'flash' is unknown; use auto"),
     "kernel elsewhere": (["--out", "a.json", "--kernels", "triton"], "kernels=triton: triton runs on gfx942"),
     "devices": (["--out", "a.json", "--cpu-devices", "-1"], "cpu_devices=-1 must not be negative; use 0"),
@@ -139,9 +139,9 @@ def test_wrong_flags_are_one_line_before_measuring(case, tmp_path, monkeypatch, 
 
 def test_unknown_devices_need_a_base():
     class Device:
-        platform, device_kind = "gpu", "NVIDIA H200"
+        platform, device_kind = "gpu", "NVIDIA A100"
 
-    with pytest.raises(ConfigError, match="NVIDIA H200 is of no known kind; use --base with one of cpu, mi300x"):
+    with pytest.raises(ConfigError, match="NVIDIA A100 is of no known kind; use --base with one of cpu, mi300x"):
         calibrate.find_base("", Device())
     assert calibrate.find_base("h100", Device()) == "h100"
 

@@ -77,7 +77,7 @@ def test_an_id_stands_once(tmp_path):
 @pytest.mark.parametrize(
     ("name", "target", "layout", "mesh", "remats"),
     [
-        ("T3", "v5p:64", "fsdp_cp", "data=1,tsp=64", ("save_attention",)),
+        ("T3", "v5p:64", "fsdp_cp", "data=1,tsp=64", ("offload_attention",)),
         ("H10", "h100:8", "fsdp_cp", "data=1,tsp=8", ("offload",)),
         ("A3", "mi355x:8", "fsdp", "data=8", ("none", "save_attention", "full")),
     ],
@@ -108,7 +108,7 @@ def test_meshes_have_a_nearest_layout(tmp_path, mesh, devices, framework, layout
     ("said", "policy"),
     [
         ("full", "full"), ("full + offload", "offload"), ("custom(context=remat;layer input=offload)", "offload"),
-        ("custom(context=offload;layer input=offload)", "save_attention"), ("selective", "save_attention"),
+        ("custom(context=offload;layer input=offload)", "offload_attention"), ("selective", "save_attention"),
         ("save_dot_except_mlpwi", "none"), ("minimal", "none"), ("none stated", "none"),
     ],
 )  # fmt: skip

@@ -80,7 +80,7 @@ def test_what_layers_keep_waits_in_the_memory_of_the_host(name, policy):
     if name != "v5p":
         assert offloaded.peak.host_bytes == KEPT[policy]
         copies = KEPT[policy] * (2 + 1 / CONFIG.model.num_layers)
-        assert offloaded.timeline.host_s == pytest.approx(copies / HARDWARE[name].host_bandwidth)
+        assert offloaded.timeline.host_s == pytest.approx(copies / HARDWARE[name].rates.host.bytes_per_s.typical)
     assert offloaded.peak.host_bytes >= KEPT[policy]
     assert "in the host's memory" in shown(offloaded)
     assert "host" not in shown(full).split("assumed")[0]

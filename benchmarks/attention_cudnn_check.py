@@ -129,8 +129,9 @@ def main() -> None:
     """Runs all cases within `--budget` seconds."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--pair", choices=["cudnn", "xla"], default="cudnn")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 4096])
-    parser.add_argument("--times", type=int, nargs="*", default=[16384, 65536])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
+    parser.add_argument("--times", type=int, nargs="+", default=[16384, 65536])
+    parser.add_argument("--only", choices=["check", "time"], default="", help="leave the other cases out")
     parser.add_argument("--budget", type=float, default=75.0, help="seconds after which no other case starts")
     args = parser.parse_args()
     device = jax.devices()[0]
@@ -157,6 +158,7 @@ def main() -> None:
     ]
     cases += [(f"check r2 rank{rank} h128", check, kernel, short, 2, rank, (1, 1, 128)) for rank in (0, 1)]
     cases += [(f"check r4 rank{rank} h128", check, kernel, long, 4, rank, (2, 4, 128)) for rank in (1, 2)]
+    cases = [case for case in cases if case[0].startswith(args.only)]
     start, failures, left = time.perf_counter(), 0, 0
     for name, f, *rest in cases:
         if time.perf_counter() - start > args.budget:

@@ -1,6 +1,7 @@
 """What all commands share: finding a configuration, parsing flags, and printing an error as one line (exit code 2)."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import os
@@ -26,7 +27,7 @@ T = TypeVar("T")
 _PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = next(filter(Path.is_dir, [_PACKAGE / "configs", _PACKAGE.parent / "configs"]), _PACKAGE.parent / "configs")
 """folder of configurations: inside an installed package, beside the package in a clone"""
-_OWNERS = {hint.__name__: name for name, hint in get_type_hints(Config).items() if hint.__module__ == Config.__module__}
+_OWNERS = {hint.__name__: name for name, hint in get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
 """name of a class that is a part of Config, such as StreamConfig -> the field that holds it, such as stream"""
 
 

@@ -1,0 +1,39 @@
+"""The configuration of a run: frozen, keyword-only dataclasses. No arrays, no jax.
+
+Every field is a command-line flag (``--model.d-model 512``). Values that are wrong on every layout and machine are
+refused here; `tsp_jax.layout.check_fits` refuses a configuration that does not fit its mesh.
+"""
+
+from tsp_jax.config.checks import FLOAT32, LARGEST, MOST_BYTES, check_local
+from tsp_jax.config.cluster import ClusterConfig, FailedSave, FaultsConfig, Launcher, ProcessPer
+from tsp_jax.config.data import DataConfig, Order, TokenOrder
+from tsp_jax.config.model import Activation, DType, ModelConfig, RopeKind, RopeScaling
+from tsp_jax.config.optimizer import OptimizerConfig
+from tsp_jax.config.run import Config, Remat
+from tsp_jax.config.stream import AttentionMovement, Movement, StreamConfig
+
+__all__ = [
+    "FLOAT32",
+    "LARGEST",
+    "MOST_BYTES",
+    "Activation",
+    "AttentionMovement",
+    "ClusterConfig",
+    "Config",
+    "DType",
+    "DataConfig",
+    "FailedSave",
+    "FaultsConfig",
+    "Launcher",
+    "ModelConfig",
+    "Movement",
+    "OptimizerConfig",
+    "Order",
+    "ProcessPer",
+    "Remat",
+    "RopeKind",
+    "RopeScaling",
+    "StreamConfig",
+    "TokenOrder",
+    "check_local",
+]

@@ -1,0 +1,79 @@
+"""A training run."""
+
+import dataclasses
+from typing import Literal
+
+from tsp_jax.config.checks import check, check_bytes, check_local
+from tsp_jax.config.cluster import ClusterConfig, FaultsConfig
+from tsp_jax.config.data import DataConfig
+from tsp_jax.config.model import DType, ModelConfig
+from tsp_jax.config.optimizer import OptimizerConfig
+from tsp_jax.config.stream import StreamConfig
+from tsp_jax.errors import ConfigError
+
+Remat = Literal["none", "full", "save_attention", "offload", "offload_attention"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run. Each file in `configs/` defines one."""
+
+    model: ModelConfig
+    stream: StreamConfig = StreamConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    faults: FaultsConfig = FaultsConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    layout: str = "tsp"
+    """a preset (single, dp, fsdp, tp, sp, tp_sp, tsp or fsdp_cp), or a preset with changes, such as
+    tsp(weights=data+tsp) or tsp(sequence=node+tsp). A change gives other mesh axes to one dimension: batch, sequence,
+    heads, mlp or vocab. The name weights stands for heads, mlp and vocab. The change whole_weights=true gathers all
+    weights of an op at once."""
+    mesh: str = ""
+    """mesh axis sizes, outermost first, such as data=1,tsp=8; empty: all devices on the layout's own axes"""
+    cpu_devices: int = 0
+    """number of virtual CPU devices per process; 0: use the devices that are present"""
+    steps: int
+    """optimizer steps of the whole run, and the length of the learning-rate schedule"""
+    init_from: str = ""
+    """Hugging Face folder with the initial weights; empty: random weights"""
+    batch: int
+    """sequences per optimizer step, over all devices"""
+    seq_len: int
+    """S, tokens per sequence"""
+    accumulate: int = 1
+    """micro-batches per step: the batch is split into this many, and their gradients are summed"""
+    compute_dtype: DType = "bfloat16"
+    """dtype of activations and of weights in buckets; master weights are float32"""
+    grad_dtype: DType = "float32"
+    """dtype in which the layers' gradients are stored until the update; micro-batches are always summed in float32"""
+    remat: Remat = "full"
+    """what backward recomputes: none; full (everything but layer inputs); save_attention (as full, but attention
+    outputs are kept too); offload, offload_attention (as full and save_attention, but what is kept is in the host's
+    memory)"""
+    z_loss: float = 0.0
+    """coefficient of the squared log-partition in the loss"""
+    seed: int = 0
+    """random seed of the initial weights and of the order of data"""
+    workdir: str = "runs/default"
+    """folder for metrics.jsonl, loss.png, checkpoints/ and config.json; a run found there is resumed"""
+    checkpoint_every: int = 0
+    """steps between checkpoints; 0: only after the last step"""
+    keep_checkpoints: int = 3
+    """how many of the newest checkpoints to keep"""
+    keep_every: int = 0
+    """never delete a checkpoint whose step is divisible by this; 0: off"""
+    eval_every: int = 0
+    """steps between evaluations on held-out data; 0: only after the last step"""
+    eval_batches: int = 8
+    """batches per evaluation"""
+
+    def __post_init__(self):
+        not_negative = "cpu_devices z_loss seed checkpoint_every keep_every eval_every"
+        check("", self, "steps batch seq_len accumulate keep_checkpoints eval_batches", not_negative)
+        tokens = -(-self.batch // self.accumulate) * self.seq_len
+        check_bytes("layer inputs in bfloat16", 2 * tokens * self.model.d_model, "", self, "batch seq_len")
+        if not self.workdir:
+            raise ConfigError("workdir='' is empty; use --workdir runs/default")
+        for name in ("workdir", "init_from"):
+            check_local(name, getattr(self, name))

@@ -47,7 +47,7 @@ class Config:
     """dtype of activations and of weights in buckets; master weights are float32"""
     grad_dtype: DType = "float32"
     """dtype in which the layers' gradients are stored until the update; micro-batches are always summed in float32"""
-    remat: Remat = "full"
+    remat: Remat = "save_attention"
     """what backward recomputes: none; full (everything but layer inputs); save_attention (as full, but attention
     outputs are kept too); offload, offload_attention (as full and save_attention, but what is kept is in the host's
     memory)"""

@@ -116,7 +116,10 @@ REFUSED = {
     ),
     "layer types of other layers": ({"layer_types": ["full_attention"]}, ["layer_types", "2 layers"]),
     "layer types a number": ({"layer_types": 5}, ["layer_types=5", "`array | null`"]),
-    "rope": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ['rope_type="yarn"', "llama3"]),
+    "rope": (
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+        ['rope_type="dynamic"', "llama3, yarn, longrope"],
+    ),
     "rope beside rope_parameters": ({"rope_parameters": {}, "rope_scaling": {"type": "dynamic"}}, ['"dynamic"']),
     "rope without factor": ({"rope_scaling": {"rope_type": "linear"}}, ["factor is missing"]),
     "rope by layer": ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ["rope=", "one RoPE"]),
@@ -259,7 +262,18 @@ def test_the_newer_name_of_dtype_comes_first(changes, desired, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"kind": "yarn"}, {"factor": 0.0}, {"low_freq_factor": 4.0}, {"original_context": -1}]
+    "kwargs",
+    [
+        {"kind": "dynamic"},
+        {"factor": 0.0},
+        {"low_freq_factor": 4.0},
+        {"original_context": -1},
+        {"beta_fast": 0.5},
+        {"factor": 2.0},
+        {"fraction": 1.5},
+        {"original_context": 1, "kind": "longrope"},
+        {"attention_factor": 0.0},
+    ],
 )
 def test_impossible_scaling_is_refused(kwargs):
     with pytest.raises(ConfigError, match=f"model.rope_scaling.*{next(iter(kwargs))}"):

@@ -77,7 +77,7 @@ SIZES = {
     "num_heads": "num_attention_heads", "d_ff": "intermediate_size",
 }  # fmt: skip
 """field of ModelConfig -> key of config.json, for those that correspond one to one"""
-CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id")
 """keys of config.json without a field in ModelConfig, which an export copies from the source folder"""
 
 
@@ -120,7 +120,7 @@ def read_config(folder: str | Path) -> ModelConfig:
         value = f"hidden_act={keys.hidden_act[:80]}"
         raise ConfigError(f"{path}: {value} is not supported; use {', '.join(ACTIVATIONS)}")
     try:
-        theta, scaling = read_rope(str(path), raw, keys.max_position_embeddings)
+        theta, scaling = read_rope(str(path), DEFAULTS[family] | raw)
         return ModelConfig(
             **{field: getattr(keys, key) for field, key in SIZES.items()},
             num_kv_heads=keys.num_key_value_heads or keys.num_attention_heads,
@@ -228,7 +228,7 @@ def config_json(config: ModelConfig, dtype: str, carried: Mapping[str, Any] | No
         "sliding_window": config.window,
         **windows,
         "tie_word_embeddings": config.tie_embeddings,
-        **rope_json(config),
+        **rope_json(config, (carried or {}).get("max_position_embeddings")),
         "rms_norm_eps": config.norm_eps,
         "initializer_range": config.init_std,
         "torch_dtype": dtype,

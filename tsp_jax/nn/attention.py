@@ -41,7 +41,7 @@ class Attention(Layer):
       placement: layout and mesh.
       stream: movement, bucket size, kernel.
       rope_theta: base of the rotary frequencies.
-      rope_scaling: scaling of those frequencies for long contexts.
+      rope_scaling: scaling of those frequencies for long contexts; if it depends on the length, that is T.
       qk_norm: whether to apply RMSNorm to each query and key head before RoPE.
       norm_eps: epsilon of that norm.
       causal: whether a token attends to no later token; False in encoders.
@@ -97,6 +97,7 @@ class Attention(Layer):
             init_std=init_std, out_std=out_std, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         head_dim = _head_dim(d_model, num_heads, num_kv_heads, head_dim)
+        rope_scaling.check_fits(f"{type(self).__name__}: ", head_dim, rope_theta)
         sharding = HeadSharding.of(placement.layout, placement.mesh.shape, num_heads, num_kv_heads, head_dim)
         super().__init__(placement, stream, dtype)
         self.head_sharding = sharding
@@ -190,7 +191,8 @@ class Attention(Layer):
         )  # fmt: skip
         exchanged = sharding.exchanged_tokens(stream.movement, **window)
         exchange_buckets = sharding.exchange_buckets(heads, stream.movement, self._bucket_bytes, exchanged)
-        config = self.config._replace(exchange_buckets=exchange_buckets)
+        rope_scaling = self.config.rope_scaling.at(shape[1])
+        config = self.config._replace(exchange_buckets=exchange_buckets, rope_scaling=rope_scaling)
         if self.placement.layout.whole_weights:
             return config, stream
         query_buckets, kv_buckets = sharding.head_buckets(heads, d_model, self._bucket_bytes)

@@ -55,7 +55,7 @@ def attention(
     q, k, v = ((x_BTD @ w.T).reshape(B, T, -1, head_dim) for w in (wq_NHD, wk_KHD, wv_KHD))
     if norms is not None:
         q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
-    q, k = rope(q, positions, theta, scaling), rope(k, positions, theta, scaling)
+    q, k = rope(q, positions, theta, scaling.at(T)), rope(k, positions, theta, scaling.at(T))
     q_BTKGH = q.reshape(B, T, k.shape[2], -1, head_dim)
     sinks_KG = None if sinks_N is None else sinks_N.reshape(q_BTKGH.shape[2:4])
     tokens = positions, positions, segments, segments

@@ -69,7 +69,7 @@ class RopeScaling:
         """Number of elements of a head that are rotated."""
         return int(head_dim * self.fraction)
 
-    def check_fits(self, owner: str, head_dim: int, theta: float) -> None:
+    def check_fits(self, owner: str, head_dim: int, theta: float | None) -> None:
         """Raises ConfigError unless these settings suit heads of this width and rotary frequencies of this base."""
         rotated = self.rotated(head_dim)
         if rotated % 2 or not rotated:
@@ -77,7 +77,7 @@ class RopeScaling:
                 f"{owner}rope_scaling.fraction={self.fraction} rotates {rotated} of the {head_dim} elements of a "
                 f"head, RoPE rotates pairs; use {2 / head_dim * max(1, round(rotated / 2))}"
             )
-        if self.kind == "yarn" and theta <= 1.0:
+        if self.kind == "yarn" and theta is not None and theta <= 1.0:
             raise ConfigError(f"{owner}rope_theta={theta} must exceed 1 for yarn; use 10000.0")
         for name in ("short_factors", "long_factors") if self.kind == "longrope" else ():
             factors = getattr(self, name)

@@ -64,6 +64,24 @@ MODELS = {
         attention_scale=0.5,
         attention_sinks=True,
     ),
+    "biased": dataclasses.replace(MULTI_HEAD, num_heads=9, num_kv_heads=3, qkv_bias=True, residual_scale=0.7),
+    "biased_grouped": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, qkv_bias=True, norms="post"),
+    "gemma": dataclasses.replace(
+        MULTI_HEAD,
+        num_kv_heads=2,
+        qk_norm=True,
+        norms="both",
+        norm_unit_offset=True,
+        embedding_scale=5.5,
+        logits_scale=0.6,
+        logits_softcap=1.5,
+    ),
+    "olmo": dataclasses.replace(
+        MULTI_HEAD, num_heads=9, num_kv_heads=3, norms="post", qk_norm=True, qk_norm_width="all", norm_eps=0.1
+    ),
+    "olmo_grouped": dataclasses.replace(
+        MULTI_HEAD, num_kv_heads=2, qk_norm=True, qk_norm_width="all", qkv_bias=True, norm_eps=0.1
+    ),
     "thirds": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, head_dim=12),  # three ranks could share a KV head
 }
 BATCH, SEQ_LEN, Z_LOSS = 2, 48, 1e-2
@@ -137,6 +155,25 @@ CASES = [
     ("tp2_sp4", "windowed", GATHER, FULL),
     ("fsdp8", "windowed", GATHER, FULL),
     ("tsp2", "windowed", GATHER, SAVE_ON_HOST),
+    # biases, norms elsewhere, scales, and norms over all heads
+    ("single", "gemma", GATHER, FULL),
+    ("single", "olmo", GATHER, FULL),
+    ("tsp4", "biased", GATHER, FULL),
+    ("tsp8", "biased", ACTIVATIONS, SAVE),
+    ("mix2_4", "biased_grouped", ACTIVATIONS, FULL),
+    ("tp8", "biased_grouped", GATHER, SAVE),
+    ("tp2_sp4", "biased", GATHER, NONE),
+    ("tsp4", "gemma", PAPER, FULL),
+    ("tp8", "gemma", GATHER, FULL),
+    ("mix2_4", "gemma", ACTIVATIONS, NONE),
+    ("tsp2", "gemma", GATHER, SAVE_ON_HOST),
+    ("tsp4", "olmo", GATHER, FULL),
+    ("tsp4", "olmo", ACTIVATIONS, SAVE),
+    ("tsp8", "olmo", ACTIVATIONS, FULL),
+    ("tp8", "olmo_grouped", GATHER, FULL),
+    ("mix2_4", "olmo_grouped", ACTIVATIONS, FULL),
+    ("mix2_3", "olmo", ACTIVATIONS, NONE),
+    ("fsdp8", "olmo_grouped", GATHER, SAVE),
     # what attention has computed is kept, of heads that are shared or padded too
     ("tp8", "4_of_1", GATHER, SAVE),
     ("tp4_sp2", "grouped", GATHER, SAVE_ON_HOST),

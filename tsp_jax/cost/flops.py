@@ -4,7 +4,7 @@ Layout and padding do not count. Dims: T all tokens of the step, S tokens per se
 """
 
 from tsp_jax.config import Config
-from tsp_jax.cost.traffic import repeats_attention
+from tsp_jax.cost.traffic import repeats_attention, repeats_mlp
 
 
 def step_flops(config: Config, *, forward: bool = False, backward_products: int = 5) -> dict[str, float]:
@@ -34,7 +34,7 @@ def step_flops(config: Config, *, forward: bool = False, backward_products: int 
         "projections": count(query + 2 * kv, 1 + again + twice, 2 + repeated) + count(query, 1 + again, 2),
         "attention": count(2 * pairs, 1 + twice, backward_products / 2),  # forward: q k and p v
         # Backward: gate and up again, then dx and dW of three weights.
-        "mlp": count(3 * model.d_ff * model.d_model, 1, 8 / 3),
+        "mlp": count(3 * model.d_ff * model.d_model, 1 + int(repeats_mlp(model.norms, config.remat)), 8 / 3),
     }
     flops = {op: model.num_layers * total for op, total in layers.items()}
     return flops | {"loss": count(model.vocab_size * model.d_model, 1, 3)}  # backward: logits again, dx and dW

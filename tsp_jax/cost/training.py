@@ -19,6 +19,7 @@ from tsp_jax.cost.traffic import (
     loss_traffic,
     mlp_traffic,
     repeats_attention,
+    repeats_mlp,
 )
 from tsp_jax.heads import HeadSharding
 from tsp_jax.layout import Layout, num_ranks
@@ -57,6 +58,7 @@ class _Step:
         stream, model, vocab = self.config.stream, self.config.model, self.sharding_of("vocab")
         attention = partial(attention_traffic, self.sharding, heads=self.heads, d_model=model.d_model)
         mlp = partial(mlp_traffic, self.sharding_of("mlp"), d_model=model.d_model, d_ff=self.d_ff)
+        mlp = partial(mlp, repeated=repeats_mlp(model.norms, self.config.remat))
         table = {"d_model": model.d_model, "vocab_size": self.vocab_size}
         functions: dict[str, tuple[str, Callable[..., Traffic]]] = {
             "attention": (stream.attention_movement, partial(attention, remat=self.config.remat, **self.window)),

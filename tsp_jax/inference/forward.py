@@ -92,7 +92,7 @@ def prefill(
         x_spec = layout.spec("batch", "sequence", None)
         return *_run(op, module, placement, x_BTD, x_spec, inputs, attend_specs), None
 
-    x_BTD, kv, _ = _layers(model, model.embed(tokens_BT), attend, cache.key_values)
+    x_BTD, kv, _ = _layers(model, model.embed_tokens(tokens_BT), attend, cache.key_values)
     last_B = positions_BT.max(axis=1)
     is_last_BT = (positions_BT == last_B[:, None]) & (positions_BT != NO_TOKEN)
     x_B1D = jnp.where(is_last_BT[..., None], x_BTD, jnp.zeros_like(x_BTD)).sum(axis=1, keepdims=True)
@@ -135,7 +135,7 @@ def decode(
         y_B1D, new = _run(op, module, placement, x_B1D, x_spec, inputs, attend_specs)
         return y_B1D, None, new
 
-    x_B1D, _, new = _layers(model, model.embed(tokens_B[:, None]), attend, None)
+    x_B1D, _, new = _layers(model, model.embed_tokens(tokens_B[:, None]), attend, None)
     write_specs = kv_specs, kv_specs, REPLICATED, entries_spec
     write = placement.shard_map(write_entries, in_specs=write_specs, out_specs=kv_specs)
     kv = write(cache.key_values, jax.tree.map(lambda array: array[:, 0], new), jnp.zeros((), jnp.int32), entries)
@@ -146,10 +146,10 @@ def decode(
 def _run(op: Callable, module: Attention, placement: Placement, x_BTD: jax.Array, x_spec: PartitionSpec, inputs, specs):
     """Runs an attention op on x and `inputs`, the first of which is keys and values. Returns (y, keys and values)."""
     weights = AttentionWeights(module.w_q[...], module.w_k[...], module.w_v[...], module.w_o[...])
-    in_specs = (x_spec, placement.layout.spec("heads", None), REPLICATED, *specs, REPLICATED)
+    in_specs = (x_spec, placement.layout.spec("heads", None), REPLICATED, *specs, REPLICATED, REPLICATED)
     run = placement.shard_map(op, in_specs, (x_spec, specs[0]))
-    norms, sinks_N = module.replicated()
-    return run(x_BTD.astype(module.dtype), weights, norms, *inputs, sinks_N)
+    norms, sinks_N, biases = module.replicated()
+    return run(x_BTD.astype(module.dtype), weights, norms, *inputs, sinks_N, biases)
 
 
 def _layers(model: Transformer, x_BTD: jax.Array, attend: Callable, carry: Any) -> tuple[jax.Array, Any, Any]:
@@ -180,7 +180,7 @@ def _logits(model: Transformer, x_B1D: jax.Array) -> jax.Array:
     layout, dtype = head.placement.layout, head.dtype
 
     def local(x_B1D, table_vD):
-        return matmul_t(x_B1D, table_vD.astype(dtype))
+        return head.logits.of(matmul_t(x_B1D, table_vD.astype(dtype)))
 
     in_specs = layout.spec("batch", None, None), layout.spec("vocab", None)
     with jax.named_scope("tsp/logits"):

@@ -90,9 +90,9 @@ def run_layers(
 
 def add_attention(
     attend: Callable[[jax.Array], tuple[jax.Array, Any]], x_BTD: jax.Array, policy: Remat,
-    recall: Callable[[], Saved] | None = None,
+    recall: Callable[[], Saved] | None = None, added: Callable[[jax.Array], jax.Array] = lambda y_BTD: y_BTD,
 ) -> tuple[jax.Array, Any]:  # fmt: skip
-    """Adds an attention branch to the residual stream: (x + y, extra) where (y, extra) = attend(x).
+    """Adds an attention branch to the residual stream: (x + added(y), extra) where (y, extra) = attend(x).
 
     Unless the policy is `none`, the backward pass of a layer has attention's outputs and their log-sum-exps before the
     MLP's backward: it runs the branch again, or has kept them. It projects queries, keys and values after the MLP's
@@ -101,13 +101,13 @@ def add_attention(
     """
     if policy == "none":
         y_BTD, extra = attend(x_BTD)
-        return x_BTD + y_BTD, extra
+        return x_BTD + added(y_BTD), extra
 
     def branch(x_BTD):
         return attend(_with_value(x_BTD, recall()[0]) if recall else x_BTD)
 
     y_BTD, extra = jax.checkpoint(branch, policy=_SAVE_ATTENTION)(x_BTD)
-    return lax.optimization_barrier(x_BTD + y_BTD), extra
+    return lax.optimization_barrier(x_BTD + added(y_BTD)), extra
 
 
 @jax.custom_vjp

@@ -7,6 +7,7 @@ Dims: B batch, T tokens, D model, V vocabulary, L layers.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -14,17 +15,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tsp_jax.config import ModelConfig, Remat, StreamConfig, TokenOrder
+from tsp_jax.cost.traffic import repeats_mlp
 from tsp_jax.errors import ConfigError
 from tsp_jax.layout import Placement
 from tsp_jax.models.keep import Saved
 from tsp_jax.models.remat import add_attention, finish_gradients, run_layers
 from tsp_jax.nn import MLP, Attention, Embed, residual_std
+from tsp_jax.ops.norm import rms_norm
 
 M = TypeVar("M", bound=nnx.Module)
-_NOT_BUILT = (
-    "qk_norm_width", "qkv_bias", "norms", "norm_unit_offset", "embedding_scale", "residual_scale", "logits_scale",
-    "logits_softcap", "layer_kinds", "local_rope_theta",
-)  # fmt: skip
+_NOT_BUILT = "layer_kinds", "local_rope_theta"
 """fields of ModelConfig that may only have their default"""
 Attend = Callable[[Attention, jax.Array], tuple[jax.Array, Any]]
 """(a layer's attention module, normalized x [B, T, D]) -> (what attention adds to x [B, T, D], any other output)"""
@@ -42,7 +42,7 @@ def make_merge(graphdef: nnx.GraphDef[M], state: nnx.State) -> Callable[[dict], 
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Attention and an MLP, each added to the residual stream; norms before them, after them, or both."""
 
     def __init__(
         self, config: ModelConfig, *, placement: Placement, stream: StreamConfig, dtype: Any, remat: Remat,
@@ -52,15 +52,21 @@ class DecoderLayer(nnx.Module):
         kwargs["init_std"] = config.init_std
         kwargs["out_std"] = residual_std(config.init_std, config.num_layers)
         self.remat: Remat = remat
-        self.attention_norm = _norm(config, placement, dtype, rngs)
+        self.residual_scale = config.residual_scale
+        before, after = config.norms != "post", config.norms != "pre"
+        self.attention_norm = _norm(config, placement, dtype, rngs) if before else None
         self.attention = Attention(
             config.d_model, config.num_heads, config.num_kv_heads, config.head_dim,
-            rope_theta=config.rope_theta, rope_scaling=config.rope_scaling, qk_norm=config.qk_norm,
-            norm_eps=config.norm_eps, window=config.window, softcap=config.attention_softcap,
+            rope_theta=config.rope_theta, rope_scaling=config.rope_scaling, qkv_bias=config.qkv_bias,
+            qk_norm=config.qk_norm, qk_norm_width=config.qk_norm_width, norm_eps=config.norm_eps,
+            norm_unit_offset=config.norm_unit_offset, window=config.window, softcap=config.attention_softcap,
             scale=config.attention_scale, sinks=config.attention_sinks, token_order=token_order, remat=remat, **kwargs,
         )  # fmt: skip
-        self.mlp_norm = _norm(config, placement, dtype, rngs)
-        self.mlp = MLP(config.d_model, config.d_ff, activation=config.activation, **kwargs)
+        self.attention_post_norm = _norm(config, placement, dtype, rngs) if after else None
+        self.mlp_norm = _norm(config, placement, dtype, rngs) if before else None
+        repeated = repeats_mlp(config.norms, remat)
+        self.mlp = MLP(config.d_model, config.d_ff, activation=config.activation, repeated=repeated, **kwargs)
+        self.mlp_post_norm = _norm(config, placement, dtype, rngs) if after else None
 
     def __call__(
         self, x_BTD: jax.Array, attend: Attend, recall: Callable[[], Saved] | None = None
@@ -71,23 +77,45 @@ class DecoderLayer(nnx.Module):
         """
 
         def branch(x_BTD):
-            return attend(self.attention, self.attention_norm(x_BTD))
+            return attend(self.attention, _normed(self.attention_norm, x_BTD))
 
-        x_BTD, extra = add_attention(branch, x_BTD, self.remat, recall)
+        added = partial(self._added, self.attention_post_norm)
+        x_BTD, extra = add_attention(branch, x_BTD, self.remat, recall, added)
         mlp = self.mlp
         if self.remat != "none":
             graphdef, state = nnx.split(mlp)
             x_BTD, state = finish_gradients(x_BTD, state)
             mlp = nnx.merge(graphdef, state)
-        return x_BTD + mlp(self.mlp_norm(x_BTD)), extra
+        return x_BTD + self._added(self.mlp_post_norm, mlp(_normed(self.mlp_norm, x_BTD))), extra
+
+    def _added(self, norm: nnx.RMSNorm | None, y_BTD: jax.Array) -> jax.Array:
+        """What is added to the residual stream, from the output of attention or the MLP."""
+        y_BTD = _normed(norm, y_BTD)
+        if self.residual_scale == 1.0:
+            return y_BTD
+        return (y_BTD.astype(jnp.float32) * self.residual_scale).astype(y_BTD.dtype)
+
+
+class _UnitOffsetNorm(nnx.RMSNorm):
+    """RMSNorm that multiplies by 1 + its scale, in float32 (Gemma)."""
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        scale = self.scale[...].astype(jnp.float32)  # pyright: ignore[reportOptionalSubscript]
+        return rms_norm(x, 1.0 + scale, self.epsilon).astype(self.dtype)
 
 
 def _norm(config: ModelConfig, placement: Placement, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
     metadata = {"out_sharding": placement.layout.spec(None), "mesh": placement.mesh}
-    return nnx.RMSNorm(
-        config.d_model, epsilon=config.norm_eps, dtype=dtype, param_dtype=jnp.float32, scale_metadata=metadata,
-        rngs=rngs,
+    of = nnx.initializers
+    kind, init = (_UnitOffsetNorm, of.zeros) if config.norm_unit_offset else (nnx.RMSNorm, of.ones)
+    return kind(
+        config.d_model, epsilon=config.norm_eps, dtype=dtype, param_dtype=jnp.float32, scale_init=init,
+        scale_metadata=metadata, rngs=rngs,
     )  # fmt: skip
+
+
+def _normed(norm: nnx.RMSNorm | None, x_BTD: jax.Array) -> jax.Array:
+    return x_BTD if norm is None else norm(x_BTD)
 
 
 def _check_built(config: ModelConfig) -> None:
@@ -119,7 +147,8 @@ class Transformer(nnx.Module):
         self.config, self.placement, self.grad_dtype = config, placement, jnp.dtype(grad_dtype)
         self.remat: Remat = remat
         kwargs: dict[str, Any] = {"placement": placement, "stream": stream, "dtype": dtype}
-        table = dict(kwargs, init_std=config.init_std, rngs=rngs)
+        logits = {"logits_scale": config.logits_scale, "logits_softcap": config.logits_softcap}
+        table = dict(kwargs, init_std=config.init_std, rngs=rngs, **logits)
         self.embed = Embed(config.vocab_size, config.d_model, **table)
 
         @nnx.split_rngs(splits=config.num_layers)
@@ -142,7 +171,7 @@ class Transformer(nnx.Module):
 
             return merge(params)(x_BTD, attend, recall)
 
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embed_tokens(tokens_BT)
         x_BTD = run_layers(
             layer, x_BTD, nnx.to_pure_dict(stacked), (positions_BT, segment_ids_BT),
             specs=nnx.to_pure_dict(nnx.get_partition_spec(stacked)),
@@ -150,6 +179,11 @@ class Transformer(nnx.Module):
             policy=self.remat, grad_dtype=self.grad_dtype,
         )  # fmt: skip
         return self.final_norm(x_BTD)
+
+    def embed_tokens(self, tokens_BT: jax.Array) -> jax.Array:
+        """Input of the first layer, [B, T, D] in the compute dtype, from token ids."""
+        x_BTD, scale = self.embed(tokens_BT), self.config.embedding_scale
+        return x_BTD if scale == 1.0 else x_BTD * jnp.asarray(scale, x_BTD.dtype)
 
     def token_losses(self, batch: Any):
         """TokenLosses of a batch with fields tokens, labels, positions, segment_ids, each [B, T] int32."""

@@ -16,6 +16,7 @@ from tsp_jax.hf import config as hf_config
 from tsp_jax.hf import weights as hf
 from tsp_jax.hf.config import config_json, read_dtype
 from tsp_jax.hf.families import FAMILIES
+from tsp_jax.hf.params import param_tree, shapes
 from tsp_jax.ops.rope import frequencies
 
 ABSENT = "absent"
@@ -199,8 +200,8 @@ def test_transformers_reads_the_same(case, tmp_path):
     ours, theirs = hf.read_config(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(theirs)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert shapes == dict(hf._shapes(hf._param_tree(ours, place_case("single"))))
+    desired = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert desired == dict(shapes(param_tree(ours, place_case("single"))))
     rope = type(model.model.rotary_emb)(theirs)
     assert rope.attention_scaling == 1.0
     desired = rope.inv_freq.numpy()

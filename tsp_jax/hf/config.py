@@ -238,5 +238,6 @@ def config_json(config: ModelConfig, dtype: str, carried: Mapping[str, Any] | No
         **fields,
         **rope_json(config, context if isinstance(context, int) else None, context_beside=CONTEXT in family.defaults),
         "torch_dtype": dtype,
+        "pad_token_id": None,  # the default of some classes lies outside a smaller vocabulary
         **{key: carried[key] for key in CARRIED if key in carried},
     }

@@ -82,6 +82,20 @@ MODELS = {
     "olmo_grouped": dataclasses.replace(
         MULTI_HEAD, num_kv_heads=2, qk_norm=True, qk_norm_width="all", qkv_bias=True, norm_eps=0.1
     ),
+    "kinds": dataclasses.replace(
+        MULTI_HEAD,
+        num_layers=5,
+        num_heads=9,
+        num_kv_heads=3,
+        window=11,
+        layer_kinds=("sliding", "full_nope", "full"),
+        local_rope_theta=50.0,
+        rope_theta=500.0,
+        rope_scaling=RopeScaling(kind="linear", factor=4.0),
+    ),
+    "two_kinds": dataclasses.replace(
+        MULTI_HEAD, num_layers=4, num_kv_heads=2, window=11, layer_kinds=("full", "sliding"), norms="post"
+    ),
     "thirds": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, head_dim=12),  # three ranks could share a KV head
 }
 BATCH, SEQ_LEN, Z_LOSS = 2, 48, 1e-2
@@ -174,6 +188,15 @@ CASES = [
     ("mix2_4", "olmo_grouped", ACTIVATIONS, FULL),
     ("mix2_3", "olmo", ACTIVATIONS, NONE),
     ("fsdp8", "olmo_grouped", GATHER, SAVE),
+    # layers of several kinds, some after the last whole period
+    ("single", "kinds", GATHER, FULL),
+    ("tsp4", "kinds", GATHER, FULL),
+    ("tsp2", "kinds", GATHER, SAVE_ON_HOST),
+    ("tsp8", "kinds", ACTIVATIONS, SAVE),
+    ("tp2_sp4", "kinds", GATHER, NONE),
+    ("mix2_4", "two_kinds", ACTIVATIONS, FULL),
+    ("tsp4", "two_kinds", PAPER, NONE),
+    ("data2_tsp4", "two_kinds", GATHER, "offload"),
     # what attention has computed is kept, of heads that are shared or padded too
     ("tp8", "4_of_1", GATHER, SAVE),
     ("tp4_sp2", "grouped", GATHER, SAVE_ON_HOST),

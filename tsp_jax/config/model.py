@@ -119,6 +119,12 @@ class ModelConfig:
         return kinds[: next(lengths, len(kinds))]
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer; None: none."""
+        kinds = (self.period[index % len(self.period)] for index in range(self.num_layers))
+        return tuple(self.window if kind == "sliding" else None for kind in kinds)
+
+    @property
     def num_params(self) -> int:
         """Number of parameters, without padding."""
         heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.d_model

@@ -10,7 +10,9 @@ V vocabulary, H head.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from tsp_jax.config import Norms, Remat, TokenOrder
 from tsp_jax.heads import HeadRows, HeadSharding
@@ -248,6 +250,17 @@ def attention_traffic(
         "tensor_sums": (1 if forward else 2 + again) * outputs,  # forward, its repetition, and dx
         "replica_sums": 0 if forward else sharding.replica_sum_bytes(2 * query + 2 * kv),
     }
+
+
+def layers_attention_traffic(
+    sharding: OpSharding, movement: str, *, windows: Sequence[int | None], **settings: Any
+) -> Traffic:
+    """`attention_traffic` of several layers together: of one with each of `windows`."""
+    total: Traffic = {}
+    for window, layers in Counter(windows).items():
+        for kind, nbytes in attention_traffic(sharding, movement, window=window, **settings).items():
+            total[kind] = total.get(kind, 0) + layers * nbytes
+    return total
 
 
 def mlp_traffic(

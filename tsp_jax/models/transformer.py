@@ -5,7 +5,6 @@ Layers are stacked along a leading dimension and scanned, so that compile time d
 Dims: B batch, T tokens, D model, V vocabulary, L layers.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -14,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tsp_jax.config import ModelConfig, Remat, StreamConfig, TokenOrder
+from tsp_jax.config import LayerKind, ModelConfig, Remat, RopeScaling, StreamConfig, TokenOrder
 from tsp_jax.cost.traffic import repeats_mlp
-from tsp_jax.errors import ConfigError
 from tsp_jax.layout import Placement
 from tsp_jax.models.keep import Saved
 from tsp_jax.models.remat import add_attention, finish_gradients, run_layers
@@ -24,8 +22,6 @@ from tsp_jax.nn import MLP, Attention, Embed, residual_std
 from tsp_jax.ops.norm import rms_norm
 
 M = TypeVar("M", bound=nnx.Module)
-_NOT_BUILT = "layer_kinds", "local_rope_theta"
-"""fields of ModelConfig that may only have their default"""
 Attend = Callable[[Attention, jax.Array], tuple[jax.Array, Any]]
 """(a layer's attention module, normalized x [B, T, D]) -> (what attention adds to x [B, T, D], any other output)"""
 
@@ -57,11 +53,14 @@ class DecoderLayer(nnx.Module):
         self.attention_norm = _norm(config, placement, dtype, rngs) if before else None
         self.attention = Attention(
             config.d_model, config.num_heads, config.num_kv_heads, config.head_dim,
-            rope_theta=config.rope_theta, rope_scaling=config.rope_scaling, qkv_bias=config.qkv_bias,
-            qk_norm=config.qk_norm, qk_norm_width=config.qk_norm_width, norm_eps=config.norm_eps,
-            norm_unit_offset=config.norm_unit_offset, window=config.window, softcap=config.attention_softcap,
-            scale=config.attention_scale, sinks=config.attention_sinks, token_order=token_order, remat=remat, **kwargs,
+            qkv_bias=config.qkv_bias, qk_norm=config.qk_norm, qk_norm_width=config.qk_norm_width,
+            norm_eps=config.norm_eps, norm_unit_offset=config.norm_unit_offset, softcap=config.attention_softcap,
+            scale=config.attention_scale, sinks=config.attention_sinks, token_order=token_order, remat=remat,
+            **_settings(config, config.period[0]), **kwargs,
         )  # fmt: skip
+        self.attention.windows = config.windows
+        self.variants = tuple(self.attention.variant(**_settings(config, kind)) for kind in config.period)
+        """settings of the attention of each layer of a period"""
         self.attention_post_norm = _norm(config, placement, dtype, rngs) if after else None
         self.mlp_norm = _norm(config, placement, dtype, rngs) if before else None
         repeated = repeats_mlp(config.norms, remat)
@@ -69,15 +68,17 @@ class DecoderLayer(nnx.Module):
         self.mlp_post_norm = _norm(config, placement, dtype, rngs) if after else None
 
     def __call__(
-        self, x_BTD: jax.Array, attend: Attend, recall: Callable[[], Saved] | None = None
+        self, x_BTD: jax.Array, attend: Attend, recall: Callable[[], Saved] | None = None, number: int = 0
     ) -> tuple[jax.Array, Any]:
         """(residual stream [B, T, D], other output of `attend`).
 
-        `attend` is for training, prefill or decode; `recall` is that of `tsp_jax.models.keep.Layer`.
+        `attend` is for training, prefill or decode; `recall` is that of `tsp_jax.models.keep.Layer`; `number` is the
+        layer's number in its period, which says of what kind it is.
         """
+        attention = self.attention if number == 0 else self.attention.with_config(self.variants[number])
 
         def branch(x_BTD):
-            return attend(self.attention, _normed(self.attention_norm, x_BTD))
+            return attend(attention, _normed(self.attention_norm, x_BTD))
 
         added = partial(self._added, self.attention_post_norm)
         x_BTD, extra = add_attention(branch, x_BTD, self.remat, recall, added)
@@ -94,6 +95,16 @@ class DecoderLayer(nnx.Module):
         if self.residual_scale == 1.0:
             return y_BTD
         return (y_BTD.astype(jnp.float32) * self.residual_scale).astype(y_BTD.dtype)
+
+
+def _settings(config: ModelConfig, kind: LayerKind) -> dict[str, Any]:
+    """Window and RoPE of the layers of a kind."""
+    if kind == "full_nope":
+        return {"window": None, "rope_theta": None, "rope_scaling": RopeScaling()}
+    if kind == "sliding" and config.local_rope_theta is not None:
+        return {"window": config.window, "rope_theta": config.local_rope_theta, "rope_scaling": RopeScaling()}
+    window = config.window if kind == "sliding" else None
+    return {"window": window, "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
 
 
 class _UnitOffsetNorm(nnx.RMSNorm):
@@ -118,12 +129,6 @@ def _normed(norm: nnx.RMSNorm | None, x_BTD: jax.Array) -> jax.Array:
     return x_BTD if norm is None else norm(x_BTD)
 
 
-def _check_built(config: ModelConfig) -> None:
-    for field in dataclasses.fields(ModelConfig):
-        if field.name in _NOT_BUILT and (value := getattr(config, field.name)) != field.default:
-            raise ConfigError(f"model.{field.name}={value} is not supported; use {field.default}")
-
-
 class Transformer(nnx.Module):
     """Decoder-only language model.
 
@@ -143,7 +148,6 @@ class Transformer(nnx.Module):
         dtype: Any = jnp.bfloat16, remat: Remat = "full", grad_dtype: jax.typing.DTypeLike = jnp.float32,
         token_order: TokenOrder = "any", rngs: nnx.Rngs,
     ):  # fmt: skip
-        _check_built(config)
         self.config, self.placement, self.grad_dtype = config, placement, jnp.dtype(grad_dtype)
         self.remat: Remat = remat
         kwargs: dict[str, Any] = {"placement": placement, "stream": stream, "dtype": dtype}
@@ -165,15 +169,16 @@ class Transformer(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
         merge = make_merge(graphdef, stacked)
 
-        def layer(params, x_BTD, documents, recall):
+        def layer(params, x_BTD, documents, recall, *, number):
             def attend(attention, x_BTD):
                 return attention.attend(x_BTD, *documents, known=recall and recall()[1])
 
-            return merge(params)(x_BTD, attend, recall)
+            return merge(params)(x_BTD, attend, recall, number)
 
+        period = tuple(partial(layer, number=number) for number in range(len(self.config.period)))
         x_BTD = self.embed_tokens(tokens_BT)
         x_BTD = run_layers(
-            layer, x_BTD, nnx.to_pure_dict(stacked), (positions_BT, segment_ids_BT),
+            period, x_BTD, nnx.to_pure_dict(stacked), (positions_BT, segment_ids_BT),
             specs=nnx.to_pure_dict(nnx.get_partition_spec(stacked)),
             attended_specs=self.layers.attention.attended_specs(x_BTD.shape), placement=self.placement,
             policy=self.remat, grad_dtype=self.grad_dtype,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tsp_jax.config import NormWidth, Remat, RopeScaling, StreamConfig, TokenOrder
-from tsp_jax.cost.traffic import attention_may_move_tokens, attention_traffic
+from tsp_jax.cost.traffic import attention_may_move_tokens, layers_attention_traffic
 from tsp_jax.errors import ConfigError
 from tsp_jax.heads import HeadSharding
 from tsp_jax.layout import Placement, largest_divisor
@@ -109,12 +109,13 @@ class Attention(Layer):
         super().__init__(placement, stream, dtype)
         self.head_sharding = sharding
         self.remat: Remat = remat
-        scores = Scores(causal, window, softcap, scale)
-        kernel = kernels.choose_kernel(stream.kernel, placement.mesh, head_dim, dtype, scores)
+        self.windows: tuple[int | None, ...] = (window,)
+        """windows of the layers for which `auto` chooses a movement together"""
         self.config = AttentionConfig(
-            heads=sharding.heads, rope_theta=rope_theta, rope_scaling=rope_scaling, norm_eps=norm_eps, kernel=kernel,
-            scores=scores, token_order=token_order, norm_width=qk_norm_width,
+            heads=sharding.heads, rope_theta=rope_theta, norm_eps=norm_eps, rope_scaling=rope_scaling,
+            scores=Scores(causal, window, softcap, scale), token_order=token_order, norm_width=qk_norm_width,
         )  # fmt: skip
+        self.config = self.variant(window, rope_theta, rope_scaling)
 
         def weight(num_heads: int, queries: bool, std: float) -> nnx.Param:
             return self._param(rngs, num_heads * head_dim, d_model, std, HeadPadding(sharding, queries))
@@ -197,16 +198,30 @@ class Attention(Layer):
             return HeadNorms(q_H, k_H), sinks_N, None
         return HeadNorms(q_H, k_H), sinks_N, HeadBiases(self.q_bias[...], self.k_bias[...], self.v_bias[...])
 
+    def variant(self, window: int | None, rope_theta: float | None, rope_scaling: RopeScaling) -> AttentionConfig:
+        """The settings of a layer that differs from this one only in its window and its RoPE; see `with_config`."""
+        scores = self.config.scores._replace(window=window)
+        kernel = kernels.choose_kernel(
+            self.stream.kernel, self.placement.mesh, self.config.head_dim, self.dtype, scores
+        )
+        return self.config._replace(scores=scores, rope_theta=rope_theta, rope_scaling=rope_scaling, kernel=kernel)
+
+    def with_config(self, config: AttentionConfig) -> "Attention":
+        """A layer with the same parameters and other settings."""
+        other = nnx.merge(*nnx.split(self))
+        other.config = config
+        return other
+
     def configure(self, shape: Sequence[int]) -> tuple[AttentionConfig, Stream]:
         """The op's settings for tokens [B, T, D]: `auto` is resolved, and the bucket size converted to counts."""
         heads, d_model, sharding = self.head_sharding, shape[2], self._sharding(shape)
-        window = {"window": self.config.scores.window, "token_order": self.config.token_order}
+        order = self.config.token_order
         stream = self._stream(
-            shape, self.stream.attention_movement, attention_traffic, d_model=d_model, heads=heads, remat=self.remat,
-            **window,
+            shape, self.stream.attention_movement, layers_attention_traffic, d_model=d_model, heads=heads,
+            remat=self.remat, windows=self.windows, token_order=order,
             tokens_may_move=attention_may_move_tokens(self.placement.layout.axes(self.dim), heads),
         )  # fmt: skip
-        exchanged = sharding.exchanged_tokens(stream.movement, **window)
+        exchanged = sharding.exchanged_tokens(stream.movement, self.config.scores.window, order)
         exchange_buckets = sharding.exchange_buckets(heads, stream.movement, self._bucket_bytes, exchanged)
         rope_scaling = self.config.rope_scaling.at(shape[1])
         config = self.config._replace(exchange_buckets=exchange_buckets, rope_scaling=rope_scaling)

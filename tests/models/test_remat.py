@@ -135,7 +135,7 @@ def plain_layers(layer, x_BTD, params, aux):
 
 def run(placement: Placement, x_BTD, params, aux, policy="full", grad_dtype=F32):
     return run_layers(
-        layer_of(placement), x_BTD, params, aux,
+        (layer_of(placement),), x_BTD, params, aux,
         specs=specs_of(placement), attended_specs=attended_specs(placement),
         placement=placement, policy=policy, grad_dtype=grad_dtype,
     )  # fmt: skip

@@ -17,7 +17,8 @@ from jax import lax
 
 from tsp_jax.models.buffers import BufferFormat
 
-Params = Any
+Params = tuple[Any, Any]
+"""(parameters that get gradients, frozen parameters), of one layer or, each [L, ...], of all"""
 Saved = tuple[jax.Array, Any]
 """(a layer's input [B, T, D], what its attention has computed or None)"""
 Layer = Callable[[Params, jax.Array, Any, Callable[[], Saved] | None], tuple[jax.Array, Any]]
@@ -32,11 +33,10 @@ def run_one(layer: Layer, keep_attention: bool, params: Params, x_BTD: jax.Array
     return y_BTD, (x_BTD, attended if keep_attention else None)
 
 
-def _differentiate(
-    layer: Layer, params: Params, shared: Any, recall: Callable[[], Saved], dy_BTD
-) -> tuple[Params, Any]:
-    """(gradients of the layer's parameters, of its input)."""
-    _, vjp = jax.vjp(lambda params, x: layer(params, x, shared, recall)[0], params, recall()[0])
+def _differentiate(layer: Layer, params: Params, shared: Any, recall: Callable[[], Saved], dy_BTD) -> tuple[Any, Any]:
+    """(gradients of the layer's parameters that are not frozen, of its input)."""
+    trained, frozen = params
+    _, vjp = jax.vjp(lambda trained, x: layer((trained, frozen), x, shared, recall)[0], trained, recall()[0])
     return vjp(dy_BTD)
 
 
@@ -78,7 +78,7 @@ def _backward_in_buffers(layer: Layer, keep_attention: bool, buffer_format: Buff
 
     layers = jnp.arange(buffer_format.num_layers), params
     (dx_BTD, buffers), _ = lax.scan(step, (dy_BTD, buffers), layers, reverse=True)
-    return dx_BTD, buffer_format.read_grads(buffers, params), None
+    return dx_BTD, (buffer_format.read_grads(buffers, params[0]), None), None
 
 
 run_in_buffers.defvjp(_forward_in_buffers, _backward_in_buffers)
@@ -119,7 +119,8 @@ def _backward_from_host(layer: Layer, keep_attention: bool, grad_dtype: Any, res
     num_layers = jax.tree.leaves(params)[0].shape[0]
     layers, carry = (jnp.arange(num_layers), params), (dy_BTD, fetch(num_layers - 1))
     (dx_BTD, _), grads = lax.scan(step, carry, layers, reverse=True)
-    return dx_BTD, jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params), None
+    grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params[0])
+    return dx_BTD, (grads, None), None
 
 
 run_with_host.defvjp(_forward_to_host, _backward_from_host)

@@ -256,7 +256,7 @@ class TrainLoop:
             if jax.process_count() == 1 and self.signals.asked:
                 return False
             batch = held_out.place(index, self.program.batch_sharding, accumulate=1)
-            nll, labels = self.program.evaluate(state.params, batch)
+            nll, labels = self.program.evaluate(state.weights, batch)
             total, count = total + float(nll), count + float(labels)
             self.watchdog.pet(f"batch {index} of the evaluation at step {step}")
         loss = total / count if count else math.nan

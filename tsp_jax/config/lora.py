@@ -33,13 +33,13 @@ class LoraConfig:
         for field in dataclasses.fields(self):
             if not self.rank and (value := getattr(self, field.name)) != field.default:
                 raise ConfigError(f"lora.{field.name}={value} has no effect with lora.rank=0; use --lora.rank 16")
-        object.__setattr__(self, "targets", tuple(self.targets))  # a list, as in JSON
         for number, name in enumerate(self.targets):
             if name not in TARGETS or name in self.targets[:number]:
                 why = "names a weight twice" if name in TARGETS else f"has {name!r:.80}, which no layer has"
                 raise ConfigError(f"lora.targets={','.join(map(str, self.targets))} {why}; use {','.join(TARGETS)}")
         if not self.targets:
             raise ConfigError("lora.targets is empty, so nothing is trained; use --lora.targets q v")
+        object.__setattr__(self, "targets", tuple(sorted(self.targets, key=TARGETS.index)))
 
     @property
     def scale(self) -> float:

@@ -32,8 +32,6 @@ of the work; it is 19 % where t is 2048. benchmarks/lora.md has compiled figures
 Dims: r rank, D model, L layers; rows are those of W: heads x H, or F.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -161,13 +159,10 @@ def merge(params: dict, config: LoraConfig, placement: Placement) -> dict:
     return jax.jit(merged, out_shardings=shardings)(trained, frozen)
 
 
-def describe(config: LoraConfig, params: Any) -> str | None:
-    """One line about the adapters, with the number of their elements (stored form); None if there are none."""
-    if not config.rank:
-        return None
-    count = sum(param.size for param in jax.tree.leaves(split_adapters(params)[0]))
-    targets = ",".join(config.targets)
+def describe(config: LoraConfig, params: dict) -> str:
+    """One line about adapters, with the number of their elements as stored."""
+    count = sum(param.size for param in jax.tree.leaves(params))
     return (
-        f"LoRA: {count:,} numbers are trained, in adapters of rank {config.rank} of {targets}; all weights are "
-        f"frozen, in {config.base_dtype}"
+        f"LoRA: {count:,} numbers are trained, in adapters of rank {config.rank} on {','.join(config.targets)}; the "
+        f"model's own weights are frozen, in {config.base_dtype}"
     )

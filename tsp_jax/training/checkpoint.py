@@ -276,7 +276,7 @@ class Checkpoints:
         self._frozen = digest
         if step:
             meta = read_json(self.folder / str(step) / "meta.json", Meta)
-            check_digest(self.config, digest, meta.frozen, meta.config.get("init_from"))
+            check_digest(self.config, digest, meta.frozen, meta.config)
 
     def restore(self, step: int, frozen: Mapping[str, Any] = MappingProxyType({})) -> TrainState:
         """Restores the state of a step, in this run's layout; `frozen` are the frozen weights."""

@@ -54,13 +54,14 @@ def check_adapters(config: Config, saved: Mapping[str, Any]) -> None:
             )
 
 
-def check_digest(config: Config, digest: str, saved: str, init_from: object) -> None:
-    """Raises ConfigError if a checkpoint's adapters were trained on other weights; `init_from` is the checkpoint's."""
+def check_digest(config: Config, digest: str, saved: str, saved_config: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a checkpoint's adapters were trained on other weights than those with `digest`."""
     if digest != saved:
+        init_from, seed = (saved_config.get(field) for field in ("init_from", "seed"))
         raise ConfigError(
-            f"init_from={config.init_from}: these frozen weights are not those that the adapters in workdir="
-            f"{config.workdir} were trained on, which were of init_from={init_from!s:.200}; use an unchanged copy of "
-            "those, or another --workdir"
+            f"init_from={config.init_from!r} and seed={config.seed} give other frozen weights than those under the "
+            f"adapters in workdir={config.workdir}, of init_from={init_from!r:.200} and seed={seed!r:.20}; use those, "
+            "unchanged, or another --workdir"
         )
 
 

@@ -74,6 +74,18 @@ class _Step:
             for op, (movement, traffic) in functions.items()
         }
 
+    def adapters(self) -> tuple[float, float]:
+        """Elements per device: (of the adapters of all layers, of the weights of one layer that have adapters)."""
+        model, (query_rows, kv_rows) = self.config.model, self.heads.stored
+        rows = {"q": query_rows, "o": query_rows, "k": kv_rows, "v": kv_rows}
+        own = [
+            rows[name] / num_ranks(self.layout.heads, self.sizes) if name in rows
+            else self.d_ff / num_ranks(self.layout.mlp, self.sizes)
+            for name in self.config.lora.targets
+        ]  # fmt: skip
+        factors = self.config.lora.rank * (sum(own) + len(own) * model.d_model)
+        return model.num_layers * factors, sum(own) * model.d_model
+
     def bucket_elements(self) -> float:
         """Elements of the largest bucket of weights, before tensor axes shard it."""
         model, heads, sharding, bucket_bytes = self.config.model, self.heads, self.sharding, self.bucket_bytes
@@ -121,8 +133,9 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dic
     Parts: `state` is float32 weights and two moments. `residuals` is what forward keeps on the device for backward, or
     what backward has fetched for one layer from the host. `gradients` is the gradients that wait for the update; where
     they take the place of residuals, only those that do not fit there count. `activations`, `keys_values` and `weights`
-    are transient. Source of the terms: arXiv 2604.26294, section III. The numbers of arrays in memory at once were
-    counted; see `_ACTIVATIONS`.
+    are transient. With LoRA, `state` is frozen weights, and adapters with two moments; `weights` includes the sums of
+    one layer's weights and adapters, and their gradients. Source of the terms: arXiv 2604.26294, section III. The
+    numbers of arrays in memory at once were counted; see `_ACTIVATIONS`.
     """
     step, model = _Step(config, layout, sizes), config.model
     sharding, heads = step.sharding, step.heads
@@ -139,7 +152,13 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dic
     kept = activation + (0 if repeats_attention(config.remat) else outputs)
     on_host = config.remat.startswith("offload")
     residuals = kept if on_host else model.num_layers * kept
-    waiting = layers * ITEMSIZE[config.grad_dtype] / shards
+    moments = 2 * ITEMSIZE[config.optimizer.moments_dtype] / replicas
+    trained, frozen, summed = (layers + tables) / shards, 0.0, 0.0
+    waiting, table_grads = layers / shards * ITEMSIZE[config.grad_dtype], tables * FLOAT32 / shards
+    if config.lora.rank:
+        frozen, table_grads = trained, 0.0
+        trained, summed = step.adapters()
+        waiting = trained * ITEMSIZE[config.grad_dtype]
     if not on_host:
         waiting = max(0.0, waiting - residuals)
     exchanged = sharding.exchanged_tokens(movement, model.window, config.data.order)
@@ -147,10 +166,10 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dic
     keys = exchanged + config.seq_len // sharding.sequence
     bucket = step.bucket_elements() / sharding.tensor
     return {
-        "state": (layers + tables) / shards * (4 + 2 * ITEMSIZE[config.optimizer.moments_dtype] / replicas),
-        "gradients": waiting + tables * 4 / shards,
+        "state": trained * (FLOAT32 + moments) + frozen * ITEMSIZE[config.lora.base_dtype],
+        "gradients": waiting + table_grads,
         "residuals": residuals,
         "activations": _ACTIVATIONS * activation,
         "keys_values": _KEY_VALUES * 2 * sharding.batch * keys * kv_heads * heads.heads.dim * step.itemsize,
-        "weights": bucket * (2 * step.itemsize + step.grad_itemsize),
+        "weights": bucket * (2 * step.itemsize + step.grad_itemsize) + summed * 2 * FLOAT32,
     }

@@ -24,6 +24,7 @@ from tsp_jax.heads import HeadSharding
 from tsp_jax.layout import Layout, num_ranks
 from tsp_jax.stored import RowPadding
 
+OPS = "attention", "mlp", "embed", "loss"
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 """bytes of an element"""
 
@@ -110,12 +111,18 @@ def step_traffic(
     """Bytes that a device receives in one micro-batch of a training step, in all layers together, by op and kind.
 
     With `accumulate` = 1 a micro-batch is the whole step. `forward` counts only the forward pass and the loss: weights
-    or activations move once, keys and values are exchanged once, and partial outputs are summed once.
+    or activations move once, keys and values are exchanged once, and partial outputs are summed once. With LoRA, an op
+    whose weights have no adapters sends no gradients of them; sums of adapters' gradients, [r, D], are left out. If
+    attention without adapters moves tokens, it moves a seventh less than counted.
     """
-    received = {}
+    received, lora = {}, config.lora
+    adapted = {"attention" if name in "qkvo" else "mlp" for name in lora.targets} if lora.rank else {*OPS}
     for op, (movement, traffic) in _Step(config, layout, sizes).ops().items():
         times = config.model.num_layers if op in ("attention", "mlp") else 1
-        received[op] = {kind: times * n for kind, n in traffic(movement, forward=forward).items()}
+        no_backward = forward or (op == "embed" and op not in adapted)
+        received[op] = {kind: times * n for kind, n in traffic(movement, forward=no_backward).items()}
+        if op not in adapted:
+            received[op] |= dict.fromkeys(("weight_grads", "replica_sums"), 0)
     return received
 
 

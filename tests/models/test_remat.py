@@ -137,7 +137,7 @@ def plain_layers(layer, x_BTD, params, aux):
 def run(placement: Placement, x_BTD, params, aux, policy="full", grad_dtype=F32, frozen=None):
     specs = specs_of(placement)
     return run_layers(
-        layer_of(placement), x_BTD, (params, frozen or {}), aux,
+        (layer_of(placement),), x_BTD, (params, frozen or {}), aux,
         specs={name: specs[name] for name in params}, attended_specs=attended_specs(placement),
         placement=placement, policy=policy, grad_dtype=grad_dtype,
     )  # fmt: skip

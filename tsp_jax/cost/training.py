@@ -5,7 +5,6 @@ Bytes received are counted as `tsp_jax.inspect.collectives` counts them, by the 
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 from tsp_jax.config import Config
 from tsp_jax.cost.traffic import (
@@ -13,12 +12,13 @@ from tsp_jax.cost.traffic import (
     OpSharding,
     Traffic,
     attention_may_move_tokens,
-    attention_traffic,
     choose_movement,
     embed_traffic,
+    layers_attention_traffic,
     loss_traffic,
     mlp_traffic,
     repeats_attention,
+    repeats_mlp,
 )
 from tsp_jax.heads import HeadSharding
 from tsp_jax.layout import Layout, num_ranks
@@ -41,11 +41,6 @@ class _Step:
         self.d_ff = RowPadding.over(model.d_ff, num_ranks(layout.mlp, sizes)).stored
         self.vocab_size = RowPadding.over(model.vocab_size, num_ranks(layout.vocab, sizes)).stored
 
-    @property
-    def window(self) -> dict[str, Any]:
-        """What `attention_traffic` needs to know of windows."""
-        return {"window": self.config.model.window, "token_order": self.config.data.order}
-
     def sharding_of(self, dim: str) -> OpSharding:
         batch = self.config.batch // self.config.accumulate
         return OpSharding.of(
@@ -54,13 +49,20 @@ class _Step:
         )  # fmt: skip
 
     def ops(self) -> dict[str, tuple[str, Callable[..., Traffic]]]:
-        """Op -> (its movement, a function that gives the traffic of one layer from a movement and `forward`)."""
+        """Op -> (its movement, a function that gives its traffic from a movement and `forward`).
+
+        Attention's traffic is that of all layers, the MLP's that of one.
+        """
         stream, model, vocab = self.config.stream, self.config.model, self.sharding_of("vocab")
-        attention = partial(attention_traffic, self.sharding, heads=self.heads, d_model=model.d_model)
+        attention = partial(
+            layers_attention_traffic, self.sharding, heads=self.heads, d_model=model.d_model, windows=model.windows,
+            token_order=self.config.data.order, remat=self.config.remat,
+        )  # fmt: skip
         mlp = partial(mlp_traffic, self.sharding_of("mlp"), d_model=model.d_model, d_ff=self.d_ff)
+        mlp = partial(mlp, repeated=repeats_mlp(model.norms, self.config.remat))
         table = {"d_model": model.d_model, "vocab_size": self.vocab_size}
         functions: dict[str, tuple[str, Callable[..., Traffic]]] = {
-            "attention": (stream.attention_movement, partial(attention, remat=self.config.remat, **self.window)),
+            "attention": (stream.attention_movement, attention),
             "mlp": (stream.mlp_movement, mlp),
             "embed": (stream.vocab_movement, partial(embed_traffic, vocab, **table)),
             "loss": (stream.vocab_movement, partial(loss_traffic, vocab, **table)),
@@ -118,7 +120,7 @@ def step_traffic(
     received, lora = {}, config.lora
     adapted = {"attention" if name in "qkvo" else "mlp" for name in lora.targets} if lora.rank else {*OPS}
     for op, (movement, traffic) in _Step(config, layout, sizes).ops().items():
-        times = config.model.num_layers if op in ("attention", "mlp") else 1
+        times = config.model.num_layers if op == "mlp" else 1
         no_backward = forward or (op == "embed" and op not in adapted)
         received[op] = {kind: times * n for kind, n in traffic(movement, forward=no_backward).items()}
         if op not in adapted:
@@ -168,7 +170,7 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dic
         waiting = trained * ITEMSIZE[config.grad_dtype]
     if not on_host:
         waiting = max(0.0, waiting - residuals)
-    exchanged = sharding.exchanged_tokens(movement, model.window, config.data.order)
+    exchanged = max(sharding.exchanged_tokens(movement, window, config.data.order) for window in set(model.windows))
     kv_heads = heads.shard.kv / sharding.exchange_buckets(heads, movement, step.bucket_bytes, exchanged)
     keys = exchanged + config.seq_len // sharding.sequence
     bucket = step.bucket_elements() / sharding.tensor

@@ -98,8 +98,8 @@ def make_inference_program(
         return prefill(model_of(params), decode_model_of(params), placement, cache, tokens_BT, positions_BT)
 
     def decode_step(params: dict, cache: Cache, tokens_B: jax.Array):
-        config = model_of(params).layers.attention.config
-        return decode(decode_model_of(params), config, placement, cache, tokens_B)
+        configs = model_of(params).layers.variants
+        return decode(decode_model_of(params), configs, placement, cache, tokens_B)
 
     def cast(params: dict) -> dict:
         return jax.tree.map(lambda p, like: p.astype(like.dtype), params, abstract_params)

@@ -216,6 +216,23 @@ def test_frozen_parameters_get_no_gradients_and_change_no_other(policy):
     assert not any(grad.any() for grad in jax.tree.leaves(zeros))
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradients_of_frozen_parameters_are_never_stacked(policy):
+    """They are all there are of this shape; `test_a_scan_of_checkpoints_does_have_such_memory` finds them."""
+    placement = place_case("tsp8")
+    x, params, aux = on(placement, *arguments(F32, MANY, DEEP))
+    frozen = {name: params[name] for name in ("gate", "up", "down")}
+    trained = {name: params[name] for name in ("odd", "scale")}
+
+    def grads(x, trained, frozen):
+        _, vjp = jax.vjp(lambda *args: run(placement, *args, aux, policy, F32, frozen), x, trained)
+        return vjp(cotangent_of(x))
+
+    found = stacked_in_loops(jax.jit(grads).lower(x, trained, frozen).compile())
+    assert (DEEP, F // 8, D) not in found
+    assert found
+
+
 def test_micro_batches_in_a_scan_add_up():
     """As gradient accumulation runs them: each iteration of the loop has new buffers."""
     placement = place_case("tsp8")

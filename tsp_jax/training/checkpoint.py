@@ -256,7 +256,7 @@ class Checkpoints:
         model = check_json(meta.config.get("model"), f"{path}: config.model", dict[str, Any], advice)
         here, there = json.loads(json.dumps(dataclasses.asdict(self.config))), meta.config
         for field, value in model.items():
-            if here["model"].get(field) != value:
+            if _differs(here["model"].get(field), value):
                 raise ConfigError(
                     f"model.{field:.80}={here['model'].get(field)}: the checkpoint in workdir={self.config.workdir} "
                     f"has model.{field:.80}={value!s:.80}; use that, or another --workdir"
@@ -297,6 +297,13 @@ class Checkpoints:
                     f"{self.config.workdir} has {name:.200}={saved.get(name)!s:.80}; use the optimizer that it was "
                     "trained with, or another --workdir"
                 )
+
+
+def _differs(here: Any, there: Any) -> bool:
+    """Whether a field differs from its saved value; a field of an older release may lack some fields of its own."""
+    if isinstance(here, dict) and isinstance(there, dict):
+        return any(_differs(here.get(name), value) for name, value in there.items())
+    return here != there
 
 
 def _remove(path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from tsp_jax.config import Config
+from tsp_jax.config import Config, ModelConfig, RopeScaling
 from tsp_jax.errors import ConfigError
 from tsp_jax.hf.weights import check_folder, load_params, read_config
 from tsp_jax.layout import Placement
@@ -31,7 +31,7 @@ def check_init_from(config: Config, placement: Placement) -> None:
     resumed = not config.lora.rank and saved_steps(Path(config.workdir) / "checkpoints")
     if not config.init_from or resumed:
         return
-    here, there = (_fields(model) for model in (config.model, read_config(config.init_from)))
+    here, there = (_fields(model) for model in (config.model, _extended(read_config(config.init_from), config.model)))
     different = [name for name, value in there.items() if here[name] != value]
     if different:
         name = different[0]
@@ -66,11 +66,21 @@ def init_state(config: Config, program: TrainProgram, placement: Placement, froz
     return state._replace(params=load_params(config.init_from, config.model, placement))
 
 
+def _extended(there: ModelConfig, here: ModelConfig) -> ModelConfig:
+    """A folder's model, with the scaling of RoPE that the configuration asks for, if it asks for one."""
+    if here.rope_scaling.kind == "none":
+        return there
+    scaling = dataclasses.replace(here.rope_scaling, fraction=there.rope_scaling.fraction)
+    return dataclasses.replace(there, rope_scaling=scaling)
+
+
 def _fields(model: Any, owner: str = "") -> dict[str, Any]:
     """Dotted name -> value, for each field that is not in `FREE`."""
     fields = {}
     for field in dataclasses.fields(model):
         value = getattr(model, field.name)
+        if isinstance(value, RopeScaling):
+            value = value.used()
         if dataclasses.is_dataclass(value):
             fields.update(_fields(value, f"{owner}{field.name}."))
         elif field.name not in FREE:
@@ -83,4 +93,4 @@ def _flag(name: str, value: Any) -> str:
     if isinstance(value, bool):
         owner, _, last = flag.rpartition(".")
         return f"--{flag}" if value else f"--{owner}.no-{last}"
-    return f"--{flag} {value}"
+    return f"--{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"

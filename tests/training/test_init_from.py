@@ -32,7 +32,7 @@ def test_a_run_starts_from_given_weights(folder):
     placement = place_case("tsp4")
     config = run_config(folder)
     check_init_from(config, placement)
-    state = init_state(config, make_program(config, placement), placement)
+    state = init_state(config, make_program(config, placement), placement, frozen={})
     chex.assert_trees_all_equal(state.params, place_params(LLAMA, placement))
     assert int(state.step) == 0
 

@@ -7,6 +7,7 @@ refused here; `tsp_jax.layout.check_fits` refuses a configuration that does not 
 from tsp_jax.config.checks import FLOAT32, LARGEST, MOST_BYTES, check_local
 from tsp_jax.config.cluster import ClusterConfig, FailedSave, FaultsConfig, Launcher, ProcessPer
 from tsp_jax.config.data import DataConfig, Order, TokenOrder
+from tsp_jax.config.lora import TARGETS, LoraConfig, Target
 from tsp_jax.config.model import Activation, DType, LayerKind, ModelConfig, Norms, NormWidth
 from tsp_jax.config.optimizer import OptimizerConfig
 from tsp_jax.config.rope import RopeKind, RopeScaling
@@ -17,6 +18,7 @@ __all__ = [
     "FLOAT32",
     "LARGEST",
     "MOST_BYTES",
+    "TARGETS",
     "Activation",
     "AttentionMovement",
     "ClusterConfig",
@@ -27,6 +29,7 @@ __all__ = [
     "FaultsConfig",
     "Launcher",
     "LayerKind",
+    "LoraConfig",
     "ModelConfig",
     "Movement",
     "NormWidth",
@@ -38,6 +41,7 @@ __all__ = [
     "RopeKind",
     "RopeScaling",
     "StreamConfig",
+    "Target",
     "TokenOrder",
     "check_local",
 ]

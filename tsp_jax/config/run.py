@@ -6,6 +6,7 @@ from typing import Literal
 from tsp_jax.config.checks import check, check_bytes, check_local
 from tsp_jax.config.cluster import ClusterConfig, FaultsConfig
 from tsp_jax.config.data import DataConfig
+from tsp_jax.config.lora import LoraConfig
 from tsp_jax.config.model import DType, ModelConfig
 from tsp_jax.config.optimizer import OptimizerConfig
 from tsp_jax.config.stream import StreamConfig
@@ -22,6 +23,7 @@ class Config:
     stream: StreamConfig = StreamConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     faults: FaultsConfig = FaultsConfig()
     cluster: ClusterConfig = ClusterConfig()
     layout: str = "tsp"

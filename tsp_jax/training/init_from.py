@@ -12,6 +12,7 @@ from tsp_jax.hf.weights import check_folder, load_params, read_config
 from tsp_jax.layout import Placement
 from tsp_jax.training.checkpoint import saved_steps
 from tsp_jax.training.corpus import ByteTokenizer
+from tsp_jax.training.frozen import init_adapters
 from tsp_jax.training.sources import is_text
 from tsp_jax.training.step import TrainProgram, TrainState
 
@@ -25,9 +26,10 @@ def check_init_from(config: Config, placement: Placement) -> None:
     """Raises ConfigError if the folder `init_from` does not suit the configured model or the data.
 
     The folder must have all weights of the configured model, and its model must use the same tokens as the data.
-    Checks nothing if the run is resumed, since it then needs no initial weights.
+    Checks nothing if the run is resumed, since it then needs no initial weights, unless they are frozen.
     """
-    if not config.init_from or saved_steps(Path(config.workdir) / "checkpoints"):
+    resumed = not config.lora.rank and saved_steps(Path(config.workdir) / "checkpoints")
+    if not config.init_from or resumed:
         return
     here, there = (_fields(model) for model in (config.model, _extended(read_config(config.init_from), config.model)))
     different = [name for name, value in there.items() if here[name] != value]
@@ -53,8 +55,10 @@ def _check_tokens(config: Config) -> None:
         )
 
 
-def init_state(config: Config, program: TrainProgram, placement: Placement) -> TrainState:
-    """Returns the state of step 0, with the weights of `init_from` if it is set."""
+def init_state(config: Config, program: TrainProgram, placement: Placement, frozen: dict) -> TrainState:
+    """Returns the state of step 0, with the weights of `init_from` if it is set, or with adapters on frozen weights."""
+    if frozen:
+        return init_adapters(program, frozen)
     state = program.init()
     if not config.init_from:
         return state

@@ -1,6 +1,8 @@
 """Corpora: the tokenizer, the two splits, the cache, and files that are refused."""
 
+import dataclasses
 import io
+import json
 import os
 import shutil
 import sysconfig
@@ -9,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.builders.runs import small_config
+from tests.builders.tokenizers import characters, save_tokenizer
 from tsp_jax.config import DataConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.text import encode, readers
-from tsp_jax.text.shards import SPLITS
+from tsp_jax.text import encode, readers, shards
+from tsp_jax.text.shards import SPLITS, ShardsWriter
 from tsp_jax.training import corpus as corpus_module
-from tsp_jax.training.corpus import ByteTokenizer, Corpus, load_corpus
+from tsp_jax.training.corpus import ByteTokenizer, Corpus, load_corpus, name_tokenizer
 
 
 @pytest.fixture
@@ -193,6 +197,103 @@ def test_an_interrupted_build_leaves_nothing(data: DataConfig, tmp_path: Path, m
     assert len(load_corpus(data, 256, "train").tokens)
 
 
+# --- a folder's tokenizer
+
+
+@pytest.fixture
+def tokenized(tmp_path: Path) -> DataConfig:
+    """Rows of texts and of a chat, and a tokenizer with a template, whose end-of-text token is 2."""
+    files = {"tokenizer_config.json": {"eos_token": "</s>"}}
+    folder = save_tokenizer(tmp_path / "tokenizer", characters(), files)
+    template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
+    rows = [{"text": "abc"}, {"text": ""}, {"messages": chat}, {"text": "b"}]
+    write_files(tmp_path, {"rows.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()})
+    return DataConfig(
+        files=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"), tokenizer=str(tmp_path / "tokenizer")
+    )
+
+
+def test_a_corpus_of_texts_and_chats(tokenized: DataConfig):
+    train, held = (load_corpus(tokenized, 100, split) for split in SPLITS)
+    np.testing.assert_array_equal(train.tokens, [3, 4, 5, 2, 3, 4, 2, 5, 2])
+    np.testing.assert_array_equal(train.starts, [0, 4])
+    assert train.loss is not None
+    np.testing.assert_array_equal(train.loss, [1, 1, 1, 1, 0, 0, 0, 1, 1])
+    np.testing.assert_array_equal(held.tokens, [4, 2])
+    assert held.loss is not None
+    np.testing.assert_array_equal(held.loss, [1, 1])
+    assert train.tokens.dtype == np.uint16
+
+
+def test_the_loss_is_part_of_the_digest_and_of_the_cache_key(tokenized: DataConfig):
+    every = load_corpus(dataclasses.replace(tokenized, loss="all"), 100, "train")
+    some = load_corpus(tokenized, 100, "train")
+    np.testing.assert_array_equal(every.tokens, some.tokens)
+    assert every.loss is None
+    assert every.digest != some.digest
+
+
+def test_another_tokenizer_makes_another_corpus(tokenized: DataConfig, tmp_path: Path):
+    before = load_corpus(tokenized, 100, "train")
+    made = characters()
+    made.add_tokens(["abc"])
+    save_tokenizer(tmp_path / "tokenizer", made)
+    after = load_corpus(tokenized, 100, "train")
+    assert after.digest != before.digest
+    assert after.tokens[np.array([0])] == made.token_to_id("abc")
+
+
+def test_shards_of_any_size_are_one_corpus(tokenized: DataConfig, tmp_path: Path, monkeypatch):
+    whole = load_corpus(tokenized, 100, "train")
+    monkeypatch.setattr(shards, "SHARD", 1)
+    small = load_corpus(dataclasses.replace(tokenized, cache_dir=str(tmp_path / "other")), 100, "train")
+    assert small.digest == whole.digest
+    np.testing.assert_array_equal(small.starts, whole.starts)
+
+
+def test_a_killed_build_is_continued(tokenized: DataConfig, tmp_path: Path, monkeypatch):
+    whole = load_corpus(dataclasses.replace(tokenized, cache_dir=str(tmp_path / "other")), 100, "train")
+    monkeypatch.setattr(shards, "SHARD", 1)
+    finish = ShardsWriter._finish
+
+    def killed(writer, *rest):
+        finish(writer, *rest)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ShardsWriter, "_finish", killed)
+        load_corpus(tokenized, 100, "train")
+    (left,) = (tmp_path / "cache").iterdir()
+    record = left / "00000.json"
+    written = record.stat().st_mtime_ns
+    assert load_corpus(tokenized, 100, "train").digest == whole.digest
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert (folder / record.name).stat().st_mtime_ns == written
+    assert (folder / "00002.json").exists()
+
+
+def test_rows_stay_in_their_split_when_a_file_grows(tokenized: DataConfig, tmp_path: Path):
+    rows = [json.dumps({"text": f"a{number}"}) + "\n" for number in range(300)]
+    write_files(tmp_path, {"rows.jsonl": "".join(rows[:200]).encode()})
+    before = load_corpus(tokenized, 100, "heldout")
+    write_files(tmp_path, {"rows.jsonl": "".join(rows).encode()})
+    after = load_corpus(tokenized, 100, "heldout")
+    assert 1 <= len(before.starts) < 12
+    count = len(before.tokens)
+    np.testing.assert_array_equal(np.asarray(after.tokens)[:count], before.tokens)
+    assert len(after.tokens) > count
+
+
+def test_a_run_has_the_tokenizer_of_its_weights_unless_it_names_one(tmp_path: Path):
+    config = small_config(tmp_path)
+    assert name_tokenizer(config).data.tokenizer == "bytes"
+    unnamed = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=""))
+    assert name_tokenizer(unnamed) == unnamed
+    assert name_tokenizer(dataclasses.replace(unnamed, init_from="model")).data.tokenizer == "model"
+
+
 # --- bad input
 
 
@@ -295,6 +396,38 @@ def test_refuses_a_vocabulary_without_room_for_ids_of_either_split(tmp_path: Pat
         np.save(tmp_path / f"{name}.npy", np.array(ids))
     data = DataConfig(files=str(tmp_path / "*.npy"), cache_dir=str(tmp_path / "cache"), tokenizer="bytes")
     expect_refusal(data, "token id 1000 in", "b.npy; use model.vocab_size=1001", vocab_size=1000)
+
+
+def test_refuses_text_without_a_tokenizer(data: DataConfig, tmp_path: Path):
+    write_files(tmp_path / "text", {"a.txt": b"first", "b.txt": b"second"})
+    unnamed = dataclasses.replace(data, tokenizer="")
+    expect_refusal(unnamed, "data.tokenizer='' names no tokenizer", "is text; use", "--data.tokenizer bytes")
+
+
+def test_refuses_a_tokenizer_whose_ids_exceed_the_vocabulary(tokenized: DataConfig, tmp_path: Path):
+    largest = characters().get_vocab_size() - 1
+    words = f"too small for token id {largest} in the tokenizer in {tokenized.tokenizer}; use model.vocab_size"
+    expect_refusal(tokenized, words, vocab_size=largest)
+    assert not (tmp_path / "cache").exists()
+    load_corpus(tokenized, largest + 1, "train")
+    expect_refusal(tokenized, words, vocab_size=largest)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}"])
+def test_refuses_a_folder_without_a_tokenizer(tokenized: DataConfig, tmp_path: Path, content: bytes | None):
+    (tmp_path / "tokenizer" / "tokenizer.json").unlink()
+    if content is not None:
+        write_files(tmp_path / "tokenizer", {"tokenizer.json": content})
+    expect_refusal(tokenized, str(tmp_path / "tokenizer" / "tokenizer.json"), "use a")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("row", [b'{"text": ', b'{"text": "\xff"}', b'{"messages": []}', b'{"body": "a"}'])
+def test_a_bad_row_is_refused_and_nothing_is_written(tokenized: DataConfig, tmp_path: Path, monkeypatch, row: bytes):
+    monkeypatch.setattr(shards, "SHARD", 1)
+    write_files(tmp_path, {"rows.jsonl": b'{"text": "a"}\n' * 9 + row})
+    expect_refusal(tokenized, "rows.jsonl line 10")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_refuses_a_cache_that_cannot_be_written(data: DataConfig, tmp_path: Path):

@@ -25,6 +25,8 @@ LARGEST_TEXT = 2**24
 """most characters that a chat template or decoder may produce beyond those of its arguments"""
 CONTEXT = 256
 """characters on each side of a place in a text that decide whether the text may be cut there"""
+BEGINS = (0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89)
+"""where the text before such a place is taken to begin"""
 MARKS = (f"\ue000{secrets.token_hex(8)}\ue001", f"\ue001{secrets.token_hex(8)}\ue000")
 """marks around what a template says that the model wrote; no template knows them"""
 Span = tuple[int, int]
@@ -91,14 +93,17 @@ class Text:
     def find_cut(self, sides: list[tuple[str, str]]) -> int | None:
         """The first of some places at which a text may be cut; None: at none of them.
 
-        Its tokens within `CONTEXT` characters of the place must be the same with and without the cut. What stands
-        behind the cut is encoded together with the `CONTEXT` characters before it, as `encode_many` does.
+        Its tokens near the place must be the same with and without the cut, wherever the text before it begins: in
+        ``a a a a`` a token of two words may end at a place or reach over it. What stands behind the cut is encoded
+        together with the `CONTEXT` characters before it, as `encode_many` does.
 
         Args:
           sides: for each place, 2 `CONTEXT` characters before it, and `CONTEXT` characters after it.
         """
         for number, (left, right) in enumerate(sides):
-            if self._ids(left + right) == [*self._ids(left), *self._after(left[-CONTEXT:], right)]:
+            behind = self._after(left[-CONTEXT:], right)
+            starts = (left[begin:] for begin in BEGINS)
+            if all(self._ids(start + right) == [*self._ids(start), *behind] for start in starts):
                 return number
         return None
 

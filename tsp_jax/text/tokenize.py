@@ -5,6 +5,7 @@ A document has the tokens that the tokenizer puts around a text. Where it puts n
 """
 
 import base64
+import functools
 import hashlib
 import itertools
 import os
@@ -21,10 +22,11 @@ import numpy as np
 
 from tsp_jax.config import DataConfig
 from tsp_jax.errors import ConfigError, import_optional
+from tsp_jax.files import read_bytes
 from tsp_jax.hf.chat import chat_message, read_templates, read_tokenizer_config
 from tsp_jax.hf.process import TextError, TextProcess
 from tsp_jax.hf.process_main import CONTEXT
-from tsp_jax.hf.tokenizer import Tokenizer
+from tsp_jax.hf.tokenizer import Around, Tokenizer
 from tsp_jax.text.encode import Encoder, Part, look_ahead
 from tsp_jax.text.readers import BLOCK, Chat, Document, Meter, Place, decode, read_documents
 from tsp_jax.text.sources import Source
@@ -62,27 +64,32 @@ class TokenEncoder(Encoder):
     def __init__(self, data: DataConfig, sources: Sequence[Source]):
         super().__init__(data, sources)
         self._folder = Path(os.path.expanduser(data.tokenizer))
-        self._tokenizer = Tokenizer(self._folder)
-        largest, self._before, self._after = self._tokenizer.around()
-        self._largest = largest
         config, self._named = read_tokenizer_config(self._folder)
         self._templates = read_templates(self._folder, config)
-        end = self._named.get("eos_token")
-        self._end = self._tokenizer.encode(end, special=False) if end and not self._after else []
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer(self._folder)
+
+    @functools.cached_property
+    def _around(self) -> Around:
+        """What stands before and after every text, with the end-of-text token if nothing stands after it."""
+        around, end = self._tokenizer.around(), self._named.get("eos_token")
+        return around if around.after or not end else around._replace(after=self._tokenizer.encode(end, special=False))
 
     @property
     def largest(self) -> tuple[int, str]:
-        return self._largest, f"the tokenizer in {self._folder}"
+        return self._around.largest, f"the tokenizer in {self._folder}"
 
     @property
     def dtype(self) -> np.dtype:
-        return np.dtype(np.uint16 if self._largest < 2**16 else np.uint32)
+        return np.dtype(np.uint16 if self._around.largest < 2**16 else np.uint32)
 
     @property
     def key(self) -> list[str]:
         data = self._data
         files = [self._folder / name for name in _FILES]
-        content = [hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "" for path in files]
+        content = [hashlib.sha256(read_bytes(path)).hexdigest() if path.exists() else "" for path in files]
         return [*content, data.text_field, data.loss, data.invalid_utf8, str(sorted(self._templates.items()))]
 
     def parts(self, start: Place, meter: Meter) -> Iterator[Part]:
@@ -201,9 +208,10 @@ class TokenEncoder(Encoder):
     def _part(self, item: _Item, ids: np.ndarray, loss: np.ndarray | None) -> Part:
         document = item.document
         if not isinstance(item.content, dict):
-            after = self._after or ([] if ids[-1:].tolist() == self._end else self._end)
-            before, after = self._before if item.is_first else [], after if item.is_last else []
-            ids = np.concatenate([before, ids, after]).astype(self.dtype)
+            before, after = self._around.before, self._around.after
+            has_end = len(after) == 1 and ids[-1:].tolist() == after
+            parts = (before if item.is_first else [], ids, after if item.is_last and not has_end else [])
+            ids = np.concatenate(parts).astype(self.dtype)
             loss = None
         return Part(ids, loss, document.name, item.is_last, document.where, document.after)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from tsp_jax.text.encode import Encoder, Part, look_ahead
 from tsp_jax.text.readers import BLOCK, Chat, Document, Meter, Place, decode, read_documents
 from tsp_jax.text.sources import Source
 
+T = TypeVar("T")
 LONGEST = 1 << 20
 """characters of a text that are encoded at once; a longer one is cut where that changes no token"""
 BATCH = 1 << 18
@@ -38,7 +39,7 @@ BATCH = 1 << 18
 MOST_PROCESSES = 64
 _CUTS = 32  # places that are tried at a time
 _END_OF_LINE, _SPACE = re.compile(r"(?<=\w)(?=\n)"), re.compile(r"(?<=\w)(?= \w)")
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 class _Item(NamedTuple):
@@ -99,16 +100,10 @@ class TokenEncoder(Encoder):
         for process in processes:
             free.put(process)
         threads = ThreadPoolExecutor(count, thread_name_prefix="tsp_tokenize")
-        pending, unknown = deque[Future[tuple[list[Part], int]]](), 0
+        batches = _batches(self._items(read_documents(self._data, self._sources, start, meter)))
+        unknown = 0
         try:
-            for batch in _batches(self._items(read_documents(self._data, self._sources, start, meter))):
-                pending.append(threads.submit(self._encode, free, batch))
-                while len(pending) > 2 * count or (pending and pending[0].done()):
-                    parts, new = pending.popleft().result()
-                    unknown += new
-                    yield from parts
-            for future in pending:
-                parts, new = future.result()
+            for parts, new in _in_order((threads.submit(self._encode, free, batch) for batch in batches), 2 * count):
                 unknown += new
                 yield from parts
         finally:
@@ -214,6 +209,16 @@ class TokenEncoder(Encoder):
             ids = np.concatenate(parts).astype(self.dtype)
             loss = None
         return Part(ids, loss, document.name, item.is_last, document.where, document.after)
+
+
+def _in_order(futures: Iterator[Future[T]], ahead: int) -> Iterator[T]:
+    """Yields the results of futures, which are made up to `ahead` before the one that is awaited."""
+    pending = deque[Future[T]]()
+    for future in futures:
+        pending.append(future)
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    yield from (future.result() for future in pending)
 
 
 def _batches(items: Iterator[_Item]) -> Iterator[list[_Item]]:

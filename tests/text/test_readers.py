@@ -10,6 +10,7 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
+from tests.builders.fuzz import check_door
 from tsp_jax.config import DataConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.text import readers
@@ -156,6 +157,20 @@ def test_offsets_in_lines_are_those_of_the_file(write):
     assert read(write("a.jsonl", LINES, invalid_utf8="replace")) == ["caf\u00e9", "\ufffd"]
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.feather", "a.arrow"])
+def test_text_of_columns_is_checked(name, write):
+    texts = pa.array([b"fine", b"caf\xff"]).view(pa.string())
+    file = io.BytesIO()
+    table = pa.table({"text": texts})
+    if name == "a.parquet":
+        pa.parquet.write_table(table, file)
+    else:
+        pa.feather.write_feather(table, file)
+    with pytest.raises(ConfigError, match=rf"text in .*{name} row 2 is not UTF-8 at byte 3;"):
+        read(write(name, file.getvalue()))
+    assert read(write(name, file.getvalue(), invalid_utf8="replace")) == ["fine", "caf\ufffd"]
+
+
 def test_halves_of_surrogate_pairs_are_refused_or_replaced(write):
     content = rb'{"text": "a\ud800b \ud83d\ude00 \\ud800"}'
     with pytest.raises(ConfigError, match=r"a\.jsonl line 1 .*surrogate"):
@@ -219,3 +234,10 @@ def test_rows_are_encoded_as_bytes(write):
     parts = list(ByteEncoder(data, sources).parts(Place(), Meter(sources)))
     assert [np.asarray(part.ids).tobytes().decode() for part in parts] == ["caf\u00e9", "b"]
     assert [part.document for part in parts] == ["a.parquet:0", "a.parquet:2"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.ndjson.zst", "a.parquet", "a.feather", "a.arrow"])
+def test_any_file_is_read_or_refused_in_a_line(name, write):
+    content = ROWS[name]([{"text": "n\u00e9", "messages": None}, {"text": None, "messages": CHAT}] * 9)
+    check_door(lambda changed: read(write(name, changed, text_field="text")), [content], (ConfigError,))

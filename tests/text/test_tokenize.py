@@ -219,3 +219,20 @@ def test_chats_that_fail_are_refused_with_their_row(template, messages, reason, 
 def test_messages_without_a_template_are_refused(encode):
     with pytest.raises(ConfigError, match=r"data.tokenizer=.* has no chat template for the messages in .* line 1"):
         encode(characters(), [{"messages": [ASK, ANSWER]}])
+
+
+@pytest.mark.index
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", ["characters", "byte_level", "byte_fallback"])
+def test_chats_are_those_of_transformers(kind, encode, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    made = KINDS[kind]()
+    made.add_special_tokens(["<s>", "</s>"])
+    messages = [ASK, ANSWER, {"role": "user", "content": "n\u00e9"}, {"role": "assistant", "content": "b c"}]
+    ((ids, loss),) = encode(made, [{"messages": messages}], template=MARKED)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer" / "tokenizer.json"))
+    found = theirs.apply_chat_template(
+        messages, chat_template=MARKED, return_assistant_tokens_mask=True, return_dict=True, tokenize=True
+    )
+    assert ids == found["input_ids"]
+    assert loss == found["assistant_masks"]

@@ -253,10 +253,21 @@ _ROW_READERS: dict[str, Callable[[DataConfig, Source, Any, int], Iterator[_Row]]
 def _batch_rows(batches: Iterator[Any], source: Source, number: int, start: int) -> Iterator[_Row]:
     """Rows from `start` on of batches whose first row has a number."""
     for batch in batches:
+        batch = _check(batch)
         for begin in range(max(0, start - number), batch.num_rows, _ROWS):
             for at, value in enumerate(batch.slice(begin, _ROWS).to_pylist(), number + begin):
                 yield _Row(value, at, f"{source.path} row {at + 1:,}")
         number += batch.num_rows
+
+
+def _check(batch: Any) -> Any:
+    """The batch, with a text in its first column as bytes, which `decode` checks; pyarrow checks nothing by itself."""
+    arrow = import_optional("pyarrow", "data")
+    binary = {arrow.string(): arrow.binary(), arrow.large_string(): arrow.large_binary()}
+    if kind := binary.get(batch.schema.field(0).type):
+        batch = batch.set_column(0, batch.schema.names[0], batch.column(0).cast(kind))
+    batch.validate(full=True)
+    return batch
 
 
 def _columns(data: DataConfig, names: list[str], path: Path) -> list[str]:
@@ -272,5 +283,5 @@ def _damage() -> Iterator[None]:
     """Context manager: what pyarrow says of a damaged file becomes an OSError."""
     try:
         yield
-    except (import_optional("pyarrow", "data").ArrowException, UnicodeDecodeError) as error:
-        raise OSError(str(error)) from error
+    except (import_optional("pyarrow", "data").ArrowException, UnicodeDecodeError, MemoryError) as error:
+        raise OSError(str(error) or "it needs too much memory") from error

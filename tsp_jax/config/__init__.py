@@ -6,9 +6,10 @@ refused here; `tsp_jax.layout.check_fits` refuses a configuration that does not 
 
 from tsp_jax.config.checks import FLOAT32, LARGEST, MOST_BYTES, check_local
 from tsp_jax.config.cluster import ClusterConfig, FailedSave, FaultsConfig, Launcher, ProcessPer
-from tsp_jax.config.data import DataConfig, Order, TokenOrder
+from tsp_jax.config.data import DataConfig, LongDocuments, Order, PackingName, TokenOrder
 from tsp_jax.config.model import Activation, DType, ModelConfig, RopeKind, RopeScaling
 from tsp_jax.config.optimizer import OptimizerConfig
+from tsp_jax.config.phases import Phase
 from tsp_jax.config.run import Config, Remat
 from tsp_jax.config.stream import AttentionMovement, Movement, StreamConfig
 
@@ -25,10 +26,13 @@ __all__ = [
     "FailedSave",
     "FaultsConfig",
     "Launcher",
+    "LongDocuments",
     "ModelConfig",
     "Movement",
     "OptimizerConfig",
     "Order",
+    "PackingName",
+    "Phase",
     "ProcessPer",
     "Remat",
     "RopeKind",

@@ -63,6 +63,8 @@ class Corpus:
     """split and files, for messages"""
     digest: str
     """SHA-256 of tokens and starts: the same on every host, and when a run is resumed"""
+    loss: TokenFile | np.ndarray | None = None
+    """[tokens] uint8: 1 where the token counts as a label; None: every token counts"""
 
 
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]

@@ -45,10 +45,11 @@ def _check_tokens(config: Config) -> None:
     """Raises ConfigError if the data is text, read as bytes, but the model's tokens are those of a tokenizer."""
     found = [name for name in TOKENIZERS if (Path(config.init_from) / name).exists()]
     larger = config.model.vocab_size > 2 * ByteTokenizer.vocab_size  # up to that, bytes may have been padded
-    if (found or larger) and is_text(config.data):
+    texts = [data for _, _, data in config.data.sources() if (found or larger) and is_text(data)]
+    if texts:
         reason = found[0] if found else f"a vocabulary of {config.model.vocab_size:,}"
         raise ConfigError(
-            f"data.files={config.data.files!r} is text, which is read as bytes; the model in init_from="
+            f"data.files={texts[0].files!r} is text, which is read as bytes; the model in init_from="
             f"{config.init_from} has {reason}, so its tokens are others; use .npy files of its token ids"
         )
 

@@ -7,7 +7,7 @@ refused here; `tsp_jax.layout.check_fits` refuses a configuration that does not 
 from tsp_jax.config.checks import FLOAT32, LARGEST, MOST_BYTES, check_local
 from tsp_jax.config.cluster import ClusterConfig, FailedSave, FaultsConfig, Launcher, ProcessPer
 from tsp_jax.config.data import DataConfig, LongDocuments, Order, PackingName, TokenOrder
-from tsp_jax.config.model import Activation, DType, ModelConfig, RopeKind, RopeScaling
+from tsp_jax.config.model import Activation, DType, LayerKind, ModelConfig, Norms, NormWidth, RopeKind, RopeScaling
 from tsp_jax.config.optimizer import OptimizerConfig
 from tsp_jax.config.phases import Phase
 from tsp_jax.config.run import Config, Remat
@@ -26,9 +26,12 @@ __all__ = [
     "FailedSave",
     "FaultsConfig",
     "Launcher",
+    "LayerKind",
     "LongDocuments",
     "ModelConfig",
     "Movement",
+    "NormWidth",
+    "Norms",
     "OptimizerConfig",
     "Order",
     "PackingName",

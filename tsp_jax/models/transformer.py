@@ -5,6 +5,7 @@ Layers are stacked along a leading dimension and scanned, so that compile time d
 Dims: B batch, T tokens, D model, V vocabulary, L layers.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,12 +14,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tsp_jax.config import ModelConfig, Remat, StreamConfig, TokenOrder
+from tsp_jax.errors import ConfigError
 from tsp_jax.layout import Placement
 from tsp_jax.models.keep import Saved
 from tsp_jax.models.remat import add_attention, finish_gradients, run_layers
 from tsp_jax.nn import MLP, Attention, Embed, residual_std
 
 M = TypeVar("M", bound=nnx.Module)
+_NOT_BUILT = (
+    "qk_norm_width", "qkv_bias", "norms", "norm_unit_offset", "embedding_scale", "residual_scale", "logits_scale",
+    "logits_softcap", "layer_kinds", "local_rope_theta",
+)  # fmt: skip
+"""fields of ModelConfig that may only have their default"""
 Attend = Callable[[Attention, jax.Array], tuple[jax.Array, Any]]
 """(a layer's attention module, normalized x [B, T, D]) -> (what attention adds to x [B, T, D], any other output)"""
 
@@ -83,6 +90,12 @@ def _norm(config: ModelConfig, placement: Placement, dtype: Any, rngs: nnx.Rngs)
     )  # fmt: skip
 
 
+def _check_built(config: ModelConfig) -> None:
+    for field in dataclasses.fields(ModelConfig):
+        if field.name in _NOT_BUILT and (value := getattr(config, field.name)) != field.default:
+            raise ConfigError(f"model.{field.name}={value} is not supported; use {field.default}")
+
+
 class Transformer(nnx.Module):
     """Decoder-only language model.
 
@@ -102,6 +115,7 @@ class Transformer(nnx.Module):
         dtype: Any = jnp.bfloat16, remat: Remat = "full", grad_dtype: jax.typing.DTypeLike = jnp.float32,
         token_order: TokenOrder = "any", rngs: nnx.Rngs,
     ):  # fmt: skip
+        _check_built(config)
         self.config, self.placement, self.grad_dtype = config, placement, jnp.dtype(grad_dtype)
         self.remat: Remat = remat
         kwargs: dict[str, Any] = {"placement": placement, "stream": stream, "dtype": dtype}

@@ -11,8 +11,9 @@ from tests.builders.batches import assert_same, counting_corpus, make_batches
 from tsp_jax.config import Config, DataConfig, ModelConfig
 from tsp_jax.config.mixture import Part, parse_mixture
 from tsp_jax.errors import ConfigError
-from tsp_jax.training.data import Weighted, load_splits
+from tsp_jax.training.data import Weighted
 from tsp_jax.training.mixture import Interleaving
+from tsp_jax.training.splits import load_splits
 
 WEIGHTS = st.lists(st.integers(1, 20), min_size=1, max_size=5)
 FAR = 10_000

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from tsp_jax.config import Config, LongDocuments, Order, PackingName
+from tsp_jax.config import LongDocuments, Order, PackingName
 from tsp_jax.errors import ConfigError
 from tsp_jax.ops.cross_entropy import IGNORE
-from tsp_jax.training.corpus import Corpus, Split, load_corpus
+from tsp_jax.training.corpus import Corpus
 from tsp_jax.training.mixture import Epochs, Interleaving
 from tsp_jax.training.packing import pack
 
@@ -112,6 +112,20 @@ class Batches:
             packing.num_tokens(sequences[sources == k] - self._first[k]) for k, packing in enumerate(self.packings)
         )
 
+    def source_tokens(self, steps: int) -> np.ndarray:
+        """Returns the tokens of each source in the first `steps` steps, without padding, [sources] int64."""
+        counts = self.interleaving.counts(steps * self.batch).tolist()
+        return np.array([self._tokens(source, count) for source, count in enumerate(counts)], np.int64)
+
+    def _tokens(self, source: int, count: int) -> int:
+        """Tokens of the first `count` sequences of a source."""
+        packing, epochs = self.packings[source], self.epochs[source]
+        if packing.is_full:
+            return count * self.seq_len
+        whole, rest = divmod(count, epochs.size)
+        total = packing.num_tokens(np.arange(epochs.size)) if whole else 0
+        return whole * total + (packing.num_tokens(epochs.order(whole)[:rest]) if rest else 0)
+
     def lengths(self, sequence: int) -> np.ndarray:
         """Returns the tokens of each segment of a sequence, padding included, [segments] int64; they sum to S."""
         source = self._source_of(sequence)
@@ -193,41 +207,6 @@ class Batches:
             positions=positions,
             segment_ids=segment + 1,
         )
-
-
-class Splits(NamedTuple):
-    """Batches of both splits of a run's corpus."""
-
-    train: Batches
-    held_out: Batches
-
-
-def load_splits(config: Config, sequence_shards: int) -> Splits:
-    """Loads both splits of a run's corpus, from the cache if they are there. The training split is shuffled.
-
-    Raises:
-      ConfigError: as `load_corpus` and `Batches`.
-    """
-
-    def batches(split: Split) -> Batches:
-        return Batches(
-            _load_sources(config, split), batch=config.batch, seq_len=config.seq_len, seed=config.seed,
-            order=config.data.order, sequence_shards=sequence_shards, shuffle=split == "train",
-            packing=config.data.packing, long_documents=config.data.long_documents,
-        )  # fmt: skip
-
-    return Splits(batches("train"), batches("heldout"))
-
-
-def _load_sources(config: Config, split: Split) -> list[Weighted]:
-    """One split of each source; an error names the source."""
-    sources = []
-    for name, weight, data in config.data.sources():
-        try:
-            sources.append(Weighted(name, load_corpus(data, config.model.vocab_size, split), weight))
-        except ConfigError as error:
-            raise ConfigError(f"data.mixture, source {name}: {error}" if name else str(error)) from None
-    return sources
 
 
 def sequence_order(seq_len: int, shards: int, order: Order) -> np.ndarray:

@@ -36,6 +36,8 @@ class Packing(Protocol):
     num_sequences: int
     num_dropped: int
     """documents that are in no sequence, because they are longer than one"""
+    is_full: bool
+    """whether no sequence has padding"""
 
     def spans(self, sequence: int) -> Spans:
         """Returns the spans of a sequence."""
@@ -55,6 +57,7 @@ class Windows:
     """
 
     num_dropped = 0
+    is_full = True
 
     def __init__(self, borders: np.ndarray, seq_len: int):
         self.num_sequences = int(borders[-1]) // seq_len
@@ -98,6 +101,7 @@ class BestFit:
         self._starts, self._lengths = starts[order], lengths[order]
         self._first = np.searchsorted(sequence[order], np.arange(count + 1))
         self._filled = np.add.reduceat(self._lengths, self._first[:-1]) if count else np.zeros(0, np.int64)
+        self.is_full = bool((self._filled == seq_len).all())
 
     def spans(self, sequence: int) -> Spans:
         inside = slice(self._first[sequence], self._first[sequence + 1])

@@ -98,7 +98,7 @@ def test_shares_follow_the_weights_at_every_place(weights):
 
 def test_each_source_has_its_share_and_its_own_epochs():
     batches = mixed(2, 1, 1, batch=8)
-    sizes = [packing.num_sequences for packing in batches.packings]
+    sizes = [row.packing.num_sequences for row in batches.rows]
     assert sizes == [12, 3, 5]
     rows = np.concatenate([batches.at(step).tokens[:, 0] for step in range(30)])
     for k, size in enumerate(sizes):
@@ -112,9 +112,9 @@ def test_each_source_has_its_share_and_its_own_epochs():
 @settings(deadline=None, max_examples=50)
 def test_an_epoch_of_each_packed_source_has_every_token_once(first, second):
     batches = mixed(3, 2, lengths=((2, *first), (2, *second)), packing="best-fit", batch=5)
-    for k, packing in enumerate(batches.packings):
-        sequences = np.concatenate([batches.sequences(step) for step in range(packing.num_sequences)])
-        sequences = sequences[batches._source_of(sequences) == k][: packing.num_sequences]
+    for k, row in enumerate(batches.rows):
+        sequences = np.concatenate([batches.sequences(step) for step in range(row.packing.num_sequences)])
+        sequences = sequences[batches._source_of(sequences) == k][: row.packing.num_sequences]
         tokens = batches._read(sequences, np.arange(16)).tokens
         np.testing.assert_array_equal(np.sort(tokens[tokens > 0]), batches.sources[k].corpus.tokens)
 

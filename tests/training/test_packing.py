@@ -66,7 +66,7 @@ def test_an_epoch_has_every_token_once_and_drops_only_long_documents(lengths, lo
     for epoch in range(2):
         tokens = np.concatenate([row.tokens for row in epoch_of(batches, epoch)])
         np.testing.assert_array_equal(np.sort(tokens[tokens > 0]), want)
-    assert batches.packings[0].num_dropped == len(lengths) - sum(kept)
+    assert batches.rows[0].packing.num_dropped == len(lengths) - sum(kept)
 
 
 @given(LENGTHS)

@@ -1,6 +1,7 @@
 """A schedule of sequence lengths: its text, its batches by step, and runs in the middle of it that are resumed."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from tests.builders.batches import assert_same, counting_corpus, make_batches
 from tests.builders.runs import compile_once, numbers, small_config, write_text
@@ -17,6 +20,7 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.layout import place
 from tsp_jax.training import trainer
 from tsp_jax.training.checkpoint import Checkpoints
+from tsp_jax.training.data import IGNORE, Batch
 from tsp_jax.training.schedule import describe_schedule, lengths_from
 from tsp_jax.training.splits import Scheduled
 
@@ -99,6 +103,49 @@ def test_each_phase_has_the_batches_of_its_own_steps():
 def test_phases_of_one_length_have_orders_of_their_own():
     first, second = (make_batches(counting_corpus((500,)), batch=30, phase=phase) for phase in range(2))
     assert first.at(0).tokens.tolist() != second.at(0).tokens.tolist()
+
+
+LENGTHS = st.lists(st.integers(1, 40), min_size=4, max_size=30)
+SHORT = st.lists(st.tuples(st.sampled_from([4, 8, 12]), st.integers(1, 12)), min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize("packing", ["windows", "best-fit"])
+@given(LENGTHS, SHORT)
+@settings(deadline=None)
+def test_an_epoch_that_goes_through_phases_has_every_token_once(packing, lengths, phases):
+    corpus = counting_corpus([40, *lengths], first=1)
+    if packing == "windows":  # whose epochs leave out a remainder: one epoch only
+        assume(sum(seq_len * steps for seq_len, steps in phases) <= len(corpus.tokens))
+    tokens, used, pack = [], None, functools.partial(make_batches, corpus, packing=packing, batch=1)
+    for number, (seq_len, steps) in enumerate(phases):
+        batches = pack(seq_len=seq_len, phase=number, used=used)
+        tokens += [batches.at(step).tokens for step in range(steps)]
+        used = batches.used(steps)
+    last = pack(seq_len=16, phase=len(phases), used=used)
+    tokens += [last.at(step).tokens for step in range(last.rows[0].size - last.rows[0].packing.num_sequences)]
+    counts = np.bincount(np.concatenate([array.ravel() for array in tokens]), minlength=len(corpus.tokens) + 1)[1:]
+    if packing == "windows":
+        assert counts.max() == 1 and (counts == 0).sum() < 16
+    else:
+        assert counts.max() == counts.min()
+
+
+@pytest.mark.parametrize("packing", ["windows", "best-fit"])
+def test_labels_and_positions_of_the_rest_of_an_epoch(packing):
+    """A document that an earlier phase has used in part goes on where that part ended."""
+    corpus = counting_corpus((64, 7), first=1)
+    short = make_batches(corpus, packing=packing, seq_len=8, batch=3)
+    rest = make_batches(corpus, packing=packing, seq_len=16, batch=1, phase=1, used=short.used(1))
+    used = set(short.at(0).tokens.ravel().tolist())
+    rows = [Batch(*(array[0] for array in rest.at(step))) for step in range(rest.rows[0].size - rest.num_windows)]
+    for row in rows:
+        assert used.isdisjoint(row.tokens[row.tokens > 0].tolist())
+        np.testing.assert_array_equal(row.labels, np.where(np.isin(row.tokens, [0, 64, 71]), IGNORE, row.tokens + 1))
+        for segment in range(1, row.segment_ids.max() + 1):
+            here = row.segment_ids == segment
+            np.testing.assert_array_equal(row.positions[here], np.arange(here.sum()))
+            assert (np.diff(row.tokens[here]) == 1).all() or not row.tokens[here].any()
+    assert rest.source_tokens(len(rows)) == sum((row.tokens > 0).sum() for row in rows)
 
 
 # --- runs

@@ -20,8 +20,9 @@ from tsp_jax.config import LongDocuments, Order, PackingName
 from tsp_jax.errors import ConfigError
 from tsp_jax.ops.cross_entropy import IGNORE
 from tsp_jax.training.corpus import Corpus
-from tsp_jax.training.mixture import Epochs, Interleaving
-from tsp_jax.training.packing import pack
+from tsp_jax.training.mixture import Interleaving
+from tsp_jax.training.packing import Spans
+from tsp_jax.training.rows import NOTHING, Row
 
 T = TypeVar("T")
 Array = TypeVar("Array")
@@ -70,6 +71,7 @@ class Batches:
       packing: how documents fill sequences.
       long_documents: what best-fit packing does with documents longer than a sequence.
       phase: number of the phase of a schedule of lengths; each has an order of its own.
+      used: what earlier phases have used of each source in the epoch that they ended in (`Row`).
 
     Raises:
       ConfigError: `seq_len` does not suit the ranks (see `sequence_order`), a corpus is shorter than one sequence,
@@ -79,22 +81,26 @@ class Batches:
     def __init__(
         self, corpus: Corpus | Sequence[Weighted], *, batch: int, seq_len: int, seed: int, order: Order,
         sequence_shards: int, shuffle: bool, packing: PackingName = "windows", long_documents: LongDocuments = "split",
-        phase: int = 0,
+        phase: int = 0, used: Sequence[Spans] | None = None,
     ):  # fmt: skip
         self.sources = [Weighted("", corpus, 1)] if isinstance(corpus, Corpus) else list(corpus)
         multiple = _seq_len_multiple(sequence_shards, order)
-        self.packings = [pack(source.corpus, seq_len, multiple, packing, long_documents) for source in self.sources]
+        make_row = functools.partial(
+            Row, seq_len=seq_len, multiple=multiple, packing=packing, long_documents=long_documents, seed=seed,
+            shuffle=shuffle,
+        )  # fmt: skip
+        used = used or [NOTHING] * len(self.sources)
+        pairs = enumerate(zip(self.sources, used, strict=True))
+        self.rows = [make_row(source.corpus, spans, stream=phase << 16 | k) for k, (source, spans) in pairs]
         """of each source"""
         self.order = sequence_order(seq_len, sequence_shards, order)
         """[S] int64: for each position in a placed array, the index of its token in the sequence"""
-        sizes = [packing.num_sequences for packing in self.packings]
-        self.num_windows = sum(sizes)
+        self.num_windows = sum(row.packing.num_sequences for row in self.rows)
         """number of sequences in one epoch of every source"""
         self.digest = _digest(self.sources)
         self.batch, self.seq_len = batch, seq_len
         self.interleaving = Interleaving([source.weight for source in self.sources])
-        self.epochs = [Epochs(size, seed, phase << 16 | i, shuffle) for i, size in enumerate(sizes)]
-        """of each source"""
+        sizes = [row.size for row in self.rows]
         # Sequences are numbered over all sources: source k has those from first[k] on.
         self._first = np.cumsum(sizes) - sizes
         self._borders = [np.append(source.corpus.starts, len(source.corpus.tokens)) for source in self.sources]
@@ -108,28 +114,22 @@ class Batches:
         """Returns the number of tokens in the batch of a step, without padding."""
         sequences = self.sequences(step)
         sources = self._source_of(sequences)
-        return sum(
-            packing.num_tokens(sequences[sources == k] - self._first[k]) for k, packing in enumerate(self.packings)
-        )
+        return sum(row.num_tokens(sequences[sources == k] - self._first[k]) for k, row in enumerate(self.rows))
 
     def source_tokens(self, steps: int) -> np.ndarray:
         """Returns the tokens of each source in the first `steps` steps, without padding, [sources] int64."""
-        counts = self.interleaving.counts(steps * self.batch).tolist()
-        return np.array([self._tokens(source, count) for source, count in enumerate(counts)], np.int64)
+        places = self.interleaving.counts(steps * self.batch).tolist()
+        return np.array([row.tokens_before(place) for row, place in zip(self.rows, places, strict=True)], np.int64)
 
-    def _tokens(self, source: int, count: int) -> int:
-        """Tokens of the first `count` sequences of a source."""
-        packing, epochs = self.packings[source], self.epochs[source]
-        if packing.is_full:
-            return count * self.seq_len
-        whole, rest = divmod(count, epochs.size)
-        total = packing.num_tokens(np.arange(epochs.size)) if whole else 0
-        return whole * total + (packing.num_tokens(epochs.order(whole)[:rest]) if rest else 0)
+    def used(self, steps: int) -> list[Spans]:
+        """Returns what the first `steps` steps use of each source in the epoch of it that they end in."""
+        places = self.interleaving.counts(steps * self.batch).tolist()
+        return [row.used_before(place) for row, place in zip(self.rows, places, strict=True)]
 
     def lengths(self, sequence: int) -> np.ndarray:
         """Returns the tokens of each segment of a sequence, padding included, [segments] int64; they sum to S."""
         source = self._source_of(sequence)
-        lengths = self.packings[source].spans(sequence - int(self._first[source])).lengths
+        lengths = self.rows[source].spans(sequence - int(self._first[source])).lengths
         padding = self.seq_len - lengths.sum()
         return np.append(lengths, padding) if padding else lengths
 
@@ -139,7 +139,7 @@ class Batches:
         sequences = np.empty_like(places)
         for source in np.unique(sources):
             here = sources == source
-            sequences[here] = self._first[source] + self.epochs[source].at(places[here])
+            sequences[here] = self._first[source] + self.rows[source].at(places[here])
         return sequences
 
     def place(self, step: int, sharding: NamedSharding, *, accumulate: int | None = None) -> Batch[jax.Array]:
@@ -189,7 +189,7 @@ class Batches:
         """Some tokens of one sequence: arrays [s]."""
         source = self._source_of(sequence)
         corpus, borders = self.sources[source].corpus, self._borders[source]
-        spans = self.packings[source].spans(sequence - int(self._first[source]))
+        spans = self.rows[source].spans(sequence - int(self._first[source]))
         ends = np.cumsum(spans.lengths)  # within the sequence
         segment = np.searchsorted(ends, columns, side="right")  # padding comes after the last span
         positions = columns - np.append(0, ends)[segment]

@@ -20,7 +20,7 @@ class SourceReport(msgspec.Struct):
     share: Finite
     """of the tokens of all sources"""
     epochs: Finite
-    """sequences that were read, over those that the source has; summed over the phases of a schedule"""
+    """tokens over those of a whole epoch of the source, summed over the phases of a schedule"""
     dropped: Count
     """documents that are in no sequence, because they are longer than one (in the last phase)"""
 
@@ -39,14 +39,13 @@ def report_data(config: Config, placement: Placement, train: Scheduled, steps: i
     """Reports on the first `steps` steps, 1 or more. Nothing is read but the index of documents."""
     parts = train.parts(0, steps)
     tokens = np.sum([batches.source_tokens(len(part)) for batches, part in parts], axis=0)
-    epochs = np.sum([_epochs(batches, len(part)) for batches, part in parts], axis=0)
+    epochs = np.sum([batches.source_tokens(len(part)) / _epoch_tokens(batches) for batches, part in parts], axis=0)
     places = sum(batches.batch * batches.seq_len * len(part) for batches, part in parts)
     last, last_steps = parts[-1]
+    shares = tokens / tokens.sum()
     sources = [
-        SourceReport(
-            source.name, int(tokens[k]), float(tokens[k] / tokens.sum()), float(epochs[k]), packing.num_dropped
-        )
-        for k, (source, packing) in enumerate(zip(last.sources, last.packings, strict=True))
+        SourceReport(source.name, int(tokens[k]), float(shares[k]), float(epochs[k]), row.packing.num_dropped)
+        for k, (source, row) in enumerate(zip(last.sources, last.rows, strict=True))
     ]
     balance = _imbalance(config, placement, last, last_steps, config.data.order)
     return DataReport(sources, 1 - int(tokens.sum()) / places, balance)
@@ -86,7 +85,7 @@ def _imbalance(config: Config, placement: Placement, batches: Batches, steps: ra
     )  # fmt: skip
 
 
-def _epochs(batches: Batches, steps: int) -> np.ndarray:
-    """Epochs of each source in the first steps, [sources]."""
-    counts = batches.interleaving.counts(steps * batches.batch)
-    return counts / np.array([packing.num_sequences for packing in batches.packings])
+def _epoch_tokens(batches: Batches) -> np.ndarray:
+    """Tokens of a whole epoch of each source, [sources]."""
+    packings = [row.packing for row in batches.rows]
+    return np.array([packing.num_tokens(np.arange(packing.num_sequences)) for packing in packings])

@@ -3,9 +3,10 @@
 A packing says which spans of which documents make each sequence of an epoch. It follows from the lengths of the
 documents and of a sequence alone, so it is the same on every host and whenever a run is resumed.
 
-Dims: S sequence length (tokens), d documents, n spans.
+Dims: S sequence length (tokens), n spans.
 """
 
+import functools
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -22,7 +23,7 @@ _SCAN = 1 << 20  # number of tokens in memory at a time while a first label is l
 
 
 class Spans(NamedTuple):
-    """The parts of documents in one sequence, in order. Spans that do not fill it leave a tail of padding."""
+    """Documents, or parts of them, such as those of one sequence. Spans that do not fill it leave a tail of padding."""
 
     starts: np.ndarray
     """[n] int64, index of the first token in the corpus"""
@@ -43,34 +44,53 @@ class Packing(Protocol):
         """Returns the spans of a sequence."""
         ...
 
+    def spans_of(self, sequences: np.ndarray) -> Spans:
+        """Returns the spans of some sequences, in the order of the corpus or of sequences."""
+        ...
+
     def num_tokens(self, sequences: np.ndarray) -> int:
         """Returns the number of tokens in some sequences, without padding."""
         ...
 
 
 class Windows:
-    """Sequence w is tokens ``[w S, (w + 1) S)`` of the corpus; a remainder shorter than S is never used.
+    """Sequence w is tokens ``[w S, (w + 1) S)`` of all documents, concatenated; a remainder shorter than S is not used.
 
     Args:
-      borders: [d + 1] int64: document i is tokens ``[borders[i], borders[i + 1])``.
+      documents: documents, or parts of them.
       seq_len: S.
     """
 
     num_dropped = 0
     is_full = True
 
-    def __init__(self, borders: np.ndarray, seq_len: int):
-        self.num_sequences = int(borders[-1]) // seq_len
-        self._borders, self._seq_len = borders, seq_len
+    def __init__(self, documents: Spans, seq_len: int):
+        self._documents, self._seq_len = documents, seq_len
+        self._ends = np.cumsum(documents.lengths)
+        self.num_sequences = int(self._ends[-1]) // seq_len if len(self._ends) else 0
 
     def spans(self, sequence: int) -> Spans:
         first, last = sequence * self._seq_len, (sequence + 1) * self._seq_len
-        inside = slice(*np.searchsorted(self._borders, [first + 1, last]))
-        edges = np.concatenate([[first], self._borders[inside], [last]])
-        return Spans(edges[:-1], np.diff(edges))
+        inside = slice(*np.searchsorted(self._ends, [first + 1, last]))
+        edges = np.concatenate([[first], self._ends[inside], [last]])
+        return self._between(edges[:-1], edges[1:])
+
+    def spans_of(self, sequences: np.ndarray) -> Spans:
+        is_asked = np.zeros(self.num_sequences, bool)
+        is_asked[sequences] = True
+        last = self.num_sequences * self._seq_len
+        edges = np.union1d(np.arange(self.num_sequences + 1) * self._seq_len, self._ends[self._ends < last])
+        asked = is_asked[edges[:-1] // self._seq_len]
+        return self._between(edges[:-1][asked], edges[1:][asked])
 
     def num_tokens(self, sequences: np.ndarray) -> int:
         return np.size(sequences) * self._seq_len
+
+    def _between(self, first: np.ndarray, last: np.ndarray) -> Spans:
+        """Spans of the concatenated documents, none of which crosses from one document to the next."""
+        at = np.searchsorted(self._ends, first, side="right")
+        begin = self._ends[at] - self._documents.lengths[at]
+        return Spans(self._documents.starts[at] + first - begin, last - first)
 
 
 class BestFit:
@@ -80,13 +100,13 @@ class BestFit:
     The index of spans takes 16 bytes per document, that of sequences another 16 per sequence.
 
     Args:
-      borders: [d + 1] int64: document i is tokens ``[borders[i], borders[i + 1])``.
+      documents: documents, or parts of them.
       seq_len: S.
       long_documents: what becomes of documents longer than S.
     """
 
-    def __init__(self, borders: np.ndarray, seq_len: int, long_documents: LongDocuments):
-        starts, lengths = borders[:-1], np.diff(borders)
+    def __init__(self, documents: Spans, seq_len: int, long_documents: LongDocuments):
+        starts, lengths = documents
         is_kept = lengths <= seq_len if long_documents == "drop" else np.ones(len(lengths), bool)
         self.num_dropped = int((~is_kept).sum())
         starts, lengths = _split(starts[is_kept], lengths[is_kept], seq_len)
@@ -106,6 +126,12 @@ class BestFit:
     def spans(self, sequence: int) -> Spans:
         inside = slice(self._first[sequence], self._first[sequence + 1])
         return Spans(self._starts[inside], self._lengths[inside])
+
+    def spans_of(self, sequences: np.ndarray) -> Spans:
+        is_asked = np.zeros(self.num_sequences, bool)
+        is_asked[sequences] = True
+        asked = np.repeat(is_asked, np.diff(self._first))
+        return Spans(self._starts[asked], self._lengths[asked])
 
     def num_tokens(self, sequences: np.ndarray) -> int:
         return int(self._filled[sequences].sum())
@@ -188,36 +214,49 @@ def _split(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> Spans:
     return Spans(np.repeat(starts, counts) + skipped, np.minimum(np.repeat(lengths, counts) - skipped, seq_len))
 
 
-def pack(corpus: Corpus, seq_len: int, multiple: int, packing: PackingName, long_documents: LongDocuments) -> Packing:
-    """Packs a corpus into sequences.
+def documents_of(corpus: Corpus) -> Spans:
+    """Returns the documents of a corpus."""
+    return Spans(corpus.starts, np.diff(corpus.starts, append=len(corpus.tokens)))
+
+
+def without(documents: Spans, used: Spans) -> Spans:
+    """Returns what is left of all documents of a corpus without the tokens of some spans, in order."""
+    order = np.argsort(used.starts)
+    first, last = used.starts[order], (used.starts + used.lengths)[order]
+    edges = functools.reduce(np.union1d, [documents.starts, documents.starts + documents.lengths, first, last])
+    at = np.searchsorted(first, edges[:-1], side="right")  # spans that start at or before an edge
+    is_left = edges[:-1] >= np.append(0, last)[at]
+    return Spans(edges[:-1][is_left], np.diff(edges)[is_left])
+
+
+def pack(documents: Spans, seq_len: int, packing: PackingName, long_documents: LongDocuments) -> Packing:
+    """Packs documents into sequences."""
+    return Windows(documents, seq_len) if packing == "windows" else BestFit(documents, seq_len, long_documents)
+
+
+def check_packing(corpus: Corpus, packed: Packing, seq_len: int, multiple: int) -> None:
+    """Raises ConfigError if a packing of all documents of a corpus has no sequence, or none has a label.
 
     `multiple`: sequence lengths that suit the ranks are its multiples; for advice.
-
-    Raises:
-      ConfigError: no sequence can be filled, or none has a label.
     """
-    num_tokens = len(corpus.tokens)
-    borders = np.append(corpus.starts, num_tokens)
-    if packing == "windows":
-        if num_tokens < seq_len:
-            fitting = num_tokens // multiple * multiple
-            raise ConfigError(
-                f"seq_len={seq_len} is longer than the {num_tokens} tokens of the {corpus.name}; "
-                f"use {f'seq_len={fitting} or ' if fitting else ''}more text"
-            )
-        packed = Windows(borders, seq_len)
-        ends = np.minimum(borders[1:], packed.num_sequences * seq_len + 1)  # the last label may lie behind the windows
-    else:
-        packed = BestFit(borders, seq_len, long_documents)
-        if not packed.num_sequences:
-            raise ConfigError(
-                f"data.long_documents=drop leaves nothing of the {corpus.name}: each of its {len(corpus.starts)} "
-                f"documents is longer than seq_len={seq_len}; use data.long_documents=split"
-            )
-        is_kept = (np.diff(borders) <= seq_len) | (long_documents == "split")
-        ends = np.where(is_kept, borders[1:], borders[:-1])
+    num_tokens, documents = len(corpus.tokens), documents_of(corpus)
+    if not packed.num_sequences and isinstance(packed, Windows):
+        fitting = num_tokens // multiple * multiple
+        raise ConfigError(
+            f"seq_len={seq_len} is longer than the {num_tokens} tokens of the {corpus.name}; "
+            f"use {f'seq_len={fitting} or ' if fitting else ''}more text"
+        )
+    if not packed.num_sequences:
+        raise ConfigError(
+            f"data.long_documents=drop leaves nothing of the {corpus.name}: each of its {len(corpus.starts)} "
+            f"documents is longer than seq_len={seq_len}; use data.long_documents=split"
+        )
+    ends = documents.starts + documents.lengths
+    if isinstance(packed, Windows):
+        ends = np.minimum(ends, packed.num_sequences * seq_len + 1)  # the last label may lie behind the windows
+    elif packed.num_dropped:
+        ends = np.where(documents.lengths <= seq_len, ends, documents.starts)
     _check_labels(corpus, ends)
-    return packed
 
 
 def _check_labels(corpus: Corpus, ends: np.ndarray) -> None:

@@ -15,7 +15,8 @@ from tsp_jax.training.data import Batch, Batches, Weighted
 class Scheduled:
     """The batches of a run by step: those of the phase that the step is in.
 
-    Each phase counts its own steps and epochs, from its first step on. So phase and step are the only state.
+    Each phase counts its own steps, from its first step on, and goes on with the epoch that the one before it began. So
+    the step is the only state.
 
     Args:
       phases: phases of a schedule; the last has no end.
@@ -72,15 +73,19 @@ def load_splits(config: Config, sequence_shards: int) -> Splits:
       ConfigError: as `load_corpus` and `Batches`.
     """
 
-    def batches(sources: list[Weighted], seq_len: int, shuffle: bool, phase: int = 0) -> Batches:
+    def batches(sources: list[Weighted], seq_len: int, shuffle: bool, **phase) -> Batches:
         return Batches(
             sources, batch=config.batch, seq_len=seq_len, seed=config.seed, order=config.data.order,
             sequence_shards=sequence_shards, shuffle=shuffle, packing=config.data.packing,
-            long_documents=config.data.long_documents, phase=phase,
+            long_documents=config.data.long_documents, **phase,
         )  # fmt: skip
 
     phases, train = config.phases(), _load_sources(config, "train")
-    in_phases = [batches(train, phase.seq_len, True, number) for number, phase in enumerate(phases)]
+    in_phases, used = [], None
+    for number, phase in enumerate(phases):
+        in_phases.append(batches(train, phase.seq_len, True, phase=number, used=used))
+        if number + 1 < len(phases):
+            used = in_phases[-1].used(phases[number + 1].first - phase.first)
     return Splits(Scheduled(phases, in_phases), batches(_load_sources(config, "heldout"), config.seq_len, False))
 
 

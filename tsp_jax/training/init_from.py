@@ -46,15 +46,16 @@ def check_init_from(config: Config, placement: Placement) -> None:
 
 def _check_tokens(config: Config) -> None:
     """Raises ConfigError if the data is text, and its tokens are not the model's."""
-    data = name_tokenizer(config).data
-    if not is_text(data):
+    data, folder = name_tokenizer(config).data, Path(config.init_from)
+    texts = [part.files for _, _, part in data.sources() if is_text(part)]
+    if not texts:
         return
-    if data.tokenizer == config.init_from and not (Path(config.init_from) / "tokenizer.json").exists():
+    if data.tokenizer == config.init_from and not (folder / "tokenizer.json").exists():
         raise ConfigError(
-            f"init_from={config.init_from} has no tokenizer.json, and data.files={data.files!r} is text; "
+            f"init_from={config.init_from} has no tokenizer.json, and data.files={texts[0]!r} is text; "
             "use --data.tokenizer <a folder with the model's tokenizer.json>, or .npy files of token ids"
         )
-    found = [name for name in TOKENIZERS if (Path(config.init_from) / name).exists()]
+    found = [name for name in TOKENIZERS if (folder / name).exists()]
     larger = config.model.vocab_size > 2 * ByteTokenizer.vocab_size  # up to that, bytes may have been padded
     if data.tokenizer == BYTES and (found or larger):
         reason = found[0] if found else f"a vocabulary of {config.model.vocab_size:,}"

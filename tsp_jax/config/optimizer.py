@@ -18,7 +18,8 @@ class OptimizerConfig:
     learning_rate: float = 3e-4
     """peak learning rate"""
     warmup_steps: int = 100
-    """steps of linear warm-up from 0; a run that has no more steps than this warms up for a tenth of its steps"""
+    """steps of linear warm-up: step s of W has s / W of the peak, so the first step's learning rate is above 0; a run
+    that has no more steps than this warms up for a tenth of its steps"""
     final_fraction: float = 0.1
     """learning rate after the last step, as a fraction of the peak"""
     b1: float = 0.9

@@ -20,14 +20,21 @@ ALWAYS_USED = ("zero1",)
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up from 0 to the peak, then cosine decay to the final fraction at `steps`."""
-    peak, warmup = config.learning_rate, warmup_steps(config, steps)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, peak * config.final_fraction)
+    """Learning rate by the number of steps done: for step s = 1, 2, ..., `steps`, which has s - 1 steps before it,
+
+        s <= W:  peak s / W    W = max(1, warm-up steps)
+        s > W:   final + (peak - final) (1 + cos(pi (s - W) / (steps + 1 - W))) / 2
+
+    So step 1 has a learning rate above 0, step W the peak, and the last step one above the final.
+    """
+    peak, warmup = config.learning_rate, max(1, warmup_steps(config, steps))
+    by_step = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps + 1, peak * config.final_fraction)
+    return lambda count: by_step(count + 1)
 
 
 def warmup_steps(config: OptimizerConfig, steps: int) -> int:
-    """Number of warm-up steps: as configured if the run has more steps than that, else a tenth of the run's steps."""
-    return config.warmup_steps if config.warmup_steps < steps else steps // 10
+    """Number of warm-up steps: as configured if the run has more steps than that, else a tenth of its steps, or 1."""
+    return config.warmup_steps if config.warmup_steps < steps else max(1, steps // 10)
 
 
 def describe_shorter_warmup(config: OptimizerConfig, steps: int, own: Optimizer) -> str | None:

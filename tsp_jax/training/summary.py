@@ -19,6 +19,7 @@ from tsp_jax.layout import Placement
 from tsp_jax.mesh import format_sizes
 from tsp_jax.training.distributed import write_atomically
 from tsp_jax.training.safety.finite import is_skipped
+from tsp_jax.training.throughput import COUNTED, Throughput
 
 
 class Summary(msgspec.Struct, kw_only=True):
@@ -32,18 +33,25 @@ class Summary(msgspec.Struct, kw_only=True):
     eval_loss: Finite | None
     skipped_steps: Count = 0
     tokens_per_s: Finite | None
+    tflops_per_device: Finite | None = None
+    flops_counted: str = ""
+    """what counts as an operation there"""
+    mfu: Finite | None = None
+    peak_tflops: Finite | None = None
+    """of a device, which `mfu` is the share of"""
     peak_bytes: Count
     bytes_per_step: Count
     num_params: Count
 
 
-def summarize(config: Config, name: str, placement: Placement, compiled: Any, lines: list[dict], step: int) -> dict:
+def summarize(
+    config: Config, name: str, placement: Placement, compiled: Any, speed: Throughput, lines: list[dict], step: int
+) -> dict:
     """The content of summary.json: last losses, median speed, memory and communication of the compiled step.
 
     `name` is the configuration's name; `lines` are all lines of the metrics file; `step` is the last step.
     """
     steps = [line for line in lines if "loss" in line]
-    speeds = [line["tokens_per_s"] for line in steps if line["tokens_per_s"] is not None]
     received = list_collectives(parse(compiled.as_text()), dict(placement.mesh.shape))
     summary = Summary(
         config=name,
@@ -53,12 +61,21 @@ def summarize(config: Config, name: str, placement: Placement, compiled: Any, li
         loss=next((line["loss"] for line in reversed(steps) if not is_skipped(line)), None),
         eval_loss=next((line["eval_loss"] for line in reversed(lines) if "eval_loss" in line), None),
         skipped_steps=sum(map(is_skipped, steps)),
-        tokens_per_s=float(np.median(speeds)) if speeds else None,
+        tokens_per_s=_median(steps, "tokens_per_s"),
+        tflops_per_device=_median(steps, "tflops_per_device"),
+        flops_counted=COUNTED,
+        mfu=_median(steps, "mfu"),
+        peak_tflops=speed.hardware.peak_flops / 1e12 if speed.hardware else None,
         peak_bytes=compiled_memory(compiled).peak_bytes,
         bytes_per_step=int(sum(collective.total_bytes for collective in received)),
         num_params=config.model.num_params,
     )
     return msgspec.to_builtins(summary)
+
+
+def _median(lines: list[dict], name: str) -> float | None:
+    found = [line[name] for line in lines if line.get(name) is not None]
+    return float(np.median(found)) if found else None
 
 
 def read_summary(path: Path, step: int, report: Callable[[str], Any]) -> dict | None:
@@ -81,6 +98,8 @@ def print_summary(summary: dict, console: Console) -> dict:
         "loss, last training step (nats/token)": ("loss", ".4f"),
         "loss, held-out files (nats/token)": ("eval_loss", ".4f"),
         "tokens/s, median step": ("tokens_per_s", ",.0f"),
+        "model TFLOP/s per device, median step": ("tflops_per_device", ",.4g"),
+        "share of the device's peak (MFU)": ("mfu", ".1%"),
         "peak bytes per device, compiled step": ("peak_bytes", ",d"),
         "bytes received per device and step": ("bytes_per_step", ",d"),
         "parameters": ("num_params", ",d"),

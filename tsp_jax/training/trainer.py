@@ -16,6 +16,7 @@ from rich.console import Console
 from tsp_jax.config import Config
 from tsp_jax.errors import BAD_NUMBERS, PREEMPTED, ConfigError, RunStopped, install_hint
 from tsp_jax.hardware.compiler_options import compiler_options
+from tsp_jax.hardware.devices import data_sheet
 from tsp_jax.hardware.memory import check_room, host_bytes, memory_bytes, shard_bytes
 from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh
 from tsp_jax.mesh import make_mesh
@@ -33,6 +34,7 @@ from tsp_jax.training.safety.preemption import Agreement, StopSignals
 from tsp_jax.training.safety.watchdog import Watchdog
 from tsp_jax.training.step import StepMetrics, TrainProgram, TrainState, make_program
 from tsp_jax.training.summary import plot_losses, print_summary, read_summary, summarize
+from tsp_jax.training.throughput import Throughput
 from tsp_jax.training.workdir import open_workdir
 
 
@@ -81,13 +83,14 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
     write_or_report(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     with console.status("compiling the training step"):
         compiled = program.lower_step(config).compile(dict(compiler_options(jax.devices()[0])))
-    say(f"{f'restored step {start}' if start else 'starting afresh'} on {_describe(config, placement)}")
+    speed = Throughput(config.model, placement.mesh.size, data_sheet(jax.devices()[0]))
+    say(f"{f'restored step {start}' if start else 'starting afresh'} on {_describe(config, placement)}; {speed}")
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(contextlib.closing(open_metrics()))
         progress = stack.enter_context(TrainProgress(start, config.steps, console))
         watchdog = stack.enter_context(Watchdog(config.faults.hang_s))
         state = checkpoints.restore(start) if start else init_state(config, program, placement)
-        loop = TrainLoop(config, program, compiled, splits, metrics, checkpoints, progress, signals, watchdog)
+        loop = TrainLoop(config, program, compiled, splits, speed, metrics, checkpoints, progress, signals, watchdog)
         try:
             loop.run(state, start)
         except RunStopped:
@@ -95,7 +98,7 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
             raise
     if not is_writer():
         return {}
-    summary = summarize(config, name, placement, compiled, metrics.lines, max(start, config.steps))
+    summary = summarize(config, name, placement, compiled, speed, metrics.lines, max(start, config.steps))
     return _finish(workdir, summary, metrics.lines, console)
 
 
@@ -176,6 +179,7 @@ class TrainLoop:
     program: TrainProgram
     compiled: Any
     splits: Splits
+    speed: Throughput
     metrics: MetricsFile
     checkpoints: Checkpoints
     progress: TrainProgress
@@ -242,8 +246,7 @@ class TrainLoop:
         values = {name: float(value) for name, value in step_metrics._asdict().items()}
         self.watchdog.pet(f"step {step}")
         before, self.since = self.since, time.perf_counter()
-        line = {"step": step, **values}
-        line["tokens_per_s"] = self.config.batch * self.config.seq_len / (self.since - before)
+        line = {"step": step, **values, **self.speed.of(self.config.batch, self.config.seq_len, self.since - before)}
         self.metrics.write(line)
         self.progress.show(line)
         self.numbers.see(line)

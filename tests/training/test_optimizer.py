@@ -28,11 +28,12 @@ def by_hand(config: OptimizerConfig, params: np.ndarray, grads: list[np.ndarray]
     """AdamW of one matrix, moments rounded after each step."""
     mu, nu, params = np.zeros_like(params), np.zeros_like(params), params.astype(np.float64)
     schedule = make_schedule(config, 100)
+    b1, b2, eps, decay = (config.settings[name] for name in ("b1", "b2", "eps", "weight_decay"))
     for step, grad in enumerate(grads):
-        mu = config.b1 * mu + (1 - config.b1) * grad
-        nu = config.b2 * nu + (1 - config.b2) * grad.astype(np.float64) ** 2
-        direction = mu / (1 - config.b1 ** (step + 1)) / (np.sqrt(nu / (1 - config.b2 ** (step + 1))) + config.eps)
-        params = params - float(schedule(step)) * (direction + config.weight_decay * params)
+        mu = b1 * mu + (1 - b1) * grad
+        nu = b2 * nu + (1 - b2) * grad.astype(np.float64) ** 2
+        direction = mu / (1 - b1 ** (step + 1)) / (np.sqrt(nu / (1 - b2 ** (step + 1))) + eps)
+        params = params - float(schedule(step)) * (direction + decay * params)
         mu, nu = rounded(mu, config.moments_dtype), rounded(nu, config.moments_dtype)
     return params
 

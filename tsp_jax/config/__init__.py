@@ -8,7 +8,7 @@ from tsp_jax.config.checks import FLOAT32, LARGEST, MOST_BYTES, check_local
 from tsp_jax.config.cluster import ClusterConfig, FailedSave, FaultsConfig, Launcher, ProcessPer
 from tsp_jax.config.data import DataConfig, Order, TokenOrder
 from tsp_jax.config.model import Activation, DType, LayerKind, ModelConfig, Norms, NormWidth, RopeKind, RopeScaling
-from tsp_jax.config.optimizer import OptimizerConfig
+from tsp_jax.config.optimizer import OptimizerConfig, OptimizerName
 from tsp_jax.config.run import Config, Remat
 from tsp_jax.config.stream import AttentionMovement, Movement, StreamConfig
 
@@ -31,6 +31,7 @@ __all__ = [
     "NormWidth",
     "Norms",
     "OptimizerConfig",
+    "OptimizerName",
     "Order",
     "ProcessPer",
     "Remat",

@@ -147,7 +147,12 @@ def losses_of(config, placement, steps: int) -> tuple[np.ndarray, object]:
         batch = type(program.abstract_batch((1, 1, 1)))(*(jax.device_put(x, program.batch_sharding) for x in batch))
         state, metrics = program.step(state, batch)
         losses.append(float(metrics.loss))
-    return np.array(losses), jax.device_get(to_logical(program.paddings.params, state.params))
+    return np.array(losses), logical_of(program.paddings.params, state.params)
+
+
+def logical_of(paddings, stored):
+    """On one device: the order in which eight would do it eagerly may deadlock on a busy machine."""
+    return jax.device_get(to_logical(paddings, jax.tree.map(jnp.asarray, jax.device_get(stored))))
 
 
 def run_config(folder, name: str, layout: str = "single", mesh: str = "", **changes):
@@ -209,7 +214,7 @@ def test_a_run_resumes_bitwise_and_restores_under_another_layout(name, tmp_path,
         program = make_program(config, place(layout, **mesh))
         checkpoints = Checkpoints(Path(workdir) / "checkpoints", program, config, "")
         checkpoints.check(4)
-        return jax.device_get(to_logical(program.paddings, checkpoints.restore(4)))
+        return logical_of(program.paddings, checkpoints.restore(4))
 
     trees = [
         logical("tsp", config.workdir, data=1, tsp=8),

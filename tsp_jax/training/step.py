@@ -18,6 +18,7 @@ from tsp_jax.stored import NoPadding, paddings
 from tsp_jax.training.data import Batch
 from tsp_jax.training.optimizer import Chosen, Optimizer, choose_optimizer
 from tsp_jax.training.optimizer_table import Logical
+from tsp_jax.training.positions import sum_by_position
 from tsp_jax.training.safety.finite import update_if_finite
 
 
@@ -53,7 +54,8 @@ class TrainProgram:
     step: Any
     """jitted (state, batch) -> (state, StepMetrics); a batch is [a, B / a, S], `a` micro-batches; donates the state"""
     evaluate: Any
-    """jitted (params, batch [1, B, S]) -> (sum of negative log-likelihoods, number of labels)"""
+    """jitted (params, batch [1, B, S]) -> (sums of negative log-likelihoods, numbers of labels), each [P] by position:
+    `position_buckets`"""
     abstract_state: TrainState
     """shapes, dtypes and shardings of the state"""
     paddings: TrainState
@@ -96,8 +98,8 @@ def make_program(config: Config, placement: Placement, optimizer: Optimizer = No
         return TrainState(jnp.zeros((), jnp.int32), params, chosen.transformation.init(params))
 
     def evaluate(params: dict, batch: Batch):
-        losses = model_of(params).token_losses(jax.tree.map(lambda x: x[0], batch))
-        return losses.nll_Bt.sum(), (batch.labels >= 0).sum(dtype=jnp.float32)
+        batch = jax.tree.map(lambda x: x[0], batch)
+        return sum_by_position(model_of(params).token_losses(batch).nll_Bt, batch.labels, batch.positions)
 
     step = _make_step(config, model_of, chosen, shardings.params, moments)
     batch_sharding = placement.sharding(None, "batch", "sequence")

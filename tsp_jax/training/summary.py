@@ -1,6 +1,5 @@
-"""The end of a run: its summary, as summary.json and as a table, and the plot of its losses."""
+"""The end of a run: its summary, as summary.json and as a table."""
 
-import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,6 @@ from tsp_jax.files import Count, FileError, Finite, read_json
 from tsp_jax.inspect import compiled_memory, list_collectives, parse
 from tsp_jax.layout import Placement
 from tsp_jax.mesh import format_sizes
-from tsp_jax.training.distributed import write_atomically
 from tsp_jax.training.safety.finite import is_skipped
 from tsp_jax.training.throughput import COUNTED, Throughput
 
@@ -31,6 +29,8 @@ class Summary(msgspec.Struct, kw_only=True):
     step: Count
     loss: Finite | None
     eval_loss: Finite | None
+    eval_losses: dict[str, Finite | None] = {}
+    """of the sets of data.eval"""
     skipped_steps: Count = 0
     tokens_per_s: Finite | None
     tflops_per_device: Finite | None = None
@@ -53,13 +53,15 @@ def summarize(
     """
     steps = [line for line in lines if "loss" in line]
     received = list_collectives(parse(compiled.as_text()), dict(placement.mesh.shape))
+    evaluation = next((line for line in reversed(lines) if "eval_loss" in line), {})
     summary = Summary(
         config=name,
         layout=placement.layout.name,
         mesh=format_sizes(placement.mesh.shape),
         step=step,
         loss=next((line["loss"] for line in reversed(steps) if not is_skipped(line)), None),
-        eval_loss=next((line["eval_loss"] for line in reversed(lines) if "eval_loss" in line), None),
+        eval_loss=evaluation.get("eval_loss"),
+        eval_losses={key[len("eval_loss/") :]: evaluation[key] for key in evaluation if key.startswith("eval_loss/")},
         skipped_steps=sum(map(is_skipped, steps)),
         tokens_per_s=_median(steps, "tokens_per_s"),
         tflops_per_device=_median(steps, "tflops_per_device"),
@@ -108,6 +110,8 @@ def print_summary(summary: dict, console: Console) -> dict:
         rows["steps skipped, their numbers not finite"] = "skipped_steps", ",d"
     for label, (name, form) in rows.items():
         table.add_row(label, "none" if summary[name] is None else format(summary[name], form))
+    for name, loss in summary["eval_losses"].items():
+        table.add_row(_plain(f"loss, held-out set {name}"), "none" if loss is None else format(loss, ".4f"))
     console.print(table)
     return summary
 
@@ -115,35 +119,3 @@ def print_summary(summary: dict, console: Console) -> dict:
 def _plain(text: str) -> Text:
     """Text from a file, escaped so that none of it acts as markup or as a terminal control code."""
     return Text("".join(c if c.isprintable() else "?" for c in text))
-
-
-def plot_losses(metrics: list[dict], path: Path) -> bool:
-    """Plots training loss, its running mean and held-out loss by step; returns False if matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    train, held_out = (
-        np.array([(line["step"], line[name]) for line in metrics if line.get(name) is not None], np.float64)
-        for name in ("loss", "eval_loss")
-    )
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    if len(train):
-        axes.plot(*train.T, color="tab:blue", alpha=0.35, linewidth=1, label="training")
-        window = max(1, len(train) // 30)
-        smooth = np.convolve(train[:, 1], np.ones(window) / window, mode="valid")
-        axes.plot(train[window - 1 :, 0], smooth, color="tab:blue", label=f"mean of {window} steps")
-    if len(held_out):
-        axes.plot(*held_out.T, "o-", color="tab:orange", markersize=4, label="held out")
-    axes.set(xlabel="step", ylabel="loss (nats/token)")
-    axes.grid(alpha=0.3)
-    if len(train) or len(held_out):
-        axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120)
-    pyplot.close(figure)
-    write_atomically(path, picture.getvalue())
-    return True

@@ -126,7 +126,13 @@ def test_all_documents_of_a_set_are_evaluated_and_one_document_is_not_cut(config
 
 def test_files_that_are_trained_on_are_refused(config):
     data = dataclasses.replace(config.data, eval=f"same={Path(config.data.files).parent}/0*.txt")
-    with pytest.raises(ConfigError, match=r"^data.eval: set same has .*00.txt, which is trained on; use other files"):
+    with pytest.raises(ConfigError, match=r"^data.eval, set same: .*00.txt is trained on too; use files that data"):
+        load_held_out(dataclasses.replace(config, data=data), 1, load_splits(config, 1).held_out)
+
+
+def test_errors_of_a_set_name_it(config):
+    data = dataclasses.replace(config.data, eval="gone=/nowhere/*.txt")
+    with pytest.raises(ConfigError, match=r"^data.eval, set gone: data.files='/nowhere/\*.txt' matches no file"):
         load_held_out(dataclasses.replace(config, data=data), 1, load_splits(config, 1).held_out)
 
 

@@ -27,17 +27,24 @@ def load_held_out(config: Config, sequence_shards: int, first: Batches) -> dict[
     Raises:
       ConfigError: a file of a set is one of the training files; otherwise as `load_corpus` and `Batches`.
     """
-    trained = {source.path for source in find_sources(config.data)[1]} if config.data.eval else set()
     sets = {FIRST_SET: first}
     for name, data in config.data.held_out_sets():
-        for source in find_sources(data)[1]:
-            if source.path in trained:
-                raise ConfigError(f"data.eval: set {name} has {source.path}, which is trained on; use other files")
-        sets[name] = Batches(
-            _whole_corpus(data, config.model.vocab_size, name), batch=config.batch, seq_len=config.seq_len,
-            seed=config.seed, order=config.data.order, sequence_shards=sequence_shards, shuffle=False,
-        )  # fmt: skip
+        try:
+            _check_apart(config.data, data)
+            sets[name] = Batches(
+                _whole_corpus(data, config.model.vocab_size, name), batch=config.batch, seq_len=config.seq_len,
+                seed=config.seed, order=config.data.order, sequence_shards=sequence_shards, shuffle=False,
+            )  # fmt: skip
+        except ConfigError as error:
+            raise ConfigError(f"data.eval, set {name}: {error}") from None
     return sets
+
+
+def _check_apart(trained: DataConfig, held_out: DataConfig) -> None:
+    """Raises ConfigError if a file is both trained on and held out."""
+    both = {source.path for source in find_sources(trained)[1]} & {source.path for source in find_sources(held_out)[1]}
+    if both:
+        raise ConfigError(f"{min(both)} is trained on too; use files that data.files does not match")
 
 
 def _whole_corpus(data: DataConfig, vocab_size: int, name: str) -> Corpus:

@@ -134,6 +134,8 @@ class Loggers:
             except Exception as error:  # metrics.jsonl has the numbers
                 self._report(f"log={name} fails and is left out ({' '.join(str(error).split()):.200})")
                 del self._sinks[name]
+                with contextlib.suppress(Exception):
+                    sink.close()
 
 
 @contextlib.contextmanager

@@ -110,8 +110,8 @@ def print_summary(summary: dict, console: Console) -> dict:
         rows["steps skipped, their numbers not finite"] = "skipped_steps", ",d"
     for label, (name, form) in rows.items():
         table.add_row(label, "none" if summary[name] is None else format(summary[name], form))
-    for name, loss in summary["eval_losses"].items():
-        table.add_row(_plain(f"loss, held-out set {name}"), "none" if loss is None else format(loss, ".4f"))
+        for held_out, loss in summary["eval_losses"].items() if name == "eval_loss" else ():
+            table.add_row(_plain(f"loss, held-out set {held_out}"), "none" if loss is None else format(loss, ".4f"))
     console.print(table)
     return summary
 

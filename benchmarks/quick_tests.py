@@ -65,7 +65,7 @@ FAULTS = {
         "(dy_BTD, buffers), layers, reverse=True)",
         "(dy_BTD, buffers), layers)",
     ),
-    "optimizer: norms decay": ("training/optimizer.py", "path[-1].key not in NOT_DECAYED", "True"),
+    "optimizer: norms decay": ("training/optimizer_table.py", "path[-1].key not in NOT_DECAYED", "True"),
     "data: contiguous chunks instead of zigzag": ("training/data.py", "chunks[: shards - 1 : -1]", "chunks[shards:]"),
     "step: infinite updates are taken": (
         "training/safety/finite.py",

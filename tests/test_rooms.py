@@ -26,7 +26,7 @@ ROOMS = {
     "models": FOUNDATION | {"ops", "nn"},
     "hf": FOUNDATION | {"files", "ops", "nn", "models"},
     "training": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "inspect"},
-    "inference": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "inspect"},
+    "inference": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "inspect", "training"},
 }
 """room -> rooms of tsp_jax that it may import from, besides itself"""
 TOP = {"__init__", "tools"}

@@ -37,6 +37,8 @@ class Config:
     """optimizer steps of the whole run, and the length of the learning-rate schedule"""
     init_from: str = ""
     """Hugging Face folder with the initial weights; empty: random weights"""
+    from_scratch: bool = False
+    """start from random weights also if init_from is set, whose tokenizer is used all the same"""
     batch: int
     """sequences per optimizer step, over all devices"""
     seq_len: int
@@ -47,7 +49,7 @@ class Config:
     """dtype of activations and of weights in buckets; master weights are float32"""
     grad_dtype: DType = "float32"
     """dtype in which the layers' gradients are stored until the update; micro-batches are always summed in float32"""
-    remat: Remat = "full"
+    remat: Remat = "save_attention"
     """what backward recomputes: none; full (everything but layer inputs); save_attention (as full, but attention
     outputs are kept too); offload, offload_attention (as full and save_attention, but what is kept is in the host's
     memory)"""

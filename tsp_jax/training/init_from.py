@@ -21,24 +21,36 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "voc
 """files of a tokenizer; if a folder has one of them, the tokens of its model are not bytes"""
 
 
-def check_init_from(config: Config, placement: Placement) -> None:
+def check_init_from(config: Config, placement: Placement) -> list[str]:
     """Raises ConfigError if the folder `init_from` does not suit the configured model or the data.
 
-    The folder must have all weights of the configured model, and its model must use the same tokens as the data.
-    Checks nothing if the run is resumed, since it then needs no initial weights.
+    The folder must have all weights of the configured model, and its model must use the same tokens as the data. Only
+    RoPE may differ, if it is that of a longer context: a scaling, or a larger base. Returns a line about each such
+    difference.
+    Checks nothing if the run is resumed or begins from scratch, since it then needs no initial weights.
     """
-    if not config.init_from or saved_steps(Path(config.workdir) / "checkpoints"):
-        return
+    if not config.init_from or config.from_scratch or saved_steps(Path(config.workdir) / "checkpoints"):
+        return []
     here, there = (_fields(model) for model in (config.model, read_config(config.init_from)))
-    different = [name for name, value in there.items() if here[name] != value]
+    changed = [name for name, value in there.items() if here[name] != value]
+    different = [name for name in changed if not _extends(name, here, there)]
     if different:
         name = different[0]
         raise ConfigError(
             f"model.{name}={here[name]}, the checkpoint in init_from={config.init_from} has {there[name]}; "
-            f"use {' '.join(_flag(name, there[name]) for name in different)}"
+            f"use init_from={config.init_from} as the configuration, or "
+            f"{' '.join(_flag(name, there[name]) for name in different)}"
         )
     check_folder(config.init_from, config.model, placement)
     _check_tokens(config)
+    return [f"model.{name}={here[name]}, was {there[name]} in init_from={config.init_from}" for name in changed]
+
+
+def _extends(name: str, here: dict[str, Any], there: dict[str, Any]) -> bool:
+    """Whether a field of the model differs from the folder's so that contexts may be longer."""
+    if name == "rope_theta":
+        return here[name] > there[name]
+    return name.startswith("rope_scaling.") and here["rope_scaling.kind"] != "none"
 
 
 def _check_tokens(config: Config) -> None:
@@ -56,7 +68,7 @@ def _check_tokens(config: Config) -> None:
 def init_state(config: Config, program: TrainProgram, placement: Placement) -> TrainState:
     """Returns the state of step 0, with the weights of `init_from` if it is set."""
     state = program.init()
-    if not config.init_from:
+    if not config.init_from or config.from_scratch:
         return state
     jax.tree.map(lambda random: random.delete(), state.params)  # so that not both are in memory
     return state._replace(params=load_params(config.init_from, config.model, placement))

@@ -62,14 +62,14 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
     say = partial(console.print, highlight=False, soft_wrap=True)
     placement = _place(config)
     check_optimizer(optimizer)
-    check_init_from(config, placement)
+    remarks = check_init_from(config, placement)
     splits = load_splits(config, placement.size("sequence"))
     program = make_program(config, placement, optimizer)
     _check_room(config, placement, program)
     workdir = held.enter_context(open_workdir(config.workdir))
     checkpoints = Checkpoints(workdir / "checkpoints", program, config, splits.train.digest, report)
     start = checkpoints.newest_undamaged() or 0
-    for line in _remarks(config, optimizer, checkpoints, start):
+    for line in (*remarks, *_remarks(config, optimizer, checkpoints, start)):
         say(line)
     open_metrics = partial(MetricsFile, workdir / METRICS, start, report, checkpoints.folder / str(start) / METRICS)
     if start >= config.steps:

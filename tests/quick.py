@@ -32,6 +32,8 @@ QUICK = {
     "ops/test_rope.py": "",
     "ops/test_sequence.py": "",
     "ops/test_stream.py": "2x4|find",
+    "text/test_sources.py": "",
+    "text/test_token_file.py": "indexing|truncated",
     "tools/test_calibrate.py": "fit|band|call|wrong_flags|operations",
     "tools/test_cli.py": "bad_flags|removed|every_field|bad_configurations|configurations_load",
     "tools/test_compare.py": "layouts|files",
@@ -42,8 +44,6 @@ QUICK = {
     "training/test_corpus.py": "order|digest|heldout|held_out|refuses_a_vocabulary|round_trip",
     "training/test_optimizer.py": "",
     "training/test_own_optimizer.py": "every_kind|wrong_type",
-    "training/test_sources.py": "",
-    "training/test_token_file.py": "indexing|truncated",
     "training/test_training.py": "twenty_steps.*tsp|zero1_shards|zigzag_place",
     "training/test_workdir.py": "gone|ended|elsewhere|succeeds",
 }

@@ -6,7 +6,7 @@ refused here; `tsp_jax.layout.check_fits` refuses a configuration that does not 
 
 from tsp_jax.config.checks import FLOAT32, LARGEST, MOST_BYTES, check_local
 from tsp_jax.config.cluster import ClusterConfig, FailedSave, FaultsConfig, Launcher, ProcessPer
-from tsp_jax.config.data import DataConfig, Order, TokenOrder
+from tsp_jax.config.data import ChatLoss, DataConfig, InvalidText, Order, TokenOrder
 from tsp_jax.config.model import Activation, DType, ModelConfig, RopeKind, RopeScaling
 from tsp_jax.config.optimizer import OptimizerConfig
 from tsp_jax.config.run import Config, Remat
@@ -18,12 +18,14 @@ __all__ = [
     "MOST_BYTES",
     "Activation",
     "AttentionMovement",
+    "ChatLoss",
     "ClusterConfig",
     "Config",
     "DType",
     "DataConfig",
     "FailedSave",
     "FaultsConfig",
+    "InvalidText",
     "Launcher",
     "ModelConfig",
     "Movement",

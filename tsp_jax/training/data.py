@@ -17,7 +17,8 @@ from jax.sharding import NamedSharding
 from tsp_jax.config import Config, Order
 from tsp_jax.errors import ConfigError
 from tsp_jax.ops.cross_entropy import IGNORE
-from tsp_jax.training.corpus import Corpus, Split, load_corpus
+from tsp_jax.text.shards import Split
+from tsp_jax.training.corpus import Corpus, load_corpus
 
 T = TypeVar("T")
 Array = TypeVar("Array")

@@ -8,11 +8,13 @@ import jax
 
 from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
+from tsp_jax.hf.byte_tokenizer import ByteTokenizer
 from tsp_jax.hf.weights import check_folder, load_params, read_config
 from tsp_jax.layout import Placement
+from tsp_jax.text.encode import BYTES
+from tsp_jax.text.sources import is_text
 from tsp_jax.training.checkpoint import saved_steps
-from tsp_jax.training.corpus import ByteTokenizer
-from tsp_jax.training.sources import is_text
+from tsp_jax.training.corpus import name_tokenizer
 from tsp_jax.training.step import TrainProgram, TrainState
 
 FREE = ("init_std",)
@@ -54,14 +56,22 @@ def _extends(name: str, here: dict[str, Any], there: dict[str, Any]) -> bool:
 
 
 def _check_tokens(config: Config) -> None:
-    """Raises ConfigError if the data is text, read as bytes, but the model's tokens are those of a tokenizer."""
+    """Raises ConfigError if the data is text, and its tokens are not the model's."""
+    data = name_tokenizer(config).data
+    if not is_text(data):
+        return
+    if data.tokenizer == config.init_from and not (Path(config.init_from) / "tokenizer.json").exists():
+        raise ConfigError(
+            f"init_from={config.init_from} has no tokenizer.json, and data.files={data.files!r} is text; "
+            "use --data.tokenizer <a folder with the model's tokenizer.json>, or .npy files of token ids"
+        )
     found = [name for name in TOKENIZERS if (Path(config.init_from) / name).exists()]
     larger = config.model.vocab_size > 2 * ByteTokenizer.vocab_size  # up to that, bytes may have been padded
-    if (found or larger) and is_text(config.data):
+    if data.tokenizer == BYTES and (found or larger):
         reason = found[0] if found else f"a vocabulary of {config.model.vocab_size:,}"
         raise ConfigError(
-            f"data.files={config.data.files!r} is text, which is read as bytes; the model in init_from="
-            f"{config.init_from} has {reason}, so its tokens are others; use .npy files of its token ids"
+            f"data.tokenizer=bytes makes a token of each byte; the model in init_from={config.init_from} has {reason}, "
+            "so its tokens are others; leave data.tokenizer out, or use .npy files of its token ids"
         )
 
 

@@ -16,11 +16,11 @@ from tsp_jax.hf.byte_tokenizer import ByteTokenizer
 from tsp_jax.hf.tokenizer import Tokenizer, read_stop_tokens
 from tsp_jax.layout import Placement
 from tsp_jax.stored import abstract_logical, to_stored
+from tsp_jax.text.encode import BYTES
 from tsp_jax.training.checkpoint import saved_steps
 from tsp_jax.training.checkpoint_manifest import find_damage
 from tsp_jax.training.step import make_program
 
-BYTES = "bytes"
 CHECKPOINTS = "checkpoints"
 
 

@@ -22,6 +22,7 @@ from tsp_jax.mesh import make_mesh
 from tsp_jax.ops.kernels import describe_kernel
 from tsp_jax.ops.kernels.mask import Scores
 from tsp_jax.training.checkpoint import METRICS, Checkpoints
+from tsp_jax.training.corpus import name_tokenizer
 from tsp_jax.training.data import Splits, load_splits, prefetch
 from tsp_jax.training.distributed import is_writer, report, report_once, write_or_report
 from tsp_jax.training.init_from import check_init_from, init_state
@@ -62,6 +63,7 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
     say = partial(console.print, highlight=False, soft_wrap=True)
     placement = _place(config)
     check_optimizer(optimizer)
+    config = name_tokenizer(config)
     remarks = check_init_from(config, placement)
     splits = load_splits(config, placement.size("sequence"))
     program = make_program(config, placement, optimizer)

@@ -27,7 +27,7 @@ ROOMS = {
     "hf": FOUNDATION | {"files", "ops", "nn", "models"},
     "text": {"errors", "files", "config", "hf"},
     "training": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "text", "inspect"},
-    "inference": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "inspect"},
+    "inference": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "inspect", "training"},
 }
 """room -> rooms of tsp_jax that it may import from, besides itself"""
 TOP = {"__init__", "tools"}

@@ -42,6 +42,8 @@ class Config:
     """optimizer steps of the whole run, and the length of the learning-rate schedule"""
     init_from: str = ""
     """Hugging Face folder with the initial weights; empty: random weights"""
+    from_scratch: bool = False
+    """start from random weights also if init_from is set, whose tokenizer is used all the same"""
     batch: int
     """sequences per optimizer step, over all devices"""
     seq_len: int
@@ -92,6 +94,11 @@ class Config:
         self.phases()
         self.loggers()
         self.profiled_steps()
+
+    @property
+    def weights_from(self) -> str:
+        """Folder of the initial weights; empty: random ones."""
+        return "" if self.from_scratch else self.init_from
 
     def phases(self) -> tuple[Phase, ...]:
         """The phases of the schedule of sequence lengths; without a schedule, one phase."""

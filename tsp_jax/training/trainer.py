@@ -74,7 +74,7 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
     placement = _place(config)
     check_optimizer(optimizer)
     config = name_tokenizer(config)
-    check_init_from(config, placement)
+    remarks = check_init_from(config, placement)
     check_loggers(config.loggers())
     splits = load_splits(config, placement.size("sequence"))
     held_out = load_held_out(config, placement.size("sequence"), splits.held_out)
@@ -83,7 +83,7 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
     workdir = held.enter_context(open_workdir(config.workdir))
     checkpoints = Checkpoints(workdir / "checkpoints", program, config, splits.train.digest, report)
     start = checkpoints.newest_undamaged() or 0
-    for line in _remarks(config, optimizer, checkpoints, start):
+    for line in (*remarks, *_remarks(config, optimizer, checkpoints, start)):
         say(line)
     open_metrics = partial(MetricsFile, workdir / METRICS, start, report, checkpoints.folder / str(start) / METRICS)
     if start >= config.steps:

@@ -28,8 +28,8 @@ WINDOW_MULTIPLE = 128
 Traffic = dict[str, float]
 """Kind of traffic -> bytes. Over folded axes: `weights` and `weight_grads`, or `activations` in their place. Over
 sequence axes: `keys_values` and `key_value_grads`. Over tensor axes: `tensor_sums` of partial outputs. Over axes that
-replicate a weight: `replica_sums` of its gradients. Positions and segments of tokens, gradients of norms and biases, and
-a few numbers a token, such as the sums of squares of a norm over all heads, are left out: they are kilobytes."""
+replicate a weight: `replica_sums` of its gradients. Left out, because they are small: positions and segments of tokens,
+gradients of norms and biases, scalars, and the two numbers a token that a norm over all heads sums over ranks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

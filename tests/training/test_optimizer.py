@@ -38,6 +38,17 @@ def by_hand(config: OptimizerConfig, params: np.ndarray, grads: list[np.ndarray]
     return params
 
 
+def test_weights_decay_but_norms_biases_and_sinks_do_not():
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=1, learning_rate=0.1, weight_decay=0.5), 100)
+    names = "w_q", "w_up", "table", "scale", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "sinks"
+    params = {"attention": {name: jnp.ones(3) for name in names}}
+    grads, state = jax.tree.map(jnp.zeros_like, params), optimizer.init(params)
+    for _ in range(2):  # the first step has a learning rate of 0
+        updates, state = optimizer.update(grads, state, params)
+    decayed = {name for name, update in updates["attention"].items() if update.any()}
+    assert decayed == {"w_q", "w_up", "table"}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_moments_are_updated_in_float32_and_rounded_once_a_step(dtype):
     config = OptimizerConfig(warmup_steps=1, learning_rate=0.1, clip_norm=1e9, moments_dtype=dtype)

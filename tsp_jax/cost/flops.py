@@ -10,7 +10,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from tsp_jax.config import Config, ModelConfig
-from tsp_jax.cost.traffic import repeats_attention, repeats_mlp
+from tsp_jax.cost.traffic import repeats_attention
 
 
 class _Elements(NamedTuple):
@@ -84,14 +84,16 @@ def step_flops(config: Config, *, forward: bool = False, backward_products: int 
         return 2 * tokens * elements * (1 if forward else forward_passes + backward_products)
 
     query, kv, mlp, head = _Elements.of(model)
-    repeated = (query + kv) / (query + 2 * kv) if model.qk_norm else 0  # the norm's backward needs its input
+    # Backward of a norm in the buckets of the projections needs its input, which is not kept.
+    in_buckets = model.qk_norm and model.qk_norm_width == "head" and not model.qkv_bias
+    repeated = (query + kv) / (query + 2 * kv) if in_buckets else 0
     pairs = model.num_heads * model.head_dim * mean_keys(model, config.seq_len)
     layers = {
         # Backward: dx and dW of every weight.
         "projections": count(query + 2 * kv, 1 + again + twice, 2 + repeated) + count(query, 1 + again, 2),
         "attention": count(2 * pairs, 1 + twice, backward_products / 2),  # forward: q k and p v
         # Backward: gate and up again, then dx and dW of three weights.
-        "mlp": count(mlp, 1 + int(repeats_mlp(model.norms, config.remat)), 8 / 3),
+        "mlp": count(mlp, 1 + again * (model.norms != "pre"), 8 / 3),
     }
     flops = {op: model.num_layers * total for op, total in layers.items()}
     return flops | {"loss": count(head, 1, 3)}  # backward: logits again, dx and dW

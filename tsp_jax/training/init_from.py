@@ -47,7 +47,11 @@ def check_init_from(config: Config, placement: Placement) -> list[str]:
         )
     check_folder(config.init_from, config.model, placement)
     _check_tokens(config)
-    return [f"model.{name}={here[name]}, was {there[name]} in init_from={config.init_from}" for name in there if here[name] != there[name]]
+    return [
+        f"model.{name}={here[name]}, was {there[name]} in init_from={config.init_from}"
+        for name in there
+        if here[name] != there[name]
+    ]
 
 
 def _check_tokens(config: Config) -> None:

@@ -26,7 +26,7 @@ config = Config(
     seq_len=131072,
     compute_dtype="bfloat16",
     grad_dtype="bfloat16",
-    remat="full",
+    remat="save_attention",
     workdir="runs/llama3_70b",
     checkpoint_every=100,
 )

@@ -19,7 +19,7 @@ config = Config(
     seq_len=131072,
     compute_dtype="bfloat16",
     grad_dtype="bfloat16",
-    remat="full",
+    remat="save_attention",
     workdir="runs/llama_7b",
     checkpoint_every=100,
 )

@@ -31,6 +31,19 @@ IMPOSSIBLE = {
     "text": ({"num_layers": "2"}, "model.num_layers='2' is a str; use a int"),
     "half a layer": ({"num_layers": 1.5}, "model.num_layers=1.5 is a float; use a int"),
     "text for a truth": ({"qk_norm": "false"}, "model.qk_norm='false' is a str; use a bool"),
+    "unknown kinds of layers": (
+        {"layer_kinds": ("wide",)},
+        r"model.layer_kinds=\('wide',\) is unknown",
+    ),
+    "kinds of layers as a list": ({"layer_kinds": ["full"]}, r"model.layer_kinds=\['full'\] is unknown"),
+    "no window for a layer": (
+        {"layer_kinds": ("full", "sliding")},
+        "model.layer_kinds=sliding needs a window",
+    ),
+    "a window in no layer": ({"layer_kinds": ("full",), "window": 8}, "model.window=8 has no effect"),
+    "rope of sliding layers in no layer": ({"local_rope_theta": 1e4}, "model.local_rope_theta=10000.0 has no effect"),
+    "the width of no norm": ({"qk_norm_width": "all"}, "model.qk_norm_width=all has no effect"),
+    "logits times 0": ({"logits_scale": 0.0}, "model.logits_scale=0.0 must be positive"),
     "eps that is 0 in float32": ({"norm_eps": 1e-50}, "model.norm_eps=1e-50 must be positive in float32"),
     "theta beyond float32": ({"rope_theta": 1e39}, r"model.rope_theta=1e\+39 is not finite in float32"),
 }
@@ -41,6 +54,20 @@ def test_impossible_models_are_refused(case):
     changes, words = IMPOSSIBLE[case]
     with pytest.raises(ConfigError, match=words):
         ModelConfig(**(SIZES | changes))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "num_layers", "period"),
+    [
+        ((), 2, ("sliding",)),
+        (("full", "sliding"), 4, ("full", "sliding")),
+        (("sliding", "full", "sliding", "full"), 8, ("sliding", "full")),
+        (("sliding", "sliding"), 2, ("sliding",)),
+        (("sliding", "full", "full", "full"), 3, ("sliding", "full", "full")),
+    ],
+)
+def test_kinds_of_layers_repeat_after_the_shortest_period(kinds, num_layers, period):
+    assert ModelConfig(**(SIZES | {"num_layers": num_layers, "layer_kinds": kinds, "window": 8})).period == period
 
 
 def test_impossible_batches_and_rates_are_refused():

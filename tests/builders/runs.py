@@ -60,18 +60,25 @@ def _parts(config: object) -> list[object]:
 
 
 class _Compiled:
-    """A jitted step that compiles once, however often it is asked to."""
+    """A jitted step that compiles once for each shape of batch, however often it is asked to."""
 
     def __init__(self, step):
-        self._step = step
+        self._step, self._lowered = step, {}
 
-    def lower(self, *abstract):
-        self._lowered = lambda: self._step.lower(*abstract)
-        return self
+    def lower(self, state, batch):
+        shape = batch.tokens.shape
+        if shape not in self._lowered:
+            self._lowered[shape] = _Lowered(self._step.lower(state, batch))
+        return self._lowered[shape]
+
+
+class _Lowered:
+    def __init__(self, lowered):
+        self._lowered = lowered
 
     @functools.cached_property
     def _compiled(self):
-        return self._lowered().compile()
+        return self._lowered.compile()
 
     def compile(self, options=None):
         return self._compiled

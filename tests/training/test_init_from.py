@@ -32,7 +32,7 @@ def test_a_run_starts_from_given_weights(folder):
     placement = place_case("tsp4")
     config = run_config(folder)
     check_init_from(config, placement)
-    state = init_state(config, make_program(config, placement), placement)
+    state = init_state(config, make_program(config, placement), placement, frozen={})
     chex.assert_trees_all_equal(state.params, place_params(LLAMA, placement))
     assert int(state.step) == 0
 
@@ -47,8 +47,8 @@ def test_a_run_starts_from_given_weights(folder):
         ({"num_layers": 4}, "model.num_layers=4, .* has 2; use --model.num-layers 2"),
         ({"qk_norm": True}, "model.qk_norm=True, .* has False; use --model.no-qk-norm"),
         (
-            {"rope_scaling": RopeScaling(kind="linear", factor=2.0)},
-            "model.rope_scaling.kind=linear, .*; use --model.rope-scaling.kind none",
+            {"rope_scaling": RopeScaling(fraction=0.5)},
+            "model.rope_scaling.fraction=0.5, .*; use --model.rope-scaling.fraction 1.0",
         ),
     ],
 )
@@ -56,6 +56,28 @@ def test_given_weights_of_another_model_are_refused(change, words, folder):
     with pytest.raises(ConfigError, match=words) as refused:
         check_init_from(run_config(folder, dataclasses.replace(LLAMA, **change)), place_case("single"))
     assert str(folder) in str(refused.value)
+
+
+LONGER = RopeScaling(kind="yarn", factor=4.0, original_context=64)
+
+
+def test_a_run_may_scale_the_rope_of_given_weights(folder):
+    config = run_config(folder, dataclasses.replace(LLAMA, rope_scaling=LONGER))
+    check_init_from(config, place_case("single"))
+
+
+def test_a_run_may_not_leave_out_the_scaling_of_given_weights(tmp_path):
+    folder = save_folder(tmp_path / "model", dataclasses.replace(LLAMA, rope_scaling=LONGER))
+    words = (
+        "model.rope_scaling.kind=none, .* has yarn; use --model.rope-scaling.kind yarn --model.rope-scaling.factor 4"
+    )
+    with pytest.raises(ConfigError, match=words):
+        check_init_from(run_config(folder, LLAMA), place_case("single"))
+
+
+def test_fields_that_the_scaling_does_not_use_may_differ(folder):
+    scaling = dataclasses.replace(LLAMA.rope_scaling, original_context=123)
+    check_init_from(run_config(folder, dataclasses.replace(LLAMA, rope_scaling=scaling)), place_case("single"))
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def small_config(folder: Path, **changes) -> Config:
     """A run of twenty steps on one device, with everything it needs and writes in a folder."""
     config = Config(
         model=ModelConfig(vocab_size=264, d_model=24, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48),
-        data=DataConfig(files=write_text(folder / "text"), cache_dir=str(folder / "cache")),
+        data=DataConfig(files=write_text(folder / "text"), cache_dir=str(folder / "cache"), tokenizer="bytes"),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3),
         layout="single",
         mesh="data=1",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.builders.arrays import place_case
-from tsp_jax.config import Config, DType, ModelConfig, StreamConfig
+from tsp_jax.config import Config, DType, ModelConfig, RopeScaling, StreamConfig
 from tsp_jax.inference import make_inference_program
 from tsp_jax.inference.token_loop import prefill_prompts
 from tsp_jax.ops import reference
@@ -32,6 +32,23 @@ MODELS = {
     ),
     "thirds": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, head_dim=12),  # three ranks could share a KV head
     "wide": WIDE,
+    "biased": dataclasses.replace(
+        MULTI_HEAD, num_heads=9, num_kv_heads=3, qkv_bias=True, residual_scale=0.7, embedding_scale=3.0,
+        logits_scale=0.5,
+    ),
+    "gemma": dataclasses.replace(
+        MULTI_HEAD, num_kv_heads=2, qk_norm=True, norms="both", norm_unit_offset=True, logits_softcap=3.0
+    ),
+    "olmo": dataclasses.replace(
+        MULTI_HEAD, num_heads=9, num_kv_heads=3, qk_norm=True, qk_norm_width="all", norms="post", norm_eps=0.1
+    ),
+    "olmo_grouped": dataclasses.replace(
+        MULTI_HEAD, num_kv_heads=2, qk_norm=True, qk_norm_width="all", qkv_bias=True, norm_eps=0.1
+    ),
+    "kinds": dataclasses.replace(
+        MULTI_HEAD, num_layers=5, num_heads=9, num_kv_heads=3, window=19, local_rope_theta=50.0, rope_theta=500.0,
+        layer_kinds=("sliding", "full_nope", "full"), rope_scaling=RopeScaling(kind="linear", factor=4.0),
+    ),
     "windowed": dataclasses.replace(
         MULTI_HEAD, num_heads=9, num_kv_heads=3, window=19, attention_softcap=2.0, attention_scale=0.5,
         attention_sinks=True,
@@ -50,6 +67,8 @@ CASES = [
     ("two_axes2_4", "multi_head"), ("two_level2_4", "grouped"),
     ("mix2_3", "odd_heads"), ("mix3_2", "thirds"), ("fsdp4", "odd_heads"), ("replicas2_4", "grouped"),
     ("tsp4", "windowed"), ("tp2_sp4", "windowed"), ("mix2_3", "windowed"),
+    ("tsp4", "biased"), ("mix2_3", "biased"), ("tp8", "gemma"), ("tsp4", "olmo"), ("mix2_4", "olmo_grouped"),
+    ("tp8", "olmo_grouped"), ("tsp4", "kinds"), ("tp2_sp4", "kinds"),
 ]  # fmt: skip
 """every layout; every model under tsp; fewer KV heads than ranks where that is another path"""
 
@@ -95,8 +114,7 @@ def reference_forward(model: str):
     def forward(params, tokens_BT):
         positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
         segments = jnp.zeros_like(positions)
-        x_BTD, table_VD = reference.decoder(params, tokens_BT, positions, segments, config=config)
-        return x_BTD @ table_VD.T
+        return reference.decoder_logits(params, tokens_BT, positions, segments, config=config)
 
     return jax.jit(forward)
 

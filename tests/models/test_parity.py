@@ -64,6 +64,38 @@ MODELS = {
         attention_scale=0.5,
         attention_sinks=True,
     ),
+    "biased": dataclasses.replace(MULTI_HEAD, num_heads=9, num_kv_heads=3, qkv_bias=True, residual_scale=0.7),
+    "biased_grouped": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, qkv_bias=True, norms="post"),
+    "gemma": dataclasses.replace(
+        MULTI_HEAD,
+        num_kv_heads=2,
+        qk_norm=True,
+        norms="both",
+        norm_unit_offset=True,
+        embedding_scale=5.5,
+        logits_scale=0.6,
+        logits_softcap=1.5,
+    ),
+    "olmo": dataclasses.replace(
+        MULTI_HEAD, num_heads=9, num_kv_heads=3, norms="post", qk_norm=True, qk_norm_width="all", norm_eps=0.1
+    ),
+    "olmo_grouped": dataclasses.replace(
+        MULTI_HEAD, num_kv_heads=2, qk_norm=True, qk_norm_width="all", qkv_bias=True, norm_eps=0.1
+    ),
+    "kinds": dataclasses.replace(
+        MULTI_HEAD,
+        num_layers=5,
+        num_heads=9,
+        num_kv_heads=3,
+        window=11,
+        layer_kinds=("sliding", "full_nope", "full"),
+        local_rope_theta=50.0,
+        rope_theta=500.0,
+        rope_scaling=RopeScaling(kind="linear", factor=4.0),
+    ),
+    "two_kinds": dataclasses.replace(
+        MULTI_HEAD, num_layers=4, num_kv_heads=2, window=11, layer_kinds=("full", "sliding"), norms="post"
+    ),
     "thirds": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, head_dim=12),  # three ranks could share a KV head
 }
 BATCH, SEQ_LEN, Z_LOSS = 2, 48, 1e-2
@@ -137,6 +169,34 @@ CASES = [
     ("tp2_sp4", "windowed", GATHER, FULL),
     ("fsdp8", "windowed", GATHER, FULL),
     ("tsp2", "windowed", GATHER, SAVE_ON_HOST),
+    # biases, norms elsewhere, scales, and norms over all heads
+    ("single", "gemma", GATHER, FULL),
+    ("single", "olmo", GATHER, FULL),
+    ("tsp4", "biased", GATHER, FULL),
+    ("tsp8", "biased", ACTIVATIONS, SAVE),
+    ("mix2_4", "biased_grouped", ACTIVATIONS, FULL),
+    ("tp8", "biased_grouped", GATHER, SAVE),
+    ("tp2_sp4", "biased", GATHER, NONE),
+    ("tsp4", "gemma", PAPER, FULL),
+    ("tp8", "gemma", GATHER, FULL),
+    ("mix2_4", "gemma", ACTIVATIONS, NONE),
+    ("tsp2", "gemma", GATHER, SAVE_ON_HOST),
+    ("tsp4", "olmo", GATHER, FULL),
+    ("tsp4", "olmo", ACTIVATIONS, SAVE),
+    ("tsp8", "olmo", ACTIVATIONS, FULL),
+    ("tp8", "olmo_grouped", GATHER, FULL),
+    ("mix2_4", "olmo_grouped", ACTIVATIONS, FULL),
+    ("mix2_3", "olmo", ACTIVATIONS, NONE),
+    ("fsdp8", "olmo_grouped", GATHER, SAVE),
+    # layers of several kinds, some after the last whole period
+    ("single", "kinds", GATHER, FULL),
+    ("tsp4", "kinds", GATHER, FULL),
+    ("tsp2", "kinds", GATHER, SAVE_ON_HOST),
+    ("tsp8", "kinds", ACTIVATIONS, SAVE),
+    ("tp2_sp4", "kinds", GATHER, NONE),
+    ("mix2_4", "two_kinds", ACTIVATIONS, FULL),
+    ("tsp4", "two_kinds", PAPER, NONE),
+    ("data2_tsp4", "two_kinds", GATHER, "offload"),
     # what attention has computed is kept, of heads that are shared or padded too
     ("tp8", "4_of_1", GATHER, SAVE),
     ("tp4_sp2", "grouped", GATHER, SAVE_ON_HOST),

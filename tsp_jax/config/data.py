@@ -9,6 +9,8 @@ from tsp_jax.errors import ConfigError
 
 Order = Literal["zigzag", "contiguous"]
 TokenOrder = Literal["any", "contiguous", "zigzag"]
+InvalidText = Literal["refuse", "replace"]
+ChatLoss = Literal["assistant", "all"]
 PackingName = Literal["windows", "best-fit"]
 LongDocuments = Literal["split", "drop"]
 
@@ -18,7 +20,16 @@ class DataConfig:
     """Training text and its order."""
 
     files: str = ""
-    """glob of text files, or of .npy files of token ids; empty: the Python standard library's sources"""
+    """glob of .jsonl, .parquet, .arrow and .feather files, whose rows are documents, of .npy files of token ids, or of
+    text files; text and .jsonl also as .gz and .zst; empty: the Python standard library's sources"""
+    tokenizer: str = ""
+    """folder with a tokenizer.json, or bytes: a token is a byte of UTF-8; empty: the folder init_from"""
+    text_field: str = ""
+    """field of rows that holds a text or chat messages; empty: text or messages, whichever there is"""
+    loss: ChatLoss = "assistant"
+    """tokens of chat messages that the loss counts: those of the assistant's turns, or all"""
+    invalid_utf8: InvalidText = "refuse"
+    """what is done with text that is not UTF-8: refuse it, or replace each wrong part by U+FFFD"""
     cache_dir: str = ""
     """folder of tokenized text; empty: $XDG_CACHE_HOME/tsp_jax or ~/.cache/tsp_jax"""
     order: Order = "zigzag"
@@ -36,7 +47,7 @@ class DataConfig:
 
     def __post_init__(self):
         check("data.", self, positive="prefetch")
-        for name in ("files", "cache_dir"):
+        for name in ("files", "tokenizer", "cache_dir"):
             check_local(f"data.{name}", getattr(self, name))
         if self.mixture and self.files:
             raise ConfigError(f"data.files={self.files!r:.200} stands beside data.mixture; use one of them")

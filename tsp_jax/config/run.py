@@ -6,6 +6,7 @@ from typing import Literal
 from tsp_jax.config.checks import check, check_bytes, check_local
 from tsp_jax.config.cluster import ClusterConfig, FaultsConfig
 from tsp_jax.config.data import DataConfig
+from tsp_jax.config.lora import LoraConfig
 from tsp_jax.config.model import DType, ModelConfig
 from tsp_jax.config.optimizer import OptimizerConfig
 from tsp_jax.config.phases import Phase, parse_phases
@@ -23,6 +24,7 @@ class Config:
     stream: StreamConfig = StreamConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     faults: FaultsConfig = FaultsConfig()
     cluster: ClusterConfig = ClusterConfig()
     layout: str = "tsp"
@@ -51,7 +53,7 @@ class Config:
     """dtype of activations and of weights in buckets; master weights are float32"""
     grad_dtype: DType = "float32"
     """dtype in which the layers' gradients are stored until the update; micro-batches are always summed in float32"""
-    remat: Remat = "full"
+    remat: Remat = "save_attention"
     """what backward recomputes: none; full (everything but layer inputs); save_attention (as full, but attention
     outputs are kept too); offload, offload_attention (as full and save_attention, but what is kept is in the host's
     memory)"""

@@ -3,8 +3,10 @@
 Layout and padding do not count. Dims: T all tokens of the step, S tokens per sequence, N query heads, H head.
 """
 
-from tsp_jax.config import Config
-from tsp_jax.cost.traffic import repeats_attention
+from collections import Counter
+
+from tsp_jax.config import Config, ModelConfig
+from tsp_jax.cost.traffic import repeats_attention, repeats_mlp
 
 
 def step_flops(config: Config, *, forward: bool = False, backward_products: int = 5) -> dict[str, float]:
@@ -27,14 +29,22 @@ def step_flops(config: Config, *, forward: bool = False, backward_products: int 
 
     query, kv = (heads * model.head_dim * model.d_model for heads in (model.num_heads, model.num_kv_heads))
     repeated = (query + kv) / (query + 2 * kv) if model.qk_norm else 0  # the norm's backward needs its input
-    window = min(model.window or config.seq_len, config.seq_len)  # token i attends to min(i + 1, window) tokens
-    pairs = model.num_heads * model.head_dim * (window - window * (window - 1) / (2 * config.seq_len))
+    pairs = model.num_heads * model.head_dim * _attended(model, config.seq_len)
     layers = {
         # Backward: dx and dW of every weight.
         "projections": count(query + 2 * kv, 1 + again + twice, 2 + repeated) + count(query, 1 + again, 2),
         "attention": count(2 * pairs, 1 + twice, backward_products / 2),  # forward: q k and p v
         # Backward: gate and up again, then dx and dW of three weights.
-        "mlp": count(3 * model.d_ff * model.d_model, 1, 8 / 3),
+        "mlp": count(3 * model.d_ff * model.d_model, 1 + int(repeats_mlp(model.norms, config.remat)), 8 / 3),
     }
     flops = {op: model.num_layers * total for op, total in layers.items()}
     return flops | {"loss": count(model.vocab_size * model.d_model, 1, 3)}  # backward: logits again, dx and dW
+
+
+def _attended(model: ModelConfig, seq_len: int) -> float:
+    """Mean number of tokens that a token attends to, over tokens and layers: token i attends to min(i + 1, window)."""
+    total = 0.0
+    for window, layers in Counter(model.windows).items():
+        window = min(window or seq_len, seq_len)
+        total += layers * (window - window * (window - 1) / (2 * seq_len))
+    return total / model.num_layers

@@ -10,9 +10,11 @@ V vocabulary, H head.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from tsp_jax.config import Remat, TokenOrder
+from tsp_jax.config import Norms, Remat, TokenOrder
 from tsp_jax.heads import HeadRows, HeadSharding
 from tsp_jax.layout import Axes, Layout, num_ranks
 
@@ -203,6 +205,11 @@ def repeats_attention(remat: Remat) -> bool:
     return remat in ("full", "offload")
 
 
+def repeats_mlp(norms: Norms, remat: Remat) -> bool:
+    """Whether backward computes the MLP's output again: a norm follows it, and forward has not kept it."""
+    return norms != "pre" and remat != "none"
+
+
 def attention_traffic(
     sharding: OpSharding, movement: str, *, heads: HeadSharding, d_model: int, remat: Remat, forward: bool = False,
     window: int | None = None, token_order: TokenOrder = "any",
@@ -245,12 +252,27 @@ def attention_traffic(
     }
 
 
-def mlp_traffic(sharding: OpSharding, movement: str, *, d_model: int, d_ff: int, forward: bool = False) -> Traffic:
-    """Traffic of one layer's MLP, the same under every remat policy: backward does not need the MLP's output."""
-    activations = 2 if forward else 5  # forward gathers x and scatters y; backward gathers x and dy and scatters dx
+def layers_attention_traffic(
+    sharding: OpSharding, movement: str, *, windows: Sequence[int | None], **settings: Any
+) -> Traffic:
+    """`attention_traffic` of several layers together: of one with each of `windows`."""
+    total: Traffic = {}
+    for window, layers in Counter(windows).items():
+        for kind, nbytes in attention_traffic(sharding, movement, window=window, **settings).items():
+            total[kind] = total.get(kind, 0) + layers * nbytes
+    return total
+
+
+def mlp_traffic(
+    sharding: OpSharding, movement: str, *, d_model: int, d_ff: int, repeated: bool = False, forward: bool = False
+) -> Traffic:
+    """Traffic of one layer's MLP. `repeated`: backward computes the output again, which only a norm of it needs."""
+    more = 0 if forward else int(repeated)
+    # Forward gathers x and scatters y; backward gathers x and dy and scatters dx.
+    activations = (2 if forward else 5) + 2 * more
     received = activations * sharding.tokens_received(d_model) * sharding.itemsize
-    sums = (1 if forward else 2) * sharding.tensor_sum_bytes(sharding.tokens * d_model, sharding.itemsize)
-    return _row_traffic(sharding, movement, 3 * d_ff * d_model, received, sums, forward)
+    sums = ((1 if forward else 2) + more) * sharding.tensor_sum_bytes(sharding.tokens * d_model, sharding.itemsize)
+    return _row_traffic(sharding, movement, 3 * d_ff * d_model, received, sums, forward, again=1 + more)
 
 
 def embed_traffic(
@@ -260,7 +282,7 @@ def embed_traffic(
     # Forward gathers ids and scatters x; backward gathers ids and dx.
     received = sharding.tokens_received((1 if forward else 2) * (d_model * sharding.itemsize + INT32))
     sums = sharding.tensor_sum_bytes(sharding.tokens * d_model, sharding.itemsize)
-    return _row_traffic(sharding, movement, vocab_size * d_model, received, sums, forward, again=False)
+    return _row_traffic(sharding, movement, vocab_size * d_model, received, sums, forward, again=0)
 
 
 def loss_traffic(
@@ -282,11 +304,11 @@ def loss_traffic(
 
 def _row_traffic(
     sharding: OpSharding, movement: str, weights: float, activations: float, sums: float, forward: bool,
-    again: bool = True,
+    again: int = 1,
 ) -> Traffic:  # fmt: skip
-    """Traffic of an op whose `weights` elements move once in forward and, if `again`, once more in backward."""
+    """Traffic of an op whose `weights` elements move once in forward and `again` times in backward."""
     moves_tokens = movement == "activations"
-    passes = 1 if forward or not again else 2
+    passes = 1 if forward else 1 + again
     received = 0 if moves_tokens else sharding.weights_received(weights)
     return {
         "weights": passes * received * sharding.itemsize,

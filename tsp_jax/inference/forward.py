@@ -12,7 +12,7 @@ R ranks of the sequence; lower case: this device's shard.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec
 from tsp_jax.errors import ConfigError
 from tsp_jax.inference.cache import Cache, cache_specs
 from tsp_jax.layout import Placement, format_axes
+from tsp_jax.models.scan import Place, scan_layers
 from tsp_jax.models.transformer import Transformer
 from tsp_jax.nn import Attention
 from tsp_jax.ops.attention.decode import decode_attention
@@ -84,15 +85,15 @@ def prefill(
     positions_BRs = all_positions_BS.reshape(all_positions_BS.shape[0], placement.size("sequence"), -1)
     max_used = (positions_BRs != EMPTY).sum(axis=-1, dtype=jnp.int32).max()
 
-    def attend(module: Attention, x_BTD, kv, layer):
+    def attend(module: Attention, x_BTD, kv, place: Place):
         config, stream = module.configure(x_BTD.shape)
         op = partial(prefill_attention, config=config, axes=layout.axes("heads"), stream=stream)
-        inputs = kv, layer, positions_BT, entries, all_positions_BS, max_used
+        inputs = kv, place.layer, positions_BT, entries, all_positions_BS, max_used
         attend_specs = kv_specs, REPLICATED, tokens_spec, tokens_spec, layout.spec("batch", None), REPLICATED
         x_spec = layout.spec("batch", "sequence", None)
         return *_run(op, module, placement, x_BTD, x_spec, inputs, attend_specs), None
 
-    x_BTD, kv, _ = _layers(model, model.embed(tokens_BT), attend, cache.key_values)
+    x_BTD, kv, _ = _layers(model, model.embed_tokens(tokens_BT), attend, cache.key_values)
     last_B = positions_BT.max(axis=1)
     is_last_BT = (positions_BT == last_B[:, None]) & (positions_BT != NO_TOKEN)
     x_B1D = jnp.where(is_last_BT[..., None], x_BTD, jnp.zeros_like(x_BTD)).sum(axis=1, keepdims=True)
@@ -101,13 +102,14 @@ def prefill(
 
 
 def decode(
-    model: Transformer, config: AttentionConfig, placement: Placement, cache: Cache, tokens_B: jax.Array
+    model: Transformer, configs: Sequence[AttentionConfig], placement: Placement, cache: Cache, tokens_B: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """Runs one token per sequence and writes it into the cache.
 
     Args:
       model: the model on `decode_placement(placement)`.
-      config: settings of attention on `placement`; they say how the weights of attention are stored.
+      configs: settings of attention on `placement`, of each layer of a period; they say how the weights of attention
+        are stored.
       placement: layout and mesh.
       cache: the cache, which holds the tokens before this one.
       tokens_B: int32 ids; negative: no token for this sequence, whose logits are then undefined.
@@ -127,15 +129,15 @@ def decode(
         allocate, in_specs=(entries_spec, token_spec), out_specs=(entries_spec, entries_spec)
     )(cache.positions_BS, positions_B1)
 
-    def attend(module: Attention, x_B1D, _, layer):
-        op = partial(decode_attention, config=config, axes=layout.axes("heads"))
-        inputs = cache.key_values, layer, positions_B1, entries, cache.positions_BS
+    def attend(module: Attention, x_B1D, _, place: Place):
+        op = partial(decode_attention, config=configs[place.number], axes=layout.axes("heads"))
+        inputs = cache.key_values, place.layer, positions_B1, entries, cache.positions_BS
         attend_specs = kv_specs, REPLICATED, token_spec, entries_spec, entries_spec
         x_spec = module.placement.layout.spec("batch", None, None)
         y_B1D, new = _run(op, module, placement, x_B1D, x_spec, inputs, attend_specs)
         return y_B1D, None, new
 
-    x_B1D, _, new = _layers(model, model.embed(tokens_B[:, None]), attend, None)
+    x_B1D, _, new = _layers(model, model.embed_tokens(tokens_B[:, None]), attend, None)
     write_specs = kv_specs, kv_specs, REPLICATED, entries_spec
     write = placement.shard_map(write_entries, in_specs=write_specs, out_specs=kv_specs)
     kv = write(cache.key_values, jax.tree.map(lambda array: array[:, 0], new), jnp.zeros((), jnp.int32), entries)
@@ -146,32 +148,31 @@ def decode(
 def _run(op: Callable, module: Attention, placement: Placement, x_BTD: jax.Array, x_spec: PartitionSpec, inputs, specs):
     """Runs an attention op on x and `inputs`, the first of which is keys and values. Returns (y, keys and values)."""
     weights = AttentionWeights(module.w_q[...], module.w_k[...], module.w_v[...], module.w_o[...])
-    in_specs = (x_spec, placement.layout.spec("heads", None), REPLICATED, *specs, REPLICATED)
+    in_specs = (x_spec, placement.layout.spec("heads", None), REPLICATED, *specs, REPLICATED, REPLICATED)
     run = placement.shard_map(op, in_specs, (x_spec, specs[0]))
-    norms, sinks_N = module.replicated()
-    return run(x_BTD.astype(module.dtype), weights, norms, *inputs, sinks_N)
+    norms, sinks_N, biases = module.replicated()
+    return run(x_BTD.astype(module.dtype), weights, norms, *inputs, sinks_N, biases)
 
 
 def _layers(model: Transformer, x_BTD: jax.Array, attend: Callable, carry: Any) -> tuple[jax.Array, Any, Any]:
-    """Runs all layers, with `attend` (module, x, carry, layer) -> (y, carry, out) for attention.
+    """Runs all layers, with `attend` (module, x, carry, place) -> (y, carry, out) for attention.
 
     Returns (x, carry, outs of all layers).
     """
     graphdef, stacked = nnx.split(model.layers)
 
-    def layer(carry, xs):
-        (x_BTD, carry), (state, index) = carry, xs
+    def layer(place: Place, carry, state, _):
+        x_BTD, carry = carry
 
         def attend_and_carry(attention: Attention, x_BTD: jax.Array):
-            y_BTD, *extra = attend(attention, x_BTD, carry, index)
+            y_BTD, *extra = attend(attention, x_BTD, carry, place)
             return y_BTD, extra
 
-        x_BTD, (carry, out) = nnx.merge(graphdef, state)(x_BTD, attend_and_carry)
+        x_BTD, (carry, out) = nnx.merge(graphdef, state)(x_BTD, attend_and_carry, number=place.number)
         return (x_BTD, carry), out
 
-    indices = jnp.arange(model.config.num_layers, dtype=jnp.int32)
-    (x_BTD, carry), outs = lax.scan(layer, (x_BTD, carry), (stacked, indices))
-    return x_BTD, carry, outs
+    (x_BTD, carry), outs = scan_layers(layer, (x_BTD, carry), stacked, period=len(model.config.period))
+    return x_BTD, carry, outs.joined()
 
 
 def _logits(model: Transformer, x_B1D: jax.Array) -> jax.Array:
@@ -180,7 +181,7 @@ def _logits(model: Transformer, x_B1D: jax.Array) -> jax.Array:
     layout, dtype = head.placement.layout, head.dtype
 
     def local(x_B1D, table_vD):
-        return matmul_t(x_B1D, table_vD.astype(dtype))
+        return head.logits.of(matmul_t(x_B1D, table_vD.astype(dtype)))
 
     in_specs = layout.spec("batch", None, None), layout.spec("vocab", None)
     with jax.named_scope("tsp/logits"):

@@ -12,18 +12,21 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.models.buffers import BufferFormat
+from tsp_jax.models.scan import last_place, scan_layers
 
-Params = Any
+Params = tuple[Any, Any]
+"""(parameters that get gradients, frozen parameters), of one layer or, each [L, ...], of all"""
 Saved = tuple[jax.Array, Any]
 """(a layer's input [B, T, D], what its attention has computed or None)"""
 Layer = Callable[[Params, jax.Array, Any, Callable[[], Saved] | None], tuple[jax.Array, Any]]
 """(parameters of one layer, x [B, T, D], shared, recall) -> ([B, T, D] in x's dtype, what attention has computed).
 In backward, `recall` reads what is saved for the same x; if that has attention's results, attention need not run. In
 forward it is None."""
+Layers = tuple[Layer, ...]
+"""the layers of a period, after which their kinds repeat; one if all layers are alike"""
 
 
 def run_one(layer: Layer, keep_attention: bool, params: Params, x_BTD: jax.Array, shared: Any) -> tuple[Any, Saved]:
@@ -32,11 +35,10 @@ def run_one(layer: Layer, keep_attention: bool, params: Params, x_BTD: jax.Array
     return y_BTD, (x_BTD, attended if keep_attention else None)
 
 
-def _differentiate(
-    layer: Layer, params: Params, shared: Any, recall: Callable[[], Saved], dy_BTD
-) -> tuple[Params, Any]:
-    """(gradients of the layer's parameters, of its input)."""
-    _, vjp = jax.vjp(lambda params, x: layer(params, x, shared, recall)[0], params, recall()[0])
+def _differentiate(layer: Layer, params: Params, shared: Any, recall: Callable[[], Saved], dy_BTD) -> tuple[Any, Any]:
+    """(gradients of the layer's parameters that are not frozen, of its input)."""
+    trained, frozen = params
+    _, vjp = jax.vjp(lambda trained, x: layer((trained, frozen), x, shared, recall)[0], trained, recall()[0])
     return vjp(dy_BTD)
 
 
@@ -44,41 +46,46 @@ def _differentiate(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def run_in_buffers(layer: Layer, keep_attention: bool, buffer_format: BufferFormat, x_BTD, params, shared) -> jax.Array:
+def run_in_buffers(
+    layers: Layers, keep_attention: bool, buffer_format: BufferFormat, x_BTD, params, shared
+) -> jax.Array:
     """Applies the layers in sequence; saved arrays and gradients are in buffers of `buffer_format`."""
-    return _run(layer, x_BTD, params, shared)
+    return _run(layers, x_BTD, params, shared)
 
 
-def _run(layer: Layer, x_BTD, params, shared) -> jax.Array:
-    return lax.scan(lambda x, params: (layer(params, x, shared, None)[0], None), x_BTD, params)[0]
+def _run(layers: Layers, x_BTD, params, shared) -> jax.Array:
+    def step(place, x_BTD, params, _):
+        return layers[place.number](params, x_BTD, shared, None)[0], None
+
+    return scan_layers(step, x_BTD, params, period=len(layers))[0]
 
 
-def _forward_in_buffers(layer: Layer, keep_attention: bool, buffer_format: BufferFormat, x_BTD, params, shared):
-    def step(carry, scanned):
+def _forward_in_buffers(layers: Layers, keep_attention: bool, buffer_format: BufferFormat, x_BTD, params, shared):
+    def step(place, carry, params, _):
         x_BTD, buffers = carry
-        index, params = scanned
-        y_BTD, saved = run_one(layer, keep_attention, params, x_BTD, shared)
-        return (y_BTD, buffer_format.write_saved(buffers, index, saved)), None
+        y_BTD, saved = run_one(layers[place.number], keep_attention, params, x_BTD, shared)
+        return (y_BTD, buffer_format.write_saved(buffers, place.layer, saved)), None
 
-    layers = jnp.arange(buffer_format.num_layers), params
-    (y_BTD, buffers), _ = lax.scan(step, (x_BTD, buffer_format.zeros()), layers)
+    (y_BTD, buffers), _ = scan_layers(step, (x_BTD, buffer_format.zeros()), params, period=len(layers))
     return y_BTD, (buffers, params, shared)
 
 
-def _backward_in_buffers(layer: Layer, keep_attention: bool, buffer_format: BufferFormat, residuals, dy_BTD):
+def _backward_in_buffers(layers: Layers, keep_attention: bool, buffer_format: BufferFormat, residuals, dy_BTD):
     buffers, params, shared = residuals
 
-    def step(carry, scanned):
+    def step(place, carry, params, _):
         dy_BTD, buffers = carry
-        index, params = scanned
-        grads = _differentiate(layer, params, shared, lambda: buffer_format.read_saved(buffers, index), dy_BTD)
+
+        def recall() -> Saved:
+            return buffer_format.read_saved(buffers, place.layer)
+
+        grads = _differentiate(layers[place.number], params, shared, recall, dy_BTD)
         # The barrier orders every read of saved arrays before the write over them: without it both are kept.
         dparams, dx_BTD = lax.optimization_barrier(grads)
-        return (dx_BTD, buffer_format.write_grads(buffers, index, dparams)), None
+        return (dx_BTD, buffer_format.write_grads(buffers, place.layer, dparams)), None
 
-    layers = jnp.arange(buffer_format.num_layers), params
-    (dx_BTD, buffers), _ = lax.scan(step, (dy_BTD, buffers), layers, reverse=True)
-    return dx_BTD, buffer_format.read_grads(buffers, params), None
+    (dx_BTD, buffers), _ = scan_layers(step, (dy_BTD, buffers), params, period=len(layers), reverse=True)
+    return dx_BTD, (buffer_format.read_grads(buffers, params[0]), None), None
 
 
 run_in_buffers.defvjp(_forward_in_buffers, _backward_in_buffers)
@@ -88,38 +95,37 @@ run_in_buffers.defvjp(_forward_in_buffers, _backward_in_buffers)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def run_with_host(layer: Layer, keep_attention: bool, grad_dtype: Any, x_BTD, params, shared) -> jax.Array:
+def run_with_host(layers: Layers, keep_attention: bool, grad_dtype: Any, x_BTD, params, shared) -> jax.Array:
     """Applies the layers in sequence; saved arrays are in the host's memory, gradients wait in `grad_dtype`."""
-    return _run(layer, x_BTD, params, shared)
+    return _run(layers, x_BTD, params, shared)
 
 
-def _forward_to_host(layer: Layer, keep_attention: bool, grad_dtype: Any, x_BTD, params, shared):
-    def step(x_BTD, params):
-        y_BTD, saved = run_one(layer, keep_attention, params, x_BTD, shared)
+def _forward_to_host(layers: Layers, keep_attention: bool, grad_dtype: Any, x_BTD, params, shared):
+    def step(place, x_BTD, params, _):
+        y_BTD, saved = run_one(layers[place.number], keep_attention, params, x_BTD, shared)
         return y_BTD, jax.device_put(saved, jax.memory.Space.Host)
 
-    y_BTD, saved = lax.scan(step, x_BTD, params)
+    y_BTD, saved = scan_layers(step, x_BTD, params, period=len(layers))
     return y_BTD, (saved, params, shared)
 
 
-def _backward_from_host(layer: Layer, keep_attention: bool, grad_dtype: Any, residuals, dy_BTD):
+def _backward_from_host(layers: Layers, keep_attention: bool, grad_dtype: Any, residuals, dy_BTD):
     stacks, params, shared = residuals
 
-    def fetch(index):
-        saved = jax.tree.map(lambda stack: lax.dynamic_index_in_dim(stack, index, keepdims=False), stacks)
-        return jax.device_put(saved, jax.memory.Space.Device)
+    def fetch(place):
+        return jax.device_put(stacks.read(place), jax.memory.Space.Device)
 
-    def step(carry, scanned):
+    def step(place, carry, params, _):
         dy_BTD, saved = carry
-        index, params = scanned
-        fetched = fetch(jnp.maximum(index - 1, 0))
-        dparams, dx_BTD = _differentiate(layer, params, shared, lambda: saved, dy_BTD)
+        fetched = fetch(place.before)
+        dparams, dx_BTD = _differentiate(layers[place.number], params, shared, lambda: saved, dy_BTD)
         return (dx_BTD, fetched), jax.tree.map(lambda grad: grad.astype(grad_dtype), dparams)
 
-    num_layers = jax.tree.leaves(params)[0].shape[0]
-    layers, carry = (jnp.arange(num_layers), params), (dy_BTD, fetch(num_layers - 1))
-    (dx_BTD, _), grads = lax.scan(step, carry, layers, reverse=True)
-    return dx_BTD, jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params), None
+    last = last_place(jax.tree.leaves(params)[0].shape[0], len(layers))
+    carry = dy_BTD, fetch(last)
+    (dx_BTD, _), grads = scan_layers(step, carry, params, period=len(layers), reverse=True)
+    grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads.joined(), params[0])
+    return dx_BTD, (grads, None), None
 
 
 run_with_host.defvjp(_forward_to_host, _backward_from_host)

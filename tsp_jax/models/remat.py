@@ -28,7 +28,8 @@ from tsp_jax.config import Remat
 from tsp_jax.errors import ConfigError
 from tsp_jax.layout import Placement
 from tsp_jax.models.buffers import BufferFormat
-from tsp_jax.models.keep import Layer, Params, Saved, run_in_buffers, run_one, run_with_host
+from tsp_jax.models.keep import Layers, Params, Saved, run_in_buffers, run_one, run_with_host
+from tsp_jax.models.scan import scan_layers
 from tsp_jax.ops.attention.train import SAVED_NAMES
 
 _SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
@@ -52,17 +53,17 @@ _KEPT: dict[Remat, _Kept] = {
 
 
 def run_layers(
-    layer: Layer, x_BTD: jax.Array, params: Params, shared: Any, *, specs: Params, attended_specs: Any,
+    layers: Layers, x_BTD: jax.Array, params: Params, shared: Any, *, specs: Any, attended_specs: Any,
     placement: Placement, policy: Remat, grad_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:  # fmt: skip
     """Applies the layers in sequence: the output of each is the input of the next.
 
     Args:
-      layer: see `Layer`.
+      layers: see `Layers`; what their attention computes has the same shapes in all.
       x_BTD: input of the first layer, sharded like tokens.
-      params: parameters of all layers, each [L, ...].
+      params: parameters of all layers, each [L, ...]: those that get gradients, and frozen ones.
       shared: arrays that every layer reads; they get no gradients.
-      specs: PartitionSpecs like `params`.
+      specs: PartitionSpecs of the parameters that get gradients.
       attended_specs: PartitionSpecs of what attention has computed, as the layer returns it.
       placement: layout and mesh.
       policy: what forward keeps.
@@ -75,24 +76,25 @@ def run_layers(
       gradients are kept too.
     """
     grad_dtype = jnp.dtype(grad_dtype)
-    x_BTD, params = _differentiable_once((x_BTD, params))
+    x_BTD, trained = _differentiable_once((x_BTD, params[0]))
+    params = trained, lax.stop_gradient(params[1])
     if policy == "none":
-        return _run_with_proxies(layer, grad_dtype, x_BTD, params, shared)
+        return _run_with_proxies(layers, grad_dtype, x_BTD, params, shared)
     keep_attention, host = _KEPT[policy]
     if host:
-        return run_with_host(layer, keep_attention, grad_dtype, x_BTD, params, shared)
+        return run_with_host(layers, keep_attention, grad_dtype, x_BTD, params, shared)
     one = jax.tree.map(lambda param: jax.ShapeDtypeStruct(param.shape[1:], param.dtype), params)
-    _, saved = jax.eval_shape(partial(run_one, layer, keep_attention), one, x_BTD, shared)
+    _, saved = jax.eval_shape(partial(run_one, layers[0], keep_attention), one, x_BTD, shared)
     saved_specs = placement.layout.spec("batch", "sequence", None), attended_specs if keep_attention else None
-    buffers = BufferFormat.of(placement, saved, saved_specs, params, specs, grad_dtype)
-    return run_in_buffers(layer, keep_attention, buffers, x_BTD, params, shared)
+    buffers = BufferFormat.of(placement, saved, saved_specs, trained, specs, grad_dtype)
+    return run_in_buffers(layers, keep_attention, buffers, x_BTD, params, shared)
 
 
 def add_attention(
     attend: Callable[[jax.Array], tuple[jax.Array, Any]], x_BTD: jax.Array, policy: Remat,
-    recall: Callable[[], Saved] | None = None,
+    recall: Callable[[], Saved] | None = None, added: Callable[[jax.Array], jax.Array] = lambda y_BTD: y_BTD,
 ) -> tuple[jax.Array, Any]:  # fmt: skip
-    """Adds an attention branch to the residual stream: (x + y, extra) where (y, extra) = attend(x).
+    """Adds an attention branch to the residual stream: (x + added(y), extra) where (y, extra) = attend(x).
 
     Unless the policy is `none`, the backward pass of a layer has attention's outputs and their log-sum-exps before the
     MLP's backward: it runs the branch again, or has kept them. It projects queries, keys and values after the MLP's
@@ -101,13 +103,13 @@ def add_attention(
     """
     if policy == "none":
         y_BTD, extra = attend(x_BTD)
-        return x_BTD + y_BTD, extra
+        return x_BTD + added(y_BTD), extra
 
     def branch(x_BTD):
         return attend(_with_value(x_BTD, recall()[0]) if recall else x_BTD)
 
     y_BTD, extra = jax.checkpoint(branch, policy=_SAVE_ATTENTION)(x_BTD)
-    return lax.optimization_barrier(x_BTD + y_BTD), extra
+    return lax.optimization_barrier(x_BTD + added(y_BTD)), extra
 
 
 @jax.custom_vjp
@@ -120,7 +122,7 @@ _with_value.defvjp(lambda array, value: (value, None), lambda _, grad: (grad, No
 
 
 @jax.custom_vjp
-def finish_gradients(x_BTD: jax.Array, params: Params) -> tuple[jax.Array, Params]:
+def finish_gradients(x_BTD: jax.Array, params: Any) -> tuple[jax.Array, Any]:
     """Returns its arguments. Backward has all gradients of `params` before it uses the gradient of x.
 
     Between attention and the MLP this stops the compiler from sending the last gradients of the MLP's weights to their
@@ -162,7 +164,7 @@ _differentiable_once.defvjp(lambda tree: (_no_derivative(tree), None), lambda _,
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _use_proxies(grad_dtype: Any, params: Params, proxies: Params) -> Params:
+def _use_proxies(grad_dtype: Any, params: Any, proxies: Any) -> Any:
     """Returns `params`, but their gradients go to `proxies`, a tree like `params` in `grad_dtype`.
 
     Autodiff gives a gradient the dtype of its primal. With bfloat16 proxies, float32 weights get bfloat16
@@ -183,11 +185,13 @@ def _proxies_backward(grad_dtype, _, grads):
 _use_proxies.defvjp(_proxies_forward, _proxies_backward)
 
 
-def _run_with_proxies(layer: Layer, grad_dtype: Any, x_BTD: jax.Array, params: Params, shared: Any) -> jax.Array:
+def _run_with_proxies(layers: Layers, grad_dtype: Any, x_BTD: jax.Array, params: Params, shared: Any) -> jax.Array:
     """Applies the layers in sequence and keeps everything that backward reads."""
 
-    def step(x_BTD, scanned):
-        return layer(_use_proxies(grad_dtype, *scanned), x_BTD, shared, None)[0], None
+    def step(place, x_BTD, params, proxies):
+        trained, frozen = params
+        trained = _use_proxies(grad_dtype, trained, proxies)
+        return layers[place.number]((trained, frozen), x_BTD, shared, None)[0], None
 
-    proxies = jax.tree.map(lambda param: param.astype(grad_dtype), params)
-    return lax.scan(step, x_BTD, (lax.stop_gradient(params), proxies))[0]
+    proxies = jax.tree.map(lambda param: param.astype(grad_dtype), params[0])
+    return scan_layers(step, x_BTD, lax.stop_gradient(params), period=len(layers), xs=proxies)[0]

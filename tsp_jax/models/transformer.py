@@ -5,27 +5,24 @@ Layers are stacked along a leading dimension and scanned, so that compile time d
 Dims: B batch, T tokens, D model, V vocabulary, L layers.
 """
 
-import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tsp_jax.config import ModelConfig, Remat, StreamConfig, TokenOrder
-from tsp_jax.errors import ConfigError
+from tsp_jax.config import LayerKind, LoraConfig, ModelConfig, Remat, RopeScaling, StreamConfig, TokenOrder
+from tsp_jax.cost.traffic import repeats_mlp
 from tsp_jax.layout import Placement
+from tsp_jax.models import lora
 from tsp_jax.models.keep import Saved
 from tsp_jax.models.remat import add_attention, finish_gradients, run_layers
 from tsp_jax.nn import MLP, Attention, Embed, residual_std
+from tsp_jax.ops.norm import rms_norm
 
 M = TypeVar("M", bound=nnx.Module)
-_NOT_BUILT = (
-    "qk_norm_width", "qkv_bias", "norms", "norm_unit_offset", "embedding_scale", "residual_scale", "logits_scale",
-    "logits_softcap", "layer_kinds", "local_rope_theta",
-)  # fmt: skip
-"""fields of ModelConfig that may only have their default"""
 Attend = Callable[[Attention, jax.Array], tuple[jax.Array, Any]]
 """(a layer's attention module, normalized x [B, T, D]) -> (what attention adds to x [B, T, D], any other output)"""
 
@@ -42,7 +39,7 @@ def make_merge(graphdef: nnx.GraphDef[M], state: nnx.State) -> Callable[[dict], 
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Attention and an MLP, each added to the residual stream; norms before them, after them, or both."""
 
     def __init__(
         self, config: ModelConfig, *, placement: Placement, stream: StreamConfig, dtype: Any, remat: Remat,
@@ -52,48 +49,85 @@ class DecoderLayer(nnx.Module):
         kwargs["init_std"] = config.init_std
         kwargs["out_std"] = residual_std(config.init_std, config.num_layers)
         self.remat: Remat = remat
-        self.attention_norm = _norm(config, placement, dtype, rngs)
+        self.residual_scale = config.residual_scale
+        before, after = config.norms != "post", config.norms != "pre"
+        self.attention_norm = _norm(config, placement, dtype, rngs) if before else None
         self.attention = Attention(
             config.d_model, config.num_heads, config.num_kv_heads, config.head_dim,
-            rope_theta=config.rope_theta, rope_scaling=config.rope_scaling, qk_norm=config.qk_norm,
-            norm_eps=config.norm_eps, window=config.window, softcap=config.attention_softcap,
-            scale=config.attention_scale, sinks=config.attention_sinks, token_order=token_order, remat=remat, **kwargs,
+            qkv_bias=config.qkv_bias, qk_norm=config.qk_norm, qk_norm_width=config.qk_norm_width,
+            norm_eps=config.norm_eps, norm_unit_offset=config.norm_unit_offset, softcap=config.attention_softcap,
+            scale=config.attention_scale, sinks=config.attention_sinks, token_order=token_order, remat=remat,
+            **_settings(config, config.period[0]), **kwargs,
         )  # fmt: skip
-        self.mlp_norm = _norm(config, placement, dtype, rngs)
-        self.mlp = MLP(config.d_model, config.d_ff, activation=config.activation, **kwargs)
+        self.attention.windows = config.windows
+        self.variants = tuple(self.attention.variant(**_settings(config, kind)) for kind in config.period)
+        """settings of the attention of each layer of a period"""
+        self.attention_post_norm = _norm(config, placement, dtype, rngs) if after else None
+        self.mlp_norm = _norm(config, placement, dtype, rngs) if before else None
+        repeated = repeats_mlp(config.norms, remat)
+        self.mlp = MLP(config.d_model, config.d_ff, activation=config.activation, repeated=repeated, **kwargs)
+        self.mlp_post_norm = _norm(config, placement, dtype, rngs) if after else None
 
     def __call__(
-        self, x_BTD: jax.Array, attend: Attend, recall: Callable[[], Saved] | None = None
+        self, x_BTD: jax.Array, attend: Attend, recall: Callable[[], Saved] | None = None, number: int = 0
     ) -> tuple[jax.Array, Any]:
         """(residual stream [B, T, D], other output of `attend`).
 
-        `attend` is for training, prefill or decode; `recall` is that of `tsp_jax.models.keep.Layer`.
+        `attend` is for training, prefill or decode; `recall` is that of `tsp_jax.models.keep.Layer`; `number` is the
+        layer's number in its period, which says of what kind it is.
         """
+        attention = self.attention if number == 0 else self.attention.with_config(self.variants[number])
 
         def branch(x_BTD):
-            return attend(self.attention, self.attention_norm(x_BTD))
+            return attend(attention, _normed(self.attention_norm, x_BTD))
 
-        x_BTD, extra = add_attention(branch, x_BTD, self.remat, recall)
+        added = partial(self._added, self.attention_post_norm)
+        x_BTD, extra = add_attention(branch, x_BTD, self.remat, recall, added)
         mlp = self.mlp
         if self.remat != "none":
             graphdef, state = nnx.split(mlp)
             x_BTD, state = finish_gradients(x_BTD, state)
             mlp = nnx.merge(graphdef, state)
-        return x_BTD + mlp(self.mlp_norm(x_BTD)), extra
+        return x_BTD + self._added(self.mlp_post_norm, mlp(_normed(self.mlp_norm, x_BTD))), extra
+
+    def _added(self, norm: nnx.RMSNorm | None, y_BTD: jax.Array) -> jax.Array:
+        """What is added to the residual stream, from the output of attention or the MLP."""
+        y_BTD = _normed(norm, y_BTD)
+        if self.residual_scale == 1.0:
+            return y_BTD
+        return (y_BTD.astype(jnp.float32) * self.residual_scale).astype(y_BTD.dtype)
+
+
+def _settings(config: ModelConfig, kind: LayerKind) -> dict[str, Any]:
+    """Window and RoPE of the layers of a kind."""
+    if kind == "full_nope":
+        return {"window": None, "rope_theta": None, "rope_scaling": RopeScaling()}
+    if kind == "sliding" and config.local_rope_theta is not None:
+        return {"window": config.window, "rope_theta": config.local_rope_theta, "rope_scaling": RopeScaling()}
+    window = config.window if kind == "sliding" else None
+    return {"window": window, "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
+
+
+class _UnitOffsetNorm(nnx.RMSNorm):
+    """RMSNorm that multiplies by 1 + its scale, in float32 (Gemma)."""
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        scale = self.scale[...].astype(jnp.float32)  # pyright: ignore[reportOptionalSubscript]
+        return rms_norm(x, 1.0 + scale, self.epsilon).astype(self.dtype)
 
 
 def _norm(config: ModelConfig, placement: Placement, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
     metadata = {"out_sharding": placement.layout.spec(None), "mesh": placement.mesh}
-    return nnx.RMSNorm(
-        config.d_model, epsilon=config.norm_eps, dtype=dtype, param_dtype=jnp.float32, scale_metadata=metadata,
-        rngs=rngs,
+    of = nnx.initializers
+    kind, init = (_UnitOffsetNorm, of.zeros) if config.norm_unit_offset else (nnx.RMSNorm, of.ones)
+    return kind(
+        config.d_model, epsilon=config.norm_eps, dtype=dtype, param_dtype=jnp.float32, scale_init=init,
+        scale_metadata=metadata, rngs=rngs,
     )  # fmt: skip
 
 
-def _check_built(config: ModelConfig) -> None:
-    for field in dataclasses.fields(ModelConfig):
-        if field.name in _NOT_BUILT and (value := getattr(config, field.name)) != field.default:
-            raise ConfigError(f"model.{field.name}={value} is not supported; use {field.default}")
+def _normed(norm: nnx.RMSNorm | None, x_BTD: jax.Array) -> jax.Array:
+    return x_BTD if norm is None else norm(x_BTD)
 
 
 class Transformer(nnx.Module):
@@ -107,19 +141,21 @@ class Transformer(nnx.Module):
       remat: what backward recomputes; see `tsp_jax.models.remat`.
       token_order: how the tokens of a sequence are ordered over the sequence axes; see `tsp_jax.nn.Attention`.
       grad_dtype: dtype of the layers' gradients until the backward pass ends.
+      adapters: LoRA; see `tsp_jax.models.lora`. By default there are no adapters.
       rngs: random number generators; the stream `params` is used.
     """
 
     def __init__(
         self, config: ModelConfig, *, placement: Placement, stream: StreamConfig = StreamConfig(),
         dtype: Any = jnp.bfloat16, remat: Remat = "full", grad_dtype: jax.typing.DTypeLike = jnp.float32,
-        token_order: TokenOrder = "any", rngs: nnx.Rngs,
+        token_order: TokenOrder = "any", adapters: LoraConfig = LoraConfig(), rngs: nnx.Rngs,
     ):  # fmt: skip
-        _check_built(config)
         self.config, self.placement, self.grad_dtype = config, placement, jnp.dtype(grad_dtype)
         self.remat: Remat = remat
+        self.lora = adapters
         kwargs: dict[str, Any] = {"placement": placement, "stream": stream, "dtype": dtype}
-        table = dict(kwargs, init_std=config.init_std, rngs=rngs)
+        logits = {"logits_scale": config.logits_scale, "logits_softcap": config.logits_softcap}
+        table = dict(kwargs, init_std=config.init_std, rngs=rngs, **logits)
         self.embed = Embed(config.vocab_size, config.d_model, **table)
 
         @nnx.split_rngs(splits=config.num_layers)
@@ -130,26 +166,37 @@ class Transformer(nnx.Module):
         self.layers = stacked(rngs)
         self.final_norm = _norm(config, placement, dtype, rngs)
         self.head = None if config.tie_embeddings else Embed(config.vocab_size, config.d_model, **table)
+        self.adapters = lora.Adapters(self.layers, adapters, rngs) if adapters.rank else None
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         """Final hidden states, [B, T, D] in the compute dtype, from int32 token ids, positions and document numbers."""
         graphdef, stacked = nnx.split(self.layers)
         merge = make_merge(graphdef, stacked)
 
-        def layer(params, x_BTD, documents, recall):
+        states = (stacked, nnx.State({})) if self.adapters is None else (nnx.state(self.adapters), stacked)
+
+        def layer(params, x_BTD, documents, recall, *, number):
             def attend(attention, x_BTD):
                 return attention.attend(x_BTD, *documents, known=recall and recall()[1])
 
-            return merge(params)(x_BTD, attend, recall)
+            trained, frozen = params
+            params = lora.add(frozen, trained, self.lora, self.placement) if frozen else trained
+            return merge(params)(x_BTD, attend, recall, number)
 
-        x_BTD = self.embed(tokens_BT)
+        period = tuple(partial(layer, number=number) for number in range(len(self.config.period)))
+        x_BTD = self.embed_tokens(tokens_BT)
         x_BTD = run_layers(
-            layer, x_BTD, nnx.to_pure_dict(stacked), (positions_BT, segment_ids_BT),
-            specs=nnx.to_pure_dict(nnx.get_partition_spec(stacked)),
+            period, x_BTD, tuple(map(nnx.to_pure_dict, states)), (positions_BT, segment_ids_BT),
+            specs=nnx.to_pure_dict(nnx.get_partition_spec(states[0])),
             attended_specs=self.layers.attention.attended_specs(x_BTD.shape), placement=self.placement,
             policy=self.remat, grad_dtype=self.grad_dtype,
         )  # fmt: skip
         return self.final_norm(x_BTD)
+
+    def embed_tokens(self, tokens_BT: jax.Array) -> jax.Array:
+        """Input of the first layer, [B, T, D] in the compute dtype, from token ids."""
+        x_BTD, scale = self.embed(tokens_BT), self.config.embedding_scale
+        return x_BTD if scale == 1.0 else x_BTD * jnp.asarray(scale, x_BTD.dtype)
 
     def token_losses(self, batch: Any):
         """TokenLosses of a batch with fields tokens, labels, positions, segment_ids, each [B, T] int32."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tsp_jax.config import LARGEST, Activation, Remat, RopeScaling, StreamConfig, TokenOrder
+from tsp_jax.config import LARGEST, Activation, NormWidth, Remat, RopeScaling, StreamConfig, TokenOrder
 from tsp_jax.errors import ConfigError
 from tsp_jax.layout import Placement
 
@@ -67,13 +67,15 @@ def _or_none(rule: _Rule) -> _Rule:
 _SIZE = _Rule(lambda value: _is_number(value, Integral) and 0 < value <= LARGEST, "a positive integer")
 _POSITIVE = _Rule(lambda value: _is_number(value) and value > 0, "a positive number")
 _NOT_NEGATIVE = _Rule(lambda value: _is_number(value) and value >= 0, "a number that is not negative")
+_BOOL = _instance(bool, "True or False")
 _RULES = {
     **dict.fromkeys(["d_model", "d_ff", "vocab_size", "num_heads", "num_kv_heads", "head_dim", "num_layers"], _SIZE),
-    "rope_theta": _POSITIVE,
+    "logits_scale": _POSITIVE,
     **dict.fromkeys(["norm_eps", "init_std", "out_std"], _NOT_NEGATIVE),
     "window": _or_none(_SIZE),
-    **dict.fromkeys(["scale", "softcap"], _or_none(_POSITIVE)),
-    **dict.fromkeys(["qk_norm", "causal", "sinks"], _instance(bool, "True or False")),
+    **dict.fromkeys(["rope_theta", "scale", "softcap", "logits_softcap"], _or_none(_POSITIVE)),
+    **dict.fromkeys(["qkv_bias", "qk_norm", "norm_unit_offset", "causal", "sinks", "repeated"], _BOOL),
+    "qk_norm_width": _one_of(NormWidth),
     "activation": _one_of(Activation),
     "remat": _one_of(Remat),
     "token_order": _one_of(TokenOrder),

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tsp_jax.config import Remat, RopeScaling, StreamConfig, TokenOrder
-from tsp_jax.cost.traffic import attention_may_move_tokens, attention_traffic
+from tsp_jax.config import NormWidth, Remat, RopeScaling, StreamConfig, TokenOrder
+from tsp_jax.cost.traffic import attention_may_move_tokens, layers_attention_traffic
 from tsp_jax.errors import ConfigError
 from tsp_jax.heads import HeadSharding
 from tsp_jax.layout import Placement, largest_divisor
 from tsp_jax.nn.arguments import check_settings
 from tsp_jax.nn.layer import Layer
 from tsp_jax.ops import kernels
-from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms
+from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadBiases, HeadNorms
 from tsp_jax.ops.attention.train import Attended, attended_specs, attention
 from tsp_jax.ops.kernels.mask import Scores, Tokens
 from tsp_jax.ops.stream import Stream
@@ -40,10 +40,13 @@ class Attention(Layer):
       head_dim: H; D / N if None.
       placement: layout and mesh.
       stream: movement, bucket size, kernel.
-      rope_theta: base of the rotary frequencies.
-      rope_scaling: scaling of those frequencies for long contexts.
-      qk_norm: whether to apply RMSNorm to each query and key head before RoPE.
+      rope_theta: base of the rotary frequencies; None: no RoPE.
+      rope_scaling: scaling of those frequencies for long contexts; if it depends on the length, that is T.
+      qkv_bias: whether queries, keys and values have biases, 0 at first.
+      qk_norm: whether to apply RMSNorm to queries and keys before RoPE.
+      qk_norm_width: what that norm takes its mean over: each head on its own, or all heads.
       norm_eps: epsilon of that norm.
+      norm_unit_offset: whether that norm multiplies by 1 + its scale.
       causal: whether a token attends to no later token; False in encoders.
       window: number of tokens that a token attends to, itself and those just before it, and in encoders as many after
         it; None: all.
@@ -72,10 +75,13 @@ class Attention(Layer):
         *,
         placement: Placement,
         stream: StreamConfig = StreamConfig(),
-        rope_theta: float = 10_000.0,
+        rope_theta: float | None = 10_000.0,
         rope_scaling: RopeScaling = RopeScaling(),
+        qkv_bias: bool = False,
         qk_norm: bool = False,
+        qk_norm_width: NormWidth = "head",
         norm_eps: float = 1e-6,
+        norm_unit_offset: bool = False,
         causal: bool = True,
         window: int | None = None,
         softcap: float | None = None,
@@ -92,21 +98,24 @@ class Attention(Layer):
         out_std = init_std if out_std is None else out_std
         self._check_settings(
             d_model=d_model, num_heads=num_heads, num_kv_heads=num_kv_heads, placement=placement, stream=stream,
-            rope_theta=rope_theta, rope_scaling=rope_scaling, qk_norm=qk_norm, norm_eps=norm_eps, causal=causal,
+            rope_theta=rope_theta, rope_scaling=rope_scaling, qkv_bias=qkv_bias, qk_norm=qk_norm,
+            qk_norm_width=qk_norm_width, norm_eps=norm_eps, norm_unit_offset=norm_unit_offset, causal=causal,
             window=window, softcap=softcap, scale=scale, sinks=sinks, token_order=token_order, remat=remat,
             init_std=init_std, out_std=out_std, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         head_dim = _head_dim(d_model, num_heads, num_kv_heads, head_dim)
+        rope_scaling.check_fits(f"{type(self).__name__}: ", head_dim, rope_theta)
         sharding = HeadSharding.of(placement.layout, placement.mesh.shape, num_heads, num_kv_heads, head_dim)
         super().__init__(placement, stream, dtype)
         self.head_sharding = sharding
         self.remat: Remat = remat
-        scores = Scores(causal, window, softcap, scale)
-        kernel = kernels.choose_kernel(stream.kernel, placement.mesh, head_dim, dtype, scores)
+        self.windows: tuple[int | None, ...] = (window,)
+        """windows of the layers for which `auto` chooses a movement together"""
         self.config = AttentionConfig(
-            heads=sharding.heads, rope_theta=rope_theta, rope_scaling=rope_scaling, norm_eps=norm_eps, kernel=kernel,
-            scores=scores, token_order=token_order,
+            heads=sharding.heads, rope_theta=rope_theta, norm_eps=norm_eps, rope_scaling=rope_scaling,
+            scores=Scores(causal, window, softcap, scale), token_order=token_order, norm_width=qk_norm_width,
         )  # fmt: skip
+        self.config = self.variant(window, rope_theta, rope_scaling)
 
         def weight(num_heads: int, queries: bool, std: float) -> nnx.Param:
             return self._param(rngs, num_heads * head_dim, d_model, std, HeadPadding(sharding, queries))
@@ -119,7 +128,13 @@ class Attention(Layer):
         self.w_k = weight(num_kv_heads, False, init_std)
         self.w_v = weight(num_kv_heads, False, init_std)
         self.w_o = weight(num_heads, True, out_std)
-        self.q_norm, self.k_norm = (replicated(1.0, head_dim) if qk_norm else None for _ in range(2))
+        query, kv = num_heads * head_dim, num_kv_heads * head_dim
+        widths = (query, kv) if qk_norm_width == "all" else (head_dim, head_dim)
+        first = 0.0 if norm_unit_offset else 1.0
+        self.norm_unit_offset = norm_unit_offset
+        self.q_norm, self.k_norm = (replicated(first, width) if qk_norm else None for width in widths)
+        biases = (replicated(0.0, width) if qkv_bias else None for width in (query, kv, kv))
+        self.q_bias, self.k_bias, self.v_bias = biases
         self.sinks = replicated(0.0, num_heads) if sinks else None
 
     def __call__(
@@ -164,9 +179,9 @@ class Attention(Layer):
         config, stream = self.configure(x_BTD.shape)
         op = partial(attention, config=config, axes=self.placement.layout.axes(self.dim), stream=stream)
         (tokens_spec, x_spec, w_spec), attended = self._specs(), self.attended_specs(x_BTD.shape)
-        whole = self.placement.layout.spec(None)
-        in_specs = x_spec, w_spec, tokens_spec, whole, whole, None if known is None else attended
-        arrays = x_BTD.astype(self.dtype), weights, tokens, *self.replicated(), known
+        whole, (norms, sinks_N, biases) = self.placement.layout.spec(None), self.replicated()
+        in_specs = x_spec, w_spec, tokens_spec, whole, whole, None if known is None else attended, whole
+        arrays = x_BTD.astype(self.dtype), weights, tokens, norms, sinks_N, known, biases
         return self._run(op, in_specs, (x_spec, attended), *arrays)
 
     def attended_specs(self, shape: Sequence[int]) -> Attended:
@@ -174,23 +189,42 @@ class Attention(Layer):
         layout = self.placement.layout
         return attended_specs(layout.axes(self.dim), layout.batch, self.configure(shape)[1])
 
-    def replicated(self) -> tuple[HeadNorms, jax.Array | None]:
-        """The parameters that all devices hold: (scales of the q/k norm, sinks [N]), each None if there is none."""
+    def replicated(self) -> tuple[HeadNorms, jax.Array | None, HeadBiases | None]:
+        """The parameters that all devices hold: (scales of the q/k norm, sinks [N], biases), None if there are none."""
         q_H, k_H, sinks_N = (None if p is None else p[...] for p in (self.q_norm, self.k_norm, self.sinks))
-        return HeadNorms(q_H, k_H), sinks_N
+        if self.norm_unit_offset and q_H is not None and k_H is not None:
+            q_H, k_H = (1.0 + scale.astype(jnp.float32) for scale in (q_H, k_H))
+        if self.q_bias is None or self.k_bias is None or self.v_bias is None:
+            return HeadNorms(q_H, k_H), sinks_N, None
+        return HeadNorms(q_H, k_H), sinks_N, HeadBiases(self.q_bias[...], self.k_bias[...], self.v_bias[...])
+
+    def variant(self, window: int | None, rope_theta: float | None, rope_scaling: RopeScaling) -> AttentionConfig:
+        """The settings of a layer that differs from this one only in its window and its RoPE; see `with_config`."""
+        scores = self.config.scores._replace(window=window)
+        kernel = kernels.choose_kernel(
+            self.stream.kernel, self.placement.mesh, self.config.head_dim, self.dtype, scores
+        )
+        return self.config._replace(scores=scores, rope_theta=rope_theta, rope_scaling=rope_scaling, kernel=kernel)
+
+    def with_config(self, config: AttentionConfig) -> "Attention":
+        """A layer with the same parameters and other settings."""
+        other = nnx.merge(*nnx.split(self))
+        other.config = config
+        return other
 
     def configure(self, shape: Sequence[int]) -> tuple[AttentionConfig, Stream]:
         """The op's settings for tokens [B, T, D]: `auto` is resolved, and the bucket size converted to counts."""
         heads, d_model, sharding = self.head_sharding, shape[2], self._sharding(shape)
-        window = {"window": self.config.scores.window, "token_order": self.config.token_order}
+        order = self.config.token_order
         stream = self._stream(
-            shape, self.stream.attention_movement, attention_traffic, d_model=d_model, heads=heads, remat=self.remat,
-            **window,
+            shape, self.stream.attention_movement, layers_attention_traffic, d_model=d_model, heads=heads,
+            remat=self.remat, windows=self.windows, token_order=order,
             tokens_may_move=attention_may_move_tokens(self.placement.layout.axes(self.dim), heads),
         )  # fmt: skip
-        exchanged = sharding.exchanged_tokens(stream.movement, **window)
+        exchanged = sharding.exchanged_tokens(stream.movement, self.config.scores.window, order)
         exchange_buckets = sharding.exchange_buckets(heads, stream.movement, self._bucket_bytes, exchanged)
-        config = self.config._replace(exchange_buckets=exchange_buckets)
+        rope_scaling = self.config.rope_scaling.at(shape[1])
+        config = self.config._replace(exchange_buckets=exchange_buckets, rope_scaling=rope_scaling)
         if self.placement.layout.whole_weights:
             return config, stream
         query_buckets, kv_buckets = sharding.head_buckets(heads, d_model, self._bucket_bytes)

@@ -15,7 +15,7 @@ from tsp_jax.config import StreamConfig
 from tsp_jax.cost.traffic import Traffic, embed_traffic, loss_traffic
 from tsp_jax.layout import Placement
 from tsp_jax.nn.layer import Layer
-from tsp_jax.ops.cross_entropy import TokenLosses, cross_entropy
+from tsp_jax.ops.cross_entropy import Logits, TokenLosses, cross_entropy
 from tsp_jax.ops.embedding import embed
 from tsp_jax.stored import RowPadding
 
@@ -31,6 +31,8 @@ class Embed(Layer):
       d_model: D.
       placement: layout and mesh.
       stream: movement and bucket size.
+      logits_scale: factor of the products of tokens and rows of the output head.
+      logits_softcap: bound c of the absolute logits z, which become ``c tanh(z / c)``; None: no bound.
       init_std: standard deviation of the initial table.
       dtype: compute dtype; the table is float32.
       rngs: random number generators; the stream `params` is used.
@@ -40,13 +42,15 @@ class Embed(Layer):
 
     def __init__(
         self, vocab_size: int, d_model: int, *, placement: Placement, stream: StreamConfig = StreamConfig(),
-        init_std: float = 0.02, dtype: jax.typing.DTypeLike = jnp.bfloat16, rngs: nnx.Rngs,
+        logits_scale: float = 1.0, logits_softcap: float | None = None, init_std: float = 0.02,
+        dtype: jax.typing.DTypeLike = jnp.bfloat16, rngs: nnx.Rngs,
     ):  # fmt: skip
         self._check_settings(
-            vocab_size=vocab_size, d_model=d_model, placement=placement, stream=stream, init_std=init_std,
-            dtype=dtype, rngs=rngs,
+            vocab_size=vocab_size, d_model=d_model, placement=placement, stream=stream, logits_scale=logits_scale,
+            logits_softcap=logits_softcap, init_std=init_std, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         super().__init__(placement, stream, dtype)
+        self.logits = Logits(logits_scale, logits_softcap)
         self.padding = RowPadding.over(vocab_size, placement.size(self.dim))
         self.table = self._param(rngs, vocab_size, d_model, init_std, self.padding)
 
@@ -69,7 +73,7 @@ class Embed(Layer):
         self._check_x(x_BTD, self.table.shape[1])
         self._check_integers("labels_BT", labels_BT, *x_BTD.shape[:2])
         tokens_spec, x_spec, w_spec = self._specs()
-        op = partial(cross_entropy, **self._options(labels_BT.shape, loss_traffic))
+        op = partial(cross_entropy, **self._options(labels_BT.shape, loss_traffic), logits=self.logits)
         labels_BT = labels_BT.astype(jnp.int32)
         specs = x_spec, w_spec, tokens_spec
         return self._run(op, specs, tokens_spec, x_BTD.astype(self.dtype), self.table[...], labels_BT)

@@ -28,6 +28,8 @@ class MLP(Layer):
       placement: layout and mesh.
       stream: movement and bucket size.
       activation: activation of the gate.
+      repeated: whether backward computes the output again, as where a norm follows; `auto` counts the bytes that this
+        moves when it chooses the movement.
       init_std: standard deviation of the initial gate and up projections.
       out_std: the same for the down projection; init_std if None.
       dtype: compute dtype; parameters are float32.
@@ -38,16 +40,16 @@ class MLP(Layer):
 
     def __init__(
         self, d_model: int, d_ff: int, *, placement: Placement, stream: StreamConfig = StreamConfig(),
-        activation: Activation = "silu", init_std: float = 0.02, out_std: float | None = None,
+        activation: Activation = "silu", repeated: bool = False, init_std: float = 0.02, out_std: float | None = None,
         dtype: jax.typing.DTypeLike = jnp.bfloat16, rngs: nnx.Rngs,
     ):  # fmt: skip
         out_std = init_std if out_std is None else out_std
         self._check_settings(
-            d_model=d_model, d_ff=d_ff, placement=placement, stream=stream, activation=activation, init_std=init_std,
-            out_std=out_std, dtype=dtype, rngs=rngs,
+            d_model=d_model, d_ff=d_ff, placement=placement, stream=stream, activation=activation, repeated=repeated,
+            init_std=init_std, out_std=out_std, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         super().__init__(placement, stream, dtype)
-        self.activation = activation
+        self.activation, self.repeated = activation, repeated
         self.padding = RowPadding.over(d_ff, placement.size(self.dim))
         self.w_gate = self._param(rngs, d_ff, d_model, init_std, self.padding)
         self.w_up = self._param(rngs, d_ff, d_model, init_std, self.padding)
@@ -59,7 +61,7 @@ class MLP(Layer):
         self._check_x(x_BTD, d_model)
         stream = self._stream(
             x_BTD.shape, self.stream.mlp_movement, mlp_traffic, d_model=d_model, d_ff=stored,
-            rows=stored // self.placement.size(self.dim), elements=3 * stored * d_model,
+            repeated=self.repeated, rows=stored // self.placement.size(self.dim), elements=3 * stored * d_model,
         )  # fmt: skip
         axes = self.placement.layout.axes(self.dim)
         op = partial(mlp, axes=axes, stream=stream, activation=self.activation, d_ff=self.padding.rows)

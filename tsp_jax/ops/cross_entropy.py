@@ -6,6 +6,7 @@ Dims: B batch, t this device's tokens, c tokens of a chunk, u tokens of one buck
 all sequence ranks, D model, V vocabulary, v this device's rows of it, p rows of one bucket.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,6 +30,29 @@ PADDED = -1e30
 """logit of a padded row; finite, as all rows of a bucket may be padding"""
 
 
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """How logits follow from products of tokens and rows of the output head.
+
+    ``z = cap(scale x w^T)``, where ``cap(z) = softcap tanh(z / softcap)``, or z without a soft cap.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    """bound of the absolute logit; None: no bound"""
+
+    def of(self, products: jax.Array) -> jax.Array:
+        """Logits, float32."""
+        scaled = products if self.scale == 1.0 else products * self.scale
+        return scaled if self.softcap is None else self.softcap * jnp.tanh(scaled * (1.0 / self.softcap))
+
+    def products_grad(self, grad: jax.Array, logits: jax.Array) -> jax.Array:
+        """Gradient of products, from that of their logits: ``grad scale (1 - (logits / softcap)^2)``."""
+        if self.softcap is not None:  # logits of padding are far below the bound
+            grad = grad * (1.0 - jnp.square(jnp.maximum(logits * (1.0 / self.softcap), -1.0)))
+        return grad if self.scale == 1.0 else grad * self.scale
+
+
 class TokenLosses(NamedTuple):
     """Losses per token, float32. Both are 0 where the label is ignored, NaN where it is the vocabulary size or more."""
 
@@ -40,12 +64,12 @@ class TokenLosses(NamedTuple):
 
 def cross_entropy(
     x_BtD: jax.Array, table_vD: jax.Array, labels_Bt: jax.Array, *, axes: Axes = Axes(), stream: Stream = Stream(),
-    vocab_size: int | None = None,
+    vocab_size: int | None = None, logits: Logits = Logits(),
 ) -> TokenLosses:  # fmt: skip
-    """``logsumexp(x table^T) - (x table^T)[label]``, by an online log-sum-exp over buckets of the vocabulary.
+    """``logsumexp(z) - z[label]`` of the logits z, by an online log-sum-exp over buckets of the vocabulary.
 
-        forward:  z = x table^T    lse = logsumexp(z)    nll = lse - z[label]
-        dgrad:    dz = dlse softmax(z) + dz_label onehot(label)    dx = dz table
+        forward:  z = cap(scale x table^T)    lse = logsumexp(z)    nll = lse - z[label]
+        dgrad:    dz = (dlse softmax(z) + dz_label onehot(label)) scale cap'    dx = dz table
         wgrad:    dtable = dz^T x
 
     Args:
@@ -55,6 +79,7 @@ def cross_entropy(
       axes: over folded axes, either buckets of the head move or tokens do; over tensor axes, partial sums are combined.
       stream: movement (gather, ring or activations), buckets and chunks; the number of buckets divides v.
       vocab_size: V; rows from V on are padding, and have no probability. None: all rows of all ranks are real.
+      logits: scale and soft cap of logits.
 
     Returns:
       `TokenLosses`, each [B, t].
@@ -70,7 +95,8 @@ def cross_entropy(
     with jax.named_scope("tsp/loss"):
         x_BtD, table_vD, labels_Bt = vary_alike(x_BtD, table_vD, labels_Bt)
         real = RealRows.of(table_vD, axes, vocab_size)
-        lse_Bt, label_Bt = _local_sums(x_BtD, table_vD, local_ids(labels_Bt, table_vD, axes), real, stream)
+        head, ids_Bt = _Head(real, logits), local_ids(labels_Bt, table_vD, axes)
+        lse_Bt, label_Bt = _local_sums(x_BtD, table_vD, ids_Bt, head, stream)
         if axes.tensor:
             top_Bt = lax.pmax(lax.stop_gradient(lse_Bt), axes.tensor)
             lse_Bt = top_Bt + jnp.log(lax.psum(jnp.exp(lse_Bt - top_Bt), axes.tensor))
@@ -81,22 +107,38 @@ def cross_entropy(
         return TokenLosses(*(jnp.where(real_Bt, loss_Bt, no_label_Bt) for loss_Bt in (lse_Bt - label_Bt, lse_Bt)))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Head:
+    """The output head: what the VJP below must know of it besides its rows. Static."""
+
+    real: RealRows
+    rule: Logits
+
+    @property
+    def axes(self) -> Axes:
+        return self.real.axes
+
+    def logits(self, x_BtD: jax.Array, bucket: Bucket) -> jax.Array:
+        """[B, t, p] float32; `PADDED` for rows of padding."""
+        return self.real.keep(self.rule.of(matmul_t(x_BtD, bucket.arrays[0])), bucket, PADDED)
+
+
 @custom_vjp(3, 4)
-def _local_sums(x_BtD, table_vD, labels_Bt, real, stream):
+def _local_sums(x_BtD, table_vD, labels_Bt, head, stream):
     """(log-sum-exp, logit of the label) over the rows of all folded ranks."""
-    return _forward(x_BtD, table_vD, labels_Bt, real, stream)[0]
+    return _forward(x_BtD, table_vD, labels_Bt, head, stream)[0]
 
 
-def _forward(x_BtD, table_vD, labels_Bt, real, stream):
-    forward = _tokens_forward if moves_tokens(real.axes.folded, stream) else _weights_forward
-    lse_Bt, label_Bt = forward(x_BtD, table_vD, labels_Bt, real, stream)
+def _forward(x_BtD, table_vD, labels_Bt, head, stream):
+    forward = _tokens_forward if moves_tokens(head.axes.folded, stream) else _weights_forward
+    lse_Bt, label_Bt = forward(x_BtD, table_vD, labels_Bt, head, stream)
     return (lse_Bt, label_Bt), (x_BtD, table_vD, labels_Bt, lse_Bt)
 
 
-def _backward(real, stream, residuals, cotangents):
-    backward = _tokens_backward if moves_tokens(real.axes.folded, stream) else _weights_backward
+def _backward(head, stream, residuals, cotangents):
+    backward = _tokens_backward if moves_tokens(head.axes.folded, stream) else _weights_backward
     x_BtD, table_vD, labels_Bt, lse_Bt = residuals
-    dx_BtD, dtable_vD = backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, real, stream)
+    dx_BtD, dtable_vD = backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, head, stream)
     return dx_BtD.astype(x_BtD.dtype), dtable_vD.astype(table_vD.dtype), None
 
 
@@ -111,15 +153,10 @@ def _no_logits(labels_Bt: jax.Array, like: jax.Array) -> Sums:
     return zero_Bt - jnp.inf, zero_Bt, zero_Bt
 
 
-def _logits(x_BtD: jax.Array, bucket: Bucket, real: RealRows) -> jax.Array:
-    """[B, t, p] float32; `PADDED` for rows of padding."""
-    return real.keep(matmul_t(x_BtD, bucket.arrays[0]), bucket, PADDED)
-
-
-def _add_logits(sums: Sums, x_BtD: jax.Array, labels_Bt: jax.Array, bucket: Bucket, real: RealRows) -> Sums:
+def _add_logits(sums: Sums, x_BtD: jax.Array, labels_Bt: jax.Array, bucket: Bucket, head: _Head) -> Sums:
     """`sums` with the logits of a bucket added."""
     max_Bt, sum_Bt, label_Bt = sums
-    logits_Btp = _logits(x_BtD, bucket, real)
+    logits_Btp = head.logits(x_BtD, bucket)
     new_max_Bt = jnp.maximum(max_Bt, logits_Btp.max(axis=-1))
     sum_Bt = sum_Bt * jnp.exp(max_Bt - new_max_Bt) + jnp.exp(logits_Btp - new_max_Bt[..., None]).sum(axis=-1)
     index_Bt, inside_Bt = bucket.find(labels_Bt)
@@ -139,40 +176,42 @@ def _bucket_vjp(
     lse_Bt: jax.Array,
     cotangents: Sequence[jax.Array],
     bucket: Bucket,
-    real: RealRows,
+    head: _Head,
 ) -> tuple[jax.Array, jax.Array]:
     """(dx, gradient of the bucket), float32; lse_Bt is over all buckets."""
     dlse_Bt, dlabel_Bt = cotangents
     table_pD = bucket.arrays[0]
     index_Bt, inside_Bt = bucket.find(labels_Bt)
     onehot_Btp = jax.nn.one_hot(jnp.where(inside_Bt, index_Bt, -1), table_pD.shape[0], dtype=jnp.float32)
-    softmax_Btp = jnp.exp(_logits(x_BtD, bucket, real) - lse_Bt[..., None])
-    dlogits_Btp = (dlse_Bt[..., None] * softmax_Btp + dlabel_Bt[..., None] * onehot_Btp).astype(x_BtD.dtype)
-    return matmul(dlogits_Btp, table_pD), outer(dlogits_Btp, x_BtD)
+    logits_Btp = head.logits(x_BtD, bucket)
+    softmax_Btp = jnp.exp(logits_Btp - lse_Bt[..., None])
+    dlogits_Btp = dlse_Bt[..., None] * softmax_Btp + dlabel_Bt[..., None] * onehot_Btp
+    dproducts_Btp = head.rule.products_grad(dlogits_Btp, logits_Btp).astype(x_BtD.dtype)
+    return matmul(dproducts_Btp, table_pD), outer(dproducts_Btp, x_BtD)
 
 
 # ------------------------------------------------------------------------------------------------ weights past tokens
 
 
-def _weights_forward(x_BtD, table_vD, labels_Bt, real, stream):
+def _weights_forward(x_BtD, table_vD, labels_Bt, head, stream):
     def body(sums, bucket: Bucket):
         def chunk(sums, read):
             x_BcD, labels_Bc = read
-            return _add_logits(sums, x_BcD, labels_Bc, bucket, real), (), ()
+            return _add_logits(sums, x_BcD, labels_Bc, bucket, head), (), ()
 
         chunk_tokens = stream.chunk(bucket.num_rows)
         return over_chunks(chunk, sums, (x_BtD, labels_Bt), chunk_tokens=chunk_tokens)[0], None
 
     sums = _no_logits(labels_Bt, x_BtD)
-    sums, _ = over_buckets(body, sums, (table_vD,), axes=real.axes.folded, stream=stream, dtype=x_BtD.dtype)
+    sums, _ = over_buckets(body, sums, (table_vD,), axes=head.axes.folded, stream=stream, dtype=x_BtD.dtype)
     return _finish(sums)
 
 
-def _weights_backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, real, stream):
+def _weights_backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, head, stream):
     def body(dx_BtD, bucket: Bucket):
         def chunk(dx_BcD, read):
             x_BcD, labels_Bc, lse_Bc, *cotangents = read
-            more_BcD, grad = _bucket_vjp(x_BcD, labels_Bc, lse_Bc, cotangents, bucket, real)
+            more_BcD, grad = _bucket_vjp(x_BcD, labels_Bc, lse_Bc, cotangents, bucket, head)
             return dx_BcD + more_BcD, (), (grad,)
 
         read = x_BtD, labels_Bt, lse_Bt, *cotangents
@@ -181,7 +220,7 @@ def _weights_backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, real, stre
 
     dx_BtD = zeros(x_BtD.shape, jnp.float32, like=x_BtD)
     dx_BtD, (dtable_vD,), _ = over_buckets_with_grads(
-        body, dx_BtD, (table_vD,), axes=real.axes.folded, stream=stream, dtype=x_BtD.dtype
+        body, dx_BtD, (table_vD,), axes=head.axes.folded, stream=stream, dtype=x_BtD.dtype
     )
     return dx_BtD, dtable_vD
 
@@ -189,15 +228,15 @@ def _weights_backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, real, stre
 # ------------------------------------------------------------------------------------------------ tokens past weights
 
 
-def _tokens_forward(x_BtD, table_vD, labels_Bt, real, stream):
-    bucket = resident_bucket((table_vD,), real.axes.folded, x_BtD.dtype)
+def _tokens_forward(x_BtD, table_vD, labels_Bt, head, stream):
+    bucket = resident_bucket((table_vD,), head.axes.folded, x_BtD.dtype)
 
     def body(carry, gathered, _):
         x_BuD, labels_Bu = gathered
-        return carry, (), _finish(_add_logits(_no_logits(labels_Bu, x_BuD), x_BuD, labels_Bu, bucket, real))
+        return carry, (), _finish(_add_logits(_no_logits(labels_Bu, x_BuD), x_BuD, labels_Bu, bucket, head))
 
-    _, _, sums_BT = over_gathered_tokens(body, (), (x_BtD, labels_Bt), axes=real.axes.folded, stream=stream)
-    lse_RBt, label_RBt = _exchange(*sums_BT, axes=real.axes.folded)
+    _, _, sums_BT = over_gathered_tokens(body, (), (x_BtD, labels_Bt), axes=head.axes.folded, stream=stream)
+    lse_RBt, label_RBt = _exchange(*sums_BT, axes=head.axes.folded)
     return jax.nn.logsumexp(lse_RBt, axis=0), label_RBt.sum(axis=0)
 
 
@@ -209,15 +248,15 @@ def _exchange(*arrays_BT: jax.Array, axes: AxisNames) -> tuple[jax.Array, ...]:
         return tuple(mine.reshape(*mine.shape[:2], lax.axis_size(axes), -1).transpose(1, 2, 0, 3))
 
 
-def _tokens_backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, real, stream):
-    bucket = resident_bucket((table_vD,), real.axes.folded, x_BtD.dtype)
+def _tokens_backward(x_BtD, table_vD, labels_Bt, lse_Bt, cotangents, head, stream):
+    bucket = resident_bucket((table_vD,), head.axes.folded, x_BtD.dtype)
 
     def body(dtable_vD, gathered, _):
         x_BuD, labels_Bu, lse_Bu, *cotangents = gathered
-        dx_BuD, grad = _bucket_vjp(x_BuD, labels_Bu, lse_Bu, cotangents, bucket, real)
+        dx_BuD, grad = _bucket_vjp(x_BuD, labels_Bu, lse_Bu, cotangents, bucket, head)
         return dtable_vD + grad, (dx_BuD.astype(x_BtD.dtype),), ()
 
     dtable_vD = zeros(table_vD.shape, jnp.float32, like=x_BtD)
     tokens = lax.optimization_barrier(x_BtD), labels_Bt, lse_Bt, *cotangents  # see over_buckets_with_grads
-    dtable_vD, (dx_BtD,), _ = over_gathered_tokens(body, dtable_vD, tokens, axes=real.axes.folded, stream=stream)
+    dtable_vD, (dx_BtD,), _ = over_gathered_tokens(body, dtable_vD, tokens, axes=head.axes.folded, stream=stream)
     return dx_BtD, dtable_vD

@@ -45,17 +45,24 @@ def softmax_attention(
 
 def attention(
     x_BTD, wq_NHD, wk_KHD, wv_KHD, wo_NHD, positions, segments,
-    *, head_dim, theta, scaling=NO_SCALING, norms=None, eps=1e-6, sinks_N=None, **scores,
+    *, head_dim, theta, scaling=NO_SCALING, biases=None, norms=None, eps=1e-6, sinks_N=None, **scores,
 ):  # fmt: skip
-    """Self-attention within segments; `norms`: q/k RMSNorm scales or None; `scaling`: RoPE scaling.
+    """Self-attention within segments.
 
-    `scores`: causal, window, softcap and scale, as `softmax_attention` takes them.
+    `biases`: of queries, keys and values, or None; `norms`: scales of q/k RMSNorm over each head, [H], or over all
+    heads, [N H] and [K H], or None; `theta`: None for no RoPE; `scaling`: RoPE scaling; `scores`: causal, window,
+    softcap and scale, as `softmax_attention` takes them.
     """
     B, T, _ = x_BTD.shape
-    q, k, v = ((x_BTD @ w.T).reshape(B, T, -1, head_dim) for w in (wq_NHD, wk_KHD, wv_KHD))
+    q, k, v = (x_BTD @ w.T for w in (wq_NHD, wk_KHD, wv_KHD))
+    if biases is not None:
+        q, k, v = (x + bias[None, None] for x, bias in zip((q, k, v), biases, strict=True))
     if norms is not None:
-        q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
-    q, k = rope(q, positions, theta, scaling), rope(k, positions, theta, scaling)
+        # Over as many elements as there are scales: a head's, or all.
+        q, k = (rms_norm(x.reshape(B, T, -1, len(s)), s, eps) for x, s in zip((q, k), norms, strict=True))
+    q, k, v = (x.reshape(B, T, -1, head_dim) for x in (q, k, v))
+    if theta is not None:
+        q, k = rope(q, positions, theta, scaling.at(T)), rope(k, positions, theta, scaling.at(T))
     q_BTKGH = q.reshape(B, T, k.shape[2], -1, head_dim)
     sinks_KG = None if sinks_N is None else sinks_N.reshape(q_BTKGH.shape[2:4])
     tokens = positions, positions, segments, segments
@@ -69,9 +76,18 @@ def embed(ids_BT, table_VD):
     return jnp.where(inside[..., None], table_VD[jnp.where(inside, ids_BT, 0)], 0.0)
 
 
-def cross_entropy(x_BTD, table_VD, labels_BT):
-    """(nll, lse) per token, 0 where the label is negative, NaN where it is V or more."""
-    logits_BTV = x_BTD @ table_VD.T
+def logits(x_BTD, table_VD, *, scale=1.0, softcap=None):
+    """``cap(scale x table^T)``, where ``cap(z) = softcap tanh(z / softcap)``."""
+    logits_BTV = x_BTD @ table_VD.T * scale
+    return logits_BTV if softcap is None else softcap * jnp.tanh(logits_BTV / softcap)
+
+
+def cross_entropy(x_BTD, table_VD, labels_BT, **options):
+    """(nll, lse) per token, 0 where the label is negative, NaN where it is V or more.
+
+    `options`: scale and softcap, as `logits` takes them.
+    """
+    logits_BTV = logits(x_BTD, table_VD, **options)
     lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     label_BT = jnp.take_along_axis(logits_BTV, jnp.maximum(labels_BT, 0)[..., None], axis=-1)[..., 0]
     no_label_BT = jnp.where(labels_BT < 0, 0.0, jnp.nan)
@@ -84,25 +100,52 @@ def decoder(params, tokens, positions, segments, *, config):
 
     `params` are those of `tsp_jax.stored.logical_params`, layers stacked [L, ...]; the other arrays are [B, T] int32.
     """
-    x_BTD = embed(tokens, params["embed"]["table"])
+
+    def norm(owner, name, x_BTD):
+        """RMSNorm with the parameters of this name; x itself if there are none."""
+        if name not in owner:
+            return x_BTD
+        return rms_norm(x_BTD, owner[name]["scale"] + float(config.norm_unit_offset), config.norm_eps)
+
+    x_BTD = embed(tokens, params["embed"]["table"]) * config.embedding_scale
     for index in range(config.num_layers):
         layer = jax.tree.map(lambda p, i=index: p[i], params["layers"])
-        attn, ffn = layer["attention"], layer["mlp"]
-        h_BTD = rms_norm(x_BTD, layer["attention_norm"]["scale"], config.norm_eps)
-        x_BTD += attention(
-            h_BTD, attn["w_q"], attn["w_k"], attn["w_v"], attn["w_o"], positions, segments,
-            head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling, eps=config.norm_eps,
-            norms=(attn["q_norm"], attn["k_norm"]) if config.qk_norm else None,
-            sinks_N=attn["sinks"] if config.attention_sinks else None, window=config.window,
-            softcap=config.attention_softcap, scale=config.attention_scale,
-        )  # fmt: skip
-        h_BTD = rms_norm(x_BTD, layer["mlp_norm"]["scale"], config.norm_eps)
-        x_BTD += mlp(h_BTD, ffn["w_gate"], ffn["w_up"], ffn["w_down"], config.activation)
-    x_BTD = rms_norm(x_BTD, params["final_norm"]["scale"], config.norm_eps)
+        kind = config.period[index % len(config.period)]
+        y_BTD = norm(layer, "attention_norm", x_BTD)
+        y_BTD = decoder_attention(layer["attention"], y_BTD, positions, segments, config=config, kind=kind)
+        x_BTD += norm(layer, "attention_post_norm", y_BTD) * config.residual_scale
+        y_BTD = norm(layer, "mlp_norm", x_BTD)
+        ffn = layer["mlp"]
+        y_BTD = mlp(y_BTD, ffn["w_gate"], ffn["w_up"], ffn["w_down"], config.activation)
+        x_BTD += norm(layer, "mlp_post_norm", y_BTD) * config.residual_scale
+    x_BTD = norm(params, "final_norm", x_BTD)
     return x_BTD, params["embed" if config.tie_embeddings else "head"]["table"]
+
+
+def decoder_attention(params, x_BTD, positions, segments, *, config, kind):
+    """Attention of one layer of a decoder; `kind` is its kind (`LayerKind`)."""
+    theta, scaling = None if kind == "full_nope" else config.rope_theta, config.rope_scaling
+    if kind == "sliding" and config.local_rope_theta is not None:
+        theta, scaling = config.local_rope_theta, NO_SCALING
+    norms = [params[name] + float(config.norm_unit_offset) for name in ("q_norm", "k_norm") if config.qk_norm]
+    biases = [params[name] for name in ("q_bias", "k_bias", "v_bias") if config.qkv_bias]
+    return attention(
+        x_BTD, params["w_q"], params["w_k"], params["w_v"], params["w_o"], positions, segments,
+        head_dim=config.head_dim, theta=theta, scaling=scaling, eps=config.norm_eps, norms=norms or None,
+        biases=biases or None, sinks_N=params["sinks"] if config.attention_sinks else None,
+        softcap=config.attention_softcap, scale=config.attention_scale,
+        window=config.window if kind == "sliding" else None,
+    )  # fmt: skip
+
+
+def decoder_logits(params, tokens, positions, segments, *, config):
+    """[B, T, V] logits of a decoder; arguments as those of `decoder`."""
+    x_BTD, table_VD = decoder(params, tokens, positions, segments, config=config)
+    return logits(x_BTD, table_VD, scale=config.logits_scale, softcap=config.logits_softcap)
 
 
 def decoder_loss(params, tokens, labels, positions, segments, *, config, z_loss=0.0):
     """Mean loss of a decoder over tokens whose label is not ignored; arguments as those of `decoder`."""
-    nll_BT, lse_BT = cross_entropy(*decoder(params, tokens, positions, segments, config=config), labels)
+    rule = {"scale": config.logits_scale, "softcap": config.logits_softcap}
+    nll_BT, lse_BT = cross_entropy(*decoder(params, tokens, positions, segments, config=config), labels, **rule)
     return (nll_BT + z_loss * lse_BT**2).sum() / (labels >= 0).sum(dtype=jnp.float32)

@@ -11,7 +11,7 @@ import optax
 from tsp_jax.config import OptimizerConfig
 from tsp_jax.errors import ConfigError
 
-NOT_DECAYED = ("scale", "q_norm", "k_norm", "sinks")
+NOT_DECAYED = ("scale", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "sinks")
 """names of parameters without weight decay"""
 Optimizer = optax.GradientTransformation | None
 """the user's own optimizer; None: AdamW from an OptimizerConfig"""

@@ -18,12 +18,15 @@ from tsp_jax.hardware.compiler_options import compiler_options
 from tsp_jax.hardware.memory import check_room, host_bytes, memory_bytes, shard_bytes
 from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh
 from tsp_jax.mesh import make_mesh
+from tsp_jax.models.lora import describe
 from tsp_jax.ops.kernels import describe_kernel
 from tsp_jax.ops.kernels.mask import Scores
 from tsp_jax.training.checkpoint import METRICS, Checkpoints
+from tsp_jax.training.corpus import name_tokenizer
 from tsp_jax.training.data import prefetch
 from tsp_jax.training.data_report import describe_data, report_data
 from tsp_jax.training.distributed import is_writer, report, report_once, write_or_report
+from tsp_jax.training.frozen import digest_weights, load_frozen
 from tsp_jax.training.init_from import check_init_from, init_state
 from tsp_jax.training.metrics import MetricsFile
 from tsp_jax.training.optimizer import Optimizer, check_optimizer, describe_shorter_warmup
@@ -64,6 +67,7 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
     say = partial(console.print, highlight=False, soft_wrap=True)
     placement = _place(config)
     check_optimizer(optimizer)
+    config = name_tokenizer(config)
     check_init_from(config, placement)
     splits = load_splits(config, placement.size("sequence"))
     program = make_program(config, placement, optimizer)
@@ -80,6 +84,10 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
             open_metrics().close()  # writes what a full disk has kept from it
             return print_summary(summary, console)
 
+    frozen = load_frozen(config, program, placement)
+    checkpoints.check_frozen(digest_weights(program.paddings.frozen, frozen), start)
+    if frozen:
+        say(describe(config.lora, program.abstract_state.params))
     write_or_report(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     for line in describe_data(config, placement, splits.train):
         say(line)
@@ -90,7 +98,7 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
         metrics = stack.enter_context(contextlib.closing(open_metrics()))
         progress = stack.enter_context(TrainProgress(start, config.steps, console))
         watchdog = stack.enter_context(Watchdog(config.faults.hang_s))
-        state = checkpoints.restore(start) if start else init_state(config, program, placement)
+        state = checkpoints.restore(start, frozen) if start else init_state(config, program, placement, frozen)
         loop = TrainLoop(config, program, compiled, splits, metrics, checkpoints, progress, signals, watchdog)
         try:
             loop.run(state, start)
@@ -261,7 +269,7 @@ class TrainLoop:
             if jax.process_count() == 1 and self.signals.asked:
                 return False
             batch = held_out.place(index, self.program.batch_sharding, accumulate=1)
-            nll, labels = self.program.evaluate(state.params, batch)
+            nll, labels = self.program.evaluate(state.weights, batch)
             total, count = total + float(nll), count + float(labels)
             self.watchdog.pet(f"batch {index} of the evaluation at step {step}")
         loss = total / count if count else math.nan

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.layout import Axes
+from tsp_jax.ops.attention.all_heads import finish_heads
 from tsp_jax.ops.attention.kv_cache import KeyValues, NewEntries, row_major, to_cache_order
-from tsp_jax.ops.attention.projections import normalize_and_rotate, split_heads
-from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, ShardedHeads
+from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadBiases, HeadNorms, ShardedHeads
 from tsp_jax.ops.attention.sinks import sinks_of_shard
 from tsp_jax.ops.kernels.mask import MASKED, Scores, Tokens, may_attend
 from tsp_jax.ops.linear import matmul, matmul_t
@@ -28,8 +28,8 @@ from tsp_jax.ops.stream import Stream, zeros
 
 def decode_attention(
     x_B1D: jax.Array, weights: AttentionWeights, norms: HeadNorms | None, cache: KeyValues, layer: jax.Array,
-    positions_b1: jax.Array, entries: NewEntries, entry_positions_bs: jax.Array, sinks_N: jax.Array | None = None, *,
-    config: AttentionConfig, axes: Axes = Axes(),
+    positions_b1: jax.Array, entries: NewEntries, entry_positions_bs: jax.Array, sinks_N: jax.Array | None = None,
+    biases: HeadBiases | None = None, *, config: AttentionConfig, axes: Axes = Axes(),
 ) -> tuple[jax.Array, KeyValues]:  # fmt: skip
     """Attention of one new token per sequence to itself and to all cached tokens.
 
@@ -47,6 +47,7 @@ def decode_attention(
       entries: cache entries of the new tokens; exactly one rank of the sequence keeps each token.
       entry_positions_bs: int32, positions of this device's cache entries, without the new tokens.
       sinks_N: float32 [N], sinks of all query heads of the model (`tsp_jax.ops.attention.sinks`), or None.
+      biases: of the projections to queries, keys and values, or None.
       config: static sizes.
       axes: the mesh axes by role. Folded axes act as tensor axes here.
 
@@ -61,7 +62,7 @@ def decode_attention(
     """
     with jax.named_scope("tsp/attention/decode"):
         heads = ShardedHeads.of(config, axes, Stream())
-        q_b1NH, k_b1KH, v_b1KH = _project_and_gather(x_B1D, weights, norms or HeadNorms(), positions_b1, heads)
+        q_b1NH, k_b1KH, v_b1KH = _project_and_gather(x_B1D, weights, norms or HeadNorms(), biases, positions_b1, heads)
         new = to_cache_order(k_b1KH, v_b1KH)
         tokens = Tokens.one_document(positions_b1), Tokens.one_document(entry_positions_bs)
         attended_bs = may_attend(*tokens, config.scores)
@@ -73,12 +74,14 @@ def decode_attention(
         return (lax.psum(y_B1D, weight_axes) if weight_axes else y_B1D).astype(x_B1D.dtype), new
 
 
-def _project_and_gather(x_B1D, weights: AttentionWeights, norms: HeadNorms, positions_b1, heads: ShardedHeads):
+def _project_and_gather(
+    x_B1D, weights: AttentionWeights, norms: HeadNorms, biases: HeadBiases | None, positions_b1, heads: ShardedHeads
+):
     """(q, k, v) of this device's sequences, for all heads of this tensor shard.
 
     Each device projects all tokens with its own rows; the results are gathered.
     """
-    config, axes, dtype = heads.config, heads.axes, x_B1D.dtype
+    axes, dtype = heads.axes, x_B1D.dtype
     queries, keys_values = heads.queries, heads.keys_values
     q, k, v = (matmul_t(x_B1D, w.astype(dtype)) for w in weights[:3])
     if queries.axes == keys_values.axes:
@@ -88,8 +91,7 @@ def _project_and_gather(x_B1D, weights: AttentionWeights, norms: HeadNorms, posi
     groups = (queries, q), (keys_values, k), (keys_values, v)
     q, k, v = (heads.select_rows(group, rows_B1w, axis=2) for group, rows_B1w in groups)
     q, k, v = (_own_sequences(a, positions_b1.shape[0], axes) for a in (q, k, v))
-    q, k = (normalize_and_rotate(a, norm, positions_b1, config, dtype) for a, norm in ((q, norms.q_H), (k, norms.k_H)))
-    return q, k, split_heads(v, config.head_dim).astype(dtype)
+    return finish_heads((q, k, v), norms, biases, positions_b1, heads, dtype)
 
 
 def _own_sequences(array_B: jax.Array, size: int, axes: Axes) -> jax.Array:

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.layout import Axes
+from tsp_jax.ops.attention.all_heads import project_heads
 from tsp_jax.ops.attention.kv_cache import EMPTY, KeyValues, NewEntries, row_major, to_cache_order, write_entries
-from tsp_jax.ops.attention.projections import project_in, project_out, vary_inputs_alike
-from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, ShardedHeads
+from tsp_jax.ops.attention.projections import project_out, vary_inputs_alike
+from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadBiases, HeadNorms, ShardedHeads
 from tsp_jax.ops.attention.sinks import add_sinks, sinks_of_shard
 from tsp_jax.ops.kernels.kernel import merge
 from tsp_jax.ops.kernels.mask import MASKED, Tokens
@@ -28,7 +29,8 @@ from tsp_jax.ops.stream import Stream, zeros
 def prefill_attention(
     x_BtD: jax.Array, weights: AttentionWeights, norms: HeadNorms | None, cache: KeyValues, layer: jax.Array,
     positions_Bt: jax.Array, entries: NewEntries, entry_positions_BS: jax.Array, max_used: jax.Array,
-    sinks_N: jax.Array | None = None, *, config: AttentionConfig, axes: Axes = Axes(), stream: Stream = Stream(),
+    sinks_N: jax.Array | None = None, biases: HeadBiases | None = None, *, config: AttentionConfig,
+    axes: Axes = Axes(), stream: Stream = Stream(),
 ) -> tuple[jax.Array, KeyValues]:  # fmt: skip
     """Causal attention of new tokens to themselves and to all cached tokens.
 
@@ -46,6 +48,7 @@ def prefill_attention(
       entry_positions_BS: int32, positions of all devices' cache entries, new tokens included, ranks in order.
       max_used: [] int32, the most entries that any device has in use; later entries are not read.
       sinks_N: float32 [N], sinks of all query heads of the model (`tsp_jax.ops.attention.sinks`), or None.
+      biases: of the projections to queries, keys and values, or None.
       config: static sizes; `exchange_buckets`: number of buckets of KV heads, gathered one after another.
       axes: the mesh axes by role.
       stream: its movement is ignored: weights are always gathered; its buckets are replaced by those of `config`.
@@ -62,10 +65,10 @@ def prefill_attention(
     Source: arXiv 2604.26294; chunks over a sharded cache: Yang et al., arXiv 2411.01783 (pass-KV).
     """
     with jax.named_scope("tsp/attention/prefill"):
-        x_BtD, weights, norms, positions_Bt = vary_inputs_alike(x_BtD, weights, norms, positions_Bt)
+        x_BtD, weights, norms, (positions_Bt, biases) = vary_inputs_alike(x_BtD, weights, norms, (positions_Bt, biases))
         tokens_Bt = Tokens.one_document(positions_Bt)
         heads = ShardedHeads.of(config, axes, stream._replace(movement="gather"))
-        q_BtNH, k_BtKH, v_BtKH = project_in(x_BtD, weights[:3], norms, positions_Bt, heads)
+        q_BtNH, k_BtKH, v_BtKH = project_heads(x_BtD, weights[:3], norms, biases, positions_Bt, heads)
         cache = write_entries(cache, to_cache_order(k_BtKH, v_BtKH), layer, entries)
         out_BtNH = _attend_to_cache(q_BtNH, cache, layer, tokens_Bt, entry_positions_BS, max_used, sinks_N, heads)
         y_BtD = project_out(out_BtNH, weights.o_wD, heads)

@@ -35,11 +35,13 @@ def split_heads(rows_Btp: jax.Array, head_dim: int) -> jax.Array:
 
 
 def normalize_and_rotate(rows_Btp: jax.Array, norm_H, positions_Bt, config: AttentionConfig, dtype) -> jax.Array:
-    """Splits projected queries or keys into heads, applies q/k norm (if not None) and RoPE, and casts to `dtype`."""
+    """Splits projected queries or keys into heads, applies q/k norm and RoPE if there are any, and casts to `dtype`."""
     x_BtNH = split_heads(rows_Btp, config.head_dim)
     if norm_H is not None:
         x_BtNH = rms_norm(x_BtNH, norm_H, config.norm_eps)
-    return rope(x_BtNH, positions_Bt, config.rope_theta, config.rope_scaling).astype(dtype)
+    if config.rope_theta is not None:
+        x_BtNH = rope(x_BtNH, positions_Bt, config.rope_theta, config.rope_scaling)
+    return x_BtNH.astype(dtype)
 
 
 # ------------------------------------------------------------------------------------------------ in

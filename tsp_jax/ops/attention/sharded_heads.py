@@ -7,9 +7,10 @@ device's rows of a weight, R ranks that share the rows of some heads, m heads of
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
-from tsp_jax.config import RopeScaling, TokenOrder
+from tsp_jax.config import NormWidth, RopeScaling, TokenOrder
 from tsp_jax.heads import HeadRows, Heads, HeadSharding
 from tsp_jax.layout import Axes, largest_divisor
 from tsp_jax.ops.attention.exchange import Exchange
@@ -28,10 +29,22 @@ class AttentionWeights(NamedTuple):
 
 
 class HeadNorms(NamedTuple):
-    """Scales of RMSNorm over each query and key head; None: no norm."""
+    """Scales of RMSNorm of queries and keys; None: no norm.
+
+    Over each head: [H]. Over all heads together (`AttentionConfig.norm_width`): those of all heads of the model, [N H]
+    and [K H].
+    """
 
     q_H: jax.Array | None = None
     k_H: jax.Array | None = None
+
+
+class HeadBiases(NamedTuple):
+    """Biases of the projections to queries [N H], and to keys and values [K H], of all heads of the model."""
+
+    q_N: jax.Array
+    k_K: jax.Array
+    v_K: jax.Array
 
 
 class AttentionConfig(NamedTuple):
@@ -39,7 +52,8 @@ class AttentionConfig(NamedTuple):
 
     heads: Heads
     """heads of all tensor shards"""
-    rope_theta: float
+    rope_theta: float | None
+    """base of the rotary frequencies; None: no RoPE"""
     norm_eps: float = 1e-6
     query_buckets: int = 1
     """most buckets for Wq, and for Wo; the actual number divides `HeadRows.parts`"""
@@ -54,6 +68,8 @@ class AttentionConfig(NamedTuple):
     """scale, soft cap, causality and window"""
     token_order: TokenOrder = "any"
     """the order of a sequence's tokens over the ranks; if it is known, windows need not exchange all keys"""
+    norm_width: NormWidth = "head"
+    """what the norm of queries and keys takes its mean over"""
 
     @property
     def head_dim(self) -> int:
@@ -142,6 +158,30 @@ class ShardedHeads(NamedTuple):
     def exchange(self, tokens: int) -> Exchange:
         """The exchange of keys and values over the sequence axes, for this many tokens of this device."""
         return Exchange.of(self.axes.sequence, tokens, self.config.scores, self.config.token_order)
+
+    def of_shard(self, all_heads: jax.Array, queries: bool) -> jax.Array:
+        """[heads, ...] of all real heads of the model -> those of this tensor shard's heads; 0 for padded heads.
+
+        `queries`: the heads are query heads, not KV heads.
+        """
+        model, shard, (_, *rest) = self.config.heads, self.sharding.shard, all_heads.shape
+        by_head = all_heads.reshape(model.num_kv_heads, model.real_group if queries else 1, *rest)
+        more = model.kv - model.num_kv_heads, model.group - model.real_group if queries else 0
+        padded = jnp.pad(by_head, [(0, zeros) for zeros in (*more, *(0 for _ in rest))]).reshape(-1, *rest)
+        if not self.axes.tensor:
+            return padded
+        index, size = lax.axis_index(self.axes.tensor), shard.query if queries else shard.kv
+        spans = not queries and self.sharding.kv_head_spans_shards
+        start = index * self.config.heads.kv // self.sharding.tensor if spans else index * size
+        return lax.dynamic_slice_in_dim(padded, start, size)
+
+    def of_rank(self, shard_heads: jax.Array, queries: bool) -> jax.Array:
+        """`of_shard` -> those of the heads that this folded rank computes for all folded ranks' tokens."""
+        if not queries and self.sharding.kv_head_spans_shards:  # the one KV head of this tensor shard
+            return shard_heads
+        numbers_n = jnp.asarray(self.sharding.own_heads()[0 if queries else 1])[lax.axis_index(self.axes.folded)]
+        real_n = (numbers_n >= 0).reshape(-1, *(1 for _ in shard_heads.shape[1:]))
+        return jnp.where(real_n, shard_heads[numbers_n], 0)
 
     def first_kv_row(self) -> jax.Array:
         """Index, among the rows of all KV heads, of the first row of the one KV head that this tensor shard uses.

@@ -10,7 +10,6 @@ Dims: B batch, t this device's tokens, N query heads, K KV heads, G = N / K, H h
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from tsp_jax.errors import ConfigError
 from tsp_jax.ops.attention.sharded_heads import ShardedHeads
@@ -28,13 +27,7 @@ def sinks_of_shard(sinks_N: jax.Array | None, heads: ShardedHeads) -> jax.Array 
     num_heads = model.num_kv_heads * model.real_group
     if sinks_N.shape != (num_heads,):
         raise ConfigError(f"attention: sinks_N is {list(sinks_N.shape)}; use [{num_heads}], one for each query head")
-    sinks_KG = sinks_N.reshape(model.num_kv_heads, model.real_group)
-    padding = (0, model.kv - model.num_kv_heads), (0, model.group - model.real_group)
-    sinks_N = jnp.pad(sinks_KG, padding).reshape(-1)
-    if heads.axes.tensor:
-        start = lax.axis_index(heads.axes.tensor) * shard.query
-        sinks_N = lax.dynamic_slice_in_dim(sinks_N, start, shard.query)
-    return sinks_N.reshape(shard.kv, shard.group)
+    return heads.of_shard(sinks_N, queries=True).reshape(shard.kv, shard.group)
 
 
 def sinks_of_rank(sinks_KG: jax.Array | None, heads: ShardedHeads) -> jax.Array | None:
@@ -42,8 +35,7 @@ def sinks_of_rank(sinks_KG: jax.Array | None, heads: ShardedHeads) -> jax.Array 
     if sinks_KG is None:
         return None
     own = heads.sharding.own
-    numbers_n = jnp.asarray(heads.sharding.own_heads()[0])[lax.axis_index(heads.axes.folded)]
-    return jnp.where(numbers_n >= 0, sinks_KG.reshape(-1)[numbers_n], 0).reshape(own.kv, own.group)
+    return heads.of_rank(sinks_KG.reshape(-1), queries=True).reshape(own.kv, own.group)
 
 
 def add_sinks(

@@ -22,12 +22,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from tsp_jax.layout import Axes, AxisNames, check_attention_movement
-from tsp_jax.ops.attention.projections import project_in, project_out, vary_inputs_alike
-from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadNorms, ShardedHeads
+from tsp_jax.ops.attention.all_heads import project_heads, stationary_project_heads
+from tsp_jax.ops.attention.projections import project_out, vary_inputs_alike
+from tsp_jax.ops.attention.sharded_heads import AttentionConfig, AttentionWeights, HeadBiases, HeadNorms, ShardedHeads
 from tsp_jax.ops.attention.sinks import add_sinks, sinks_grad, sinks_of_rank, sinks_of_shard
 from tsp_jax.ops.attention.stationary import (
     StationaryHeads,
-    stationary_project_in,
     stationary_project_out,
     weights_of_own_heads,
 )
@@ -62,12 +62,12 @@ def attended_specs(axes: Axes, batch: AxisNames, stream: Stream) -> Attended:
 
 def attention(
     x_BtD: jax.Array, weights: AttentionWeights, tokens_Bt: Tokens, norms: HeadNorms | None = None,
-    sinks_N: jax.Array | None = None, known: Attended | None = None, *, config: AttentionConfig, axes: Axes = Axes(),
-    stream: Stream = Stream(),
+    sinks_N: jax.Array | None = None, known: Attended | None = None, biases: HeadBiases | None = None, *,
+    config: AttentionConfig, axes: Axes = Axes(), stream: Stream = Stream(),
 ) -> tuple[jax.Array, Attended]:  # fmt: skip
     """Self-attention within segments.
 
-    Forward: ``out_h = softmax(s_h) v_h``, ``y = concat_h(out_h) Wo``, with q, k, v of `project_in` and scores
+    Forward: ``out_h = softmax(s_h) v_h``, ``y = concat_h(out_h) Wo``, with q, k, v of `project_heads` and scores
     ``s = mask(cap(scale q k^T))`` (`Scores`). dgrad, with P the softmax and delta = rowsum(dout * out):
     ``dS = scale P * (dout v^T - delta)`` (times the soft cap's derivative), ``dq = dS k``, ``dk = dS^T q``,
     ``dv = P^T dout``. wgrad: see `project_in` and `project_out`; sinks: see `sinks_grad`.
@@ -76,10 +76,11 @@ def attention(
       x_BtD: this device's tokens, in the compute dtype.
       weights: this device's rows, any float dtype.
       tokens_Bt: positions and segments of this device's tokens; tokens may be in any order over the ranks.
-      norms: scales of q/k RMSNorm (Qwen3), or None.
+      norms: scales of q/k RMSNorm (Qwen3, OLMo 2), or None.
       sinks_N: float32 [N], sinks of all query heads of the model (`tsp_jax.ops.attention.sinks`), or None.
       known: what an earlier call with the same arguments returned, or None. It is returned as the result, in place of
         running the kernel; gradients are those of the result.
+      biases: of the projections to queries, keys and values (Qwen2), or None.
       config: static sizes.
       axes: over folded axes, weights or tokens are exchanged (see `stream`); over tensor axes, partial outputs are
         summed; over sequence axes, keys and values are gathered.
@@ -105,37 +106,41 @@ def attention(
     """
     with jax.named_scope("tsp/attention"):
         check_attention_movement(axes, stream.movement)
-        x_BtD, weights, norms, (tokens_Bt, sinks_N) = vary_inputs_alike(x_BtD, weights, norms, (tokens_Bt, sinks_N))
+        inputs = tokens_Bt, sinks_N, biases
+        x_BtD, weights, norms, (tokens_Bt, sinks_N, biases) = vary_inputs_alike(x_BtD, weights, norms, inputs)
         run = _stationary if moves_tokens(axes.folded, stream) else _streamed
-        y_BtD, attended = run(x_BtD, weights, norms, tokens_Bt, sinks_N, known, config, axes, stream)
+        y_BtD, attended = run(x_BtD, weights, norms, tokens_Bt, sinks_N, known, biases, config, axes, stream)
         return lax.psum(y_BtD, axes.tensor) if axes.tensor else y_BtD, lax.stop_gradient(attended)
 
 
 def _streamed(
-    x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, sinks_N, known: Attended | None, config, axes: Axes,
-    stream: Stream,
+    x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, sinks_N, known: Attended | None,
+    biases: HeadBiases | None, config, axes: Axes, stream: Stream,
 ) -> tuple[jax.Array, Attended]:  # fmt: skip
     heads = ShardedHeads.of(config, axes, stream)
-    q_BtNH, k_BtKH, v_BtKH = project_in(x_BtD, weights[:3], norms, tokens_Bt.positions, heads)
+    q_BtNH, k_BtKH, v_BtKH = project_heads(x_BtD, weights[:3], norms, biases, tokens_Bt.positions, heads)
     attended = _attend(q_BtNH, k_BtKH, v_BtKH, sinks_of_shard(sinks_N, heads), tokens_Bt, known, heads)
     return project_out(attended.out_BtNH, weights.o_wD, heads), attended
 
 
 def _stationary(
-    x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, sinks_N, known: Attended | None, config, axes: Axes,
-    stream: Stream,
+    x_BtD, weights, norms: HeadNorms, tokens_Bt: Tokens, sinks_N, known: Attended | None,
+    biases: HeadBiases | None, config, axes: Axes, stream: Stream,
 ) -> tuple[jax.Array, Attended]:  # fmt: skip
     """Each rank attends with its own heads for all folded ranks' tokens; outputs are reduce-scattered."""
     tokens_BT = Tokens(*gather_sequence(*tokens_Bt, axes=axes.folded))
-    roles, heads = Axes(sequence=axes.unfolded_sequence), ShardedHeads.of(config, axes, stream)
-    weights, sinks_kg = weights_of_own_heads(weights, heads), sinks_of_rank(sinks_of_shard(sinks_N, heads), heads)
+    roles, sharded = Axes(sequence=axes.unfolded_sequence), ShardedHeads.of(config, axes, stream)
+    weights = weights_of_own_heads(weights, sharded)
+    sinks_kg = sinks_of_rank(sinks_of_shard(sinks_N, sharded), sharded)
     kernel = config.kernel.within(x_BtD.shape[1])
-    config = config._replace(heads=heads.sharding.own, kernel=kernel, token_order="any")  # T tokens are many chunks
+    config = config._replace(heads=sharded.sharding.own, kernel=kernel, token_order="any")  # T tokens are many chunks
     if not roles.sequence:  # nothing to exchange: all heads at once
         config = config._replace(exchange_buckets=1)
     heads = ShardedHeads.of(config, roles, stream)
     stationary = StationaryHeads(config, axes.folded, stream)
-    q_BTnH, k_BTkH, v_BTkH = stationary_project_in(x_BtD, weights[:3], norms, tokens_BT.positions, stationary)
+    q_BTnH, k_BTkH, v_BTkH = stationary_project_heads(
+        x_BtD, weights[:3], norms, biases, tokens_BT.positions, stationary, sharded
+    )
     attended = _attend(q_BTnH, k_BTkH, v_BTkH, sinks_kg, tokens_BT, known, heads)
     return stationary_project_out(attended.out_BtNH, weights.o_wD, stationary), attended
 

@@ -47,8 +47,11 @@ QUICK = {
     "training/test_checkpoint_manifest.py": "damage_is_found",
     "training/test_data.py": "",
     "training/test_corpus.py": "order|digest|heldout|held_out|refuses_a_vocabulary|round_trip",
+    "training/test_mixture.py": "wrong_mixtures|counts|shares|share_and|resumed",
     "training/test_optimizer.py": "",
     "training/test_own_optimizer.py": "every_kind|wrong_type",
+    "training/test_packing.py": "one_item_at_a_time|every_token|segment|labels|counted|resumed",
+    "training/test_schedule.py": "schedules|phases|own_steps|rest_of",
     "training/test_training.py": "twenty_steps.*tsp|zero1_shards|zigzag_place",
     "training/test_workdir.py": "gone|ended|elsewhere|succeeds",
 }

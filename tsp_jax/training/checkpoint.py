@@ -34,7 +34,8 @@ from tsp_jax.training.distributed import broadcast_from_writer, gather_from_all,
 from tsp_jax.training.frozen import check_adapters, check_digest
 from tsp_jax.training.step import TrainProgram, TrainState
 
-CONTINUED = ("seed", "batch", "seq_len", "steps", "optimizer", "z_loss")
+CONTINUED = ("seed", "batch", "seq_len", "seq_len_schedule", "steps", "optimizer", "z_loss")
+CONTINUED += ("data.packing", "data.long_documents")
 """fields of Config that affect the losses of a resumed run; a field that differs from the checkpoint's is reported"""
 
 METRICS = "metrics.jsonl"
@@ -263,9 +264,11 @@ class Checkpoints:
                 )
         check_adapters(self.config, check_json(meta.config.get("lora", {}), f"{path}: config.lora", dict, advice))
         self._check_opt_state(meta.opt_state)
-        changed = [f"{f}={here[f]}, was {there.get(f)!s:.300}" for f in CONTINUED if here[f] != there.get(f)]
+        pairs = [(field, _get(here, field), _get(there, field)) for field in CONTINUED]
+        changed = [f"{field}={value}, was {was!s:.300}" for field, value, was in pairs if was not in (None, value)]
         if meta.data.digest != self.data_digest:
-            changed.append("the training text is not the one that the checkpoint was trained on")
+            text = "text, or its mixture," if self.config.data.mixture else "text"
+            changed.append(f"the training {text} is not the one that the checkpoint was trained on")
         return changed
 
     def check_frozen(self, digest: str, step: int) -> None:
@@ -304,6 +307,13 @@ def _differs(here: Any, there: Any) -> bool:
     if isinstance(here, dict) and isinstance(there, dict):
         return any(_differs(here.get(name), value) for name, value in there.items())
     return here != there
+
+
+def _get(config: dict[str, Any], field: str) -> Any:
+    """A field of a saved configuration, such as data.packing; None if an earlier version did not save it."""
+    owner, _, name = field.rpartition(".")
+    part = config.get(owner) if owner else config
+    return part.get(name) if isinstance(part, dict) else None
 
 
 def _remove(path: Path) -> None:

@@ -11,10 +11,11 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hf.weights import check_folder, load_params, read_config
 from tsp_jax.layout import Placement
 from tsp_jax.models.lora import merge
+from tsp_jax.text.encode import BYTES
+from tsp_jax.text.sources import is_text
 from tsp_jax.training.checkpoint import Checkpoints, saved_steps
-from tsp_jax.training.corpus import ByteTokenizer
+from tsp_jax.training.corpus import ByteTokenizer, name_tokenizer
 from tsp_jax.training.frozen import digest_weights, init_adapters, load_frozen
-from tsp_jax.training.sources import is_text
 from tsp_jax.training.step import TrainProgram, TrainState
 
 FREE = ("init_std",)
@@ -45,14 +46,23 @@ def check_init_from(config: Config, placement: Placement) -> None:
 
 
 def _check_tokens(config: Config) -> None:
-    """Raises ConfigError if the data is text, read as bytes, but the model's tokens are those of a tokenizer."""
-    found = [name for name in TOKENIZERS if (Path(config.init_from) / name).exists()]
+    """Raises ConfigError if the data is text, and its tokens are not the model's."""
+    data, folder = name_tokenizer(config).data, Path(config.init_from)
+    texts = [part.files for _, _, part in data.sources() if is_text(part)]
+    if not texts:
+        return
+    if data.tokenizer == config.init_from and not (folder / "tokenizer.json").exists():
+        raise ConfigError(
+            f"init_from={config.init_from} has no tokenizer.json, and data.files={texts[0]!r} is text; "
+            "use --data.tokenizer <a folder with the model's tokenizer.json>, or .npy files of token ids"
+        )
+    found = [name for name in TOKENIZERS if (folder / name).exists()]
     larger = config.model.vocab_size > 2 * ByteTokenizer.vocab_size  # up to that, bytes may have been padded
-    if (found or larger) and is_text(config.data):
+    if data.tokenizer == BYTES and (found or larger):
         reason = found[0] if found else f"a vocabulary of {config.model.vocab_size:,}"
         raise ConfigError(
-            f"data.files={config.data.files!r} is text, which is read as bytes; the model in init_from="
-            f"{config.init_from} has {reason}, so its tokens are others; use .npy files of its token ids"
+            f"data.tokenizer=bytes makes a token of each byte; the model in init_from={config.init_from} has {reason}, "
+            "so its tokens are others; leave data.tokenizer out, or use .npy files of its token ids"
         )
 
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -23,7 +22,9 @@ from tsp_jax.models.lora import describe
 from tsp_jax.ops.kernels import describe_kernel
 from tsp_jax.ops.kernels.mask import Scores
 from tsp_jax.training.checkpoint import METRICS, Checkpoints
-from tsp_jax.training.data import Splits, load_splits, prefetch
+from tsp_jax.training.corpus import name_tokenizer
+from tsp_jax.training.data import prefetch
+from tsp_jax.training.data_report import describe_data, report_data
 from tsp_jax.training.distributed import is_writer, report, report_once, write_or_report
 from tsp_jax.training.frozen import digest_weights, load_frozen
 from tsp_jax.training.init_from import check_init_from, init_state
@@ -33,6 +34,8 @@ from tsp_jax.training.progress import TrainProgress
 from tsp_jax.training.safety.finite import NumbersWatch, all_finite
 from tsp_jax.training.safety.preemption import Agreement, StopSignals
 from tsp_jax.training.safety.watchdog import Watchdog
+from tsp_jax.training.schedule import CompiledSteps, describe_schedule
+from tsp_jax.training.splits import Splits, load_splits
 from tsp_jax.training.step import StepMetrics, TrainProgram, TrainState, make_program
 from tsp_jax.training.summary import plot_losses, print_summary, read_summary, summarize
 from tsp_jax.training.workdir import open_workdir
@@ -64,6 +67,7 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
     say = partial(console.print, highlight=False, soft_wrap=True)
     placement = _place(config)
     check_optimizer(optimizer)
+    config = name_tokenizer(config)
     check_init_from(config, placement)
     splits = load_splits(config, placement.size("sequence"))
     program = make_program(config, placement, optimizer)
@@ -85,8 +89,10 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
     if frozen:
         say(describe(config.lora, program.abstract_state.params))
     write_or_report(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+    for line in describe_data(config, placement, splits.train):
+        say(line)
     with console.status("compiling the training step"):
-        compiled = program.lower_step(config).compile(dict(compiler_options(jax.devices()[0])))
+        compiled = CompiledSteps(program, config, start, dict(compiler_options(jax.devices()[0])))
     say(f"{f'restored step {start}' if start else 'starting afresh'} on {_describe(config, placement)}")
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(contextlib.closing(open_metrics()))
@@ -101,7 +107,8 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
             raise
     if not is_writer():
         return {}
-    summary = summarize(config, name, placement, compiled, metrics.lines, max(start, config.steps))
+    data = report_data(config, placement, splits.train, config.steps)
+    summary = summarize(config, name, placement, compiled.longest, metrics.lines, max(start, config.steps), data)
     return _finish(workdir, summary, metrics.lines, console)
 
 
@@ -155,7 +162,7 @@ def _remarks(config: Config, optimizer: Optimizer, checkpoints: Checkpoints, sta
     """Lines about how this run differs from the one that saved the checkpoint, or from its own configuration."""
     lines = [f"resuming with a difference: {text}" for text in (checkpoints.check(start) if start else ())]
     warmup = describe_shorter_warmup(config.optimizer, config.steps, optimizer)
-    return [*lines, warmup] if warmup else lines
+    return [*lines, *filter(None, (warmup, describe_schedule(config)))]
 
 
 def _finish(workdir: Path, summary: dict, lines: list[dict], console: Console) -> dict:
@@ -180,7 +187,7 @@ class TrainLoop:
 
     config: Config
     program: TrainProgram
-    compiled: Any
+    compiled: CompiledSteps
     splits: Splits
     metrics: MetricsFile
     checkpoints: Checkpoints
@@ -249,7 +256,7 @@ class TrainLoop:
         self.watchdog.pet(f"step {step}")
         before, self.since = self.since, time.perf_counter()
         line = {"step": step, **values}
-        line["tokens_per_s"] = self.config.batch * self.config.seq_len / (self.since - before)
+        line["tokens_per_s"] = self.splits.train.num_tokens(step - 1) / (self.since - before)
         self.metrics.write(line)
         self.progress.show(line)
         self.numbers.see(line)

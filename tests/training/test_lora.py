@@ -19,9 +19,9 @@ from tsp_jax.layout import place
 from tsp_jax.stored import to_logical
 from tsp_jax.training import trainer
 from tsp_jax.training.checkpoint import Checkpoints
-from tsp_jax.training.data import load_splits
 from tsp_jax.training.frozen import digest_weights, load_frozen
 from tsp_jax.training.init_from import restore_merged
+from tsp_jax.training.splits import load_splits
 from tsp_jax.training.step import make_program
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")

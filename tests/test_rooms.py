@@ -23,7 +23,7 @@ ROOMS = {
     "inspect": {"errors", "files", "hardware"},
     "ops": FOUNDATION,
     "nn": FOUNDATION | {"ops", "cost"},
-    "models": FOUNDATION | {"ops", "nn"},
+    "models": FOUNDATION | {"ops", "nn", "cost"},
     "hf": FOUNDATION | {"files", "ops", "nn", "models"},
     "text": {"errors", "files", "config", "hf"},
     "training": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "text", "inspect"},

@@ -20,7 +20,7 @@ from tsp_jax.stored import to_logical
 from tsp_jax.training import trainer
 from tsp_jax.training.checkpoint import Checkpoints
 from tsp_jax.training.frozen import digest_weights, load_frozen
-from tsp_jax.training.init_from import restore_merged
+from tsp_jax.training.saved_run import load_run_params
 from tsp_jax.training.splits import load_splits
 from tsp_jax.training.step import make_program
 
@@ -98,7 +98,7 @@ def test_a_checkpoint_is_restored_with_its_adapters_merged(whole):
     placement = place_case("single")
     program = make_program(whole, placement)
     checkpoints = Checkpoints(Path(whole.workdir) / "checkpoints", program, whole, "")
-    merged = restore_merged(checkpoints, 8, whole, program, placement)
+    merged = load_run_params(whole.workdir, whole, placement, 8)
     state, frozen = checkpoints.restore(8), load_frozen(whole, program, placement)
     assert jax.tree.structure(merged) == jax.tree.structure(frozen)
     adapter, weight = state.params["adapters"]["o"], frozen["layers"]["attention"]["w_o"]

@@ -29,7 +29,8 @@ T = TypeVar("T")
 _PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = next(filter(Path.is_dir, [_PACKAGE / "configs", _PACKAGE.parent / "configs"]), _PACKAGE.parent / "configs")
 """folder of configurations: inside an installed package, beside the package in a clone"""
-_OWNERS = {hint.__name__: name for name, hint in get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
+_HINTS = get_type_hints(Config)
+_OWNERS = {_HINTS[name].__name__: name for name in _HINTS if dataclasses.is_dataclass(_HINTS[name])}
 """name of a class that is a part of Config, such as StreamConfig -> the field that holds it, such as stream"""
 
 

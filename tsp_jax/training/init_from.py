@@ -11,12 +11,11 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hf.byte_tokenizer import ByteTokenizer
 from tsp_jax.hf.weights import check_folder, load_params, read_config
 from tsp_jax.layout import Placement
-from tsp_jax.models.lora import merge
 from tsp_jax.text.encode import BYTES
 from tsp_jax.text.sources import is_text
-from tsp_jax.training.checkpoint import Checkpoints, saved_steps
+from tsp_jax.training.checkpoint import saved_steps
 from tsp_jax.training.corpus import name_tokenizer
-from tsp_jax.training.frozen import digest_weights, init_adapters, load_frozen
+from tsp_jax.training.frozen import init_adapters
 from tsp_jax.training.step import TrainProgram, TrainState
 
 FREE = ("init_std",)
@@ -95,19 +94,6 @@ def _extended(there: ModelConfig, here: ModelConfig) -> ModelConfig:
         return there
     scaling = dataclasses.replace(here.rope_scaling, fraction=there.rope_scaling.fraction)
     return dataclasses.replace(there, rope_scaling=scaling)
-
-
-def restore_merged(
-    checkpoints: Checkpoints, step: int, config: Config, program: TrainProgram, placement: Placement
-) -> dict:
-    """The model of a checkpoint, for export and serving: its parameters in stored form, adapters merged.
-
-    Raises:
-      ConfigError: the frozen weights under the adapters are missing, or are not those of the run.
-    """
-    frozen = load_frozen(config, program, placement)
-    checkpoints.check_frozen(digest_weights(program.paddings.frozen, frozen), step)
-    return merge(checkpoints.restore(step, frozen).weights, config.lora, placement)
 
 
 def _fields(model: Any, owner: str = "") -> dict[str, Any]:

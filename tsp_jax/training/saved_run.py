@@ -15,10 +15,12 @@ from tsp_jax.hardware.memory import check_room, memory_bytes, shard_bytes
 from tsp_jax.hf.byte_tokenizer import ByteTokenizer
 from tsp_jax.hf.tokenizer import Tokenizer, read_stop_tokens
 from tsp_jax.layout import Placement
+from tsp_jax.models.lora import merge
 from tsp_jax.stored import abstract_logical, to_stored
 from tsp_jax.text.encode import BYTES
-from tsp_jax.training.checkpoint import saved_steps
+from tsp_jax.training.checkpoint import Meta, saved_steps
 from tsp_jax.training.checkpoint_manifest import find_damage
+from tsp_jax.training.frozen import check_digest, digest_weights, load_frozen
 from tsp_jax.training.step import make_program
 
 CHECKPOINTS = "checkpoints"
@@ -91,7 +93,7 @@ def run_tokenizer(config: Config) -> tuple[Tokenizer | ByteTokenizer | None, tup
 def load_run_params(
     workdir: str | Path, config: Config, placement: Placement, step: int, dtype: DType = "float32"
 ) -> dict:
-    """Loads the parameters of a checkpoint onto a placement, which need not be the run's.
+    """Loads the model of a checkpoint onto a placement, which need not be the run's; adapters are merged.
 
     The optimizer's state is not read. Each device reads its own shards.
 
@@ -103,25 +105,36 @@ def load_run_params(
       dtype: dtype of the result; checkpoints hold float32.
 
     Returns:
-      Parameters in stored form, as in a training state.
+      Parameters in stored form, of a model without adapters.
 
     Raises:
-      ConfigError: the parameters do not fit into the devices' memory.
+      ConfigError: the parameters do not fit into the devices' memory, or the frozen weights under adapters are missing
+        or are not those of the run.
     """
     program = make_program(config, placement)
-    lora = bool(config.lora.rank)
-    stored = program.abstract_state.params if lora else _cast(program.abstract_state.params, dtype)
-    nbytes, memory = shard_bytes(stored), memory_bytes(jax.local_devices())
+    adapters = bool(config.lora.rank)
+    trained = _cast(program.abstract_state.params, "float32" if adapters else dtype)
+    nbytes = shard_bytes(trained) + shard_bytes(program.abstract_state.frozen)
+    memory = memory_bytes(jax.local_devices())
     check_room(f"on each device {workdir} in {dtype}", nbytes, memory, "use more devices that shard weights")
-    paddings = program.paddings.params
-    logical = _cast(abstract_logical(paddings, stored), dtype)
-    path = (Path(workdir) / CHECKPOINTS / str(step) / "state").absolute()
-    item = {"params": logical}
+    params = _restore(Path(workdir) / CHECKPOINTS / str(step), program.paddings.params, trained)
+    if not adapters:
+        return params
+    frozen = load_frozen(config, program, placement)
+    meta = read_json(Path(workdir) / CHECKPOINTS / str(step) / "meta.json", Meta)
+    check_digest(config, digest_weights(program.paddings.frozen, frozen), meta.frozen, meta.config)
+    merged = merge({**frozen, **params}, config.lora, placement)
+    return jax.tree.map(lambda array: array.astype(dtype), merged)
+
+
+def _restore(checkpoint: Path, paddings: Any, stored: Any) -> Any:
+    """Reads the trained parameters of a checkpoint into arrays like `stored`."""
+    item = {"params": abstract_logical(paddings, stored)}
     arguments = ocp.args.PyTreeRestore(
         item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
     )
     with ocp.PyTreeCheckpointer() as reader:
-        params = reader.restore(path, args=arguments)["params"]
+        params = reader.restore((checkpoint / "state").absolute(), args=arguments)["params"]
     if not any(padding.padded for padding in jax.tree.leaves(paddings)):
         return params
     shardings = jax.tree.map(lambda array: array.sharding, stored)

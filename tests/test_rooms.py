@@ -26,7 +26,7 @@ ROOMS = {
     "models": FOUNDATION | {"ops", "nn", "cost"},
     "hf": FOUNDATION | {"files", "ops", "nn", "models"},
     "text": {"errors", "files", "config", "hf"},
-    "training": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "text", "inspect"},
+    "training": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "text", "inspect", "cost"},
     "inference": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "inspect", "training"},
 }
 """room -> rooms of tsp_jax that it may import from, besides itself"""

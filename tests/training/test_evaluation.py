@@ -14,11 +14,12 @@ from tests.builders.runs import small_config, write_text
 from tsp_jax.errors import ConfigError
 from tsp_jax.layout import place
 from tsp_jax.training import evaluation, trainer
-from tsp_jax.training.data import Batches, load_splits
+from tsp_jax.training.data import Batches
 from tsp_jax.training.evaluation import BY_POSITION, FIRST_SET, evaluate, load_held_out
 from tsp_jax.training.metrics import read_metrics
 from tsp_jax.training.pictures import plot_positions
 from tsp_jax.training.positions import position_buckets, sum_by_position
+from tsp_jax.training.splits import load_splits
 from tsp_jax.training.step import make_program
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")

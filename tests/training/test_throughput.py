@@ -43,7 +43,7 @@ def test_a_device_of_another_kind_has_none(kind):
 
 def test_rates_are_per_device_and_of_its_peak():
     speed = Throughput(CONFIG.model, 8, HARDWARE["h100"])
-    found = speed.of(batch=2, seq_len=64, seconds=0.5)
+    found = speed.of(tokens=128, seq_len=64, seconds=0.5)
     flops = model_flops(CONFIG.model, 128, 64)
     assert found == pytest.approx(
         {"tokens_per_s": 256, "tflops_per_device": flops / 4 / 1e12, "mfu": flops / 4 / 989e12}
@@ -54,5 +54,5 @@ def test_rates_are_per_device_and_of_its_peak():
 def test_a_cpu_has_no_share_and_the_run_says_so():
     speed = Throughput(CONFIG.model, 8, data_sheet(jax.devices()[0]))
     assert speed.hardware is None
-    assert speed.of(1, 64, 1.0)["mfu"] is None
+    assert speed.of(64, 64, 1.0)["mfu"] is None
     assert "no share of peak" in str(speed)

@@ -35,7 +35,6 @@ def mean_keys(model: ModelConfig, seq_len: int) -> float:
     Token i of S attends to min(i + 1, W) tokens, as if the sequence were one document. W is the window, or S in layers
     without one.
     """
-
     total = 0.0
     for window, layers in Counter(model.windows).items():
         window = min(window or seq_len, seq_len)

@@ -8,8 +8,7 @@ from tsp_jax.hardware.devices import Hardware
 
 COUNTED = (
     "6 operations per token and weight (4 if it is frozen), and attention's causal half within windows, each sequence "
-    "as one document; "
-    "recomputation does not count"
+    "as one document; recomputation does not count"
 )
 """what TFLOP/s count; see `model_flops`"""
 

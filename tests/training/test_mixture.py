@@ -157,7 +157,8 @@ def config(tmp_path):
         (tmp_path / name).mkdir()
         for number in range(3):
             (tmp_path / name / f"{number}.txt").write_text(text * (5 + number))
-    data = DataConfig(cache_dir=str(tmp_path / "cache"), mixture=f"prose={tmp_path}/prose/*:3,code={tmp_path}/code/*:1")
+    mixture = f"prose={tmp_path}/prose/*:3,code={tmp_path}/code/*:1"
+    data = DataConfig(cache_dir=str(tmp_path / "cache"), tokenizer="bytes", mixture=mixture)
     sizes = {"d_model": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "d_ff": 8}
     return Config(model=ModelConfig(vocab_size=256, **sizes), data=data, steps=2, batch=4, seq_len=32)
 

@@ -167,6 +167,24 @@ def test_traffic_of_each_remat_policy_equals_the_closed_form(remat):
     check_traffic(dataclasses.replace(CONFIG, remat=remat), "tsp4")
 
 
+@pytest.mark.parametrize(
+    ("case", "movement", "remat"),
+    [("tsp4", "gather", "full"), ("tsp4", "activations", "save_attention"), ("tp4_sp2", "gather", "none")],
+)
+def test_traffic_with_norms_after_sublayers_equals_the_closed_form(case, movement, remat):
+    """Backward computes the MLP's output again for the norm that follows, unless forward has kept it."""
+    model = dataclasses.replace(MODEL, norms="both")
+    check_traffic(dataclasses.replace(moved(CONFIG, movement), model=model, remat=remat), case)
+
+
+@pytest.mark.parametrize(("case", "movement"), [("tsp4", "gather"), ("tp4_sp2", "gather")])
+def test_traffic_of_layers_of_several_kinds_equals_the_closed_form(case, movement):
+    """Two of three layers exchange windows; the third exchanges all keys, after the loop over periods of two."""
+    kinds = dataclasses.replace(MODEL, window=9, layer_kinds=("sliding", "full"))
+    config = moved(windowed(9, "zigzag"), movement)
+    check_traffic(dataclasses.replace(config, model=kinds), case)
+
+
 def soak(*values):
     return pytest.param(*values, marks=pytest.mark.soak)
 

@@ -10,21 +10,23 @@ import pytest
 from tests.builders.arrays import BF16_TOLERANCE, F32_TOLERANCE, assert_trees_near, normal, place_case
 from tests.builders.ops import PADDED_STREAMS, B, D, S, V, activations, compiled_value_and_grads, ids, over_streams
 from tsp_jax.ops import reference
-from tsp_jax.ops.cross_entropy import cross_entropy
+from tsp_jax.ops.cross_entropy import Logits, cross_entropy
 from tsp_jax.ops.stream import Stream
 
 LARGE_LOGITS_TOLERANCE = 1e-3
 """relative; a logit of 500 is known to 5e-5, and so is the logarithm of its probability"""
 
 
-def sharded_cross_entropy(layout: str, stream: Stream, labels: np.ndarray | None = None, vocab_size: int | None = None):
+def sharded_cross_entropy(
+    layout: str, stream: Stream, labels: np.ndarray | None = None, vocab_size: int | None = None, **options
+):
     placement = place_case(layout)
     spec = placement.layout.spec
     tokens = spec("batch", "sequence")
 
     def local(x, table, labels):
         axes = placement.layout.axes("vocab")
-        return tuple(cross_entropy(x, table, labels, axes=axes, stream=stream, vocab_size=vocab_size))
+        return tuple(cross_entropy(x, table, labels, axes=axes, stream=stream, vocab_size=vocab_size, **options))
 
     f = placement.shard_map(local, (spec("batch", "sequence", None), spec("vocab", None), tokens), (tokens, tokens))
     return lambda x, table: f(x, table, some_ignored() if labels is None else labels)
@@ -57,6 +59,19 @@ def test_cross_entropy(layout, movement):
     f = sharded_cross_entropy(layout, Stream(movement, 3))
     actual = compiled_value_and_grads(f, CE_COTANGENTS, *ce_args())
     assert_trees_near(actual, desired_cross_entropy(), F32_TOLERANCE)
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(0.4, None), (3.0, 2.0)])
+@pytest.mark.parametrize(
+    ("layout", "movement"), [("single", "gather"), ("tp8", "gather"), ("tsp3", "ring"), ("mix2_4", "activations")]
+)
+def test_scaled_and_capped_logits(layout, movement, scale, softcap):
+    def plain(x, table):
+        return reference.cross_entropy(x, table, some_ignored(), scale=scale, softcap=softcap)
+
+    f = sharded_cross_entropy(layout, Stream(movement, 3), logits=Logits(scale, softcap))
+    desired = compiled_value_and_grads(plain, CE_COTANGENTS, *ce_args())
+    assert_trees_near(compiled_value_and_grads(f, CE_COTANGENTS, *ce_args()), desired, F32_TOLERANCE)
 
 
 @pytest.mark.parametrize(("layout", "chunk_tokens"), [("single", 7), ("mix2_4", 12), ("tsp8", 1)])

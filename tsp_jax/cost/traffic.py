@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tsp_jax.config import Norms, Remat, TokenOrder
+from tsp_jax.config import Remat, TokenOrder
 from tsp_jax.heads import HeadRows, HeadSharding
 from tsp_jax.layout import Axes, Layout, num_ranks
 
@@ -28,8 +28,8 @@ WINDOW_MULTIPLE = 128
 Traffic = dict[str, float]
 """Kind of traffic -> bytes. Over folded axes: `weights` and `weight_grads`, or `activations` in their place. Over
 sequence axes: `keys_values` and `key_value_grads`. Over tensor axes: `tensor_sums` of partial outputs. Over axes that
-replicate a weight: `replica_sums` of its gradients. Positions and segments of tokens, gradients of norms, and scalars
-are left out, because they are only kilobytes."""
+replicate a weight: `replica_sums` of its gradients. Left out, because they are small: positions and segments of tokens,
+gradients of norms and biases, scalars, and the two numbers a token that a norm over all heads sums over ranks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,9 +205,9 @@ def repeats_attention(remat: Remat) -> bool:
     return remat in ("full", "offload")
 
 
-def repeats_mlp(norms: Norms, remat: Remat) -> bool:
-    """Whether backward computes the MLP's output again: a norm follows it, and forward has not kept it."""
-    return norms != "pre" and remat != "none"
+def repeats_mlp(norm_follows: bool, remat: Remat) -> bool:
+    """Whether backward computes the MLP's output again: a norm of it needs it, and forward has not kept it."""
+    return norm_follows and remat != "none"
 
 
 def attention_traffic(

@@ -59,7 +59,7 @@ class _Step:
             token_order=self.config.data.order, remat=self.config.remat,
         )  # fmt: skip
         mlp = partial(mlp_traffic, self.sharding_of("mlp"), d_model=model.d_model, d_ff=self.d_ff)
-        mlp = partial(mlp, repeated=repeats_mlp(model.norms, self.config.remat))
+        mlp = partial(mlp, repeated=repeats_mlp(model.norms != "pre", self.config.remat))
         table = {"d_model": model.d_model, "vocab_size": self.vocab_size}
         functions: dict[str, tuple[str, Callable[..., Traffic]]] = {
             "attention": (stream.attention_movement, attention),

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tsp_jax.config import LayerKind, LoraConfig, ModelConfig, Remat, RopeScaling, StreamConfig, TokenOrder
-from tsp_jax.cost.traffic import repeats_mlp
 from tsp_jax.layout import Placement
 from tsp_jax.models import lora
 from tsp_jax.models.keep import Saved
@@ -64,8 +63,9 @@ class DecoderLayer(nnx.Module):
         """settings of the attention of each layer of a period"""
         self.attention_post_norm = _norm(config, placement, dtype, rngs) if after else None
         self.mlp_norm = _norm(config, placement, dtype, rngs) if before else None
-        repeated = repeats_mlp(config.norms, remat)
-        self.mlp = MLP(config.d_model, config.d_ff, activation=config.activation, repeated=repeated, **kwargs)
+        self.mlp = MLP(
+            config.d_model, config.d_ff, activation=config.activation, norm_follows=after, remat=remat, **kwargs
+        )
         self.mlp_post_norm = _norm(config, placement, dtype, rngs) if after else None
 
     def __call__(

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tsp_jax.config import Activation, StreamConfig
-from tsp_jax.cost.traffic import mlp_traffic
+from tsp_jax.config import Activation, Remat, StreamConfig
+from tsp_jax.cost.traffic import mlp_traffic, repeats_mlp
 from tsp_jax.layout import Placement
 from tsp_jax.nn.layer import Layer
 from tsp_jax.ops.mlp import mlp
@@ -28,8 +28,9 @@ class MLP(Layer):
       placement: layout and mesh.
       stream: movement and bucket size.
       activation: activation of the gate.
-      repeated: whether backward computes the output again, as where a norm follows; `auto` counts the bytes that this
-        moves when it chooses the movement.
+      norm_follows: whether the output goes to a norm, whose backward needs it.
+      remat: what backward recomputes of this layer: the output too, for a norm that follows. `auto` counts the bytes
+        that this moves when it chooses the movement.
       init_std: standard deviation of the initial gate and up projections.
       out_std: the same for the down projection; init_std if None.
       dtype: compute dtype; parameters are float32.
@@ -40,16 +41,16 @@ class MLP(Layer):
 
     def __init__(
         self, d_model: int, d_ff: int, *, placement: Placement, stream: StreamConfig = StreamConfig(),
-        activation: Activation = "silu", repeated: bool = False, init_std: float = 0.02, out_std: float | None = None,
-        dtype: jax.typing.DTypeLike = jnp.bfloat16, rngs: nnx.Rngs,
+        activation: Activation = "silu", norm_follows: bool = False, remat: Remat = "none", init_std: float = 0.02,
+        out_std: float | None = None, dtype: jax.typing.DTypeLike = jnp.bfloat16, rngs: nnx.Rngs,
     ):  # fmt: skip
         out_std = init_std if out_std is None else out_std
         self._check_settings(
-            d_model=d_model, d_ff=d_ff, placement=placement, stream=stream, activation=activation, repeated=repeated,
-            init_std=init_std, out_std=out_std, dtype=dtype, rngs=rngs,
+            d_model=d_model, d_ff=d_ff, placement=placement, stream=stream, activation=activation,
+            norm_follows=norm_follows, remat=remat, init_std=init_std, out_std=out_std, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         super().__init__(placement, stream, dtype)
-        self.activation, self.repeated = activation, repeated
+        self.activation, self.repeated = activation, repeats_mlp(norm_follows, remat)
         self.padding = RowPadding.over(d_ff, placement.size(self.dim))
         self.w_gate = self._param(rngs, d_ff, d_model, init_std, self.padding)
         self.w_up = self._param(rngs, d_ff, d_model, init_std, self.padding)

@@ -38,7 +38,7 @@ class Scores(NamedTuple):
 
     @classmethod
     def of(cls, model: ModelConfig) -> "Scores":
-        """The scores of a decoder's attention."""
+        """The scores of a decoder's attention; where only some layers have a window, of those."""
         return cls(True, model.window, model.attention_softcap, model.attention_scale)
 
     def scale_of(self, head_dim: int) -> float:

@@ -173,3 +173,10 @@ def test_a_source_without_files_is_named(config, tmp_path):
     data = dataclasses.replace(config.data, mixture=f"{config.data.mixture},none={tmp_path}/none/*:1")
     with pytest.raises(ConfigError, match=r"^data.mixture, source none: data.files='.*none/\*' matches no file"):
         load_splits(dataclasses.replace(config, data=data), 1)
+
+
+def test_sources_that_share_a_file_are_refused(config, tmp_path):
+    """What one holds out, the other would train on."""
+    data = dataclasses.replace(config.data, mixture=f"{config.data.mixture},all={tmp_path}/**/*.txt:1")
+    with pytest.raises(ConfigError, match=r"^data.mixture: .*/code/0.txt is in both code and all; use globs that"):
+        load_splits(dataclasses.replace(config, data=data), 1)

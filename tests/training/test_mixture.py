@@ -157,7 +157,8 @@ def config(tmp_path):
         (tmp_path / name).mkdir()
         for number in range(3):
             (tmp_path / name / f"{number}.txt").write_text(text * (5 + number))
-    data = DataConfig(cache_dir=str(tmp_path / "cache"), mixture=f"prose={tmp_path}/prose/*:3,code={tmp_path}/code/*:1")
+    mixture = f"prose={tmp_path}/prose/*:3,code={tmp_path}/code/*:1"
+    data = DataConfig(cache_dir=str(tmp_path / "cache"), tokenizer="bytes", mixture=mixture)
     sizes = {"d_model": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "d_ff": 8}
     return Config(model=ModelConfig(vocab_size=256, **sizes), data=data, steps=2, batch=4, seq_len=32)
 
@@ -171,4 +172,11 @@ def test_sources_are_read_from_their_own_files(config):
 def test_a_source_without_files_is_named(config, tmp_path):
     data = dataclasses.replace(config.data, mixture=f"{config.data.mixture},none={tmp_path}/none/*:1")
     with pytest.raises(ConfigError, match=r"^data.mixture, source none: data.files='.*none/\*' matches no file"):
+        load_splits(dataclasses.replace(config, data=data), 1)
+
+
+def test_sources_that_share_a_file_are_refused(config, tmp_path):
+    """What one holds out, the other would train on."""
+    data = dataclasses.replace(config.data, mixture=f"{config.data.mixture},all={tmp_path}/**/*.txt:1")
+    with pytest.raises(ConfigError, match=r"^data.mixture: .*/code/0.txt is in both code and all; use globs that"):
         load_splits(dataclasses.replace(config, data=data), 1)

@@ -160,7 +160,7 @@ def whole(tmp_path_factory):
     for number in range(8):
         (folder / "code" / f"{number}.py").write_text(f"def f{number}(x): return x\n" * (1 + number % 4))
     mixture = f"small={small}:3,code={folder}/code/*:1"
-    data = DataConfig(cache_dir=str(folder / "cache"), mixture=mixture, packing="best-fit")
+    data = DataConfig(cache_dir=str(folder / "cache"), tokenizer="bytes", mixture=mixture, packing="best-fit")
     config = small_config(
         folder, data=data, layout="tsp", mesh="data=2,tsp=2", steps=12, accumulate=2, seq_len_schedule="48x6",
         checkpoint_every=1, keep_checkpoints=20, eval_every=4,

@@ -1,5 +1,6 @@
 """The data of a run: batches of both splits, those for training by the phases of a schedule of sequence lengths."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ from jax.sharding import NamedSharding
 
 from tsp_jax.config import Config, Phase
 from tsp_jax.errors import ConfigError
+from tsp_jax.text.sources import find_sources
 from tsp_jax.training.corpus import Split, load_corpus
 from tsp_jax.training.data import Batch, Batches, Weighted
 
@@ -80,6 +82,7 @@ def load_splits(config: Config, sequence_shards: int) -> Splits:
             long_documents=config.data.long_documents, **phase,
         )  # fmt: skip
 
+    _check_apart(config)
     phases, train = config.phases(), _load_sources(config, "train")
     in_phases, used = [], None
     for number, phase in enumerate(phases):
@@ -98,3 +101,19 @@ def _load_sources(config: Config, split: Split) -> list[Weighted]:
         except ConfigError as error:
             raise ConfigError(f"data.mixture, source {name}: {error}" if name else str(error)) from None
     return sources
+
+
+def _check_apart(config: Config) -> None:
+    """Raises ConfigError if two sources have a file in common: one could train on what the other holds out."""
+    owners: dict[Path, str] = {}
+    sources = config.data.sources()
+    for name, _, data in sources if len(sources) > 1 else ():
+        try:
+            files = find_sources(data)[1]
+        except ConfigError as error:
+            raise ConfigError(f"data.mixture, source {name}: {error}") from None
+        for file in files:
+            if (owner := owners.setdefault(file.path, name)) != name:
+                raise ConfigError(
+                    f"data.mixture: {file.path} is in both {owner} and {name}; use globs that do not overlap"
+                )

@@ -1,6 +1,7 @@
 """Small models, their random parameters, and Hugging Face folders of them."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -22,6 +23,28 @@ QWEN = dataclasses.replace(
 SCALED = dataclasses.replace(
     LLAMA, rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_context=64), activation="gelu"
 )
+_GEMMA = dataclasses.replace(
+    LLAMA, d_model=32, norms="both", norm_unit_offset=True, embedding_scale=math.sqrt(32), activation="gelu",
+    tie_embeddings=True, attention_scale=1 / 16,
+)  # fmt: skip
+FAMILIES = {
+    "llama": dataclasses.replace(LLAMA, d_model=32),
+    "mistral": dataclasses.replace(LLAMA, window=9),
+    "qwen2": dataclasses.replace(LLAMA, qkv_bias=True, num_heads=9, num_kv_heads=3),
+    "qwen3": QWEN,
+    "gemma2": dataclasses.replace(_GEMMA, attention_softcap=50.0, logits_softcap=30.0),
+    "gemma3_text": dataclasses.replace(_GEMMA, qk_norm=True),
+    "phi3": dataclasses.replace(
+        LLAMA,
+        rope_scaling=RopeScaling(
+            kind="longrope", factor=4.0, original_context=64, short_factors=(1.0,) * 6, long_factors=(2.0,) * 6
+        ),
+    ),
+    "smollm3": dataclasses.replace(LLAMA, num_kv_heads=2),
+    "granite": dataclasses.replace(LLAMA, embedding_scale=12.0, residual_scale=0.25, logits_scale=0.125),
+    "olmo2": dataclasses.replace(LLAMA, norms="post", qk_norm=True, qk_norm_width="all", num_heads=9, num_kv_heads=3),
+}  # fmt: skip
+"""model_type -> a small model of this family"""
 MODELS = {"llama": LLAMA, "padded_tied_qwen": QWEN, "scaled": SCALED}
 
 

@@ -15,6 +15,8 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hf import config as hf_config
 from tsp_jax.hf import weights as hf
 from tsp_jax.hf.config import config_json, read_dtype
+from tsp_jax.hf.families import FAMILIES
+from tsp_jax.hf.params import param_tree, shapes
 from tsp_jax.ops.rope import frequencies
 
 ABSENT = "absent"
@@ -69,6 +71,10 @@ READ = {
         {**MISTRAL, "head_dim": ABSENT, "hidden_size": 52},
         {"d_model": 52, "head_dim": 6},
     ),
+    "window after max_window_layers": (
+        {**QWEN3, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        {"qk_norm": True, "window": 8, "layer_kinds": ("full", "sliding")},
+    ),
     "no window before max_window_layers": (
         {**QWEN3, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
         {"qk_norm": True},
@@ -95,7 +101,10 @@ READ = {
 """changes of MODEL's config.json, changes of MODEL"""
 REFUSED = {
     "architecture": ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
-    "no family": ({"architectures": None, "model_type": ABSENT}, ["model_type=null", "use llama, mistral, qwen3"]),
+    "no family": (
+        {"architectures": None, "model_type": ABSENT},
+        ["model_type=null", "use llama, mistral, qwen2, qwen3"],
+    ),
     "other family": ({"model_type": "gemma"}, ['model_type="gemma"']),
     "family of a wrong type": ({"model_type": ["llama"]}, ['model_type=["llama"]']),
     "bias": ({"attention_bias": True}, ["attention_bias=true"]),
@@ -110,13 +119,17 @@ REFUSED = {
     ),
     "window of llama": ({"sliding_window": 8}, ["sliding_window=8"]),
     "window of some layers": ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types"]),
-    "window after max_window_layers": (
-        {**QWEN3, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-        ["sliding_window=8 from layer max_window_layers=1 on"],
+    "window of layers that is not used": (
+        {**QWEN3, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2},
+        ["use_sliding_window=null contradicts layer_types"],
     ),
+    "layer types of llama": ({"layer_types": ["sliding_attention"] * 2}, ["layer_types", "all full_attention"]),
     "layer types of other layers": ({"layer_types": ["full_attention"]}, ["layer_types", "2 layers"]),
     "layer types a number": ({"layer_types": 5}, ["layer_types=5", "`array | null`"]),
-    "rope": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ['rope_type="yarn"', "llama3"]),
+    "rope": (
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+        ['rope_type="dynamic"', "llama3, yarn, longrope"],
+    ),
     "rope beside rope_parameters": ({"rope_parameters": {}, "rope_scaling": {"type": "dynamic"}}, ['"dynamic"']),
     "rope without factor": ({"rope_scaling": {"rope_type": "linear"}}, ["factor is missing"]),
     "rope by layer": ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ["rope=", "one RoPE"]),
@@ -187,8 +200,8 @@ def test_transformers_reads_the_same(case, tmp_path):
     ours, theirs = hf.read_config(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(theirs)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert shapes == dict(hf._shapes(hf._param_tree(ours, place_case("single"))))
+    desired = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert desired == dict(shapes(param_tree(ours, place_case("single"))))
     rope = type(model.model.rotary_emb)(theirs)
     assert rope.attention_scaling == 1.0
     desired = rope.inv_freq.numpy()
@@ -203,18 +216,21 @@ def test_transformers_reads_the_same(case, tmp_path):
 def test_every_key_of_transformers_classes_is_decided():
     """A key of a newer release is decided before it is supported."""
     transformers = pytest.importorskip("transformers")
-    read = {field.name for field in msgspec.structs.fields(hf_config._Keys)} | {"architectures"}
-    for family, defaults in hf_config.DEFAULTS.items():
-        theirs = transformers.AutoConfig.for_model(family)
-        keys = {field.name for field in dataclasses.fields(theirs)}
-        assert keys - read - set(hf_config.REFUSED) - set(hf_config.IGNORED) == set()
+    read = {field.name for field in msgspec.structs.fields(hf_config.Keys)} | {"architectures"}
+    for model_type, family in FAMILIES.items():
+        theirs = transformers.AutoConfig.for_model(model_type)
         fields = {field.name: field.default for field in dataclasses.fields(theirs)}
-        assert {key: fields.get(key) for key in defaults} == defaults
-        shared = {
-            f.name: f.default for f in msgspec.structs.fields(hf_config._Keys) if f.name in fields and not f.required
-        }
-        shared.pop("use_sliding_window", None)  # null here: not said, which mistral takes as true
-        assert {key: fields[key] for key in shared} == shared
+        assert fields.keys() - read - set(hf_config.REFUSED) - set(family.refused) - set(hf_config.IGNORED) == set()
+        ours = {f.name: f.default for f in msgspec.structs.fields(hf_config.Keys) if not f.required}
+        ours = {key: value for key, value in (ours | dict(family.defaults)).items() if key in fields}
+        ours.pop("use_sliding_window", None)  # null here: not said, which mistral takes as true
+        assert {key: fields[key] for key in ours} == ours
+        for key, (value, _) in family.refused.items():
+            assert not fields[key] and not value
+        ropes = {"full_attention": theirs.rope_parameters} if not family.two_ropes else theirs.rope_parameters
+        assert ropes["full_attention"]["rope_theta"] == family.defaults.get("rope_theta", 10_000.0)
+        if family.two_ropes:
+            assert ropes["sliding_attention"]["rope_theta"] == family.defaults["rope_local_base_freq"]
 
 
 TEXTS = {
@@ -259,7 +275,18 @@ def test_the_newer_name_of_dtype_comes_first(changes, desired, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"kind": "yarn"}, {"factor": 0.0}, {"low_freq_factor": 4.0}, {"original_context": -1}]
+    "kwargs",
+    [
+        {"kind": "dynamic"},
+        {"factor": 0.0},
+        {"low_freq_factor": 4.0},
+        {"original_context": -1},
+        {"beta_fast": 0.5},
+        {"factor": 2.0},
+        {"fraction": 1.5},
+        {"original_context": 1, "kind": "longrope"},
+        {"attention_factor": 0.0},
+    ],
 )
 def test_impossible_scaling_is_refused(kwargs):
     with pytest.raises(ConfigError, match=f"model.rope_scaling.*{next(iter(kwargs))}"):
@@ -282,7 +309,20 @@ def test_a_window_is_written_as_it_is_read(qk_norm, tmp_path):
     assert hf.read_config(tmp_path) == model
 
 
-@pytest.mark.parametrize("changes", [{"attention_softcap": 50.0}, {"attention_scale": 0.1}, {"attention_sinks": True}])
-def test_what_no_family_has_is_not_written(changes):
-    with pytest.raises(ConfigError, match=f"model.{next(iter(changes))}=.* has no place in config.json"):
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"attention_softcap": 50.0}, "attention_softcap=50.0 .* of llama, .* use model.attention_softcap=None"),
+        ({"attention_sinks": True}, "attention_sinks=True .* use model.attention_sinks=False"),
+        ({"norms": "post"}, "norms=post .* use model.norms=pre"),
+        ({"qkv_bias": True, "qk_norm": True}, "qk_norm=True .* of qwen2, .* use model.qk_norm=False"),
+        ({"rope_scaling": RopeScaling(fraction=0.5), "qk_norm": True}, "rope_scaling.fraction=0.5 .* use .*=1.0"),
+        (
+            {"layer_kinds": ("full", "sliding"), "window": 8, "qkv_bias": True, "attention_scale": 0.1},
+            "attention_scale",
+        ),
+    ],
+)
+def test_what_no_family_has_is_not_written(changes, words):
+    with pytest.raises(ConfigError, match=f"model.{words}"):
         config_json(dataclasses.replace(MODEL, **changes), "float32")

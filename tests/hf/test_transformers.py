@@ -11,128 +11,25 @@ from pathlib import Path
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from tests.builders.arrays import place_case, relative_error, zigzag
+from tests.builders.arrays import place_case, relative_error
 from tests.builders.tokenizers import KINDS, save_tokenizer
+from tests.builders.transformers_models import LOGITS_TOLERANCE, SEQ_LEN, SIZES, Ours, random_model, their_logits
 from tsp_jax import inference
-from tsp_jax.config import ModelConfig
 from tsp_jax.hf import weights as hf
 from tsp_jax.hf.tokenizer import Tokenizer
 from tsp_jax.inference.token_loop import prefill_prompts
-from tsp_jax.layout import Placement
-from tsp_jax.models.transformer import Transformer
 
 pytestmark = [pytest.mark.index, pytest.mark.filterwarnings("default")]
 ROOT = Path(__file__).parents[2]
-LOGITS_TOLERANCE = 1e-4
-"""relative; float32 sums in another order, through all layers: 1e-6 is typical"""
-SEQ_LEN = 96
-SIZES = {
-    "vocab_size": 144, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2,
-    "intermediate_size": 88, "max_position_embeddings": 256, "rope_theta": 10_000.0, "initializer_range": 0.2,
-}  # fmt: skip
-LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}  # fmt: skip
-MODELS = {
-    "llama_grouped": ("Llama", {}),
-    "llama_tied_llama3": (
-        "Llama",
-        {"tie_word_embeddings": True, "rope_scaling": LLAMA3, "head_dim": 16, "rope_theta": 5e5},
-    ),
-    "llama_padded_linear": (
-        "Llama",
-        {
-            "hidden_size": 54, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 12,
-            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
-        },
-    ),
-    "mistral_any_width": ("Mistral", {"sliding_window": None, "hidden_size": 52, "head_dim": 10}),
-    "mistral_window": ("Mistral", {"sliding_window": 9, "head_dim": 10}),
-    "qwen3_window": (
-        "Qwen3",
-        {"head_dim": 12, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
-    ),
-    "qwen3_grouped": ("Qwen3", {"head_dim": 20}),
-    "qwen3_tied_multi_head": ("Qwen3", {"head_dim": 12, "num_key_value_heads": 8, "tie_word_embeddings": True}),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def transformers():
     pytest.importorskip("torch")
     return pytest.importorskip("transformers")
-
-
-def random_model(transformers, family: str, changes: dict):
-    """A model of theirs, norm scales random too."""
-    import torch
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES | changes)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    for name, value in model.named_parameters():
-        if "norm" in name:
-            value.data = 1 + 0.3 * torch.randn_like(value)
-    return model
-
-
-def their_logits(model, tokens: np.ndarray) -> np.ndarray:
-    import torch
-
-    with torch.no_grad():
-        return model(torch.from_numpy(tokens)).logits.numpy()
-
-
-class Ours:
-    """A folder's model on a placement, in float32."""
-
-    def __init__(self, folder: Path, placement: Placement):
-        self.config: ModelConfig = hf.read_config(folder)
-        self.params, self.placement = hf.load_params(folder, self.config, placement), placement
-        model = nnx.eval_shape(
-            lambda: Transformer(self.config, placement=placement, dtype=jnp.float32, rngs=nnx.Rngs(0))
-        )
-        graphdef, self.state = nnx.split(model)
-        nnx.replace_by_pure_dict(self.state, self.params)
-
-        @jax.jit
-        def logits(state, tokens, positions):
-            model = nnx.merge(graphdef, state)
-            return model(tokens, positions, jnp.zeros_like(positions)) @ (model.head or model.embed).table[...].T
-
-        self._logits = logits
-
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """[B, S, V] in natural order; computed in zigzag order."""
-        order = zigzag(tokens.shape[1], self.placement)
-        positions = np.broadcast_to(order.astype(np.int32), tokens.shape)
-        placed = jax.device_put(
-            (tokens[:, order].astype(np.int32), positions), self.placement.sharding("batch", "sequence")
-        )
-        return np.asarray(self._logits(self.state, *placed))[:, np.argsort(order)]
-
-
-@pytest.mark.parametrize("case", MODELS)
-def test_logits_equal_those_of_transformers(case, transformers, tmp_path, record_property):
-    model = random_model(transformers, *MODELS[case])
-    model.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
-    ours = Ours(tmp_path / "theirs", place_case("tsp4"))
-    tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (2, SEQ_LEN))
-    desired = their_logits(model, tokens)
-    error = relative_error(ours.logits(tokens), desired)
-    record_property("relative_error", error)
-    print(f"{case}: relative error of the logits {error:.2e}")
-    assert error <= LOGITS_TOLERANCE
-
-    hf.save_params(tmp_path / "ours", ours.params, ours.config, ours.placement, max_file_bytes=100_000)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    assert relative_error(their_logits(again, tokens), desired) == 0.0
 
 
 def test_logits_are_equal_where_two_keys_say_one_thing(transformers, tmp_path):

@@ -16,10 +16,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.builders.arrays import place_case
-from tests.builders.folders import LLAMA, MODELS, QWEN, logical_params, place_params, save_folder
+from tests.builders.folders import FAMILIES, LLAMA, MODELS, QWEN, logical_params, place_params, save_folder
 from tsp_jax.errors import ConfigError
 from tsp_jax.hf import tensors as hf_tensors
 from tsp_jax.hf import weights as hf
+from tsp_jax.hf.params import param_tree
 from tsp_jax.hf.tensors import INDEX, SINGLE, split_files
 
 
@@ -53,6 +54,59 @@ def test_tensors_have_the_names_and_shapes_of_hugging_face(tmp_path):
         f"{layer}mlp.down_proj.weight": mlp["w_down"][1].T,
     }.items():
         np.testing.assert_array_equal(tensors[name], desired, err_msg=name)
+
+
+NORMS = {
+    "pre": {"attention_norm": "input", "mlp_norm": "post_attention"},
+    "post": {"attention_post_norm": "post_attention", "mlp_post_norm": "post_feedforward"},
+    "both": {
+        "attention_norm": "input", "attention_post_norm": "post_attention", "mlp_norm": "pre_feedforward",
+        "mlp_post_norm": "post_feedforward",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("norms", NORMS)
+def test_norms_have_the_names_of_their_place(norms, tmp_path):
+    config = FAMILIES[{"pre": "llama", "post": "olmo2", "both": "gemma2"}[norms]]
+    params, tensors = logical_params(config), load_file(save_folder(tmp_path / "out", config) / SINGLE)
+    assert sum("layernorm" in name for name in tensors) == config.num_layers * len(NORMS[norms])
+    for ours, theirs in NORMS[norms].items():
+        name = f"model.layers.1.{theirs}_layernorm.weight"
+        np.testing.assert_array_equal(tensors[name], params["layers"][ours]["scale"][1], err_msg=name)
+
+
+@pytest.mark.parametrize("layout", ["single", "tsp8", "tp8"])
+def test_phi3_has_queries_keys_and_values_in_one_tensor_and_gate_and_up_in_another(layout, tmp_path):
+    config = FAMILIES["phi3"]
+    params, tensors = (
+        logical_params(config)["layers"],
+        load_file(save_folder(tmp_path / "out", config, layout) / SINGLE),
+    )
+    for name, parts in {
+        "self_attn.qkv_proj": [params["attention"][part] for part in ("w_q", "w_k", "w_v")],
+        "mlp.gate_up_proj": [params["mlp"][part] for part in ("w_gate", "w_up")],
+    }.items():
+        desired = np.concatenate([part[1] for part in parts])
+        np.testing.assert_array_equal(tensors[f"model.layers.1.{name}.weight"], desired)
+    assert not any(".q_proj" in name or ".gate_proj" in name for name in tensors)
+
+
+@pytest.mark.parametrize("layout", ["single", "tsp8", "tp8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_exported_and_imported_bitwise(family, layout, tmp_path):
+    config, placement = FAMILIES[family], place_case(layout)
+    folder = save_folder(tmp_path / "out", config, "tsp4", max_file_bytes=20_000)
+    assert hf.read_config(folder) == config
+    chex.assert_trees_all_equal(hf.load_params(folder, config, placement), place_params(config, placement))
+
+
+def test_a_fused_tensor_of_another_shape_is_refused(tmp_path):
+    folder, name = save_folder(tmp_path / "out", FAMILIES["phi3"]), "model.layers.0.self_attn.qkv_proj.weight"
+    tensors = load_file(folder / SINGLE)
+    save_file({**tensors, name: tensors[name][1:].copy()}, folder / SINGLE)
+    with pytest.raises(ConfigError, match=r"qkv_proj.weight has shape \[191, 28\], the model needs \[192, 28\]"):
+        hf.load_params(folder, FAMILIES["phi3"], place_case("tsp4"))
 
 
 @pytest.mark.parametrize("asked", ["float32", "bfloat16"])
@@ -110,7 +164,7 @@ def test_each_device_reads_its_own_slice(model, layout, tmp_path, monkeypatch):
     monkeypatch.setattr(hf_tensors, "open_file", lambda path: CountedFile(plain(path), reads))
     hf.load_params(folder, config, placement)
     most, whole = {}, {name: tensor.size for name, tensor in load_file(folder / SINGLE).items()}
-    for param in jax.tree.leaves(hf._param_tree(config, placement)):
+    for param in jax.tree.leaves(param_tree(config, placement)):
         slice_of_a_layer = param.stored.sharding.shard_shape(param.stored.shape)[param.stacked :]
         most |= dict.fromkeys(param.names(), math.prod(slice_of_a_layer))
     assert [name for name, size in reads if size > most[name]] == []

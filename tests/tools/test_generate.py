@@ -18,6 +18,7 @@ from tsp_jax import inference
 from tsp_jax.config import ModelConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.hf import weights as hf
+from tsp_jax.hf.params import param_tree
 from tsp_jax.hf.tensors import SINGLE
 from tsp_jax.inspect import compiled_memory
 from tsp_jax.tools.generate import GenerateOptions, generate_text
@@ -35,7 +36,7 @@ KERNEL = "attention kernel xla"
 def folder(tmp_path_factory) -> Path:
     """A Hugging Face folder of random weights."""
     folder, placement = tmp_path_factory.mktemp("models") / "small", place_case("single")
-    tree = hf._param_tree(CONFIG, placement)
+    tree = param_tree(CONFIG, placement)
     leaves, structure = jax.tree.flatten(tree)
     arrays = [normal(seed, *leaf.stored.shape, std=0.3) for seed, leaf in enumerate(leaves, start=40)]
     hf.save_params(folder, jax.tree.unflatten(structure, map(jax.numpy.asarray, arrays)), CONFIG, placement)

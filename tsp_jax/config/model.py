@@ -4,40 +4,14 @@ import dataclasses
 from typing import Literal, get_args
 
 from tsp_jax.config.checks import check, check_bytes
+from tsp_jax.config.rope import RopeScaling
 from tsp_jax.errors import ConfigError
 
 Activation = Literal["silu", "gelu"]
 DType = Literal["float32", "bfloat16"]
-RopeKind = Literal["none", "linear", "llama3"]
 NormWidth = Literal["head", "all"]
 Norms = Literal["pre", "post", "both"]
 LayerKind = Literal["full", "sliding", "full_nope"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How rotary frequencies are scaled for contexts longer than those a model was first trained on."""
-
-    kind: RopeKind = "none"
-    """linear: divide all frequencies by factor; llama3: divide low ones by factor, keep high ones,
-    interpolate between"""
-    factor: float = 1.0
-    """divisor of the scaled frequencies"""
-    low_freq_factor: float = 1.0
-    """llama3: a frequency with fewer periods than this in the original context is low"""
-    high_freq_factor: float = 4.0
-    """llama3: a frequency with more periods than this in the original context is high"""
-    original_context: int = 8192
-    """llama3: context length of pretraining, in tokens (original_max_position_embeddings)"""
-
-    def __post_init__(self):
-        owner = "model.rope_scaling."
-        check(owner, self, positive="factor low_freq_factor high_freq_factor original_context")
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ConfigError(
-                f"{owner}high_freq_factor={self.high_freq_factor} must exceed low_freq_factor={self.low_freq_factor}; "
-                f"use {4 * self.low_freq_factor}"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +93,7 @@ class ModelConfig:
             )
         if self.qk_norm_width == "all" and not self.qk_norm:
             raise ConfigError("model.qk_norm_width=all has no effect without model.qk_norm; use model.qk_norm=True")
+        self.rope_scaling.check_fits("model.", self.head_dim, self.rope_theta)
         self._check_kinds()
         check_bytes("weights in bfloat16", 2 * self.num_params, "model.", self, sizes)
 

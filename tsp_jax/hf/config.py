@@ -1,44 +1,29 @@
 """Read `config.json` of a Hugging Face folder as a ModelConfig, and write it from one.
 
-A folder is read as transformers reads it. `model_type` names a class of transformers, whose defaults replace absent
-keys. Every key of these classes is handled: keys in `_Keys` are read, keys in `REFUSED` may only have the value given
-there, and keys in `IGNORED` do not change what the model computes. Keys unknown to the class are ignored, as in
-transformers.
-Source: models/{llama,mistral,qwen3}/configuration_*.py and configuration_utils.py of transformers 5.24.
+A folder is read as transformers reads it. `model_type` names a class of transformers, a row of `FAMILIES`, whose
+defaults replace absent keys. Every key of these classes is handled: keys in `Keys` are read, keys in `REFUSED` may only
+have the value given there, and keys in `IGNORED` do not change what the model computes. Keys unknown to the class are
+ignored, as in transformers.
+Source: configuration_utils.py of transformers 5.24.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from tsp_jax.config import Activation, DType, ModelConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.files import Count, Finite, Size, check_json, read_json
-from tsp_jax.hf.rope import read_rope, rope_json
+from tsp_jax.hf.families import FAMILIES, Family, choose_family
+from tsp_jax.hf.layers import layers_json, read_layers
+from tsp_jax.hf.rope import CONTEXT, read_rope, read_two_ropes, rope_json
 
 MAX_BYTES = 2**24
 """largest config.json, in bytes, that is read"""
-FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-"""model_type -> class of transformers, as `architectures` in config.json names it"""
-_SIZES = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {
-        **_SIZES, "vocab_size": 32_000, "intermediate_size": 11_008, "num_key_value_heads": None, "head_dim": None,
-        "max_position_embeddings": 2048, "sliding_window": None,
-    },
-    "mistral": {
-        **_SIZES, "vocab_size": 32_000, "intermediate_size": 14_336, "num_key_value_heads": 8, "head_dim": None,
-        "max_position_embeddings": 131_072, "sliding_window": 4096,
-    },
-    "qwen3": {
-        **_SIZES, "vocab_size": 151_936, "intermediate_size": 22_016, "num_key_value_heads": 32, "head_dim": 128,
-        "max_position_embeddings": 32_768, "sliding_window": 4096,
-    },
-}  # fmt: skip
-"""model_type -> key -> default of the family's class; `_Keys` has the defaults that all families share"""
 REFUSED = {
     "attention_bias": (False, "without biases"),
     "mlp_bias": (False, "without biases"),
@@ -50,7 +35,7 @@ REFUSED = {
 }
 """key that changes the mathematics -> (the only supported value, kind of model to use instead)"""
 IGNORED = {
-    "attention_dropout": "of training alone",
+    **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop"), "of training alone"),
     "pad_token_id": "its row of the table takes no gradient: of training alone",
     "pretraining_tp": "splits sums, which are the same up to rounding",
     "chunk_size_feed_forward": "splits work, not sums",
@@ -70,38 +55,51 @@ DTYPES: dict[str | None, DType] = {
     "float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16", None: "bfloat16",
 }  # fmt: skip
 """dtype in config.json -> dtype that is used here if the caller does not choose one"""
-FULL_ATTENTION = {"full_attention", "attention"}
-"""names of layer types without a window; "attention" means "full_attention" to transformers"""
 SIZES = {
     "vocab_size": "vocab_size", "d_model": "hidden_size", "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads", "d_ff": "intermediate_size",
+    "num_heads": "num_attention_heads", "d_ff": "intermediate_size", "tie_embeddings": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps", "init_std": "initializer_range",
 }  # fmt: skip
-"""field of ModelConfig -> key of config.json, for those that correspond one to one"""
-CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+"""field of ModelConfig -> key of config.json, for those that correspond one to one in every family"""
+CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id")
 """keys of config.json without a field in ModelConfig, which an export copies from the source folder"""
+_Positive = Annotated[float, msgspec.Meta(gt=0, le=1.7976931348623157e308)]
 
 
-class _Keys(msgspec.Struct):
-    """The keys of config.json that are read, and their types."""
+class Keys(msgspec.Struct):
+    """The keys of config.json that are read, and their types; a family may have other defaults."""
 
     vocab_size: Size
     hidden_size: Size
     intermediate_size: Size
     num_hidden_layers: Size
     num_attention_heads: Size
-    num_key_value_heads: Size | None
-    """null: as many as num_attention_heads"""
-    head_dim: Size | None
-    """null: hidden_size // num_attention_heads"""
     max_position_embeddings: Size
-    sliding_window: Count | None
+    num_key_value_heads: Size | None = None
+    """null: as many as num_attention_heads"""
+    head_dim: Size | None = None
+    """null: hidden_size // num_attention_heads"""
+    original_max_position_embeddings: Size | None = None
+    """read with RoPE"""
+    sliding_window: Count | None = None
     use_sliding_window: bool | None = None
     max_window_layers: Count = 28
+    sliding_window_pattern: Size = 6
     layer_types: list[str] | None = None
+    no_rope_layers: list[int] | None = None
+    no_rope_layer_interval: Size = 4
     hidden_act: str = "silu"
+    hidden_activation: str = "gelu_pytorch_tanh"
     rms_norm_eps: Finite = 1e-6
     initializer_range: Finite = 0.02
     tie_word_embeddings: bool = False
+    query_pre_attn_scalar: Size = 256
+    attn_logit_softcapping: Finite | None = None
+    final_logit_softcapping: Finite | None = None
+    embedding_multiplier: Finite = 1.0
+    residual_multiplier: Finite = 1.0
+    attention_multiplier: Finite = 1.0
+    logits_scaling: _Positive = 1.0
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
     dtype: str | None = None
@@ -111,28 +109,25 @@ class _Keys(msgspec.Struct):
 
 def read_config(folder: str | Path) -> ModelConfig:
     """Reads `config.json`; raises ConfigError if it is missing or broken, or the model is not supported."""
-    path, raw, family = _read(folder)
-    keys = check_json(DEFAULTS[family] | raw, str(path), _Keys)
-    _refuse(path, raw)
-    window = _read_window(path, raw, family, keys)
+    path, raw, model_type = _read(folder)
+    family = FAMILIES[model_type]
+    keys = check_json({**family.defaults, **raw}, str(path), Keys)
+    _refuse(path, raw, family)
+    layers = read_layers(path, family, keys)
     _read_dtype(path, keys)
-    if keys.hidden_act not in ACTIVATIONS:
-        value = f"hidden_act={keys.hidden_act[:80]}"
+    activation = getattr(keys, family.activation)
+    if activation not in ACTIVATIONS:
+        value = f"{family.activation}={activation[:80]}"
         raise ConfigError(f"{path}: {value} is not supported; use {', '.join(ACTIVATIONS)}")
     try:
-        theta, scaling = read_rope(str(path), raw, keys.max_position_embeddings)
         return ModelConfig(
             **{field: getattr(keys, key) for field, key in SIZES.items()},
             num_kv_heads=keys.num_key_value_heads or keys.num_attention_heads,
-            head_dim=keys.head_dim or keys.hidden_size // keys.num_attention_heads,
-            activation=ACTIVATIONS[keys.hidden_act],
-            qk_norm=family == "qwen3",
-            window=window,
-            tie_embeddings=keys.tie_word_embeddings,
-            rope_theta=theta,
-            rope_scaling=scaling,
-            norm_eps=keys.rms_norm_eps,
-            init_std=keys.initializer_range,
+            head_dim=_head_dim(keys),
+            activation=ACTIVATIONS[activation],
+            **layers,
+            **_read_variants(family, keys),
+            **_read_rope(path, raw, model_type, layers["window"]),
         )
     except ConfigError as error:
         raise error if str(path) in str(error) else ConfigError(f"{path}: {error}") from None
@@ -140,61 +135,66 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 def read_dtype(folder: str | Path) -> DType:
     """Returns float32 if `config.json` gives it as the dtype of the weights, else bfloat16."""
-    path, raw, family = _read(folder)
-    return _read_dtype(path, check_json(DEFAULTS[family] | raw, str(path), _Keys))
+    path, raw, model_type = _read(folder)
+    return _read_dtype(path, check_json({**FAMILIES[model_type].defaults, **raw}, str(path), Keys))
+
+
+def read_model_type(folder: str | Path) -> str:
+    """Returns the family of a folder's model, a key of `FAMILIES`."""
+    return _read(folder)[2]
 
 
 def _read(folder: str | Path) -> tuple[Path, dict[str, Any], str]:
     """Returns (path of config.json, its content, its model_type)."""
     path = Path(folder) / "config.json"
     raw = read_json(path, max_bytes=MAX_BYTES, advice="use a Hugging Face folder with an intact one")
-    known = {name: family for family, name in FAMILIES.items()}
-    names, family = raw.get("architectures"), raw.get("model_type")
-    if names is not None and not (isinstance(names, list) and len(names) == 1 and names[0] in FAMILIES.values()):
+    known = {family.architecture: model_type for model_type, family in FAMILIES.items()}
+    names, model_type = raw.get("architectures"), raw.get("model_type")
+    if names is not None and not (isinstance(names, list) and len(names) == 1 and names[0] in list(known)):
         value = f"architectures={json.dumps(names):.80}"
         raise ConfigError(f"{path}: {value} is not supported; use {', '.join(known)}")
-    family = known[names[0]] if family is None and names else family
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise ConfigError(f"{path}: model_type={json.dumps(family):.80} is not supported; use {', '.join(FAMILIES)}")
-    return path, raw, family
+    model_type = known[names[0]] if model_type is None and names else model_type
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        value = f"model_type={json.dumps(model_type):.80}"
+        raise ConfigError(f"{path}: {value} is not supported; use {', '.join(FAMILIES)}")
+    return path, raw, model_type
 
 
-def _refuse(path: Path, raw: Mapping[str, Any]) -> None:
-    for key, (plain, use) in REFUSED.items():
+def _refuse(path: Path, raw: Mapping[str, Any], family: Family) -> None:
+    for key, (plain, use) in {**REFUSED, **family.refused}.items():
         if key in raw and raw[key] is not plain and raw[key] not in (None, {}):
             raise ConfigError(f"{path}: {key}={json.dumps(raw[key]):.80} is not supported; use a model {use}")
 
 
-def _read_window(path: Path, raw: Mapping[str, Any], family: str, keys: _Keys) -> int | None:
-    """The sliding window of all layers; None if no layer has one. Raises ConfigError if only some layers have one."""
-    types, layers = keys.layer_types, keys.num_hidden_layers
-    if types is None and family == "qwen3" and keys.use_sliding_window:
-        full = min(keys.max_window_layers, layers)
-        types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
-    kinds = set(types or ()) - FULL_ATTENTION
-    if types is not None and (len(types) != layers or (kinds and set(types) != {"sliding_attention"})):
-        value = f"layer_types={json.dumps(types):.80}"
-        if keys.layer_types is None:
-            value = f"sliding_window={keys.sliding_window} from layer max_window_layers={keys.max_window_layers} on"
-        raise ConfigError(
-            f"{path}: {value} is not supported; use a model of {layers} layers (num_hidden_layers) that are all "
-            "full_attention, or all sliding_attention"
-        )
-    if family == "llama" and keys.use_sliding_window is not False and keys.sliding_window is not None:
-        raise ConfigError(
-            f"{path}: sliding_window={keys.sliding_window} is not supported in a llama model; "
-            "use model_type mistral, or sliding_window null"
-        )
-    if family != "mistral" and not kinds:
-        return None
-    if keys.sliding_window == 0 or (kinds and keys.sliding_window is None):
-        raise ConfigError(
-            f"{path}: sliding_window={json.dumps(keys.sliding_window)} is no window; use 4096, or full attention"
-        )
-    return keys.sliding_window
+def _head_dim(keys: Keys) -> int:
+    return keys.head_dim or keys.hidden_size // keys.num_attention_heads
 
 
-def _read_dtype(path: Path, keys: _Keys) -> DType:
+def _read_variants(family: Family, keys: Keys) -> dict[str, Any]:
+    """The fields in which families differ, except for layers and RoPE."""
+    given = {field: getattr(keys, key.key) for field, key in family.keys.items()}
+    fields = {field: None if value is None else family.keys[field].read(value) for field, value in given.items()}
+    if _head_dim(keys) and fields.get("attention_scale") == _head_dim(keys) ** -0.5:
+        fields["attention_scale"] = None
+    if family.scaled_embedding:
+        fields["embedding_scale"] = math.sqrt(keys.hidden_size)
+    return {**family.fields, **fields}
+
+
+def _read_rope(path: Path, raw: Mapping[str, Any], model_type: str, window: int | None) -> dict[str, Any]:
+    family, local = FAMILIES[model_type], None
+    raw = {**family.defaults, **raw}
+    if family.two_ropes:
+        theta, scaling, local = read_two_ropes(str(path), raw)
+    else:
+        theta, scaling = read_rope(str(path), raw, aliases=family.rope_aliases, partial=family.partial_rope)
+    if scaling.kind not in family.rope_kinds:
+        known = ", ".join("default" if kind == "none" else kind for kind in family.rope_kinds)
+        raise ConfigError(f"{path}: rope_type={scaling.kind} is not supported in a {model_type} model; use {known}")
+    return {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": None if window is None else local}
+
+
+def _read_dtype(path: Path, keys: Keys) -> DType:
     key = "torch_dtype" if keys.dtype is None else "dtype"
     name = getattr(keys, key)
     if name not in DTYPES:
@@ -207,30 +207,37 @@ def _read_dtype(path: Path, keys: _Keys) -> DType:
 
 
 def config_json(config: ModelConfig, dtype: str, carried: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the content of `config.json` for a model, plus those keys of `carried` that are in `CARRIED`."""
-    for field in ("attention_scale", "attention_softcap", "attention_sinks"):
-        if getattr(config, field):
-            value = f"model.{field}={getattr(config, field)}"
-            raise ConfigError(f"{value} has no place in config.json of {', '.join(FAMILIES)}; use a model without it")
-    activation = {name: hf_name for hf_name, name in reversed(ACTIVATIONS.items())}[config.activation]
-    family = "qwen3" if config.qk_norm else "llama"
-    if family == "llama" and (config.window or config.d_model % config.num_heads):
-        family = "mistral"  # with windows, and without transformers' demand that the heads divide the width
-    windows = {"use_sliding_window": True, "max_window_layers": 0} if config.window and family == "qwen3" else {}
+    """Returns the content of `config.json` for a model.
+
+    Args:
+      config: the model.
+      dtype: of the weights.
+      carried: the content of the source folder's config.json. The keys in `CARRIED` are copied from it, its family is
+        kept if it describes the model, and its longest context if RoPE does not lengthen it.
+
+    Raises:
+      ConfigError: no family describes the model.
+    """
+    carried = carried or {}
+    model_type = choose_family(config, carried.get("model_type"))
+    family, context = FAMILIES[model_type], carried.get("max_position_embeddings")
+    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    fields = {field: getattr(config, field) for field in family.keys} | {"attention_scale": scale}
+    fields = {
+        key.key: None if fields[field] is None else key.write(fields[field]) for field, key in family.keys.items()
+    }
     return {
-        "architectures": [FAMILIES[family]],
-        "model_type": family,
+        "architectures": [family.architecture],
+        "model_type": model_type,
         **{key: getattr(config, field) for field, key in SIZES.items()},
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": activation,
-        "attention_bias": False,
-        "sliding_window": config.window,
-        **windows,
-        "tie_word_embeddings": config.tie_embeddings,
-        **rope_json(config),
-        "rms_norm_eps": config.norm_eps,
-        "initializer_range": config.init_std,
+        family.activation: {name: hf_name for hf_name, name in reversed(ACTIVATIONS.items())}[config.activation],
+        **({} if config.qkv_bias else {"attention_bias": False}),
+        **layers_json(config, family),
+        **fields,
+        **rope_json(config, context if isinstance(context, int) else None, context_beside=CONTEXT in family.defaults),
         "torch_dtype": dtype,
-        **{key: carried[key] for key in CARRIED if carried and key in carried},
+        "pad_token_id": None,  # the default of some classes lies outside a smaller vocabulary
+        **{key: carried[key] for key in CARRIED if key in carried},
     }

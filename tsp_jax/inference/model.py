@@ -144,8 +144,14 @@ def generate(
     check_divides("chunk", chunk, ranks, model.placement.layout.sequence)
     encoded = [model.encode(prompt) for prompt in prompts]
     longest = max((len(tokens) for tokens in encoded), default=1)
-    capacity = capacity or _round_up(longest + max_new_tokens, 1)
-    check_prompts(encoded, max_new_tokens, capacity, model.config.vocab_size)
+    needed, scaling = longest + max_new_tokens, model.config.rope_scaling
+    if not capacity:
+        capacity = _round_up(needed, 1)
+        if scaling.depends_on_length and needed <= scaling.original_context:  # a larger capacity is for longer prompts
+            capacity = min(capacity, scaling.original_context)
+    check_prompts(
+        encoded, max_new_tokens, capacity, model.config.vocab_size, scaling.shortest_prompt(capacity)
+    )  # before anything is compiled
     stops = model.stop_tokens if stop_tokens is None else stop_tokens
     check_stop_tokens(stops, model.config.vocab_size)
     batch = -(-len(prompts) // shards) * shards

@@ -52,6 +52,8 @@ class InferenceProgram:
     abstract_tokens: jax.ShapeDtypeStruct
     """tokens for decode"""
     vocab_size: int
+    shortest: int = 1
+    """fewest tokens of a prompt; more than 1 if RoPE is that of sequences longer than a model's original context"""
     peak_bytes: int = 0
     """peak memory per device, the larger of prefill and decode, as the compiler reports it; 0: not compiled yet"""
 
@@ -77,7 +79,9 @@ def make_inference_program(
       stream: how weights are streamed in prefill.
       dtype: of activations and of the cache.
       batch: B, sequences that are served together.
-      capacity: tokens of a sequence that the cache has room for, prompt and continuation.
+      capacity: tokens of a sequence that the cache has room for, prompt and continuation. If the model's RoPE depends
+        on the length of sequences (longrope), the capacity also decides which are served: those of at most
+        `original_context` tokens or, if it is larger, those whose prompt is longer already.
       chunk: T, tokens of a prompt that one prefill takes; a longer prompt takes several prefills.
       params_dtype: of the parameters; `dtype` if None.
 
@@ -87,9 +91,13 @@ def make_inference_program(
     """
     _check(placement, batch, capacity, chunk, dtype)
     params_dtype = dtype if params_dtype is None else params_dtype
+    scaling = model.rope_scaling
+    is_short = scaling.depends_on_length and capacity <= scaling.original_context
+    model = dataclasses.replace(model, rope_scaling=scaling.at(capacity))
     model_of, abstract_params, pads = _model(model, placement, stream, dtype, params_dtype)
     decode_model_of, _, _ = _model(model, decode_placement(placement), ONE_BUCKET, dtype, params_dtype)
     cache = abstract_cache(model, placement, batch=batch, capacity=max(capacity, chunk), dtype=dtype)
+    entries = cache.positions_BS.shape[1]
     replicated = NamedSharding(placement.mesh, PartitionSpec())
     tokens = jax.ShapeDtypeStruct((batch, chunk), jnp.int32, sharding=placement.sharding("batch", "sequence"))
     token = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=replicated)
@@ -105,8 +113,9 @@ def make_inference_program(
         return jax.tree.map(lambda p, like: p.astype(like.dtype), params, abstract_params)
 
     return InferenceProgram(
-        placement=placement, batch=batch, capacity=cache.positions_BS.shape[1], chunk=chunk,
-        vocab_size=model.vocab_size,
+        placement=placement, batch=batch, chunk=chunk,
+        capacity=min(entries, scaling.original_context) if is_short else entries,
+        vocab_size=model.vocab_size, shortest=scaling.shortest_prompt(capacity),
         prefill=_jit(prefill_step, placement, abstract_params, cache, tokens, tokens),
         decode=_jit(decode_step, placement, abstract_params, cache, token),
         init_cache=jax.jit(lambda: empty_cache(cache), out_shardings=_shardings(cache)),

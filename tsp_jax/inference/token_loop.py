@@ -63,9 +63,10 @@ def generate_tokens(
       The new tokens of each prompt.
 
     Raises:
-      ConfigError: a prompt is empty, has an id outside the vocabulary, or exceeds the capacity with its new tokens.
+      ConfigError: a prompt is empty, has an id outside the vocabulary, exceeds the capacity with its new tokens, or is
+        shorter than the program's RoPE allows.
     """
-    check_prompts(prompts, max_new_tokens, program.capacity, program.vocab_size)
+    check_prompts(prompts, max_new_tokens, program.capacity, program.vocab_size, program.shortest)
     check_stop_tokens(stop_tokens, program.vocab_size)
     stats = stats or Stats()
     results: list[list[int]] = [[] for _ in prompts]
@@ -107,8 +108,13 @@ def prefill_prompts(
     return last_BV, cache
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, capacity: int, vocab_size: int) -> None:
-    """Raises ConfigError where prompts are invalid, or do not fit the capacity together with their new tokens."""
+def check_prompts(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, capacity: int, vocab_size: int, shortest: int = 1
+) -> None:
+    """Raises ConfigError where prompts are invalid, or do not fit the capacity together with their new tokens.
+
+    `shortest`: fewest tokens that a prompt must have.
+    """
     if not prompts:
         raise ConfigError("prompts=[] is empty; use at least one prompt")
     if max_new_tokens < 1:
@@ -124,6 +130,12 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, capacit
             raise ConfigError(
                 f"capacity={capacity} is too small for the {len(prompt)} tokens of prompts[{row}] and "
                 f"max_new_tokens={max_new_tokens}; use capacity={needed}"
+            )
+        if len(prompt) < shortest:
+            # transformers computes all keys again once a continuation is longer than the original context
+            raise ConfigError(
+                f"prompts[{row}] has {len(prompt)} tokens, with capacity={capacity} RoPE is that of prompts of at "
+                f"least {shortest} (longrope); use prompts and max_new_tokens of at most {shortest - 1} tokens together"
             )
 
 

@@ -41,7 +41,7 @@ class Attention(Layer):
       placement: layout and mesh.
       stream: movement, bucket size, kernel.
       rope_theta: base of the rotary frequencies; None: no RoPE.
-      rope_scaling: scaling of those frequencies for long contexts.
+      rope_scaling: scaling of those frequencies for long contexts; if it depends on the length, that is T.
       qkv_bias: whether queries, keys and values have biases, 0 at first.
       qk_norm: whether to apply RMSNorm to queries and keys before RoPE.
       qk_norm_width: what that norm takes its mean over: each head on its own, or all heads.
@@ -104,6 +104,7 @@ class Attention(Layer):
             init_std=init_std, out_std=out_std, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         head_dim = _head_dim(d_model, num_heads, num_kv_heads, head_dim)
+        rope_scaling.check_fits(f"{type(self).__name__}: ", head_dim, rope_theta)
         sharding = HeadSharding.of(placement.layout, placement.mesh.shape, num_heads, num_kv_heads, head_dim)
         super().__init__(placement, stream, dtype)
         self.head_sharding = sharding
@@ -222,7 +223,8 @@ class Attention(Layer):
         )  # fmt: skip
         exchanged = sharding.exchanged_tokens(stream.movement, self.config.scores.window, order)
         exchange_buckets = sharding.exchange_buckets(heads, stream.movement, self._bucket_bytes, exchanged)
-        config = self.config._replace(exchange_buckets=exchange_buckets)
+        rope_scaling = self.config.rope_scaling.at(shape[1])
+        config = self.config._replace(exchange_buckets=exchange_buckets, rope_scaling=rope_scaling)
         if self.placement.layout.whole_weights:
             return config, stream
         query_buckets, kv_buckets = sharding.head_buckets(heads, d_model, self._bucket_bytes)

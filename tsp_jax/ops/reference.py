@@ -62,7 +62,7 @@ def attention(
         q, k = (rms_norm(x.reshape(B, T, -1, len(s)), s, eps) for x, s in zip((q, k), norms, strict=True))
     q, k, v = (x.reshape(B, T, -1, head_dim) for x in (q, k, v))
     if theta is not None:
-        q, k = rope(q, positions, theta, scaling), rope(k, positions, theta, scaling)
+        q, k = rope(q, positions, theta, scaling.at(T)), rope(k, positions, theta, scaling.at(T))
     q_BTKGH = q.reshape(B, T, k.shape[2], -1, head_dim)
     sinks_KG = None if sinks_N is None else sinks_N.reshape(q_BTKGH.shape[2:4])
     tokens = positions, positions, segments, segments

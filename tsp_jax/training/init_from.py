@@ -6,13 +6,15 @@ from typing import Any
 
 import jax
 
-from tsp_jax.config import Config
+from tsp_jax.config import Config, ModelConfig, RopeScaling
 from tsp_jax.errors import ConfigError
 from tsp_jax.hf.weights import check_folder, load_params, read_config
 from tsp_jax.layout import Placement
+from tsp_jax.text.encode import BYTES
+from tsp_jax.text.sources import is_text
 from tsp_jax.training.checkpoint import saved_steps
-from tsp_jax.training.corpus import ByteTokenizer
-from tsp_jax.training.sources import is_text
+from tsp_jax.training.corpus import ByteTokenizer, name_tokenizer
+from tsp_jax.training.frozen import init_adapters
 from tsp_jax.training.step import TrainProgram, TrainState
 
 FREE = ("init_std",)
@@ -25,11 +27,12 @@ def check_init_from(config: Config, placement: Placement) -> None:
     """Raises ConfigError if the folder `init_from` does not suit the configured model or the data.
 
     The folder must have all weights of the configured model, and its model must use the same tokens as the data.
-    Checks nothing if the run is resumed, since it then needs no initial weights.
+    Checks nothing if the run is resumed, since it then needs no initial weights, unless they are frozen.
     """
-    if not config.init_from or saved_steps(Path(config.workdir) / "checkpoints"):
+    resumed = not config.lora.rank and saved_steps(Path(config.workdir) / "checkpoints")
+    if not config.init_from or resumed:
         return
-    here, there = (_fields(model) for model in (config.model, read_config(config.init_from)))
+    here, there = (_fields(model) for model in (config.model, _extended(read_config(config.init_from), config.model)))
     different = [name for name, value in there.items() if here[name] != value]
     if different:
         name = different[0]
@@ -42,19 +45,30 @@ def check_init_from(config: Config, placement: Placement) -> None:
 
 
 def _check_tokens(config: Config) -> None:
-    """Raises ConfigError if the data is text, read as bytes, but the model's tokens are those of a tokenizer."""
-    found = [name for name in TOKENIZERS if (Path(config.init_from) / name).exists()]
+    """Raises ConfigError if the data is text, and its tokens are not the model's."""
+    data, folder = name_tokenizer(config).data, Path(config.init_from)
+    texts = [part.files for _, _, part in data.sources() if is_text(part)]
+    if not texts:
+        return
+    if data.tokenizer == config.init_from and not (folder / "tokenizer.json").exists():
+        raise ConfigError(
+            f"init_from={config.init_from} has no tokenizer.json, and data.files={texts[0]!r} is text; "
+            "use --data.tokenizer <a folder with the model's tokenizer.json>, or .npy files of token ids"
+        )
+    found = [name for name in TOKENIZERS if (folder / name).exists()]
     larger = config.model.vocab_size > 2 * ByteTokenizer.vocab_size  # up to that, bytes may have been padded
-    if (found or larger) and is_text(config.data):
+    if data.tokenizer == BYTES and (found or larger):
         reason = found[0] if found else f"a vocabulary of {config.model.vocab_size:,}"
         raise ConfigError(
-            f"data.files={config.data.files!r} is text, which is read as bytes; the model in init_from="
-            f"{config.init_from} has {reason}, so its tokens are others; use .npy files of its token ids"
+            f"data.tokenizer=bytes makes a token of each byte; the model in init_from={config.init_from} has {reason}, "
+            "so its tokens are others; leave data.tokenizer out, or use .npy files of its token ids"
         )
 
 
-def init_state(config: Config, program: TrainProgram, placement: Placement) -> TrainState:
-    """Returns the state of step 0, with the weights of `init_from` if it is set."""
+def init_state(config: Config, program: TrainProgram, placement: Placement, frozen: dict) -> TrainState:
+    """Returns the state of step 0, with the weights of `init_from` if it is set, or with adapters on frozen weights."""
+    if frozen:
+        return init_adapters(program, frozen)
     state = program.init()
     if not config.init_from:
         return state
@@ -62,11 +76,21 @@ def init_state(config: Config, program: TrainProgram, placement: Placement) -> T
     return state._replace(params=load_params(config.init_from, config.model, placement))
 
 
+def _extended(there: ModelConfig, here: ModelConfig) -> ModelConfig:
+    """A folder's model, with the scaling of RoPE that the configuration asks for, if it asks for one."""
+    if here.rope_scaling.kind == "none":
+        return there
+    scaling = dataclasses.replace(here.rope_scaling, fraction=there.rope_scaling.fraction)
+    return dataclasses.replace(there, rope_scaling=scaling)
+
+
 def _fields(model: Any, owner: str = "") -> dict[str, Any]:
     """Dotted name -> value, for each field that is not in `FREE`."""
     fields = {}
     for field in dataclasses.fields(model):
         value = getattr(model, field.name)
+        if isinstance(value, RopeScaling):
+            value = value.used()
         if dataclasses.is_dataclass(value):
             fields.update(_fields(value, f"{owner}{field.name}."))
         elif field.name not in FREE:
@@ -79,4 +103,4 @@ def _flag(name: str, value: Any) -> str:
     if isinstance(value, bool):
         owner, _, last = flag.rpartition(".")
         return f"--{flag}" if value else f"--{owner}.no-{last}"
-    return f"--{flag} {value}"
+    return f"--{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"

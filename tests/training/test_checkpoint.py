@@ -1,6 +1,7 @@
 """Checkpoints survive what happens to disks: damage is found and named, a failed save harms nothing."""
 
 import dataclasses
+import json
 import gc
 import os
 import shutil
@@ -222,6 +223,21 @@ def test_another_models_checkpoint_is_refused(open_folder, states, program, tmp_
     other = small_config(tmp_path)
     other = dataclasses.replace(other, model=dataclasses.replace(other.model, rope_theta=5.0))
     with pytest.raises(ConfigError, match=r"model.rope_theta=5.0.*10000.0"):
+        Checkpoints(checkpoints.folder, program, other, "digest").check(1)
+
+
+def test_a_field_that_an_older_release_has_not_saved_had_its_default(open_folder, states, program, tmp_path):
+    checkpoints = open_folder()
+    checkpoints.save(states(1), 1)
+    checkpoints.close(1)
+    path = checkpoints.folder / "1" / "meta.json"
+    meta = json.loads(path.read_text())
+    del meta["config"]["model"]["embedding_scale"]
+    path.write_text(json.dumps(meta))
+    checkpoints.check(1)
+    other = small_config(tmp_path)
+    other = dataclasses.replace(other, model=dataclasses.replace(other.model, embedding_scale=5.0))
+    with pytest.raises(ConfigError, match=r"model.embedding_scale=5.0.*1.0"):
         Checkpoints(checkpoints.folder, program, other, "digest").check(1)
 
 

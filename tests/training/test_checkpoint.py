@@ -1,8 +1,8 @@
 """Checkpoints survive what happens to disks: damage is found and named, a failed save harms nothing."""
 
 import dataclasses
-import json
 import gc
+import json
 import os
 import shutil
 

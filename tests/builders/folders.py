@@ -35,10 +35,7 @@ FAMILIES = {
     "gemma2": dataclasses.replace(_GEMMA, attention_softcap=50.0, logits_softcap=30.0),
     "gemma3_text": dataclasses.replace(_GEMMA, qk_norm=True),
     "phi3": dataclasses.replace(
-        LLAMA,
-        rope_scaling=RopeScaling(
-            kind="longrope", factor=4.0, original_context=64, short_factors=(1.0,) * 6, long_factors=(2.0,) * 6
-        ),
+        LLAMA, rope_scaling=RopeScaling(fraction=0.5)
     ),
     "smollm3": dataclasses.replace(LLAMA, num_kv_heads=2),
     "granite": dataclasses.replace(LLAMA, embedding_scale=12.0, residual_scale=0.25, logits_scale=0.125),

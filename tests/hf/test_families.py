@@ -83,10 +83,11 @@ READ = {
     ),
     "phi3 longrope": (
         {
+            "hidden_size": 96,
             "rope_scaling": {"type": "su", "short_factor": [1.0] * 6, "long_factor": FACTORS},
             "original_max_position_embeddings": 64,
         },
-        {"rope_scaling": LONGROPE},
+        {"rope_scaling": LONGROPE, "d_model": 96},
     ),
     "smollm3": (
         {"tie_word_embeddings": False},
@@ -195,7 +196,8 @@ def test_a_variant_that_is_not_supported_is_refused(case, tmp_path):
         ({"qkv_bias": True}, "qwen2"),
         ({"qk_norm": True, "layer_kinds": ("full", "sliding"), "window": 9}, "qwen3"),
         ({"window": 9, "layer_kinds": ("sliding", "full")}, "smollm3"),
-        ({"rope_scaling": LONGROPE}, "phi3"),
+        ({"rope_scaling": LONGROPE, "d_model": 96}, "phi3"),
+        ({"rope_scaling": LONGROPE}, "llama"),
         ({"rope_scaling": RopeScaling(fraction=0.5)}, "phi3"),
         ({"residual_scale": 0.5}, "granite"),
         ({"norms": "post", "qk_norm": True, "qk_norm_width": "all"}, "olmo2"),

@@ -78,7 +78,7 @@ def gguf_file(tmp_path):
 
 TOKENS = ["<|end|>", *"helo0123456789", "Ġ", "he", "w", "r", "d", "Ċ", "Ã", "©"]
 TOKENS = list(dict.fromkeys(TOKENS))
-GGUF_MODEL = dataclasses.replace(LLAMA, vocab_size=len(TOKENS))
+GGUF_MODEL = dataclasses.replace(LLAMA, vocab_size=len(TOKENS), rope_scaling=RopeScaling(original_context=64))
 METADATA = {
     "llama.embedding_length": GGUF_MODEL.d_model,
     "llama.block_count": GGUF_MODEL.num_layers,
@@ -126,7 +126,7 @@ def test_what_is_no_gguf_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-FACTOR, LINEAR = "llama.rope.scaling.factor", RopeScaling(kind="linear", factor=4.0)
+FACTOR, LINEAR = "llama.rope.scaling.factor", RopeScaling(kind="linear", factor=4.0, original_context=64)
 
 
 @pytest.mark.parametrize(

@@ -52,13 +52,6 @@ MODELS = {
     ),
     "qwen3_grouped": ("Qwen3", {"head_dim": 20}),
     "qwen3_tied_multi_head": ("Qwen3", {"head_dim": 12, "num_key_value_heads": 8, "tie_word_embeddings": True}),
-    "gemma2_full": (
-        "Gemma2",
-        {
-            "head_dim": 10, "query_pre_attn_scalar": 24, "layer_types": [FULL] * 3, "sliding_window": 9,
-            "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
-        },
-    ),
     "gemma2": (
         "Gemma2",
         {
@@ -66,7 +59,6 @@ MODELS = {
             "final_logit_softcapping": 3.0, "num_hidden_layers": 4,
         },
     ),
-    "gemma3_full": ("Gemma3", {"head_dim": 10, "query_pre_attn_scalar": 24, "layer_types": [FULL] * 3}),
     "gemma3": (
         "Gemma3",
         {
@@ -90,7 +82,6 @@ MODELS = {
         },
     ),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "pad_token_id": 0}),
-    "smollm3_rope_everywhere": ("SmolLM3", {"no_rope_layers": [1] * 3, "pad_token_id": 0, "rope_scaling": YARN}),
     "smollm3_windows": (
         "SmolLM3",
         {
@@ -109,6 +100,9 @@ MODELS = {
     "olmo2_padded": ("Olmo2", {"hidden_size": 90, "num_attention_heads": 9, "num_key_value_heads": 3}),
 }  # fmt: skip
 """name -> (family, changes of SIZES)"""
+FIRST = {family: name for name, (family, _) in reversed(MODELS.items())}
+CASES = [*((name, "tsp4") for name in MODELS), *((name, "single") for name in FIRST.values())]
+"""every model under tsp, one of each family on one device"""
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +111,7 @@ def transformers():
     return pytest.importorskip("transformers")
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module")
 def theirs(request, transformers, tmp_path_factory):
     """(model of theirs, its folder of several files)."""
     model, folder = random_model(transformers, *MODELS[request.param]), tmp_path_factory.mktemp(request.param)
@@ -129,7 +123,7 @@ def make_tokens(batch: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, SIZES["vocab_size"], (batch, SEQ_LEN))
 
 
-@pytest.mark.parametrize("layout", ["single", "tsp4"])
+@pytest.mark.parametrize(("theirs", "layout"), CASES, indirect=["theirs"])
 def test_logits_are_those_of_transformers(theirs, layout, record_property):
     model, folder = theirs
     error = relative_error(Ours(folder, place_case(layout)).logits(make_tokens(2)), their_logits(model, make_tokens(2)))
@@ -138,7 +132,7 @@ def test_logits_are_those_of_transformers(theirs, layout, record_property):
     assert error <= LOGITS_TOLERANCE
 
 
-@pytest.mark.parametrize("layout", ["single", "tsp4"])
+@pytest.mark.parametrize(("theirs", "layout"), CASES, indirect=["theirs"])
 def test_prefill_and_decode_have_the_logits_of_transformers(theirs, layout):
     model, folder = theirs
     tokens, first = make_tokens(1)[0], 85
@@ -156,6 +150,7 @@ def test_prefill_and_decode_have_the_logits_of_transformers(theirs, layout):
     assert relative_error(np.stack(found), desired[first - 1 : -1]) <= LOGITS_TOLERANCE
 
 
+@pytest.mark.parametrize("theirs", MODELS, indirect=True)
 def test_an_export_is_theirs_bitwise_and_transformers_reads_it(theirs, transformers, tmp_path):
     model, folder = theirs
     config, placement = hf.read_config(folder), place_case("tsp4")

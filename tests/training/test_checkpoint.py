@@ -226,6 +226,21 @@ def test_another_models_checkpoint_is_refused(open_folder, states, program, tmp_
         Checkpoints(checkpoints.folder, program, other, "digest").check(1)
 
 
+def test_a_checkpoint_without_newer_fields_of_the_scaling_is_of_the_same_model(open_folder, states):
+    checkpoints = open_folder()
+    checkpoints.save(states(1), 1)
+    checkpoints.close(1)
+    path = checkpoints.folder / "1" / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["config"]["model"]["rope_scaling"] = {"kind": "none", "factor": 1.0}
+    path.write_text(json.dumps(meta))
+    checkpoints.check(1)
+    meta["config"]["model"]["rope_scaling"] = {"kind": "linear", "factor": 2.0}
+    path.write_text(json.dumps(meta))
+    with pytest.raises(ConfigError, match=r"model.rope_scaling=.*linear"):
+        checkpoints.check(1)
+
+
 def test_a_field_that_an_older_release_has_not_saved_had_its_default(open_folder, states, program, tmp_path):
     checkpoints = open_folder()
     checkpoints.save(states(1), 1)

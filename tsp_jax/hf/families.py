@@ -197,6 +197,13 @@ def misfits(family: Family, config: ModelConfig) -> dict[str, Any]:
         wrong["rope_scaling.kind"] = " or ".join(family.rope_kinds)
     if config.rope_scaling.fraction != 1.0 and not family.partial_rope:
         wrong["rope_scaling.fraction"] = 1.0
+    if (
+        family.partial_rope
+        and config.rope_scaling.kind == "longrope"
+        and config.head_dim * config.num_heads != config.d_model
+    ):
+        # transformers counts the factors of heads that share d_model
+        wrong["head_dim"] = max(2, config.d_model // config.num_heads)
     if family.whole_heads and config.d_model % config.num_heads:
         wrong["d_model"] = -(-config.d_model // config.num_heads) * config.num_heads
     return wrong

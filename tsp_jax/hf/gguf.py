@@ -172,12 +172,16 @@ def _model_config(path: str | Path, metadata: _Metadata, vocab_size: int, tie_em
     factor = (metadata.older_factor if metadata.factor is None else metadata.factor) or 1.0  # 0 says nothing, too
     scaled = metadata.scaling == "linear" and factor != 1.0
     try:
+        scaling = RopeScaling(
+            kind="linear" if scaled else "none", factor=_shortest(factor) if scaled else 1.0,
+            original_context=metadata.context,
+        )  # fmt: skip
         return ModelConfig(
             vocab_size=vocab_size, tie_embeddings=tie_embeddings,
             d_model=metadata.d_model, num_layers=metadata.num_layers, d_ff=metadata.d_ff, head_dim=head_dim,
             num_heads=metadata.num_heads, num_kv_heads=metadata.num_kv_heads or metadata.num_heads,
             rope_theta=_shortest(metadata.rope_theta), norm_eps=_shortest(metadata.norm_eps),
-            rope_scaling=RopeScaling(kind="linear", factor=_shortest(factor)) if scaled else RopeScaling(),
+            rope_scaling=scaling,
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

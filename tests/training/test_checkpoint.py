@@ -241,6 +241,21 @@ def test_a_checkpoint_without_newer_fields_of_the_scaling_is_of_the_same_model(o
         checkpoints.check(1)
 
 
+def test_a_field_that_an_older_release_has_not_saved_had_its_default(open_folder, states, program, tmp_path):
+    checkpoints = open_folder()
+    checkpoints.save(states(1), 1)
+    checkpoints.close(1)
+    path = checkpoints.folder / "1" / "meta.json"
+    meta = json.loads(path.read_text())
+    del meta["config"]["model"]["embedding_scale"]
+    path.write_text(json.dumps(meta))
+    checkpoints.check(1)
+    other = small_config(tmp_path)
+    other = dataclasses.replace(other, model=dataclasses.replace(other.model, embedding_scale=5.0))
+    with pytest.raises(ConfigError, match=r"model.embedding_scale=5.0.*1.0"):
+        Checkpoints(checkpoints.folder, program, other, "digest").check(1)
+
+
 # ------------------------------------------------------------------------------------------------ meta.json
 
 

@@ -256,7 +256,7 @@ class Checkpoints:
         meta = read_json(path, Meta, advice=advice)
         model = check_json(meta.config.get("model"), f"{path}: config.model", dict[str, Any], advice)
         here, there = json.loads(json.dumps(dataclasses.asdict(self.config))), meta.config
-        for field, value in model.items():
+        for field, value in {**self._model_defaults(), **model}.items():
             if _differs(here["model"].get(field), value):
                 raise ConfigError(
                     f"model.{field:.80}={here['model'].get(field)}: the checkpoint in workdir={self.config.workdir} "
@@ -270,6 +270,13 @@ class Checkpoints:
             text = "text, or its mixture," if self.config.data.mixture else "text"
             changed.append(f"the training {text} is not the one that the checkpoint was trained on")
         return changed
+
+    def _model_defaults(self) -> dict[str, Any]:
+        """The fields of a model that an older release may not have saved, with the values that it computed with."""
+        fields = dataclasses.fields(self.config.model)
+        defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+        values = dataclasses.asdict(dataclasses.replace(self.config.model, **defaults))
+        return json.loads(json.dumps({name: values[name] for name in defaults}))
 
     def check_frozen(self, digest: str, step: int) -> None:
         """Takes the digest of the frozen weights, which is saved in every checkpoint from now on.

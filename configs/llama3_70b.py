@@ -4,7 +4,7 @@ Command:  python scripts/train.py llama3_70b --mesh data=8,tsp=8
 Hardware: 64 x MI300X or more; not run yet.
 """
 
-from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
+from tsp_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, StreamConfig
 
 config = Config(
     model=ModelConfig(
@@ -18,6 +18,7 @@ config = Config(
         rope_theta=500_000.0,
     ),
     stream=StreamConfig(attention_movement="gather", kernel="auto"),
+    data=DataConfig(tokenizer="bytes"),
     optimizer=OptimizerConfig(learning_rate=1.5e-4, warmup_steps=100),
     layout="tsp(weights=data+tsp)",
     steps=1000,
@@ -25,7 +26,7 @@ config = Config(
     seq_len=131072,
     compute_dtype="bfloat16",
     grad_dtype="bfloat16",
-    remat="full",
+    remat="save_attention",
     workdir="runs/llama3_70b",
     checkpoint_every=100,
 )

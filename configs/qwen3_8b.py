@@ -4,7 +4,7 @@ Command:  python scripts/train.py qwen3_8b --mesh data=1,tsp=8
 Hardware: 8 x H100 or MI300X; not run yet.
 """
 
-from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
+from tsp_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, StreamConfig
 
 config = Config(
     model=ModelConfig(
@@ -20,6 +20,7 @@ config = Config(
         norm_eps=1e-6,
     ),
     stream=StreamConfig(attention_movement="gather", kernel="auto"),
+    data=DataConfig(tokenizer="bytes"),
     optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=20),
     layout="tsp",
     steps=1000,

@@ -5,7 +5,7 @@ Hardware: any CPU; 2 cores are enough.
 Expected: below 2.4 nats/byte on held-out files (2.28 seen) in less than 6 minutes.
 """
 
-from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
+from tsp_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, StreamConfig
 
 config = Config(
     model=ModelConfig(
@@ -18,6 +18,7 @@ config = Config(
         d_ff=576,
     ),
     stream=StreamConfig(bucket_mib=0.5),  # several buckets per op, as a large model has
+    data=DataConfig(tokenizer="bytes"),
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
     layout="tsp",
     cpu_devices=8,

@@ -25,7 +25,8 @@ ROOMS = {
     "nn": FOUNDATION | {"ops", "cost"},
     "models": FOUNDATION | {"ops", "nn"},
     "hf": FOUNDATION | {"files", "ops", "nn", "models"},
-    "training": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "inspect"},
+    "text": {"errors", "files", "config", "hf"},
+    "training": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "text", "inspect"},
     "inference": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "inspect"},
 }
 """room -> rooms of tsp_jax that it may import from, besides itself"""

@@ -341,5 +341,7 @@ def check_fits(config: Config, layout: Layout, sizes: Mapping[str, int]) -> None
 
     check_attention_movement(layout.axes("heads"), config.stream.attention_movement)
     zigzag = config.data.order == "zigzag" and num_ranks(layout.sequence, sizes) > 1
-    check("seq_len", config.seq_len, layout.sequence, 2 if zigzag else 1, " (two zigzag chunks a rank)")
+    for phase in config.phases():
+        field = "seq_len" if phase.seq_len == config.seq_len else "seq_len_schedule: seq_len"
+        check(field, phase.seq_len, layout.sequence, 2 if zigzag else 1, " (two zigzag chunks a rank)")
     check("batch", config.batch, layout.batch, config.accumulate, f" (accumulate={config.accumulate})")

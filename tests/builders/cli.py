@@ -37,6 +37,8 @@ BAD = {
     "unknown flag": (["--stpes", "3"], ["--stpes", "--steps"]),
     "unknown choice": (["--remat", "some"], ["some", "save_attention"]),
     "no such files": (["--data.files", "nowhere/*.txt"], ["data.files", "nowhere"]),
+    "text without a tokenizer": (["--data.tokenizer", ""], ["data.tokenizer=''", "--data.tokenizer bytes"]),
+    "folder without a tokenizer": (["--data.tokenizer", "nowhere"], ["nowhere/tokenizer.json does not exist"]),
     "empty workdir": (["--workdir", ""], ["workdir=''"]),
     "remote workdir": (["--workdir", "gs://bucket/run"], ["workdir=gs://bucket/run", "where gs:// is mounted"]),
     "remote cache": (["--data.cache-dir", "s3://bucket/c"], ["data.cache_dir=s3://bucket/c"]),

@@ -32,7 +32,7 @@ def small_config(folder: Path, **changes) -> Config:
     """A run of twenty steps on one device, with everything it needs and writes in a folder."""
     config = Config(
         model=ModelConfig(vocab_size=264, d_model=24, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48),
-        data=DataConfig(files=write_text(folder / "text"), cache_dir=str(folder / "cache")),
+        data=DataConfig(files=write_text(folder / "text"), cache_dir=str(folder / "cache"), tokenizer="bytes"),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3),
         layout="single",
         mesh="data=1",
@@ -60,18 +60,25 @@ def _parts(config: object) -> list[object]:
 
 
 class _Compiled:
-    """A jitted step that compiles once, however often it is asked to."""
+    """A jitted step that compiles once for each shape of batch, however often it is asked to."""
 
     def __init__(self, step):
-        self._step = step
+        self._step, self._lowered = step, {}
 
-    def lower(self, *abstract):
-        self._lowered = lambda: self._step.lower(*abstract)
-        return self
+    def lower(self, state, batch):
+        shape = batch.tokens.shape
+        if shape not in self._lowered:
+            self._lowered[shape] = _Lowered(self._step.lower(state, batch))
+        return self._lowered[shape]
+
+
+class _Lowered:
+    def __init__(self, lowered):
+        self._lowered = lowered
 
     @functools.cached_property
     def _compiled(self):
-        return self._lowered().compile()
+        return self._lowered.compile()
 
     def compile(self, options=None):
         return self._compiled

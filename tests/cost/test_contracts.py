@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 
 from tests.builders.arrays import LAYOUT_CASES, MIX, UNUSUAL_CASES
-from tsp_jax.config import Config, ModelConfig, OptimizerConfig, Order, StreamConfig
+from tsp_jax.config import TARGETS, Config, LoraConfig, ModelConfig, OptimizerConfig, Order, StreamConfig
 from tsp_jax.cost.training import movements, step_memory, step_traffic
 from tsp_jax.inspect import list_buffers, list_collectives, parse
 from tsp_jax.layout import Layout, num_ranks, place
@@ -66,7 +66,7 @@ def compiled_step(config: Config, case: str, forward: bool = False):
     placement = place(layout, **sizes)
     program = make_program(config, placement)
     batch, state = program.abstract_batch((1, config.batch, config.seq_len)), program.abstract_state
-    lowered = program.evaluate.lower(state.params, batch) if forward else program.step.lower(state, batch)
+    lowered = program.evaluate.lower(state.weights, batch) if forward else program.step.lower(state, batch)
     return parse(lowered.compile(SEPARATE).as_text()), dict(placement.mesh.shape)
 
 
@@ -135,6 +135,15 @@ def test_traffic_with_uneven_heads_equals_the_closed_form(case):
 @pytest.mark.parametrize("movement", ["gather", "activations"])
 def test_traffic_of_padded_rows_equals_the_closed_form(case, forward, movement):
     check_traffic(moved(UNEVEN, movement), case, forward)
+
+
+@pytest.mark.parametrize(
+    ("case", "targets", "movement"),
+    [("tsp8", TARGETS, "gather"), ("tp2_sp4", ("q", "k", "v", "o"), "gather"), ("mix2_4", ("down",), "gather")],
+)
+def test_traffic_with_adapters_equals_the_closed_form(case, targets, movement):
+    """Frozen tables send no gradients, nor do other ops whose weights have no adapters."""
+    check_traffic(dataclasses.replace(moved(CONFIG, movement), lora=LoraConfig(rank=2, targets=targets)), case)
 
 
 def windowed(window: int, order: Order) -> Config:

@@ -115,7 +115,8 @@ def layer_of(placement: Placement):
 
     sharded = placement.shard_map(local, (x_spec, w_spec, w_spec, w_spec), x_spec)
 
-    def layer(params, x_BTD, aux_BT, recall=None):
+    def layer(both, x_BTD, aux_BT, recall=None):
+        params = both[0] | both[1]
         # Ascending weights, so that `odd` in another order shows.
         shift = (params["odd"] * np.arange(1.0, ODD + 1, dtype=np.float32)).sum() + aux_BT[..., None]
         normed = (x_BTD.astype(jnp.float32) * params["scale"][None, None] + shift).astype(x_BTD.dtype)
@@ -129,14 +130,15 @@ def layer_of(placement: Placement):
 
 def plain_layers(layer, x_BTD, params, aux):
     """What `run_layers` should be: a scan of checkpoints."""
-    step = jax.checkpoint(lambda x, params: (layer(params, x, aux)[0], None), prevent_cse=False)
+    step = jax.checkpoint(lambda x, params: (layer((params, {}), x, aux)[0], None), prevent_cse=False)
     return lax.scan(step, x_BTD, params)[0]
 
 
-def run(placement: Placement, x_BTD, params, aux, policy="full", grad_dtype=F32):
+def run(placement: Placement, x_BTD, params, aux, policy="full", grad_dtype=F32, frozen=None):
+    specs = specs_of(placement)
     return run_layers(
-        (layer_of(placement),), x_BTD, params, aux,
-        specs=specs_of(placement), attended_specs=attended_specs(placement),
+        (layer_of(placement),), x_BTD, (params, frozen or {}), aux,
+        specs={name: specs[name] for name in params}, attended_specs=attended_specs(placement),
         placement=placement, policy=policy, grad_dtype=grad_dtype,
     )  # fmt: skip
 
@@ -193,6 +195,42 @@ def test_values_and_gradients_are_those_of_a_scan_of_checkpoints(policy, layout,
     assert set(rounded.values()) == {grad_dtype == BF16}, "gradients wait in grad_dtype"
     tolerance = BF16_TOLERANCE if BF16 in (x_dtype, grad_dtype) else F32_TOLERANCE
     assert_trees_near((y, dx, grads), desired(layout, x_dtype, tokens), tolerance)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_frozen_parameters_get_no_gradients_and_change_no_other(policy):
+    placement = place_case("tsp8")
+    x, params, aux = on(placement, *arguments(F32, FEW))
+    frozen = {name: params[name] for name in ("up", "odd")}
+    trained = {name: param for name, param in params.items() if name not in frozen}
+
+    def both_vjp(x, trained, frozen):
+        y, vjp = jax.vjp(lambda *args: run(placement, *args[:2], aux, policy, F32, args[2]), x, trained, frozen)
+        return y, *vjp(cotangent_of(x))
+
+    y, dx, grads, zeros = jax.jit(both_vjp)(x, trained, frozen)
+    desired_y, desired_dx, desired_grads = desired("tsp8", F32, FEW)
+    assert_trees_near(
+        (y, dx, grads), (desired_y, desired_dx, {name: desired_grads[name] for name in trained}), F32_TOLERANCE
+    )
+    assert not any(grad.any() for grad in jax.tree.leaves(zeros))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradients_of_frozen_parameters_are_never_stacked(policy):
+    """They are all there are of this shape; `test_a_scan_of_checkpoints_does_have_such_memory` finds them."""
+    placement = place_case("tsp8")
+    x, params, aux = on(placement, *arguments(F32, MANY, DEEP))
+    frozen = {name: params[name] for name in ("gate", "up", "down")}
+    trained = {name: params[name] for name in ("odd", "scale")}
+
+    def grads(x, trained, frozen):
+        _, vjp = jax.vjp(lambda *args: run(placement, *args, aux, policy, F32, frozen), x, trained)
+        return vjp(cotangent_of(x))
+
+    found = stacked_in_loops(jax.jit(grads).lower(x, trained, frozen).compile())
+    assert (DEEP, F // 8, D) not in found
+    assert found
 
 
 def test_micro_batches_in_a_scan_add_up():

@@ -8,31 +8,14 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.builders.batches import assert_same, counting_corpus, make_batches
 from tsp_jax.errors import ConfigError
 from tsp_jax.training.corpus import Corpus
-from tsp_jax.training.data import IGNORE, Batch, Batches, prefetch, sequence_order
-
-DOCUMENT_LENGTHS = (5, 1, 30, 2, 100, 7, 64, 11)
-
-
-def counting_corpus(lengths: tuple[int, ...] = DOCUMENT_LENGTHS) -> Corpus:
-    """Token id = place in the stream, so that every batch tells where it came from."""
-    starts = np.cumsum(lengths) - np.array(lengths)
-    return Corpus(tokens=np.arange(sum(lengths), dtype=np.uint16), starts=starts, name="test corpus", digest="")
-
-
-def make_batches(corpus: Corpus | None = None, **changes) -> Batches:
-    options = {"batch": 4, "seq_len": 16, "seed": 3, "order": "zigzag", "sequence_shards": 1, "shuffle": True}
-    return Batches(corpus or counting_corpus(), **(options | changes))
+from tsp_jax.training.data import IGNORE, Batch, prefetch, sequence_order
 
 
 def make_mesh() -> Mesh:
     return Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "tsp"))
-
-
-def assert_same(got: Batch, expected: Batch) -> None:
-    for name, a, b in zip(Batch._fields, got, expected, strict=True):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=name)
 
 
 # --- bad input

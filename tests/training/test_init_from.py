@@ -23,8 +23,8 @@ def folder(tmp_path):
 
 def run_config(folder: Path | str, model: ModelConfig = LLAMA, workdir: str = "runs/none") -> Config:
     return Config(
-        model=model, data=DataConfig(order="contiguous"), optimizer=OptimizerConfig(warmup_steps=1), steps=2, batch=2,
-        seq_len=16, compute_dtype="float32", init_from=str(folder), workdir=workdir,
+        model=model, data=DataConfig(order="contiguous", tokenizer="bytes"), optimizer=OptimizerConfig(warmup_steps=1),
+        steps=2, batch=2, seq_len=16, compute_dtype="float32", init_from=str(folder), workdir=workdir,
     )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def test_a_run_starts_from_given_weights(folder):
     placement = place_case("tsp4")
     config = run_config(folder)
     check_init_from(config, placement)
-    state = init_state(config, make_program(config, placement), placement)
+    state = init_state(config, make_program(config, placement), placement, frozen={})
     chex.assert_trees_all_equal(state.params, place_params(LLAMA, placement))
     assert int(state.step) == 0
 
@@ -81,18 +81,21 @@ def test_fields_that_the_scaling_does_not_use_may_differ(folder):
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "tokenizer", "npy", "refused"),
+    ("vocab_size", "tokenizer", "npy", "named", "refused"),
     [
-        (72, "", False, ""),
-        (512, "", False, ""),
-        (520, "", False, "a vocabulary of 520"),
-        (520, "", True, ""),
-        (72, "tokenizer.json", False, "tokenizer.json"),
-        (72, "tokenizer.model", False, "tokenizer.model"),
-        (72, "tokenizer.json", True, ""),
+        (72, "", False, "bytes", ""),
+        (512, "", False, "bytes", ""),
+        (520, "", False, "bytes", "makes a token of each byte; .* a vocabulary of 520"),
+        (520, "", True, "", ""),
+        (72, "tokenizer.json", False, "bytes", "makes a token of each byte; .* has tokenizer.json"),
+        (72, "tokenizer.model", False, "bytes", "makes a token of each byte; .* has tokenizer.model"),
+        (72, "tokenizer.json", True, "", ""),
+        (72, "tokenizer.json", False, "", ""),
+        (72, "", False, "", "has no tokenizer.json, and data.files=.* is text"),
+        (72, "tokenizer.model", False, "", "has no tokenizer.json, and data.files=.* is text"),
     ],
 )
-def test_text_is_bytes_to_a_model_of_bytes_only(vocab_size, tokenizer, npy, refused, tmp_path):
+def test_text_has_the_tokens_of_the_model(vocab_size, tokenizer, npy, named, refused, tmp_path):
     model = dataclasses.replace(LLAMA, vocab_size=vocab_size, num_layers=1)
     folder = save_folder(tmp_path / "model", model)
     if tokenizer:
@@ -100,8 +103,10 @@ def test_text_is_bytes_to_a_model_of_bytes_only(vocab_size, tokenizer, npy, refu
     (tmp_path / "a.txt").write_text("text")
     np.save(tmp_path / "a.npy", np.arange(64))
     files = str(tmp_path / ("*.npy" if npy else "*.txt"))
-    config = dataclasses.replace(run_config(folder, model), data=DataConfig(files=files, order="contiguous"))
-    with pytest.raises(ConfigError, match=f"is text.*{refused}.*use .npy files") if refused else nullcontext():
+    config = dataclasses.replace(
+        run_config(folder, model), data=DataConfig(files=files, order="contiguous", tokenizer=named)
+    )
+    with pytest.raises(ConfigError, match=refused) if refused else nullcontext():
         check_init_from(config, place_case("single"))
 
 

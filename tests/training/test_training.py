@@ -41,7 +41,7 @@ def config(text, tmp_path):
     return Config(
         model=ModelConfig(vocab_size=264, d_model=24, num_layers=2, num_heads=9, num_kv_heads=3, head_dim=8, d_ff=48),
         stream=StreamConfig(bucket_mib=0.005),
-        data=DataConfig(files=text, cache_dir=str(tmp_path / "cache")),
+        data=DataConfig(files=text, cache_dir=str(tmp_path / "cache"), tokenizer="bytes"),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3),
         layout="tsp",
         mesh="data=1,tsp=8",
@@ -302,7 +302,7 @@ def whole_run(text, tmp_path_factory, compiled_once):
     folder = tmp_path_factory.mktemp("whole")
     config = Config(
         model=ModelConfig(vocab_size=264, d_model=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48),
-        data=DataConfig(files=text, cache_dir=str(folder / "cache")),
+        data=DataConfig(files=text, cache_dir=str(folder / "cache"), tokenizer="bytes"),
         optimizer=OptimizerConfig(warmup_steps=2),
         layout="tsp",
         mesh="data=2,tsp=4",

@@ -6,8 +6,10 @@ from typing import Literal
 from tsp_jax.config.checks import check, check_bytes, check_local
 from tsp_jax.config.cluster import ClusterConfig, FaultsConfig
 from tsp_jax.config.data import DataConfig
+from tsp_jax.config.lora import LoraConfig
 from tsp_jax.config.model import DType, ModelConfig
 from tsp_jax.config.optimizer import OptimizerConfig
+from tsp_jax.config.phases import Phase, parse_phases
 from tsp_jax.config.stream import StreamConfig
 from tsp_jax.errors import ConfigError
 
@@ -22,6 +24,7 @@ class Config:
     stream: StreamConfig = StreamConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     faults: FaultsConfig = FaultsConfig()
     cluster: ClusterConfig = ClusterConfig()
     layout: str = "tsp"
@@ -41,13 +44,16 @@ class Config:
     """sequences per optimizer step, over all devices"""
     seq_len: int
     """S, tokens per sequence"""
+    seq_len_schedule: str = ""
+    """shorter sequences for the first steps, such as 16384x200,32768x100: 200 steps with sequences of 16384 tokens, 100
+    with 32768, then `seq_len`. Evaluations always have `seq_len`"""
     accumulate: int = 1
     """micro-batches per step: the batch is split into this many, and their gradients are summed"""
     compute_dtype: DType = "bfloat16"
     """dtype of activations and of weights in buckets; master weights are float32"""
     grad_dtype: DType = "float32"
     """dtype in which the layers' gradients are stored until the update; micro-batches are always summed in float32"""
-    remat: Remat = "full"
+    remat: Remat = "save_attention"
     """what backward recomputes: none; full (everything but layer inputs); save_attention (as full, but attention
     outputs are kept too); offload, offload_attention (as full and save_attention, but what is kept is in the host's
     memory)"""
@@ -77,3 +83,8 @@ class Config:
             raise ConfigError("workdir='' is empty; use --workdir runs/default")
         for name in ("workdir", "init_from"):
             check_local(name, getattr(self, name))
+        self.phases()
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases of the schedule of sequence lengths; without a schedule, one phase."""
+        return parse_phases(self.seq_len_schedule, self.seq_len)

@@ -24,6 +24,7 @@ from tsp_jax.heads import HeadSharding
 from tsp_jax.layout import Layout, num_ranks
 from tsp_jax.stored import RowPadding
 
+OPS = "attention", "mlp", "embed", "loss"
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 """bytes of an element"""
 
@@ -76,6 +77,18 @@ class _Step:
             for op, (movement, traffic) in functions.items()
         }
 
+    def adapters(self) -> tuple[float, float]:
+        """Elements per device: (of the adapters of all layers, of the weights of one layer that have adapters)."""
+        model, (query_rows, kv_rows) = self.config.model, self.heads.stored
+        rows = {"q": query_rows, "o": query_rows, "k": kv_rows, "v": kv_rows}
+        own = [
+            rows[name] / num_ranks(self.layout.heads, self.sizes) if name in rows
+            else self.d_ff / num_ranks(self.layout.mlp, self.sizes)
+            for name in self.config.lora.targets
+        ]  # fmt: skip
+        factors = self.config.lora.rank * (sum(own) + len(own) * model.d_model)
+        return model.num_layers * factors, sum(own) * model.d_model
+
     def bucket_elements(self) -> float:
         """Elements of the largest bucket of weights, before tensor axes shard it."""
         model, heads, sharding, bucket_bytes = self.config.model, self.heads, self.sharding, self.bucket_bytes
@@ -100,12 +113,18 @@ def step_traffic(
     """Bytes that a device receives in one micro-batch of a training step, in all layers together, by op and kind.
 
     With `accumulate` = 1 a micro-batch is the whole step. `forward` counts only the forward pass and the loss: weights
-    or activations move once, keys and values are exchanged once, and partial outputs are summed once.
+    or activations move once, keys and values are exchanged once, and partial outputs are summed once. With LoRA, an op
+    whose weights have no adapters sends no gradients of them; sums of adapters' gradients, [r, D], are left out. If
+    attention without adapters moves tokens, it moves a seventh less than counted.
     """
-    received = {}
+    received, lora = {}, config.lora
+    adapted = {"attention" if name in "qkvo" else "mlp" for name in lora.targets} if lora.rank else {*OPS}
     for op, (movement, traffic) in _Step(config, layout, sizes).ops().items():
         times = config.model.num_layers if op == "mlp" else 1
-        received[op] = {kind: times * n for kind, n in traffic(movement, forward=forward).items()}
+        no_backward = forward or (op == "embed" and op not in adapted)
+        received[op] = {kind: times * n for kind, n in traffic(movement, forward=no_backward).items()}
+        if op not in adapted:
+            received[op] |= dict.fromkeys(("weight_grads", "replica_sums"), 0)
     return received
 
 
@@ -123,8 +142,9 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dic
     Parts: `state` is float32 weights and two moments. `residuals` is what forward keeps on the device for backward, or
     what backward has fetched for one layer from the host. `gradients` is the gradients that wait for the update; where
     they take the place of residuals, only those that do not fit there count. `activations`, `keys_values` and `weights`
-    are transient. Source of the terms: arXiv 2604.26294, section III. The numbers of arrays in memory at once were
-    counted; see `_ACTIVATIONS`.
+    are transient. With LoRA, `state` is frozen weights, and adapters with two moments; `weights` includes the sums of
+    one layer's weights and adapters, and their gradients. Source of the terms: arXiv 2604.26294, section III. The
+    numbers of arrays in memory at once were counted; see `_ACTIVATIONS`.
     """
     step, model = _Step(config, layout, sizes), config.model
     sharding, heads = step.sharding, step.heads
@@ -141,7 +161,13 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dic
     kept = activation + (0 if repeats_attention(config.remat) else outputs)
     on_host = config.remat.startswith("offload")
     residuals = kept if on_host else model.num_layers * kept
-    waiting = layers * ITEMSIZE[config.grad_dtype] / shards
+    moments = 2 * ITEMSIZE[config.optimizer.moments_dtype] / replicas
+    trained, frozen, summed = (layers + tables) / shards, 0.0, 0.0
+    waiting, table_grads = layers / shards * ITEMSIZE[config.grad_dtype], tables * FLOAT32 / shards
+    if config.lora.rank:
+        frozen, table_grads = trained, 0.0
+        trained, summed = step.adapters()
+        waiting = trained * ITEMSIZE[config.grad_dtype]
     if not on_host:
         waiting = max(0.0, waiting - residuals)
     exchanged = max(sharding.exchanged_tokens(movement, window, config.data.order) for window in set(model.windows))
@@ -149,10 +175,10 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dic
     keys = exchanged + config.seq_len // sharding.sequence
     bucket = step.bucket_elements() / sharding.tensor
     return {
-        "state": (layers + tables) / shards * (4 + 2 * ITEMSIZE[config.optimizer.moments_dtype] / replicas),
-        "gradients": waiting + tables * 4 / shards,
+        "state": trained * (FLOAT32 + moments) + frozen * ITEMSIZE[config.lora.base_dtype],
+        "gradients": waiting + table_grads,
         "residuals": residuals,
         "activations": _ACTIVATIONS * activation,
         "keys_values": _KEY_VALUES * 2 * sharding.batch * keys * kv_heads * heads.heads.dim * step.itemsize,
-        "weights": bucket * (2 * step.itemsize + step.grad_itemsize),
+        "weights": bucket * (2 * step.itemsize + step.grad_itemsize) + summed * 2 * FLOAT32,
     }

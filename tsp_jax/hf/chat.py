@@ -102,15 +102,15 @@ def render_chat(
     if not messages or not all(isinstance(message, Mapping) for message in messages):
         raise ConfigError(f"messages={messages!r:.80} are no messages; use [{{'role': 'user', 'content': 'Hello'}}]")
     given = {**tokens, **variables, "tools": tools, "documents": documents}
-    given |= {"messages": list(map(_message, messages)), "add_generation_prompt": add_generation_prompt}
+    given |= {"messages": list(map(chat_message, messages)), "add_generation_prompt": add_generation_prompt}
     try:
         return TextProcess().call("render", template=chosen, variables=given)
     except TextError as error:
         raise ConfigError(f"the chat template of {folder} fails ({error}); use the prompt alone") from None
 
 
-def _message(message: Message) -> dict[str, Any]:
-    """The message without fields that are None, and with its reasoning text under both keys that templates read."""
+def chat_message(message: Message) -> dict[str, Any]:
+    """Returns the message without fields that are None, and with its reasoning under both keys that templates read."""
     fields = {key: value for key, value in message.items() if value is not None}
     thought = next((fields[key] for key in REASONING if key in fields), None)
     return fields if thought is None else {"thinking": thought, **fields, "reasoning_content": thought}

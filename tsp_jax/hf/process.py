@@ -43,6 +43,12 @@ class TextProcess:
                     self._ask({"call": "load", **self._load})
             return self._ask({"call": name, **arguments})
 
+    def close(self) -> None:
+        """Ends the child process, if one runs."""
+        with self._lock:
+            if self._child is not None:
+                self._stop()
+
     def _start(self) -> None:
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}  # a thread's time is not bounded apart
         try:

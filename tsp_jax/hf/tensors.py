@@ -40,13 +40,17 @@ def open_file(path: Path) -> Any:
 class Tensors:
     """The tensors of a folder, by name. Opening a folder reads only the headers of its files.
 
+    Args:
+      folder: the folder.
+      name: name of the file that has all tensors, if there is one; otherwise an index names the files.
+
     Raises:
       ConfigError: a file is missing or broken, or lacks a tensor that the index places in it.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, name: str = SINGLE):
         self.folder = Path(folder)
-        single = self.folder / SINGLE
+        single = self.folder / name
         if os.path.lexists(single):
             self.files = {single: open_file(single)}
             self.paths = dict.fromkeys(self.files[single].keys(), single)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -20,6 +20,14 @@ REPLACEMENT = "\ufffd"
 """character shown for bytes that do not form a character, or not yet a complete one"""
 
 
+class Around(NamedTuple):
+    """The largest token id, and the ids that a tokenizer puts before and after every text."""
+
+    largest: int
+    before: list[int]
+    after: list[int]
+
+
 class Tokenizer:
     """Converts text to token ids and back, with the tokenizer.json of a folder.
 
@@ -34,7 +42,8 @@ class Tokenizer:
         content = read_json(path, advice="use a Hugging Face folder with an intact copy of it")
         special = list(read_tokenizer_config(self.folder)[1].values())
         unknown = _unknown(content.get("model"))
-        self._process = TextProcess({"content": json.dumps(_plain(content)), "special": special, "unknown": unknown})
+        self._load = {"content": json.dumps(_plain(content)), "special": special, "unknown": unknown}
+        self._process = TextProcess(self._load)
         try:
             self._process.call("encode", text="", special=True)
         except TextError as error:
@@ -78,6 +87,20 @@ class Tokenizer:
             self.folder, messages, tools=tools, documents=documents, template=template,
             add_generation_prompt=add_generation_prompt, variables=variables,
         )  # fmt: skip
+
+    def around(self) -> Around:
+        """Returns the largest token id, and the ids that the tokenizer puts before and after every text."""
+        return Around(**self._call("around"))
+
+    def find_cut(self, sides: Sequence[tuple[str, str]]) -> int | None:
+        """Returns the first place at which a text may be cut, of some (text before, text after); None: none may be."""
+        return self._call("find_cut", sides=sides)
+
+    def process(self) -> TextProcess:
+        """Returns another process with this tokenizer, for the call `encode_many`."""
+        content = json.loads(self._load["content"])
+        content.pop("post_processor", None)  # adds tokens around a text, and trims offsets
+        return TextProcess({**self._load, "content": json.dumps(content)})
 
     def _call(self, name: str, **arguments: Any) -> Any:
         try:

@@ -17,7 +17,8 @@ from jax import lax
 from tsp_jax.models.buffers import BufferFormat
 from tsp_jax.models.scan import last_place, scan_layers
 
-Params = Any
+Params = tuple[Any, Any]
+"""(parameters that get gradients, frozen parameters), of one layer or, each [L, ...], of all"""
 Saved = tuple[jax.Array, Any]
 """(a layer's input [B, T, D], what its attention has computed or None)"""
 Layer = Callable[[Params, jax.Array, Any, Callable[[], Saved] | None], tuple[jax.Array, Any]]
@@ -34,11 +35,10 @@ def run_one(layer: Layer, keep_attention: bool, params: Params, x_BTD: jax.Array
     return y_BTD, (x_BTD, attended if keep_attention else None)
 
 
-def _differentiate(
-    layer: Layer, params: Params, shared: Any, recall: Callable[[], Saved], dy_BTD
-) -> tuple[Params, Any]:
-    """(gradients of the layer's parameters, of its input)."""
-    _, vjp = jax.vjp(lambda params, x: layer(params, x, shared, recall)[0], params, recall()[0])
+def _differentiate(layer: Layer, params: Params, shared: Any, recall: Callable[[], Saved], dy_BTD) -> tuple[Any, Any]:
+    """(gradients of the layer's parameters that are not frozen, of its input)."""
+    trained, frozen = params
+    _, vjp = jax.vjp(lambda trained, x: layer((trained, frozen), x, shared, recall)[0], trained, recall()[0])
     return vjp(dy_BTD)
 
 
@@ -85,7 +85,7 @@ def _backward_in_buffers(layers: Layers, keep_attention: bool, buffer_format: Bu
         return (dx_BTD, buffer_format.write_grads(buffers, place.layer, dparams)), None
 
     (dx_BTD, buffers), _ = scan_layers(step, (dy_BTD, buffers), params, period=len(layers), reverse=True)
-    return dx_BTD, buffer_format.read_grads(buffers, params), None
+    return dx_BTD, (buffer_format.read_grads(buffers, params[0]), None), None
 
 
 run_in_buffers.defvjp(_forward_in_buffers, _backward_in_buffers)
@@ -124,7 +124,8 @@ def _backward_from_host(layers: Layers, keep_attention: bool, grad_dtype: Any, r
     last = last_place(jax.tree.leaves(params)[0].shape[0], len(layers))
     carry = dy_BTD, fetch(last)
     (dx_BTD, _), grads = scan_layers(step, carry, params, period=len(layers), reverse=True)
-    return dx_BTD, jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads.joined(), params), None
+    grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads.joined(), params[0])
+    return dx_BTD, (grads, None), None
 
 
 run_with_host.defvjp(_forward_to_host, _backward_from_host)

@@ -53,7 +53,7 @@ _KEPT: dict[Remat, _Kept] = {
 
 
 def run_layers(
-    layers: Layers, x_BTD: jax.Array, params: Params, shared: Any, *, specs: Params, attended_specs: Any,
+    layers: Layers, x_BTD: jax.Array, params: Params, shared: Any, *, specs: Any, attended_specs: Any,
     placement: Placement, policy: Remat, grad_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:  # fmt: skip
     """Applies the layers in sequence: the output of each is the input of the next.
@@ -61,9 +61,9 @@ def run_layers(
     Args:
       layers: see `Layers`; what their attention computes has the same shapes in all.
       x_BTD: input of the first layer, sharded like tokens.
-      params: parameters of all layers, each [L, ...].
+      params: parameters of all layers, each [L, ...]: those that get gradients, and frozen ones.
       shared: arrays that every layer reads; they get no gradients.
-      specs: PartitionSpecs like `params`.
+      specs: PartitionSpecs of the parameters that get gradients.
       attended_specs: PartitionSpecs of what attention has computed, as the layer returns it.
       placement: layout and mesh.
       policy: what forward keeps.
@@ -76,7 +76,8 @@ def run_layers(
       gradients are kept too.
     """
     grad_dtype = jnp.dtype(grad_dtype)
-    x_BTD, params = _differentiable_once((x_BTD, params))
+    x_BTD, trained = _differentiable_once((x_BTD, params[0]))
+    params = trained, lax.stop_gradient(params[1])
     if policy == "none":
         return _run_with_proxies(layers, grad_dtype, x_BTD, params, shared)
     keep_attention, host = _KEPT[policy]
@@ -85,7 +86,7 @@ def run_layers(
     one = jax.tree.map(lambda param: jax.ShapeDtypeStruct(param.shape[1:], param.dtype), params)
     _, saved = jax.eval_shape(partial(run_one, layers[0], keep_attention), one, x_BTD, shared)
     saved_specs = placement.layout.spec("batch", "sequence", None), attended_specs if keep_attention else None
-    buffers = BufferFormat.of(placement, saved, saved_specs, params, specs, grad_dtype)
+    buffers = BufferFormat.of(placement, saved, saved_specs, trained, specs, grad_dtype)
     return run_in_buffers(layers, keep_attention, buffers, x_BTD, params, shared)
 
 
@@ -121,7 +122,7 @@ _with_value.defvjp(lambda array, value: (value, None), lambda _, grad: (grad, No
 
 
 @jax.custom_vjp
-def finish_gradients(x_BTD: jax.Array, params: Params) -> tuple[jax.Array, Params]:
+def finish_gradients(x_BTD: jax.Array, params: Any) -> tuple[jax.Array, Any]:
     """Returns its arguments. Backward has all gradients of `params` before it uses the gradient of x.
 
     Between attention and the MLP this stops the compiler from sending the last gradients of the MLP's weights to their
@@ -163,7 +164,7 @@ _differentiable_once.defvjp(lambda tree: (_no_derivative(tree), None), lambda _,
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _use_proxies(grad_dtype: Any, params: Params, proxies: Params) -> Params:
+def _use_proxies(grad_dtype: Any, params: Any, proxies: Any) -> Any:
     """Returns `params`, but their gradients go to `proxies`, a tree like `params` in `grad_dtype`.
 
     Autodiff gives a gradient the dtype of its primal. With bfloat16 proxies, float32 weights get bfloat16
@@ -188,7 +189,9 @@ def _run_with_proxies(layers: Layers, grad_dtype: Any, x_BTD: jax.Array, params:
     """Applies the layers in sequence and keeps everything that backward reads."""
 
     def step(place, x_BTD, params, proxies):
-        return layers[place.number](_use_proxies(grad_dtype, params, proxies), x_BTD, shared, None)[0], None
+        trained, frozen = params
+        trained = _use_proxies(grad_dtype, trained, proxies)
+        return layers[place.number]((trained, frozen), x_BTD, shared, None)[0], None
 
-    proxies = jax.tree.map(lambda param: param.astype(grad_dtype), params)
+    proxies = jax.tree.map(lambda param: param.astype(grad_dtype), params[0])
     return scan_layers(step, x_BTD, lax.stop_gradient(params), period=len(layers), xs=proxies)[0]

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tsp_jax.config import LayerKind, ModelConfig, Remat, RopeScaling, StreamConfig, TokenOrder
+from tsp_jax.config import LayerKind, LoraConfig, ModelConfig, Remat, RopeScaling, StreamConfig, TokenOrder
 from tsp_jax.layout import Placement
+from tsp_jax.models import lora
 from tsp_jax.models.keep import Saved
 from tsp_jax.models.remat import add_attention, finish_gradients, run_layers
 from tsp_jax.nn import MLP, Attention, Embed, residual_std
@@ -140,16 +141,18 @@ class Transformer(nnx.Module):
       remat: what backward recomputes; see `tsp_jax.models.remat`.
       token_order: how the tokens of a sequence are ordered over the sequence axes; see `tsp_jax.nn.Attention`.
       grad_dtype: dtype of the layers' gradients until the backward pass ends.
+      adapters: LoRA; see `tsp_jax.models.lora`. By default there are no adapters.
       rngs: random number generators; the stream `params` is used.
     """
 
     def __init__(
         self, config: ModelConfig, *, placement: Placement, stream: StreamConfig = StreamConfig(),
         dtype: Any = jnp.bfloat16, remat: Remat = "full", grad_dtype: jax.typing.DTypeLike = jnp.float32,
-        token_order: TokenOrder = "any", rngs: nnx.Rngs,
+        token_order: TokenOrder = "any", adapters: LoraConfig = LoraConfig(), rngs: nnx.Rngs,
     ):  # fmt: skip
         self.config, self.placement, self.grad_dtype = config, placement, jnp.dtype(grad_dtype)
         self.remat: Remat = remat
+        self.lora = adapters
         kwargs: dict[str, Any] = {"placement": placement, "stream": stream, "dtype": dtype}
         logits = {"logits_scale": config.logits_scale, "logits_softcap": config.logits_softcap}
         table = dict(kwargs, init_std=config.init_std, rngs=rngs, **logits)
@@ -163,23 +166,28 @@ class Transformer(nnx.Module):
         self.layers = stacked(rngs)
         self.final_norm = _norm(config, placement, dtype, rngs)
         self.head = None if config.tie_embeddings else Embed(config.vocab_size, config.d_model, **table)
+        self.adapters = lora.Adapters(self.layers, adapters, rngs) if adapters.rank else None
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         """Final hidden states, [B, T, D] in the compute dtype, from int32 token ids, positions and document numbers."""
         graphdef, stacked = nnx.split(self.layers)
         merge = make_merge(graphdef, stacked)
 
+        states = (stacked, nnx.State({})) if self.adapters is None else (nnx.state(self.adapters), stacked)
+
         def layer(params, x_BTD, documents, recall, *, number):
             def attend(attention, x_BTD):
                 return attention.attend(x_BTD, *documents, known=recall and recall()[1])
 
+            trained, frozen = params
+            params = lora.add(frozen, trained, self.lora, self.placement) if frozen else trained
             return merge(params)(x_BTD, attend, recall, number)
 
         period = tuple(partial(layer, number=number) for number in range(len(self.config.period)))
         x_BTD = self.embed_tokens(tokens_BT)
         x_BTD = run_layers(
-            period, x_BTD, nnx.to_pure_dict(stacked), (positions_BT, segment_ids_BT),
-            specs=nnx.to_pure_dict(nnx.get_partition_spec(stacked)),
+            period, x_BTD, tuple(map(nnx.to_pure_dict, states)), (positions_BT, segment_ids_BT),
+            specs=nnx.to_pure_dict(nnx.get_partition_spec(states[0])),
             attended_specs=self.layers.attention.attended_specs(x_BTD.shape), placement=self.placement,
             policy=self.remat, grad_dtype=self.grad_dtype,
         )  # fmt: skip

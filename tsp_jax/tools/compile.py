@@ -160,7 +160,7 @@ def _lower(config: Config, placement: Placement, step: Step, chunk: int, optimiz
         if step == "train":
             return program.lower_step(config)
         batch = program.abstract_batch((1, config.batch, config.seq_len))
-        return program.evaluate.lower(program.abstract_state.params, batch)
+        return program.evaluate.lower(program.abstract_state.weights, batch)
     serving = make_inference_program(
         config.model, placement, stream=config.stream, dtype=config.compute_dtype, batch=config.batch,
         capacity=config.seq_len, chunk=(chunk or config.seq_len) if step == "prefill" else placement.size("sequence"),

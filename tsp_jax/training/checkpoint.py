@@ -3,6 +3,9 @@
 The folder ``checkpoints/STEP/`` has ``state/`` (Orbax), ``meta.json`` and ``manifest.json``. It is written in the
 background as ``STEP.partial`` and renamed when it is complete. So a folder whose name is a number was complete when it
 was renamed; the manifest reveals later damage. A damaged checkpoint is renamed to ``STEP.damaged`` and never used.
+
+With LoRA a checkpoint has the adapters, their moments, and a digest of the frozen weights. These weights themselves
+come from the folder `init_from`, or from the seed, whenever the run is resumed.
 """
 
 import contextlib
@@ -15,7 +18,8 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import msgspec
@@ -27,9 +31,11 @@ from tsp_jax.files import check_json, read_json
 from tsp_jax.stored import abstract_logical, to_logical, to_stored
 from tsp_jax.training.checkpoint_manifest import find_damage, write_manifest
 from tsp_jax.training.distributed import broadcast_from_writer, gather_from_all, is_writer
+from tsp_jax.training.frozen import check_adapters, check_digest
 from tsp_jax.training.step import TrainProgram, TrainState
 
-CONTINUED = ("seed", "batch", "seq_len", "steps", "optimizer", "z_loss")
+CONTINUED = ("seed", "batch", "seq_len", "seq_len_schedule", "steps", "optimizer", "z_loss")
+CONTINUED += ("data.packing", "data.long_documents")
 """fields of Config that affect the losses of a resumed run; a field that differs from the checkpoint's is reported"""
 
 METRICS = "metrics.jsonl"
@@ -53,6 +59,20 @@ class Meta(msgspec.Struct):
     data: _Data
     opt_state: Shapes = {}
     """shapes of the optimizer's state; earlier versions did not save them"""
+    frozen: str = ""
+    """digest of the frozen weights; empty without LoRA"""
+
+
+class _Saved(NamedTuple):
+    """What a checkpoint holds of a TrainState: all but the frozen weights."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+
+    @classmethod
+    def of(cls, state: TrainState) -> "_Saved":
+        return cls(state.step, state.params, state.opt_state)
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -87,9 +107,11 @@ class Checkpoints:
         self.folder, self.config, self.data_digest, self.report = folder.absolute(), config, data_digest, report
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             raise ConfigError(f"{self.folder} is not a folder; move it away, or use another --workdir")
-        self._logical = abstract_logical(program.paddings, program.abstract_state)
-        self._to_logical = _convert(to_logical, program.paddings, self._logical)
-        self._to_stored = _convert(to_stored, program.paddings, program.abstract_state)
+        paddings, stored = _Saved.of(program.paddings), _Saved.of(program.abstract_state)
+        self._logical = abstract_logical(paddings, stored)
+        self._to_logical = _convert(to_logical, paddings, self._logical)
+        self._to_stored = _convert(to_stored, paddings, stored)
+        self._frozen = ""
         self._writer = _orbax()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tsp_commit")
         self._current: tuple[int, Future[None]] | None = None
@@ -114,12 +136,13 @@ class Checkpoints:
             "config": dataclasses.asdict(self.config),
             "data": {"step": step, "digest": self.data_digest},
             "opt_state": self._opt_state_shapes(),
+            "frozen": self._frozen,
         }
         files = {"meta.json": json.dumps(meta, indent=1)} | ({METRICS: metrics} if metrics else {})
         failed: Future[None] = Future()
         try:
             # Orbax has copied the state when this returns; the next step may overwrite it.
-            self._writer.save(self._partial(step) / "state", self._to_logical(state))
+            self._writer.save(self._partial(step) / "state", self._to_logical(_Saved.of(state)))
             self._current = step, self._pool.submit(self._commit, self._writer, step, files)
         except (OSError, RuntimeError, ValueError) as error:
             failed.set_exception(error)
@@ -239,15 +262,29 @@ class Checkpoints:
                     f"model.{field:.80}={here['model'].get(field)}: the checkpoint in workdir={self.config.workdir} "
                     f"has model.{field:.80}={value!s:.80}; use that, or another --workdir"
                 )
+        check_adapters(self.config, check_json(meta.config.get("lora", {}), f"{path}: config.lora", dict, advice))
         self._check_opt_state(meta.opt_state)
-        changed = [f"{f}={here[f]}, was {there.get(f)!s:.300}" for f in CONTINUED if here[f] != there.get(f)]
+        pairs = [(field, _get(here, field), _get(there, field)) for field in CONTINUED]
+        changed = [f"{field}={value}, was {was!s:.300}" for field, value, was in pairs if was not in (None, value)]
         if meta.data.digest != self.data_digest:
-            changed.append("the training text is not the one that the checkpoint was trained on")
+            text = "text, or its mixture," if self.config.data.mixture else "text"
+            changed.append(f"the training {text} is not the one that the checkpoint was trained on")
         return changed
 
-    def restore(self, step: int) -> TrainState:
-        """Restores the state of a step, in this run's layout."""
-        return self._to_stored(self._writer.restore(self.folder / str(step) / "state", self._logical))
+    def check_frozen(self, digest: str, step: int) -> None:
+        """Takes the digest of the frozen weights, which is saved in every checkpoint from now on.
+
+        Raises ConfigError if the checkpoint of `step` was trained with others; step 0 is no checkpoint.
+        """
+        self._frozen = digest
+        if step:
+            meta = read_json(self.folder / str(step) / "meta.json", Meta)
+            check_digest(self.config, digest, meta.frozen, meta.config)
+
+    def restore(self, step: int, frozen: Mapping[str, Any] = MappingProxyType({})) -> TrainState:
+        """Restores the state of a step, in this run's layout; `frozen` are the frozen weights."""
+        saved = self._to_stored(self._writer.restore(self.folder / str(step) / "state", self._logical))
+        return TrainState(*saved, frozen=dict(frozen))
 
     def _opt_state_shapes(self) -> Shapes:
         """Path -> shape of each array of the optimizer."""
@@ -272,6 +309,13 @@ def _differs(here: Any, there: Any) -> bool:
     return here != there
 
 
+def _get(config: dict[str, Any], field: str) -> Any:
+    """A field of a saved configuration, such as data.packing; None if an earlier version did not save it."""
+    owner, _, name = field.rpartition(".")
+    part = config.get(owner) if owner else config
+    return part.get(name) if isinstance(part, dict) else None
+
+
 def _remove(path: Path) -> None:
     """Deletes a folder, a file or a link; ignores errors."""
     if path.is_dir() and not path.is_symlink():
@@ -287,7 +331,7 @@ def _orbax() -> ocp.StandardCheckpointer:
     return ocp.StandardCheckpointer(async_options=options)
 
 
-def _convert(function: Callable, paddings: TrainState, result: TrainState) -> Callable[[TrainState], TrainState]:
+def _convert(function: Callable, paddings: _Saved, result: _Saved) -> Callable[[_Saved], _Saved]:
     if not any(padding.padded for padding in jax.tree.leaves(paddings)):
         return lambda state: state
     shardings = jax.tree.map(lambda array: array.sharding, result)

@@ -1,39 +1,48 @@
-"""Text or token files -> one file of token ids for each split, built once and then cached.
+"""The files of a corpus -> token ids for each split, encoded once and then cached.
 
-Every file is a document. About one of every `HELD_OUT` files is held out. Whether a file is held out depends on a hash
-of its path, relative to the part of the glob before the first wildcard. So added files do not move other files to the
-other split. If the hash leaves a split empty, the last file is held out. If there is only one file, its last
-``max(1, tokens // HELD_OUT)`` tokens are held out.
+A text file is a document, and so is a row of a file of rows. About one of every `HELD_OUT` documents is held out.
+Whether one is held out depends on a hash of its row and its file's path, relative to the part of the glob before the
+first wildcard. So added files do not move other documents to the other split. If the hash leaves a split empty, the
+last document is held out. If there is only one, its last ``max(1, tokens // HELD_OUT)`` tokens are held out.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated
 
 import msgspec
 import numpy as np
 
-from tsp_jax.config import DataConfig
+from tsp_jax.config import Config, DataConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.files import FileError, read_json
-from tsp_jax.training.sources import Source, find_sources, reading
-from tsp_jax.training.token_file import TokenFile
+from tsp_jax.text.build import build_once, progress
+from tsp_jax.text.encode import BYTES, CHUNK, LARGEST_ID, ByteEncoder, Encoder, IdsEncoder
+from tsp_jax.text.readers import Meter, Place
+from tsp_jax.text.shards import (
+    SPLITS,
+    Record,
+    Segment,
+    ShardIds,
+    ShardsWriter,
+    Split,
+    lengths_of,
+    read_records,
+    segments_of,
+    write_json,
+)  # fmt: skip
+from tsp_jax.text.sources import Source, find_sources
+from tsp_jax.text.token_file import Ids, TokenFile
+from tsp_jax.text.tokenize import TokenEncoder
 
-Split = Literal["train", "heldout"]
-SPLITS: tuple[Split, ...] = ("train", "heldout")
 HELD_OUT = 50
 """about one document in this many is held out"""
-
-LARGEST_ID = 2**32 - 1
-_FORMAT_VERSION = 1
-_CHUNK = 1 << 22  # number of tokens in memory at a time while a corpus is built
-_USE_IDS = f"use one dimension of integers from 0 to {LARGEST_ID}"
+_FORMAT_VERSION = 2
+_DTYPES = {"uint8": np.uint8, "uint16": np.uint16, "uint32": np.uint32}
 
 
 class ByteTokenizer:
@@ -55,24 +64,23 @@ class ByteTokenizer:
 class Corpus:
     """One split of a corpus: its documents, concatenated into one array of tokens."""
 
-    tokens: TokenFile | np.ndarray
+    tokens: Ids | np.ndarray
     """[tokens] uint8, uint16 or uint32"""
     starts: np.ndarray
     """[documents] int64: index of the first token of each document; strictly increasing from 0"""
+    loss: Ids | np.ndarray | None = None
+    """[tokens] uint8: 1 where the token counts as a label; None: everywhere"""
     name: str
     """split and files, for messages"""
     digest: str
-    """SHA-256 of tokens and starts: the same on every host, and when a run is resumed"""
+    """SHA-256 of starts, tokens and loss: the same on every host, and when a run is resumed"""
 
 
-Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+class SplitFacts(msgspec.Struct):
+    """What a split is made of."""
 
-
-class Digests(msgspec.Struct):
-    """SHA-256 of each split."""
-
-    train: Digest
-    heldout: Digest
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    segments: Annotated[list[Segment], msgspec.Meta(min_length=1)]
 
 
 class Facts(msgspec.Struct):
@@ -80,65 +88,97 @@ class Facts(msgspec.Struct):
 
     max_token_id: Annotated[int, msgspec.Meta(ge=0, le=LARGEST_ID)]
     max_token_file: str
-    sha256: Digests
+    dtype: Annotated[str, msgspec.Meta(pattern=f"^({'|'.join(_DTYPES)})$")]
+    train: SplitFacts
+    heldout: SplitFacts
+
+
+def name_tokenizer(config: Config) -> Config:
+    """Returns the configuration; if its data names no tokenizer, with that of the folder `init_from`."""
+    if config.data.tokenizer or not config.init_from:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=config.init_from))
 
 
 def load_corpus(data: DataConfig, vocab_size: int, split: Split) -> Corpus:
-    """Loads one split of a corpus from the cache; tokenizes the files first if they are not cached.
+    """Loads one split of a corpus from the cache; encodes the files first if they are not cached.
 
-    Several processes may build the same corpus at once: each writes its own folder, and the first to rename it wins.
+    Several processes may ask for the same corpus at once: one builds it, and the others wait. If it is killed, the next
+    one goes on after its last finished shard.
 
     Raises:
-      ConfigError: the files are missing, empty, unreadable or not token ids; an id is not below `vocab_size`; the
-        cache cannot be written.
+      ConfigError: the files are missing, empty, unreadable or not what they should be; no tokenizer is named; an id is
+        not below `vocab_size`; the cache cannot be written.
     """
     root, sources = find_sources(data)
+    encoder = make_encoder(data, sources)
     cache = _cache_dir(data)
-    folder = cache / _digest_sources(root, sources)
+    folder = cache / _digest_sources(root, sources, encoder)
     try:
         if not folder.is_dir():
-            _build(folder, sources, data)
+            _check_vocabulary(encoder.largest, vocab_size)
+            build_once(folder, partial(_build, data=data, sources=sources, encoder=encoder), _has_shards)
     except OSError as error:
         raise ConfigError(
             f"data.cache_dir={str(cache)!r} cannot be written ({error.strerror}); "
             "use data.cache_dir=<a folder with space>"
         ) from error
     try:
-        facts, tokens, starts = _open_cached(folder, split)
+        facts = read_json(folder / "corpus.json", Facts)
+        tokens, starts, loss = _open_cached(folder, split, facts)
     except FileError as error:
         reason = str(error).partition(";")[0]
         raise ConfigError(f"data.cache_dir={str(cache)!r} holds a damaged corpus ({reason}); delete {folder}") from None
-    if facts.max_token_id >= vocab_size:
-        fitting = facts.max_token_id + 1 if facts.max_token_file.endswith(".npy") else ByteTokenizer.vocab_size
-        raise ConfigError(
-            f"model.vocab_size={vocab_size} is too small for token id {facts.max_token_id} in "
-            f"{facts.max_token_file:.500}; use model.vocab_size={fitting}"
-        )
+    _check_vocabulary((facts.max_token_id, facts.max_token_file), vocab_size)
     name = f"{split} split of data.files={data.files!r}"
-    return Corpus(tokens=tokens, starts=starts, name=name, digest=getattr(facts.sha256, split))
+    return Corpus(tokens=tokens, starts=starts, loss=loss, name=name, digest=getattr(facts, split).sha256)
 
 
-def _open_cached(folder: Path, split: Split) -> tuple[Facts, TokenFile, np.ndarray]:
-    """Returns (facts, tokens, starts); raises FileError if one of the files is damaged."""
-    facts = read_json(folder / "corpus.json", Facts)
-    tokens = TokenFile(folder / f"{split}.npy", f"delete {folder}")
-    starts = np.asarray(TokenFile(folder / f"{split}_starts.npy", f"delete {folder}"))
+def make_encoder(data: DataConfig, sources: list[Source]) -> Encoder:
+    """Returns what encodes the files; raises ConfigError if they are text and no tokenizer is named."""
+    if sources[0].kind == "ids":
+        return IdsEncoder(data, sources)
+    if not data.tokenizer:
+        raise ConfigError(
+            f"data.tokenizer='' names no tokenizer, and data.files={data.files!r} is text; "
+            "use --data.tokenizer <a folder with tokenizer.json>, or --data.tokenizer bytes"
+        )
+    return ByteEncoder(data, sources) if data.tokenizer == BYTES else TokenEncoder(data, sources)
+
+
+def _check_vocabulary(largest: tuple[int, str] | None, vocab_size: int) -> None:
+    """Raises ConfigError if the largest token id, and what has it, is not below `vocab_size`."""
+    if largest and largest[0] >= vocab_size:
+        number, where = largest
+        fitting = ByteTokenizer.vocab_size if number < ByteTokenizer.vocab_size else number + 1
+        raise ConfigError(
+            f"model.vocab_size={vocab_size} is too small for token id {number} in {where:.500}; "
+            f"use model.vocab_size={fitting}"
+        )
+
+
+def _open_cached(folder: Path, split: Split, facts: Facts) -> tuple[Ids, np.ndarray, Ids | None]:
+    """Returns (tokens, starts, loss); raises FileError if one of the files is damaged."""
+    advice = f"delete {folder}"
+    starts = np.asarray(TokenFile(folder / f"{split}_starts.npy", advice))
+    tokens, loss = _open_segments(folder, getattr(facts, split).segments, facts.dtype)
     if not (len(starts) and starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < len(tokens)):
-        raise FileError(f"{split}_starts.npy does not divide {split}.npy")
-    return facts, tokens, starts
+        raise FileError(f"{split}_starts.npy does not divide the {len(tokens)} tokens of the split")
+    return tokens, starts, loss
 
 
-class _Document(NamedTuple):
-    path: Path
-    name: str
-    start: int  # the document is tokens [start, stop) of the file
-    stop: int
-    max_id: int
+def _open_segments(folder: Path, segments: list[Segment], dtype: str) -> tuple[Ids, Ids | None]:
+    """(tokens, loss) of segments."""
+    advice = f"delete {folder}"
+    tokens = ShardIds(folder, [(one.file, one.start, one.stop) for one in segments], np.dtype(dtype), advice)
+    if not any(one.loss for one in segments):
+        return tokens, None
+    return tokens, ShardIds(folder, [(one.loss, one.start, one.stop) for one in segments], np.dtype(np.uint8), advice)
 
 
-def _digest_sources(root: Path, sources: list[Source]) -> str:
+def _digest_sources(root: Path, sources: list[Source], encoder: Encoder) -> str:
     """Name of the cache folder: a hash of sources and root, since two corpora may have equal names and mtimes."""
-    listing = [_FORMAT_VERSION, str(root), [source[1:] for source in sources]]
+    listing = [_FORMAT_VERSION, HELD_OUT, str(root), [source[1:] for source in sources], encoder.key]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:32]
 
 
@@ -147,92 +187,79 @@ def _cache_dir(data: DataConfig) -> Path:
     return Path(os.path.expanduser(data.cache_dir or default))
 
 
-def _build(folder: Path, sources: list[Source], data: DataConfig) -> None:
-    """Writes both splits to a folder of this process, then renames it to `folder`."""
-    measured = (_measure(data, source) for source in sources)
-    documents = [document for document in measured if document.stop]
-    splits = _split_documents(data, documents)
-    largest = max(documents, key=lambda document: document.max_id)
-    dtype = np.min_scalar_type(largest.max_id)
-    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
-    partial.mkdir(parents=True)
-    try:
-        facts = {
-            "max_token_id": largest.max_id,
-            "max_token_file": str(largest.path),
-            "sha256": {split: _write_split(data, partial, split, splits[split], dtype) for split in SPLITS},
-        }
-        (partial / "corpus.json").write_text(json.dumps(facts, indent=2) + "\n")
-        try:
-            os.rename(partial, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process built the same corpus first
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+# ------------------------------------------------------------------------------------------------ building
 
 
-def _split_documents(data: DataConfig, documents: list[_Document]) -> dict[Split, list[_Document]]:
-    """Divides documents into two splits by the rule at the top of this file. Neither split is empty."""
-    total = sum(document.stop for document in documents)
+def _build(folder: Path, data: DataConfig, sources: list[Source], encoder: Encoder) -> None:
+    """Writes the shards that are missing in a folder, and then what makes them two splits."""
+    records = read_records(folder)
+    start = Place(records[-1].source, records[-1].row) if records else Place()
+    meter = Meter(sources, start)
+    with progress(meter, "tokenizing") as show:
+
+        def parts():
+            for part in encoder.parts(start, meter):
+                show()
+                yield part
+
+        ShardsWriter(folder, encoder.dtype, _is_held_out).write(parts())
+    records = read_records(folder)
+    splits = _divide(folder, data, records)
+    largest = encoder.largest or max(
+        ((record.max_token_id, record.max_token_file) for record in records), key=lambda one: one[0]
+    )
+    facts = [
+        SplitFacts(sha256=_digest(folder, split, segments, str(encoder.dtype)), segments=segments)
+        for split, segments in splits.items()
+    ]
+    write_json(folder / "corpus.json", Facts(*largest, str(encoder.dtype), *facts))
+
+
+def _has_shards(folder: Path) -> bool:
+    return bool(read_records(folder))
+
+
+def _is_held_out(document: str) -> bool:
+    return int(hashlib.sha256(os.fsencode(document)).hexdigest(), 16) % HELD_OUT == 0
+
+
+def _divide(folder: Path, data: DataConfig, records: list[Record]) -> dict[Split, list[Segment]]:
+    """Divides shards into two splits by the rule at the top of this file, and writes the starts of both."""
+    segments = segments_of(records)
+    lengths = {split: lengths_of(folder, records, split) for split in SPLITS}
+    total = sum(int(lengths[split].sum()) for split in SPLITS)
     if total < 2:
         raise ConfigError(f"data.files={data.files!r} matches files with {total} tokens in all; use 2 or more")
-    if len(documents) == 1:
-        (whole,) = documents
-        border = whole.stop - max(1, whole.stop // HELD_OUT)
-        return {"train": [whole._replace(stop=border)], "heldout": [whole._replace(start=border)]}
-    digests = [hashlib.sha256(os.fsencode(document.name)).hexdigest() for document in documents]
-    is_held = [int(digest, 16) % HELD_OUT == 0 for digest in digests]
-    if len(set(is_held)) == 1:
-        is_held = [document is documents[-1] for document in documents]
-    splits: dict[Split, list[_Document]] = {"train": [], "heldout": []}
-    for document, held in zip(documents, is_held, strict=True):
-        splits["heldout" if held else "train"].append(document)
-    return splits
-
-
-def _measure(data: DataConfig, source: Source) -> _Document:
-    """Finds the number of tokens and the largest token id of a file; refuses arrays that are not token ids."""
-    length = source.size
-    if source.path.suffix == ".npy":
-        with reading(data, source.path):
-            length = len(TokenFile(source.path, _USE_IDS))
-    whole = _Document(source.path, source.name, 0, length, max_id=0)
-    ranges = [(int(chunk.min()), int(chunk.max())) for chunk in _chunks(data, whole)]
-    low, high = min((low for low, _ in ranges), default=0), max((high for _, high in ranges), default=0)
-    if low < 0 or high > LARGEST_ID:
-        wrong = low if low < 0 else high
-        raise ConfigError(f"data.files={data.files!r}: {source.path} holds {wrong}; {_USE_IDS}")
-    return whole._replace(max_id=high)
-
-
-def _write_split(data: DataConfig, folder: Path, split: Split, documents: list[_Document], dtype: np.dtype) -> str:
-    """Writes the documents to one .npy file and their starts to another; returns the SHA-256 of both."""
-    lengths = np.array([document.stop - document.start for document in documents], np.int64)
-    starts = np.cumsum(lengths) - lengths
-    np.save(folder / f"{split}_starts.npy", starts)
-    digest = hashlib.sha256(starts.tobytes())
-    header = {"descr": dtype.str, "fortran_order": False, "shape": (int(lengths.sum()),)}
-    # Plain writes: a full disk under a writable memory map kills the process instead of raising an error.
-    with open(folder / f"{split}.npy", "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for document in documents:
-            for chunk in _chunks(data, document):
-                content = chunk.astype(dtype).tobytes()
-                digest.update(content)
-                file.write(content)
-    return digest.hexdigest()
-
-
-def _chunks(data: DataConfig, document: _Document) -> Iterator[np.ndarray]:
-    """Yields the tokens of a document, at most _CHUNK at a time."""
-    for start in range(document.start, document.stop, _CHUNK):
-        count = min(_CHUNK, document.stop - start)
-        with reading(data, document.path):
-            if document.path.suffix == ".npy":
-                chunk = TokenFile(document.path, "run again").read(start, start + count)
+    pairs: tuple[tuple[Split, Split], ...] = (("train", "heldout"), ("heldout", "train"))
+    for full, empty in pairs:
+        if not segments[empty]:
+            moved = int(lengths[full][-1])
+            if len(lengths[full]) == 1:
+                moved = max(1, moved // HELD_OUT)
+                lengths["train"], lengths["heldout"] = np.array([total - moved]), np.array([moved])
             else:
-                chunk = np.fromfile(document.path, np.uint8, count, offset=start)
-        if len(chunk) != count:
-            raise ConfigError(f"data.files={data.files!r}: {document.path} changed while it was read; run again")
-        yield chunk
+                lengths["train"], lengths["heldout"] = lengths[full][:-1], lengths[full][-1:]
+            segments["train"], segments["heldout"] = _split_off(segments[full], moved)
+            break
+    for split in SPLITS:
+        np.save(folder / f"{split}_starts.npy", np.cumsum(lengths[split]) - lengths[split])
+    return segments
+
+
+def _split_off(segments: list[Segment], count: int) -> tuple[list[Segment], list[Segment]]:
+    """(segments without their last `count` tokens, which are of the last one; these)."""
+    *before, last = segments
+    border = last.stop - count
+    head = msgspec.structs.replace(last, stop=border)
+    kept = [*before, head] if border > last.start else before
+    return kept, [msgspec.structs.replace(last, start=border)]
+
+
+def _digest(folder: Path, split: Split, segments: list[Segment], dtype: str) -> str:
+    """SHA-256 of starts, tokens and loss of a split, however it is divided into shards."""
+    tokens, loss = _open_segments(folder, segments, dtype)
+    digest = hashlib.sha256(np.asarray(TokenFile(folder / f"{split}_starts.npy", "run again")).tobytes())
+    for ids in (tokens, loss) if loss is not None else (tokens,):
+        for start in range(0, len(ids), CHUNK):
+            digest.update(ids.read(start, min(start + CHUNK, len(ids))).tobytes())
+    return digest.hexdigest()

@@ -4,9 +4,11 @@ Dims: B batch (sequences), S sequence length (tokens), R ranks of the sequence a
 """
 
 import functools
+import hashlib
 import itertools
+import json
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Generic, NamedTuple, TypeVar
 
@@ -14,76 +16,131 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from tsp_jax.config import Config, Order
+from tsp_jax.config import LongDocuments, Order, PackingName
 from tsp_jax.errors import ConfigError
 from tsp_jax.ops.cross_entropy import IGNORE
-from tsp_jax.training.corpus import Corpus, Split, load_corpus
+from tsp_jax.training.corpus import Corpus
+from tsp_jax.training.mixture import Interleaving
+from tsp_jax.training.packing import Spans
+from tsp_jax.training.rows import NOTHING, Row
 
 T = TypeVar("T")
 Array = TypeVar("Array")
+_GAP = 1 << 12  # tokens that are read and thrown away, rather than read the tokens around them in two reads
 
 
 class Batch(NamedTuple, Generic[Array]):
-    """Four arrays [B, S] or [micro-batches, B / micro-batches, S], int32, with their tokens in the same order."""
+    """Four arrays [B, S] or [micro-batches, B / micro-batches, S], int32, with their tokens in the same order.
+
+    A sequence that documents do not fill ends with padding: token 0, no label, and a segment of its own.
+    """
 
     tokens: Array
     labels: Array
-    """the next token of the same document; `IGNORE` at the last token of a document"""
+    """the next token of the same document; `IGNORE` at the last token of a document, and where the next token does not
+    count for the loss"""
     positions: Array
     """distance from the start of the document, or from the start of the sequence if that is nearer"""
     segment_ids: Array
     """number of the document within the sequence: 1, 2, 3, ..."""
 
 
+class Weighted(NamedTuple):
+    """One source of a mixture."""
+
+    name: str
+    corpus: Corpus
+    weight: int
+
+
 class Batches:
     """The batches of a corpus, one for each step. The step is the only state: a resumed run asks for the next one.
 
-    Window w is tokens ``[w S, (w + 1) S)`` of the corpus; a remainder shorter than S is never used. Each epoch has
-    every window once. Epoch follows epoch in an endless sequence of windows, and step s takes places
-    ``[s B, (s + 1) B)`` of this sequence.
+    A packing (`tsp_jax.training.packing`) makes sequences of the corpus. Each epoch has every sequence once. Epoch
+    follows epoch in an endless row of sequences, and step s takes places ``[s B, (s + 1) B)`` of this row. In a mixture
+    each source has such a row, and places are divided among the sources by weight.
 
     Args:
-      corpus: one split.
+      corpus: one split, or one split of each source of a mixture.
       batch: B, sequences per step.
       seq_len: S, tokens per sequence.
-      seed: seed of the order of windows.
+      seed: seed of the order of sequences.
       order: order of tokens over the ranks of the sequence axes.
       sequence_shards: R, number of ranks that a sequence is sharded over.
-      shuffle: permute the windows anew in every epoch; otherwise they are in the order of the corpus.
+      shuffle: permute the sequences anew in every epoch; otherwise they are in the order of the corpus.
+      packing: how documents fill sequences.
+      long_documents: what best-fit packing does with documents longer than a sequence.
+      phase: number of the phase of a schedule of lengths; each has an order of its own.
+      used: what earlier phases have used of each source in the epoch that they ended in (`Row`).
 
     Raises:
-      ConfigError: `seq_len` does not suit the ranks (see `sequence_order`), the corpus is shorter than one sequence,
+      ConfigError: `seq_len` does not suit the ranks (see `sequence_order`), a corpus is shorter than one sequence,
         or none of its tokens has a label.
     """
 
     def __init__(
-        self, corpus: Corpus, *, batch: int, seq_len: int, seed: int, order: Order, sequence_shards: int, shuffle: bool
-    ):
-        num_tokens = len(corpus.tokens)
-        if num_tokens < seq_len:
-            multiple = _seq_len_multiple(sequence_shards, order)
-            fitting = num_tokens // multiple * multiple
-            raise ConfigError(
-                f"seq_len={seq_len} is longer than the {num_tokens} tokens of the {corpus.name}; "
-                f"use {f'seq_len={fitting} or ' if fitting else ''}more text"
-            )
+        self, corpus: Corpus | Sequence[Weighted], *, batch: int, seq_len: int, seed: int, order: Order,
+        sequence_shards: int, shuffle: bool, packing: PackingName = "windows", long_documents: LongDocuments = "split",
+        phase: int = 0, used: Sequence[Spans] | None = None,
+    ):  # fmt: skip
+        self.sources = [Weighted("", corpus, 1)] if isinstance(corpus, Corpus) else list(corpus)
+        multiple = _seq_len_multiple(sequence_shards, order)
+        make_row = functools.partial(
+            Row, seq_len=seq_len, multiple=multiple, packing=packing, long_documents=long_documents, seed=seed,
+            shuffle=shuffle,
+        )  # fmt: skip
+        used = used or [NOTHING] * len(self.sources)
+        pairs = enumerate(zip(self.sources, used, strict=True))
+        self.rows = [make_row(source.corpus, spans, stream=phase << 16 | k) for k, (source, spans) in pairs]
+        """of each source"""
         self.order = sequence_order(seq_len, sequence_shards, order)
         """[S] int64: for each position in a placed array, the index of its token in the sequence"""
-        self.num_windows = num_tokens // seq_len
-        """number of sequences in one epoch"""
-        self.digest = corpus.digest
-        self._tokens = corpus.tokens
-        self._borders = np.append(corpus.starts, num_tokens)  # document d is tokens [borders[d], borders[d + 1])
-        used = self.num_windows * seq_len
-        if np.searchsorted(self._borders[1:], used, side="right") == used:
-            raise ConfigError(
-                f"the {corpus.name} has no label: each of its documents is one token long; use files of several tokens"
-            )
-        self._batch, self._seq_len, self._seed, self._shuffle = batch, seq_len, seed, shuffle
+        self.num_windows = sum(row.packing.num_sequences for row in self.rows)
+        """number of sequences in one epoch of every source"""
+        self.digest = _digest(self.sources)
+        self.batch, self.seq_len = batch, seq_len
+        self.interleaving = Interleaving([source.weight for source in self.sources])
+        sizes = [row.size for row in self.rows]
+        # Sequences are numbered over all sources: source k has those from first[k] on.
+        self._first = np.cumsum(sizes) - sizes
+        self._borders = [np.append(source.corpus.starts, len(source.corpus.tokens)) for source in self.sources]
+        self._shuffle = shuffle
 
     def at(self, step: int) -> Batch[np.ndarray]:
         """Returns the batch of a step, [B, S], with tokens in natural order."""
-        return self._read(self._windows(step), np.arange(self._seq_len))
+        return self._read(self.sequences(step), np.arange(self.seq_len))
+
+    def num_tokens(self, step: int) -> int:
+        """Returns the number of tokens in the batch of a step, without padding."""
+        sequences = self.sequences(step)
+        sources = self._source_of(sequences)
+        return sum(row.num_tokens(sequences[sources == k] - self._first[k]) for k, row in enumerate(self.rows))
+
+    def source_tokens(self, steps: int) -> np.ndarray:
+        """Returns the tokens of each source in the first `steps` steps, without padding, [sources] int64."""
+        places = self.interleaving.counts(steps * self.batch).tolist()
+        return np.array([row.tokens_before(place) for row, place in zip(self.rows, places, strict=True)], np.int64)
+
+    def used(self, steps: int) -> list[Spans]:
+        """Returns what the first `steps` steps use of each source in the epoch of it that they end in."""
+        places = self.interleaving.counts(steps * self.batch).tolist()
+        return [row.used_before(place) for row, place in zip(self.rows, places, strict=True)]
+
+    def lengths(self, sequence: int) -> np.ndarray:
+        """Returns the tokens of each segment of a sequence, padding included, [segments] int64; they sum to S."""
+        source = self._source_of(sequence)
+        lengths = self.rows[source].spans(sequence - int(self._first[source])).lengths
+        padding = self.seq_len - lengths.sum()
+        return np.append(lengths, padding) if padding else lengths
+
+    def sequences(self, step: int) -> np.ndarray:
+        """Returns the sequences of a step, [B] int64, numbered over all sources."""
+        sources, places = self.interleaving.at(step * self.batch + np.arange(self.batch))
+        sequences = np.empty_like(places)
+        for source in np.unique(sources):
+            here = sources == source
+            sequences[here] = self._first[source] + self.rows[source].at(places[here])
+        return sequences
 
     def place(self, step: int, sharding: NamedSharding, *, accumulate: int | None = None) -> Batch[jax.Array]:
         """Returns the batch of a step as global arrays, with tokens in `order`.
@@ -94,20 +151,20 @@ class Batches:
         Raises:
           ConfigError: B is not a multiple of `accumulate`.
         """
-        windows = self._windows(step)
+        sequences = self.sequences(step)
         if accumulate is not None:
-            if self._batch % accumulate:
+            if self.batch % accumulate:
                 raise ConfigError(
-                    f"batch={self._batch} is not a multiple of accumulate={accumulate}; "
-                    f"use batch={-(-self._batch // accumulate) * accumulate}"
+                    f"batch={self.batch} is not a multiple of accumulate={accumulate}; "
+                    f"use batch={-(-self.batch // accumulate) * accumulate}"
                 )
-            windows = windows.reshape(accumulate, -1)
-        shape = (*windows.shape, self._seq_len)
+            sequences = sequences.reshape(accumulate, -1)
+        shape = (*sequences.shape, self.seq_len)
 
         @functools.cache  # for this call only: four fields and devices with equal shards share one read
         def read(*bounds: tuple[int, int, int]) -> Batch[np.ndarray]:
             *rows, columns = (slice(*bound) for bound in bounds)
-            return self._read(windows[tuple(rows)], self.order[columns])
+            return self._read(sequences[tuple(rows)], self.order[columns])
 
         def shard(field: int, index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
@@ -119,56 +176,37 @@ class Batches:
 
         return Batch(*map(array, range(len(Batch._fields))))
 
-    def _windows(self, step: int) -> np.ndarray:
-        """[B] int64: the windows of a step."""
-        samples = step * self._batch + np.arange(self._batch)
-        if not self._shuffle:
-            return samples % self.num_windows
-        epochs, places = np.divmod(samples, self.num_windows)
-        windows = np.empty_like(samples)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            windows[here] = _permutation(self._seed, int(epoch), self.num_windows)[places[here]]
-        return windows
+    def _source_of(self, sequences):
+        return np.searchsorted(self._first, sequences, side="right") - 1
 
     def _read(self, windows: np.ndarray, columns: np.ndarray) -> Batch[np.ndarray]:
-        """[..., b] windows, [s] token indices within a window -> arrays [..., b, s] int32."""
-        first = windows[..., None] * self._seq_len
-        at = first + columns
-        document = np.searchsorted(self._borders, at, side="right") - 1
-        first_document = np.searchsorted(self._borders, first, side="right") - 1
-        has_next = at + 1 < self._borders[document + 1]
-        following = self._tokens[np.where(has_next, at + 1, at)].astype(np.int32)
+        """[..., b] sequences, [s] token indices within a sequence -> arrays [..., b, s] int32."""
+        rows = [self._read_row(sequence, columns) for sequence in windows.ravel().tolist()]
+        shape = (*windows.shape, len(columns))
+        return Batch(*(np.reshape(field, shape).astype(np.int32) for field in zip(*rows, strict=True)))
+
+    def _read_row(self, sequence: int, columns: np.ndarray) -> Batch[np.ndarray]:
+        """Some tokens of one sequence: arrays [s]."""
+        source = self._source_of(sequence)
+        corpus, borders = self.sources[source].corpus, self._borders[source]
+        spans = self.rows[source].spans(sequence - int(self._first[source]))
+        ends = np.cumsum(spans.lengths)  # within the sequence
+        segment = np.searchsorted(ends, columns, side="right")  # padding comes after the last span
+        positions = columns - np.append(0, ends)[segment]
+        span = np.minimum(segment, len(ends) - 1)
+        at = spans.starts[span] + np.minimum(positions, spans.lengths[span] - 1)
+        stop = borders[np.searchsorted(borders, spans.starts, side="right")]  # of each span's document
+        is_real = segment < len(ends)
+        has_next = is_real & (at + 1 < stop[span])
+        following = np.where(has_next, at + 1, at)
+        if corpus.loss is not None:
+            has_next &= _gather(corpus.loss, following) != 0
         return Batch(
-            tokens=self._tokens[at].astype(np.int32),
-            labels=np.where(has_next, following, np.int32(IGNORE)),
-            positions=(at - np.maximum(self._borders[document], first)).astype(np.int32),
-            segment_ids=(document - first_document + 1).astype(np.int32),
+            tokens=np.where(is_real, _gather(corpus.tokens, at), 0),
+            labels=np.where(has_next, _gather(corpus.tokens, following).astype(np.int32), np.int32(IGNORE)),
+            positions=positions,
+            segment_ids=segment + 1,
         )
-
-
-class Splits(NamedTuple):
-    """Batches of both splits of a run's corpus."""
-
-    train: Batches
-    held_out: Batches
-
-
-def load_splits(config: Config, sequence_shards: int) -> Splits:
-    """Loads both splits of a run's corpus, from the cache if they are there. The training split is shuffled.
-
-    Raises:
-      ConfigError: as `load_corpus` and `Batches`.
-    """
-
-    def batches(split: Split) -> Batches:
-        return Batches(
-            load_corpus(config.data, config.model.vocab_size, split),
-            batch=config.batch, seq_len=config.seq_len, seed=config.seed, order=config.data.order,
-            sequence_shards=sequence_shards, shuffle=split == "train",
-        )  # fmt: skip
-
-    return Splits(batches("train"), batches("heldout"))
 
 
 def sequence_order(seq_len: int, shards: int, order: Order) -> np.ndarray:
@@ -225,10 +263,15 @@ def _seq_len_multiple(shards: int, order: Order) -> int:
     return 2 * shards if order == "zigzag" and shards > 1 else shards
 
 
-@functools.lru_cache(maxsize=2)  # an epoch and the next
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """A random permutation, [size] int64, made from raw bits, which are the same in every release of numpy."""
-    bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(size)
-    permutation = np.argsort(bits, kind="stable")
-    permutation.flags.writeable = False
-    return permutation
+def _gather(array: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The items of a corpus at some indices, [s]; a run of indices close to each other takes one read."""
+    runs = np.split(at, np.flatnonzero(np.abs(np.diff(at)) > _GAP) + 1)
+    return np.concatenate([array[run] for run in runs])
+
+
+def _digest(sources: Sequence[Weighted]) -> str:
+    """SHA-256 of the text of all sources and of their weights; of one source without a name its corpus's own."""
+    if len(sources) == 1 and not sources[0].name:
+        return sources[0].corpus.digest
+    facts = [(source.name, source.weight, source.corpus.digest) for source in sources]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -10,9 +10,11 @@ from tsp_jax.config import Config, ModelConfig, RopeScaling
 from tsp_jax.errors import ConfigError
 from tsp_jax.hf.weights import check_folder, load_params, read_config
 from tsp_jax.layout import Placement
+from tsp_jax.text.encode import BYTES
+from tsp_jax.text.sources import is_text
 from tsp_jax.training.checkpoint import saved_steps
-from tsp_jax.training.corpus import ByteTokenizer
-from tsp_jax.training.sources import is_text
+from tsp_jax.training.corpus import ByteTokenizer, name_tokenizer
+from tsp_jax.training.frozen import init_adapters
 from tsp_jax.training.step import TrainProgram, TrainState
 
 FREE = ("init_std",)
@@ -25,9 +27,10 @@ def check_init_from(config: Config, placement: Placement) -> None:
     """Raises ConfigError if the folder `init_from` does not suit the configured model or the data.
 
     The folder must have all weights of the configured model, and its model must use the same tokens as the data.
-    Checks nothing if the run is resumed, since it then needs no initial weights.
+    Checks nothing if the run is resumed, since it then needs no initial weights, unless they are frozen.
     """
-    if not config.init_from or saved_steps(Path(config.workdir) / "checkpoints"):
+    resumed = not config.lora.rank and saved_steps(Path(config.workdir) / "checkpoints")
+    if not config.init_from or resumed:
         return
     here, there = (_fields(model) for model in (config.model, _extended(read_config(config.init_from), config.model)))
     different = [name for name, value in there.items() if here[name] != value]
@@ -42,19 +45,30 @@ def check_init_from(config: Config, placement: Placement) -> None:
 
 
 def _check_tokens(config: Config) -> None:
-    """Raises ConfigError if the data is text, read as bytes, but the model's tokens are those of a tokenizer."""
-    found = [name for name in TOKENIZERS if (Path(config.init_from) / name).exists()]
+    """Raises ConfigError if the data is text, and its tokens are not the model's."""
+    data, folder = name_tokenizer(config).data, Path(config.init_from)
+    texts = [part.files for _, _, part in data.sources() if is_text(part)]
+    if not texts:
+        return
+    if data.tokenizer == config.init_from and not (folder / "tokenizer.json").exists():
+        raise ConfigError(
+            f"init_from={config.init_from} has no tokenizer.json, and data.files={texts[0]!r} is text; "
+            "use --data.tokenizer <a folder with the model's tokenizer.json>, or .npy files of token ids"
+        )
+    found = [name for name in TOKENIZERS if (folder / name).exists()]
     larger = config.model.vocab_size > 2 * ByteTokenizer.vocab_size  # up to that, bytes may have been padded
-    if (found or larger) and is_text(config.data):
+    if data.tokenizer == BYTES and (found or larger):
         reason = found[0] if found else f"a vocabulary of {config.model.vocab_size:,}"
         raise ConfigError(
-            f"data.files={config.data.files!r} is text, which is read as bytes; the model in init_from="
-            f"{config.init_from} has {reason}, so its tokens are others; use .npy files of its token ids"
+            f"data.tokenizer=bytes makes a token of each byte; the model in init_from={config.init_from} has {reason}, "
+            "so its tokens are others; leave data.tokenizer out, or use .npy files of its token ids"
         )
 
 
-def init_state(config: Config, program: TrainProgram, placement: Placement) -> TrainState:
-    """Returns the state of step 0, with the weights of `init_from` if it is set."""
+def init_state(config: Config, program: TrainProgram, placement: Placement, frozen: dict) -> TrainState:
+    """Returns the state of step 0, with the weights of `init_from` if it is set, or with adapters on frozen weights."""
+    if frozen:
+        return init_adapters(program, frozen)
     state = program.init()
     if not config.init_from:
         return state

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tsp_jax.config import Config
 from tsp_jax.layout import Placement, num_ranks
+from tsp_jax.models.lora import split_adapters
 from tsp_jax.models.transformer import Transformer, make_merge
 from tsp_jax.stored import NoPadding, paddings
 from tsp_jax.training.data import Batch
@@ -26,8 +27,15 @@ class TrainState(NamedTuple):
     step: Any
     """[] int32, number of steps done"""
     params: Any
-    """float32 master weights, padded to their stored shapes"""
+    """float32 master weights that are trained, padded to their stored shapes"""
     opt_state: Any
+    frozen: dict
+    """all other weights, in `lora.base_dtype`; empty without LoRA"""
+
+    @property
+    def weights(self) -> dict:
+        """All weights of the model."""
+        return {**self.frozen, **self.params}
 
 
 class StepMetrics(NamedTuple):
@@ -52,7 +60,7 @@ class TrainProgram:
     step: Any
     """jitted (state, batch) -> (state, StepMetrics); a batch is [a, B / a, S], `a` micro-batches; donates the state"""
     evaluate: Any
-    """jitted (params, batch [1, B, S]) -> (sum of negative log-likelihoods, number of labels)"""
+    """jitted (all weights, batch [1, B, S]) -> (sum of negative log-likelihoods, number of labels)"""
     abstract_state: TrainState
     """shapes, dtypes and shardings of the state"""
     paddings: TrainState
@@ -81,7 +89,8 @@ def make_program(config: Config, placement: Placement, optimizer: Optimizer = No
     def make_model(seed: int | jax.Array) -> Transformer:
         return Transformer(
             config.model, placement=placement, stream=config.stream, dtype=jnp.dtype(config.compute_dtype),
-            remat=config.remat, grad_dtype=config.grad_dtype, token_order=config.data.order, rngs=nnx.Rngs(params=seed),
+            remat=config.remat, grad_dtype=config.grad_dtype, token_order=config.data.order, adapters=config.lora,
+            rngs=nnx.Rngs(params=seed),
         )  # fmt: skip
 
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(0)))
@@ -90,11 +99,12 @@ def make_program(config: Config, placement: Placement, optimizer: Optimizer = No
     shardings, pads, moments = _state_trees(abstract, chosen, placement, config.optimizer.zero1)
 
     def init() -> TrainState:
-        params = nnx.to_pure_dict(nnx.state(make_model(config.seed)))
-        return TrainState(jnp.zeros((), jnp.int32), params, chosen.init(params))
+        params, frozen = split_adapters(nnx.to_pure_dict(nnx.state(make_model(config.seed))))
+        frozen = jax.tree.map(lambda weight: weight.astype(config.lora.base_dtype), frozen)
+        return TrainState(jnp.zeros((), jnp.int32), params, chosen.init(params), frozen)
 
-    def evaluate(params: dict, batch: Batch):
-        losses = model_of(params).token_losses(jax.tree.map(lambda x: x[0], batch))
+    def evaluate(weights: dict, batch: Batch):
+        losses = model_of(weights).token_losses(jax.tree.map(lambda x: x[0], batch))
         return losses.nll_Bt.sum(), (batch.labels >= 0).sum(dtype=jnp.float32)
 
     step = _make_step(config, model_of, chosen, learning_rate, shardings.params, moments)
@@ -106,7 +116,7 @@ def make_program(config: Config, placement: Placement, optimizer: Optimizer = No
     return TrainProgram(
         init=jax.jit(init, out_shardings=shardings),
         step=jax.jit(step, donate_argnums=0, in_shardings=(shardings, batch_sharding), out_shardings=(shardings, None)),
-        evaluate=jax.jit(evaluate, in_shardings=(shardings.params, batch_sharding)),
+        evaluate=jax.jit(evaluate, in_shardings=(shardings.weights, batch_sharding)),
         abstract_state=abstract_state, paddings=pads, batch_sharding=batch_sharding,
     )  # fmt: skip
 
@@ -120,15 +130,15 @@ def _make_step(
     `shardings` are those of the parameters, `moments` those of the parameters' moments.
     """
 
-    def loss(params: dict, micro: Batch, num_labels: jax.Array):
-        nll_BT, lse_BT = model_of(params).token_losses(micro)
+    def loss(params: dict, frozen: dict, micro: Batch, num_labels: jax.Array):
+        nll_BT, lse_BT = model_of({**frozen, **params}).token_losses(micro)
         nll = nll_BT.sum() / num_labels
         return nll + config.z_loss * (lse_BT * lse_BT).sum() / num_labels, nll
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         num_labels = (batch.labels >= 0).sum(dtype=jnp.float32)
         gradient, num_labels_or_1 = jax.grad(loss, has_aux=True), jnp.maximum(num_labels, 1.0)
-        grads, nll = _accumulate(lambda micro: gradient(state.params, micro, num_labels_or_1), batch)
+        grads, nll = _accumulate(lambda micro: gradient(state.params, state.frozen, micro, num_labels_or_1), batch)
         grads = lax.with_sharding_constraint(grads, moments)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -136,7 +146,7 @@ def _make_step(
         params, opt_state = update_if_finite(nll, grad_norm, (params, opt_state), (state.params, state.opt_state))
         params = lax.with_sharding_constraint(params, shardings)
         metrics = StepMetrics(nll, grad_norm, learning_rate(state.step, opt_state), num_labels)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
 
@@ -164,8 +174,9 @@ def _state_trees(
     An array of the optimizer that belongs to a parameter and has its shape is sharded as a moment and padded like the
     parameter. Any other array (counts, factored moments) is replicated and not padded.
     """
-    params = nnx.to_pure_dict(abstract)
-    shardings, pads = jax.tree.map(lambda param: param.sharding, params), paddings(abstract)
+    params, frozen = split_adapters(nnx.to_pure_dict(abstract))
+    pads, frozen_pads = split_adapters(paddings(abstract))
+    shardings, frozen_shardings = (jax.tree.map(lambda param: param.sharding, tree) for tree in (params, frozen))
     moments = jax.tree.map(lambda param: _moment_sharding(param, placement) if zero1 else param.sharding, params)
     opt_state = jax.eval_shape(optimizer.init, params)
     replicated = NamedSharding(placement.mesh, PartitionSpec())
@@ -182,8 +193,8 @@ def _state_trees(
         )  # fmt: skip
 
     return (
-        TrainState(replicated, shardings, like_params(moments, replicated)),
-        TrainState(NoPadding(), pads, like_params(pads, NoPadding())),
+        TrainState(replicated, shardings, like_params(moments, replicated), frozen_shardings),
+        TrainState(NoPadding(), pads, like_params(pads, NoPadding()), frozen_pads),
         moments,
     )
 

@@ -17,6 +17,7 @@ from tsp_jax.files import Count, FileError, Finite, read_json
 from tsp_jax.inspect import compiled_memory, list_collectives, parse
 from tsp_jax.layout import Placement
 from tsp_jax.mesh import format_sizes
+from tsp_jax.training.data_report import DataReport
 from tsp_jax.training.distributed import write_atomically
 from tsp_jax.training.safety.finite import is_skipped
 
@@ -35,12 +36,16 @@ class Summary(msgspec.Struct, kw_only=True):
     peak_bytes: Count
     bytes_per_step: Count
     num_params: Count
+    data: DataReport | None = None
 
 
-def summarize(config: Config, name: str, placement: Placement, compiled: Any, lines: list[dict], step: int) -> dict:
+def summarize(
+    config: Config, name: str, placement: Placement, compiled: Any, lines: list[dict], step: int, data: DataReport
+) -> dict:
     """The content of summary.json: last losses, median speed, memory and communication of the compiled step.
 
-    `name` is the configuration's name; `lines` are all lines of the metrics file; `step` is the last step.
+    `name` is the configuration's name; `lines` are all lines of the metrics file; `step` is the last step; `data` is
+    what the steps read.
     """
     steps = [line for line in lines if "loss" in line]
     speeds = [line["tokens_per_s"] for line in steps if line["tokens_per_s"] is not None]
@@ -57,6 +62,7 @@ def summarize(config: Config, name: str, placement: Placement, compiled: Any, li
         peak_bytes=compiled_memory(compiled).peak_bytes,
         bytes_per_step=int(sum(collective.total_bytes for collective in received)),
         num_params=config.model.num_params,
+        data=data,
     )
     return msgspec.to_builtins(summary)
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -19,11 +18,15 @@ from tsp_jax.hardware.compiler_options import compiler_options
 from tsp_jax.hardware.memory import check_room, host_bytes, memory_bytes, shard_bytes
 from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh
 from tsp_jax.mesh import make_mesh
+from tsp_jax.models.lora import describe
 from tsp_jax.ops.kernels import describe_kernel
 from tsp_jax.ops.kernels.mask import Scores
 from tsp_jax.training.checkpoint import METRICS, Checkpoints
-from tsp_jax.training.data import Splits, load_splits, prefetch
+from tsp_jax.training.corpus import name_tokenizer
+from tsp_jax.training.data import prefetch
+from tsp_jax.training.data_report import describe_data, report_data
 from tsp_jax.training.distributed import is_writer, report, report_once, write_or_report
+from tsp_jax.training.frozen import digest_weights, load_frozen
 from tsp_jax.training.init_from import check_init_from, init_state
 from tsp_jax.training.metrics import MetricsFile
 from tsp_jax.training.optimizer import Optimizer, check_optimizer, describe_shorter_warmup
@@ -31,6 +34,8 @@ from tsp_jax.training.progress import TrainProgress
 from tsp_jax.training.safety.finite import NumbersWatch, all_finite
 from tsp_jax.training.safety.preemption import Agreement, StopSignals
 from tsp_jax.training.safety.watchdog import Watchdog
+from tsp_jax.training.schedule import CompiledSteps, describe_schedule
+from tsp_jax.training.splits import Splits, load_splits
 from tsp_jax.training.step import StepMetrics, TrainProgram, TrainState, make_program
 from tsp_jax.training.summary import plot_losses, print_summary, read_summary, summarize
 from tsp_jax.training.workdir import open_workdir
@@ -62,6 +67,7 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
     say = partial(console.print, highlight=False, soft_wrap=True)
     placement = _place(config)
     check_optimizer(optimizer)
+    config = name_tokenizer(config)
     check_init_from(config, placement)
     splits = load_splits(config, placement.size("sequence"))
     program = make_program(config, placement, optimizer)
@@ -78,15 +84,21 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
             open_metrics().close()  # writes what a full disk has kept from it
             return print_summary(summary, console)
 
+    frozen = load_frozen(config, program, placement)
+    checkpoints.check_frozen(digest_weights(program.paddings.frozen, frozen), start)
+    if frozen:
+        say(describe(config.lora, program.abstract_state.params))
     write_or_report(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+    for line in describe_data(config, placement, splits.train):
+        say(line)
     with console.status("compiling the training step"):
-        compiled = program.lower_step(config).compile(dict(compiler_options(jax.devices()[0])))
+        compiled = CompiledSteps(program, config, start, dict(compiler_options(jax.devices()[0])))
     say(f"{f'restored step {start}' if start else 'starting afresh'} on {_describe(config, placement)}")
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(contextlib.closing(open_metrics()))
         progress = stack.enter_context(TrainProgress(start, config.steps, console))
         watchdog = stack.enter_context(Watchdog(config.faults.hang_s))
-        state = checkpoints.restore(start) if start else init_state(config, program, placement)
+        state = checkpoints.restore(start, frozen) if start else init_state(config, program, placement, frozen)
         loop = TrainLoop(config, program, compiled, splits, metrics, checkpoints, progress, signals, watchdog)
         try:
             loop.run(state, start)
@@ -95,7 +107,8 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
             raise
     if not is_writer():
         return {}
-    summary = summarize(config, name, placement, compiled, metrics.lines, max(start, config.steps))
+    data = report_data(config, placement, splits.train, config.steps)
+    summary = summarize(config, name, placement, compiled.longest, metrics.lines, max(start, config.steps), data)
     return _finish(workdir, summary, metrics.lines, console)
 
 
@@ -149,7 +162,7 @@ def _remarks(config: Config, optimizer: Optimizer, checkpoints: Checkpoints, sta
     """Lines about how this run differs from the one that saved the checkpoint, or from its own configuration."""
     lines = [f"resuming with a difference: {text}" for text in (checkpoints.check(start) if start else ())]
     warmup = describe_shorter_warmup(config.optimizer, config.steps, optimizer)
-    return [*lines, warmup] if warmup else lines
+    return [*lines, *filter(None, (warmup, describe_schedule(config)))]
 
 
 def _finish(workdir: Path, summary: dict, lines: list[dict], console: Console) -> dict:
@@ -174,7 +187,7 @@ class TrainLoop:
 
     config: Config
     program: TrainProgram
-    compiled: Any
+    compiled: CompiledSteps
     splits: Splits
     metrics: MetricsFile
     checkpoints: Checkpoints
@@ -243,7 +256,7 @@ class TrainLoop:
         self.watchdog.pet(f"step {step}")
         before, self.since = self.since, time.perf_counter()
         line = {"step": step, **values}
-        line["tokens_per_s"] = self.config.batch * self.config.seq_len / (self.since - before)
+        line["tokens_per_s"] = self.splits.train.num_tokens(step - 1) / (self.since - before)
         self.metrics.write(line)
         self.progress.show(line)
         self.numbers.see(line)
@@ -256,7 +269,7 @@ class TrainLoop:
             if jax.process_count() == 1 and self.signals.asked:
                 return False
             batch = held_out.place(index, self.program.batch_sharding, accumulate=1)
-            nll, labels = self.program.evaluate(state.params, batch)
+            nll, labels = self.program.evaluate(state.weights, batch)
             total, count = total + float(nll), count + float(labels)
             self.watchdog.pet(f"batch {index} of the evaluation at step {step}")
         loss = total / count if count else math.nan

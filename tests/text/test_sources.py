@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tsp_jax.config import DataConfig
-from tsp_jax.training.sources import find_sources
+from tsp_jax.text.sources import find_sources
 
 FILES = ("a.txt", "one/a.txt", "one/two/b.txt", "one/two/three/a.txt", ".hidden/a.txt", "one/.b.txt", "[x]/**/a.txt")
 

@@ -1,5 +1,6 @@
 """Token ids in .npy files, read as they are needed."""
 
+import abc
 import os
 import tokenize
 import warnings
@@ -11,7 +12,32 @@ import numpy as np
 from tsp_jax.files import FileError, open_regular
 
 
-class TokenFile:
+class Ids(abc.ABC):
+    """A one-dimensional array of integers that is read from files, indexed like the array that it holds."""
+
+    dtype: np.dtype
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of items."""
+
+    @abc.abstractmethod
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Returns items [start, stop)."""
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return self.read(0, len(self)).astype(dtype or self.dtype, copy=False)
+
+    def __getitem__(self, at: np.ndarray) -> np.ndarray:
+        """[..., n] indices -> [..., n] items. Each row takes one read, from its smallest to its largest index."""
+        found = np.empty(at.shape, self.dtype)
+        for place in np.ndindex(at.shape[:-1]):
+            first = int(at[place].min())
+            found[place] = self.read(first, int(at[place].max()) + 1)[at[place] - first]
+        return found
+
+
+class TokenFile(Ids):
     """A one-dimensional .npy file of integers, indexed like the array that it holds.
 
     The file is read, not memory-mapped: if a mapped file is truncated, the next access kills the process (SIGBUS).
@@ -40,17 +66,6 @@ class TokenFile:
 
     def __len__(self) -> int:
         return self._length
-
-    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        return self.read(0, self._length).astype(dtype or self.dtype, copy=False)
-
-    def __getitem__(self, at: np.ndarray) -> np.ndarray:
-        """[..., n] indices -> [..., n] items. Each row takes one read, from its smallest to its largest index."""
-        found = np.empty(at.shape, self.dtype)
-        for place in np.ndindex(at.shape[:-1]):
-            first = int(at[place].min())
-            found[place] = self.read(first, int(at[place].max()) + 1)[at[place] - first]
-        return found
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns items [start, stop)."""

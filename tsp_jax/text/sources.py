@@ -5,9 +5,10 @@ import glob
 import os
 import stat
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from tsp_jax.config import DataConfig
 from tsp_jax.errors import ConfigError
@@ -15,12 +16,35 @@ from tsp_jax.files import FileError, folders_below
 
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
+Kind = Literal["ids", "text", "lines", "parquet", "arrow"]
+Packed = Literal["", ".gz", ".zst"]
+_KINDS: dict[str, Kind] = {
+    ".npy": "ids", ".jsonl": "lines", ".ndjson": "lines", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
+}  # fmt: skip
+"""ending of a file -> what it holds; a file with any other ending is one text"""
+
 
 class Source(NamedTuple):
+    """A file of a corpus."""
+
     path: Path
-    name: str  # path below the root, with forward slashes
-    size: int  # bytes
+    name: str
+    """path below the root, with forward slashes"""
+    size: int
+    """bytes"""
     mtime_ns: int
+
+    @property
+    def packed(self) -> Packed:
+        """How the file is compressed."""
+        ending = self.path.suffix.lower()
+        return ending if ending in (".gz", ".zst") else ""
+
+    @property
+    def kind(self) -> Kind:
+        """What the file holds: token ids, one text, or rows as lines of JSON, Parquet or Arrow."""
+        path = self.path.with_suffix("") if self.packed else self.path
+        return _KINDS.get(path.suffix.lower(), "text")
 
 
 def find_sources(data: DataConfig) -> tuple[Path, list[Source]]:
@@ -45,9 +69,19 @@ def find_sources(data: DataConfig) -> tuple[Path, list[Source]]:
             name = path.relative_to(root).as_posix()
             sources.append(Source(path, name, status.st_size, status.st_mtime_ns))
     if not sources:
-        fix = os.path.join(data.files, "**", "*.txt") if os.path.isdir(data.files) else "<a glob of text or .npy files>"
+        fix = (
+            os.path.join(data.files, "**", "*.txt")
+            if os.path.isdir(data.files)
+            else "<a glob of text, .jsonl, .parquet or .npy files>"
+        )
         raise ConfigError(f"data.files={data.files!r} matches no file ({root} was searched); use data.files={fix}")
-    kinds = {source.path.suffix == ".npy": source.path for source in sources}
+    for source in sources:
+        if source.packed and source.kind not in ("text", "lines"):
+            raise ConfigError(
+                f"data.files={data.files!r} matches {source.path}, and only text and .jsonl are read from "
+                f"{source.packed} files; unpack it"
+            )
+    kinds = {source.kind == "ids": source.path for source in sources}
     if len(kinds) > 1:
         raise ConfigError(
             f"data.files={data.files!r} matches both text and token ids ({kinds[False]} and {kinds[True]}); "
@@ -57,13 +91,13 @@ def find_sources(data: DataConfig) -> tuple[Path, list[Source]]:
 
 
 def is_text(data: DataConfig) -> bool:
-    """Whether the files are text, whose bytes are the token ids; otherwise they are .npy files of token ids.
+    """Whether the files are text, which a tokenizer encodes; otherwise they are .npy files of token ids.
 
     Raises:
       ConfigError: there are no files, or files of both kinds.
     """
     _, sources = find_sources(data)
-    return sources[0].path.suffix != ".npy"
+    return sources[0].kind != "ids"
 
 
 @contextlib.contextmanager
@@ -73,9 +107,10 @@ def reading(data: DataConfig, path: Path) -> Iterator[None]:
         yield
     except FileError as error:
         raise ConfigError(f"data.files={data.files!r}: {error}") from None
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:  # the last two: of a damaged .gz file
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ConfigError(
-            f"data.files={data.files!r} matches {path}, which cannot be read ({error.strerror}); "
+            f"data.files={data.files!r} matches {path}, which cannot be read ({reason:.200}); "
             "make it readable or use data.files=<a narrower glob>"
         ) from error
 

@@ -12,9 +12,9 @@ from tests.builders.fuzz import check_door
 from tsp_jax.config import DataConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.files import FileError
+from tsp_jax.text.token_file import TokenFile
 from tsp_jax.training.corpus import load_corpus
 from tsp_jax.training.data import Batches
-from tsp_jax.training.token_file import TokenFile
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -85,7 +85,7 @@ def cached(tmp_path):
     """(data, folder in the cache) of two documents."""
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.txt").write_text("some text " * 5_000)
-    data = DataConfig(files=str(tmp_path / "*.txt"), cache_dir=str(tmp_path / "cache"))
+    data = DataConfig(files=str(tmp_path / "*.txt"), cache_dir=str(tmp_path / "cache"), tokenizer="bytes")
     load_corpus(data, 256, "train")
     (folder,) = (tmp_path / "cache").iterdir()
     return data, folder
@@ -96,25 +96,34 @@ def test_a_file_that_is_truncated_while_it_trains_is_refused_and_kills_nothing(c
     corpus = load_corpus(data, 256, "train")
     batches = Batches(corpus, batch=4, seq_len=512, seed=0, order="zigzag", sequence_shards=1, shuffle=True)
     before = batches.at(0)
-    os.truncate(folder / "train.npy", 200)
-    with pytest.raises(ConfigError, match=rf"train\.npy was truncated while it was read; delete {folder}"):
+    os.truncate(folder / "00000.train.npy", 200)
+    with pytest.raises(ConfigError, match=rf"00000\.train\.npy was truncated while it was read; delete {folder}"):
         batches.at(0)
     assert before.tokens.shape == (4, 512)
 
 
 def test_a_source_that_is_truncated_while_it_is_read_is_refused(tmp_path, monkeypatch):
     np.save(tmp_path / "a.npy", np.arange(1000, dtype=np.int64))
-    data = DataConfig(files=str(tmp_path / "*.npy"), cache_dir=str(tmp_path / "cache"))
+    data = DataConfig(files=str(tmp_path / "*.npy"), cache_dir=str(tmp_path / "cache"), tokenizer="bytes")
     read = TokenFile.read
     monkeypatch.setattr(TokenFile, "read", lambda *_: os.truncate(tmp_path / "a.npy", 200) or read(*_))
     with pytest.raises(ConfigError, match=r"data.files=.*a\.npy was truncated while it was read; run again"):
         load_corpus(data, 2000, "train")
 
 
+def segment(changes: dict) -> dict:
+    """corpus.json's entry of a split of one segment."""
+    one = {"file": "00000.train.npy", "start": 0, "stop": 5} | changes
+    return {"train": {"sha256": "0" * 64, "segments": [one]}}
+
+
 DAMAGES = {
     "corpus.json": ["", "[]", "{}", "[" * 100_000, "\udcff", {"max_token_id": -1}, {"max_token_id": 2**32},
-                    {"max_token_id": "1"}, {"sha256": {"train": ""}}, {"sha256": {}}, {"max_token_file": 5}],
-    "train.npy": [b"", npy(np.arange(3.0)), npy(np.arange(3, dtype=np.uint8))],
+                    {"max_token_id": "1"}, {"train": {}}, {"max_token_file": 5}, {"dtype": "float32"},
+                    {"dtype": "uint16"},
+                    {"train": {"sha256": "0" * 64, "segments": []}}, segment({"stop": 10**9}), segment({"start": 9}),
+                    segment({"file": "../a.npy"})],
+    "00000.train.npy": [b"", npy(np.arange(3.0)), npy(np.arange(3, dtype=np.uint8))],
     "train_starts.npy": [b"", *(npy(np.array(starts)) for starts in ([], [1, 2], [0, 0], [0, 9, 3], [0, 10**9]))],
 }  # fmt: skip
 
@@ -129,7 +138,7 @@ def test_a_damaged_cache_is_refused_in_a_line(name, damage, cached):
         load_corpus(data, 256, "train")
 
 
-@pytest.mark.parametrize("name", ["corpus.json", "train.npy", "train_starts.npy"])
+@pytest.mark.parametrize("name", ["corpus.json", "00000.train.npy", "train_starts.npy"])
 def test_what_is_no_regular_file_in_a_cache_is_not_waited_for(name, cached):
     data, folder = cached
     (folder / name).unlink()

@@ -1,0 +1,1 @@
+"""From the files of a corpus to token ids in shards on disk."""

@@ -62,10 +62,10 @@ FAULTS = {
     ),
     "remat: layers backward in forward order": (
         "models/keep.py",
-        "(dy_BTD, buffers), layers, reverse=True)",
-        "(dy_BTD, buffers), layers)",
+        "(dy_BTD, buffers), params, period=len(layers), reverse=True)",
+        "(dy_BTD, buffers), params, period=len(layers))",
     ),
-    "optimizer: norms decay": ("training/optimizer.py", "path[-1].key not in NOT_DECAYED", "True"),
+    "optimizer: norms decay": ("training/optimizer_table.py", "path[-1].key not in NOT_DECAYED", "True"),
     "data: contiguous chunks instead of zigzag": ("training/data.py", "chunks[: shards - 1 : -1]", "chunks[shards:]"),
     "step: infinite updates are taken": (
         "training/safety/finite.py",

@@ -19,13 +19,17 @@ from pathlib import Path
 import tokenizers
 import tyro
 
+from tsp_jax.text.shards import SHARD
+
 PART_MB = 4
 """size of a part on which rates are taken"""
 LOAD = """
 import json, resource, sys, time
 from tsp_jax.config import DataConfig
+from tsp_jax.text import shards
 from tsp_jax.training.corpus import load_corpus
-files, cache, tokenizer = sys.argv[1:]
+files, cache, tokenizer, shard = sys.argv[1:]
+shards.SHARD = int(shard)
 start, before = time.perf_counter(), time.process_time()
 corpus = load_corpus(DataConfig(files=files, cache_dir=cache, tokenizer=tokenizer), 2**31, "train")
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -73,9 +77,10 @@ def alone(path: Path, tokenizer: str) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - before
 
 
-def load(files: Path | str, cache: Path, tokenizer: str) -> subprocess.Popen:
-    """A process that loads a corpus."""
-    command = [sys.executable, "-c", LOAD, str(files), str(cache), tokenizer]
+def load(files: Path, cache: Path, args: Args) -> subprocess.Popen:
+    """A process that loads a corpus, in about ten shards (at 1 GB, of the size that is usual)."""
+    shard = min(SHARD, args.mb * 10**6 // 32)
+    command = [sys.executable, "-c", LOAD, str(files), str(cache), args.tokenizer, str(shard)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -116,7 +121,7 @@ def rates(args: Args, folder: Path) -> None:
         path = folder / f"part{number}.jsonl"
         write(source, path, PART_MB * 10**6)
         first = alone(path, args.tokenizer)
-        ours = json.loads(load(path, folder / "cache", args.tokenizer).communicate()[0])
+        ours = json.loads(load(path, folder / "rates", args).communicate()[0])
         second = alone(path, args.tokenizer)
         package, package_cpu = ((a + b) / 2 for a, b in zip(first, second, strict=True))
         ratios.append(package / ours["s"])
@@ -137,13 +142,13 @@ def killed_and_shared(args: Args, folder: Path) -> None:
         return {path.name: path.stat().st_mtime_ns for path in cache.glob("*.partial/?????.json")}
 
     start = time.perf_counter()
-    first = load(files, cache, args.tokenizer)
+    first = load(files, cache, args)
     peak = watch([first], until=lambda: len(records()) >= 2)
     first.kill()
     first.wait()
     before = records()
     print(f"killed after {time.perf_counter() - start:.0f} s with {len(before)} shards; peak {peak / 1e6:,.0f} MB")
-    both = [load(files, cache, args.tokenizer) for _ in range(2)]
+    both = [load(files, cache, args) for _ in range(2)]
     peak = watch(both)
     answers = [json.loads(process.communicate()[0]) for process in both]
     after = {path.name: path.stat().st_mtime_ns for path in cache.glob("*/?????.json")}
@@ -157,7 +162,8 @@ def main(args: Args) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     folder = Path(args.folder)
     folder.mkdir(parents=True)
-    rates(args, folder)
+    if args.rounds:
+        rates(args, folder)
     killed_and_shared(args, folder)
 
 

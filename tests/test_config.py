@@ -2,7 +2,7 @@
 
 import pytest
 
-from tsp_jax.config import MOST_BYTES, Config, ModelConfig, OptimizerConfig
+from tsp_jax.config import MOST_BYTES, Config, LoraConfig, ModelConfig, OptimizerConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import HARDWARE, MOST_DEVICES
 
@@ -75,3 +75,25 @@ def test_impossible_batches_and_rates_are_refused():
         Config(model=ModelConfig(**SIZES), steps=1, batch=2 * 10**9, seq_len=10**6)
     with pytest.raises(ConfigError, match=r"optimizer.learning_rate=1e\+39 is not finite in float32"):
         OptimizerConfig(learning_rate=1e39)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rank": -1}, "lora.rank=-1 must not be negative"),
+        ({"rank": 4, "alpha": 0.0}, "lora.alpha=0.0 must be positive"),
+        ({"alpha": 32.0}, "lora.alpha=32.0 has no effect with lora.rank=0; use --lora.rank 16"),
+        ({"base_dtype": "bfloat16"}, "lora.base_dtype=bfloat16 has no effect with lora.rank=0"),
+        ({"rank": 4, "targets": ()}, "lora.targets is empty"),
+        ({"rank": 4, "targets": ("q", "q")}, "lora.targets=q,q names a weight twice"),
+        ({"rank": 4, "targets": ("q", "head")}, "lora.targets=q,head has 'head', which no layer has; use q,k,v,o,gate"),
+        ({"rank": 4, "base_dtype": "float16"}, "lora.base_dtype=float16 is unknown; use one of float32, bfloat16"),
+    ],
+)
+def test_adapters_that_mean_nothing_are_refused(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        LoraConfig(**fields)
+
+
+def test_the_order_of_targets_does_not_matter():
+    assert LoraConfig(rank=4, targets=("down", "q")) == LoraConfig(rank=4, targets=("q", "down"))

@@ -23,11 +23,11 @@ ROOMS = {
     "inspect": {"errors", "files", "hardware"},
     "ops": FOUNDATION,
     "nn": FOUNDATION | {"ops", "cost"},
-    "models": FOUNDATION | {"ops", "nn"},
+    "models": FOUNDATION | {"ops", "nn", "cost"},
     "hf": FOUNDATION | {"files", "ops", "nn", "models"},
     "text": {"errors", "files", "config", "hf"},
     "training": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "text", "inspect"},
-    "inference": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "inspect"},
+    "inference": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "inspect", "training"},
 }
 """room -> rooms of tsp_jax that it may import from, besides itself"""
 TOP = {"__init__", "tools"}

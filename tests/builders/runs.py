@@ -140,4 +140,5 @@ def finish(processes: list[subprocess.Popen], timeout_s: float) -> list[int]:
 
 def numbers(workdir: Path) -> list[dict]:
     """Lines of metrics without what differs from run to run."""
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in read_metrics(workdir / "metrics.jsonl")]
+    speed = ("tokens_per_s", "tflops_per_device", "mfu")
+    return [{k: v for k, v in line.items() if k not in speed} for line in read_metrics(workdir / "metrics.jsonl")]

@@ -8,7 +8,7 @@ import pytest
 from tests.builders.steps import CONFIG, CPU
 from tests.builders.targets import needs_compiler
 from tsp_jax.config import Config, ModelConfig
-from tsp_jax.cost.flops import step_flops
+from tsp_jax.cost.flops import mean_keys, model_flops, step_flops
 from tsp_jax.hardware.targets import Target, parse_target
 from tsp_jax.inspect import parse
 from tsp_jax.inspect.flops import declared_or_product_flops
@@ -102,3 +102,42 @@ def test_operations_fall_with_the_window():
     pairs = sum(min(i + 1, window) for i in range(length))
     assert attention(window) / attention(None) == pytest.approx(pairs / (length * (length + 1) / 2))
     assert attention(2 * length) == attention(None)
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_the_model_needs_three_times_its_forward_pass(window):
+    """Backward has two products for each of forward's."""
+    model = dataclasses.replace(CONFIG.model, window=window, num_kv_heads=2)
+    config = dataclasses.replace(CONFIG, model=model, batch=3)
+    tokens = config.batch * config.seq_len
+    needed = 3 * sum(step_flops(config, forward=True).values())
+    assert model_flops(model, tokens, config.seq_len) == pytest.approx(needed, rel=1e-12)
+    executed = sum(step_flops(config).values())
+    assert needed < executed, "recomputation does not count"
+    without = dataclasses.replace(config, remat="none")
+    assert model_flops(model, tokens, config.seq_len) < sum(step_flops(without).values()), "nor does an op's own"
+
+
+def test_operations_of_llama_3_8b_by_hand():
+    """6 N T with N = 7.5e9 (8.03e9 without the embedding table and norms), and 12 L D T (S + 1) / 2 for attention."""
+    model = dataclasses.replace(model_of(128256, 4096, 14336, (32, 8, 128)), num_layers=32)
+    layer = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    weights = 32 * layer + 128256 * 4096
+    assert weights == model.num_params - 128256 * 4096 - 65 * 4096
+    tokens, length = 131072, 8192
+    attention = 12 * 32 * 4096 * (length + 1) / 2
+    assert model_flops(model, tokens, length) == pytest.approx(tokens * (6 * weights + attention))
+    square = model_flops(model, tokens, length, whole_square=True)
+    assert square == pytest.approx(tokens * (6 * weights + 12 * 32 * 4096 * length))
+    assert model_flops(model, tokens, length, frozen=True) == pytest.approx(tokens * (4 * weights + attention))
+    tied = dataclasses.replace(model, tie_embeddings=True)
+    assert model_flops(tied, tokens, length) == model_flops(model, tokens, length), "the table is still the head"
+
+
+def test_keys_are_the_mean_over_kinds_of_layers():
+    """Five sliding layers and a full one, as Gemma 3, and a period that is cut off."""
+    model = dataclasses.replace(CONFIG.model, window=8, layer_kinds=("sliding",) * 5 + ("full",), num_layers=8)
+    sliding, full = sum(min(i + 1, 8) for i in range(64)) / 64, 65 / 2
+    assert mean_keys(model, 64) == pytest.approx((7 * sliding + full) / 8)
+    assert mean_keys(dataclasses.replace(model, layer_kinds=()), 64) == pytest.approx(sliding)
+    assert mean_keys(dataclasses.replace(model, layer_kinds=("full_nope",), window=None), 64) == pytest.approx(full)

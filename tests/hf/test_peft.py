@@ -82,6 +82,7 @@ def test_adapters_of_another_model_or_run_are_refused(case, folder):
         ("use_dora", True, "use_dora=True is not supported; use adapters with use_dora=null"),
         ("use_rslora", True, "use_rslora=True"),
         ("bias", "all", "bias='all' is not supported; use adapters with bias=none"),
+        ("init_lora_weights", "pissa", "init_lora_weights='pissa' is not supported"),
         ("modules_to_save", ["lm_head"], "modules_to_save="),
         ("rank_pattern", {"q_proj": 8}, "rank_pattern="),
         ("peft_type", "IA3", "peft_type='IA3' is not supported; use adapters with peft_type=LORA"),

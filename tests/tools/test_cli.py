@@ -12,6 +12,7 @@ import pytest
 
 from tests.builders.cli import BAD, SMALL
 from tests.builders.runs import small_config, write_config
+from tests.builders.tokenizers import characters, save_tokenizer
 from tsp_jax.config import Config, StreamConfig
 from tsp_jax.errors import REMOVED
 from tsp_jax.ops.kernels import KERNELS
@@ -81,6 +82,23 @@ def test_token_ids_outside_the_vocabulary_are_refused(refuse, tmp_path):
     line = refuse("--data.files", str(tmp_path / "*.npy"))
     assert "699" in line
     assert "model.vocab_size=700" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"text": "a"}\n{"text": ', "rows.jsonl line 2 is no object in JSON"),
+        (b'{"text": "\xff"}', "rows.jsonl line 1 is not UTF-8 at byte 10"),
+        (b'{"messages": []}', "messages in"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}', "rows.jsonl line 1 (TemplateError: no)"),
+    ],
+)
+def test_bad_rows_are_refused(content, words, refuse, tmp_path):
+    folder = save_tokenizer(tmp_path / "tokenizer", characters())
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    assert words in refuse("--data.files", str(tmp_path / "rows.jsonl"), "--data.tokenizer", str(folder))
+    assert not list((tmp_path / "cache").glob("*"))
 
 
 def test_unwritable_workdir_is_refused(refuse, tmp_path):

@@ -18,7 +18,7 @@ from tsp_jax.inspect import parse, simulate
 from tsp_jax.ops.kernels import KERNELS
 from tsp_jax.tools.compile import compile_step
 from tsp_jax.tools.priced import causal_flops, priced_kernel
-from tsp_jax.tools.published import measured_seconds, model_flops, read_runs, rebuild
+from tsp_jax.tools.published import measured_seconds, read_runs, rebuild, run_flops
 from tsp_jax.tools.validate import Comparison, Options, explain, grown, markdown, summary, validate
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +128,7 @@ def test_recomputed_attention_is_explained_by_another_run_that_recomputes_it():
 )
 def test_a_run_may_keep_what_the_program_recomputes(said, remat, executed, explained):
     run = dataclasses.replace(RUNS["T3"], remat=said)
-    flops = executed * model_flops(run) / run.devices
+    flops = executed * run_flops(run) / run.devices
     (found,) = explain([row("T3", 0.5, remat, low_s=1.45, exposed_comm_s=0.1, flops=flops)], {"T3": run})
     assert bool(found.explanation) == explained
     if explained:

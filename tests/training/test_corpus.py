@@ -18,7 +18,7 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.text import encode, readers, shards
 from tsp_jax.text.shards import SPLITS, ShardsWriter
 from tsp_jax.training import corpus as corpus_module
-from tsp_jax.training.corpus import ByteTokenizer, Corpus, load_corpus, name_tokenizer
+from tsp_jax.training.corpus import Corpus, load_corpus, name_tokenizer
 
 
 @pytest.fixture
@@ -44,22 +44,6 @@ def write_many(folder: Path, count: int) -> dict[str, bytes]:
 
 def documents_of(corpus: Corpus) -> list[bytes]:
     return [part.tobytes() for part in np.split(np.asarray(corpus.tokens), corpus.starts[1:])]
-
-
-# --- tokenizer
-
-
-def test_bytes_round_trip():
-    tokenizer = ByteTokenizer()
-    ids = tokenizer.encode("naïve → 文")
-    assert ids.dtype == np.uint8
-    assert tokenizer.decode(ids) == "naïve → 文"
-    np.testing.assert_array_equal(tokenizer.encode(b"\xff\x00"), [255, 0])
-
-
-def test_decode_leaves_out_what_is_no_byte():
-    assert ByteTokenizer().decode([104, 256, 105, -1, 70_000, 33]) == "hi!"
-    assert ByteTokenizer().decode(np.array([104, 0xFF])) == "h\N{REPLACEMENT CHARACTER}"
 
 
 # --- corpus

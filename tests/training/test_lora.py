@@ -19,8 +19,9 @@ from tsp_jax.layout import place
 from tsp_jax.stored import to_logical
 from tsp_jax.training import trainer
 from tsp_jax.training.checkpoint import Checkpoints
-from tsp_jax.training.data import load_splits
 from tsp_jax.training.frozen import digest_weights, load_frozen
+from tsp_jax.training.init_from import restore_merged
+from tsp_jax.training.splits import load_splits
 from tsp_jax.training.step import make_program
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
@@ -91,6 +92,19 @@ def test_a_run_is_resumed_from_its_workdir_and_the_folder(mesh, whole, tmp_path)
         pairs = zip(numbers(workdir), numbers(Path(whole.workdir)), strict=True)
         for line, other in pairs:
             assert line == pytest.approx(other, rel=1e-4)
+
+
+def test_a_checkpoint_is_restored_with_its_adapters_merged(whole):
+    placement = place_case("single")
+    program = make_program(whole, placement)
+    checkpoints = Checkpoints(Path(whole.workdir) / "checkpoints", program, whole, "")
+    merged = restore_merged(checkpoints, 8, whole, program, placement)
+    state, frozen = checkpoints.restore(8), load_frozen(whole, program, placement)
+    assert jax.tree.structure(merged) == jax.tree.structure(frozen)
+    adapter, weight = state.params["adapters"]["o"], frozen["layers"]["attention"]["w_o"]
+    wanted = weight.astype(jnp.float32) + LORA.scale * jnp.einsum("lor,lrd->lod", adapter["left"], adapter["right"])
+    np.testing.assert_allclose(merged["layers"]["attention"]["w_o"], wanted, rtol=1e-5, atol=1e-6)
+    assert float(abs(wanted - weight.astype(jnp.float32)).max()) > 1e-3
 
 
 def flip(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Moments that wait in bfloat16, and the warm-up of short runs: what they become, and what is refused."""
 
+import math
 import re
 
 import jax
@@ -27,11 +28,12 @@ def by_hand(config: OptimizerConfig, params: np.ndarray, grads: list[np.ndarray]
     """AdamW of one matrix, moments rounded after each step."""
     mu, nu, params = np.zeros_like(params), np.zeros_like(params), params.astype(np.float64)
     schedule = make_schedule(config, 100)
+    b1, b2, eps, decay = (config.settings[name] for name in ("b1", "b2", "eps", "weight_decay"))
     for step, grad in enumerate(grads):
-        mu = config.b1 * mu + (1 - config.b1) * grad
-        nu = config.b2 * nu + (1 - config.b2) * grad.astype(np.float64) ** 2
-        direction = mu / (1 - config.b1 ** (step + 1)) / (np.sqrt(nu / (1 - config.b2 ** (step + 1))) + config.eps)
-        params = params - float(schedule(step)) * (direction + config.weight_decay * params)
+        mu = b1 * mu + (1 - b1) * grad
+        nu = b2 * nu + (1 - b2) * grad.astype(np.float64) ** 2
+        direction = mu / (1 - b1 ** (step + 1)) / (np.sqrt(nu / (1 - b2 ** (step + 1))) + eps)
+        params = params - float(schedule(step)) * (direction + decay * params)
         mu, nu = rounded(mu, config.moments_dtype), rounded(nu, config.moments_dtype)
     return params
 
@@ -66,15 +68,27 @@ def test_moments_are_updated_in_float32_and_rounded_once_a_step(dtype):
     assert kept == [jnp.dtype(dtype)] * 2
 
 
-@pytest.mark.parametrize(
-    ("warmup", "steps", "used"), [(20, 21, 20), (20, 20, 2), (20, 10, 1), (100, 9, 0), (1, 1, 0), (0, 1, 0)]
-)
+@pytest.mark.parametrize(("warmup", "steps"), [(20, 50), (3, 4), (1, 2), (0, 2), (0, 1)])
+def test_the_schedule_warms_up_from_the_first_step_and_then_decays_by_a_cosine(warmup, steps):
+    config = OptimizerConfig(warmup_steps=warmup, learning_rate=0.5, final_fraction=0.1)
+    rates = [float(make_schedule(config, steps)(done)) for done in range(steps)]
+    whole = max(1, warmup)
+    desired = [
+        0.5 * step / whole if step <= whole
+        else 0.05 + 0.45 * (1 + math.cos(math.pi * (step - whole) / (steps + 1 - whole))) / 2
+        for step in range(1, steps + 1)
+    ]  # fmt: skip
+    assert rates == pytest.approx(desired, rel=1e-5)
+    assert rates[0] == pytest.approx(0.5 / whole), "the first step moves the weights"
+    assert min(rates[whole - 1 :]) > 0.05, "so does the last one, whatever the final fraction"
+
+
+@pytest.mark.parametrize(("warmup", "steps", "used"), [(20, 21, 20), (20, 20, 2), (20, 10, 1), (100, 9, 1), (1, 1, 1)])
 def test_a_warm_up_as_long_as_the_run_is_shortened_and_said(warmup, steps, used):
     config = OptimizerConfig(warmup_steps=warmup, learning_rate=0.5)
-    rates = [float(make_schedule(config, steps)(step)) for step in range(steps + 1)]
-    assert rates.index(max(rates)) == used
-    assert rates[used] == pytest.approx(0.5)
-    assert rates[-1] == pytest.approx(0.05)
+    rates = [float(make_schedule(config, steps)(done)) for done in range(steps)]
+    assert rates.index(max(rates)) == used - 1
+    assert max(rates) == pytest.approx(0.5)
     line = describe_shorter_warmup(config, steps, None)
     if used == warmup:
         assert line is None

@@ -136,7 +136,7 @@ def test_an_injected_learning_rate_is_read():
     optimizer = TRANSFORMATIONS["injected"]
     params = {"w": np.ones(3, np.float32)}
     state = optimizer.init(params)
-    _, learning_rate = choose_optimizer(OptimizerConfig(), 20, optimizer)
+    learning_rate = choose_optimizer(OptimizerConfig(), 20, optimizer).learning_rate
     for step in range(3):
         _, state = optimizer.update(params, state, params)
         np.testing.assert_allclose(learning_rate(step, state), 1.0 - step / 10)

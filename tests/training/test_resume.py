@@ -85,7 +85,7 @@ def test_a_run_that_is_past_its_steps_is_complete(whole, moved, capsys):
         assert summary["eval_loss"] is not None
         said = capsys.readouterr().out
         assert "is complete at step 8; --steps 16 trains on" in said
-        assert "optimizer.warmup_steps=3 is not less than steps=3; the warm-up has 0" in said
+        assert "optimizer.warmup_steps=3 is not less than steps=3; the warm-up has 1" in said
     assert saved_steps(folder / "checkpoints") == [8]
     assert numbers(folder)[-1]["step"] == 8
 

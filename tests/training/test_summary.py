@@ -13,10 +13,11 @@ from rich.console import Console
 
 from tests.builders.fuzz import check_door
 from tests.builders.runs import compile_once, numbers, small_config
-from tsp_jax.training import summary, trainer
+from tsp_jax.training import pictures, trainer
 from tsp_jax.training.distributed import write_atomically
 from tsp_jax.training.metrics import MetricsFile
-from tsp_jax.training.summary import plot_losses, print_summary, read_summary
+from tsp_jax.training.pictures import plot_losses
+from tsp_jax.training.summary import print_summary, read_summary
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
 
@@ -89,7 +90,7 @@ def test_summary_and_metrics_are_made_anew_from_a_checkpoint_alone(whole, again,
     for name in ("summary.json", "metrics.jsonl"):
         (Path(again.workdir) / name).write_bytes(b"\xff\n")
     found = trainer.train(again, "whole")
-    assert found == read(whole) | {"loss": None, "tokens_per_s": None}
+    assert found == read(whole) | {"loss": None, "tokens_per_s": None, "tflops_per_device": None}
     assert [line["step"] for line in numbers(Path(again.workdir))] == [STEPS], "its evaluation"
     assert "no line of steps 1-3" in capsys.readouterr().err
 
@@ -118,7 +119,7 @@ def test_a_complete_run_writes_the_lines_that_its_checkpoint_kept(whole, again):
 
 @pytest.mark.parametrize("kind", ["folder", "fifo", "link to /dev/full"])
 def test_what_is_in_the_place_of_a_file_ends_no_run(kind, whole, tmp_path, monkeypatch, capsys):
-    names = ("config.json", "metrics.jsonl", "loss.png", "summary.json")
+    names = ("config.json", "metrics.jsonl", "loss.png", "eval_positions.png", "summary.json")
     monkeypatch.setattr(trainer, "make_program", make_program)
     config = dataclasses.replace(whole, workdir=str(tmp_path / "run"))
     (tmp_path / "run").mkdir()
@@ -135,7 +136,7 @@ def test_what_is_in_the_place_of_a_file_ends_no_run(kind, whole, tmp_path, monke
     warnings = lines_of(capsys.readouterr().err)
     assert numbers(tmp_path / "run") == numbers(Path(whole.workdir))
     if kind == "folder":
-        assert [sum(name in line for line in warnings) for name in names] == [1, 1, 1, 1]
+        assert [sum(name in line for line in warnings) for name in names] == [1] * 5
     else:
         assert len(warnings) == 1, "metrics.jsonl is put aside, the others are replaced"
         assert read(config)["step"] == STEPS
@@ -149,12 +150,15 @@ def test_a_full_disk_at_the_end_ends_no_run(whole, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(trainer, "make_program", make_program)
     monkeypatch.setattr("tsp_jax.training.distributed.write_atomically", full)
-    monkeypatch.setattr(summary, "write_atomically", full)
+    monkeypatch.setattr(pictures, "write_atomically", full)
     config = dataclasses.replace(whole, workdir=str(tmp_path / "run"))
     assert trainer.train(config, "whole")["step"] == STEPS
     warnings = lines_of(capsys.readouterr().err)
-    assert len(warnings) == 2
-    assert "loss.png cannot be drawn" in warnings[0] and "summary.json cannot be written (No space" in warnings[1]
+    assert len(warnings) == 3
+    assert all(
+        f"{name}.png cannot be drawn" in line for name, line in zip(("loss", "positions"), warnings, strict=False)
+    )
+    assert "summary.json cannot be written (No space" in warnings[2]
 
 
 @pytest.mark.parametrize("renamed", [True, False])
@@ -209,7 +213,7 @@ def test_nothing_in_a_checkpoint_is_markup(again, monkeypatch, capsys):
 
 def test_numbers_that_no_step_has_are_none(whole):
     shown = show(read(whole) | {"loss": None, "eval_loss": None, "tokens_per_s": None})
-    assert shown.count("none") == 3
+    assert shown.count("none") == 4, "nor is there a share of a CPU's peak"
 
 
 @pytest.mark.parametrize(

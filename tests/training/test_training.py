@@ -133,7 +133,8 @@ def test_losses_of_twenty_steps_agree_with_single(case, config, single_losses):
     want_losses, want_norms = single_losses(config)
     assert want_losses[-1] < 0.8 * want_losses[0], "it should learn"
     np.testing.assert_allclose(losses, want_losses, rtol=LOSS_TOLERANCE)
-    np.testing.assert_allclose(norms, want_norms, rtol=1e-4)
+    # AdamW's first update is lr times the sign of each gradient, also of one that is nothing but rounding.
+    np.testing.assert_allclose(norms, want_norms, rtol=5e-4)
     check_golden(case, losses)
     check_golden("single", want_losses)
 

@@ -9,7 +9,7 @@ from tsp_jax.config.cluster import ClusterConfig, FailedSave, FaultsConfig, Laun
 from tsp_jax.config.data import ChatLoss, DataConfig, InvalidText, LongDocuments, Order, PackingName, TokenOrder
 from tsp_jax.config.lora import TARGETS, LoraConfig, Target
 from tsp_jax.config.model import Activation, DType, LayerKind, ModelConfig, Norms, NormWidth
-from tsp_jax.config.optimizer import OptimizerConfig
+from tsp_jax.config.optimizer import OptimizerConfig, OptimizerName
 from tsp_jax.config.phases import Phase
 from tsp_jax.config.rope import RopeKind, RopeScaling
 from tsp_jax.config.run import Config, Remat
@@ -39,6 +39,7 @@ __all__ = [
     "NormWidth",
     "Norms",
     "OptimizerConfig",
+    "OptimizerName",
     "Order",
     "PackingName",
     "Phase",

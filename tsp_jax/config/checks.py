@@ -43,8 +43,9 @@ def check(owner: str, config: object, positive: str = "", not_negative: str = ""
             use = 1 if isinstance(value, int) else 1.0
             raise ConfigError(f"{owner}{name}={value} must be positive{' in float32' * (value > 0)}; use {use}")
     for name in not_negative.split():
-        if getattr(config, name) < 0:
-            raise ConfigError(f"{owner}{name}={getattr(config, name)} must not be negative; use 0")
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise ConfigError(f"{owner}{name}={value} must not be negative; use 0")
 
 
 def check_bytes(what: str, nbytes: int, owner: str, config: object, fields: str) -> None:

@@ -1,6 +1,7 @@
 """Training text and its order."""
 
 import dataclasses
+import re
 from typing import Literal
 
 from tsp_jax.config.checks import check, check_local
@@ -44,6 +45,9 @@ class DataConfig:
     a sequence holds whole documents, each in the sequence that it fills best, and its tail is padding"""
     long_documents: LongDocuments = "split"
     """what packing=best-fit does with documents longer than a sequence: split them, or drop them"""
+    eval: str = ""
+    """further held-out sets, each a name and a glob of files, such as books=books/*.txt,code=src/**/*.py; all of their
+    documents are held out"""
 
     def __post_init__(self):
         check("data.", self, positive="prefetch")
@@ -54,12 +58,30 @@ class DataConfig:
         if self.long_documents == "drop" and self.packing == "windows":
             raise ConfigError("data.long_documents=drop needs whole documents; use data.packing=best-fit")
         self.sources()
+        self.held_out_sets()
 
     def sources(self) -> tuple[tuple[str, int, "DataConfig"], ...]:
         """The sources of a mixture: (name, weight, configuration of its files alone). Without one: ("", 1, self)."""
         if not self.mixture:
             return (("", 1, self),)
         return tuple(
-            (part.name, part.weight, dataclasses.replace(self, files=part.files, mixture=""))
+            (part.name, part.weight, dataclasses.replace(self, files=part.files, mixture="", eval=""))
             for part in parse_mixture(self.mixture)
         )
+
+    def held_out_sets(self) -> tuple[tuple[str, "DataConfig"], ...]:
+        """The sets of `eval`: (name, configuration of its files alone).
+
+        Raises:
+          ConfigError: a set has no name or no files, or two have one name.
+        """
+        sets: dict[str, DataConfig] = {}
+        for entry in self.eval.split(",") if self.eval else ():
+            name, _, files = (part.strip() for part in entry.partition("="))
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}", name) or not files:
+                raise ConfigError(f"data.eval={entry!r:.200} is no NAME=FILES; use data.eval=books=books/*.txt")
+            if name in sets:
+                raise ConfigError(f"data.eval names two sets {name}; use a name for each")
+            check_local(f"data.eval: {name}", files)
+            sets[name] = dataclasses.replace(self, files=files, mixture="", eval="")
+        return tuple(sets.items())

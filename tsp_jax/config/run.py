@@ -1,7 +1,8 @@
 """A training run."""
 
 import dataclasses
-from typing import Literal
+import re
+from typing import Literal, get_args
 
 from tsp_jax.config.checks import check, check_bytes, check_local
 from tsp_jax.config.cluster import ClusterConfig, FaultsConfig
@@ -14,6 +15,7 @@ from tsp_jax.config.stream import StreamConfig
 from tsp_jax.errors import ConfigError
 
 Remat = Literal["none", "full", "save_attention", "offload", "offload_attention"]
+Logger = Literal["tensorboard", "wandb"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class Config:
     """optimizer steps of the whole run, and the length of the learning-rate schedule"""
     init_from: str = ""
     """Hugging Face folder with the initial weights; empty: random weights"""
+    from_scratch: bool = False
+    """start from random weights also if init_from is set, whose tokenizer is used all the same"""
     batch: int
     """sequences per optimizer step, over all devices"""
     seq_len: int
@@ -62,7 +66,7 @@ class Config:
     seed: int = 0
     """random seed of the initial weights and of the order of data"""
     workdir: str = "runs/default"
-    """folder for metrics.jsonl, loss.png, checkpoints/ and config.json; a run found there is resumed"""
+    """folder for metrics.jsonl, pictures, checkpoints/ and config.json; a run found there is resumed"""
     checkpoint_every: int = 0
     """steps between checkpoints; 0: only after the last step"""
     keep_checkpoints: int = 3
@@ -72,7 +76,11 @@ class Config:
     eval_every: int = 0
     """steps between evaluations on held-out data; 0: only after the last step"""
     eval_batches: int = 8
-    """batches per evaluation"""
+    """batches per evaluation of a held-out set"""
+    log: str = ""
+    """where metrics go beside metrics.jsonl: tensorboard, wandb, or tensorboard,wandb"""
+    profile: str = ""
+    """steps FIRST:LAST, or one step, of which a trace of the profiler is written to the folder profile in workdir"""
 
     def __post_init__(self):
         not_negative = "cpu_devices z_loss seed checkpoint_every keep_every eval_every"
@@ -84,7 +92,34 @@ class Config:
         for name in ("workdir", "init_from"):
             check_local(name, getattr(self, name))
         self.phases()
+        self.loggers()
+        self.profiled_steps()
+
+    @property
+    def weights_from(self) -> str:
+        """Folder of the initial weights; empty: random ones."""
+        return "" if self.from_scratch else self.init_from
 
     def phases(self) -> tuple[Phase, ...]:
         """The phases of the schedule of sequence lengths; without a schedule, one phase."""
         return parse_phases(self.seq_len_schedule, self.seq_len)
+
+    def loggers(self) -> tuple[Logger, ...]:
+        """The names in `log`; raises ConfigError if one is unknown."""
+        names = tuple(name.strip() for name in self.log.split(",")) if self.log else ()
+        for name in names:
+            if name not in get_args(Logger) or names.count(name) > 1:
+                raise ConfigError(f"log={self.log} has {name!r:.80}; use tensorboard, wandb, or tensorboard,wandb")
+        return names  # pyright: ignore[reportReturnType]
+
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """(first, last) of `profile`; None if it is empty. Raises ConfigError if the run has no such steps."""
+        if not self.profile:
+            return None
+        found = re.fullmatch(r"([0-9]{1,10})(?::([0-9]{1,10}))?", self.profile)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 1 <= first <= last <= self.steps:
+            use = f"{min(10, self.steps)}:{min(13, self.steps)}"
+            why = "has steps after the last one" if 1 <= first <= last else "is no range of steps"
+            raise ConfigError(f"profile={self.profile!r:.80} {why}, steps={self.steps}; use profile={use}")
+        return first, last

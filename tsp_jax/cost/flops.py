@@ -1,23 +1,79 @@
 """Floating-point operations of the matrix products in a training step, from the model's sizes alone.
 
-Layout and padding do not count. Dims: T all tokens of the step, S tokens per sequence, N query heads, H head.
+`step_flops` counts what the step executes, `model_flops` what the model needs, which recomputation does not change. A
+multiply-add counts as two operations. Layout and padding do not count.
+
+Dims: T all tokens of the step, S tokens per sequence, L layers, N query heads, H head.
 """
 
 from collections import Counter
+from typing import NamedTuple
 
 from tsp_jax.config import Config, ModelConfig
 from tsp_jax.cost.traffic import repeats_attention
 
 
+class _Elements(NamedTuple):
+    """Elements of one layer's weights that a token is multiplied with, and of the output head."""
+
+    query: int
+    """of the projection to queries; as many in the output projection"""
+    kv: int
+    """of the projection to keys; as many in the projection to values"""
+    mlp: int
+    head: int
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "_Elements":
+        query, kv = (heads * model.head_dim * model.d_model for heads in (model.num_heads, model.num_kv_heads))
+        return cls(query, kv, 3 * model.d_ff * model.d_model, model.vocab_size * model.d_model)
+
+
+def mean_keys(model: ModelConfig, seq_len: int) -> float:
+    """Number of keys that a token attends to, in the mean over tokens and layers: W - W (W - 1) / 2 S.
+
+    Token i of S attends to min(i + 1, W) tokens, as if the sequence were one document. W is the window, or S in layers
+    without one.
+    """
+
+    total = 0.0
+    for window, layers in Counter(model.windows).items():
+        window = min(window or seq_len, seq_len)
+        total += layers * (window - window * (window - 1) / (2 * seq_len))
+    return total / model.num_layers
+
+
+def model_flops(
+    model: ModelConfig, tokens: int, seq_len: int, *, whole_square: bool = False, frozen: bool = False
+) -> float:
+    """Operations that the model needs for a training step, on all devices together; the numerator of MFU.
+
+        T (6 P + 12 L N H keys)    P: elements of all weights in matrix products, the output head's once
+
+    Forward takes one product with each weight and two for each pair of query and key, backward twice as many.
+    Recomputation does not count, neither that of remat nor an op's own. Embeddings and norms take no products.
+
+    Args:
+      model: sizes.
+      tokens: T.
+      seq_len: S, which `mean_keys` follows from.
+      whole_square: count all S keys in attention, as some publications do, not the causal half within windows.
+      frozen: the weights are frozen, as under LoRA: 4 P, since their gradients take no products.
+    """
+    each, keys = _Elements.of(model), seq_len if whole_square else mean_keys(model, seq_len)
+    elements = model.num_layers * (2 * each.query + 2 * each.kv + each.mlp) + each.head
+    pairs = model.num_layers * model.num_heads * model.head_dim * keys
+    return tokens * ((4 if frozen else 6) * elements + 12 * pairs)
+
+
 def step_flops(config: Config, *, forward: bool = False, backward_products: int = 5) -> dict[str, float]:
     """Floating-point operations of a training step, or of its `forward` pass and loss, on all devices together, by op.
 
-    A multiply-add counts as two operations. One product of T tokens with a weight of n elements takes 2 T n. In
-    attention only causal pairs of tokens within the window W count, as if each sequence were one document:
-    T (W - W (W - 1) / 2 S) pairs, T (S + 1) / 2 without a window, each of which takes 2 N H operations per product.
-    Recomputed products are included: those that backward recomputes under `config.remat`, and those that some ops
-    always recompute in backward. `backward_products` is the number of products that attention's backward takes for each
-    pair of tokens: 5 in one kernel, 7 in two kernels, each of which computes the scores.
+    One product of T tokens with a weight of n elements takes 2 T n. In attention each of T `mean_keys` pairs takes
+    2 N H operations per product. Recomputed products are included: those that backward recomputes under
+    `config.remat`, and those that some ops always recompute in backward. `backward_products` is the number of products
+    that attention's backward takes for each pair of tokens: 5 in one kernel, 7 in two kernels, each of which computes
+    the scores.
     """
     model, tokens = config.model, config.batch * config.seq_len
     again = 0 if config.remat == "none" else 1
@@ -27,26 +83,17 @@ def step_flops(config: Config, *, forward: bool = False, backward_products: int 
         """Operations of matrix products in which each token is multiplied with `elements` elements."""
         return 2 * tokens * elements * (1 if forward else forward_passes + backward_products)
 
-    query, kv = (heads * model.head_dim * model.d_model for heads in (model.num_heads, model.num_kv_heads))
+    query, kv, mlp, head = _Elements.of(model)
     # Backward of a norm in the buckets of the projections needs its input, which is not kept.
     in_buckets = model.qk_norm and model.qk_norm_width == "head" and not model.qkv_bias
     repeated = (query + kv) / (query + 2 * kv) if in_buckets else 0
-    pairs = model.num_heads * model.head_dim * _attended(model, config.seq_len)
+    pairs = model.num_heads * model.head_dim * mean_keys(model, config.seq_len)
     layers = {
         # Backward: dx and dW of every weight.
         "projections": count(query + 2 * kv, 1 + again + twice, 2 + repeated) + count(query, 1 + again, 2),
         "attention": count(2 * pairs, 1 + twice, backward_products / 2),  # forward: q k and p v
         # Backward: gate and up again, then dx and dW of three weights.
-        "mlp": count(3 * model.d_ff * model.d_model, 1 + again * (model.norms != "pre"), 8 / 3),
+        "mlp": count(mlp, 1 + again * (model.norms != "pre"), 8 / 3),
     }
     flops = {op: model.num_layers * total for op, total in layers.items()}
-    return flops | {"loss": count(model.vocab_size * model.d_model, 1, 3)}  # backward: logits again, dx and dW
-
-
-def _attended(model: ModelConfig, seq_len: int) -> float:
-    """Mean number of tokens that a token attends to, over tokens and layers: token i attends to min(i + 1, window)."""
-    total = 0.0
-    for window, layers in Counter(model.windows).items():
-        window = min(window or seq_len, seq_len)
-        total += layers * (window - window * (window - 1) / (2 * seq_len))
-    return total / model.num_layers
+    return flops | {"loss": count(head, 1, 3)}  # backward: logits again, dx and dW

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -175,3 +176,16 @@ _DEVICE_FILES = {"rocm": ("/dev/kfd",), "cuda": ("/dev/nvidiactl",), "tpu": ("/d
 def is_present(platform: str) -> bool:
     """Whether the machine has a device of a platform, judged by device files alone; no runtime is started."""
     return any(Path(file).exists() for file in _DEVICE_FILES.get(platform, ()))
+
+
+def data_sheet(device: Any) -> Hardware | None:
+    """The facts about a JAX device that is present; None for CPUs and for kinds and variants that are not listed.
+
+    The listed GPUs are those of servers: PCIe and NVL cards of the same name have other rates, and GH200 is no H200.
+    """
+    kind = device.device_kind
+    if device.platform == "cpu" or re.search(r"\b(PCIe|NVL)\b", kind, re.IGNORECASE):
+        return None
+    exact = (hardware for hardware in HARDWARE.values() if hardware.jax_kind == kind)
+    named = (hardware for hardware in HARDWARE.values() if re.search(rf"\b{hardware.name}\b", kind, re.IGNORECASE))
+    return next(exact, None) or next(named, None)

@@ -1,7 +1,7 @@
 """Adapters in the format of Hugging Face's peft: adapter_config.json and adapter_model.safetensors.
 
 peft stores A as lora_A [r, inputs] and B as lora_B [outputs, r], and adds (lora_alpha / r) B A, as we do.
-Source: peft 0.18, tuners/lora/config.py and utils/save_and_load.py.
+Source: peft 0.21, tuners/lora/config.py and utils/save_and_load.py.
 
 Dims: L layers, D model, r rank.
 """
@@ -33,10 +33,14 @@ MODULES: dict[Target, str] = {
     "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
 }  # fmt: skip
 """target -> the module of a layer that has its adapter"""
-_NEUTRAL: dict[str, Any] = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}
-"""key of adapter_config.json -> a value that changes nothing; of any other key, one that is false in Python"""
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",), "init_lora_weights": (True, "gaussian"), "megatron_core": ("megatron.core",),
+    "qalora_group_size": (16,),
+}  # fmt: skip
+"""key of adapter_config.json -> values that change nothing; of any other key, those that are false in Python. Other
+initial values than these change the weights under the adapters too"""
 _UNUSED = (
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout", "peft_version",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version",
     "revision", "task_type",
 )  # fmt: skip
 """keys that change nothing that a trained adapter computes"""
@@ -66,8 +70,8 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
     for key, value in keys.items():
         if key in (*_Config.__struct_fields__[1:], *_UNUSED) or (key == "peft_type" and value == "LORA"):
             continue
-        if value and value != _NEUTRAL.get(key):
-            neutral = "LORA" if key == "peft_type" else _NEUTRAL.get(key, "null")
+        if value and value not in _NEUTRAL.get(key, ()):
+            neutral = "LORA" if key == "peft_type" else _NEUTRAL.get(key, ("null",))[0]
             raise ConfigError(
                 f"{path}: {key:.80}={value!r:.80} is not supported; use adapters with {key:.80}={neutral}"
             )

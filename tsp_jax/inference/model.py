@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from tsp_jax.config import DType, ModelConfig, StreamConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.memory import check_room, memory_bytes, shard_bytes
+from tsp_jax.hf.byte_tokenizer import ByteTokenizer
 from tsp_jax.hf.config import read_dtype
 from tsp_jax.hf.tokenizer import Tokenizer, read_stop_tokens
 from tsp_jax.hf.weights import abstract_params, check_folder, load_params, read_config
@@ -20,6 +21,7 @@ from tsp_jax.inference.program import InferenceProgram, make_inference_program
 from tsp_jax.inference.sampling import Sampling
 from tsp_jax.inference.token_loop import OnToken, Stats, check_prompts, check_stop_tokens, generate_tokens
 from tsp_jax.layout import Placement, check_divides
+from tsp_jax.training.saved_run import find_step, is_run, load_run_params, read_run, run_tokenizer
 
 Prompt = str | Sequence[int]
 CHUNK = 2048
@@ -28,7 +30,7 @@ CHUNK = 2048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """Weights on a placement, and a tokenizer. `load` makes one from a Hugging Face folder."""
+    """Weights on a placement, and a tokenizer. `load` makes one from a Hugging Face folder or a training run."""
 
     config: ModelConfig
     placement: Placement
@@ -37,7 +39,7 @@ class Model:
     dtype: DType = "bfloat16"
     """of parameters, activations and cache"""
     stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
-    tokenizer: Tokenizer | None = None
+    tokenizer: Tokenizer | ByteTokenizer | None = None
     """None: prompts are token ids"""
     stop_tokens: tuple[int, ...] = ()
     """tokens that end a continuation, unless `generate` is given others"""
@@ -81,15 +83,17 @@ class Continuation:
 
 def load(
     folder: str | Path, placement: Placement, *, dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-    stream: StreamConfig = StreamConfig(),
+    stream: StreamConfig = StreamConfig(), step: int = 0,
 ) -> Model:  # fmt: skip
-    """Loads a Hugging Face folder onto a placement; each device reads its own shards.
+    """Loads a Hugging Face folder, or a training run, onto a placement; each device reads its own shards.
 
     Args:
-      folder: with config.json, safetensors and tokenizer.json.
+      folder: with config.json, safetensors and tokenizer.json; or the working directory of a run.
       placement: layout and mesh.
-      dtype: of weights, activations and cache; auto: float32 if the folder is float32, else bfloat16.
+      dtype: of weights, activations and cache; auto: the compute dtype of a run, float32 if a folder is float32, else
+        bfloat16.
       stream: how weights are streamed in prefill.
+      step: step of a run's checkpoint; 0: the newest.
 
     Raises:
       ConfigError: a file is missing, broken or not supported, or the model does not fit the mesh.
@@ -97,6 +101,10 @@ def load(
     if dtype not in ("auto", *get_args(DType)):
         raise ConfigError(f"dtype={dtype} is unknown; use one of auto, {', '.join(get_args(DType))}")
     decode_placement(placement)  # refuses a layout that cannot serve before weights are read
+    if is_run(folder):
+        return _load_run(folder, placement, dtype, stream, step)
+    if step:
+        raise ConfigError(f"step={step}: {folder} is no working directory of a run, which has steps; use step=0")
     config, tokenizer, stop_tokens = read_config(folder), Tokenizer(folder), read_stop_tokens(folder)
     check_stop_tokens(stop_tokens, config.vocab_size, f"{folder}: eos_token_id")
     check_folder(folder, config, placement)
@@ -107,6 +115,20 @@ def load(
     params = load_params(folder, config, placement, jnp.dtype(found))
     return Model(
         config=config, placement=placement, params=params, dtype=found, stream=stream, tokenizer=tokenizer,
+        stop_tokens=stop_tokens,
+    )  # fmt: skip
+
+
+def _load_run(
+    workdir: str | Path, placement: Placement, dtype: Literal["auto", "float32", "bfloat16"], stream: StreamConfig,
+    step: int,
+) -> Model:  # fmt: skip
+    config = read_run(workdir)
+    tokenizer, stop_tokens = run_tokenizer(config)
+    chosen: DType = config.compute_dtype if dtype == "auto" else dtype
+    params = load_run_params(workdir, config, placement, find_step(workdir, step), chosen)
+    return Model(
+        config=config.model, placement=placement, params=params, dtype=chosen, stream=stream, tokenizer=tokenizer,
         stop_tokens=stop_tokens,
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ have P elements, on n devices with t tokens each:
 
 For `configs/llama_7b.py` (P 268 M, n 8) with r 16 and t 16,384 these are 6.4 GFLOP against 0.15 TFLOP, then 8.8 TFLOP,
 0.94 GB and 0.27 GB. With full remat the layer has 35 TFLOP in products with weights and 79 in attention, so dW' is 8 %
-of the work; it is 19 % where t is 2048. benchmarks/lora.md has compiled figures.
+of the work; it is 20 % with 16 K tokens in all. benchmarks/lora.md has compiled figures.
 
 Dims: r rank, D model, L layers; rows are those of W: heads x H, or F.
 """

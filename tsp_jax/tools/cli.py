@@ -19,9 +19,11 @@ import tyro
 from tsp_jax.config import Config
 from tsp_jax.errors import REFUSED, ConfigError, RunStopped, printable, removal
 from tsp_jax.hardware.devices import MOST_CPU_DEVICES
+from tsp_jax.tools.model_folder import folder_config, is_model
 from tsp_jax.tools.streams import guarded_streams
 from tsp_jax.training.distributed import join_cluster
 from tsp_jax.training.optimizer import Optimizer, check_unused_flags
+from tsp_jax.training.saved_run import is_run, read_run
 
 T = TypeVar("T")
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -113,16 +115,25 @@ def program() -> str:
 
 
 def first_argument(default: T, what: str = "file", *, about: str) -> tuple[str, T]:
-    """Parses ``ARGUMENT [--flag value ...]``: returns the argument, and `default`, a dataclass, with flags applied.
+    """Parses ``ARGUMENT [--flag value ...]``; see `first_arguments`."""
+    (argument,), options = first_arguments(default, (what,), about=about)
+    return argument, options
 
-    `what` is the name of the first argument, for help and errors; `about` is one sentence for ``--help``.
+
+def first_arguments(default: T, names: Sequence[str], *, about: str) -> tuple[Sequence[str], T]:
+    """Parses ``ARGUMENT ... [--flag value ...]``: returns the arguments, and `default` with the flags applied.
+
+    `default` is a dataclass; `names` are the names of the arguments, for help and errors; `about` is one sentence for
+    ``--help``.
     """
-    arguments = sys.argv[1:]
+    arguments, usage, count = sys.argv[1:], " ".join(name.upper() for name in names), len(names)
     if arguments and arguments[0] in ("-h", "--help"):
-        arguments = [what.upper(), "--help"]
-    if not arguments or arguments[0].startswith("-"):
-        raise ConfigError(f"a {what} comes first; use {program()} {what.upper()} [--flag value ...]")
-    return arguments[0], parse_flags(default, arguments, about)
+        parse_flags(default, [usage, "--help"], about)
+    first = arguments[:count]
+    if len(first) < count or any(argument.startswith("-") for argument in first):
+        come = "comes" if count == 1 else "come"
+        raise ConfigError(f"a {' and a '.join(names)} {come} first; use {program()} {usage} [--flag value ...]")
+    return first, parse_flags(default, [" ".join(first), *arguments[count:]], about)
 
 
 def parse(
@@ -142,11 +153,13 @@ def parse(
     config, optimizer = load_config_file(arguments[0])
     parsed = parse_flags(options(config), arguments, about)
     check_unused_flags(optimizer, config.optimizer, getattr(parsed, "config", parsed).optimizer)
-    return Path(arguments[0]).stem, parsed, optimizer
+    path = Path(arguments[0])
+    return path.stem if path.suffix == ".py" else path.resolve().name, parsed, optimizer
 
 
 def _known() -> str:
-    return f"one of {', '.join(sorted(path.stem for path in CONFIGS.glob('*.py')))}, or the path of a .py file"
+    names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.py")))
+    return f"one of {names}, the path of a .py file, or a Hugging Face folder"
 
 
 def load_config(name: str) -> Config:
@@ -155,13 +168,19 @@ def load_config(name: str) -> Config:
 
 
 def load_config_file(name: str) -> tuple[Config, Optimizer]:
-    """Loads a configuration, given as a known name or the path of a .py file; returns its `config` and `optimizer`.
+    """Loads a configuration; returns its `config` and `optimizer`, which is None if it defines none.
 
-    `optimizer` is None if the file defines none.
+    Args:
+      name: a name in `CONFIGS`, the path of a .py file, a Hugging Face folder (`folder_config`), or the working
+        directory of a run, whose configuration is taken up again.
 
     Raises:
       ConfigError: the configuration does not exist, defines no `config`, or sets a field that does not exist.
     """
+    if is_run(name):
+        return read_run(name), None
+    if is_model(name):
+        return folder_config(name), None
     path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
     if not path.is_file():
         raise ConfigError(f"configuration {name} is unknown; use {_known()}")

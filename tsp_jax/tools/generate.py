@@ -33,6 +33,8 @@ class GenerateOptions:
     """wrap the prompt in the model's chat template, as a user message"""
     max_new_tokens: int = 64
     """tokens to generate, unless a stop token comes first"""
+    step: int = 0
+    """step of the checkpoint, where the model is the working directory of a run; 0: the newest"""
     stop: bool = True
     """end at the model's stop tokens"""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
@@ -51,21 +53,23 @@ class GenerateOptions:
     stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
 
     def __post_init__(self):
-        if self.cpu_devices < 0:
-            raise ConfigError(f"cpu_devices={self.cpu_devices} must not be negative; use 0")
+        for name in ("cpu_devices", "step"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative; use 0")
 
 
 def generate_text(
     folder: str, options: GenerateOptions, out: TextIO | None = None, notes: TextIO | None = None
 ) -> Stats:
-    """Continues a text with the model in a Hugging Face folder.
+    """Continues a text with the model in a Hugging Face folder, or of a training run in its working directory.
 
     `out` (None: stdout) receives the text token by token, `notes` (None: stderr) throughput and peak memory.
     """
     prompt, layout = _prompt(options), get_layout(options.layout)
     placement = Placement(layout, make_mesh(parse_mesh(options.mesh, layout, len(jax.devices()))))
-    model = load(folder, placement, dtype=options.dtype, stream=options.stream)
-    assert model.tokenizer is not None
+    model = load(folder, placement, dtype=options.dtype, stream=options.stream, step=options.step)
+    if model.tokenizer is None:
+        raise ConfigError(f"{folder} was trained on token ids of no known tokenizer; use tsp_jax.inference.generate")
     text = model.tokenizer.chat(prompt) if options.chat else prompt
     tokens = model.tokenizer.encode(text, special=not options.chat)
     stats, decoder = Stats(), model.tokenizer.decoder()
@@ -130,7 +134,7 @@ def main() -> None:
     """Runs the command."""
     with cli.errors_in_a_line():
         folder, options = cli.first_argument(
-            GenerateOptions(), what="model", about="Continue a text with the model in a Hugging Face folder."
+            GenerateOptions(), what="model", about="Continue a text with a Hugging Face folder or a training run."
         )
         cli.use_devices(options.cpu_devices)
         generate_text(folder, options)

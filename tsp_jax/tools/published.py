@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import get_args
 
 from tsp_jax.config import Config, ModelConfig, OptimizerConfig, Remat, StreamConfig
+from tsp_jax.cost.flops import model_flops
 from tsp_jax.errors import ConfigError
 from tsp_jax.files import read_text
 from tsp_jax.hardware.devices import HARDWARE
@@ -209,19 +210,13 @@ def measured_seconds(run: Run) -> tuple[float | None, str]:
         return tokens / run.devices / run.tokens_per_s, "tokens/s"
     if run.tflops and run.flop_convention.startswith(("full attention", "causal half")):
         whole_square = run.flop_convention.startswith("full")
-        return model_flops(run, whole_square) / run.devices / (run.tflops * 1e12), "TFLOP/s"
+        return run_flops(run, whole_square) / run.devices / (run.tflops * 1e12), "TFLOP/s"
     return None, "no time, and no TFLOP/s by a known convention"
 
 
-def model_flops(run: Run, whole_square: bool = False) -> float:
-    """Operations of a step's products on all devices together, without recomputation: 6 (N - V D) + 12 L N H S / 2.
-
-    `whole_square`: count all pairs of tokens in attention, not the causal half.
-    """
-    model, tokens = model_of(run), total_tokens(run) or 0
-    pairs = (run.seq_len or 0) * (1.0 if whole_square else 0.5)
-    attention = 12 * model.num_layers * model.num_heads * model.head_dim * pairs
-    return tokens * (6 * (model.num_params - model.vocab_size * model.d_model) + attention)
+def run_flops(run: Run, whole_square: bool = False) -> float:
+    """`model_flops` of a published run's step."""
+    return model_flops(model_of(run), total_tokens(run) or 0, run.seq_len or 1, whole_square=whole_square)
 
 
 def total_tokens(run: Run) -> int | None:

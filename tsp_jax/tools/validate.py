@@ -27,10 +27,10 @@ from tsp_jax.tools.published import (
     Rebuilt,
     Run,
     measured_seconds,
-    model_flops,
     read_runs,
     rebuild,
     remat_is_published,
+    run_flops,
 )
 from tsp_jax.tools.rebuilt import CompiledRun, OutOfMemory, compile_run
 from tsp_jax.tools.sweep import USABLE
@@ -203,7 +203,7 @@ def less_recomputation(row: Comparison, run: Run) -> str:
     may_keep = row.remat == "none" or not remat_is_published(run)
     if not may_keep or not (row.flops and row.low_s and row.step_s and row.measured_s):
         return ""
-    share, exposed_s = model_flops(run) / run.devices / row.flops, row.exposed_comm_s or 0.0
+    share, exposed_s = run_flops(run) / run.devices / row.flops, row.exposed_comm_s or 0.0
     typical, fast = (share * (seconds - exposed_s) / row.measured_s - 1 for seconds in (row.step_s, row.low_s))
     if abs(fast) > LARGE:
         return ""

@@ -20,6 +20,7 @@ import numpy as np
 from tsp_jax.config import Config, DataConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.files import FileError, read_json
+from tsp_jax.hf.byte_tokenizer import ByteTokenizer
 from tsp_jax.text.build import build_once, progress
 from tsp_jax.text.encode import BYTES, CHUNK, LARGEST_ID, ByteEncoder, Encoder, IdsEncoder
 from tsp_jax.text.readers import Meter, Place
@@ -43,21 +44,6 @@ HELD_OUT = 50
 """about one document in this many is held out"""
 _FORMAT_VERSION = 2
 _DTYPES = {"uint8": np.uint8, "uint16": np.uint16, "uint32": np.uint32}
-
-
-class ByteTokenizer:
-    """Encodes text as its UTF-8 bytes: a token id is a byte."""
-
-    vocab_size = 256
-
-    def encode(self, text: str | bytes) -> np.ndarray:
-        """Text -> [n] uint8. A character that UTF-8 cannot encode (a lone surrogate) becomes ``?``."""
-        return np.frombuffer(text.encode(errors="replace") if isinstance(text, str) else text, np.uint8)
-
-    def decode(self, ids: np.ndarray | list[int]) -> str:
-        """[n] integer ids -> text. Ids above 255, which a model with a larger vocabulary can sample, are left out."""
-        ids = np.asarray(ids, np.int64)
-        return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode(errors="replace")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,8 @@ def load_frozen(config: Config, program: TrainProgram, placement: Placement) -> 
     """The frozen weights in `lora.base_dtype`: those of the folder `init_from`, or random ones; {} without LoRA."""
     if not config.lora.rank:
         return {}
-    if config.init_from:
-        return load_params(config.init_from, config.model, placement, config.lora.base_dtype)
+    if config.weights_from:
+        return load_params(config.weights_from, config.model, placement, config.lora.base_dtype)
     return _part(program, lambda state: state.frozen)
 
 

@@ -8,13 +8,15 @@ import jax
 
 from tsp_jax.config import Config, ModelConfig, RopeScaling
 from tsp_jax.errors import ConfigError
+from tsp_jax.hf.byte_tokenizer import ByteTokenizer
 from tsp_jax.hf.weights import check_folder, load_params, read_config
 from tsp_jax.layout import Placement
+from tsp_jax.models.lora import merge
 from tsp_jax.text.encode import BYTES
 from tsp_jax.text.sources import is_text
-from tsp_jax.training.checkpoint import saved_steps
-from tsp_jax.training.corpus import ByteTokenizer, name_tokenizer
-from tsp_jax.training.frozen import init_adapters
+from tsp_jax.training.checkpoint import Checkpoints, saved_steps
+from tsp_jax.training.corpus import name_tokenizer
+from tsp_jax.training.frozen import digest_weights, init_adapters, load_frozen
 from tsp_jax.training.step import TrainProgram, TrainState
 
 FREE = ("init_std",)
@@ -23,25 +25,34 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "voc
 """files of a tokenizer; if a folder has one of them, the tokens of its model are not bytes"""
 
 
-def check_init_from(config: Config, placement: Placement) -> None:
+def check_init_from(config: Config, placement: Placement) -> list[str]:
     """Raises ConfigError if the folder `init_from` does not suit the configured model or the data.
 
-    The folder must have all weights of the configured model, and its model must use the same tokens as the data.
-    Checks nothing if the run is resumed, since it then needs no initial weights, unless they are frozen.
+    The folder must have all weights of the configured model, and its model must use the same tokens as the data. Only
+    RoPE may differ, if it is that of a longer context: a scaling, or a larger base. Returns a line about each such
+    difference. Checks nothing if the run begins from scratch, or is resumed, since it then needs no initial weights,
+    unless they are frozen.
     """
     resumed = not config.lora.rank and saved_steps(Path(config.workdir) / "checkpoints")
-    if not config.init_from or resumed:
-        return
-    here, there = (_fields(model) for model in (config.model, _extended(read_config(config.init_from), config.model)))
-    different = [name for name, value in there.items() if here[name] != value]
+    if not config.weights_from or resumed:
+        return []
+    model = read_config(config.init_from)
+    here, there, extended = map(_fields, (config.model, model, _extended(model, config.model)))
+    different = [name for name, value in extended.items() if here[name] != value]
     if different:
         name = different[0]
         raise ConfigError(
             f"model.{name}={here[name]}, the checkpoint in init_from={config.init_from} has {there[name]}; "
-            f"use {' '.join(_flag(name, there[name]) for name in different)}"
+            f"use init_from={config.init_from} as the configuration, or "
+            f"{' '.join(_flag(name, there[name]) for name in different)}"
         )
     check_folder(config.init_from, config.model, placement)
     _check_tokens(config)
+    return [
+        f"model.{name}={here[name]}, was {there[name]} in init_from={config.init_from}"
+        for name in there
+        if here[name] != there[name]
+    ]
 
 
 def _check_tokens(config: Config) -> None:
@@ -70,18 +81,33 @@ def init_state(config: Config, program: TrainProgram, placement: Placement, froz
     if frozen:
         return init_adapters(program, frozen)
     state = program.init()
-    if not config.init_from:
+    if not config.weights_from:
         return state
     jax.tree.map(lambda random: random.delete(), state.params)  # so that not both are in memory
     return state._replace(params=load_params(config.init_from, config.model, placement))
 
 
 def _extended(there: ModelConfig, here: ModelConfig) -> ModelConfig:
-    """A folder's model, with the scaling of RoPE that the configuration asks for, if it asks for one."""
+    """A folder's model, with the RoPE of a longer context that the configuration asks for, if it asks for one."""
+    if here.rope_theta > there.rope_theta:
+        there = dataclasses.replace(there, rope_theta=here.rope_theta)
     if here.rope_scaling.kind == "none":
         return there
     scaling = dataclasses.replace(here.rope_scaling, fraction=there.rope_scaling.fraction)
     return dataclasses.replace(there, rope_scaling=scaling)
+
+
+def restore_merged(
+    checkpoints: Checkpoints, step: int, config: Config, program: TrainProgram, placement: Placement
+) -> dict:
+    """The model of a checkpoint, for export and serving: its parameters in stored form, adapters merged.
+
+    Raises:
+      ConfigError: the frozen weights under the adapters are missing, or are not those of the run.
+    """
+    frozen = load_frozen(config, program, placement)
+    checkpoints.check_frozen(digest_weights(program.paddings.frozen, frozen), step)
+    return merge(checkpoints.restore(step, frozen).weights, config.lora, placement)
 
 
 def _fields(model: Any, owner: str = "") -> dict[str, Any]:

@@ -235,5 +235,10 @@ def _place(line: dict) -> tuple[int, bool]:
 
 def _encode(line: dict) -> bytes:
     """The line as it is written, with null for numbers that are not finite."""
-    infinite = {name: None for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
-    return json.dumps(line | infinite, allow_nan=False).encode() + b"\n"
+    return json.dumps(_finite(line), allow_nan=False).encode() + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -23,6 +23,9 @@ class TrainProgress(Progress):
         """Shows the metrics of a step."""
         step = line["step"]
         text = f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"
+        text += f"  {line['tflops_per_device']:,.4g} TFLOP/s per device"
+        if line["mfu"] is not None:
+            text += f" ({line['mfu']:.1%} of peak)"
         self.update(self.bar, completed=step, text=text)
         if not (self.console.quiet or self.console.is_terminal) and (step % self.every == 0 or step == self.steps):
             left = (time.perf_counter() - self.began) / (step - self.first) * (self.steps - step)

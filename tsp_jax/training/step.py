@@ -17,7 +17,9 @@ from tsp_jax.models.lora import split_adapters
 from tsp_jax.models.transformer import Transformer, make_merge
 from tsp_jax.stored import NoPadding, paddings
 from tsp_jax.training.data import Batch
-from tsp_jax.training.optimizer import Optimizer, choose_optimizer
+from tsp_jax.training.optimizer import Chosen, Optimizer, choose_optimizer
+from tsp_jax.training.optimizer_table import Logical
+from tsp_jax.training.positions import sum_by_position
 from tsp_jax.training.safety.finite import update_if_finite
 
 
@@ -60,7 +62,8 @@ class TrainProgram:
     step: Any
     """jitted (state, batch) -> (state, StepMetrics); a batch is [a, B / a, S], `a` micro-batches; donates the state"""
     evaluate: Any
-    """jitted (all weights, batch [1, B, S]) -> (sum of negative log-likelihoods, number of labels)"""
+    """jitted (all weights, batch [1, B, S]) -> (sums of negative log-likelihoods, numbers of labels), each [P] by
+    position: `position_buckets`"""
     abstract_state: TrainState
     """shapes, dtypes and shardings of the state"""
     paddings: TrainState
@@ -95,19 +98,20 @@ def make_program(config: Config, placement: Placement, optimizer: Optimizer = No
 
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(0)))
     model_of = make_merge(graphdef, abstract)
-    chosen, learning_rate = choose_optimizer(config.optimizer, config.steps, optimizer)
+    logical = Logical(paddings(abstract), nnx.to_pure_dict(abstract))
+    chosen = choose_optimizer(config.optimizer, config.steps, optimizer, logical)
     shardings, pads, moments = _state_trees(abstract, chosen, placement, config.optimizer.zero1)
 
     def init() -> TrainState:
         params, frozen = split_adapters(nnx.to_pure_dict(nnx.state(make_model(config.seed))))
         frozen = jax.tree.map(lambda weight: weight.astype(config.lora.base_dtype), frozen)
-        return TrainState(jnp.zeros((), jnp.int32), params, chosen.init(params), frozen)
+        return TrainState(jnp.zeros((), jnp.int32), params, chosen.transformation.init(params), frozen)
 
     def evaluate(weights: dict, batch: Batch):
-        losses = model_of(weights).token_losses(jax.tree.map(lambda x: x[0], batch))
-        return losses.nll_Bt.sum(), (batch.labels >= 0).sum(dtype=jnp.float32)
+        batch = jax.tree.map(lambda x: x[0], batch)
+        return sum_by_position(model_of(weights).token_losses(batch).nll_Bt, batch.labels, batch.positions)
 
-    step = _make_step(config, model_of, chosen, learning_rate, shardings.params, moments)
+    step = _make_step(config, model_of, chosen, shardings.params, moments)
     batch_sharding = placement.sharding(None, "batch", "sequence")
     abstract_state = jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
@@ -122,9 +126,8 @@ def make_program(config: Config, placement: Placement, optimizer: Optimizer = No
 
 
 def _make_step(
-    config: Config, model_of: Callable[[dict], Transformer], optimizer: optax.GradientTransformation,
-    learning_rate: Callable[[Any, Any], jax.typing.ArrayLike], shardings: dict, moments: dict,
-):  # fmt: skip
+    config: Config, model_of: Callable[[dict], Transformer], optimizer: Chosen, shardings: dict, moments: dict
+):
     """Returns the step function (state, batch) -> (state, metrics).
 
     `shardings` are those of the parameters, `moments` those of the parameters' moments.
@@ -140,12 +143,12 @@ def _make_step(
         gradient, num_labels_or_1 = jax.grad(loss, has_aux=True), jnp.maximum(num_labels, 1.0)
         grads, nll = _accumulate(lambda micro: gradient(state.params, state.frozen, micro, num_labels_or_1), batch)
         grads = lax.with_sharding_constraint(grads, moments)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.transformation.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         grad_norm = optax.tree.norm(grads)
         params, opt_state = update_if_finite(nll, grad_norm, (params, opt_state), (state.params, state.opt_state))
         params = lax.with_sharding_constraint(params, shardings)
-        metrics = StepMetrics(nll, grad_norm, learning_rate(state.step, opt_state), num_labels)
+        metrics = StepMetrics(nll, grad_norm, optimizer.learning_rate(state.step, opt_state), num_labels)
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
@@ -167,19 +170,21 @@ def _accumulate(gradient: Callable[[Batch], tuple[dict, jax.Array]], batch: Batc
 
 
 def _state_trees(
-    abstract: nnx.State, optimizer: optax.GradientTransformation, placement: Placement, zero1: bool
+    abstract: nnx.State, optimizer: Chosen, placement: Placement, zero1: bool
 ) -> tuple[TrainState, TrainState, dict]:
     """Returns the shardings of the state, the paddings of the state, and the shardings of the parameters' moments.
 
     An array of the optimizer that belongs to a parameter and has its shape is sharded as a moment and padded like the
-    parameter. Any other array (counts, factored moments) is replicated and not padded.
+    parameter, unless the state is of logical arrays. Any other array (counts, factored moments) is replicated and not
+    padded.
     """
     params, frozen = split_adapters(nnx.to_pure_dict(abstract))
     pads, frozen_pads = split_adapters(paddings(abstract))
     shardings, frozen_shardings = (jax.tree.map(lambda param: param.sharding, tree) for tree in (params, frozen))
     moments = jax.tree.map(lambda param: _moment_sharding(param, placement) if zero1 else param.sharding, params)
-    opt_state = jax.eval_shape(optimizer.init, params)
+    opt_state = jax.eval_shape(optimizer.transformation.init, params)
     replicated = NamedSharding(placement.mesh, PartitionSpec())
+    opt_pads = jax.tree.map(lambda _: NoPadding(), params) if optimizer.logical_state else pads
 
     def like_params(tree: dict, other: Any) -> Any:
         def choose(array, param, leaf):
@@ -188,13 +193,13 @@ def _state_trees(
             return leaf if array.shape == param.shape else other
 
         return optax.tree_map_params(
-            optimizer, choose, opt_state, params, tree,
+            optimizer.transformation, choose, opt_state, params, tree,
             transform_non_params=lambda _: other, is_leaf=lambda x: isinstance(x, optax.MaskedNode),
         )  # fmt: skip
 
     return (
         TrainState(replicated, shardings, like_params(moments, replicated), frozen_shardings),
-        TrainState(NoPadding(), pads, like_params(pads, NoPadding()), frozen_pads),
+        TrainState(NoPadding(), pads, like_params(opt_pads, NoPadding()), frozen_pads),
         moments,
     )
 

@@ -1,6 +1,5 @@
-"""The end of a run: its summary, as summary.json and as a table, and the plot of its losses."""
+"""The end of a run: its summary, as summary.json and as a table."""
 
-import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +17,8 @@ from tsp_jax.inspect import compiled_memory, list_collectives, parse
 from tsp_jax.layout import Placement
 from tsp_jax.mesh import format_sizes
 from tsp_jax.training.data_report import DataReport
-from tsp_jax.training.distributed import write_atomically
 from tsp_jax.training.safety.finite import is_skipped
+from tsp_jax.training.throughput import COUNTED, Throughput
 
 
 class Summary(msgspec.Struct, kw_only=True):
@@ -31,8 +30,16 @@ class Summary(msgspec.Struct, kw_only=True):
     step: Count
     loss: Finite | None
     eval_loss: Finite | None
+    eval_losses: dict[str, Finite | None] = {}
+    """of the sets of data.eval"""
     skipped_steps: Count = 0
     tokens_per_s: Finite | None
+    tflops_per_device: Finite | None = None
+    flops_counted: str = ""
+    """what counts as an operation there"""
+    mfu: Finite | None = None
+    peak_tflops: Finite | None = None
+    """of a device, which `mfu` is the share of"""
     peak_bytes: Count
     bytes_per_step: Count
     num_params: Count
@@ -40,7 +47,14 @@ class Summary(msgspec.Struct, kw_only=True):
 
 
 def summarize(
-    config: Config, name: str, placement: Placement, compiled: Any, lines: list[dict], step: int, data: DataReport
+    config: Config,
+    name: str,
+    placement: Placement,
+    compiled: Any,
+    speed: Throughput,
+    lines: list[dict],
+    step: int,
+    data: DataReport,
 ) -> dict:
     """The content of summary.json: last losses, median speed, memory and communication of the compiled step.
 
@@ -48,23 +62,33 @@ def summarize(
     what the steps read.
     """
     steps = [line for line in lines if "loss" in line]
-    speeds = [line["tokens_per_s"] for line in steps if line["tokens_per_s"] is not None]
     received = list_collectives(parse(compiled.as_text()), dict(placement.mesh.shape))
+    evaluation = next((line for line in reversed(lines) if "eval_loss" in line), {})
     summary = Summary(
         config=name,
         layout=placement.layout.name,
         mesh=format_sizes(placement.mesh.shape),
         step=step,
         loss=next((line["loss"] for line in reversed(steps) if not is_skipped(line)), None),
-        eval_loss=next((line["eval_loss"] for line in reversed(lines) if "eval_loss" in line), None),
+        eval_loss=evaluation.get("eval_loss"),
+        eval_losses={key[len("eval_loss/") :]: evaluation[key] for key in evaluation if key.startswith("eval_loss/")},
         skipped_steps=sum(map(is_skipped, steps)),
-        tokens_per_s=float(np.median(speeds)) if speeds else None,
+        tokens_per_s=_median(steps, "tokens_per_s"),
+        tflops_per_device=_median(steps, "tflops_per_device"),
+        flops_counted=COUNTED,
+        mfu=_median(steps, "mfu"),
+        peak_tflops=speed.hardware.peak_flops / 1e12 if speed.hardware else None,
         peak_bytes=compiled_memory(compiled).peak_bytes,
         bytes_per_step=int(sum(collective.total_bytes for collective in received)),
         num_params=config.model.num_params,
         data=data,
     )
     return msgspec.to_builtins(summary)
+
+
+def _median(lines: list[dict], name: str) -> float | None:
+    found = [line[name] for line in lines if line.get(name) is not None]
+    return float(np.median(found)) if found else None
 
 
 def read_summary(path: Path, step: int, report: Callable[[str], Any]) -> dict | None:
@@ -87,6 +111,8 @@ def print_summary(summary: dict, console: Console) -> dict:
         "loss, last training step (nats/token)": ("loss", ".4f"),
         "loss, held-out files (nats/token)": ("eval_loss", ".4f"),
         "tokens/s, median step": ("tokens_per_s", ",.0f"),
+        "model TFLOP/s per device, median step": ("tflops_per_device", ",.4g"),
+        "share of the device's peak (MFU)": ("mfu", ".1%"),
         "peak bytes per device, compiled step": ("peak_bytes", ",d"),
         "bytes received per device and step": ("bytes_per_step", ",d"),
         "parameters": ("num_params", ",d"),
@@ -95,6 +121,8 @@ def print_summary(summary: dict, console: Console) -> dict:
         rows["steps skipped, their numbers not finite"] = "skipped_steps", ",d"
     for label, (name, form) in rows.items():
         table.add_row(label, "none" if summary[name] is None else format(summary[name], form))
+        for held_out, loss in summary["eval_losses"].items() if name == "eval_loss" else ():
+            table.add_row(_plain(f"loss, held-out set {held_out}"), "none" if loss is None else format(loss, ".4f"))
     console.print(table)
     return summary
 
@@ -102,35 +130,3 @@ def print_summary(summary: dict, console: Console) -> dict:
 def _plain(text: str) -> Text:
     """Text from a file, escaped so that none of it acts as markup or as a terminal control code."""
     return Text("".join(c if c.isprintable() else "?" for c in text))
-
-
-def plot_losses(metrics: list[dict], path: Path) -> bool:
-    """Plots training loss, its running mean and held-out loss by step; returns False if matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    train, held_out = (
-        np.array([(line["step"], line[name]) for line in metrics if line.get(name) is not None], np.float64)
-        for name in ("loss", "eval_loss")
-    )
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    if len(train):
-        axes.plot(*train.T, color="tab:blue", alpha=0.35, linewidth=1, label="training")
-        window = max(1, len(train) // 30)
-        smooth = np.convolve(train[:, 1], np.ones(window) / window, mode="valid")
-        axes.plot(train[window - 1 :, 0], smooth, color="tab:blue", label=f"mean of {window} steps")
-    if len(held_out):
-        axes.plot(*held_out.T, "o-", color="tab:orange", markersize=4, label="held out")
-    axes.set(xlabel="step", ylabel="loss (nats/token)")
-    axes.grid(alpha=0.3)
-    if len(train) or len(held_out):
-        axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120)
-    pyplot.close(figure)
-    write_atomically(path, picture.getvalue())
-    return True

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -15,6 +14,7 @@ from rich.console import Console
 from tsp_jax.config import Config
 from tsp_jax.errors import BAD_NUMBERS, PREEMPTED, ConfigError, RunStopped, install_hint
 from tsp_jax.hardware.compiler_options import compiler_options
+from tsp_jax.hardware.devices import data_sheet
 from tsp_jax.hardware.memory import check_room, host_bytes, memory_bytes, shard_bytes
 from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh
 from tsp_jax.mesh import make_mesh
@@ -23,21 +23,27 @@ from tsp_jax.ops.kernels import describe_kernel
 from tsp_jax.ops.kernels.mask import Scores
 from tsp_jax.training.checkpoint import METRICS, Checkpoints
 from tsp_jax.training.corpus import name_tokenizer
-from tsp_jax.training.data import prefetch
+from tsp_jax.training.data import Batches, prefetch
 from tsp_jax.training.data_report import describe_data, report_data
 from tsp_jax.training.distributed import is_writer, report, report_once, write_or_report
+from tsp_jax.training.evaluation import describe as describe_evaluation
+from tsp_jax.training.evaluation import evaluate, load_held_out
 from tsp_jax.training.frozen import digest_weights, load_frozen
 from tsp_jax.training.init_from import check_init_from, init_state
+from tsp_jax.training.loggers import Loggers, check_loggers, open_loggers
 from tsp_jax.training.metrics import MetricsFile
 from tsp_jax.training.optimizer import Optimizer, check_optimizer, describe_shorter_warmup
+from tsp_jax.training.pictures import plot_losses, plot_positions
+from tsp_jax.training.profile import Profile
 from tsp_jax.training.progress import TrainProgress
 from tsp_jax.training.safety.finite import NumbersWatch, all_finite
 from tsp_jax.training.safety.preemption import Agreement, StopSignals
 from tsp_jax.training.safety.watchdog import Watchdog
 from tsp_jax.training.schedule import CompiledSteps, describe_schedule
-from tsp_jax.training.splits import Splits, load_splits
+from tsp_jax.training.splits import Scheduled, load_splits
 from tsp_jax.training.step import StepMetrics, TrainProgram, TrainState, make_program
-from tsp_jax.training.summary import plot_losses, print_summary, read_summary, summarize
+from tsp_jax.training.summary import print_summary, read_summary, summarize
+from tsp_jax.training.throughput import Throughput
 from tsp_jax.training.workdir import open_workdir
 
 
@@ -68,14 +74,16 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
     placement = _place(config)
     check_optimizer(optimizer)
     config = name_tokenizer(config)
-    check_init_from(config, placement)
+    remarks = check_init_from(config, placement)
+    check_loggers(config.loggers())
     splits = load_splits(config, placement.size("sequence"))
+    held_out = load_held_out(config, placement.size("sequence"), splits.held_out)
     program = make_program(config, placement, optimizer)
     _check_room(config, placement, program)
     workdir = held.enter_context(open_workdir(config.workdir))
     checkpoints = Checkpoints(workdir / "checkpoints", program, config, splits.train.digest, report)
     start = checkpoints.newest_undamaged() or 0
-    for line in _remarks(config, optimizer, checkpoints, start):
+    for line in (*remarks, *_remarks(config, optimizer, checkpoints, start)):
         say(line)
     open_metrics = partial(MetricsFile, workdir / METRICS, start, report, checkpoints.folder / str(start) / METRICS)
     if start >= config.steps:
@@ -84,6 +92,7 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
             open_metrics().close()  # writes what a full disk has kept from it
             return print_summary(summary, console)
 
+    loggers = held.enter_context(open_loggers(config, name, start, report))
     frozen = load_frozen(config, program, placement)
     checkpoints.check_frozen(digest_weights(program.paddings.frozen, frozen), start)
     if frozen:
@@ -93,13 +102,18 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
         say(line)
     with console.status("compiling the training step"):
         compiled = CompiledSteps(program, config, start, dict(compiler_options(jax.devices()[0])))
-    say(f"{f'restored step {start}' if start else 'starting afresh'} on {_describe(config, placement)}")
+    speed = Throughput(config.model, placement.mesh.size, data_sheet(jax.devices()[0]), bool(frozen))
+    say(f"{f'restored step {start}' if start else 'starting afresh'} on {_describe(config, placement)}; {speed}")
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(contextlib.closing(open_metrics()))
         progress = stack.enter_context(TrainProgress(start, config.steps, console))
         watchdog = stack.enter_context(Watchdog(config.faults.hang_s))
+        profile = stack.enter_context(Profile(config.profiled_steps(), workdir / "profile", progress.say))
         state = checkpoints.restore(start, frozen) if start else init_state(config, program, placement, frozen)
-        loop = TrainLoop(config, program, compiled, splits, metrics, checkpoints, progress, signals, watchdog)
+        loop = TrainLoop(
+            config, program, compiled, splits.train, held_out, speed, metrics, loggers, checkpoints, progress, signals,
+            watchdog, profile,
+        )  # fmt: skip
         try:
             loop.run(state, start)
         except RunStopped:
@@ -108,7 +122,7 @@ def _train(config: Config, name: str, optimizer: Optimizer, signals: StopSignals
     if not is_writer():
         return {}
     data = report_data(config, placement, splits.train, config.steps)
-    summary = summarize(config, name, placement, compiled.longest, metrics.lines, max(start, config.steps), data)
+    summary = summarize(config, name, placement, compiled.longest, speed, metrics.lines, max(start, config.steps), data)
     return _finish(workdir, summary, metrics.lines, console)
 
 
@@ -166,14 +180,14 @@ def _remarks(config: Config, optimizer: Optimizer, checkpoints: Checkpoints, sta
 
 
 def _finish(workdir: Path, summary: dict, lines: list[dict], console: Console) -> dict:
-    """Writes loss.png and summary.json if possible, and prints the summary."""
-    picture = workdir / "loss.png"
-    try:
-        if not plot_losses(lines, picture):
-            hint = f"no loss.png: matplotlib is not installed; {install_hint('viz')}"
-            console.print(hint, highlight=False, soft_wrap=True)
-    except Exception as error:  # a picture never fails a run
-        report(f"{picture} cannot be drawn ({' '.join(str(error).split()):.200})")
+    """Writes the pictures and summary.json if possible, and prints the summary."""
+    for plot, picture in ((plot_losses, workdir / "loss.png"), (plot_positions, workdir / "eval_positions.png")):
+        try:
+            if not plot(lines, picture):
+                hint = f"no {picture.name}: matplotlib is not installed; {install_hint('viz')}"
+                console.print(hint, highlight=False, soft_wrap=True)
+        except Exception as error:  # a picture never fails a run
+            report(f"{picture} cannot be drawn ({' '.join(str(error).split()):.200})")
     write_or_report(workdir / "summary.json", json.dumps(summary, indent=1))
     return print_summary(summary, console)
 
@@ -188,12 +202,17 @@ class TrainLoop:
     config: Config
     program: TrainProgram
     compiled: CompiledSteps
-    splits: Splits
+    batches: Scheduled
+    held_out: dict[str, Batches]
+    """by name"""
+    speed: Throughput
     metrics: MetricsFile
+    loggers: Loggers
     checkpoints: Checkpoints
     progress: TrainProgress
     signals: StopSignals
     watchdog: Watchdog
+    profile: Profile
 
     def __post_init__(self):
         self.since = time.perf_counter()
@@ -212,19 +231,22 @@ class TrainLoop:
         missing = start and self._due(start, self.config.eval_every) and start not in self.metrics.evaluations
         if missing and not self._evaluate(state, start):
             batches = iter(())
+        self.profile.resume(start)
         for step, batch in batches:
             state, step_metrics = self.compiled(state, batch)
             self._log(pending)
             pending, done = (step + 1, step_metrics), step + 1
             stop = stop_agreed()
             evaluate, save = self._due(done, self.config.eval_every), self._due(done, self.config.checkpoint_every)
-            if evaluate or save or stop:
+            if evaluate or save or stop or self.profile.is_due(done):
                 self._log(pending)
                 pending = None
+                self.profile.end(done)
                 if evaluate:
                     stop |= not self._evaluate(state, done)
                 if save or stop:
                     self._save(state, done)
+                self.profile.begin(done)
                 self.since = time.perf_counter()
             self.checkpoints.poll()
             if stop:
@@ -241,7 +263,7 @@ class TrainLoop:
 
     def _batches(self, start: int) -> Iterator:
         def make(step: int):
-            return self.splits.train.place(step, self.program.batch_sharding, accumulate=self.config.accumulate)
+            return self.batches.place(step, self.program.batch_sharding, accumulate=self.config.accumulate)
 
         # Several processes must agree on the step, so a signal must not interrupt only one of them.
         interrupt = self.signals.requested if jax.process_count() == 1 else None
@@ -255,27 +277,30 @@ class TrainLoop:
         values = {name: float(value) for name, value in step_metrics._asdict().items()}
         self.watchdog.pet(f"step {step}")
         before, self.since = self.since, time.perf_counter()
-        line = {"step": step, **values}
-        line["tokens_per_s"] = self.splits.train.num_tokens(step - 1) / (self.since - before)
-        self.metrics.write(line)
+        batches, phase_step = self.batches.of(step - 1)
+        speed = self.speed.of(batches.num_tokens(phase_step), batches.seq_len, self.since - before)
+        line = {"step": step, **values, **speed}
+        self._write(line)
         self.progress.show(line)
         self.numbers.see(line)
 
     def _evaluate(self, state: TrainState, step: int) -> bool:
-        """Computes and writes the held-out loss; returns False if a signal interrupts it (redone on resume)."""
-        total = count = 0.0
-        held_out = self.splits.held_out
-        for index in range(min(self.config.eval_batches, max(1, held_out.num_windows // self.config.batch))):
-            if jax.process_count() == 1 and self.signals.asked:
-                return False
-            batch = held_out.place(index, self.program.batch_sharding, accumulate=1)
-            nll, labels = self.program.evaluate(state.weights, batch)
-            total, count = total + float(nll), count + float(labels)
-            self.watchdog.pet(f"batch {index} of the evaluation at step {step}")
-        loss = total / count if count else math.nan
-        self.metrics.write({"step": step, "eval_loss": loss})
-        self.progress.say(f"step {step}: held-out loss {loss:.4f} nats/token")
+        """Writes the losses of all held-out sets; returns False if a signal interrupts it (redone on resume)."""
+
+        def go_on(what: str) -> bool:
+            self.watchdog.pet(f"the start of {what} at step {step}")
+            return not (jax.process_count() == 1 and self.signals.asked)
+
+        found = evaluate(self.program, state.weights, self.held_out, self.config, go_on)
+        if found is None:
+            return False
+        self._write({"step": step, **found})
+        self.progress.say(f"step {step}: {describe_evaluation(found)}")
         return True
+
+    def _write(self, line: dict) -> None:
+        self.metrics.write(line)
+        self.loggers.write(line)
 
     def _save(self, state: TrainState, step: int) -> None:
         if not all_finite(state):

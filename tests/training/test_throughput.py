@@ -1,0 +1,58 @@
+"""TFLOP/s and share of peak: by hand, and of the device that runs."""
+
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from tests.builders.steps import CONFIG
+from tsp_jax.cost.flops import model_flops
+from tsp_jax.hardware.devices import HARDWARE, data_sheet
+from tsp_jax.training.throughput import Throughput
+
+KINDS = {
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "AMD Instinct MI300X": "mi300x",
+    "AMD Instinct MI325X": "mi325x",
+    "gfx942": "mi300x",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v5 lite": "v5e",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "v7x",
+}
+OTHERS = ["NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200 NVL", "NVIDIA GH200 480GB", "NVIDIA GB200", "TPU v4"]
+"""devices of other rates, some with a known name in theirs"""
+
+
+def device(kind: str):
+    return SimpleNamespace(platform="tpu" if kind.startswith("TPU") else "gpu", device_kind=kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_device_has_the_data_sheet_of_its_kind(kind):
+    assert data_sheet(device(kind)) is HARDWARE[KINDS[kind]]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_device_of_another_kind_has_none(kind):
+    assert data_sheet(device(kind)) is None
+
+
+def test_rates_are_per_device_and_of_its_peak():
+    speed = Throughput(CONFIG.model, 8, HARDWARE["h100"])
+    found = speed.of(batch=2, seq_len=64, seconds=0.5)
+    flops = model_flops(CONFIG.model, 128, 64)
+    assert found == pytest.approx(
+        {"tokens_per_s": 256, "tflops_per_device": flops / 4 / 1e12, "mfu": flops / 4 / 989e12}
+    )
+    assert "989 TFLOP/s in bfloat16 (NVIDIA H100 SXM data sheet)" in str(speed)
+
+
+def test_a_cpu_has_no_share_and_the_run_says_so():
+    speed = Throughput(CONFIG.model, 8, data_sheet(jax.devices()[0]))
+    assert speed.hardware is None
+    assert speed.of(1, 64, 1.0)["mfu"] is None
+    assert "no share of peak" in str(speed)

@@ -191,7 +191,7 @@ BAD = [
     ("a.jsonl", lines([{"messages": []}]), r"messages in .* line 1 is \[\]; use one message or more"),
     ("a.jsonl", lines([{"messages": [{"content": "a"}]}]), "messages in .* line 1 is .*; use one message or more"),
     ("a.jsonl", lines([{"messages": ["a"]}]), "messages in .* line 1 is .*; use one message or more"),
-    ("a.jsonl.gz", gzip.compress(lines([{"text": "a"}] * 999))[:-20], "a.jsonl.gz, which cannot be read"),
+    ("a.jsonl.gz", gzip.compress(lines([{"text": "a"}] * 999), mtime=0)[:-20], "a.jsonl.gz, which cannot be read"),
     ("a.jsonl.gz", b"no gzip", "a.jsonl.gz, which cannot be read"),
     ("a.txt.zst", zstd(b"abc" * 99)[:-4], "a.txt.zst, which cannot be read"),
     ("a.txt.zst", b"no zstd", "a.txt.zst, which cannot be read"),

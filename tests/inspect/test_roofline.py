@@ -148,6 +148,15 @@ TWICE = fused(
 )
 THROUGH = fused("f32[100] f32[10]", "%n = f32[10] negate(%p1)", "ROOT %t = (f32[100], f32[10]) tuple(%p0, %n)")
 INNER = "%inner (i: f32[100]) -> f32[10] {\n  %i = f32[100] parameter(0)\n  ROOT %s = f32[10] slice(%i)\n}\n"
+RETILED = (
+    "%retile (i: f32[100]) -> f32[100] {\n  %i = f32[100] parameter(0)\n  ROOT %c = f32[100] copy(%i)\n}\n"
+    + fused(
+        "f32[100] f32[10] s32[]",
+        "%v = f32[100] fusion(%p0), kind=kLoop, ALIAS, calls=%retile",
+        "ROOT %u = f32[100] dynamic-update-slice(%v, %p1, %p2)",
+    )
+)
+SAME_MEMORY = "output_to_operand_aliasing={{}: (0, {})}"
 NESTED = INNER + fused("f32[100]", "ROOT %f = f32[10] fusion(%p0), calls=%inner")
 
 
@@ -161,8 +170,18 @@ NESTED = INNER + fused("f32[100]", "ROOT %f = f32[10] fusion(%p0), calls=%inner"
         ("(f32[10], f32[]) fusion(f32[100] %p.a, s32[] %p.i)", TWICE, 400 + 40 + 4 + 4),
         ("(f32[100], f32[10]) fusion(f32[100] %p.a, f32[10] %p.b)", THROUGH, 80),
         ("f32[10] fusion(f32[100] %p.a)", NESTED, 80),
+        (
+            "f32[100] fusion(f32[100] %p.a, f32[10] %p.b, s32[] %p.i)",
+            RETILED.replace("ALIAS", SAME_MEMORY),
+            40 + 40 + 4,
+        ),
+        (
+            "f32[100] fusion(f32[100] %p.a, f32[10] %p.b, s32[] %p.i)",
+            RETILED.replace("ALIAS, ", ""),
+            400 + 400 + 40 + 4,
+        ),
     ],
-    ids=["sliced", "updated", "accumulated", "filled", "twice", "through", "nested"],
+    ids=["sliced", "updated", "accumulated", "filled", "twice", "through", "nested", "retiled in place", "copied"],
 )
 def test_bytes_of_fusions(call, body, size):
     assert cost(f"%f = {call}, kind=kLoop, calls=%fused", body) == (0, size)

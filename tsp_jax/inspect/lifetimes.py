@@ -11,7 +11,7 @@ from tsp_jax.inspect.calls import check_calls
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.module import Module
 from tsp_jax.inspect.opcodes import ALIASES, ELEMENTWISE, IN_PLACE, POINT_TO_POINT
-from tsp_jax.inspect.parser import parse_aliases
+from tsp_jax.inspect.parser import parse_aliases, viewed_operand
 from tsp_jax.inspect.shapes import Shape, ShapeTree, leaves
 
 _OTHER_WORK = -1
@@ -244,22 +244,22 @@ def overwritten(module: Module, i: Instruction) -> list[tuple[int, int]]:
         return []
     body = module.callee(i, "calls")
     writers = [(k, writer) for k, writer in enumerate(fusion_outputs(body)) if writer.opcode in IN_PLACE]
-    targets = [(k, _through_bitcasts(body, body.operands(writer)[0])) for k, writer in writers]
+    targets = [(k, _through_views(body, body.operands(writer)[0])) for k, writer in writers]
     return [(k, int(target.literal)) for k, target in targets if target.opcode == "parameter"]
 
 
 def fusion_outputs(body: Computation) -> list[Instruction]:
     """The instructions that make a fusion's results."""
-    return [_through_bitcasts(body, result) for result in _results(body)]
+    return [_through_views(body, result) for result in _results(body)]
 
 
 def _results(body: Computation) -> tuple[Instruction, ...]:
     return body.operands(body.root) if body.root.opcode == "tuple" else (body.root,)
 
 
-def _through_bitcasts(body: Computation, i: Instruction) -> Instruction:
-    while i.opcode == "bitcast":
-        i = body.operands(i)[0]
+def _through_views(body: Computation, i: Instruction) -> Instruction:
+    while name := viewed_operand(i):
+        i = body.by_name[name]
     return i
 
 

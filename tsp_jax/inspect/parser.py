@@ -211,3 +211,17 @@ def parse_aliases(text: str) -> tuple[tuple[tuple[int, ...], int, tuple[int, ...
     """(index of an output, number of the argument whose memory it reuses, index within the argument) of each alias."""
     found = re.findall(r"\{([\d, ]*)\}:\s*\((\d+),\s*\{([\d, ]*)\}", text)
     return tuple((ints(output), natural(number), ints(within)) for output, number, within in found)
+
+
+def viewed_operand(i: Instruction) -> str | None:
+    """Name of the operand that an instruction returns as it is in memory; None if it makes an array of its own.
+
+    A fusion may begin with a fusion that returns its operand in another tiling: ``output_to_operand_aliasing={{}: (0,
+    {})}``. libtpu writes such fusions for v7x.
+    """
+    if i.opcode == "bitcast":
+        return i.operands[0]
+    if i.opcode != "fusion":
+        return None
+    aliases = parse_aliases(i.attributes.get("output_to_operand_aliasing", ""))
+    return next((i.operands[number] for output, number, within in aliases if not output and not within), None)

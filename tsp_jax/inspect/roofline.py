@@ -16,6 +16,7 @@ from tsp_jax.inspect.flops import product_flops, product_shape
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.module import Module
 from tsp_jax.inspect.opcodes import ALIASES, IN_PLACE, NO_KERNEL, NO_TRAFFIC_CALLS, POINT_TO_POINT, SLICES
+from tsp_jax.inspect.parser import viewed_operand
 from tsp_jax.inspect.scopes import declared_flops
 from tsp_jax.inspect.shapes import HOST_MEMORY_SPACE, Shape, leaves
 
@@ -148,8 +149,8 @@ def _in_place_traffic(i: Instruction, arrays: Sequence[tuple[Shape, ...]]) -> li
 
 def _source(computation: Computation, i: Instruction) -> Instruction:
     """The instruction that makes the array of which `i` is an alias."""
-    while (i.opcode in ALIASES or i.opcode == "get-tuple-element") and i.operands:
-        source = computation.by_name[i.operands[0]]
+    while (i.opcode in ALIASES or i.opcode == "get-tuple-element" or viewed_operand(i)) and i.operands:
+        source = computation.by_name[viewed_operand(i) or i.operands[0]]
         if i.opcode == "get-tuple-element" and source.opcode == "tuple":
             source = computation.by_name[source.operands[int(i.attributes["index"])]]
         i = source

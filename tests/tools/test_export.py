@@ -89,6 +89,13 @@ def test_a_run_begins_with_the_weights_and_tokens_of_its_folder(run, folder):
     assert losses[-1] < losses[0]
 
 
+def test_given_weights_are_evaluated_before_the_first_step(run):
+    lines = numbers(Path(run.workdir))
+    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 4]
+    assert held_out[1] < held_out[0]
+
+
 def test_a_working_directory_is_a_configuration_too(run):
     assert is_run(run.workdir)
     assert read_run(run.workdir) == run

@@ -228,8 +228,9 @@ class TrainLoop:
         self.signals.protect()
         stop_agreed, pending, done = Agreement(self.signals), None, start
         batches = self._batches(start)
-        missing = start and self._due(start, self.config.eval_every) and start not in self.metrics.evaluations
-        if missing and not self._evaluate(state, start):
+        # Given weights are evaluated before the first step: what training changes is seen against that.
+        due = self._due(start, self.config.eval_every) if start else bool(self.config.weights_from)
+        if due and start not in self.metrics.evaluations and not self._evaluate(state, start):
             batches = iter(())
         self.profile.resume(start)
         for step, batch in batches:
@@ -256,7 +257,8 @@ class TrainLoop:
             self._save(state, done)
         self.checkpoints.close(done)
         if done < self.config.steps or done not in self.metrics.evaluations:
-            raise RunStopped(f"by a signal; step {done} of {self.config.steps} is saved; start again", PREEMPTED)
+            saved = f"step {done} of {self.config.steps} is saved" if done else "no step is done"
+            raise RunStopped(f"by a signal; {saved}; start again", PREEMPTED)
 
     def _due(self, done: int, every: int) -> bool:
         return done >= self.config.steps or (every > 0 and done % every == 0)

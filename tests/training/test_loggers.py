@@ -59,7 +59,7 @@ def shown(folder: Path) -> Counter:
 def test_a_resumed_run_has_each_step_once(tmp_path):
     """It is stopped after step 3, and resumes from the checkpoint of step 2."""
     config = small_config(tmp_path, steps=6, checkpoint_every=2, eval_every=2, log="tensorboard")
-    write = trainer.Loggers.write
+    write = Loggers.write
 
     class Killed(BaseException):
         pass
@@ -70,7 +70,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(trainer.Loggers, "write", killed)
+        patch.setattr(Loggers, "write", killed)
         trainer.train(config, "stopped")
     trainer.train(config, "resumed")
     folder = Path(config.workdir)

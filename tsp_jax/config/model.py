@@ -119,10 +119,12 @@ class ModelConfig:
         return kinds[: next(lengths, len(kinds))]
 
     @property
-    def windows(self) -> tuple[int | None, ...]:
-        """The window of each layer; None: none."""
-        kinds = (self.period[index % len(self.period)] for index in range(self.num_layers))
-        return tuple(self.window if kind == "sliding" else None for kind in kinds)
+    def windows(self) -> tuple[tuple[int | None, int], ...]:
+        """(window, number of layers that have it), where None is no window. Its size does not depend on L."""
+        periods, rest = divmod(self.num_layers, len(self.period))
+        sliding = periods * self.period.count("sliding") + self.period[:rest].count("sliding")
+        found = ((self.window, sliding), (None, self.num_layers - sliding))
+        return tuple((window, layers) for window, layers in found if layers)
 
     @property
     def num_params(self) -> int:

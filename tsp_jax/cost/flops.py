@@ -6,7 +6,6 @@ multiply-add counts as two operations. Layout and padding do not count.
 Dims: T all tokens of the step, S tokens per sequence, L layers, N query heads, H head.
 """
 
-from collections import Counter
 from typing import NamedTuple
 
 from tsp_jax.config import Config, ModelConfig
@@ -36,7 +35,7 @@ def mean_keys(model: ModelConfig, seq_len: int) -> float:
     without one.
     """
     total = 0.0
-    for window, layers in Counter(model.windows).items():
+    for window, layers in model.windows:
         window = min(window or seq_len, seq_len)
         total += layers * (window - window * (window - 1) / (2 * seq_len))
     return total / model.num_layers

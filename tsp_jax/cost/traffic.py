@@ -10,7 +10,6 @@ V vocabulary, H head.
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -253,11 +252,11 @@ def attention_traffic(
 
 
 def layers_attention_traffic(
-    sharding: OpSharding, movement: str, *, windows: Sequence[int | None], **settings: Any
+    sharding: OpSharding, movement: str, *, windows: Sequence[tuple[int | None, int]], **settings: Any
 ) -> Traffic:
-    """`attention_traffic` of several layers together: of one with each of `windows`."""
+    """`attention_traffic` of several layers together; `windows` are pairs of a window and its number of layers."""
     total: Traffic = {}
-    for window, layers in Counter(windows).items():
+    for window, layers in windows:
         for kind, nbytes in attention_traffic(sharding, movement, window=window, **settings).items():
             total[kind] = total.get(kind, 0) + layers * nbytes
     return total

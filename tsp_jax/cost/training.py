@@ -170,7 +170,7 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dic
         waiting = trained * ITEMSIZE[config.grad_dtype]
     if not on_host:
         waiting = max(0.0, waiting - residuals)
-    exchanged = max(sharding.exchanged_tokens(movement, window, config.data.order) for window in set(model.windows))
+    exchanged = max(sharding.exchanged_tokens(movement, window, config.data.order) for window, _ in model.windows)
     kv_heads = heads.shard.kv / sharding.exchange_buckets(heads, movement, step.bucket_bytes, exchanged)
     keys = exchanged + config.seq_len // sharding.sequence
     bucket = step.bucket_elements() / sharding.tensor

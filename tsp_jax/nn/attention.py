@@ -109,7 +109,7 @@ class Attention(Layer):
         super().__init__(placement, stream, dtype)
         self.head_sharding = sharding
         self.remat: Remat = remat
-        self.windows: tuple[int | None, ...] = (window,)
+        self.windows: tuple[tuple[int | None, int], ...] = ((window, 1),)
         """windows of the layers for which `auto` chooses a movement together"""
         self.config = AttentionConfig(
             heads=sharding.heads, rope_theta=rope_theta, norm_eps=norm_eps, rope_scaling=rope_scaling,

@@ -267,7 +267,7 @@ def test_moments_in_bfloat16_hardly_change_the_losses(config, single_losses):
     losses = run(dataclasses.replace(narrow, layout="single", mesh=""), 8)[2]
     wide = single_losses(config)[0][: len(losses)]
     np.testing.assert_allclose(losses, wide, rtol=1e-2)
-    assert abs(losses[-1] / wide[-1] - 1) > LOSS_TOLERANCE
+    assert np.abs(np.divide(losses, wide) - 1).max() > LOSS_TOLERANCE / 10, "they are used"
 
 
 def test_checkpoint_of_another_model_is_refused_by_field(config, saved, tmp_path):

@@ -1,6 +1,6 @@
 #!/bin/sh
 # From a Hugging Face folder to a fine-tuned one and back, on eight virtual CPU devices. Run it from the top of a clone:
-#   pip install ".[hf,viz]" && sh examples/fine_tune.sh
+#   pip install ".[hf]" && sh examples/fine_tune.sh
 # The same commands on GPUs: leave out --cpu-devices, and give a longer --seq-len.
 set -eu
 

@@ -15,11 +15,12 @@ from tests.builders.folders import LLAMA, save_folder
 from tests.builders.runs import numbers
 from tests.builders.tokenizers import characters, save_tokenizer
 from tsp_jax import inference
-from tsp_jax.config import Config, LoraConfig
+from tsp_jax.config import Config, DataConfig, LoraConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.hf import weights as hf
 from tsp_jax.tools import cli, export
 from tsp_jax.tools.export import ExportOptions
+from tsp_jax.tools.train import train
 from tsp_jax.training import trainer
 from tsp_jax.training.init_from import check_init_from
 from tsp_jax.training.saved_run import is_run, load_run_params, read_run
@@ -71,6 +72,13 @@ def test_a_folder_is_a_configuration(folder):
     assert (config.init_from, config.data.tokenizer) == (str(folder), str(folder))
     assert dataclasses.replace(config.model, rope_scaling=LLAMA.rope_scaling, init_std=LLAMA.init_std) == LLAMA
     assert config.model.rope_scaling.factor == 2
+
+
+def test_a_folder_is_trained_on_text_that_is_named(folder):
+    """The text of a configuration without files is the standard library's source."""
+    name, config = parse(folder, "none")
+    with pytest.raises(ConfigError, match=r"data.files='' names no text .*; use --data.files"):
+        train(name, dataclasses.replace(config, data=DataConfig(tokenizer=str(folder))), None)
 
 
 def test_a_configuration_needs_no_weights(folder, tmp_path):

@@ -1,12 +1,22 @@
 """The command tsp-train."""
 
 from tsp_jax.config import Config
+from tsp_jax.errors import ConfigError
 from tsp_jax.tools import cli
 from tsp_jax.training import trainer
 
 
 def train(name: str, config: Config, optimizer: cli.Optimizer) -> None:
-    """Trains a configuration, with its own optimizer if there is one."""
+    """Trains a configuration, with its own optimizer if there is one.
+
+    Raises:
+      ConfigError: the model of a Hugging Face folder is to be trained, and no text is named; else as `trainer.train`.
+    """
+    if config.init_from and not (config.data.files or config.data.mixture):
+        raise ConfigError(
+            f"data.files='' names no text to train the model of init_from={config.init_from} on; "
+            "use --data.files 'corpus/**/*.txt', or --data.mixture"
+        )
     trainer.train(config, name, optimizer)
 
 

@@ -105,7 +105,7 @@ def finish_heads(
 def _norm_over_all(
     x_BtnH: jax.Array, scale_11nH: jax.Array, queries: bool, heads: ShardedHeads, own: bool
 ) -> jax.Array:  # fmt: skip
-    """RMSNorm over all heads of the model, of which each rank has some; ranks may share KV heads. float32."""
+    """RMSNorm over all heads of the model. Each rank has some heads; ranks may share KV heads. float32."""
     config, sharding, axes = heads.config, heads.sharding, heads.axes
     ranks: AxisNames = axes.tensor + axes.folded if own else axes.tensor
     copies = 1

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tsp_jax.config import Config, ModelConfig
-from tsp_jax.cost.training import step_memory
+from tsp_jax.cost.memory import step_memory
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import Target
 from tsp_jax.layout import Layout, get_layout, num_ranks, spread

@@ -11,7 +11,8 @@ this device, H head; c tokens of a chunk, p rows of a bucket.
 from collections.abc import Mapping
 
 from tsp_jax.config import Config
-from tsp_jax.cost.passes import Pass, step_passes
+from tsp_jax.cost.op_passes import Pass
+from tsp_jax.cost.passes import step_passes
 from tsp_jax.cost.step import ITEMSIZE, Step
 from tsp_jax.cost.traffic import FLOAT32, repeats_attention
 from tsp_jax.layout import Layout, num_ranks

@@ -21,7 +21,8 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from tsp_jax.config import Config
 from tsp_jax.cost.memory import step_memory
-from tsp_jax.cost.passes import Block, Message, Pass, step_passes
+from tsp_jax.cost.op_passes import Attend, Message, Pass
+from tsp_jax.cost.passes import Block, step_passes
 from tsp_jax.cost.step import ITEMSIZE
 from tsp_jax.cost.traffic import FLOAT32
 from tsp_jax.errors import ConfigError
@@ -125,17 +126,20 @@ class _Priced:
     def _timed(self, part: Pass, scenario: Scenario) -> Timed:
         level = scenario.compute
         bandwidth, dtype = self.hardware.rates.memory.bytes_per_s.rate(level), self.config.compute_dtype
-        products = attention = 0.0
+        products, attention, nbytes = 0.0, 0.0, part.bytes
+        if self.hardware.platform == "cuda":
+            nbytes += part.fusible
         for m, n, k, times in part.products:
-            nbytes = (m * k + k * n) * ITEMSIZE[dtype] + m * n * FLOAT32
+            arrays = (m * k + k * n) * ITEMSIZE[dtype] + m * n * FLOAT32
             seconds = self.prices.work(Work(2 * m * n * k, (m, n, k), dtype), level)
-            products += times * max(seconds, nbytes / bandwidth)
+            products += times * max(seconds, arrays / bandwidth)
         if part.attend:
             direction: Direction = "backward" if part.attend.backward else "forward"
             flops = 2 * part.attend.pairs * (self.backward_products if part.attend.backward else 2)
             head_dim = self.config.model.head_dim
             attention = self.prices.work(Work(flops, None, dtype, direction, self.kernel, head_dim), level)
-        compute = {"products": products, "attention": attention, "elementwise": part.bytes / bandwidth}
+            nbytes += _pair_bytes(self.kernel, part.attend)
+        compute = {"products": products, "attention": attention, "elementwise": nbytes / bandwidth}
         fetched, sent, summed = (
             self._messages(messages, scenario.links) for messages in (part.fetched, part.sent, part.summed)
         )
@@ -146,9 +150,23 @@ class _Priced:
         """Kind of traffic -> seconds."""
         found = defaultdict[str, float](float)
         for m in messages:
-            each = self.prices.collective(m.collective, m.bytes / m.number, self.mesh, m.axes, level)
+            name, nbytes = m.collective, m.bytes / m.number
+            if self.hardware.platform == "tpu" and name == "reduce-scatter":  # the compiler makes it an all-reduce
+                name, nbytes = "all-reduce", 2 * nbytes
+            each = self.prices.collective(name, nbytes, self.mesh, m.axes, level)
             found[m.kind] += m.number * each
         return found
+
+
+def _pair_bytes(kernel: str, attend: Attend) -> float:
+    """Elementwise work of cuDNN's kernel, which attends to pairs of zigzag chunks and merges their results in float32.
+
+    A query chunk attends to 2 R + 1 of 2 R pairs of chunks of R ranks, in the mean. Bytes were counted in programs for
+    H100 (jax 0.10.2), as those of `tsp_jax.cost.passes`.
+    """
+    if kernel != "cudnn":
+        return 0.0
+    return attend.elements * (2 * attend.ranks + 1) / 2 * (80 if attend.backward else 26)
 
 
 class _Prices:

@@ -134,8 +134,10 @@ class OpPasses:
         fetched, sent = self._weight_messages(weights * rows, buckets, received, axes or self.axes.folded)
         elements = weights * rows * self.width
         own, whole = elements / folded, 0.0 if self.moves_tokens or folded == 1 else elements
-        # A layer's weights are copied out of those of all layers and cast, buckets unpacked, gradients packed.
-        moved = fetches * (own * (2 * FLOAT32 + FLOAT32 + sharding.itemsize) + whole * 2 * sharding.itemsize)
+        # A layer's weights are copied out of those of all layers and cast. Buckets are unpacked; in a loop from a copy.
+        # Gradients are packed.
+        unpacked = whole * 2 * sharding.itemsize * (2 if buckets > 1 else 1)
+        moved = fetches * (own * (2 * FLOAT32 + FLOAT32 + sharding.itemsize) + unpacked)
         moved += grads * (own * (FLOAT32 + sharding.itemsize) + whole * (FLOAT32 + sharding.grad_itemsize))
         made = tokens * rows / (folded if self.moves_tokens else 1)
         return Pass(

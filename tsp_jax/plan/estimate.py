@@ -6,9 +6,8 @@ and rules of `tsp_jax.inspect.timeline` for a compiled program:
 - A product takes the longer of its operations at the rate of its shape, and of its operands' and result's bytes. An
   attention kernel takes its products for the pairs that may attend, all other work its bytes in main memory.
 - A collective takes `tsp_jax.hardware.links.collective_seconds`, each message with its fixed cost.
-- A bucket is fetched while the bucket before it is used, and sent while the one after it is (`tsp_jax.plan.queues`). So
-  a layer's first weights, and each op's first keys and values or tokens, are exposed; weights of other ops only where
-  the links are busy; sums of partial outputs always. On TPU the compiler lets computation wait for every collective.
+- `tsp_jax.plan.queues` says what overlaps. On TPU the compiler lets computation wait for every collective, and makes a
+  reduce-scatter an all-reduce.
 """
 
 import dataclasses
@@ -126,13 +125,15 @@ class _Priced:
     def _timed(self, part: Pass, scenario: Scenario) -> Timed:
         level = scenario.compute
         bandwidth, dtype = self.hardware.rates.memory.bytes_per_s.rate(level), self.config.compute_dtype
-        products, attention, nbytes = 0.0, 0.0, part.bytes
+        products, attention, beside, nbytes = 0.0, 0.0, 0.0, part.bytes
         if self.hardware.platform == "cuda":
             nbytes += part.fusible
         for m, n, k, times in part.products:
             arrays = (m * k + k * n) * ITEMSIZE[dtype] + m * n * FLOAT32
             seconds = self.prices.work(Work(2 * m * n * k, (m, n, k), dtype), level)
             products += times * max(seconds, arrays / bandwidth)
+            if k == part.chunk:
+                beside += times * seconds
         if part.attend:
             direction: Direction = "backward" if part.attend.backward else "forward"
             flops = 2 * part.attend.pairs * (self.backward_products if part.attend.backward else 2)
@@ -143,8 +144,12 @@ class _Priced:
         fetched, sent, summed = (
             self._messages(messages, scenario.links) for messages in (part.fetched, part.sent, part.summed)
         )
-        early = all(message.kind == "weights" for message in part.fetched)
-        return Timed(part.buckets, compute, fetched, sent, summed, early)
+        kinds = {message.kind for message in part.fetched}
+        early = 1.0 - ("activations" in kinds)
+        if part.attend and not part.attend.backward:
+            early = 0.5
+        awaited = any(message.kind != "key_value_grads" for message in part.sent)
+        return Timed(part.buckets, compute, fetched, sent, summed, early, awaited, beside)
 
     def _messages(self, messages: Sequence[Message], level: Level) -> dict[str, float]:
         """Kind of traffic -> seconds."""

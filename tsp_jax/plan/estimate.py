@@ -1,6 +1,6 @@
 """Memory and time of a training step by closed forms, without a compiler: to rank configurations, and to say what wins.
 
-Memory is `tsp_jax.cost.memory.step_memory`. Time is that of the passes of `tsp_jax.cost.passes`, at the rates, links
+Memory is `tsp_jax.cost.memory.memory_moments`. Time is that of the passes of `tsp_jax.cost.passes`, at the rates, links
 and rules of `tsp_jax.inspect.timeline` for a compiled program:
 
 - A product takes the longer of its operations at the rate of its shape, and of its operands' and result's bytes. An
@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from tsp_jax.config import Config
-from tsp_jax.cost.memory import step_memory
+from tsp_jax.cost.memory import memory_moments
 from tsp_jax.cost.op_passes import Attend, Message, Pass
 from tsp_jax.cost.passes import Block, step_passes
 from tsp_jax.cost.step import ITEMSIZE
@@ -40,13 +40,19 @@ from tsp_jax.plan.queues import Timed, run
 class Estimate:
     """A training step of a configuration on one device of a target."""
 
-    memory: Mapping[str, float]
-    """part -> bytes at the peak; see `step_memory`"""
+    config: Config
+    moments: Mapping[str, Mapping[str, float]]
+    """moment -> part -> bytes that a device holds then; see `memory_moments`"""
     scenarios: Mapping[str, Mapping[str, float]]
     """name in `SCENARIOS` -> term -> seconds. The terms add up to the step: products, attention, elementwise work,
     optimizer, contention, and exposed communication by kind"""
     received_bytes: float
     """by a device in a step"""
+
+    @property
+    def memory(self) -> Mapping[str, float]:
+        """Part -> bytes at the moment that needs most; see `tsp_jax.cost.memory.Parts`."""
+        return max(self.moments.values(), key=lambda parts: sum(parts.values()))
 
     @property
     def seconds(self) -> Mapping[str, float]:
@@ -77,12 +83,13 @@ def estimate(config: Config, target: Target) -> Estimate:
       ConfigError: the layout or the mesh does not fit the target, or no kernel computes these heads.
     """
     layout, sizes = placed(config, target)
-    blocks, memory = step_passes(config, layout, sizes), step_memory(config, layout, sizes)
+    blocks, moments = step_passes(config, layout, sizes), memory_moments(config, layout, sizes)
     received = sum(block.times * m.bytes for block in blocks for part in block.passes for m in part.messages)
-    update = 2 * memory["state"] + memory["gradients"]  # reads and writes weights and moments, reads gradients
+    after = moments["embed"]  # the update reads and writes weights and moments, and reads gradients
+    update = 2 * after["state"] + after["gradients"]
     priced = _Priced(config, target.hardware, sizes)
     return Estimate(
-        memory=memory, received_bytes=config.accumulate * received,
+        config=config, moments=moments, received_bytes=config.accumulate * received,
         scenarios={name: priced.terms(blocks, update, scenario) for name, scenario in SCENARIOS.items()},
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from tsp_jax.config import Config
+from tsp_jax.cost.flops import muon_products
 from tsp_jax.cost.memory import memory_moments
 from tsp_jax.cost.op_passes import Attend, Message, Pass
 from tsp_jax.cost.passes import Block, step_passes
@@ -29,7 +30,7 @@ from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.links import collective_seconds
 from tsp_jax.hardware.rates import SCENARIOS, Band, Direction, Level, Scenario, Work
 from tsp_jax.hardware.targets import Target
-from tsp_jax.layout import AxisNames, Layout, check_fits, get_layout, parse_mesh
+from tsp_jax.layout import AxisNames, Layout, check_fits, get_layout, num_ranks, parse_mesh
 from tsp_jax.mesh import format_sizes
 from tsp_jax.ops.kernels import KERNELS, choose_kernel
 from tsp_jax.ops.kernels.mask import Scores
@@ -116,6 +117,8 @@ class _Priced:
         self.config, self.hardware, self.prices = config, hardware, _prices(hardware)
         self.mesh = tuple(sizes.items())
         self.kernel, self.backward_products = kernel_of(config, hardware)
+        shards = num_ranks(get_layout(config.layout).heads, sizes)
+        self.muon = muon_products(config.model, shards) if config.optimizer.name == "muon" else []
 
     def terms(self, blocks: tuple[Block, ...], update_bytes: float, scenario: Scenario) -> dict[str, float]:
         """Term -> seconds of a step."""
@@ -127,6 +130,9 @@ class _Priced:
             for name, seconds in run(timed, contention, waits=self.hardware.platform == "tpu").items():
                 total[name] += block.times * self.config.accumulate * seconds
         total["optimizer"] = update_bytes / rates.memory.bytes_per_s.rate(scenario.compute)
+        for m, n, k, times in self.muon:
+            work = Work(2 * m * n * k, (m, n, k), "float32")
+            total["optimizer"] += times * self.prices.work(work, scenario.compute)
         return dict(total)
 
     def _timed(self, part: Pass, scenario: Scenario) -> Timed:

@@ -34,11 +34,14 @@ def mean_keys(model: ModelConfig, seq_len: int) -> float:
     Token i of S attends to min(i + 1, W) tokens, as if the sequence were one document. W is the window, or S in layers
     without one.
     """
-    total = 0.0
-    for window, layers in model.windows:
-        window = min(window or seq_len, seq_len)
-        total += layers * (window - window * (window - 1) / (2 * seq_len))
-    return total / model.num_layers
+    layers = sum(layers * keys_within(window, seq_len) for window, layers in model.windows)
+    return layers / model.num_layers
+
+
+def keys_within(window: int | None, seq_len: int) -> float:
+    """Number of keys that a token attends to in a layer with this window, in the mean over tokens."""
+    window = min(window or seq_len, seq_len)
+    return window - window * (window - 1) / (2 * seq_len)
 
 
 def model_flops(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from tsp_jax.config import Config
-from tsp_jax.cost.training import ITEMSIZE
+from tsp_jax.cost.step import ITEMSIZE
 from tsp_jax.heads import HeadSharding
 from tsp_jax.layout import Layout, num_ranks
 from tsp_jax.stored import RowPadding

@@ -1,1 +1,1 @@
-"""Plans: steps compiled for hardware that need not be present, and the search for the best configuration."""
+"""Which configuration to run: closed forms of a step's memory and time, what memory is free for it, and the search."""

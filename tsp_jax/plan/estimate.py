@@ -85,7 +85,7 @@ def estimate(config: Config, target: Target, scenarios: Iterable[str] = tuple(SC
     priced = _Priced(config, target.hardware, sizes)
     return Estimate(
         memory=memory, received_bytes=config.accumulate * received,
-        scenarios={name: priced.terms(blocks, update, scenario) for name, scenario in SCENARIOS.items()},
+        scenarios={name: priced.terms(blocks, update, SCENARIOS[name]) for name in scenarios},
     )  # fmt: skip
 
 

@@ -4,8 +4,9 @@ All by closed forms, which are scaled to compiled steps where there are some.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from tsp_jax.config import Config
@@ -33,6 +34,10 @@ class Count(NamedTuple):
     num_devices: int
     candidate: Candidate | None
     """the fastest that fits; None if none does"""
+
+    def device_seconds(self) -> float:
+        """Of a step; infinite if none fits."""
+        return self.num_devices * self.candidate.step_s if self.candidate else math.inf
 
 
 def longest_contexts(config: Config, search: Search) -> dict[str, int]:
@@ -173,10 +178,9 @@ def _fits(config: Config, target: Target, limit_bytes: float, fixed: frozenset[s
     return _fastest(config, target, limit_bytes, fixed, narrow) is not None
 
 
-def pays_until(counts: Iterable[Count]) -> int | None:
-    """The largest number of devices that still pays; None if it was not reached."""
-    counts = list(counts)
-    for fewer, more in zip(counts, counts[1:], strict=False):
+def largest_that_pays(counts: Sequence[Count]) -> int | None:
+    """The number of devices after which the first doubling does not pay; None if all do."""
+    for fewer, more in itertools.pairwise(counts):
         if speedup(fewer, more) < PAYS:
             return fewer.num_devices
     return None

@@ -19,8 +19,10 @@ from tsp_jax.plan.estimate import Estimate, estimate
 from tsp_jax.plan.space import Choice
 
 Minimise = Literal["time", "memory", "cost"]
+_TYPICAL = ("typical rates",)
 ROUND = 4
 """steps compiled in a round; even, for two processes"""
+_PLACES = 8
 _FOR_FRONT = 2
 """of the last round, steps of less memory"""
 _SLACK = {0: 0.0, 1: 0.03, 2: 0.07, 3: 0.15}
@@ -51,7 +53,7 @@ class Candidate:
 
 
 def price(config: Config, target: Target, choices: Iterable[Choice]) -> list[Candidate]:
-    """The closed form of each choice that the target can run, in the order of `choices`.
+    """The closed form of each choice that the target can run, at typical rates, in the order of `choices`.
 
     Raises:
       ConfigError: the target can run none of them.
@@ -59,13 +61,29 @@ def price(config: Config, target: Target, choices: Iterable[Choice]) -> list[Can
     found, refusal = [], None
     for choice in choices:
         try:
-            found.append(Candidate(choice, estimate(choice.apply(config), target)))
+            found.append(Candidate(choice, estimate(choice.apply(config), target, _TYPICAL)))
         except ConfigError as error:
             refusal = refusal or error
     if not found:
         assert refusal
         raise refusal
     return found
+
+
+def narrow_down(config: Config, target: Target, choices: Sequence[Choice], limit_bytes: float) -> list[Candidate]:
+    """The candidates of the layouts and meshes that may win, or hold the least memory; as many prices as that needs.
+
+    Every place is priced with buckets of one size. Buckets of other sizes are priced on the `_PLACES` places whose step
+    that fits is shortest, on the best place of every layout, and on the place of least memory.
+    """
+    size = Choice.of(config).bucket_mib
+    found = price(config, target, [c for c in choices if c.bucket_mib == size])
+    fastest = sorted(found, key=lambda c: (c.peak_bytes > limit_bytes, c.estimate.step_s))
+    places = list(dict.fromkeys(c.choice.where for c in fastest))[:_PLACES]
+    of_layout = {c.choice.layout: c.choice.where for c in reversed(fastest)}
+    kept = {*places, *of_layout.values(), min(found, key=lambda c: c.peak_bytes).choice.where}
+    others = [c for c in choices if c.bucket_mib != size and c.where in kept]
+    return found + (price(config, target, others) if others else [])
 
 
 class Search:
@@ -78,7 +96,8 @@ class Search:
     """
 
     def __init__(self, candidates: Sequence[Candidate], limit_bytes: float, minimise: Minimise = "time"):
-        self.candidates, self.limit_bytes, self.minimise = candidates, limit_bytes, minimise
+        self.candidates, self.limit_bytes = candidates, limit_bytes
+        self.minimise: Minimise = minimise
         self.stopped = ""
         """why the search ended before its bounds did; empty if it did not"""
 
@@ -129,7 +148,7 @@ class Search:
         return not candidate.note and peak <= self.limit_bytes * (1 + (_MEMORY_SLACK if distance > 1 else 0))
 
     def predicted(self, candidate: Candidate) -> tuple[int, float, float]:
-        """(distance to the nearest compiled candidates, seconds of a step, peak bytes): corrected by what these took."""
+        """(distance to the nearest compiled candidates, seconds of a step, peak bytes), scaled by what these took."""
         compiled = [(c.choice.distance(candidate.choice), c) for c in self.compiled()]
         if not compiled:
             return 3, candidate.estimate.step_s, candidate.estimate.peak_bytes
@@ -149,8 +168,8 @@ class Search:
             candidate.note = f"does not fit: {over:.1f} GB more than the {self.limit_bytes / 1e9:.1f} GB to be filled"
 
     def _value(self, candidate: Candidate) -> tuple[float, float]:
-        values = candidate.step_s, candidate.peak_bytes
-        return values[::-1] if self.minimise == "memory" else values
+        step, peak = candidate.step_s, candidate.peak_bytes
+        return (peak, step) if self.minimise == "memory" else (step, peak)
 
     def _open(self) -> list[Candidate]:
         """Candidates that may fit and have not been compiled."""

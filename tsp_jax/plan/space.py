@@ -151,24 +151,24 @@ def _places(config: Config, num_devices: int, fixed: frozenset[str]) -> list[tup
     """Layouts with the sizes of their axes, each row of the table once."""
     names = [config.layout] if "layout" in fixed else ROWS
     found: dict[Any, tuple[Layout, dict[str, int]]] = {}
-    first_refusal: ConfigError | None = None
+    refusals: dict[str, ConfigError] = {}
     for layout in map(get_layout, names):
         try:
             several = [parse_mesh(config.mesh, layout, num_devices)] if "mesh" in fixed else meshes(layout, num_devices)
             several = [sizes for sizes in several if _uses_all(layout, sizes, num_devices, config.mesh)]
         except ConfigError as error:
-            first_refusal = first_refusal or error
+            refusals.setdefault(layout.name, error)
             continue
         for sizes in several:
             try:
                 check_fits(config, layout, sizes)
             except ConfigError as error:
-                first_refusal = first_refusal or error
+                refusals.setdefault(layout.name, error)
                 continue
             found.setdefault(_row(layout, sizes), (layout, sizes))
     if not found:
-        assert first_refusal
-        raise first_refusal
+        own = get_layout(config.layout).name
+        raise refusals.get(own) or next(iter(refusals.values()))
     return list(found.values())
 
 

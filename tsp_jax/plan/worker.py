@@ -20,6 +20,7 @@ from tsp_jax.hardware.targets import Target, use_target
 from tsp_jax.plan.compile import CompiledStep, compile_step
 
 _ROOT = Path(__file__).resolve().parents[2]
+_MODULE = "tsp_jax.plan.worker"
 _LONGEST = 300
 """characters of a compiler's message that are kept"""
 
@@ -81,12 +82,12 @@ class Worker:
     def _start(self) -> None:
         if self._closed:
             raise Died("stopped")
-        self._words = tempfile.TemporaryFile()
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the process
         path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
         # A compiler for devices that are present must not take their memory.
         environment = os.environ | {"PYTHONPATH": path, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tsp_jax.plan.worker"], env=environment,
+            [sys.executable, "-m", _MODULE], env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._words,
         )  # fmt: skip
         assert self._process.stdin

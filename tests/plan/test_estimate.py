@@ -1,12 +1,14 @@
 """Closed-form estimates of steps."""
 
 import dataclasses
+import re
 
 import pytest
 
 from tests.builders.steps import CONFIG
 from tsp_jax.config import Config, ModelConfig
-from tsp_jax.cost.training import step_memory, step_traffic
+from tsp_jax.cost.memory import step_memory
+from tsp_jax.cost.training import step_traffic
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.rates import SCENARIOS
 from tsp_jax.hardware.targets import parse_target
@@ -85,6 +87,15 @@ def test_the_kernel_is_that_of_the_devices(target, kernel, products):
     assert kernel_of(LLAMA, parse_target(target).hardware) == (kernel, products)
 
 
-def test_a_mesh_of_other_devices_is_refused():
-    with pytest.raises(ConfigError, match="has no axis 'model'"):
-        on(mesh="model=8")
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"mesh": "model=8"}, "has no axis 'model'"),
+        ({"mesh": "data=1,tsp=4"}, "mesh=data=1,tsp=4 has 4 devices, target=mi300x:8; use --target mi300x:4"),
+        ({"layout": "dp"}, "batch=1 is not divisible by 8 over data; use 8"),
+    ],
+    ids=["axis", "devices", "batch"],
+)
+def test_what_does_not_fit_the_target_is_refused(changes, line):
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        on(**changes)

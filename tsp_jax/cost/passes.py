@@ -54,6 +54,12 @@ class Pass(NamedTuple):
     part: str
     """which of the op's weights; attend: keys and values"""
     buckets: int = 1
+    weights: int = 0
+    """number of weights that a bucket has rows of"""
+    rows: float = 0.0
+    """rows of one weight in a bucket; where tokens move, those of this device"""
+    chunk: float = 0.0
+    """tokens that are multiplied with a bucket at once"""
     products: tuple[Product, ...] = ()
     attend: Attend | None = None
     bytes: float = 0.0
@@ -134,7 +140,7 @@ class _Op:
         fetched, sent = self._weight_messages(weights * rows, buckets, received, axes or self.axes.folded)
         moved = weights * rows * self.width / folded * (FLOAT32 + sharding.itemsize)
         return Pass(
-            self.name, part, buckets, tuple(product for product in products if product.times),
+            self.name, part, buckets, weights, used, chunk, tuple(product for product in products if product.times),
             bytes=moved * (fetches + grads), summed=summed,
             fetched=fetched * fetches + self._token_messages("all-gather", gathers),
             sent=sent * grads + self._token_messages("reduce-scatter", scatters),

@@ -63,7 +63,7 @@ class Plan:
         """The plan as plain numbers and strings."""
         return {
             "model": self.name, "target": str(self.target), "seq_len": self.base.seq_len, "batch": self.base.batch,
-            "minimise": self.minimise, "budget": _plain(self.budget),
+            "minimise": self.minimise, "budget": self.budget.to_json(),
             "candidates": [self._candidate(place, c) for place, c in enumerate(self.candidates)],
             "best": self.best, "front": list(self.front), "longest": self.longest, "ties": list(self.ties),
             "why": list(self.why), "notes": list(self.notes),
@@ -82,10 +82,6 @@ class Plan:
             "tokens_per_device_hour": self.tokens_per_device_hour(candidate),
             "on_front": place in self.front, "note": candidate.note,
         }  # fmt: skip
-
-
-def _plain(budget: Any) -> dict[str, Any]:
-    return budget.to_json() if hasattr(budget, "to_json") else dataclasses.asdict(budget)
 
 
 def choose(
@@ -122,10 +118,10 @@ def choose(
         raise ConfigError("optimizer is a transformation of its own, which a plan cannot price; use optimizer.name")
     _check_known(fixed)
     progress("closed forms")
-    candidates = narrow_down(config, target, choices(config, target.num_devices, fixed, narrow), budget.bytes)
-    search = Search(candidates, budget.bytes, minimise)
-    if not any(c.peak_bytes <= budget.bytes for c in candidates):
-        raise nothing_fits(name or "the model", config, target, candidates, budget.bytes, memory, fixed, narrow)
+    candidates = narrow_down(config, target, choices(config, target.num_devices, fixed, narrow), budget.usable_bytes)
+    search = Search(candidates, budget.usable_bytes, minimise)
+    if not any(c.peak_bytes <= budget.usable_bytes for c in candidates):
+        raise nothing_fits(name or "the model", config, target, candidates, budget.usable_bytes, memory, fixed, narrow)
     if compilations:
         target.devices()  # refuses a target that has none, before a process starts
         with contextlib.ExitStack() as stack:

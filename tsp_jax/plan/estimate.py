@@ -1,6 +1,6 @@
 """Memory and time of a training step by closed forms, without a compiler: to rank configurations, and to say what wins.
 
-Memory is `tsp_jax.cost.training.step_memory`. Time is that of the passes of `tsp_jax.cost.passes`, at the rates, links
+Memory is `tsp_jax.cost.memory.step_memory`. Time is that of the passes of `tsp_jax.cost.passes`, at the rates, links
 and rules of `tsp_jax.inspect.timeline` for a compiled program:
 
 - A product takes the longer of its operations at the rate of its shape, and of its operands' and result's bytes. An
@@ -13,21 +13,24 @@ and rules of `tsp_jax.inspect.timeline` for a compiled program:
 
 import dataclasses
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from tsp_jax.config import Config
+from tsp_jax.cost.memory import step_memory
 from tsp_jax.cost.passes import Block, Message, Pass, step_passes
 from tsp_jax.cost.step import ITEMSIZE
 from tsp_jax.cost.traffic import FLOAT32
-from tsp_jax.cost.training import step_memory
+from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.links import collective_seconds
 from tsp_jax.hardware.rates import SCENARIOS, Band, Direction, Level, Scenario, Work
 from tsp_jax.hardware.targets import Target
-from tsp_jax.layout import AxisNames, Layout, get_layout, parse_mesh
+from tsp_jax.layout import AxisNames, Layout, check_fits, get_layout, parse_mesh
+from tsp_jax.mesh import format_sizes
 from tsp_jax.ops.kernels import KERNELS, choose_kernel
 from tsp_jax.ops.kernels.mask import Scores
 from tsp_jax.plan.queues import Timed, run
@@ -90,9 +93,17 @@ def estimate(config: Config, target: Target, scenarios: Iterable[str] = tuple(SC
 
 
 def placed(config: Config, target: Target) -> tuple[Layout, dict[str, int]]:
-    """(the layout without axes of size 1, sizes of its mesh) of a configuration on all devices of a target."""
+    """(the layout without axes of size 1, sizes of its mesh) of a configuration on all devices of a target.
+
+    Raises:
+      ConfigError: the layout, the mesh, the target and the sizes of the configuration do not fit together.
+    """
     layout = get_layout(config.layout)
     sizes = parse_mesh(config.mesh, layout, target.num_devices)
+    if (devices := math.prod(sizes.values())) != target.num_devices:
+        use = f"use --target {target.hardware.name}:{devices}"
+        raise ConfigError(f"mesh={format_sizes(sizes)} has {devices} devices, target={target}; {use}")
+    check_fits(config, layout, sizes)
     return layout.without([name for name, size in sizes.items() if size == 1]), sizes
 
 

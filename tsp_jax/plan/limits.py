@@ -163,7 +163,7 @@ def _remedies(
             break
     larger = (each for each in HARDWARE.values() if each.platform == hardware.platform)
     for each in sorted(larger, key=lambda each: each.memory_bytes):
-        room = usable_bytes(each, memory).bytes
+        room = usable_bytes(each, memory).usable_bytes
         if room > limit_bytes and _fits(config, Target(each, target.num_devices), room, fixed, narrow):
             yield f"--target {each.name}:{target.num_devices}"
             break

@@ -72,7 +72,7 @@ def draw_front(plan: Plan, path: Path) -> None:
     front = [plan.candidates[k] for k in plan.front]
     panel.plot([c.peak_bytes / 1e9 for c in front], [c.step_s for c in front], "k-", linewidth=1, label="front")
     panel.plot([plan.chosen.peak_bytes / 1e9], [plan.chosen.step_s], "k*", markersize=14, label="best")
-    panel.axvline(plan.budget.bytes / 1e9, color="crimson", linewidth=1, linestyle="--", label="budget")
+    panel.axvline(plan.budget.usable_bytes / 1e9, color="crimson", linewidth=1, linestyle="--", label="budget")
     panel.set_xlabel("peak memory, GB per device")
     panel.set_ylabel("step, s (simulated)")
     tokens = f"{plan.base.batch} x {plan.base.seq_len:,} tokens"

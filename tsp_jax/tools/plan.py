@@ -115,7 +115,7 @@ def _target(name: str, options: PlanOptions) -> tuple[Target, list[Count]]:
     if count != "?":
         return parse_target(text, options.attention_efficiency, options.hardware), []
     hardware = _hardware(kind, options)
-    limit = usable_bytes(hardware, options.memory).bytes
+    limit = usable_bytes(hardware, options.memory).usable_bytes
     counts = device_counts(options.config, hardware, limit, fixed_fields(sys.argv[1:]), options.narrow)
     fitting = [count for count in counts if count.candidate]
     if not fitting:

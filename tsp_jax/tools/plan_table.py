@@ -28,6 +28,8 @@ def show_plan(plan: Plan) -> None:
         soft_wrap=True, highlight=False,
     )  # fmt: skip
     out.print(_longest(plan), soft_wrap=True)
+    for line in plan.budget.lines():
+        out.print(line, soft_wrap=True, highlight=False, markup=False)
     for line in (*plan.why, *plan.ties, *plan.notes):
         out.print(line, soft_wrap=True, highlight=False, markup=False)
 
@@ -56,7 +58,7 @@ def _steps(plan: Plan) -> Table:
     names = ("buckets MiB", "step s", "exposed", "peak GB", "formula", "tokens/s", "tokens/device-hour")
     right = [Column(name, justify="right", no_wrap=name == "step s") for name in names]
     left = [Column(name, overflow="fold") for name in ("", "layout", "mesh", "remat", "besides")]
-    title = f"One device may fill {plan.budget.bytes / 1e9:.1f} GB"
+    title = f"One device may fill {plan.budget.usable_bytes / 1e9:.1f} GB"
     table = Table(*left, *right, title=title, title_justify="left")
     shown = [k for k, c in enumerate(plan.candidates) if c.compiled or c.note or k in plan.front]
     for place in shown:

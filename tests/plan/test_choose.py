@@ -103,7 +103,7 @@ def test_what_counts_as_tsp(layout, mesh, expected):
 
 
 REFUSED = {
-    "memory of 0": ({"memory": 0.0}, "memory=0.0 must be above 0"),
+    "memory of 0": ({"memory": 0.0}, "memory=0 must be above 0"),
     "memory above 1": ({"memory": 1.5}, "memory=1.5 must be above 0"),
     "memory that is no number": ({"memory": float("nan")}, "memory=nan"),
     "a field that is not chosen": ({"fixed": frozenset({"seq_len"})}, "fixed=seq_len is not chosen by a plan"),

@@ -13,7 +13,7 @@ from tsp_jax.plan.search import ROUND, Candidate, Search, pareto
 from tsp_jax.plan.space import Choice, choices
 
 BATCHED = dataclasses.replace(CONFIG, batch=8)
-CHOICES = choices(BATCHED, 8)
+CHOICES = choices(BATCHED, 8, frozenset({"accumulate"}))
 GB = 1e9
 
 

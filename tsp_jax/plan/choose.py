@@ -34,7 +34,9 @@ class Plan:
     front: tuple[int, ...]
     """places of the candidates that fit and that none beats in both time and memory, the fastest first"""
     longest: dict[str, int]
-    """layout -> tokens of the longest sequence that fits"""
+    """layout -> tokens of the longest sequence that fits with everything on the devices"""
+    longest_offloaded: dict[str, int]
+    """the same with what backward needs in the host's memory, which is taken to be large enough"""
     why: tuple[str, ...]
     ties: tuple[str, ...]
     notes: tuple[str, ...]
@@ -65,7 +67,8 @@ class Plan:
             "model": self.name, "target": str(self.target), "seq_len": self.base.seq_len, "batch": self.base.batch,
             "minimise": self.minimise, "budget": self.budget.to_json(),
             "candidates": [self._candidate(place, c) for place, c in enumerate(self.candidates)],
-            "best": self.best, "front": list(self.front), "longest": self.longest, "ties": list(self.ties),
+            "best": self.best, "front": list(self.front), "longest": self.longest,
+            "longest_offloaded": self.longest_offloaded, "ties": list(self.ties),
             "why": list(self.why), "notes": list(self.notes),
         }  # fmt: skip
 
@@ -164,6 +167,7 @@ def _plan(config: Config, target: Target, search: Search, budget: Budget, *, fix
     return Plan(
         name=name, base=config, target=target, minimise=search.minimise, budget=budget, candidates=shown,
         best=shown.index(best), front=tuple(map(shown.index, places)), longest=longest_contexts(config, search),
+        longest_offloaded=longest_contexts(config, search, offload=True),
         why=(*_verdict(best, ranked), *reasons(best, ranked), *filter(None, [not_tsp])),
         ties=tuple(ties(config, best, ranked)), notes=tuple(filter(None, [search.stopped])),
     )  # fmt: skip

@@ -7,10 +7,10 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from tsp_jax.config import Config
-from tsp_jax.cost.training import step_memory
+from tsp_jax.config import Config, Remat
+from tsp_jax.cost.memory import step_memory
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import HARDWARE, MOST_CPU_DEVICES, TPU_TOPOLOGIES, Hardware
 from tsp_jax.hardware.targets import Target
@@ -24,6 +24,8 @@ MOST_SEARCHED = 1024
 """largest number of devices that `device_counts` tries"""
 PAYS = 1.5
 """a doubling of devices pays if a step becomes at least this many times faster: half of the ideal gain"""
+_LEAN: tuple[Remat, ...] = ("none", "save_attention", "full", "offload_attention", "offload")
+"""remat policies, those that keep less on the device last"""
 _LONGEST = 1 << 30
 """tokens; no context is searched beyond"""
 
@@ -40,14 +42,20 @@ class Count(NamedTuple):
         return self.num_devices * self.candidate.step_s if self.candidate else math.inf
 
 
-def longest_contexts(config: Config, search: Search) -> dict[str, int]:
+def longest_contexts(config: Config, search: Search, *, offload: bool = False) -> dict[str, int]:
     """Layout -> tokens of the longest sequence that fits, whatever else is chosen; 0 if none does.
 
-    Lengths are multiples of 16,384 tokens (of 1,024 where the configuration has fewer than 16,384). What `offload`
-    keeps in the host's memory is not limited.
+    Lengths are multiples of 16,384 tokens (of 1,024 where the configuration has fewer than 16,384).
+
+    Args:
+      config: what all candidates share.
+      search: its candidates and limit.
+      offload: also with what backward needs in the host's memory, which is taken to be large enough.
     """
     least: dict[str, dict[str, tuple[float, Candidate]]] = {}
     for candidate in search.candidates:
+        if candidate.choice.remat.startswith("offload") and not offload:
+            continue
         peak = search.predicted(candidate)[2]
         of_layout = least.setdefault(candidate.choice.layout, {})
         if candidate.choice.where not in of_layout or peak < of_layout[candidate.choice.where][0]:
@@ -60,15 +68,15 @@ def longest_contexts(config: Config, search: Search) -> dict[str, int]:
 
 def _longest(config: Config, candidate: Candidate, scale: float, limit_bytes: float) -> int:
     choice = candidate.choice
-    layout, sizes = get_layout(choice.layout), parse_sizes(choice.mesh)
-    grain = math.lcm(16384 if config.seq_len >= 16384 else 1024, 2 * num_ranks(layout.sequence, sizes))
+    ranks = num_ranks(get_layout(choice.layout).sequence, parse_sizes(choice.mesh))
+    grain = math.lcm(16384 if config.seq_len >= 16384 else 1024, 2 * ranks)
 
     def fits(count: int) -> bool:
         try:
             changed = dataclasses.replace(config, seq_len=count * grain, seq_len_schedule="")
-            return scale * sum(step_memory(choice.apply(changed), layout, sizes).values()) <= limit_bytes
         except ConfigError:  # more than any target holds
             return False
+        return scale * _peak(changed, choice) <= limit_bytes
 
     high = 1
     while high * grain < _LONGEST and fits(high):
@@ -175,7 +183,29 @@ def _remedies(
 
 
 def _fits(config: Config, target: Target, limit_bytes: float, fixed: frozenset[str], narrow: bool) -> bool:
-    return _fastest(config, target, limit_bytes, fixed, narrow) is not None
+    """Whether the choice of least memory fits on some layout and mesh."""
+    try:
+        found = _plain(config, target.num_devices, fixed, narrow)
+    except ConfigError:
+        return False
+    least = {choice.where: choice for choice in sorted(found, key=_leanness)}  # the leanest is the last
+    return any(_peak(config, choice) <= limit_bytes for choice in least.values())
+
+
+def _leanness(choice: Choice) -> tuple[Any, ...]:
+    """Larger for choices that hold less memory on one layout and mesh."""
+    narrow = (choice.moments_dtype, choice.grad_dtype).count("bfloat16")
+    return _LEAN.index(choice.remat), choice.accumulate, choice.zero1, narrow
+
+
+def _peak(config: Config, choice: Choice) -> float:
+    """Bytes at the peak by the closed form; infinite if no target holds the configuration."""
+    sizes = parse_sizes(choice.mesh)
+    layout = get_layout(choice.layout).without([name for name, size in sizes.items() if size == 1])
+    try:
+        return sum(step_memory(choice.apply(config), layout, sizes).values())
+    except ConfigError:
+        return math.inf
 
 
 def largest_that_pays(counts: Sequence[Count]) -> int | None:

@@ -22,7 +22,7 @@ Minimise = Literal["time", "memory", "cost"]
 _TYPICAL = ("typical rates",)
 ROUND = 4
 """steps compiled in a round; even, for two processes"""
-_PLACES = 8
+_NEAR = 0.15
 _FOR_FRONT = 2
 """of the last round, steps of less memory"""
 _SLACK = {0: 0.0, 1: 0.03, 2: 0.07, 3: 0.15}
@@ -71,18 +71,20 @@ def price(config: Config, target: Target, choices: Iterable[Choice]) -> list[Can
 
 
 def narrow_down(config: Config, target: Target, choices: Sequence[Choice], limit_bytes: float) -> list[Candidate]:
-    """The candidates of the layouts and meshes that may win, or hold the least memory; as many prices as that needs.
+    """The candidates that may win or join the front, with as few prices as that needs.
 
-    Every place is priced with buckets of one size. Buckets of other sizes are priced on the `_PLACES` places whose step
-    that fits is shortest, on the best place of every layout, and on the place of least memory.
+    Every choice is priced with buckets of one size. Buckets of other sizes are priced for those whose step that fits is
+    at most `_NEAR` longer than the shortest, for the best of every layout, and for those on the front.
     """
     size = Choice.of(config).bucket_mib
     found = price(config, target, [c for c in choices if c.bucket_mib == size])
-    fastest = sorted(found, key=lambda c: (c.peak_bytes > limit_bytes, c.estimate.step_s))
-    places = list(dict.fromkeys(c.choice.where for c in fastest))[:_PLACES]
-    of_layout = {c.choice.layout: c.choice.where for c in reversed(fastest)}
-    kept = {*places, *of_layout.values(), min(found, key=lambda c: c.peak_bytes).choice.where}
-    others = [c for c in choices if c.bucket_mib != size and c.where in kept]
+    found.sort(key=lambda c: (c.peak_bytes > limit_bytes, c.step_s))
+    limit = found[0].step_s * (1 + _NEAR)
+    kept = [c for c in found if c.step_s <= limit and c.peak_bytes <= limit_bytes]
+    kept += {c.choice.layout: c for c in reversed(found)}.values()
+    kept += [found[k] for k in pareto([(c.step_s, c.peak_bytes) for c in found])]
+    wanted = {c.choice for c in kept}
+    others = [c for c in choices if c.bucket_mib != size and dataclasses.replace(c, bucket_mib=size) in wanted]
     return found + (price(config, target, others) if others else [])
 
 

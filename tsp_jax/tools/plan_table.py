@@ -16,9 +16,10 @@ from tsp_jax.plan.search import Candidate
 def show_plan(plan: Plan) -> None:
     """Prints the compiled steps, the longest contexts, and why the best is best."""
     out, base = console(), plan.base
+    how = f"compiled with jax {jax.__version__}" if plan.chosen.compiled else "by closed forms alone"
     heading = (
         f"{plan.name}, {base.model.num_params / 1e9:.2f} B parameters, {base.batch} x {base.seq_len} tokens a step on "
-        f"{plan.target}, compiled with jax {jax.__version__}"
+        f"{plan.target}, {how}"
     )
     out.print(", ".join(filter(None, [heading, standins_note()])), soft_wrap=True, highlight=False)
     out.print(_steps(plan), soft_wrap=True)
@@ -87,7 +88,9 @@ def _cells(plan: Plan, candidate: Candidate) -> list[str]:
 
 def _longest(plan: Plan) -> Table:
     title = f"Longest context of each layout, {plan.base.batch} sequences a step (closed form, scaled to compiled)"
-    table = Table(Column("layout", overflow="fold"), Column("tokens", justify="right"), title=title)
-    for layout, tokens in sorted(plan.longest.items(), key=lambda item: -item[1]):
-        table.add_row(layout, f"{tokens:,}" if tokens else "does not fit")
+    right = [Column(name, justify="right") for name in ("tokens", "with offload")]
+    table = Table(Column("layout", overflow="fold"), *right, title=title, title_justify="left")
+    for layout in sorted(plan.longest_offloaded, key=lambda layout: -plan.longest_offloaded[layout]):
+        lengths = plan.longest.get(layout, 0), plan.longest_offloaded[layout]
+        table.add_row(layout, *(f"{tokens:,}" if tokens else "does not fit" for tokens in lengths))
     return table

@@ -120,13 +120,14 @@ def choose(
     if optimizer is not None:
         raise ConfigError("optimizer is a transformation of its own, which a plan cannot price; use optimizer.name")
     _check_known(fixed)
+    if compilations:
+        target.devices()  # refuses a target that has none
     progress("closed forms")
     candidates = narrow_down(config, target, choices(config, target.num_devices, fixed, narrow), budget.usable_bytes)
     search = Search(candidates, budget.usable_bytes, minimise)
     if not any(c.peak_bytes <= budget.usable_bytes for c in candidates):
         raise nothing_fits(name or "the model", config, target, candidates, budget.usable_bytes, memory, fixed, narrow)
     if compilations:
-        target.devices()  # refuses a target that has none, before a process starts
         with contextlib.ExitStack() as stack:
             compile = compile or stack.enter_context(_compilers(target, workers, progress))
             search.run(config, compile, compilations=compilations, seconds=seconds, progress=progress)

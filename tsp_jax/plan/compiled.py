@@ -86,7 +86,7 @@ class Compilers:
 
     def __init__(
         self, target: Target, *, workers: int = 2, cache: Path | None = None,
-        progress: Callable[[Job, Compiled | Refused, bool], object] = lambda *_: None, timeout_s: float = 900.0,
+        progress: Callable[[Job, Compiled | Refused, bool], object] = lambda *_: None, timeout_s: float = 1800.0,
     ):  # fmt: skip
         self.target, self.progress = target, progress
         self.cache = cache_folder() / "plan" if cache is None else cache
@@ -108,17 +108,11 @@ class Compilers:
         """The row of each job, or why it has none. Jobs that are on disk start no process."""
         return list(self._threads.map(self._row, jobs))
 
-    def is_kept(self, job: Job) -> bool:
-        """Whether the row of a job is on disk."""
-        return self._read(self._entry(job)) is not None
-
     def _row(self, job: Job) -> Compiled | Refused:
         entry = self._entry(job)
         found = self._read(entry)
-        if kept := found is not None:
-            pass
-        else:
-            found = self._compile(job, entry)
+        kept = found is not None
+        found = found or self._compile(job, entry)
         self.progress(job, found, kept)
         return found
 

@@ -25,7 +25,7 @@ ROUND = 4
 _NEAR = 0.15
 _FOR_FRONT = 2
 """of the last round, steps of less memory"""
-_SLACK = {0: 0.0, 1: 0.03, 2: 0.07, 3: 0.15}
+_SLACK = {0: 0.0, 1: 0.02, 2: 0.04, 3: 0.06}
 """distance of a choice to the nearest compiled one -> share by which its bound is below its corrected closed form"""
 _MEMORY_SLACK = 0.05
 """share of the limit by which the closed form of a choice may exceed it, if nothing like it has been compiled"""

@@ -59,7 +59,7 @@ def test_how_many_devices(monkeypatch, capsys, tmp_path, minimise):
     """By closed forms alone."""
     flags = ["--target", "cpu:?", "--compilations", "0", "--minimise", minimise, "--json", str(tmp_path / "o.json")]
     with pytest.raises(SystemExit) as ended:
-        main(monkeypatch, *SMALL, *flags, "--batch", "8", "--remat", "full")
+        main(monkeypatch, *SMALL, *flags, "--batch", "8", "--remat", "full", "--layout", "tsp")
     assert ended.value.code == 0
     number = int(json.loads((tmp_path / "o.json").read_text())["target"].partition(":")[2])
     assert number in numbers_of_devices(parse_target("cpu:1").hardware)

@@ -2,17 +2,21 @@
 
 import dataclasses
 import os
+import re
 import signal
+from pathlib import Path
 
 import pytest
 
+import tsp_jax
 from tests.builders.plans import compiled_row
 from tests.builders.steps import CONFIG, CPU, train_step
 from tsp_jax.hardware.targets import parse_target
 from tsp_jax.plan import worker
-from tsp_jax.plan.compiled import Compilers, Job, Refused
+from tsp_jax.plan.compiled import USED, Compilers, Job, Refused
 from tsp_jax.plan.worker import Worker, row_of
 
+PACKAGE = Path(tsp_jax.__file__).parent
 pytestmark = pytest.mark.usefixtures("optax_promotes")
 SMALL = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_layers=1))
 WRONG = dataclasses.replace(SMALL, mesh="data=1,tsp=4")
@@ -102,6 +106,14 @@ def test_a_folder_that_cannot_be_written_only_costs_time(tmp_path, answers):
     answers += [answer(1.0), answer(2.0)]
     (tmp_path / "file").write_text("")
     assert [compile_jobs(tmp_path / "file" / "plan", SMALL)[0].step_s for _ in range(2)] == [1.0, 2.0]
+
+
+def test_a_row_depends_on_every_closed_form_that_a_program_uses():
+    """Others may change without compiling anything again."""
+    pattern = re.compile(r"tsp_jax\.cost\.(\w+)|from tsp_jax\.cost import (\w+)")
+    files = [f for room in ("ops", "nn", "models", "training", "inference") for f in (PACKAGE / room).rglob("*.py")]
+    found = {name for file in files for pair in pattern.findall(file.read_text()) for name in pair if name}
+    assert found and {f"cost/{name}.py" for name in found} <= {*USED}
 
 
 SAME = {"workdir": "elsewhere", "seed": 3, "eval_every": 7, "log": "tensorboard"}

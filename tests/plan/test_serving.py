@@ -30,8 +30,9 @@ def test_every_way_is_a_placement_that_serves():
 
 def test_all_devices_decode_one_sequence():
     """Weights are read once a token, so they are on all devices."""
-    best = ways(LARGE, 32768, 1)[0]
-    assert best.decode_s == min(way.decode_s for way in ways(LARGE, 32768, 1))
+    found = ways(LARGE, 32768, 1)
+    best = found[0]
+    assert best.decode_s <= 1.01 * min(way.decode_s for way in found)
     assert "sp" not in (best.layout, best.layout.partition("(")[0])
 
 

@@ -27,8 +27,10 @@ from tsp_jax.plan.compile import Step
 from tsp_jax.plan.worker import Died, Worker
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_NO_EFFECT = ("hf/", "text/", "tools/", "plan/")
+_NO_EFFECT = ("hf/", "text/", "tools/", "plan/", "cost/")
 """parts of the package that a row does not depend on"""
+USED = ("plan/compile.py", "plan/worker.py", "cost/traffic.py", "cost/flops.py")
+"""but for these files"""
 _COMPILERS = ("jax", "jaxlib", "flax", "optax", "jax-rocm7-pjrt", "jax-cuda12-pjrt", "libtpu")
 
 
@@ -176,6 +178,6 @@ def _sources() -> str:
     digest = hashlib.sha256()
     for file in sorted(_PACKAGE.rglob("*.py")):
         name = file.relative_to(_PACKAGE).as_posix()
-        if not name.startswith(_NO_EFFECT) or name in ("plan/compile.py", "plan/worker.py"):
+        if not name.startswith(_NO_EFFECT) or name in USED:
             digest.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()

@@ -4,6 +4,7 @@ The parent writes pickled requests to the process's standard input, and reads a 
 output. Compilers print to both streams as they like; their words go to a file, whose last line says why they died.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -77,7 +78,9 @@ class Worker:
         if process and process.stdin and process.stdout:
             process.kill()
             process.wait()
-            process.stdout.close()
+            for stream in (process.stdin, process.stdout, self._words):
+                with contextlib.suppress(OSError):  # what it did not read is lost
+                    stream.close()
 
     def _start(self) -> None:
         if self._closed:

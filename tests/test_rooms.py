@@ -27,8 +27,8 @@ ROOMS = {
     "hf": FOUNDATION | {"files", "ops", "nn", "models"},
     "text": {"errors", "files", "config", "hf"},
     "training": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "text", "inspect", "cost"},
-    "plan": FOUNDATION | {"files", "hardware", "cost", "inspect", "ops", "training", "inference"},
     "inference": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "inspect", "training"},
+    "plan": FOUNDATION | {"files", "hardware", "ops", "models", "hf", "training", "inference", "inspect", "cost"},
 }
 """room -> rooms of tsp_jax that it may import from, besides itself"""
 TOP = {"__init__", "tools"}

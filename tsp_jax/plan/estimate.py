@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from jax.sharding import AbstractDevice, AbstractMesh
 
@@ -77,8 +77,13 @@ class Estimate:
         return Band(min(steps), self.step_s, max(steps))
 
 
-def estimate(config: Config, target: Target) -> Estimate:
+def estimate(config: Config, target: Target, scenarios: Iterable[str] = tuple(SCENARIOS)) -> Estimate:
     """Closed-form memory and time of a training step; compiles nothing, and needs no device.
+
+    Args:
+      config: model, layout, mesh and what moves when.
+      target: devices, with their rates.
+      scenarios: names in `SCENARIOS`, typical rates among them, of which there are times.
 
     Raises:
       ConfigError: the layout or the mesh does not fit the target, or no kernel computes these heads.
@@ -91,7 +96,7 @@ def estimate(config: Config, target: Target) -> Estimate:
     priced = _Priced(config, target.hardware, sizes)
     return Estimate(
         config=config, moments=moments, received_bytes=config.accumulate * received,
-        scenarios={name: priced.terms(blocks, update, scenario) for name, scenario in SCENARIOS.items()},
+        scenarios={name: priced.terms(blocks, update, SCENARIOS[name]) for name in scenarios},
     )  # fmt: skip
 
 

@@ -16,10 +16,10 @@ from tsp_jax.errors import ConfigError, install_hint
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.targets import Target, parse_target, standins_note, use_target
 from tsp_jax.inspect.render import console
+from tsp_jax.plan.compile import Step
+from tsp_jax.plan.ranking import turns
 from tsp_jax.tools import cli
-from tsp_jax.tools.compile import Step
 from tsp_jax.tools.inspect import check_writable
-from tsp_jax.tools.ranking import turns
 from tsp_jax.tools.sweep import PAPER, Row, compare_layouts, write_csv, write_json
 from tsp_jax.training.optimizer import Optimizer
 

@@ -21,8 +21,8 @@ from tsp_jax.inspect.expect import broken, parse_expectations
 from tsp_jax.inspect.render import console, show
 from tsp_jax.inspect.trace import write_trace
 from tsp_jax.mesh import format_sizes, parse_sizes
+from tsp_jax.plan.compile import Step, compile_step
 from tsp_jax.tools import cli
-from tsp_jax.tools.compile import Step, compile_step
 from tsp_jax.training.optimizer import Optimizer
 
 _LONGEST_TEXT = 2**31

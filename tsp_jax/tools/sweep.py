@@ -17,7 +17,7 @@ from tsp_jax.hardware.targets import Target
 from tsp_jax.layout import Layout, get_layout, num_ranks, spread
 from tsp_jax.mesh import format_sizes, parse_size, parse_sizes
 from tsp_jax.plan.budget import usable_bytes
-from tsp_jax.tools.compile import Step, compile_step, place_step
+from tsp_jax.plan.compile import Step, compile_step, place_step
 from tsp_jax.training.optimizer import Optimizer
 
 PAPER = "Shyam, Golubeva, Anthony, arXiv 2604.26294"

@@ -31,7 +31,9 @@ CHANGED = dataclasses.replace(
 
 def test_plan_script(tmp_path):
     """The written configuration is the planned one, and fits the target."""
-    flags = "--compilations 1 --workers 1 --remat full --stream.bucket-mib 0.5 --out out.py --json out.json --png out.png"
+    flags = (
+        "--compilations 1 --workers 1 --remat full --stream.bucket-mib 0.5 --out out.py --json out.json --png out.png"
+    )
     command = [sys.executable, str(SCRIPTS / "plan.py"), *SMALL, *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=900)
     assert done.returncode == 0, done.stderr

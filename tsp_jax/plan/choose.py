@@ -49,7 +49,7 @@ class Plan:
 
     def config(self) -> Config:
         """The configuration with the best choice; on virtual CPU devices, with as many as the target has."""
-        config = self.chosen.choice.apply(self.base)
+        config = dataclasses.replace(self.chosen.choice.apply(self.base), plan="")
         cpus = self.target.num_devices if self.target.hardware.platform == "cpu" else 0
         return dataclasses.replace(config, cpu_devices=cpus)
 

@@ -1,5 +1,6 @@
 """Steps that no compiler has seen: closed forms and compiled rows with known figures."""
 
+from tests.builders.steps import CONFIG
 from tsp_jax.hardware.rates import SCENARIOS
 from tsp_jax.plan.compiled import Compiled
 from tsp_jax.plan.estimate import Estimate
@@ -9,7 +10,8 @@ TYPICAL = next(iter(SCENARIOS))
 
 def closed_form(step_s: float, peak_bytes: float) -> Estimate:
     """An estimate of one part and one term."""
-    return Estimate(memory={"state": peak_bytes}, scenarios={TYPICAL: {"products": step_s}}, received_bytes=0.0)
+    moments = {"update": {"state": peak_bytes}}
+    return Estimate(config=CONFIG, moments=moments, scenarios={TYPICAL: {"products": step_s}}, received_bytes=0.0)
 
 
 def compiled_row(step_s: float, peak_bytes: float, **changes) -> Compiled:

@@ -83,6 +83,12 @@ def test_least_memory_has_the_least_peak():
     assert plan.chosen.peak_bytes == min(c.peak_bytes for c in plan.candidates)
 
 
+def test_a_choice_that_rounds_more_is_said_to():
+    (note,) = choose(CONFIG, CPU, fixed=FIXED, compilations=0, minimise="memory", narrow=True).notes
+    assert note.startswith("optimizer.moments_dtype=bfloat16 and grad_dtype=bfloat16 changes the numbers of training")
+    assert not choose(CONFIG, CPU, fixed=FIXED, compilations=0, minimise="memory").notes
+
+
 def test_lengths_at_which_tsp_is_slower_are_named():
     """One long sequence a step, or many short ones: then FSDP needs no exchange of keys and values."""
     config = dataclasses.replace(CONFIG, seq_len=8192)

@@ -11,7 +11,8 @@ this device, H head; c tokens of a chunk, p rows of a bucket.
 from collections.abc import Mapping
 
 from tsp_jax.config import Config
-from tsp_jax.cost.passes import Pass, step_passes
+from tsp_jax.cost.op_passes import Pass
+from tsp_jax.cost.passes import step_passes
 from tsp_jax.cost.step import ITEMSIZE, Step
 from tsp_jax.cost.traffic import FLOAT32, repeats_attention
 from tsp_jax.layout import Layout, num_ranks
@@ -31,7 +32,7 @@ def memory_moments(config: Config, layout: Layout, sizes: Mapping[str, int]) -> 
     """Moment -> what a device holds then.
 
     Moments: `loss` (its backward), `mlp` and `attention` and `projections` (those of a layer's backward), `embed` (its
-    backward, after all layers), `update`.
+    backward, after all layers), `update` (the optimizer's).
     """
     return _Memory(config, layout, sizes).moments()
 
@@ -54,6 +55,8 @@ class _Memory:
         """elements of the embedding, or of the output head"""
         blocks = {block.name: block.passes for block in step_passes(config, layout, sizes) if block.passes}
         self.mlp = [part for part in blocks["backward"] if part.part == "mlp"][-1]
+        names = ("out", "queries", "keys_values")
+        self.projections = [part for part in blocks["backward"] if part.part in names and part.sent]
         self.loss = blocks["loss"][-1]
         self.queries, self.keys, self.exchange = self._heads()
 
@@ -184,10 +187,25 @@ class _Memory:
             # x, its norm and dy; gradients of queries, keys and values
             "projections": _added(during, {
                 "activations": 3 * self.activation + wide + self.queries + 2 * self.keys,
-                "weights": self.bucket(mlp) / mlp.weights, "products": self.products(mlp) / 3,
+                "weights": self._projections(), "products": self.products(mlp) / 3,
             }),
             "embed": _added(self.state(), self.layers(backward=True), self._tables(), {"activations": self.activation}),
+            "update": _added(self.state(), self.layers(backward=True), self._tables(), self._orthogonalized()),
         }  # fmt: skip
+
+    def _projections(self) -> float:
+        """Float32 gradients of the MLP's weights, and of the last bucket of each projection: made, and sent."""
+        mlp = self.mlp.weights * self.mlp.rows * self.mlp.buckets / self.folded
+        buckets = sum(part.weights * part.rows for part in self.projections)
+        return (mlp + 2 * buckets) * self.model.d_model * FLOAT32
+
+    def _orthogonalized(self) -> Parts:
+        """Muon orthogonalizes the matrices of all layers at once: momenta, and two products of each with itself."""
+        if self.config.optimizer.name != "muon" or self.config.lora.rank:
+            return {}
+        width, (query, key_value) = self.model.d_model, self.step.heads.stored
+        squares = sum(min(rows, width) ** 2 for rows in (2 * [query, key_value] + 3 * [self.step.d_ff]))
+        return {"products": 2 * self.model.num_layers * squares * FLOAT32, "weights": self.matrices * FLOAT32}
 
     def _tables(self) -> Parts:
         """Gradients of the tables after all layers; where the head is the embedding, both and their sum."""

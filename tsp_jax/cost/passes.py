@@ -4,7 +4,7 @@ with them, and sends to other ranks what is theirs.
 The bytes that all passes receive are those of `step_traffic`; their operations are those of `step_flops`, for one
 device and with padding.
 
-Dims: t tokens of a micro-batch on this device, D model, V vocabulary, H head; c tokens of a chunk, p rows of a bucket.
+Dims: t tokens of a micro-batch on this device, D model, H head.
 """
 
 from collections.abc import Mapping
@@ -12,69 +12,34 @@ from typing import NamedTuple
 
 from tsp_jax.config import Config
 from tsp_jax.cost.flops import keys_within
+from tsp_jax.cost.op_passes import Attend, Message, OpPasses, Pass
 from tsp_jax.cost.step import Step
 from tsp_jax.cost.traffic import FLOAT32, INT32, exchanged_heads, repeats_attention, repeats_mlp
-from tsp_jax.layout import AxisNames, Layout, largest_divisor
+from tsp_jax.layout import Layout, largest_divisor
 
 
-class Message(NamedTuple):
-    """Collectives of one kind in a pass."""
+class _Bytes(NamedTuple):
+    """Bytes that elementwise work reads and writes in main memory, in forward and in backward, by element.
 
-    kind: str
-    """as in `tsp_jax.cost.traffic.Traffic`"""
-    collective: str
-    axes: AxisNames
-    bytes: float
-    """received in all of them together"""
-    number: int = 1
+    Counted in compiled programs (jax 0.10.2; benchmarks/closed_forms.md): those that stand in kernels of their own on
+    every platform, and those that XLA for CUDA alone does not fuse into products.
+    """
 
-
-class Product(NamedTuple):
-    """The matrix product [m, k] x [k, n], `times` times in a pass."""
-
-    m: float
-    n: float
-    k: float
-    times: float
+    forward: float
+    backward: float
 
 
-class Attend(NamedTuple):
-    """The run of an attention kernel in a pass."""
-
-    backward: bool
-    pairs: float
-    """pairs of query and key that may attend, times heads, times H; each product takes 2 operations per pair"""
-
-
-class Pass(NamedTuple):
-    """One pass over an op's buckets."""
-
-    op: str
-    """attention, mlp, embed or loss"""
-    part: str
-    """which of the op's weights; attend: keys and values"""
-    buckets: int = 1
-    weights: int = 0
-    """number of weights that a bucket has rows of"""
-    rows: float = 0.0
-    """rows of one weight in a bucket; where tokens move, those of this device"""
-    chunk: float = 0.0
-    """tokens that are multiplied with a bucket at once"""
-    products: tuple[Product, ...] = ()
-    attend: Attend | None = None
-    bytes: float = 0.0
-    """read and written in main memory besides the products' operands and results"""
-    fetched: tuple[Message, ...] = ()
-    """before a bucket is used"""
-    sent: tuple[Message, ...] = ()
-    """after a bucket was used"""
-    summed: tuple[Message, ...] = ()
-    """once, after the last bucket"""
-
-    @property
-    def messages(self) -> tuple[Message, ...]:
-        """All collectives."""
-        return self.fetched + self.sent + self.summed
+_HIDDEN = _Bytes(10, 36)
+"""of the MLP, by token and row: gate and up in float32, h; in backward dh too, and the gradients of gate and up"""
+_HEADS = _Bytes(11, 26)
+"""of queries, keys and values: RoPE of float32 products; fused"""
+_NORMED_HEADS = _Bytes(16, 53)
+"""the same with a norm of each head"""
+_LOGITS = _Bytes(8, 10)
+_LAYER, _LAYER_FUSED = _Bytes(30, 39), _Bytes(12, 37)
+"""of [B, t, D]: norms in float32, residuals, what is kept"""
+_SUM = 6
+"""of an op's output [B, t, D]: read in float32, written in the compute dtype; fused"""
 
 
 class Block(NamedTuple):
@@ -85,114 +50,11 @@ class Block(NamedTuple):
     passes: tuple[Pass, ...]
 
 
-class _Op:
-    """An op on a mesh, and its passes."""
-
-    def __init__(self, step: Step, name: str, dim: str):
-        self.name, self.step, self.config, self.width = name, step, step.config, step.config.model.d_model
-        self.sharding, self.movement = step.sharding_of(dim), step.ops()[name][0]
-        self.axes, self.layout = step.layout.axes(dim), step.layout
-        self.copies = tuple(axis for axis in step.layout.tokens if axis not in getattr(step.layout, dim))
-        self.moves_tokens = self.movement == "activations" and self.sharding.folded > 1
-        self.rings = self.movement == "ring" and self.sharding.folded > 1 and not step.layout.whole_weights
-        wanted = self.sharding.token_buckets(self.width, step.bucket_bytes)
-        self.token_buckets = largest_divisor(self.sharding.seq_len // self.sharding.sequence, wanted)
-        adapted = {"attention" if target in "qkvo" else "mlp" for target in self.config.lora.targets}
-        self.trained = not self.config.lora.rank or name in adapted
-
-    def buckets(self, rows: float, weights: int) -> int:
-        """Number of buckets of weights with so many rows on all ranks."""
-        if self.layout.whole_weights:
-            return 1
-        local = rows / (self.sharding.folded * self.sharding.tensor)
-        return self.sharding.weight_buckets(int(local), weights * rows * self.width, self.step.bucket_bytes)
-
-    def use(
-        self, part: str, rows: float, buckets: int, weights: int, *, expand: int = 0, contract: int = 0,
-        grads: bool = False, gathers: float = 0.0, scatters: float = 0.0, fetches: bool = True,
-        received: float | None = None, axes: AxisNames = (), summed: tuple[Message, ...] = (),
-    ) -> Pass:  # fmt: skip
-        """A pass of `weights` weights, each [`rows` on all folded ranks, D].
-
-        Args:
-          part: name.
-          rows: of one weight in one tensor shard.
-          buckets: number of buckets, where weights move.
-          weights: how many weights a bucket has.
-          expand: number of products x w^T.
-          contract: number of products h w.
-          grads: whether gradients of the weights are computed, and sent.
-          gathers, scatters: bytes per token that are all-gathered or reduce-scattered, where tokens move.
-          fetches: whether the weights are read.
-          received: elements of the weights that other ranks hold; None: those of the folded axes.
-          axes: over which they are received; empty: the folded axes.
-          summed: what is summed at the end.
-        """
-        sharding, folded, grads = self.sharding, self.sharding.folded, grads and self.trained
-        tokens = sharding.tokens * (folded if self.moves_tokens else 1)
-        buckets = self.token_buckets if self.moves_tokens else folded if self.rings else buckets
-        used, chunk = self._shape(rows, buckets, tokens)
-        times = tokens / chunk * (1 if self.moves_tokens else buckets)
-        products = (
-            Product(chunk, used, self.width, times * expand), Product(chunk, self.width, used, times * contract),
-            Product(used, self.width, chunk, times * weights * grads),
-        )  # fmt: skip
-        fetched, sent = self._weight_messages(weights * rows, buckets, received, axes or self.axes.folded)
-        moved = weights * rows * self.width / folded * (FLOAT32 + sharding.itemsize)
-        return Pass(
-            self.name, part, buckets, weights, used, chunk, tuple(product for product in products if product.times),
-            bytes=moved * (fetches + grads), summed=summed,
-            fetched=fetched * fetches + self._token_messages("all-gather", gathers),
-            sent=sent * grads + self._token_messages("reduce-scatter", scatters),
-        )  # fmt: skip
-
-    def _shape(self, rows: float, buckets: int, tokens: float) -> tuple[float, float]:
-        """(rows of a weight, tokens) of one product."""
-        if self.moves_tokens:
-            return rows / self.sharding.folded, tokens / self.token_buckets
-        batch, used = self.sharding.batch, rows / buckets
-        most = max(1, int(2 * self.step.bucket_bytes / (FLOAT32 * used))) // batch
-        return used, batch * largest_divisor(self.sharding.seq_len // self.sharding.sequence, max(1, most))
-
-    def _weight_messages(self, rows: float, buckets: int, received: float | None, axes: AxisNames):
-        folded, sharding = self.sharding.folded, self.sharding
-        if received is None:
-            received = rows * self.width * (folded - 1) / folded
-        if self.moves_tokens or not received:
-            return (), ()
-        count = folded - 1 if self.rings else buckets
-        fetch, send = ("collective-permute",) * 2 if self.rings else ("all-gather", "reduce-scatter")
-        return (
-            (Message("weights", fetch, axes, received * sharding.itemsize, count),),
-            (Message("weight_grads", send, axes, received * sharding.grad_itemsize, count),),
-        )
-
-    def _token_messages(self, collective: str, per_token: float) -> tuple[Message, ...]:
-        if not (self.moves_tokens and per_token):
-            return ()
-        received = self.sharding.tokens_received(per_token)
-        return (Message("activations", collective, self.axes.folded, received, self.token_buckets),)
-
-    def tensor_sum(self, elements: float, itemsize: int, count: int = 1) -> tuple[Message, ...]:
-        """All-reduces over tensor axes."""
-        nbytes = count * self.sharding.tensor_sum_bytes(elements, itemsize)
-        return (Message("tensor_sums", "all-reduce", self.axes.tensor, nbytes, count),) * (nbytes > 0)
-
-    def output_sum(self) -> tuple[Message, ...]:
-        """The all-reduce of partial outputs [B, t, D]."""
-        return self.tensor_sum(self.sharding.tokens * self.width, self.sharding.itemsize)
-
-    def replica_sum(self, elements: float) -> tuple[Message, ...]:
-        """The all-reduce of gradients over the ranks that hold the same shard of the weights."""
-        nbytes = self.sharding.replica_sum_bytes(elements)
-        return (Message("replica_sums", "all-reduce", self.copies, nbytes),) * (nbytes > 0 and self.trained)
-
-
 def step_passes(config: Config, layout: Layout, sizes: Mapping[str, int]) -> tuple[Block, ...]:
     """The passes of one micro-batch of a training step, in the order in which they run."""
     step, model = Step(config, layout, sizes), config.model
     attention = {window: _Attention(step, window) for window, _ in model.windows}
-    mlp, embed, loss = (_Op(step, *names) for names in (("mlp", "mlp"), ("embed", "vocab"), ("loss", "vocab")))
+    mlp, embed, loss = (OpPasses(step, *names) for names in (("mlp", "mlp"), ("embed", "vocab"), ("loss", "vocab")))
     mlp_forward, mlp_repeated, mlp_backward = _mlp(mlp)
     forward = [Block("forward", n, (*attention[window].forward(), mlp_forward)) for window, n in model.windows]
     backward = [
@@ -206,20 +68,40 @@ def step_passes(config: Config, layout: Layout, sizes: Mapping[str, int]) -> tup
     return (Block("embed", 1, (first,)), *forward, Block("loss", 1, _loss(loss)), *backward, last)
 
 
-def _mlp(op: _Op) -> tuple[Pass, tuple[Pass, ...], Pass]:
+def _mlp(op: OpPasses) -> tuple[Pass, tuple[Pass, ...], Pass]:
     """(forward, what backward repeats of it, backward)."""
     rows, item = op.step.d_ff, op.width * op.sharding.itemsize
     buckets, own = op.buckets(rows, 3), rows / op.sharding.tensor
-    forward = op.use("mlp", own, buckets, 3, expand=2, contract=1, gathers=item, scatters=item, summed=op.output_sum())
+    forward = op.use(
+        "mlp",
+        own,
+        buckets,
+        3,
+        expand=2,
+        contract=1,
+        gathers=item,
+        scatters=item,
+        summed=op.output_sum(),
+        row_bytes=_HIDDEN.forward,
+        token_bytes=_SUM,
+    )
+    forward = _with_layer(forward, op, _LAYER.forward, _LAYER_FUSED.forward)
     backward = op.use(
         "mlp", own, buckets, 3, expand=3, contract=2, grads=True, gathers=2 * item, scatters=item,
-        summed=op.output_sum() + op.replica_sum(3 * rows * op.width),
+        summed=op.output_sum() + op.replica_sum(3 * rows * op.width), row_bytes=_HIDDEN.backward, token_bytes=_SUM,
     )  # fmt: skip
+    backward = _with_layer(backward, op, _LAYER.backward, _LAYER_FUSED.backward)
     again = repeats_mlp(op.config.model.norms != "pre", op.config.remat)
     return forward, (forward,) * again, backward
 
 
-def _embed(op: _Op) -> tuple[Pass, Pass]:
+def _with_layer(part: Pass, op: OpPasses, nbytes: float, fusible: float) -> Pass:
+    """A pass with the elementwise work of a layer outside of its ops."""
+    elements = op.sharding.tokens * op.width
+    return part._replace(bytes=part.bytes + nbytes * elements, fusible=part.fusible + fusible * elements)
+
+
+def _embed(op: OpPasses) -> tuple[Pass, Pass]:
     """(forward, backward)."""
     rows, item = op.step.vocab_size, op.width * op.sharding.itemsize
     buckets, own = op.buckets(rows, 1), rows / op.sharding.tensor
@@ -232,20 +114,22 @@ def _embed(op: _Op) -> tuple[Pass, Pass]:
     )  # fmt: skip
 
 
-def _loss(op: _Op) -> tuple[Pass, Pass]:
+def _loss(op: OpPasses) -> tuple[Pass, Pass]:
     """(forward, backward)."""
     rows, item, tokens = op.step.vocab_size, op.width * op.sharding.itemsize, op.sharding.tokens
     buckets, own = op.buckets(rows, 1), rows / op.sharding.tensor
     sums = op.tensor_sum(tokens, FLOAT32, 3) + op.tensor_sum(tokens, INT32)
-    forward = op.use("loss", own, buckets, 1, expand=1, gathers=item + INT32 + 2 * FLOAT32, summed=sums)
+    forward = op.use(
+        "loss", own, buckets, 1, expand=1, gathers=item + INT32 + 2 * FLOAT32, summed=sums, row_bytes=_LOGITS.forward
+    )
     backward = op.use(
         "loss", own, buckets, 1, expand=1, contract=1, grads=True, gathers=item + INT32 + 3 * FLOAT32, scatters=item,
-        summed=op.output_sum() + op.replica_sum(rows * op.width),
+        summed=op.output_sum() + op.replica_sum(rows * op.width), row_bytes=_LOGITS.backward, token_bytes=_SUM,
     )  # fmt: skip
     return forward, backward
 
 
-class _Attention(_Op):
+class _Attention(OpPasses):
     """The passes of one layer's attention."""
 
     def __init__(self, step: Step, window: int | None):
@@ -261,29 +145,36 @@ class _Attention(_Op):
             self.kv_received = 2 * self.heads.stored[1] * self.width * (ranks - 1) / ranks
             self.kv_axes, self.kv_rows = self.axes.tensor + self.axes.folded, self.heads.shard.kv * self.heads.heads.dim
         repeats = step.config.remat != "none"
+        self.heads_bytes = _NORMED_HEADS if step.config.model.qk_norm else _HEADS
         self.again, self.twice = repeats, repeats_attention(step.config.remat)
 
     def project(self) -> tuple[Pass, Pass]:
         """To keys and values, and to queries."""
         item = self.width * self.sharding.itemsize
         settings = {"received": self.kv_received, "axes": self.kv_axes}
-        keys = self.use("keys_values", self.kv_rows, self.kv_buckets, 2, expand=2, gathers=item, **settings)
-        return keys, self.use("queries", self.query_rows, self.query_buckets, 1, expand=1)
+        made = self.heads_bytes.forward
+        return (
+            self.use(
+                "keys_values", self.kv_rows, self.kv_buckets, 2, expand=2, gathers=item, fusible=2 * made, **settings
+            ),
+            self.use("queries", self.query_rows, self.query_buckets, 1, expand=1, fusible=made),
+        )
 
     def project_backward(self) -> tuple[Pass, Pass]:
         """The gradients of queries, and of keys and values."""
         item, model = self.width * self.sharding.itemsize, self.config.model
         normed = int(model.qk_norm and model.qk_norm_width == "head" and not model.qkv_bias)
+        made = self.heads_bytes.backward
         settings = {"received": self.kv_received, "axes": self.kv_axes}
         replicas = self.replica_sum(2 * sum(self.heads.stored) * self.width)
         return (
             self.use(
                 "queries", self.query_rows, self.query_buckets, 1, expand=normed, contract=1, grads=True,
-                gathers=item, scatters=item,
+                gathers=item, scatters=item, fusible=made,
             ),
             self.use(
                 "keys_values", self.kv_rows, self.kv_buckets, 2, expand=normed, contract=2, grads=True,
-                summed=self.output_sum() + replicas, **settings,
+                summed=self.output_sum() + replicas, fusible=2 * made, token_bytes=_SUM, **settings,
             ),
         )  # fmt: skip
 
@@ -291,7 +182,14 @@ class _Attention(_Op):
         """The output projection."""
         item = self.width * self.sharding.itemsize
         return self.use(
-            "out", self.query_rows, self.query_buckets, 1, contract=1, scatters=item, summed=self.output_sum()
+            "out",
+            self.query_rows,
+            self.query_buckets,
+            1,
+            contract=1,
+            scatters=item,
+            summed=self.output_sum(),
+            token_bytes=_SUM,
         )
 
     def attend(self, backward: bool = False) -> Pass:
@@ -309,15 +207,18 @@ class _Attention(_Op):
         fetched = (Message("keys_values", gather, axes, nbytes, 2 * buckets),) * (nbytes > 0)
         sent = (Message("key_value_grads", scatter, axes, nbytes, 2 * buckets),) * (nbytes > 0 and backward)
         tokens = sharding.tokens * (sharding.folded if moved else 1)
-        pairs = tokens * keys_within(self.window, config.seq_len) * heads.query * heads.dim
+        elements, ranks = tokens * heads.query * heads.dim, sharding.sequence // (sharding.folded if moved else 1)
+        pairs = elements * keys_within(self.window, config.seq_len)
+        # Gathered keys and values are copied, and so are their gradients.
+        gathered = nbytes + 2 * tokens * heads.kv * heads.dim * sharding.itemsize
         return Pass(
             self.name,
             "attend",
             buckets,
-            attend=Attend(backward, pairs),
+            attend=Attend(backward, pairs, elements, ranks),
             fetched=fetched,
             sent=sent,
-            bytes=0.0,
+            bytes=2 * gathered * (1 + backward),
         )
 
     def own_weights(self, into: int, out: int, grads: bool = False) -> tuple[Pass, ...]:
@@ -352,4 +253,4 @@ class _Attention(_Op):
     def out_backward(self) -> Pass:
         """The gradient of the output projection."""
         item = self.width * self.sharding.itemsize
-        return self.use("out", self.query_rows, self.query_buckets, 1, expand=1, grads=True, gathers=item)
+        return self.use("out", self.query_rows, self.query_buckets, 1, expand=1, grads=True, gathers=item, fusible=_SUM)

@@ -14,7 +14,7 @@ from tsp_jax.plan.budget import Budget, usable_bytes
 from tsp_jax.plan.compiled import Compile, Compiled, Compilers, Job, Refused
 from tsp_jax.plan.limits import longest_contexts, nothing_fits
 from tsp_jax.plan.search import Candidate, Minimise, Search, narrow_down, pareto
-from tsp_jax.plan.space import FIELDS, choices
+from tsp_jax.plan.space import FIELDS, Choice, choices
 from tsp_jax.training.optimizer import Optimizer
 
 
@@ -170,8 +170,16 @@ def _plan(config: Config, target: Target, search: Search, budget: Budget, *, fix
         best=shown.index(best), front=tuple(map(shown.index, places)), longest=longest_contexts(config, search),
         longest_offloaded=longest_contexts(config, search, offload=True),
         why=(*_verdict(best, ranked), *reasons(best, ranked), *filter(None, [not_tsp])),
-        ties=tuple(ties(config, best, ranked)), notes=tuple(filter(None, [search.stopped])),
+        ties=tuple(ties(config, best, ranked)), notes=tuple(filter(None, [search.stopped, _rounding(config, best)])),
     )  # fmt: skip
+
+
+def _rounding(config: Config, best: Candidate) -> str:
+    """One line if the best choice rounds more than the configuration does."""
+    own, chosen = Choice.of(config), best.choice
+    names = [name for name in ("moments_dtype", "grad_dtype") if getattr(own, name) != getattr(chosen, name)]
+    what = " and ".join(f"{FIELDS[name]}={getattr(chosen, name)}" for name in names)
+    return f"{what} changes the numbers of training; leave out --narrow to keep them" if names else ""
 
 
 def _best_of_places(candidates: list[Candidate], compiled: list[Candidate]) -> list[Candidate]:

@@ -1,14 +1,13 @@
 """Memory and time of a training step by closed forms, without a compiler: to rank configurations, and to say what wins.
 
-Memory is `tsp_jax.cost.memory.step_memory`. Time is that of the passes of `tsp_jax.cost.passes`, at the rates, links
+Memory is `tsp_jax.cost.memory.memory_moments`. Time is that of the passes of `tsp_jax.cost.passes`, at the rates, links
 and rules of `tsp_jax.inspect.timeline` for a compiled program:
 
 - A product takes the longer of its operations at the rate of its shape, and of its operands' and result's bytes. An
   attention kernel takes its products for the pairs that may attend, all other work its bytes in main memory.
 - A collective takes `tsp_jax.hardware.links.collective_seconds`, each message with its fixed cost.
-- A bucket is fetched while the bucket before it is used, and sent while the one after it is (`tsp_jax.plan.queues`). So
-  a layer's first weights, and each op's first keys and values or tokens, are exposed; weights of other ops only where
-  the links are busy; sums of partial outputs always. On TPU the compiler lets computation wait for every collective.
+- `tsp_jax.plan.queues` says what overlaps. On TPU the compiler lets computation wait for every collective, and makes a
+  reduce-scatter an all-reduce.
 """
 
 import dataclasses
@@ -20,8 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from tsp_jax.config import Config
-from tsp_jax.cost.memory import step_memory
-from tsp_jax.cost.passes import Block, Message, Pass, step_passes
+from tsp_jax.cost.memory import memory_moments
+from tsp_jax.cost.op_passes import Attend, Message, Pass
+from tsp_jax.cost.passes import Block, step_passes
 from tsp_jax.cost.step import ITEMSIZE
 from tsp_jax.cost.traffic import FLOAT32
 from tsp_jax.errors import ConfigError
@@ -40,13 +40,19 @@ from tsp_jax.plan.queues import Timed, run
 class Estimate:
     """A training step of a configuration on one device of a target."""
 
-    memory: Mapping[str, float]
-    """part -> bytes at the peak; see `step_memory`"""
+    config: Config
+    moments: Mapping[str, Mapping[str, float]]
+    """moment -> part -> bytes that a device holds then; see `memory_moments`"""
     scenarios: Mapping[str, Mapping[str, float]]
     """name in `SCENARIOS` -> term -> seconds. The terms add up to the step: products, attention, elementwise work,
     optimizer, contention, and exposed communication by kind"""
     received_bytes: float
     """by a device in a step"""
+
+    @property
+    def memory(self) -> Mapping[str, float]:
+        """Part -> bytes at the moment that needs most; see `tsp_jax.cost.memory.Parts`."""
+        return max(self.moments.values(), key=lambda parts: sum(parts.values()))
 
     @property
     def seconds(self) -> Mapping[str, float]:
@@ -82,12 +88,13 @@ def estimate(config: Config, target: Target, scenarios: Iterable[str] = tuple(SC
       ConfigError: the layout or the mesh does not fit the target, or no kernel computes these heads.
     """
     layout, sizes = placed(config, target)
-    blocks, memory = step_passes(config, layout, sizes), step_memory(config, layout, sizes)
+    blocks, moments = step_passes(config, layout, sizes), memory_moments(config, layout, sizes)
     received = sum(block.times * m.bytes for block in blocks for part in block.passes for m in part.messages)
-    update = 2 * memory["state"] + memory["gradients"]  # reads and writes weights and moments, reads gradients
+    after = moments["embed"]  # the update reads and writes weights and moments, and reads gradients
+    update = 2 * after["state"] + after["gradients"]
     priced = _Priced(config, target.hardware, sizes)
     return Estimate(
-        memory=memory, received_bytes=config.accumulate * received,
+        config=config, moments=moments, received_bytes=config.accumulate * received,
         scenarios={name: priced.terms(blocks, update, SCENARIOS[name]) for name in scenarios},
     )  # fmt: skip
 
@@ -130,30 +137,53 @@ class _Priced:
     def _timed(self, part: Pass, scenario: Scenario) -> Timed:
         level = scenario.compute
         bandwidth, dtype = self.hardware.rates.memory.bytes_per_s.rate(level), self.config.compute_dtype
-        products = attention = 0.0
+        products, attention, beside, nbytes = 0.0, 0.0, 0.0, part.bytes
+        if self.hardware.platform == "cuda":
+            nbytes += part.fusible
         for m, n, k, times in part.products:
-            nbytes = (m * k + k * n) * ITEMSIZE[dtype] + m * n * FLOAT32
+            arrays = (m * k + k * n) * ITEMSIZE[dtype] + m * n * FLOAT32
             seconds = self.prices.work(Work(2 * m * n * k, (m, n, k), dtype), level)
-            products += times * max(seconds, nbytes / bandwidth)
+            products += times * max(seconds, arrays / bandwidth)
+            if k == part.chunk:
+                beside += times * seconds
         if part.attend:
             direction: Direction = "backward" if part.attend.backward else "forward"
             flops = 2 * part.attend.pairs * (self.backward_products if part.attend.backward else 2)
             head_dim = self.config.model.head_dim
             attention = self.prices.work(Work(flops, None, dtype, direction, self.kernel, head_dim), level)
-        compute = {"products": products, "attention": attention, "elementwise": part.bytes / bandwidth}
+            nbytes += _pair_bytes(self.kernel, part.attend)
+        compute = {"products": products, "attention": attention, "elementwise": nbytes / bandwidth}
         fetched, sent, summed = (
             self._messages(messages, scenario.links) for messages in (part.fetched, part.sent, part.summed)
         )
-        early = all(message.kind == "weights" for message in part.fetched)
-        return Timed(part.buckets, compute, fetched, sent, summed, early)
+        kinds = {message.kind for message in part.fetched}
+        early = 1.0 - ("activations" in kinds)
+        if part.attend and not part.attend.backward:
+            early = 0.5
+        awaited = any(message.kind != "key_value_grads" for message in part.sent)
+        return Timed(part.buckets, compute, fetched, sent, summed, early, awaited, beside)
 
     def _messages(self, messages: Sequence[Message], level: Level) -> dict[str, float]:
         """Kind of traffic -> seconds."""
         found = defaultdict[str, float](float)
         for m in messages:
-            each = self.prices.collective(m.collective, m.bytes / m.number, self.mesh, m.axes, level)
+            name, nbytes = m.collective, m.bytes / m.number
+            if self.hardware.platform == "tpu" and name == "reduce-scatter":  # the compiler makes it an all-reduce
+                name, nbytes = "all-reduce", 2 * nbytes
+            each = self.prices.collective(name, nbytes, self.mesh, m.axes, level)
             found[m.kind] += m.number * each
         return found
+
+
+def _pair_bytes(kernel: str, attend: Attend) -> float:
+    """Elementwise work of cuDNN's kernel, which attends to pairs of zigzag chunks and merges their results in float32.
+
+    A query chunk attends to 2 R + 1 of 2 R pairs of chunks of R ranks, in the mean. Bytes were counted in programs for
+    H100 (jax 0.10.2), as those of `tsp_jax.cost.passes`.
+    """
+    if kernel != "cudnn":
+        return 0.0
+    return attend.elements * (2 * attend.ranks + 1) / 2 * (80 if attend.backward else 26)
 
 
 class _Prices:

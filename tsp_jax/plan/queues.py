@@ -1,7 +1,15 @@
 """Passes on two queues, compute and links: what overlaps, and what is exposed.
 
-The rules are those of `tsp_jax.inspect.queues`, for a schedule that is known beforehand: while a bucket is used, the
-next one is fetched and the results of the one before are sent, first in, first out.
+The rules are those of `tsp_jax.inspect.queues`, for this order of work:
+
+- While a bucket is used, the next one is fetched and what the one before gave is sent, first in, first out.
+- The first bucket of a pass is fetched during the last one of the pass before, except tokens, and the values that
+  forward attends to: these come from the pass before. The first pass of a layer waits for its first bucket.
+- A pass ends when what it sends has arrived; gradients of keys and values arrive during the next pass.
+- Sums over replicas and over tensor axes are waited for. But backward's sums over tensor axes run beside the last
+  bucket's gradients of weights.
+
+They were read off programs compiled for MI300X, H100 and v5p (benchmarks/closed_forms.md).
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +29,12 @@ class Timed(NamedTuple):
     """kind of traffic -> seconds; likewise the two below"""
     sent: Mapping[str, float]
     summed: Mapping[str, float]
-    early: bool
-    """the first bucket can be fetched while the pass before is at its last one: it depends on weights alone"""
+    early: float
+    """share of the first bucket that is fetched while the pass before is at its last one"""
+    awaited: bool
+    """the next pass needs what is sent: tokens, or gradients of keys and values"""
+    beside: float
+    """seconds of computation that can run while outputs are summed over tensor axes: gradients of weights"""
 
 
 class _Queues:
@@ -79,8 +91,8 @@ def run(passes: Sequence[Timed], contention: tuple[float, float], *, waits: bool
     ready = 0.0
     for number, part in enumerate(passes):
         following = passes[number + 1] if number + 1 < len(passes) else None
-        if number == 0 or not part.early:
-            ready = queues.communicate(sum(part.fetched.values()) / part.buckets)
+        if late := 1.0 - part.early * (number > 0):
+            ready = max(ready, queues.communicate(late * sum(part.fetched.values()) / part.buckets))
         ready = _use(queues, part, following, ready)
     sent = next((part.sent for part in reversed(passes) if part.sent), {})
     queues.wait(queues.links, sent or {"weights": 1.0})
@@ -88,7 +100,7 @@ def run(passes: Sequence[Timed], contention: tuple[float, float], *, waits: bool
 
 
 def _use(queues: _Queues, part: Timed, following: Timed | None, ready: float) -> float:
-    """Uses all buckets of a pass; returns when the first bucket of the following pass is there, if it is early."""
+    """Uses all buckets of a pass; returns when the early share of the following pass's first bucket is there."""
     share = 1 / part.buckets
     fetch, send = sum(part.fetched.values()) * share, sum(part.sent.values()) * share
     buckets = min(part.buckets, _LIKE)
@@ -97,8 +109,8 @@ def _use(queues: _Queues, part: Timed, following: Timed | None, ready: float) ->
         queues.wait(ready, part.fetched)
         if bucket + 1 < buckets:
             ready = queues.communicate(fetch)
-        elif following and following.early:
-            ready = queues.communicate(sum(following.fetched.values()) / following.buckets)
+        elif following:
+            ready = queues.communicate(following.early * sum(following.fetched.values()) / following.buckets)
         queues.compute(part.compute, share)
         if bucket == 1 and part.buckets > buckets:  # a bucket in the middle stands for those that are left out
             more = part.buckets - buckets
@@ -108,6 +120,12 @@ def _use(queues: _Queues, part: Timed, following: Timed | None, ready: float) ->
             queues.now, queues.links, ready = queues.now + shift, queues.links + shift, ready + shift
         if send:
             queues.communicate(send)
+    if part.sent and part.awaited:
+        queues.wait(queues.links, part.sent)
     if part.summed:
-        queues.wait(queues.communicate(sum(part.summed.values())), part.summed)
+        outputs = part.summed.get("tensor_sums", 0.0)
+        queues.links = max(queues.links, queues.now - part.beside / part.buckets * (outputs > 0)) + sum(
+            part.summed.values()
+        )
+        queues.wait(queues.links, part.summed)
     return ready

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from tsp_jax.config import Config
+from tsp_jax.config import Config, DType, ModelConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import HARDWARE, data_sheet
 from tsp_jax.hardware.memory import memory_bytes
@@ -17,6 +17,7 @@ from tsp_jax.layout import get_layout, parse_mesh
 from tsp_jax.plan.choose import Plan, choose
 from tsp_jax.plan.compiled import Compiled, Job, Refused
 from tsp_jax.plan.search import Minimise
+from tsp_jax.plan.serving import Serving, choose_serving
 from tsp_jax.plan.space import FIELDS, Choice
 from tsp_jax.plan.worker import answer
 from tsp_jax.training.optimizer import Optimizer
@@ -76,6 +77,29 @@ def plan_for(
     )  # fmt: skip
     say(describe(config, found))
     return found.chosen.choice.apply(config)
+
+
+def plan_serving(
+    model: ModelConfig, dtype: DType, *, capacity: int, new_tokens: int, layout: str, mesh: str
+) -> Serving:
+    """Returns the fastest way to serve one sequence on the devices of this process, by closed forms.
+
+    Args:
+      model: sizes.
+      dtype: of weights, activations and cache.
+      capacity: tokens of the sequence, prompt and new ones.
+      new_tokens: tokens to generate.
+      layout, mesh: what is given; what a flag sets stays.
+
+    Raises:
+      ConfigError: the rates of the devices are not known, or nothing fits them.
+    """
+    target, fixed = present_target(), fixed_fields(sys.argv[1:]) & {"layout", "mesh"}
+    context = -(-capacity // 2048) * 2048 if capacity > 1024 else max(1 << (capacity - 1).bit_length(), 512)
+    return choose_serving(
+        model, context, 1, target, new_tokens=max(1, new_tokens), dtype=dtype, fixed=fixed, layout=layout, mesh=mesh,
+        finalists=0,
+    )[0]  # fmt: skip
 
 
 def describe(config: Config, found: Plan) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -33,14 +34,21 @@ class Plan:
     """place among `candidates`"""
     front: tuple[int, ...]
     """places of the candidates that fit and that none beats in both time and memory, the fastest first"""
-    longest: dict[str, int]
-    """layout -> tokens of the longest sequence that fits with everything on the devices"""
-    longest_offloaded: dict[str, int]
-    """the same with what backward needs in the host's memory, which is taken to be large enough"""
+    search: Search = dataclasses.field(repr=False)
     why: tuple[str, ...]
     ties: tuple[str, ...]
     notes: tuple[str, ...]
     """what the search left out"""
+
+    @functools.cached_property
+    def longest(self) -> dict[str, int]:
+        """Layout -> tokens of the longest sequence that fits with everything on the devices."""
+        return longest_contexts(self.base, self.search)
+
+    @functools.cached_property
+    def longest_offloaded(self) -> dict[str, int]:
+        """The same with what backward needs in the host's memory, which is taken to be large enough."""
+        return longest_contexts(self.base, self.search, offload=True)
 
     @property
     def chosen(self) -> Candidate:
@@ -49,7 +57,7 @@ class Plan:
 
     def config(self) -> Config:
         """The configuration with the best choice; on virtual CPU devices, with as many as the target has."""
-        config = self.chosen.choice.apply(self.base)
+        config = dataclasses.replace(self.chosen.choice.apply(self.base), plan="")
         cpus = self.target.num_devices if self.target.hardware.platform == "cpu" else 0
         return dataclasses.replace(config, cpu_devices=cpus)
 
@@ -167,8 +175,7 @@ def _plan(config: Config, target: Target, search: Search, budget: Budget, *, fix
     not_tsp = when_not_tsp(config, target, best, search.limit_bytes, fixed)
     return Plan(
         name=name, base=config, target=target, minimise=search.minimise, budget=budget, candidates=shown,
-        best=shown.index(best), front=tuple(map(shown.index, places)), longest=longest_contexts(config, search),
-        longest_offloaded=longest_contexts(config, search, offload=True),
+        best=shown.index(best), front=tuple(map(shown.index, places)), search=search,
         why=(*_verdict(best, ranked), *reasons(best, ranked), *filter(None, [not_tsp])),
         ties=tuple(ties(config, best, ranked)), notes=tuple(filter(None, [search.stopped, _rounding(config, best)])),
     )  # fmt: skip

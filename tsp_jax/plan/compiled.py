@@ -161,7 +161,7 @@ def _without_effectless(config: Config) -> Config:
     return dataclasses.replace(
         config, data=DataConfig(order=config.data.order), faults=FaultsConfig(), cluster=ClusterConfig(), cpu_devices=0,
         init_from="", from_scratch=False, seed=0, workdir="unused", checkpoint_every=0, keep_checkpoints=1,
-        keep_every=0, eval_every=0, eval_batches=1, log="", profile="",
+        keep_every=0, eval_every=0, eval_batches=1, log="", profile="", plan="",
     )  # fmt: skip
 
 

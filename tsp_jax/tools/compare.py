@@ -64,6 +64,8 @@ def compare(name: str, options: CompareOptions, optimizer: Optimizer = None) -> 
     draw = _drawer() if options.png else None
     lengths = _parse_lengths(options.seq_lens) or [options.config.seq_len]
     layouts = _items(options.layouts, _OUTER_COMMA) or _default_layouts(target.num_devices)
+    if options.config.plan:
+        raise ConfigError(f"plan={options.config.plan} chooses a layout, and compare compares given ones; leave it out")
     if options.per_replica < 1:
         raise ConfigError(f"per_replica={options.per_replica} must be positive; use 1")
     use_target(target)

@@ -23,6 +23,7 @@ from tsp_jax.inspect.trace import write_trace
 from tsp_jax.mesh import format_sizes, parse_sizes
 from tsp_jax.plan.compile import Step, compile_step
 from tsp_jax.tools import cli
+from tsp_jax.tools.planned import plan_for
 from tsp_jax.training.optimizer import Optimizer
 
 _LONGEST_TEXT = 2**31
@@ -95,8 +96,8 @@ def inspect_step(name: str, options: StepOptions, optimizer: Optimizer = None) -
     options.outputs.check()
     check_writable(dump_hlo=options.dump_hlo)
     use_target(target)
-    config = options.config
-    with console(stderr=True).status(f"compiling {name} for {target}"):
+    with console(stderr=True).status(f"compiling {name} for {target}") as status:
+        config = plan_for(options.config, target, name, optimizer, status.update)
         step = compile_step(config, target, options.step, options.chunk, optimizer)
     mesh = format_sizes(step.placement.mesh.shape)
     tokens = f"{options.chunk} of {config.seq_len}" if options.chunk else str(config.seq_len)

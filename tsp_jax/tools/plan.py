@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,11 +19,11 @@ from tsp_jax.plan.budget import usable_bytes
 from tsp_jax.plan.choose import Plan, choose
 from tsp_jax.plan.limits import Count, device_counts, largest_that_pays
 from tsp_jax.plan.search import Minimise
-from tsp_jax.plan.space import FIELDS
 from tsp_jax.tools import cli
 from tsp_jax.tools.config_file import config_flags, config_source
 from tsp_jax.tools.inspect import check_writable
 from tsp_jax.tools.plan_table import show_counts, show_plan
+from tsp_jax.tools.planned import fixed_fields
 from tsp_jax.training.optimizer import Optimizer
 
 
@@ -93,13 +92,6 @@ def plan(name: str, options: PlanOptions, optimizer: Optimizer = None) -> None:
         show_counts(counts, options.config)
     show_plan(found)
     console().print(f"train with: {command}", soft_wrap=True, highlight=False, markup=False)
-
-
-def fixed_fields(arguments: Sequence[str]) -> frozenset[str]:
-    """The fields that flags set, among those that a plan chooses."""
-    names = (argument.partition("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--"))
-    fields = {name.removeprefix("config.").replace("-", "_").replace(".no_", ".") for name in names}
-    return frozenset(fields & {*FIELDS.values()})
 
 
 def _target(name: str, options: PlanOptions) -> tuple[Target, list[Count]]:

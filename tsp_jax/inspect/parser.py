@@ -13,6 +13,7 @@ from tsp_jax.inspect.checks import DEEPEST, check_module
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.module import Module
 from tsp_jax.inspect.shapes import Shape, ShapeTree, ints, natural
+from tsp_jax.inspect.texts import module_text
 
 _ROLES = ("body", "condition", "to_apply", "calls", "branch_computations", "called_computations")
 _SOURCE_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
@@ -27,6 +28,7 @@ _INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
 _BODY_END = re.compile(r"\s*\}[^\n]*\n")
+_DYNAMIC = re.compile(r"\b[a-z]\w*\[[\d,]*<=\d")
 _NAME = re.compile(r"[\w.\-]+")
 _METADATA = re.compile(r'(op_name|source_file)="([^"\\]*(?:\\.[^"\\]*)*)"|(source_line|stack_frame_id)=(\d+)')
 
@@ -40,9 +42,7 @@ def parse(text: str | None) -> Module:
     Raises:
       ConfigError: the text is not HLO, is incomplete, or holds more than one module.
     """
-    text = re.sub(r"/\*index=\d+\*/", "", (text or "").lstrip()) + "\n"
-    if not text.startswith("HloModule "):
-        raise ConfigError(f"text starts with {text[:30].strip()!r}, not with HloModule; pass compiled.as_text()")
+    text = module_text(text or "")
     header, pos = _split(text, len("HloModule "), "\n", "the header")
     attributes = _attributes(header[1:])
     computations, entry = _computations(text, pos)
@@ -54,6 +54,7 @@ def parse(text: str | None) -> Module:
         num_partitions=_devices(attributes, "num_partitions"), replica_count=_devices(attributes, "replica_count"),
         input_output_alias=parse_aliases(attributes.get("input_output_alias", "")),
     )  # fmt: skip
+    module.memo["dynamic"] = bool(_DYNAMIC.search(text))
     check_module(module)
     return module
 
@@ -83,8 +84,6 @@ def _computations(text: str, pos: int) -> tuple[dict[str, Computation], Computat
             entry = computation if match[1] else entry
         elif line.startswith(("%", "ENTRY")):
             raise _incomplete(f"computation {line[:40]}")
-        elif line.startswith("HloModule "):
-            raise ConfigError("text holds more than one HloModule; parse them one by one")
         elif line in tables:
             table = tables[line]
         else:
@@ -117,6 +116,8 @@ def _instruction(text: str, match: re.Match, computation: str, sources: Sources)
     inner, pos = _split(text, opcode.end(), ")", where)
     rest, pos = _split(text, pos, "\n", where)
     attributes = _attributes(rest)
+    if (config := attributes.get("backend_config", "")).startswith('"'):  # as older compilers write it
+        attributes["backend_config"] = config[1:-1].replace('\\"', '"')
     literal = opcode[1] in _WITHOUT_OPERANDS
     op_name, file, line = _metadata(attributes.get("metadata", ""), sources)
     instruction = Instruction(
@@ -142,6 +143,8 @@ def _shape(text: str, pos: int, where: str, depth: int = 0) -> tuple[ShapeTree, 
         shape, pos = _shape(text, pos + 2, where, depth + 1)
         return shape, pos + 1
     if not text.startswith("(", pos):
+        if _OPCODE.match(text, pos):
+            raise ConfigError(f"HLO text lacks the shape of the result of {where}; print the program with its shapes")
         raise _incomplete(where)
     parts, pos = [], pos + 1
     while not text.startswith(")", pos):

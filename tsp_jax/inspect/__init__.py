@@ -2,13 +2,13 @@
 
 `report` is the entry point. Behind it:
 
-shapes, instructions, module, parser                 the text of a program as a tree
+texts, shapes, instructions, module, parser          the text of a program as a tree
 opcodes                                              tables of opcodes
 scopes                                               what named scopes tell
 collectives, groups                                  communication
 memory, lifetimes, peak                              memory
 flops, roofline, schedule, queues, timeline, trace   cost of instructions, and the simulation
-program_report, render, expect, units                the report, printing it, checks on it
+program_report, unknown, render, expect, units       the report, what it lacks, printing it, checks on it
 """
 
 from tsp_jax.inspect.collectives import Collective, Total, list_collectives, total_by_op

@@ -20,6 +20,7 @@ from tsp_jax.inspect.platforms import (
     platforms_of_text,
 )
 from tsp_jax.inspect.timeline import Timeline, Times, simulate
+from tsp_jax.inspect.unknown import unknown_figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Report:
     """simulated; None if the hardware is not known"""
     hardware: Hardware | None
     full_weights: tuple[FullWeight, ...] = ()
+    unknown: dict[str, str] = dataclasses.field(default_factory=dict)
+    """figure -> why the text does not tell it in full, and what counts instead"""
 
     @property
     def missing(self) -> str:
@@ -99,7 +102,7 @@ class Report:
         return {
             "missing": self.missing, "memory": self._memory_json(), "flops": self.flops, "shardings": self.shardings,
             "collectives": [self._collective_json(c) for c in self.collectives],
-            "timeline": self._timeline_json(),
+            "timeline": self._timeline_json(), "unknown": self.unknown,
         }  # fmt: skip
 
     def _memory_json(self) -> dict[str, Any] | None:
@@ -170,11 +173,12 @@ def report(
         timeline = dataclasses.replace(timeline, assumptions=assumptions)
     if full_weights is None:
         full_weights = () if is_text else _sharded_matrices(program)
+    collectives = list_collectives(module, axes, unknown_trips=unknown_trips)
     return Report(
         module=module, mesh=axes, memory=None if is_text else compiled_memory(program),
         live=find_peak(module) if scheduled else None, flops=total_flops(module, unknown_trips),
-        shardings=_shardings(module), collectives=list_collectives(module, axes, unknown_trips=unknown_trips),
-        timeline=timeline, hardware=hardware, full_weights=tuple(full_weights),
+        shardings=_shardings(module), collectives=collectives, timeline=timeline, hardware=hardware,
+        full_weights=tuple(full_weights), unknown=unknown_figures(module, collectives, unknown_trips),
     )  # fmt: skip
 
 

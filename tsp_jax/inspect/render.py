@@ -24,6 +24,8 @@ def show(report: Report, out: Console, *, largest: int = 12) -> None:
         out.print(_timeline(report))
         for line in report.timeline.assumptions:
             out.print(f"  assumed: {line}", style="dim", soft_wrap=True, highlight=False)
+    for figure, reason in report.unknown.items():
+        out.print(f"  unknown ({figure}): {reason}", style="dim", soft_wrap=True, highlight=False)
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -48,12 +48,13 @@ def main(
       command: the command's body; an int that it returns is the exit code.
       options: function from the configuration to the dataclass whose fields are the flags.
       about: one sentence for ``--help``.
-      text_command: (body, default options) of what runs instead if the first argument is a .hlo or .txt file.
+      text_command: (body, default options) of what runs instead if the first argument is a .hlo or .txt file, or
+        one of these with .gz.
       needs_output: if True, the command ends when standard output cannot be written; if False, it goes on without it.
     """
     arguments = sys.argv[1:]
     with errors_in_a_line(needs_output):
-        if text_command and arguments and arguments[0].endswith((".hlo", ".txt")):
+        if text_command and arguments and arguments[0].endswith((".hlo", ".txt", ".hlo.gz", ".txt.gz")):
             sys.exit(text_command[0](*first_argument(text_command[1], about=about)))
         name, parsed, optimizer = parse(arguments, options, about=about)
         if isinstance(parsed, Config):

@@ -13,12 +13,12 @@ import tyro
 
 from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
-from tsp_jax.files import read_text
 from tsp_jax.hardware.rates_file import read_hardware
 from tsp_jax.hardware.targets import parse_target, standins_note, use_target
 from tsp_jax.inspect import Report, report
 from tsp_jax.inspect.expect import broken, parse_expectations
 from tsp_jax.inspect.render import console, show
+from tsp_jax.inspect.texts import read_program
 from tsp_jax.inspect.trace import write_trace
 from tsp_jax.mesh import format_sizes, parse_sizes
 from tsp_jax.plan.compile import Step, compile_step
@@ -26,7 +26,6 @@ from tsp_jax.tools import cli
 from tsp_jax.tools.planned import plan_for
 from tsp_jax.training.optimizer import Optimizer
 
-_LONGEST_TEXT = 2**31
 BROKEN = 1
 """exit code if a contract is broken"""
 
@@ -123,7 +122,7 @@ def inspect_text(file: str, options: TextOptions) -> int:
         target = read_hardware(outputs.hardware).name
     name = target if ":" in target else f"{target}:1"
     hardware = parse_target(name, outputs.attention_efficiency, outputs.hardware).hardware if target else None
-    text = read_text(file, _LONGEST_TEXT, "use the text of a compiled program")
+    text = read_program(file)
     axes = parse_sizes(options.mesh) if options.mesh else None
     found = report(text, target=hardware, mesh_axes=axes, record=bool(options.outputs.trace))
     return _finish(found, {"file": file, "target": target, "mesh": axes}, options.outputs, [])
@@ -152,6 +151,6 @@ def main() -> None:
         inspect_step,
         lambda config: StepOptions(config=config),
         about="Compile a step for hardware that need not be present: its memory, communication and simulated time.\n"
-        "In place of CONFIG, the text of a compiled program may be given: FILE.hlo or FILE.txt.",
+        "In place of CONFIG, the text of a compiled program may be given: FILE.hlo or FILE.txt, gzipped or not.",
         text_command=(inspect_text, TextOptions()),
     )

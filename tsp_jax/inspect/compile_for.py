@@ -91,8 +91,8 @@ def compile_for(
       ConfigError: `f` cannot be traced, lowered or compiled for the target (in one line, with the cause and the line of
         the user's file); mesh, shardings and target do not fit together; or the target's compiler is not installed.
     """
-    target, name = _parsed(target), getattr(f, "__name__", type(f).__name__)
-    f, bound, kwargs = _unbound(f, kwargs)
+    target, (f, bound, kwargs) = _parsed(target), _unbound(f, kwargs)
+    name = getattr(f, "__name__", type(f).__name__)
     _check_keywords(f, name, (*bound, *args), kwargs, {"target": target, "mesh": mesh, "in_shardings": in_shardings})
     if mesh is None:
         mesh = first_mesh((in_shardings, args, bound, kwargs)) or _context_mesh()

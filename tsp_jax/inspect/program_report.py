@@ -187,7 +187,9 @@ def _compiled(program: Any) -> Any:
         program = program.compile()
     program = getattr(program, "compiled", program)
     if not hasattr(program, "as_text") or not hasattr(program, "input_shardings"):
-        raise ConfigError(f"program={program!r:.80} is not compiled; use inspect.compile_for(f, ..., target='h100:1')")
+        raise ConfigError(
+            f"program={type(program).__name__} is not compiled; use inspect.compile_for(f, ..., target='h100:1')"
+        )
     return program
 
 

@@ -20,7 +20,7 @@ ROOMS = {
     "stored": {"errors", "config", "layout", "heads"},
     "cost": FOUNDATION,
     "hardware": {"errors", "files"},
-    "inspect": {"errors", "files", "hardware"},
+    "inspect": {"errors", "files", "mesh", "hardware"},
     "ops": FOUNDATION,
     "nn": FOUNDATION | {"ops", "cost"},
     "models": FOUNDATION | {"ops", "nn", "cost"},

@@ -1,6 +1,6 @@
 """Reads compiled programs: memory, communication, and a simulated timeline. It knows no model.
 
-`report` is the entry point. Behind it:
+`report` is the entry point, and `compile_for` for functions that are not compiled yet. Behind them:
 
 texts, shapes, instructions, module, parser          the text of a program as a tree
 opcodes                                              tables of opcodes
@@ -9,9 +9,11 @@ collectives, groups                                  communication
 memory, lifetimes, peak                              memory
 flops, roofline, schedule, queues, timeline, trace   cost of instructions, and the simulation
 program_report, unknown, render, expect, units       the report, what it lacks, printing it, checks on it
+compile_for, abstract, refusals                      compiling a user's function; its arguments; what goes wrong
 """
 
 from tsp_jax.inspect.collectives import Collective, Total, list_collectives, total_by_op
+from tsp_jax.inspect.compile_for import CompiledFunction, compile_for, target_mesh
 from tsp_jax.inspect.groups import replica_groups
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.memory import Buffer, Memory, compiled_memory, largest_buffers, list_buffers
@@ -24,8 +26,8 @@ from tsp_jax.inspect.timeline import Timeline, simulate
 from tsp_jax.inspect.trace import write_trace
 
 __all__ = [
-    "Buffer", "Collective", "Computation", "FullWeight", "Instruction", "LiveBuffer", "Memory", "Module", "Peak",
-    "Report", "Shape", "Timeline", "Total", "compiled_memory", "find_peak", "largest_buffers", "leaves",
-    "list_buffers", "list_collectives", "nbytes", "parse", "replica_groups", "report", "simulate", "total_by_op",
-    "write_trace",
+    "Buffer", "Collective", "CompiledFunction", "Computation", "FullWeight", "Instruction", "LiveBuffer", "Memory",
+    "Module", "Peak", "Report", "Shape", "Timeline", "Total", "compile_for", "compiled_memory", "find_peak",
+    "largest_buffers", "leaves", "list_buffers", "list_collectives", "nbytes", "parse", "replica_groups", "report",
+    "simulate", "target_mesh", "total_by_op", "write_trace",
 ]  # fmt: skip

@@ -42,6 +42,8 @@ def _product_flops(computation: Computation, i: Instruction) -> float:
         return _product(left, result, dims[1]) if dims else 0.0
     if i.opcode == "convolution":
         return _convolution(left, right, result, i.attributes)
+    if i.opcode == "custom-call" and "$conv" in i.custom_call_target:  # of cuDNN, and of MIOpen by the same names
+        return _convolution(*_forward_roles(i.custom_call_target, left, right, result), i.attributes)
     return 0.0
 
 
@@ -69,6 +71,13 @@ def total_flops(module: Module, unknown_trips: Trips = 1) -> float:
 
 def _product(left: Shape, result: Shape, contracting: str) -> float:
     return 2.0 * result.size * math.prod(left.dims[k] for k in ints(contracting))
+
+
+def _forward_roles(target: str, left: Shape, right: Shape, result: Shape) -> tuple[Shape, Shape, Shape]:
+    """(input, kernel, output) of the forward convolution, whose labels and window a backward call carries too."""
+    if "BackwardInput" in target:
+        return result, right, left
+    return (left, result, right) if "BackwardFilter" in target else (left, right, result)
 
 
 def _convolution(left: Shape, right: Shape, result: Shape, attributes: dict[str, str]) -> float:

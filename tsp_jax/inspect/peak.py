@@ -31,12 +31,11 @@ from collections import defaultdict
 
 from tsp_jax.inspect.instructions import Instruction
 from tsp_jax.inspect.lifetimes import Value, Values, Walk, fusion_outputs, overwritten
+from tsp_jax.inspect.memory import LARGE_CONSTANT
 from tsp_jax.inspect.module import Module
 from tsp_jax.inspect.opcodes import ALLOCATE, FILLERS
 from tsp_jax.inspect.shapes import HOST_MEMORY_SPACE, Shape, ints
 from tsp_jax.inspect.spans import Span, Spans
-
-_LARGE_CONSTANT = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +127,7 @@ class _Group:
         constant = bool(self.makers) and all(maker.opcode == "constant" for maker in self.makers)
         if resident or constant:
             self.spans = [(0, now)]
-        ignored = not self.bytes or (constant and self.bytes < _LARGE_CONSTANT)
+        ignored = not self.bytes or (constant and self.bytes < LARGE_CONSTANT)
         self._place = "" if ignored else _place(self.shape)
 
     def counts(self, host: bool) -> bool:

@@ -57,7 +57,8 @@ def _memory(report: Report) -> Table:
     table = _table(f"Memory of one device, {source}", "part", ">bytes")
     if m := report.memory:
         parts = {"arguments": m.argument_bytes, "outputs": m.output_bytes, "aliased": -m.alias_bytes}
-        for name, value in (parts | {"temporaries": m.temp_bytes}).items():
+        constants = {"constants of the program": m.constant_bytes} if m.constant_bytes else {}
+        for name, value in (parts | {"temporaries": m.temp_bytes} | constants).items():
             table.add_row(name, format_bytes(value))
         table.add_section()
     table.add_row("peak memory", format_bytes(report.peak_bytes), style="bold")

@@ -27,12 +27,14 @@ import dataclasses
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from tsp_jax.inspect.instructions import Instruction
 from tsp_jax.inspect.lifetimes import Value, Values, Walk, fusion_outputs, overwritten
+from tsp_jax.inspect.memory_curve import MemoryCurve, Use, memory_curve
 from tsp_jax.inspect.module import Module
 from tsp_jax.inspect.opcodes import ALLOCATE, FILLERS
+from tsp_jax.inspect.scopes import readable_scope
 from tsp_jax.inspect.shapes import HOST_MEMORY_SPACE, Shape, ints
 from tsp_jax.inspect.spans import Span, Spans
 
@@ -74,6 +76,8 @@ class Peak:
     """bytes of state, residual and transient buffers"""
     host_bytes: int
     """peak in the host's memory, possibly at another moment than the device's peak"""
+    curve: MemoryCurve
+    """bytes over the schedule; at the peak they are those of `by_kind`"""
 
 
 def find_peak(module: Module) -> Peak:
@@ -112,7 +116,22 @@ def find_peak(module: Module) -> Peak:
         buffers=tuple(found),
         by_kind={k: sum(b.bytes for b in found if b.kind == k) for k in ("state", "residual", "transient")},
         host_bytes=_highest(allocations, walk.now, host=True)[1],
+        curve=_curve(walk, allocations, loop),
     )
+
+
+def _curve(walk: Walk, allocations: Iterable[list["_Group"]], loop: Span | None) -> MemoryCurve:
+    buffers = [
+        [
+            Use(*span, _kind(walk, group, loop), group.bytes)
+            for group in groups if group.counts(host=False) for span in group.spans
+        ] for groups in allocations
+    ]  # fmt: skip
+    return memory_curve(buffers, walk.now, walk.loops, lambda moment: _readable(walk, walk.moments[moment]))
+
+
+def _readable(walk: Walk, i: Instruction) -> str:
+    return readable_scope(_label(walk, i)[0] or f"{i.name}/")
 
 
 class _Group:

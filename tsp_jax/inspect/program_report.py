@@ -10,6 +10,7 @@ from tsp_jax.inspect.collectives import Collective, list_collectives
 from tsp_jax.inspect.flops import total_flops
 from tsp_jax.inspect.memory import Memory, compiled_memory
 from tsp_jax.inspect.module import UNSCHEDULED, Module, Trips
+from tsp_jax.inspect.outline import outline
 from tsp_jax.inspect.parser import parse
 from tsp_jax.inspect.peak import Peak, find_peak
 from tsp_jax.inspect.platforms import (
@@ -97,10 +98,14 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The report as plain numbers and strings."""
         return {
-            "missing": self.missing, "memory": self._memory_json(), "flops": self.flops, "shardings": self.shardings,
+            "missing": self.missing, "device": self._device_json(), "memory": self._memory_json(),
+            "flops": self.flops, "shardings": self.shardings,
             "collectives": [self._collective_json(c) for c in self.collectives],
             "timeline": self._timeline_json(),
         }  # fmt: skip
+
+    def _device_json(self) -> dict[str, Any] | None:
+        return {"name": self.hardware.name, "memory_bytes": self.hardware.memory_bytes} if self.hardware else None
 
     def _memory_json(self) -> dict[str, Any] | None:
         if (peak := self.live) is None:
@@ -110,6 +115,7 @@ class Report:
             **compiled, "peak_bytes": self.peak_bytes, "live_peak_bytes": peak.bytes, "host_bytes": peak.host_bytes,
             "by_kind": dict(peak.by_kind), "peak_at": peak.at,
             "largest": [dataclasses.asdict(buffer) for buffer in peak.buffers[:20]],
+            "curve": dataclasses.asdict(peak.curve),
         }  # fmt: skip
 
     def _collective_json(self, c: Collective) -> dict[str, Any]:
@@ -126,6 +132,7 @@ class Report:
             "exposed_fraction": self.exposed_fraction,
             "by_scope": self.timeline.by_scope,
             "assumptions": list(self.timeline.assumptions),
+            "outline": outline(self.timeline.outline),
         }
 
 

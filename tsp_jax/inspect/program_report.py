@@ -20,7 +20,11 @@ from tsp_jax.inspect.platforms import (
     platforms_of_devices,
     platforms_of_text,
 )
+from tsp_jax.inspect.scopes import readable_scope
 from tsp_jax.inspect.timeline import Timeline, Times, simulate
+
+_LISTED = 100
+"""buffers in the JSON of a report, the largest"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +118,15 @@ class Report:
         return {
             **compiled, "peak_bytes": self.peak_bytes, "live_peak_bytes": peak.bytes, "host_bytes": peak.host_bytes,
             "by_kind": dict(peak.by_kind), "peak_at": peak.at,
-            "largest": [dataclasses.asdict(buffer) for buffer in peak.buffers[:20]],
+            "largest": [dataclasses.asdict(b) | {"label": readable_scope(b.scope)} for b in peak.buffers[:_LISTED]],
             "curve": dataclasses.asdict(peak.curve),
         }  # fmt: skip
 
     def _collective_json(self, c: Collective) -> dict[str, Any]:
         names = ("op", "axis", "scope", "count", "bytes", "is_async", "dtype", "name", "total_bytes")
-        return {name: getattr(c, name) for name in names} | {"hidden_fraction": self.hidden_fraction(c)}
+        return {name: getattr(c, name) for name in names} | {
+            "hidden_fraction": self.hidden_fraction(c), "label": readable_scope(c.scope)
+        }  # fmt: skip
 
     def _timeline_json(self) -> dict[str, Any] | None:
         if self.timeline is None:

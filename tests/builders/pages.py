@@ -86,24 +86,40 @@ COMPARISON = {
 
 
 def _candidate(n: int) -> dict[str, Any]:
-    config = {"layout": f"tsp:{n + 1}", "mesh": "data=1,tsp=8", "remat": ["full", "none"][n % 2], "bucket_mib": 32 * n}
-    figures = {"peak_bytes": 20e9 + 3e9 * n, "step_s": 12.5 - n if n < 5 else 13.25}
-    compiled = None if n > 5 else figures | {"kernel": "triton", "compile_s": 20.25, "by_kind": {"state": 5}}
-    return {
-        "config": config,
-        "closed_form": figures,
-        "compiled": compiled,
-        "on_front": n < 5,
-        "note": HOSTILE * (n == 6),
+    config = {
+        "layout": f"tsp:{n + 1}",
+        "mesh": "data=1,tsp=8",
+        "remat": ["full", "none"][n % 2],
+        "bucket_mib": 32.0 * n,
     }
+    closed = {
+        "peak_bytes": 20e9 + 3e9 * n,
+        "step_s": 12.5 - n if n < 5 else 13.25,
+        "memory": {"state": 5},
+        "seconds": {},
+    }
+    compiled = {
+        "peak_bytes": 10**9 * (21 + 3 * n), "by_kind": {}, "step_s": closed["step_s"] * 1.01, "step_low_s": 8.0,
+        "step_high_s": 20.0, "comm_s": 0.5, "exposed_comm_s": 0.0123, "received_bytes": 300e9, "kernel": "triton",
+    }  # fmt: skip
+    return {
+        "config": config | {"zero1": n == 2, "kernel": "auto"}, "closed_form": closed, "on_front": n < 5,
+        "compiled": None if n > 5 else compiled, "tokens_per_s": 131072 / closed["step_s"],
+        "tokens_per_device_hour": 450 * 131072 / closed["step_s"], "note": HOSTILE * (n == 6),
+    }  # fmt: skip
 
 
 PLAN = {
-    "model": "llama_7b", "target": "mi300x:8", "seq_len": 131072, "batch": 1,
-    "budget": {"usable_bytes": 172.8e9, "collectives_bytes": 2e9, "runtime": "assumed"},
-    "candidates": [_candidate(n) for n in range(7)], "best": 4, "front": [0, 1, 2, 3, 4],
-    "longest": {"tsp:8": 3584 * 1024, "fsdp": 432 * 1024}, "ties": ["one and another are a tie"],
-    "why": ["less of " + HOSTILE],
+    "model": "llama_7b", "target": "mi300x:8", "seq_len": 131072, "batch": 1, "minimise": "time",
+    "budget": {
+        "memory_bytes": 192e9, "fraction": 0.9, "usable_bytes": 172.8e9,
+        "reserves": {
+            "runtime": {"bytes": 1.5e9, "source": "assumed"}, "collectives": {"bytes": 2e9, "source": HOSTILE},
+        },
+    },
+    "candidates": [_candidate(n) for n in range(40)], "best": 4, "front": [0, 1, 2, 3, 4],
+    "longest": {"tsp:8": 3584 * 1024, "fsdp": 432 * 1024}, "longest_offloaded": {"tsp:8": 8192 * 1024},
+    "ties": ["one and another are a tie"], "why": ["less of " + HOSTILE], "notes": [],
 }  # fmt: skip
 
 

@@ -22,8 +22,10 @@ FORMATS = {
     "band": lambda band: format_band(Band(**band)),
     "percent": lambda value: f"{value:.0%}",
     "ratio": lambda value: f"{value:.2f} x",
-    "count": lambda value: f"{int(value):,}" if value == int(value) else f"{value:,.2f}",
-    "text": str,
+    "count": lambda value: f"{value:,.{0 if value == int(value) or abs(value) >= 100 else 2}f}",
+    "text": lambda value: (
+        json.dumps(value) if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
+    ),
 }
 """unit of a figure -> its text; the first three are those of the printed tables"""
 
@@ -119,6 +121,8 @@ def _of_compare(data):
 def _of_plan(data):
     found = [(n, part, c[part]) for n, c in enumerate(data["candidates"]) for part in ("compiled", "closed_form")]
     paths = [["candidates", n, part, name] for n, part, row in found if row for name in ("peak_bytes", "step_s")]
+    paths += [["candidates", n, "tokens_per_s"] for n in range(len(data["candidates"]))]
+    paths += [["budget", "reserves", name, "bytes"] for name in data["budget"]["reserves"]]
     return paths + [["longest", layout] for layout in data["longest"]]
 
 
@@ -204,7 +208,7 @@ def test_the_timeline_zooms_and_names_its_tasks(opened):
     assert [name.split(" iteration")[0] for name in names[1:]] == ["other", "other"]
     parts.select_option(index=2)
     box = canvas.bounding_box()
-    shown.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 3 * 17 + 20 + 10)
+    shown.page.mouse.move(box["x"] + 4, box["y"] + 3 * 17 + 20 + 10)
     assert "forward tsp/attention (copy k)" in shown.page.locator("figure:has(canvas) output").inner_text()
 
 

@@ -43,9 +43,10 @@ function frame(width, height, [mostX, unitX], [mostY, unitY], left = 48) {
   for (const value of ticks(mostX, width < 500 ? 4 : 8)) {
     node.append(svg("path", { class: "axis", d: `M${x(value)} ${y(0)}v4` }), label(x(value), y(0) + 17, short(value), "middle"));
   }
-  for (const value of ticks(mostY, 5)) {
+  for (const value of mostY ? ticks(mostY, 5) : []) {
     node.append(svg("path", { class: "axis", d: `M${left} ${y(value)}H${width - right}` }), label(left - 6, y(value) + 4, short(value), "end"));
   }
+  if (!mostY) node.append(svg("path", { class: "axis", d: `M${left} ${y(0)}H${width - right}` }));
   node.append(label(4, 12, unitY), label(width - right, height - 4, unitX, "end"));
   return { node, x, y };
 }
@@ -133,24 +134,33 @@ function bars(text, unit, rows, limit, entries) {
 
 // ---- points, for the front of time and memory
 
-/** points: [{x, y, name, style}]; the line joins those of style front or best. */
+/**
+ * points: [{x, y, name, style}]; a line joins those of style front or best. What takes much longer than the best, and a
+ * limit far above all points, are told instead of drawn.
+ */
 function scatter(text, unitX, unitY, points, limit, entries) {
-  const mostX = 1.1 * Math.max(...points.map((point) => point.x));
-  const mostY = 1.12 * Math.max(limit ?? 0, ...points.map((point) => point.y));
+  const front = points.filter((point) => point.style).sort((a, b) => a.x - b.x || a.y - b.y);
+  const least = Math.min(...points.map((point) => point.x)), lastX = Math.max(...front.map((point) => point.x), 2.5 * least);
+  const drawn = points.filter((point) => point.x <= lastX), highest = Math.max(...drawn.map((point) => point.y));
+  const near = limit && limit < 1.8 * highest, mostX = 1.06 * Math.max(...drawn.map((point) => point.x));
+  const mostY = 1.12 * Math.max(near ? limit : 0, Math.min(highest, Math.max(2.5 * (limit || highest), ...front.map((point) => point.y))));
+  const shown = drawn.filter((point) => point.y <= mostY), output = el("output");
+  const told = [near || !limit ? "" : `The memory that may be filled, ${short(limit)} GB, is above the chart.`,
+    shown.length < points.length ? `${count(points.length - shown.length)} candidates that take much longer or more are outside.` : ""].filter(Boolean);
   const draw = (width) => {
     const { node, x, y } = frame(width, 340, [mostX, unitX], [mostY, unitY]);
-    if (limit) {
+    if (near) {
       node.append(svg("path", { class: "limit", d: `M${x(0)} ${y(limit)}H${x(mostX)}` }));
-      node.append(label(x(mostX), y(limit) - 5, "memory that may be filled", "end", "strong"));
+      node.append(label(x(0) + 6, y(limit) - 5, "memory that may be filled", "start", "strong"));
     }
-    const front = points.filter((point) => point.style).sort((a, b) => a.x - b.x);
-    node.append(svg("path", { class: "front-line", d: front.map((point, n) => `${n ? "H" + x(point.x) + "V" + y(point.y) : "M" + x(point.x) + " " + y(point.y)}`).join("") }));
-    for (const point of [...points.filter((each) => !each.style), ...front]) {
+    const steps = front.map((point, n) => (n ? `H${x(point.x)}V${y(point.y)}` : `M${x(point.x)} ${y(point.y)}`)).join("");
+    node.append(svg("path", { class: "front-line", d: steps }));
+    for (const point of [...shown.filter((each) => !each.style), ...front]) {
       const dot = svg("circle", { class: `dot ${point.style}`, cx: x(point.x), cy: y(point.y), r: point.style ? 6 : 4 }, svg("title", {}, point.name));
+      dot.addEventListener("pointerenter", () => { output.textContent = `${point.name}: ${seconds(point.x)}, ${point.y.toFixed(2)} GB`; });
       node.append(dot);
     }
-    if (width > 600) front.forEach((point) => node.append(label(x(point.x) + 9, y(point.y) - 7, point.name, "start", "strong")));
     return node;
   };
-  return chart(text, draw, legend(entries));
+  return chart([text, ...told].join(" "), draw, legend(entries), output);
 }

@@ -85,7 +85,7 @@ function timesOf() {
       table("Time of one execution", [["part", "words"], ["low to high (typical)", "right"], ["of the step", "right"]], rows),
       table("Bands: the step at each end of the rates", [["rates", "words"], ["step", "right"], ["computation", "right"], ["communication", "right"], ["exposed", "right"]], scenarios)),
     table("Computation by scope", [["scope", "long"], ["time", "right"], ["of the step", "right"]], scopes, left ? `${count(left.count)} shorter ones are left out: ${seconds(left.seconds)}` : ""),
-    table("Rates and what is assumed", [["assumption", "long"]], rowsOf(t.assumptions, (line) => [line])));
+    table("Rates and what is assumed", [["", "long"]], rowsOf(t.assumptions, (line) => [line])));
 }
 
 function inspectPage() {
@@ -110,7 +110,7 @@ function inspectPage() {
 
 function comparePage() {
   const rows = DATA.rows, limit = DATA.device?.memory_bytes, lengths = [...new Set(rows.map((row) => row.seq_len))];
-  const columns = [["layout", ""], ["tokens", "right"], ["batch", "right"], ["peak", "right"], ["closed form", "right"], ["received", "right"], ["communication", "right"], ["exposed", "right"],
+  const columns = [["layout", "words"], ["tokens", "right"], ["batch", "right"], ["peak", "right"], ["closed form", "right"], ["received", "right"], ["communication", "right"], ["exposed", "right"],
     ["step", "right"], ["low", "right"], ["high", "right"], ["/ products", "right"], ["tokens/s", "right"], ["longest that fits", "right"], ["largest batch", "right"], ["mesh", ""], ["note", "long"]];
   const lines = rows.map((row, n) => ({ style: row.fits ? "" : "bad", cells: [
     row.layout, ...["seq_len", "batch"].map((name) => figure("count", "rows", n, name)),
@@ -143,48 +143,61 @@ function comparePage() {
     section("chart", "Memory and time", "compiled; times simulated", ...charts_),
     section("rows", "Rows", "compiled; times simulated", note("Bytes and seconds are per device and step; batch: sequences over all devices; low, high: over the bands of the rates; a time that stands alone is at typical rates; red rows do not fit or do not compile."),
       table("Layouts", columns, lines),
-      (DATA.turns ?? []).length ? table("Ties: orders that turn within the rates' uncertainty", [["pair", "long"]], rowsOf(DATA.turns, (line) => [line])) : null),
+      (DATA.turns ?? []).length ? table("Ties: orders that turn within the rates' uncertainty", [["", "long"]], rowsOf(DATA.turns, (line) => [line])) : null),
   ]];
 }
 
 // ---- a plan
 
-/** A value of a plan's tables by its name's unit. */
-function planned(value, ...path) {
-  const name = path[path.length - 1];
-  if (typeof value === "number") return figure(/bytes/.test(name) ? "bytes" : /_s$|seconds/.test(name) ? "seconds" : "count", ...path);
-  return value == null ? "" : typeof value === "object" ? JSON.stringify(value) : figure("text", ...path);
+/** What a plan chose, its fields that differ between candidates first, in one line. */
+function chosen(candidate, varied) {
+  return varied.map((name) => [name, candidate.config[name]]).filter(([, value]) => value !== "" && value != null && value !== false)
+    .map(([name, value]) => (typeof value === "string" ? value : `${name} ${value === true ? "" : value}`.trim())).join(", ");
+}
+
+function candidatesTable(varied) {
+  const figures = [["peak", "bytes", "peak_bytes"], ["step", "seconds", "step_s"], ["low", "seconds", "step_low_s"], ["high", "seconds", "step_high_s"],
+    ["communication", "seconds", "comm_s"], ["exposed", "seconds", "exposed_comm_s"], ["received", "bytes", "received_bytes"]];
+  const closed = [["peak, closed form", "bytes", "peak_bytes"], ["step, closed form", "seconds", "step_s"]];
+  const whole = [["tokens/s", "count", "tokens_per_s"], ["tokens per device-hour", "count", "tokens_per_device_hour"]];
+  const right = (list) => list.map(([name]) => [name, "right"]);
+  const columns = [["", ""], ...varied.map((name) => [name, name === "layout" ? "words" : ""]), ...right(figures), ...right(whole), ...right(closed), ["note", "long"]];
+  const rows = DATA.candidates.map((c, n) => ({ style: n === DATA.best ? "best" : "", cells: [
+    n === DATA.best ? "best" : c.on_front ? "front" : c.compiled ? "compiled" : "closed form",
+    ...varied.map((name) => figure("text", "candidates", n, "config", name)),
+    ...figures.map(([, unit, name]) => figure(unit, "candidates", n, "compiled", name)),
+    ...whole.map(([, unit, name]) => figure(unit, "candidates", n, name)),
+    ...closed.map(([, unit, name]) => figure(unit, "candidates", n, "closed_form", name)), c.note,
+  ] }));
+  const order = ["best", "front", "compiled", "closed form"];
+  rows.sort((a, b) => order.indexOf(a.cells[0]) - order.indexOf(b.cells[0]));
+  return table("Candidates; figures are compiled but for those of closed forms", columns, rows);
 }
 
 function planPage() {
-  const all = DATA.candidates, front = new Set(DATA.front ?? []);
+  const { candidates: all, best, budget, longest, longest_offloaded: offloaded } = DATA;
   const found = (c, name) => c.compiled?.[name] ?? c.closed_form?.[name];
-  const keys = (part) => [...new Set(all.flatMap((c) => Object.entries(c[part] ?? {}).filter(([, v]) => v == null || typeof v !== "object").map(([name]) => name)))];
-  const config = keys("config"), varied = config.filter((name) => new Set(all.map((c) => JSON.stringify(c.config[name]))).size > 1);
-  const title = (c) => [c.config.layout, ...varied.filter((name) => name !== "layout").slice(0, 3).map((name) => c.config[name])].filter((v) => v != null && v !== "").join(" ");
-  const limit = DATA.budget?.usable_bytes;
-  const points = all.map((c, n) => ({ x: found(c, "step_s"), y: found(c, "peak_bytes") / 1e9, name: title(c), style: n === DATA.best ? "best" : front.has(n) || c.on_front ? "front" : "" })).filter((p) => isFinite(p.x) && isFinite(p.y));
-  const [compiled, closed] = [keys("compiled"), keys("closed_form")];
-  const columns = [...varied.map((name) => [name, ""]), ...compiled.map((name) => [name, "right"]), ...closed.map((name) => [`${name}, closed form`, "right"]), ["note", "long"]];
-  const rows = all.map((c, n) => ({ style: n === DATA.best ? "best" : "", cells: [
-    ...varied.map((name) => planned(c.config[name], "candidates", n, "config", name)), ...compiled.map((name) => planned(c.compiled?.[name], "candidates", n, "compiled", name)),
-    ...closed.map((name) => planned(c.closed_form?.[name], "candidates", n, "closed_form", name)), `${n === DATA.best ? "best. " : front.has(n) ? "on the front. " : ""}${c.note ?? ""}`,
-  ] }));
-  const best = DATA.best, part = all[best]?.compiled ? "compiled" : "closed_form";
-  const pairs = (name, caption, head) => Object.keys(DATA[name] ?? {}).length ? table(caption, [[head, ""], ["value", "right"]], Object.keys(DATA[name]).map((key) => ({ cells: [key, planned(DATA[name][key], name, key)] }))) : null;
-  const said = (name, caption) => (DATA[name] ?? []).length ? table(caption, [["line", "long"]], rowsOf(DATA[name], (line) => [line])) : null;
-  const cards = [
-    best != null && card(`step of the best: ${title(all[best])}`, figure("seconds", "candidates", best, part, "step_s")),
-    best != null && card("its peak memory", figure("bytes", "candidates", best, part, "peak_bytes")),
-    limit && card("memory that may be filled", figure("bytes", "budget", "usable_bytes")),
-    card("candidates", derived("count", all.length)),
+  const names = [...new Set(all.flatMap((c) => Object.keys(c.config)))];
+  const varied = names.filter((name) => new Set(all.map((c) => JSON.stringify(c.config[name]))).size > 1);
+  const limit = budget?.usable_bytes, part = all[best]?.compiled ? "compiled" : "closed_form";
+  const points = all.map((c, n) => ({ x: found(c, "step_s"), y: found(c, "peak_bytes") / 1e9, name: chosen(c, varied), style: n === best ? "best" : c.on_front ? "front" : "" })).filter((p) => isFinite(p.x) && isFinite(p.y));
+  const reserves = Object.keys(budget?.reserves ?? {}).map((name) => ({ cells: [name, figure("bytes", "budget", "reserves", name, "bytes"), figure("text", "budget", "reserves", name, "source")] }));
+  const lengths = Object.keys(longest ?? {}).map((name) => ({ cells: [name, figure("count", "longest", name), ...(offloaded ? [figure("count", "longest_offloaded", name)] : [])] }));
+  const said = (name, caption) => ((DATA[name] ?? []).length ? table(caption, [["", "long"]], rowsOf(DATA[name], (line) => [line])) : null);
+  const cards = best == null ? [] : [
+    card("step of the best, simulated", figure("seconds", "candidates", best, part, "step_s")),
+    card("its peak memory", figure("bytes", "candidates", best, part, "peak_bytes")),
+    all[best].tokens_per_s != null && card("tokens/s", figure("count", "candidates", best, "tokens_per_s")),
   ];
-  return [cards, [
-    section("front", "Time and memory", "compiled where compiled, else closed form; times simulated",
-      points.length ? scatter("Each candidate; the line is the front, on which less time costs more memory", "step, s", "peak, GB", points, limit && limit / 1e9, [["best", "limit"], ["on the front", "c0"], ["others", "c7"]]) : note("No candidate has a time and a peak."),
-      said("why", "Why the best is best"), said("ties", "Ties within the rates' uncertainty")),
-    section("candidates", "Candidates", "", table("Candidates", columns, rows)),
-    section("limits", "Limits", "", el("div", { class: "two" }, pairs("longest", "Longest sequence that fits", "layout"), pairs("budget", "Memory budget of a device", "part"))),
+  return [[...cards, limit && card("memory that may be filled", figure("bytes", "budget", "usable_bytes")), card("candidates", derived("count", all.length))], [
+    section("front", "Time and memory", "compiled or closed form; times simulated",
+      best == null ? null : note(`Best: ${chosen(all[best], names)}.`),
+      points.length ? scatter("Each candidate; the line is the front, on which less time costs more memory.", "step, s", "peak, GB", points, limit && limit / 1e9, [["best", "limit"], ["on the front", "c0"], ["others", "c7"]]) : note("No candidate has a time and a peak."),
+      said("why", "Why the best is best"), said("ties", "Ties within the rates' uncertainty"), said("notes", "Notes")),
+    section("candidates", "Candidates", "", candidatesTable(varied)),
+    section("limits", "Limits", "", el("div", { class: "two" },
+      lengths.length ? table("Longest sequence that fits, in tokens", [["layout", "words"], ["tokens", "right"], ...(offloaded ? [["with layer inputs on the host", "right"]] : [])], lengths) : null,
+      reserves.length ? table("Memory that programs do not get", [["part", "words"], ["bytes", "right"], ["source", "long"]], reserves) : null)),
   ]];
 }
 

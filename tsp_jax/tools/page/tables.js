@@ -24,7 +24,8 @@ function seconds(value) {
   return value >= 1e-3 || !value ? `${(value * 1e3).toFixed(2)} ms` : `${(value * 1e6).toFixed(2)} us`;
 }
 function count(value) {
-  return value.toLocaleString("en-US", Number.isInteger(value) ? {} : { minimumFractionDigits: 2, maximumFractionDigits: 2 });
+  const digits = Number.isInteger(value) || Math.abs(value) >= 100 ? 0 : 2;
+  return value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 }
 const FORMATS = {
   bytes, seconds, count,
@@ -81,7 +82,7 @@ const orderOf = (cell) => (typeof cell === "object" && cell && cell.value != nul
 function table(caption, columns, rows, more = "") {
   const body = el("tbody"), rest = el("div", { class: "more" });
   const heads = columns.map(([name, style], k) => {
-    const head = el("th", { scope: "col", class: style }, el("button", { type: "button" }, name));
+    const head = el("th", { scope: "col", class: style }, el("button", { type: "button" }, name || "kind"));
     head.firstChild.addEventListener("click", () => sort(k));
     return head;
   });
@@ -120,7 +121,8 @@ function table(caption, columns, rows, more = "") {
 
   draw();
   tables.push({ size: rows.length, search: (text) => { query = text; return draw(); } });
-  const whole = el("table", {}, el("caption", {}, caption), el("thead", {}, el("tr", {}, ...heads)), body);
+  const head = columns.length > 1 ? el("thead", {}, el("tr", {}, ...heads)) : null;  // lines of text need none
+  const whole = el("table", {}, el("caption", {}, caption), head, body);
   return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption }, whole, rest);
 }
 

@@ -15,42 +15,40 @@ STATE = "(f32[1000000], f32[500000])"
 
 def program(name: str = HOSTILE, kernels: int = 30) -> str:
     """The text of a program with a loop in a loop, gathers, many kernels and a scope `name`."""
-    inner, outer = f"{_gather('g', '%s')}{_copy('k', '%x', 'jvp()/tsp/attention')}{_DONE}", _copy("k", "%x", "tsp/mlp")
+    inner = f"{_gather('g.1')}{_copy('k.1', '%x', 'jvp()/tsp/attention')}{_done('g.1')}"
+    outer = f"{_copy('k.2', '%x', 'tsp/mlp')}  %init.2 = {STATE} tuple(%k.2, %s)\n{_while('inner', '%init.2', 7)}"
     some = "".join(_copy(f"a{n}", f"%a{n - 1}" if n else "%x", f"tsp/part{n}") for n in range(kernels))
     entry = f"""
   %x.0 = f32[1000000] parameter(0), sharding={{replicated}}, metadata={{op_name="{name}"}}
   %s = f32[500000] parameter(1)
 {_copy("k", "%x.0", f"tsp/{name}")}  %init = {STATE} tuple(%k, %s)
-{_while("outer", 9)}  %x = f32[1000000] get-tuple-element(%outer), index=0
-{_gather("g", "%s")}{some}{_DONE}  ROOT %end = (f32[1000000], f32[4000000]) tuple(%a{kernels - 1}, %g-done)"""
-    bodies = _loop("inner", inner, "") + _loop(
-        "outer", outer, "  %init = " + STATE + " tuple(%k, %s)\n" + _while("inner", 7)
-    )
+{_while("outer", "%init", 9)}  %x = f32[1000000] get-tuple-element(%outer), index=0
+{_gather("g")}{some}{_done("g")}  ROOT %end = (f32[1000000], f32[4000000]) tuple(%a{kernels - 1}, %g-done)"""
+    last = "  %y = f32[1000000] get-tuple-element(%inner), index=0\n"
+    bodies = _loop("inner", inner, "%k.1") + _loop("outer", outer + last, "%y")
     return f"HloModule page, is_scheduled=true, num_partitions=8\n{bodies}\n\nENTRY %main () -> f32[] {{{entry}\n}}\n"
 
 
-_DONE = "  %g-done = f32[4000000] all-gather-done(%g)\n"
+def _done(name: str) -> str:
+    return f"  %{name}-done = f32[4000000] all-gather-done(%{name})\n"
 
 
 def _copy(name: str, operand: str, scope: str) -> str:
     return f'  %{name} = f32[1000000] copy({operand}), metadata={{op_name="jit(f)/{scope}/op"}}\n'
 
 
-def _gather(name: str, operand: str) -> str:
-    kind = f"all-gather-start({operand}), {GROUPS}, dimensions={{0}}"
+def _gather(name: str) -> str:
+    kind = f"all-gather-start(%s), {GROUPS}, dimensions={{0}}"
     return f'  %{name} = (f32[500000], f32[4000000]) {kind}, metadata={{op_name="jit(f)/tsp/gather/op"}}\n'
 
 
-def _while(name: str, trips: int) -> str:
+def _while(name: str, initial: str, trips: int) -> str:
     known = f'backend_config={{"known_trip_count":{{"n":"{trips}"}}}}'
-    return f"  %{name} = {STATE} while(%init), condition=%{name}.cond, body=%{name}.body, {known}\n"
+    return f"  %{name} = {STATE} while({initial}), condition=%{name}.cond, body=%{name}.body, {known}\n"
 
 
-def _loop(name: str, body: str, end: str) -> str:
-    """Condition and body of a loop; the body ends with another loop, or returns a new first element of its state."""
-    root = f"  ROOT %t = {STATE} tuple(%k, %s)"
-    if end:
-        body, root = body + end, f"  %y = f32[1000000] get-tuple-element(%inner), index=0\n{root.replace('%k', '%y')}"
+def _loop(name: str, body: str, result: str) -> str:
+    """Condition and body of a loop; `result` is the new first element of its state."""
     return f"""
 %{name}.cond (c: {STATE}) -> pred[] {{
   %c = {STATE} parameter(0)
@@ -61,7 +59,7 @@ def _loop(name: str, body: str, end: str) -> str:
   %b = {STATE} parameter(0)
   %x = f32[1000000] get-tuple-element(%b), index=0
   %s = f32[500000] get-tuple-element(%b), index=1
-{body}{root}
+{body}  ROOT %t = {STATE} tuple({result}, %s)
 }}
 """
 

@@ -209,7 +209,7 @@ def test_the_timeline_zooms_and_names_its_tasks(opened):
     parts.select_option(index=2)
     box = canvas.bounding_box()
     shown.page.mouse.move(box["x"] + 4, box["y"] + 3 * 17 + 20 + 10)
-    assert "forward tsp/attention (copy k)" in shown.page.locator("figure:has(canvas) output").inner_text()
+    assert "forward tsp/attention (copy k.1)" in shown.page.locator("figure:has(canvas) output").inner_text()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,7 +5,7 @@ const band = (...path) => {
   const found = at(path);
   if (!found) return figure("text", ...path);
   const unit = seconds(found.typical).split(" ")[1], scale = { s: 1, ms: 1e-3, us: 1e-6 }[unit];
-  const [low, typical, high] = [found.low, found.typical, found.high].map((value) => (value / scale).toFixed(2));
+  const [low, typical, high] = [found.low, found.typical, found.high].map((value) => fixed(value / scale, 2));
   const text = low === high ? `${typical} ${unit}` : `${low} to ${high} ${unit} (${typical})`;
   return { text, value: found.typical, path, unit: "band" };
 };

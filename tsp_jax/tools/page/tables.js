@@ -16,21 +16,22 @@ const svg = (name, attributes = {}, ...children) =>
 
 // ---- figures: the text of a value of DATA, which keeps the value's path
 
-function bytes(value) {
-  return Math.abs(value) >= 1e8 ? `${(value / 1e9).toFixed(2)} GB` : `${(value / 1e6).toFixed(2)} MB`;
+/** The value with so many decimals; a tie goes to the even digit, as in the printed report. */
+function fixed(value, digits) {
+  const exact = value.toFixed(digits + 25), kept = exact.slice(0, -25).replace(/\.$/, "");
+  const tie = exact.endsWith("5" + "0".repeat(24)) && "02468".includes(kept.at(-1));
+  return tie ? kept : value.toFixed(digits);
 }
+const bytes = (value) => (Math.abs(value) >= 1e8 ? `${fixed(value / 1e9, 2)} GB` : `${fixed(value / 1e6, 2)} MB`);
 function seconds(value) {
-  if (value >= 1) return `${value.toFixed(2)} s`;
-  return value >= 1e-3 || !value ? `${(value * 1e3).toFixed(2)} ms` : `${(value * 1e6).toFixed(2)} us`;
+  if (value >= 1) return `${fixed(value, 2)} s`;
+  return value >= 1e-3 || !value ? `${fixed(value * 1e3, 2)} ms` : `${fixed(value * 1e6, 2)} us`;
 }
-function count(value) {
-  const digits = Number.isInteger(value) || Math.abs(value) >= 100 ? 0 : 2;
-  return value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
-}
+const count = (value) => fixed(value, Number.isInteger(value) || Math.abs(value) >= 100 ? 0 : 2).replace(/\B(?=(\d{3})+(?!\d))/g, ",");
 const FORMATS = {
   bytes, seconds, count,
-  percent: (value) => `${(100 * value).toFixed(0)}%`,
-  ratio: (value) => `${value.toFixed(2)} x`,
+  percent: (value) => `${fixed(100 * value, 0)}%`,
+  ratio: (value) => `${fixed(value, 2)} x`,
   text: (value) => String(value),
 };
 const at = (path) => path.reduce((value, key) => (value == null ? undefined : value[key]), DATA);

@@ -9,6 +9,7 @@ from tsp_jax.inspect.module import Module, Trips
 from tsp_jax.inspect.scopes import declared_flops
 from tsp_jax.inspect.shapes import Shape, ints, leaves
 
+_PRODUCTS = frozenset(("dot", "scaled-dot", "ragged-dot", "custom-call", "convolution"))
 _WIDEST_WINDOW = 2**20
 
 
@@ -25,6 +26,8 @@ def product_flops(computation: Computation, i: Instruction) -> float:
 
 
 def _product_flops(computation: Computation, i: Instruction) -> float:
+    if i.opcode not in _PRODUCTS:
+        return 0.0
     operands, results = [leaves(operand.shape) for operand in computation.operands(i)], leaves(i.shape)
     if len(operands) < 2 or not operands[0] or not operands[1] or not results:
         return 0.0

@@ -33,6 +33,12 @@ def platforms_of_devices(devices: Iterable[Any]) -> tuple[str, ...]:
 
 def platforms_of_text(module: Module) -> tuple[str, ...]:
     """The platforms for which a text may have been compiled; empty if it has no mark of any platform."""
+    if "platforms" not in module.memo:
+        module.memo["platforms"] = _platforms_of_text(module)
+    return module.memo["platforms"]
+
+
+def _platforms_of_text(module: Module) -> tuple[str, ...]:
     for computation in module.computations.values():
         for i in computation.instructions:
             text = " ".join([i.custom_call_target, i.backend_config, *(leaf.layout for leaf in leaves(i.shape))])

@@ -6,7 +6,7 @@ program waits for such work to end, the compute queue stands idle: that is expos
 the links both work, each loses a share of its rate (`Schedule.contention`).
 """
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
@@ -17,6 +17,8 @@ from tsp_jax.inspect.schedule import Queue, Schedule, Step, Task
 _SETTLED = 1e-11
 """tolerance in seconds: queue states closer than this are taken as equal, since sums are rounded"""
 
+_FEW = 64
+"""as much work in flight on the links may be put off one by one"""
 _MOST_WORK = 2_000_000
 """most simulated steps; a real training step takes fewer than a hundred thousand, with every loop iteration traced"""
 
@@ -43,15 +45,17 @@ class Event(NamedTuple):
     """number of events directly before this one that are parts of it: those of an iteration of a loop"""
 
 
-class _Pending(NamedTuple):
-    """Work that was started and not yet waited for."""
+class _Pending:
+    """Work that was started and not yet waited for.
 
-    key: str
-    base: str
-    """opcode without phase"""
-    task: str
-    queue: Queue
-    end: float
+    Its `names` are its key, if any, and its opcode without phase after a space. It ends at `end`, and by
+    `Simulation.delay` later while it is `delayed`.
+    """
+
+    __slots__ = ("delayed", "end", "names", "task")
+
+    def __init__(self, names: tuple[str, ...], task: str, end: float, delayed: bool):
+        self.names, self.task, self.end, self.delayed = names, task, end, delayed
 
 
 class Simulation:
@@ -61,7 +65,14 @@ class Simulation:
         self.schedule = schedule
         self.record: Record = record
         self.now: dict[Queue, float] = {"compute": 0.0, "links": 0.0, "host": 0.0}
-        self.pending: list[_Pending] = []
+        self.pending: dict[_Pending, None] = {}
+        """in the order in which it was started"""
+        self.named: defaultdict[str, deque[_Pending]] = defaultdict(deque)
+        """name -> work that a wait may mean by it; what is no longer pending is removed when it is met"""
+        self.ahead: deque[_Pending] = deque()
+        """work on the links whose end computation may still put off, in the order in which it ends"""
+        self.delay = 0.0
+        """by how much computation has put off all work that is delayed"""
         self.executions: Amounts = defaultdict(float)
         """task -> number of executions"""
         self.exposed: Amounts = defaultdict(float)
@@ -101,17 +112,28 @@ class Simulation:
 
     def wait_for_all(self) -> None:
         """Ends the program: it lasts until all work that it started has ended."""
-        for task in list(self.pending):
-            self._stall(task)
+        for work in list(self.pending):
+            self._stall(work)
 
     def _start(self, step: Step) -> None:
         begin = max(self.now["compute"], self.now[step.queue])
         self.now[step.queue] = begin + step.seconds
         self._note(step.queue, begin, step.seconds, self.schedule.tasks[step.task])
         self.executions[step.task] += 1
-        self.pending.append(_Pending(step.key, step.instruction.base, step.task, step.queue, self.now[step.queue]))
+        names = (step.key, f" {step.instruction.base}") if step.key else (f" {step.instruction.base}",)
+        delayed = step.queue == "links"
+        work = _Pending(names, step.task, self.now[step.queue] - (self.delay if delayed else 0.0), delayed)
+        self.pending[work] = None
+        if delayed:
+            self.ahead.append(work)
         if step.kind == "block":
-            self._stall(self.pending[-1])
+            self._stall(work)
+            return
+        for name in names:
+            self.named[name].append(work)
+
+    def _end(self, work: _Pending) -> float:
+        return work.end + self.delay if work.delayed else work.end
 
     def _compute(self, seconds: float, task: Task | None) -> None:
         """Runs work of so many seconds on the compute queue; it and what the links do meanwhile slow each other."""
@@ -121,27 +143,31 @@ class Simulation:
             both = min(seconds / (1 - own), busy / (1 - links))
             seconds += own * both
             self.now["links"] += links * both
-            self.pending = [
-                task if task.end <= begin or task.queue != "links"
-                else task._replace(end=min(begin + (task.end - begin) / (1 - links), task.end + links * both))
-                for task in self.pending
-            ]  # fmt: skip
+            while self.ahead and (end := self._end(self.ahead[0])) - begin < both * (1 - links):
+                work = self.ahead.popleft()  # it ends before this computation
+                work.end, work.delayed = max(end, begin + (end - begin) / (1 - links)), False
+            if len(self.ahead) > _FEW:
+                self.delay += links * both
+            else:  # `delay` stays 0 in all real programs, which spares them its rounding
+                for work in self.ahead:
+                    work.end += links * both
         self._note("compute", begin, seconds, task)
         self.now["compute"] = begin + seconds
 
     def _wait(self, step: Step) -> None:
-        for task in self.pending:
-            if task.key == step.key if step.key else task.base == step.instruction.base:
-                self._stall(task)
+        waiting = self.named[step.key or f" {step.instruction.base}"]
+        while waiting:
+            if (work := waiting.popleft()) in self.pending:
+                self._stall(work)
                 break
 
-    def _stall(self, task: _Pending) -> None:
-        self.pending.remove(task)
-        wait = task.end - self.now["compute"]
+    def _stall(self, work: _Pending) -> None:
+        del self.pending[work]
+        wait = self._end(work) - self.now["compute"]
         if wait > 0:
-            self._note("compute", self.now["compute"], wait, self.schedule.tasks[task.task], exposed=True)
-            self.now["compute"] = task.end
-            self.exposed[task.task] += wait
+            self._note("compute", self.now["compute"], wait, self.schedule.tasks[work.task], exposed=True)
+            self.now["compute"] = self._end(work)
+            self.exposed[work.task] += wait
 
     def _note(
         self, track: Queue, start: float, seconds: float, task: Task | None, exposed: bool = False,
@@ -191,24 +217,35 @@ class Simulation:
 
     def _shift(self, seconds: float) -> None:
         self.now = {queue: time + seconds for queue, time in self.now.items()}
-        self.pending = [task._replace(end=task.end + seconds) for task in self.pending]
+        for work in self.pending:
+            work.end += seconds
 
     def _state(self) -> list[tuple[str, float]]:
         """For each queue and task in flight, how long after compute it ends. The next iteration depends on this."""
-        ends = [*self.now.items(), *((task.task, task.end) for task in self.pending)]
+        ends = [*self.now.items(), *((work.task, self._end(work)) for work in self.pending)]
         return [(name, max(0.0, end - self.now["compute"])) for name, end in ends]
+
+    def _continue(self, other: "Simulation") -> None:
+        """Takes over the state of another simulation's queues, and copies of its work in flight."""
+        self.now, self.delay = dict(other.now), other.delay
+        copies = {work: _Pending(work.names, work.task, work.end, work.delayed) for work in other.pending}
+        self.pending, self.named = dict.fromkeys(copies.values()), defaultdict(deque)
+        for work in self.pending:
+            for name in work.names:
+                self.named[name].append(work)
+        self.ahead = deque(copies[work] for work in other.ahead if work in copies)
 
     def _branch(self, branches: Iterable[Computation]) -> None:
         """Simulates every branch, and goes on from the one that ends last."""
         options = []
         for branch in branches:
             trial = Simulation(self.schedule, self.record, parent=self)
-            trial.now, trial.pending = dict(self.now), list(self.pending)
+            trial._continue(self)
             trial.run(branch)
             options.append((trial.now["compute"], trial.now["links"], trial.now["host"], len(options), trial))
         if options:
             last = max(options)[-1]
-            self.now, self.pending = last.now, last.pending
+            self._continue(last)
             self.events += last.events
             _add(self.executions, last.executions, 1)
             _add(self.exposed, last.exposed, 1)

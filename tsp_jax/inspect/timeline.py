@@ -7,8 +7,10 @@ result states its assumptions, as `Timeline.assumptions`.
 """
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.links import link_model
@@ -20,12 +22,11 @@ from tsp_jax.inspect.schedule import Queue, Schedule, Task
 from tsp_jax.inspect.scopes import declared_flops, declared_trips
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class TaskTotal:
+class TaskTotal(NamedTuple):
     """All executions of a task in a step."""
 
     task: Task
-    count: float
+    count: float  # pyright: ignore[reportIncompatibleMethodOverride]
     exposed_s: float
     """exposed time of all executions together"""
 
@@ -56,7 +57,7 @@ class Times:
     """time that the matrix products take at the rate of the fastest product: a lower bound for any schedule"""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Timeline(Times):
     """Simulated execution of a program on one device, at typical rates."""
 
@@ -85,7 +86,7 @@ class Timeline(Times):
         """Time of the step over the time of its matrix products alone; None without matrix products."""
         return self.step_s / self.matmul_s if self.matmul_s else None
 
-    @property
+    @functools.cached_property
     def hidden_fraction(self) -> dict[str, float]:
         """Instruction name -> share of the collective's time that overlaps with computation, over all executions.
 
@@ -144,10 +145,9 @@ def _run(schedule: Schedule, record: Record = "") -> tuple[Simulation, Times, To
     simulation = Simulation(schedule, record)
     simulation.run(schedule.module.entry)
     simulation.wait_for_all()
-    queues: tuple[Queue, ...] = ("compute", "links", "host")
-    totals: Totals = {queue: _totals(schedule, simulation, queue) for queue in queues}
-    busy = {queue: sum(total.seconds for total in totals[queue]) for queue in queues}
-    exposed = {queue: sum(total.exposed_s for total in totals[queue]) for queue in queues}
+    totals = _totals(schedule, simulation)
+    busy = {queue: sum(total.seconds for total in found) for queue, found in totals.items()}
+    exposed = {queue: sum(total.exposed_s for total in found) for queue, found in totals.items()}
     step, best = simulation.now["compute"], schedule.hardware.rates.best_flops.rate(schedule.scenario.compute)
     stretched = step - busy["compute"] - exposed["links"] - exposed["host"] if schedule.contention[0] else 0.0
     times = Times(
@@ -162,11 +162,13 @@ def _flops(kernels: Iterable[TaskTotal]) -> float:
     return sum(total.count * total.task.flops for total in kernels)
 
 
-def _totals(schedule: Schedule, simulation: Simulation, queue: Queue) -> tuple[TaskTotal, ...]:
-    """Tasks that ran on a queue, the longest first."""
-    tasks = ((schedule.tasks[name], count) for name, count in simulation.executions.items())
-    totals = (TaskTotal(task, n, simulation.exposed[task.name]) for task, n in tasks if task.queue == queue)
-    return tuple(sorted(totals, key=lambda total: -total.seconds))
+def _totals(schedule: Schedule, simulation: Simulation) -> Totals:
+    """Tasks that ran on each queue, the longest first."""
+    found: dict[Queue, list[TaskTotal]] = {"compute": [], "links": [], "host": []}
+    for name, count in simulation.executions.items():
+        task = schedule.tasks[name]
+        found[task.queue].append(TaskTotal(task, count, simulation.exposed.get(name, 0.0)))
+    return {queue: tuple(sorted(some, key=lambda total: -total.seconds)) for queue, some in found.items()}
 
 
 def _assumptions(module: Module, schedule: Schedule, unknown: Trips, totals: Totals) -> tuple[str, ...]:

@@ -6,8 +6,9 @@ texts, shapes, instructions, module, parser          the text of a program as a 
 opcodes                                              tables of opcodes
 scopes                                               what named scopes tell
 collectives, groups                                  communication
-memory, lifetimes, peak                              memory
-flops, roofline, schedule, queues, timeline, trace   cost of instructions, and the simulation
+memory, lifetimes, peak, memory_curve                memory
+flops, roofline, schedule, queues, timeline          cost of instructions, and the simulation
+trace, outline                                       the timeline as a file, and as a tree that can be drawn
 program_report, unknown, render, expect, units       the report, what it lacks, printing it, checks on it
 compile_for, abstract, refusals                      compiling a user's function; its arguments; what goes wrong
 """

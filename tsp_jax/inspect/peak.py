@@ -28,12 +28,15 @@ import functools
 import itertools
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 
 from tsp_jax.inspect.instructions import Instruction
 from tsp_jax.inspect.lifetimes import Value, Values, Walk, fusion_outputs, overwritten
 from tsp_jax.inspect.memory import LARGE_CONSTANT
+from tsp_jax.inspect.memory_curve import MemoryCurve, Use, memory_curve
 from tsp_jax.inspect.module import Module
 from tsp_jax.inspect.opcodes import ALLOCATE, FILLERS
+from tsp_jax.inspect.scopes import readable_scope
 from tsp_jax.inspect.shapes import HOST_MEMORY_SPACE, Shape, ints
 from tsp_jax.inspect.spans import Span, Spans
 
@@ -73,6 +76,8 @@ class Peak:
     """bytes of state, residual and transient buffers"""
     host_bytes: int
     """peak in the host's memory, possibly at another moment than the device's peak"""
+    curve: MemoryCurve
+    """bytes over the schedule; at the peak they are those of `by_kind`"""
 
 
 def find_peak(module: Module) -> Peak:
@@ -111,7 +116,22 @@ def find_peak(module: Module) -> Peak:
         buffers=tuple(found),
         by_kind={k: sum(b.bytes for b in found if b.kind == k) for k in ("state", "residual", "transient")},
         host_bytes=_highest(allocations, walk.now, host=True)[1],
+        curve=_curve(walk, allocations, loop),
     )
+
+
+def _curve(walk: Walk, allocations: Iterable[list["_Group"]], loop: Span | None) -> MemoryCurve:
+    def uses(group: _Group) -> list[Use]:
+        kind = _kind(walk, group, loop)
+        return [Use(*span, kind, group.bytes) for span in group.spans]
+
+    counted = ([group for group in groups if group.counts(host=False)] for groups in allocations)
+    buffers = ([use for group in groups for use in uses(group)] for groups in counted)
+    return memory_curve(buffers, walk.now, walk.loops, lambda moment: _readable(walk, walk.moments[moment]))
+
+
+def _readable(walk: Walk, i: Instruction) -> str:
+    return readable_scope(_label(walk, i)[0] or f"{i.name}/")
 
 
 class _Group:

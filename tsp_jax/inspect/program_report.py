@@ -11,11 +11,16 @@ from tsp_jax.inspect.collectives import Collective, list_collectives
 from tsp_jax.inspect.flops import total_flops
 from tsp_jax.inspect.memory import Memory, compiled_memory, program_constants
 from tsp_jax.inspect.module import UNSCHEDULED, Module, Trips
+from tsp_jax.inspect.outline import outline
 from tsp_jax.inspect.parser import parse
 from tsp_jax.inspect.peak import Peak, find_peak
 from tsp_jax.inspect.platforms import check_devices, check_platform, hardware_of, platform_assumption, platforms_of_text
+from tsp_jax.inspect.scopes import readable_scope
 from tsp_jax.inspect.timeline import Timeline, Times, simulate
 from tsp_jax.inspect.unknown import unknown_figures
+
+_LISTED = 100
+"""buffers in the JSON of a report, the largest"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +100,14 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The report as plain numbers and strings."""
         return {
-            "missing": self.missing, "memory": self._memory_json(), "flops": self.flops, "shardings": self.shardings,
+            "missing": self.missing, "device": self._device_json(), "memory": self._memory_json(),
+            "flops": self.flops, "shardings": self.shardings,
             "collectives": [self._collective_json(c) for c in self.collectives],
             "timeline": self._timeline_json(), "unknown": self.unknown,
         }  # fmt: skip
+
+    def _device_json(self) -> dict[str, Any] | None:
+        return {"name": self.hardware.name, "memory_bytes": self.hardware.memory_bytes} if self.hardware else None
 
     def _memory_json(self) -> dict[str, Any] | None:
         if (peak := self.live) is None:
@@ -107,12 +116,15 @@ class Report:
         return {
             **compiled, "peak_bytes": self.peak_bytes, "live_peak_bytes": peak.bytes, "host_bytes": peak.host_bytes,
             "by_kind": dict(peak.by_kind), "peak_at": peak.at,
-            "largest": [dataclasses.asdict(buffer) for buffer in peak.buffers[:20]],
+            "largest": [dataclasses.asdict(b) | {"label": readable_scope(b.scope)} for b in peak.buffers[:_LISTED]],
+            "curve": dataclasses.asdict(peak.curve),
         }  # fmt: skip
 
     def _collective_json(self, c: Collective) -> dict[str, Any]:
         names = ("op", "axis", "scope", "count", "bytes", "is_async", "dtype", "name", "total_bytes")
-        return {name: getattr(c, name) for name in names} | {"hidden_fraction": self.hidden_fraction(c)}
+        return {name: getattr(c, name) for name in names} | {
+            "hidden_fraction": self.hidden_fraction(c), "label": readable_scope(c.scope)
+        }  # fmt: skip
 
     def _timeline_json(self) -> dict[str, Any] | None:
         if self.timeline is None:
@@ -124,6 +136,7 @@ class Report:
             "exposed_fraction": self.exposed_fraction,
             "by_scope": self.timeline.by_scope,
             "assumptions": list(self.timeline.assumptions),
+            "outline": outline(self.timeline.outline),
         }
 
 

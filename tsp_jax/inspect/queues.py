@@ -8,7 +8,7 @@ the links both work, each loses a share of its rate (`Schedule.contention`).
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.instructions import Computation
@@ -23,6 +23,8 @@ _MOST_WORK = 2_000_000
 """most simulated steps; a real training step takes fewer than a hundred thousand, with every loop iteration traced"""
 
 Amounts = defaultdict[str, float]
+Record = Literal["", "outline", "all"]
+"""events to keep: none, those of the iterations that are simulated, or those of every iteration"""
 ComputeLoops = dict[str, tuple[float, Amounts]]
 """task of a loop that uses only the compute queue -> (seconds of the loop, how often each task in it runs)"""
 
@@ -37,6 +39,10 @@ class Event(NamedTuple):
     task: Task | None
     exposed: bool = False
     """the compute queue waits for the task"""
+    times: int = 1
+    """iterations of a loop that are alike; the event is the first of them, and the others follow it"""
+    holds: int = 0
+    """number of events directly before this one that are parts of it: those of an iteration of a loop"""
 
 
 class _Pending:
@@ -55,8 +61,9 @@ class _Pending:
 class Simulation:
     """State of the queues (until when each is busy, and the work in flight), and totals of what has run so far."""
 
-    def __init__(self, schedule: Schedule, record: bool = False, parent: "Simulation | None" = None):
-        self.schedule, self.record = schedule, record
+    def __init__(self, schedule: Schedule, record: Record = "", parent: "Simulation | None" = None):
+        self.schedule = schedule
+        self.record: Record = record
         self.now: dict[Queue, float] = {"compute": 0.0, "links": 0.0, "host": 0.0}
         self.pending: dict[_Pending, None] = {}
         """in the order in which it was started"""
@@ -163,10 +170,10 @@ class Simulation:
             self.exposed[work.task] += wait
 
     def _note(
-        self, track: Queue, start: float, seconds: float, task: Task | None, name: str = "", exposed: bool = False
-    ) -> None:
+        self, track: Queue, start: float, seconds: float, task: Task | None, exposed: bool = False,
+    ) -> None:  # fmt: skip
         if self.record:
-            self.events.append(Event(track, name or (task.name if task else ""), start, seconds, task, exposed))
+            self.events.append(Event(track, task.name if task else "", start, seconds, task, exposed))
 
     def _loop(self, step: Step) -> None:
         """Simulates iterations until the state of the queues repeats; all later iterations take the same time."""
@@ -180,17 +187,20 @@ class Simulation:
         for done in range(1, iterations + 1):
             self._spend(len(self.pending), step)
             begin, (runs, exposed) = self.now["compute"], (self.executions, self.exposed)
+            noted = len(self.events)
             self.executions, self.exposed = defaultdict(float), defaultdict(float)
             self.run(condition)
             self.run(body)
             before, state = state, self._state()
-            alike = not self.record and _same(before, state)
+            alike = self.record != "all" and _same(before, state)
             times = iterations - done + 1 if alike else 1
             _add(runs, self.executions, times)
             _add(exposed, self.exposed, times)
             self.executions, self.exposed = runs, exposed
-            name = f"{self.schedule.label(step.instruction)} iteration {done} of {iterations}"
-            self._note("compute", begin, self.now["compute"] - begin, None, name)
+            if self.record:
+                name = f"{self.schedule.label(step.instruction)} iteration {done} of {iterations}"
+                size, holds = self.now["compute"] - begin, len(self.events) - noted
+                self.events.append(Event("compute", name, begin, size, None, times=times, holds=holds))
             if alike:
                 self._shift((times - 1) * (self.now["compute"] - begin))
                 break

@@ -17,7 +17,7 @@ from tsp_jax.hardware.links import link_model
 from tsp_jax.hardware.rates import SCENARIOS, Band, Rates, Work
 from tsp_jax.inspect.module import Module, Trips
 from tsp_jax.inspect.platforms import check_platform, platforms_of_text
-from tsp_jax.inspect.queues import Event, Simulation
+from tsp_jax.inspect.queues import Event, Record, Simulation
 from tsp_jax.inspect.schedule import Queue, Schedule, Task
 from tsp_jax.inspect.scopes import declared_flops, declared_trips
 
@@ -71,7 +71,10 @@ class Timeline(Times):
     """tasks of the links, the longest first"""
     assumptions: tuple[str, ...]
     """what the simulation assumes, to be printed with the results"""
+    outline: tuple[Event, ...] = dataclasses.field(default=(), repr=False)
+    """events of the simulated iterations of loops; iterations that are alike stand once"""
     events: tuple[Event, ...] = dataclasses.field(default=(), repr=False)
+    """events of every iteration, if they were recorded"""
 
     def band(self, name: str = "step_s") -> Band:
         """The shortest, the typical and the longest of a time over all scenarios."""
@@ -119,7 +122,8 @@ def simulate(module: Module, hardware: Hardware, *, unknown_trips: Trips = 1, re
     module.check_scheduled()
     check_platform(hardware, platforms_of_text(module))
     schedule = Schedule(module, hardware, unknown_trips)
-    simulation, times, totals = _run(schedule, record)
+    simulation, times, totals = _run(schedule, "all" if record else "outline")
+    outline = _run(schedule, "outline")[0].events if record else simulation.events
     scenarios = {
         name: times if scenario == schedule.scenario else _run(schedule.at(scenario))[1]
         for name, scenario in SCENARIOS.items()
@@ -128,14 +132,15 @@ def simulate(module: Module, hardware: Hardware, *, unknown_trips: Trips = 1, re
     return Timeline(
         **{field.name: getattr(times, field.name) for field in dataclasses.fields(Times)},
         flops=_flops(compute), kernels=compute, collectives=totals["links"], scenarios=scenarios,
-        assumptions=_assumptions(module, schedule, unknown_trips, totals), events=tuple(simulation.events),
+        assumptions=_assumptions(module, schedule, unknown_trips, totals), outline=tuple(outline),
+        events=tuple(simulation.events) if record else (),
     )  # fmt: skip
 
 
 Totals = dict[Queue, tuple["TaskTotal", ...]]
 
 
-def _run(schedule: Schedule, record: bool = False) -> tuple[Simulation, Times, Totals]:
+def _run(schedule: Schedule, record: Record = "") -> tuple[Simulation, Times, Totals]:
     """Simulates one execution at the rates of a schedule's scenario."""
     simulation = Simulation(schedule, record)
     simulation.run(schedule.module.entry)

@@ -1,6 +1,7 @@
 """The command tsp-inspect: reports on a compiled step, or on the text of a compiled program, and checks contracts.
 
-A report is printed as tables. It can also be written as JSON, and its simulated timeline as a trace.
+A report is printed as tables. It can also be written as JSON and as a page, and its simulated
+timeline as a trace.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from tsp_jax.inspect.trace import write_trace
 from tsp_jax.mesh import format_sizes, parse_sizes
 from tsp_jax.plan.compile import Step, compile_step
 from tsp_jax.tools import cli
+from tsp_jax.tools.page import write_page
 from tsp_jax.tools.planned import plan_for
 from tsp_jax.training.optimizer import Optimizer
 
@@ -36,6 +38,8 @@ class Outputs:
 
     json: str = ""
     """file for the whole report, as JSON"""
+    html: str = ""
+    """file for the report as a page, .html, that any browser opens without a network"""
     trace: str = ""
     """file for the simulated timeline, .json or .json.gz, to open in ui.perfetto.dev"""
     expect: str = ""
@@ -51,7 +55,7 @@ class Outputs:
     def check(self) -> None:
         """Raises ConfigError if a file cannot be written or a contract is not understood. Call it before long work."""
         parse_expectations(self.expect)
-        check_writable(json=self.json, trace=self.trace)
+        check_writable(json=self.json, html=self.html, trace=self.trace)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +115,8 @@ def inspect_step(name: str, options: StepOptions, optimizer: Optimizer = None) -
     found = step.report(record=bool(options.outputs.trace))
     if step.model_flops:
         heading += f"; its matrix products are {found.flops / step.model_flops:.2f} x the model's own without padding"
-    return _finish(found, step.facts(), options.outputs, [heading, standins_note()])
+    title = f"{name}: {options.step} step on {target}"
+    return _finish(found, step.facts(), options.outputs, title, [heading, standins_note()])
 
 
 def inspect_text(file: str, options: TextOptions) -> int:
@@ -125,12 +130,18 @@ def inspect_text(file: str, options: TextOptions) -> int:
     text = read_program(file)
     axes = parse_sizes(options.mesh) if options.mesh else None
     found = report(text, target=hardware, mesh_axes=axes, record=bool(options.outputs.trace))
-    return _finish(found, {"file": file, "target": target, "mesh": axes}, options.outputs, [])
+    title = f"{Path(file).name} on {target}" if target else Path(file).name
+    return _finish(found, {"file": file, "target": target, "mesh": axes}, options.outputs, title, [])
 
 
-def _finish(found: Report, facts: dict[str, Any], outputs: Outputs, headings: Sequence[str | None]) -> int:
+def _finish(
+    found: Report, facts: dict[str, Any], outputs: Outputs, title: str, headings: Sequence[str | None]
+) -> int:  # fmt: skip
+    data = {**facts, **found.to_json()} if outputs.json or outputs.html else {}
     if outputs.json:
-        Path(outputs.json).write_text(json.dumps({**facts, **found.to_json()}, indent=1) + "\n")
+        Path(outputs.json).write_text(json.dumps(data, indent=1) + "\n")
+    if outputs.html:
+        write_page(Path(outputs.html), data, kind="inspect", title=title, lines=list(filter(None, headings)))
     if outputs.trace:
         if found.timeline is None:
             raise ConfigError("trace: there is no timeline without a target; use --target mi300x:8, for example")

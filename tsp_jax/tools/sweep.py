@@ -200,9 +200,14 @@ def _largest(fits: Callable[[int], bool]) -> int:
     return bisect.bisect_left(range(high), True, lo=high // 2 + 1, key=lambda n: not fits(n)) - 1
 
 
+def rows_json(rows: Sequence[Row], facts: dict[str, Any]) -> dict[str, Any]:
+    """All rows and the facts that they share, as plain numbers and strings."""
+    return {**facts, "rows": [dataclasses.asdict(row) for row in rows]}
+
+
 def write_json(rows: Sequence[Row], facts: dict[str, Any], path: Path) -> None:
     """Writes all rows and the facts that they share."""
-    path.write_text(json.dumps({**facts, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1) + "\n")
+    path.write_text(json.dumps(rows_json(rows, facts), indent=1) + "\n")
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:

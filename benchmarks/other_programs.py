@@ -26,6 +26,7 @@ Shape = jax.ShapeDtypeStruct
 REPLICATED, BATCH = P(), P("data")
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 RAW_KEY = jax.eval_shape(lambda: jax.random.PRNGKey(0))
+TRITON = "xla_gpu_enable_triton_gemm"
 LIMIT_S = 1800
 PROGRAMS: dict[str, Callable[[int], dict[str, Any]]] = {}
 """name -> function from the number of devices to what `compile_for` is called with"""
@@ -346,8 +347,14 @@ def measure(name: str, target_name: str) -> dict[str, Any]:
     target = parse_target(target_name)
     use_target(target)
     call = PROGRAMS[name](target.num_devices)
-    f, *args = call.pop("args")
-    done = compile_for(f, *args, target=target, mesh={"data": target.num_devices}, **call)
+    (f, *args), options = call.pop("args"), {}
+    try:
+        done = compile_for(f, *args, target=target, mesh={"data": target.num_devices}, **call)
+    except ConfigError as error:
+        if TRITON not in str(error):
+            raise
+        options = {TRITON: False}  # what the refusal says
+        done = compile_for(f, *args, target=target, mesh={"data": target.num_devices}, compiler_options=options, **call)
     found = done.report()
     assert found.timeline
     step = found.timeline.band("step_s")
@@ -355,7 +362,7 @@ def measure(name: str, target_name: str) -> dict[str, Any]:
     for c in found.collectives:
         counts[c.op] = counts.get(c.op, 0) + c.count
     return {
-        "compile_s": round(done.compile_s, 1), "peak_bytes": found.peak_bytes, "live_bytes": found.peak.bytes,
+        "options": options, "compile_s": round(done.compile_s, 1), "peak_bytes": found.peak_bytes, "live_bytes": found.peak.bytes,
         "flops": found.flops, "collectives": counts, "received_bytes": sum(c.total_bytes for c in found.collectives),
         "step_s": [step.low, step.typical, step.high], "assumptions": found.timeline.assumptions,
     }  # fmt: skip
@@ -367,6 +374,7 @@ def row(name: str, found: dict[str, Any]) -> str:
         return f"| {name} | {found['error']} |"
     low, typical, high = (1e3 * x for x in found["step_s"])
     moved = ", ".join(f"{count:g} {op}" for op, count in found["collectives"].items()) or "none"
+    name += " without Triton's products" if found["options"] else ""
     return (
         f"| {name} | {found['peak_bytes'] / 1e9:.3f} | {found['flops'] / 1e9:,.1f} | {moved} | "
         f"{found['received_bytes'] / 1e6:,.1f} | {low:.3g} to {high:.3g} ({typical:.3g}) | {found['compile_s']} |"

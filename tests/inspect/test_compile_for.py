@@ -239,6 +239,13 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(line):
     assert "\n" not in str(error.value)
 
 
+def test_a_jit_inside_that_names_axes_needs_one_around_it():
+    inner = lambda x: jax.jit(lambda x: x + 1, in_shardings=P("data"))(x)
+    with pytest.raises(ConfigError, match="jit the function itself too"):
+        compile_for(inner, X, **CPU_MESH, in_shardings=P("data"))
+    assert compile_for(jax.jit(inner), X, **CPU_MESH, in_shardings=P("data")).report().mesh
+
+
 def test_a_keyword_of_the_same_name_goes_with_a_partial():
     f = lambda x, target: x + target
     assert compile_for(functools.partial(f, target=jnp.ones((N, D))), X, target="cpu:1").report().flops == 0
@@ -278,6 +285,22 @@ def test_calls_of_python_are_refused_for_absent_gpus_with_their_line(platform):
 
     with pytest.raises(ConfigError, match=r"lowered for .*test_compile_for.py:\d+\); it calls Python"):
         compile_for(prints, X, target=f"{ABSENT[platform]}:1")
+
+
+@pytest.mark.parametrize("platform", ABSENT)
+def test_arrays_may_be_computed_while_a_sharded_function_is_traced(platform):
+    """The target's own devices cannot compute them."""
+    needs_compiler(platform)
+
+    def shifted(x):
+        with jax.ensure_compile_time_eval():
+            number = int(jnp.arange(4).sum())
+        return jax.lax.with_sharding_constraint(x + number, P("data"))
+
+    target = f"{ABSENT[platform]}:8"
+    assert compile_for(shifted, X, target=target, mesh=AXES, in_shardings=P("data")).report().memory
+    with pytest.raises(ConfigError, match=r"no attribute 'local_devices'.*; it computes an array while it is traced"):
+        compile_for(shifted, X, target=target, mesh=AXES)
 
 
 @pytest.mark.parametrize("platform", ABSENT)

@@ -103,7 +103,7 @@ def compile_for(
         inputs = *place_shapes(bound, device, placed), *place_arguments(args, in_shardings, device, placed)
         kwargs = place_shapes(kwargs, device, placed)
         donated = [len(bound) + n for n in ((donate_argnums,) if isinstance(donate_argnums, int) else donate_argnums)]
-        with _context(mesh, placed, device, (inputs, kwargs)):
+        with _context(mesh, placed, device, (inputs, kwargs), hasattr(f, "trace")):
             jitted, inputs, kwargs = _jitted(f, name, inputs, kwargs, _over(placed, out_shardings), donated)
             stage.traced = traced = jitted.trace(*inputs, **kwargs)
             stage.verb = "lowered"
@@ -148,19 +148,29 @@ def _only_device(target: Target) -> Any:
 
 
 @contextlib.contextmanager
-def _context(mesh: MeshLike | None, placed: Mesh | None, device: Any, inputs: Any) -> Iterator[None]:
-    """Sets the mesh of the target, which says where arguments without a sharding are.
+def _context(mesh: MeshLike | None, placed: Mesh | None, device: Any, inputs: Any, jitted: bool) -> Iterator[None]:
+    """Sets the context's mesh while `f` is traced and lowered.
 
-    On one device their shapes say it, if there are any, and `f` may compute arrays while it is traced.
+    The mesh is abstract if the sharding of some input says on which devices the program runs: `f` may then compute
+    arrays while it is traced (`jax.ensure_compile_time_eval`), which no absent device can. A jit of the user's may need
+    the devices for its PartitionSpecs.
     """
-    with contextlib.ExitStack() as stack:
-        if placed is None and not any(map(is_array, jax.tree.leaves(inputs))):
-            placed = Mesh(np.array([device]), ("device",), axis_types=(AxisType.Auto,))
-        if placed is not None:
-            stack.enter_context(jax.set_mesh(placed))
-        if isinstance(mesh, AbstractMesh):
-            stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
+    shapes = [leaf for leaf in jax.tree.leaves(inputs) if is_array(leaf)]
+    is_placed = any(shape.sharding is not None for shape in shapes)
+    if not is_placed or (placed is not None and jitted):
+        devices = placed or Mesh(np.array([device]), ("device",), axis_types=(AxisType.Auto,))
+        with jax.set_mesh(devices), jax.sharding.use_abstract_mesh(_abstract(mesh, devices)):
+            yield
+    elif placed is not None:
+        with jax.sharding.use_abstract_mesh(_abstract(mesh, placed)):
+            yield
+    else:
         yield
+
+
+def _abstract(mesh: MeshLike | None, placed: Mesh) -> AbstractMesh:
+    """The mesh that `f` sees: the caller's own, if it is abstract, since `f` may hold it too."""
+    return mesh if isinstance(mesh, AbstractMesh) else placed.abstract_mesh
 
 
 def _over(mesh: Mesh | None, shardings: Any) -> Any:

@@ -27,12 +27,17 @@ _HINTS = (
         r"incompatible devices|should match the mesh passed|mesh.* should match",
         "it holds a mesh of other devices; make it with inspect.target_mesh, and pass it as mesh too",
     ),
+    (r"requires a non-empty mesh", "a jit inside it names PartitionSpecs; jit the function itself too"),
     (
         r"no attribute 'local_devices'",
         "it computes an array while it is traced (jax.ensure_compile_time_eval), and the target cannot run; "
         "compute it outside",
     ),
     (r"^(Tracer|Concretization)", "pass the value as a Python number, or mark it static in the function's own jit"),
+    (
+        r"Couldn't find output tile sizes",
+        "the compiler found no tiles for a Triton product; use compiler_options={'xla_gpu_enable_triton_gemm': False}",
+    ),
     (r"No FFI handler registered", "the target's compiler here lacks this operation; compute it another way"),
 )
 """pattern in the error -> what it means, and what helps"""

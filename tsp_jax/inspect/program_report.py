@@ -1,11 +1,13 @@
 """Report on one compiled program: its memory, its communication and a simulated timeline."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import HARDWARE, Hardware
+from tsp_jax.inspect.bottleneck import Bottleneck, Bottlenecks, find_bottlenecks
 from tsp_jax.inspect.collectives import Collective, list_collectives
 from tsp_jax.inspect.flops import total_flops
 from tsp_jax.inspect.memory import Memory, compiled_memory
@@ -20,6 +22,7 @@ from tsp_jax.inspect.platforms import (
     platforms_of_text,
 )
 from tsp_jax.inspect.timeline import Timeline, Times, simulate
+from tsp_jax.inspect.totals import total_buffers, total_scopes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,17 @@ class Report:
     """simulated; None if the hardware is not known"""
     hardware: Hardware | None
     full_weights: tuple[FullWeight, ...] = ()
+    remedy: Callable[[Bottleneck], str] = lambda found: found.remedy
+    """what to do about a bottleneck; the default is in general words"""
+
+    @functools.cached_property
+    def bottlenecks(self) -> Bottlenecks | None:
+        """What would shorten the step most, simulated when first asked for; None without a timeline."""
+        if self.timeline is None:
+            return None
+        result = find_bottlenecks(self.timeline)
+        found = tuple(dataclasses.replace(each, remedy=self.remedy(each)) for each in result.found)
+        return dataclasses.replace(result, found=found)
 
     @property
     def missing(self) -> str:
@@ -100,6 +114,7 @@ class Report:
             "missing": self.missing, "memory": self._memory_json(), "flops": self.flops, "shardings": self.shardings,
             "collectives": [self._collective_json(c) for c in self.collectives],
             "timeline": self._timeline_json(),
+            "bottlenecks": self.bottlenecks.to_json() if self.bottlenecks else None,
         }  # fmt: skip
 
     def _memory_json(self) -> dict[str, Any] | None:
@@ -110,11 +125,14 @@ class Report:
             **compiled, "peak_bytes": self.peak_bytes, "live_peak_bytes": peak.bytes, "host_bytes": peak.host_bytes,
             "by_kind": dict(peak.by_kind), "peak_at": peak.at,
             "largest": [dataclasses.asdict(buffer) for buffer in peak.buffers[:20]],
+            "buffers": total_buffers(peak.buffers),
         }  # fmt: skip
 
     def _collective_json(self, c: Collective) -> dict[str, Any]:
         names = ("op", "axis", "scope", "count", "bytes", "is_async", "dtype", "name", "total_bytes")
-        return {name: getattr(c, name) for name in names} | {"hidden_fraction": self.hidden_fraction(c)}
+        timed = next((t for t in self.timeline.collectives if t.task.name == c.name), None) if self.timeline else None
+        times = {"seconds": timed.seconds if timed else None, "exposed_s": timed.exposed_s if timed else None}
+        return {name: getattr(c, name) for name in names} | {"hidden_fraction": self.hidden_fraction(c)} | times
 
     def _timeline_json(self) -> dict[str, Any] | None:
         if self.timeline is None:
@@ -125,6 +143,7 @@ class Report:
             "scenarios": {name: dataclasses.asdict(times) for name, times in self.timeline.scenarios.items()},
             "exposed_fraction": self.exposed_fraction,
             "by_scope": self.timeline.by_scope,
+            "scopes": total_scopes(self.timeline),
             "assumptions": list(self.timeline.assumptions),
         }
 

@@ -96,6 +96,8 @@ class Simulation:
         """Ends the program: it lasts until all work that it started has ended."""
         for task in list(self.pending):
             self._stall(task)
+        if any(task.hidden for task in self.schedule.tasks.values()):
+            self.now["compute"] = max(self.now.values())
 
     def _start(self, step: Step) -> None:
         begin = max(self.now["compute"], self.now[step.queue])
@@ -131,7 +133,7 @@ class Simulation:
     def _stall(self, task: _Pending) -> None:
         self.pending.remove(task)
         wait = task.end - self.now["compute"]
-        if wait > 0:
+        if wait > 0 and not self.schedule.tasks[task.task].hidden:
             self._note("compute", self.now["compute"], wait, self.schedule.tasks[task.task], exposed=True)
             self.now["compute"] = task.end
             self.exposed[task.task] += wait
@@ -175,9 +177,18 @@ class Simulation:
         if not self.record:
             return None
         tasks, i = self.schedule.tasks, step.instruction
-        sizes = {key: sum(n * getattr(tasks[name], key) for name, n in runs.items()) for key in ("bytes", "flops")}
+        size, flops = (sum(n * getattr(tasks[name], key) for name, n in runs.items()) for key in ("bytes", "flops"))
         label = self.schedule.label(i)
-        return Task(name=i.name, op="while", scope=i.op_name, label=label, queue="compute", seconds=seconds, **sizes)
+        return Task(
+            name=i.name,
+            op="while",
+            scope=i.op_name,
+            label=label,
+            queue="compute",
+            seconds=seconds,
+            bytes=size,
+            flops=flops,
+        )
 
     def _shift(self, seconds: float) -> None:
         self.now = {queue: time + seconds for queue, time in self.now.items()}

@@ -6,8 +6,8 @@ queue issues all work. The other two run what it starts, first in, first out.
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple
 
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.links import collective_seconds
@@ -58,6 +58,25 @@ class Task:
     """per execution: read and written in main memory by a kernel, received by a collective, or moved by a host copy"""
     flops: float = 0.0
     """per execution, of matrix products"""
+    products: tuple[Work, ...] = ()
+    """of a kernel; the longer of `products_s` and `memory_s` is its time"""
+    products_s: float = 0.0
+    memory_s: float = 0.0
+    hidden: bool = False
+    """the compute queue never waits for the task, which takes its time on its own queue all the same"""
+
+    def but(self, **fields: Any) -> "Task":
+        """The same task with some other fields."""
+        return dataclasses.replace(self, **fields)
+
+
+class Change(NamedTuple):
+    """What a simulation takes as different from the program; see `Schedule.changed`."""
+
+    task: Callable[[Task, "Schedule"], Task] = lambda task, _: task
+    """the task as it would be: other `seconds`, or `hidden`"""
+    contention: bool = True
+    """whether computation and communication slow each other"""
 
 
 class Schedule:
@@ -78,9 +97,17 @@ class Schedule:
         self._collectives = {(c.computation, c.name): c for c in found}
 
     def at(self, scenario: Scenario) -> "Schedule":
-        """The same schedule at other levels of the rates. What does not depend on rates is shared."""
+        """The program's schedule at other levels of the rates. What does not depend on rates is shared."""
         other = copy.copy(self)
         other._use(scenario)
+        return other
+
+    def changed(self, change: Change) -> "Schedule":
+        """The same steps with other tasks: simulating them tells what the program would take with the change."""
+        other = copy.copy(self)
+        other._origin, other._change = self, change
+        other.tasks, other._steps = {}, {}
+        other.contention = self.contention if change.contention else (0.0, 0.0)
         return other
 
     def _use(self, scenario: Scenario) -> None:
@@ -89,18 +116,27 @@ class Schedule:
         self._steps: dict[str, list[Step]] = {}
         self._compute_only: dict[str, bool] = {}
         self._product_seconds: dict[Work, float] = {}
-
-    @property
-    def contention(self) -> tuple[float, float]:
-        """Shares of their rates that computation and communication lose while both run."""
-        contention, level = self.hardware.rates.contention, self.scenario.links
-        return contention.compute.cost(level), contention.links.cost(level)
+        self._origin: Schedule | None = None
+        self._change = Change()
+        contention = self.hardware.rates.contention
+        self.contention = contention.compute.cost(scenario.links), contention.links.cost(scenario.links)
+        """shares of their rates that computation and communication lose while both run"""
 
     def steps(self, computation: Computation) -> list[Step]:
         """The steps of a computation that take time, in schedule order."""
         if computation.name not in self._steps:
-            self._steps[computation.name] = [s for i in computation.instructions for s in self._parts(computation, i)]
+            steps = (s for i in computation.instructions for s in self._parts(computation, i))
+            if self._origin:
+                steps = map(self._changed, self._origin.steps(computation))
+            self._steps[computation.name] = list(steps)
         return self._steps[computation.name]
+
+    def _changed(self, step: Step) -> Step:
+        task = self._origin.tasks.get(step.task) if self._origin else None
+        if task is None:  # a loop, a branch, a call or a wait
+            return step
+        self.tasks[step.task] = task = self._change.task(task, self)
+        return step._replace(seconds=task.seconds)
 
     def compute_only(self, computation: Computation) -> bool:
         """Whether everything that a computation runs stays on the compute queue."""
@@ -154,12 +190,23 @@ class Schedule:
     def _kernel(self, i: Instruction, kind: _Busy) -> Iterator[Step]:
         cost, op = self._costs.of(i), i.custom_call_target or i.opcode
         rates, level = self.hardware.rates, self.scenario.compute
-        seconds = max(sum(map(self._seconds_of, cost.products)), cost.bytes / rates.memory.bytes_per_s.rate(level))
-        if seconds and not (kind == "start" and cost.host_bytes):
-            yield self._busy("run", i, "compute", seconds, op=op, bytes=cost.bytes, flops=cost.flops)
+        products_s, memory_s = self.products_seconds(cost.products), cost.bytes / rates.memory.bytes_per_s.rate(level)
+        if (seconds := max(products_s, memory_s)) and not (kind == "start" and cost.host_bytes):
+            parts = {"products": cost.products, "products_s": products_s, "memory_s": memory_s}
+            yield self._busy("run", i, "compute", seconds, op=op, bytes=cost.bytes, flops=cost.flops, **parts)
         if cost.host_bytes:
             seconds = cost.host_bytes / rates.host.bytes_per_s.rate(self.scenario.links)
             yield self._busy(kind, i, "host", seconds, op=op, bytes=cost.host_bytes, key=i.name)
+
+    def products_seconds(self, products: Iterable[Work]) -> float:
+        """Time of matrix products, one after another."""
+        return sum(map(self._seconds_of, products))
+
+    def fixed_seconds(self, task: Task) -> float:
+        """The part of a collective's time that does not depend on its bytes."""
+        name = next(computation for computation, name in self._collectives if name == task.name)
+        groups = groups_of(self.module, self.module.computations[name].by_name[task.name])
+        return collective_seconds(self.hardware, task.op, 0.0, groups, self.scenario.links)
 
     def _seconds_of(self, work: Work) -> float:
         """Time of matrix products; programs repeat a few shapes many times."""
@@ -168,12 +215,12 @@ class Schedule:
         return self._product_seconds[work]
 
     def _busy(
-        self, kind: _Busy, i: Instruction, queue: Queue, seconds: float, *, op: str, bytes: float, flops: float = 0.0,
-        scope: str = "", key: str = "",
+        self, kind: _Busy, i: Instruction, queue: Queue, seconds: float, *, op: str, bytes: float, scope: str = "",
+        key: str = "", **parts: Any,
     ) -> Step:  # fmt: skip
         """Makes a step that keeps a queue busy, and adds the step's task to `tasks`."""
         name, scope = i.name + " (host)" * (queue == "host"), scope or i.op_name
-        self.tasks[name] = Task(name, op, scope, self.label(i, scope), queue, seconds, bytes, flops)
+        self.tasks[name] = Task(name, op, scope, self.label(i, scope), queue, seconds, bytes, **parts)
         return Step(kind, i, name, queue, seconds, key)
 
     def label(self, i: Instruction, scope: str = "") -> str:

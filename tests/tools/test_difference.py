@@ -1,14 +1,20 @@
 """tsp-inspect A B as a user types it: what differs, contracts, and wrong input in one line."""
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from tests.builders.fuzz import check_door
 from tests.builders.hlo import gather, kernel, lines
-from tsp_jax.tools import inspect
+from tsp_jax.errors import ConfigError
+from tsp_jax.inspect.diff import diff
+from tsp_jax.inspect.render_diff import show_diff
+from tsp_jax.tools import difference, inspect
 
 HEADER = "HloModule test, is_scheduled=true, num_partitions=8"
 START, DONE = gather("g", 56)
@@ -102,3 +108,16 @@ def test_wrong_input_is_one_line(case, monkeypatch, capsys):
     assert run(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1 and error.startswith("error: ")
+
+
+def test_fuzz_of_a_report():
+    """A damaged report is read and compared, or refused in one line."""
+    report = inspect.read_program("a.hlo", "h200:8", "tsp=8", inspect.Outputs())[0].to_json()
+    content, file = json.dumps({"target": "h200:8", **report}).encode(), Path("damaged.json")
+    out = Console(file=io.StringIO())
+
+    def compare(damaged: bytes) -> None:
+        file.write_bytes(damaged)
+        show_diff(diff(report, difference.read_report(str(file)).report), ("a", "b"), out)
+
+    check_door(compare, [content], (ConfigError,), count=200)

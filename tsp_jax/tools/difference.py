@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from tsp_jax.errors import ConfigError
 from tsp_jax.files import check_json, read_json
-from tsp_jax.inspect.diff import Diff, ReportJson, diff
+from tsp_jax.inspect.diff import Diff, diff
 from tsp_jax.inspect.render import console
 from tsp_jax.inspect.render_diff import show_diff
+from tsp_jax.inspect.report_json import ReportJson
 from tsp_jax.inspect.units import format_bytes, format_seconds
 from tsp_jax.tools import cli
 from tsp_jax.tools import inspect as command
@@ -69,7 +70,9 @@ def compare(names: Sequence[str], flags: Sequence[str]) -> int:
     parsed = {name: cli.parse([name, *flags], lambda config: StepPair(config=config), about=ABOUT) for name in steps}
     options = parsed[steps[0]][1] if steps else cli.parse_flags(TextPair(), [" ".join(names), *flags], ABOUT)
     bounds = _check(options)
-    found = {name: _read(name) if _is_report(name) else _text(name, options) for name in names if name not in parsed}
+    found = {
+        name: read_report(name) if _is_report(name) else _text(name, options) for name in names if name not in parsed
+    }
     _check_targets(
         [found[name].target if name in found else str(command.target_of(options)) for name in names], options
     )
@@ -122,7 +125,8 @@ def _broken(result: Diff, item: str, quantity: str, bound: float) -> str:
     return "" if pair.after <= bound * pair.before else text
 
 
-def _read(file: str) -> _Program:
+def read_report(file: str) -> _Program:
+    """Reads a report that --json wrote; raises ConfigError if the file is none."""
     content = read_json(file, advice=_ADVICE)
     for key in ("missing", "flops", "memory", "timeline", "collectives"):
         if key not in content:

@@ -33,7 +33,7 @@ soak: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m soak
 
 index: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[dev,hf-test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[dev,hf-test,browser-test]"
 	$(BIN)/python -m pytest -m index
 
 check: $(INSTALLED)

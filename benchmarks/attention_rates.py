@@ -19,8 +19,8 @@ from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.rates import ATTENTION_KERNELS
 from tsp_jax.hardware.targets import parse_target, use_target
+from tsp_jax.plan.compile import compile_step
 from tsp_jax.tools import cli
-from tsp_jax.tools.compile import compile_step
 from tsp_jax.tools.priced import priced_kernel
 from tsp_jax.training.optimizer import Optimizer
 

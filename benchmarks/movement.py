@@ -17,8 +17,8 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import parse_target, use_target
 from tsp_jax.inspect import list_collectives, parse
 from tsp_jax.layout import get_layout, parse_mesh
+from tsp_jax.plan.compile import compile_step
 from tsp_jax.tools.cli import load_config
-from tsp_jax.tools.compile import compile_step
 
 OPS = ("attention", "mlp", "embed", "loss")
 PINNED = ("gather", "activations")

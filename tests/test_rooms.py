@@ -20,7 +20,7 @@ ROOMS = {
     "stored": {"errors", "config", "layout", "heads"},
     "cost": FOUNDATION,
     "hardware": {"errors", "files"},
-    "inspect": {"errors", "files", "hardware"},
+    "inspect": {"errors", "files", "mesh", "hardware"},
     "ops": FOUNDATION,
     "nn": FOUNDATION | {"ops", "cost"},
     "models": FOUNDATION | {"ops", "nn", "cost"},
@@ -28,6 +28,7 @@ ROOMS = {
     "text": {"errors", "files", "config", "hf"},
     "training": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "text", "inspect", "cost"},
     "inference": FOUNDATION | {"files", "hardware", "ops", "nn", "models", "hf", "inspect", "training"},
+    "plan": FOUNDATION | {"files", "hardware", "ops", "models", "hf", "training", "inference", "inspect", "cost"},
 }
 """room -> rooms of tsp_jax that it may import from, besides itself"""
 TOP = {"__init__", "tools"}

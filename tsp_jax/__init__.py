@@ -10,6 +10,7 @@ training, inference     trainer, checkpoints, safety; KV cache, prefill, decode,
 cost                    closed forms: operations, bytes received, memory
 hardware                devices, links, targets, compiling without a device
 inspect                 compiled programs: memory, communication, simulated timeline
+plan                    steps compiled for a target; the fastest that fits
 tools                   the code of each command
 """
 

@@ -7,6 +7,7 @@ TP+SP, FSDP+CP and TSP are rows of one table.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -305,9 +306,11 @@ def place(layout: str | Layout, devices: Sequence[Any] | None = None, **sizes: i
     return Placement(layout, make_mesh(parse_mesh(format_sizes(sizes), layout, len(available)), devices))
 
 
+@functools.lru_cache(maxsize=4096)
 def largest_divisor(value: int, at_most: int) -> int:
     """The largest divisor of `value` that does not exceed `at_most`."""
-    return next(d for d in range(min(value, at_most), 0, -1) if value % d == 0)
+    small = [d for d in range(1, math.isqrt(value) + 1) if value % d == 0]
+    return max(d for d in (*small, *(value // d for d in small)) if d <= at_most)
 
 
 def check_divides(field: str, value: int, ranks: int, axes: AxisNames, why: str = "") -> None:

@@ -4,7 +4,7 @@ import functools
 
 from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
 from tsp_jax.hardware.targets import parse_target
-from tsp_jax.tools.compile import CompiledStep, compile_step
+from tsp_jax.plan.compile import CompiledStep, compile_step
 
 CPU = parse_target("cpu:8")
 CONFIG = Config(

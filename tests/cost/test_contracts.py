@@ -8,7 +8,8 @@ import pytest
 
 from tests.builders.arrays import LAYOUT_CASES, MIX, UNUSUAL_CASES
 from tsp_jax.config import TARGETS, Config, LoraConfig, ModelConfig, OptimizerConfig, Order, StreamConfig
-from tsp_jax.cost.training import movements, step_memory, step_traffic
+from tsp_jax.cost.memory import step_memory
+from tsp_jax.cost.training import movements, step_traffic
 from tsp_jax.inspect import list_buffers, list_collectives, parse
 from tsp_jax.layout import Layout, num_ranks, place
 from tsp_jax.training.step import make_program

@@ -12,7 +12,7 @@ from tsp_jax.cost.flops import mean_keys, model_flops, step_flops
 from tsp_jax.hardware.targets import Target, parse_target
 from tsp_jax.inspect import parse
 from tsp_jax.inspect.flops import declared_or_product_flops
-from tsp_jax.tools.compile import Step, compile_step
+from tsp_jax.plan.compile import Step, compile_step
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
 

@@ -9,7 +9,7 @@ import pytest
 from tests.builders.arrays import LAYOUT_CASES
 from tests.builders.steps import CONFIG
 from tsp_jax.config import LoraConfig
-from tsp_jax.cost.training import step_memory
+from tsp_jax.cost.memory import step_memory
 from tsp_jax.layout import LAYOUTS, get_layout, place
 from tsp_jax.training.step import make_program
 
@@ -26,8 +26,9 @@ def test_state_of_the_closed_form(name):
     sizes = dict.fromkeys(layout.axis_names, 1) | dict(zip(own, {0: (), 1: (8,), 2: (2, 4)}[len(own)], strict=True))
     shards = {"single": 1, "dp": 1, "sp": 1, "tp_sp": sizes.get("model")}.get(name, 8)
     matrices = CONFIG.model.num_params - 32 * (2 * CONFIG.model.num_layers + 1)
-    assert step_memory(CONFIG, layout, sizes)["state"] == pytest.approx(12 * matrices / shards)
-    narrow = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, moments_dtype="bfloat16"))
+    config = dataclasses.replace(CONFIG, batch=8)
+    assert step_memory(config, layout, sizes)["state"] == pytest.approx(12 * matrices / shards)
+    narrow = dataclasses.replace(config, optimizer=dataclasses.replace(CONFIG.optimizer, moments_dtype="bfloat16"))
     assert step_memory(narrow, layout, sizes)["state"] == pytest.approx(8 * matrices / shards)
 
 

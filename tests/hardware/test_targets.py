@@ -67,7 +67,7 @@ def test_descriptions_carry_what_the_compiler_must_know():
 
 
 @pytest.mark.parametrize(
-    ("text", "known"), [("v7x:4", "v7x: with one of 8, 16, 32"), ("v5e:512", "v5e: with one of 4, 8, 16")]
+    ("text", "known"), [("v7x:4", "v7x: with one of 1, 8, 16, 32"), ("v5e:512", "v5e: with one of 1, 4, 8, 16")]
 )
 def test_a_slice_that_no_tpu_has_is_refused_with_those_of_its_kind(text, known):
     needs_compiler("tpu")

@@ -12,7 +12,7 @@ from tsp_jax.inspect import report
 from tsp_jax.inspect.diff import Diff, Pair, diff
 from tsp_jax.inspect.render import console
 from tsp_jax.inspect.render_diff import show_diff, verdict
-from tsp_jax.tools.compile import compile_step
+from tsp_jax.plan.compile import compile_step
 
 HEADER = "HloModule test, is_scheduled=true, num_partitions=8"
 MLP = ', metadata={op_name="jit(f)/tsp/mlp/mul"}'
@@ -120,6 +120,8 @@ def test_what_a_text_does_not_tell_is_unknown():
     untimed = diff(report(PROGRAM, target=UNIT).to_json(), report(PROGRAM).to_json())
     assert untimed.totals["peak_bytes"].difference == 0 and untimed.totals["step_s"] == Pair(120, None)
     assert untimed.unknown[0] == "B: time is not known without a target"
+    kernel_call = text_of('%c = f32[2] custom-call(f32[2] %p.c), custom_call_target="mine"')
+    assert "B: the text does not tell work inside custom calls" in compared(PROGRAM, kernel_call).unknown[0]
 
 
 def test_other_rates_are_said():

@@ -7,7 +7,7 @@ import pytest
 from tests.builders.steps import CONFIG, CPU, train_step
 from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.expect import broken, parse_expectations
-from tsp_jax.tools.compile import compile_step
+from tsp_jax.plan.compile import compile_step
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
 

@@ -15,7 +15,7 @@ from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
 from tsp_jax.hardware.targets import HARDWARE, parse_target
 from tsp_jax.inspect.render import show
 from tsp_jax.layout import place
-from tsp_jax.tools.compile import compile_step
+from tsp_jax.plan.compile import compile_step
 from tsp_jax.training.step import make_program
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")

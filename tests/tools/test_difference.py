@@ -100,7 +100,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_is_one_line(case, monkeypatch, capsys):
-    report = inspect.read_program("a.hlo", "h200:8", "", inspect.Outputs())[0].to_json()
+    report = inspect.report_text("a.hlo", "h200:8", "", inspect.Outputs())[0].to_json()
     Path("h200.json").write_text(json.dumps({"target": "h200:8", **report}))
     Path("untimed.json").write_text(json.dumps({"target": "", **report, "timeline": None}))
     Path("old.json").write_text(json.dumps({**report, "timeline": {"step_s": 1.0}}))
@@ -112,7 +112,7 @@ def test_wrong_input_is_one_line(case, monkeypatch, capsys):
 
 def test_fuzz_of_a_report():
     """A damaged report is read and compared, or refused in one line."""
-    report = inspect.read_program("a.hlo", "h200:8", "tsp=8", inspect.Outputs())[0].to_json()
+    report = inspect.report_text("a.hlo", "h200:8", "tsp=8", inspect.Outputs())[0].to_json()
     content, file = json.dumps({"target": "h200:8", **report}).encode(), Path("damaged.json")
     out = Console(file=io.StringIO())
 

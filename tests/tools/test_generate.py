@@ -151,6 +151,18 @@ def test_text_comes_as_it_is_written(folder, model):
     assert notes[0].count("tokens/s") == 2
 
 
+@pytest.mark.parametrize("flags", [[], ["--layout", "tp"]], ids=["free", "tp"])
+def test_a_planned_layout_writes_the_same_text(folder, model, monkeypatch, flags):
+    monkeypatch.setattr(sys, "argv", ["generate.py", str(folder), *flags])
+    out, notes = Written(), Written()
+    options = GenerateOptions(prompt=PROMPT, max_new_tokens=12, plan="fastest", layout="tp" if flags else "tsp")
+    generate_text(str(folder), options, out, notes)
+    found = inference.generate(model, [PROMPT], max_new_tokens=12)[0]
+    assert "".join(piece for piece in out if piece != "flush") == found.text + "\n"
+    said = "".join(notes)
+    assert said.startswith("plan=fastest: tp data=1,model=8, chunks of " if flags else "plan=fastest: ")
+
+
 def test_peak_is_that_of_the_larger_program(model):
     inference.generate(model, [PROMPT], max_new_tokens=12)
     program = next(iter(model.programs.values()))

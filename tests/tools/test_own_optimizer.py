@@ -8,8 +8,8 @@ import pytest
 from tests.builders.runs import small_config, write_config
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import parse_target
+from tsp_jax.plan.compile import compile_step
 from tsp_jax.tools import cli
-from tsp_jax.tools.compile import compile_step
 from tsp_jax.tools.inspect import StepOptions
 from tsp_jax.training.step import make_program
 

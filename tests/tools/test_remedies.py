@@ -10,8 +10,8 @@ from tsp_jax.config import Config
 from tsp_jax.hardware.rates import exactly
 from tsp_jax.inspect import Collective
 from tsp_jax.inspect.bottleneck import Bottleneck
+from tsp_jax.plan.compile import place_on
 from tsp_jax.tools import cli
-from tsp_jax.tools.compile import place_on
 from tsp_jax.tools.remedies import remedies
 
 

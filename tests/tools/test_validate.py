@@ -16,7 +16,7 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import parse_target
 from tsp_jax.inspect import parse, simulate
 from tsp_jax.ops.kernels import KERNELS
-from tsp_jax.tools.compile import compile_step
+from tsp_jax.plan.compile import compile_step
 from tsp_jax.tools.priced import causal_flops, priced_kernel
 from tsp_jax.tools.published import measured_seconds, read_runs, rebuild, run_flops
 from tsp_jax.tools.validate import Comparison, Options, explain, grown, markdown, summary, validate

@@ -37,9 +37,10 @@ def test_the_list_of_packages_is_complete():
 
 def test_every_module_and_configuration_is_in_the_wheel(wheel):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "tsp_jax").rglob("*.py")}
+    page = {str(path.relative_to(ROOT)) for path in (ROOT / "tsp_jax/tools/page").iterdir() if path.is_file()}
     configs = {f"tsp_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert held == modules | configs | {"tsp_jax/py.typed"}
+    assert held == modules | configs | page | {"tsp_jax/py.typed"}
 
 
 def test_commands_are_in_the_wheel(wheel):

@@ -16,6 +16,7 @@ from tsp_jax.errors import ConfigError
 
 Remat = Literal["none", "full", "save_attention", "offload", "offload_attention"]
 Logger = Literal["tensorboard", "wandb"]
+Plan = Literal["", "fastest", "leanest"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,9 @@ class Config:
     lora: LoraConfig = LoraConfig()
     faults: FaultsConfig = FaultsConfig()
     cluster: ClusterConfig = ClusterConfig()
+    plan: Plan = ""
+    """fastest or leanest: choose layout, mesh, remat, accumulate, stream.bucket_mib and optimizer.zero1 for the devices
+    and their memory, those without a flag. A run keeps its choice when it is resumed. Empty: as configured"""
     layout: str = "tsp"
     """a preset (single, dp, fsdp, tp, sp, tp_sp, tsp or fsdp_cp), or a preset with changes, such as
     tsp(weights=data+tsp) or tsp(sequence=node+tsp). A change gives other mesh axes to one dimension: batch, sequence,

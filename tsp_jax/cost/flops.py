@@ -11,6 +11,9 @@ from typing import NamedTuple
 from tsp_jax.config import Config, ModelConfig
 from tsp_jax.cost.traffic import repeats_attention
 
+MUON_STEPS = 5
+"""Newton-Schulz iterations of optax's Muon"""
+
 
 class _Elements(NamedTuple):
     """Elements of one layer's weights that a token is multiplied with, and of the output head."""
@@ -34,11 +37,14 @@ def mean_keys(model: ModelConfig, seq_len: int) -> float:
     Token i of S attends to min(i + 1, W) tokens, as if the sequence were one document. W is the window, or S in layers
     without one.
     """
-    total = 0.0
-    for window, layers in model.windows:
-        window = min(window or seq_len, seq_len)
-        total += layers * (window - window * (window - 1) / (2 * seq_len))
-    return total / model.num_layers
+    layers = sum(layers * keys_within(window, seq_len) for window, layers in model.windows)
+    return layers / model.num_layers
+
+
+def keys_within(window: int | None, seq_len: int) -> float:
+    """Number of keys that a token attends to in a layer with this window, in the mean over tokens."""
+    window = min(window or seq_len, seq_len)
+    return window - window * (window - 1) / (2 * seq_len)
 
 
 def model_flops(
@@ -95,3 +101,20 @@ def step_flops(config: Config, *, forward: bool = False, backward_products: int 
     }
     flops = {op: model.num_layers * total for op, total in layers.items()}
     return flops | {"loss": count(head, 1, 3)}  # backward: logits again, dx and dW
+
+
+def muon_products(model: ModelConfig, shards: int) -> list[tuple[float, float, float, float]]:
+    """Float32 products [m, k] x [k, n] of Muon's update on one of `shards` devices, as (m, n, k, times).
+
+    Of a matrix W [rows, D], whose smaller dimension is s and whose larger one is l, `MUON_STEPS` times: the square A of
+    W, s x l x s; A A, s x s x s; and its product with W. Rows are sharded. If W has more rows than D, every device has
+    the sum over rows, and computes all of A A.
+    """
+    query, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    found = []
+    for rows, number in ((query, 2), (kv, 2), (model.d_ff, 3)):
+        small, large = sorted((rows, model.d_model))
+        times = MUON_STEPS * model.num_layers * number
+        found.append((small, small, large / shards, 2 * times))
+        found.append((small / (shards if rows <= model.d_model else 1), small, small, times))
+    return [(float(m), float(n), float(k), float(times)) for m, n, k, times in found]

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from tsp_jax.config import Config
-from tsp_jax.cost.training import ITEMSIZE
+from tsp_jax.cost.step import ITEMSIZE, Step
+from tsp_jax.cost.traffic import INT32, num_buckets
 from tsp_jax.heads import HeadSharding
 from tsp_jax.layout import Layout, num_ranks
 from tsp_jax.stored import RowPadding
@@ -70,6 +71,40 @@ def _attention(config: Config, s: _Serving) -> dict[str, float]:
         "heads": _gathered(queries, s.folded) + gathered,
         "merges": lse + outputs,
         "sums": _summed(s.decoded * config.model.d_model * FLOAT32, s.folded * s.tensor),
+    }
+
+
+def serving_memory(
+    config: Config, layout: Layout, sizes: Mapping[str, int], *, chunk: int = 0
+) -> dict[str, float]:  # fmt: skip
+    """Peak bytes per device, by part, while a chunk of `chunk` tokens of each sequence is prefilled; 0: of decode.
+
+    Parts: `weights` in the compute dtype; `cache` of `config.seq_len` tokens a sequence, with the positions of its
+    entries; `activations`: [B, t, D] of the chunk three times, its queries, keys and values, outputs, and the MLP's
+    products; `keys_values`: of a bucket of KV heads, of all ranks, twice (only prefill gathers them); `buckets`: two
+    buckets of weights; `logits`.
+    """
+    s, model, step = _Serving(config, layout, sizes), config.model, Step(config, layout, sizes)
+    shards = s.folded * s.tensor
+    vocab = RowPadding.over(model.vocab_size, num_ranks(layout.vocab, sizes)).stored
+    tables = vocab * model.d_model / num_ranks(layout.vocab, sizes) * (1 if model.tie_embeddings else 2)
+    layers = model.num_layers * (2 * sum(s.heads.stored) + 3 * step.d_ff) * model.d_model / shards
+    heads, tokens = s.heads.shard, s.batch * chunk / s.sequence if chunk else s.decoded
+    rows = (2 * heads.query + 2 * heads.kv) * heads.dim + 3 * model.d_model
+    hidden = step.d_ff / s.tensor if chunk else step.d_ff / shards
+    product = min(3 * tokens * hidden * FLOAT32, 6 * step.bucket_bytes) if chunk else 3 * tokens * hidden * FLOAT32
+    gathered = 0.0
+    if chunk:
+        exchanged = 2 * s.batch * config.seq_len * heads.kv * heads.dim * s.item
+        buckets = num_buckets(heads.kv, exchanged, step.bucket_bytes)
+        gathered = 2 * exchanged / buckets
+    return {
+        "weights": (layers + tables) * s.item,
+        "cache": cache_bytes(config, layout, sizes) + s.batch * config.seq_len * INT32,
+        "activations": tokens * rows * s.item + product,
+        "keys_values": gathered,
+        "buckets": 2 * step.bucket_elements() / s.tensor * s.item if chunk else 0.0,
+        "logits": 2 * s.decoded * vocab * FLOAT32,
     }
 
 

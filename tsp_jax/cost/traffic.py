@@ -10,6 +10,8 @@ V vocabulary, H head.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -148,7 +150,7 @@ class OpSharding:
         return num_buckets(kv_heads, nbytes, bucket_bytes)
 
 
-def _exchanged_heads(heads: HeadSharding, d_model: int) -> tuple[float, float]:
+def exchanged_heads(heads: HeadSharding, d_model: int) -> tuple[float, float]:
     """(elements of Wq, elements of Wk and Wv together) that a rank receives to have all rows of its own heads."""
 
     def received(rows: HeadRows, head_numbers: list[list[int]]) -> float:
@@ -192,8 +194,14 @@ def num_buckets(rows: int, nbytes: float, bucket_bytes: float) -> int:
     `rows`: rows per device; `nbytes`: size of all ranks' rows together. A bucket takes equally many rows of every rank.
     """
     wanted = max(1.0, nbytes / bucket_bytes)
-    divisors = (n for n in range(rows, 0, -1) if rows % n == 0)
-    return min(divisors, key=lambda n: max(n / wanted, wanted / n))
+    return min(_divisors(rows), key=lambda n: max(n / wanted, wanted / n))
+
+
+@functools.cache
+def _divisors(value: int) -> tuple[int, ...]:
+    """All divisors, the largest first."""
+    small = [n for n in range(1, math.isqrt(value) + 1) if value % n == 0]
+    return tuple(sorted({*small, *(value // n for n in small)}, reverse=True))
 
 
 # ------------------------------------------------------------------------------------------------ ops
@@ -221,7 +229,7 @@ def attention_traffic(
     moves_tokens, dim = movement == "activations", heads.heads.dim
     query, kv = (rows * d_model for rows in heads.stored)
     if moves_tokens:
-        query_weights, kv_weights = _exchanged_heads(heads, d_model)
+        query_weights, kv_weights = exchanged_heads(heads, d_model)
     else:
         query_weights = sharding.weights_received(query)
         spans = heads.kv_head_spans_shards  # each tensor shard gathers all KV heads

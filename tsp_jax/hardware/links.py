@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from tsp_jax.errors import ConfigError
@@ -93,18 +94,22 @@ def _share_of_links(hardware: Hardware, members: Sequence[int], extents: Sequenc
         links = min(len(members) - 1, hardware.num_links)
     elif hardware.links == "torus":
         places = [coordinates(device, extents) for device in members]
-        links = max(1, min(_torus_links(place, places, extents) for place in places))
+        links = max(1, min(_torus_links(places, extents)))
     return links / hardware.num_links
 
 
-def _torus_links(place: Sequence[int], places: Sequence[Sequence[int]], extents: Sequence[int]) -> int:
-    """Number of links that the device at `place` uses.
+def _torus_links(places: Sequence[tuple[int, ...]], extents: Sequence[int]) -> list[int]:
+    """Number of links that the device at each place uses; the places differ.
 
-    It uses a dimension's links if another member of `places` differs from it in that dimension and in no other.
+    It uses a dimension's links if another device differs from it in that dimension and in no other.
     """
-    differing = [[k for k in range(len(extents)) if place[k] != other[k]] for other in places]
-    straight = {axes[0] for axes in differing if len(axes) == 1}
-    return sum(2 if extents[k] > 2 else 1 for k in straight)
+    used = [0] * len(places)
+    for k, extent in enumerate(extents):
+        lines = [place[:k] + place[k + 1 :] for place in places]
+        on_line = Counter(lines)
+        links = 2 if extent > 2 else 1
+        used = [n + links * (on_line[line] > 1) for n, line in zip(used, lines, strict=True)]
+    return used
 
 
 def coordinates(device: int, extents: Sequence[int]) -> tuple[int, ...]:

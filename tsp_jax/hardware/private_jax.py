@@ -1,5 +1,7 @@
 """The only module that uses private names of JAX, each with the reason why no public name will do."""
 
+import functools
+import importlib
 import logging
 import re
 from pathlib import Path
@@ -9,11 +11,29 @@ from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 
 from tsp_jax.hardware.devices import is_present
 
+_HANDLERS = ("_solver", "_hybrid", "_linalg", "_prng", "_sparse")
+"""modules of the ROCm plugin with handlers of custom calls, such as those of eigh, svd and qr"""
 
-def register_rocm_plugin(library: Path) -> None:
-    """Registers the ROCm compiler by path; the plugin's own entry point refuses a machine without a GPU."""
+
+def register_rocm_plugin(library: Path, package: str, *, late: bool) -> None:
+    """Registers the ROCm compiler by path; the plugin's own entry point refuses a machine without a GPU.
+
+    The compiler refuses a custom call without a handler. jaxlib registers handlers when it is imported, from modules
+    that do not load where ROCm is not installed.
+
+    Args:
+      library: the plugin.
+      package: its package of Python modules.
+      late: whether those modules load only since stand-ins for ROCm's libraries were loaded.
+    """
     options = {**xla_client.generate_pjrt_gpu_plugin_options(), "platform_name": "ROCM"}
-    xla_bridge.register_plugin("rocm", priority=500, library_path=str(library), options=options)
+    api = xla_bridge.register_plugin("rocm", priority=500, library_path=str(library), options=options)
+    extension = importlib.import_module(f"{package}.rocm_plugin_extension")
+    register = functools.partial(extension.register_custom_call_target, api)
+    xla_client.register_custom_call_handler("ROCM", register)
+    for module in _HANDLERS if late else ():
+        for name, handler in importlib.import_module(f"{package}.{module}").registrations().items():
+            xla_client.register_custom_call_target(name, handler, platform="ROCM", api_version=1)
 
 
 def hush_absent_plugins() -> None:

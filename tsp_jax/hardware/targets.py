@@ -136,7 +136,7 @@ def _rocm(target: Target) -> Any:
 def _register_rocm(plugin: Path, runtime: Path) -> None:
     library = plugin / "xla_rocm_plugin.so"
     _STANDINS.update(load_rocm_libraries([library, *sorted(runtime.glob("*.so"))], cache_folder()))
-    register_rocm_plugin(library)
+    register_rocm_plugin(library, runtime.name, late=bool(_STANDINS))
 
 
 @functools.cache
@@ -151,8 +151,10 @@ def _cuda(target: Target) -> Any:
 def _tpu(target: Target) -> Any:
     library = _package(target, "libtpu") / "libtpu.so"
     slices = TPU_TOPOLOGIES[target.hardware.name]
+    if target.num_devices == 1:
+        return _tpu(dataclasses.replace(target, num_devices=min(slices)))[:1]
     if target.num_devices not in slices:
-        known = f"{target.hardware.name}: with one of {', '.join(map(str, slices))}"
+        known = f"{target.hardware.name}: with one of 1, {', '.join(map(str, slices))}"
         raise ConfigError(f"target={target}: no such slice; use {known}")
     known = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-16", "TPU_WORKER_HOSTNAMES": "localhost"}
     if not is_present("tpu"):  # else one process alone may use the TPU, and libtpu locks it

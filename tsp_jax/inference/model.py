@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,15 @@ class Model:
         return self.tokenizer.encode(prompt)
 
 
+class ModelFacts(NamedTuple):
+    """A model without its weights; fields as in `Model`."""
+
+    config: ModelConfig
+    dtype: DType
+    tokenizer: Tokenizer | ByteTokenizer | None
+    stop_tokens: tuple[int, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Continuation:
     """New tokens after a prompt."""
@@ -98,39 +107,37 @@ def load(
     Raises:
       ConfigError: a file is missing, broken or not supported, or the model does not fit the mesh.
     """
+    decode_placement(placement)  # refuses a layout that cannot serve before weights are read
+    facts = read_facts(folder, dtype=dtype, step=step)
+    if is_run(folder):
+        params = load_run_params(folder, read_run(folder), placement, find_step(folder, step), facts.dtype)
+    else:
+        params = _load_folder(folder, facts, placement)
+    return Model(**facts._asdict(), placement=placement, params=params, stream=stream)
+
+
+def read_facts(
+    folder: str | Path, *, dtype: Literal["auto", "float32", "bfloat16"] = "auto", step: int = 0
+) -> ModelFacts:
+    """Reads everything but the weights; arguments and errors as those of `load`."""
     if dtype not in ("auto", *get_args(DType)):
         raise ConfigError(f"dtype={dtype} is unknown; use one of auto, {', '.join(get_args(DType))}")
-    decode_placement(placement)  # refuses a layout that cannot serve before weights are read
     if is_run(folder):
-        return _load_run(folder, placement, dtype, stream, step)
+        run = read_run(folder)
+        return ModelFacts(run.model, run.compute_dtype if dtype == "auto" else dtype, *run_tokenizer(run))
     if step:
         raise ConfigError(f"step={step}: {folder} is no working directory of a run, which has steps; use step=0")
     config, tokenizer, stop_tokens = read_config(folder), Tokenizer(folder), read_stop_tokens(folder)
     check_stop_tokens(stop_tokens, config.vocab_size, f"{folder}: eos_token_id")
-    check_folder(folder, config, placement)
-    found: DType = read_dtype(folder) if dtype == "auto" else dtype
-    nbytes = shard_bytes(abstract_params(config, placement, jnp.dtype(found)))
+    return ModelFacts(config, read_dtype(folder) if dtype == "auto" else dtype, tokenizer, stop_tokens)
+
+
+def _load_folder(folder: str | Path, facts: ModelFacts, placement: Placement) -> dict:
+    check_folder(folder, facts.config, placement)
+    nbytes = shard_bytes(abstract_params(facts.config, placement, jnp.dtype(facts.dtype)))
     memory = memory_bytes(jax.local_devices())
-    check_room(f"on each device {folder} in {found}", nbytes, memory, "use more devices that shard weights")
-    params = load_params(folder, config, placement, jnp.dtype(found))
-    return Model(
-        config=config, placement=placement, params=params, dtype=found, stream=stream, tokenizer=tokenizer,
-        stop_tokens=stop_tokens,
-    )  # fmt: skip
-
-
-def _load_run(
-    workdir: str | Path, placement: Placement, dtype: Literal["auto", "float32", "bfloat16"], stream: StreamConfig,
-    step: int,
-) -> Model:  # fmt: skip
-    config = read_run(workdir)
-    tokenizer, stop_tokens = run_tokenizer(config)
-    chosen: DType = config.compute_dtype if dtype == "auto" else dtype
-    params = load_run_params(workdir, config, placement, find_step(workdir, step), chosen)
-    return Model(
-        config=config.model, placement=placement, params=params, dtype=chosen, stream=stream, tokenizer=tokenizer,
-        stop_tokens=stop_tokens,
-    )  # fmt: skip
+    check_room(f"on each device {folder} in {facts.dtype}", nbytes, memory, "use more devices that shard weights")
+    return load_params(folder, facts.config, placement, jnp.dtype(facts.dtype))
 
 
 def generate(

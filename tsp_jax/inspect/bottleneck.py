@@ -166,20 +166,20 @@ def _verdict(timeline: Timeline, found: Iterable[Bottleneck]) -> str:
 
 
 def _hide(task: Task, _: Schedule) -> Task:
-    return task.but(hidden=True)
+    return task._replace(hidden=True)
 
 
 def _combine(task: Task, schedule: Schedule) -> Task:
     saved_s = (1 - 1 / LARGER) * schedule.fixed_seconds(task)
-    return task.but(seconds=max(0.0, task.seconds - saved_s))
+    return task._replace(seconds=max(0.0, task.seconds - saved_s))
 
 
 def _drop(task: Task, _: Schedule) -> Task:
-    return task.but(seconds=0.0, products_s=0.0, memory_s=0.0)
+    return task._replace(seconds=0.0, products_s=0.0, memory_s=0.0)
 
 
 def _kernel(task: Task, *, products_s: float, memory_s: float) -> Task:
-    return task.but(seconds=max(products_s, memory_s), products_s=products_s, memory_s=memory_s)
+    return task._replace(seconds=max(products_s, memory_s), products_s=products_s, memory_s=memory_s)
 
 
 def _fastest_products(task: Task, schedule: Schedule) -> Task:

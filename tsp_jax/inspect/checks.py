@@ -1,5 +1,6 @@
 """Checks that a text is a valid program (names, nesting of calls, shapes), before anything is computed from it."""
 
+import functools
 import graphlib
 import re
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ def _check_names(computation: Computation) -> None:
 def _misfits(computation: Computation, i: Instruction) -> Iterator[str]:
     """What is wrong with an instruction's shape, operands and attributes."""
     yield from (f"has shape {leaf.dtype}{leaf.layout:.80}, whose layout does not fit" for leaf in leaves(i.shape)
-                if not _layout_fits(leaf))  # fmt: skip
+                if leaf.layout and not _layout_fits(leaf.layout, len(leaf.dims)))  # fmt: skip
     if any(leaf.size >= _LARGEST for leaf in leaves(i.shape)):
         yield f"has an array of {_LARGEST:g} elements or more"
     needed = _ARRAYS.get(i.opcode, 0)
@@ -85,13 +86,12 @@ def _misfits(computation: Computation, i: Instruction) -> Iterator[str]:
         yield "has another number of arrays than its operand"
 
 
-def _layout_fits(shape: Shape) -> bool:
-    """Whether a layout such as {1,0:T(8,128)} names only dims that the shape has, and no tile size of 0."""
-    order, tiles = re.match(r"\{([\d,]*)", shape.layout), re.findall(r"T((?:\([\d,*]*\))+)", shape.layout)
+@functools.lru_cache(maxsize=65536)
+def _layout_fits(layout: str, rank: int) -> bool:
+    """Whether a layout such as {1,0:T(8,128)} names only dims that a shape has, and no tile size of 0."""
+    order, tiles = re.match(r"\{([\d,]*)", layout), re.findall(r"T((?:\([\d,*]*\))+)", layout)
     dims = ints(order[1]) if order else ()
-    return (
-        len(set(dims)) == len(dims) and all(k < len(shape.dims) for k in dims) and all(0 not in ints(t) for t in tiles)
-    )
+    return len(set(dims)) == len(dims) and all(k < rank for k in dims) and all(0 not in ints(t) for t in tiles)
 
 
 def _check_calls(module: Module) -> None:

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from tsp_jax.errors import ConfigError
-from tsp_jax.inspect.groups import axis_of_groups, axis_of_pairs, groups_of
+from tsp_jax.inspect.groups import Groups, axis_of_groups, axis_of_pairs, groups_of
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.module import Module, Trips
 from tsp_jax.inspect.opcodes import ASYNC_DONE, ASYNC_START, COLLECTIVES
@@ -81,19 +81,13 @@ def list_collectives(
     if mesh_axes is not None and math.prod(mesh_axes.values()) != module.num_devices:
         sizes = ",".join(f"{axis}={size}" for axis, size in mesh_axes.items())
         raise ConfigError(f"mesh {sizes} has {math.prod(mesh_axes.values())} devices, the program {module.num_devices}")
-    wrappers = {
-        callee: i
-        for computation in module.computations.values()
-        for i in computation.instructions
-        if i.base in ("fusion", "async")
-        for callee in i.called.get("calls", ())
-    }
+    reader = _Reader(module, mesh_axes)
     return [
-        _collective(module, computation, i, times, mesh_axes, wrappers.get(computation.name))
+        reader.collective(computation, i, times)
         for computation, times in module.executions(unknown_trips, fusions=True)
         for i in computation.instructions
         if i.base in COLLECTIVES and i.phase in ("", "start")
-        if computation.name not in wrappers or not _continues(computation, i)
+        if not reader.continues(computation, i)
     ]
 
 
@@ -125,28 +119,89 @@ def total_by_op(found: Iterable[Collective]) -> dict[tuple[str, str], Total]:
     return dict(sorted(totals.items(), key=lambda item: -item[1].bytes))
 
 
-def _collective(
-    module: Module, computation: Computation, i: Instruction, times: float, mesh_axes: Mapping[str, int] | None,
-    wrapper: Instruction | None,
-) -> Collective:  # fmt: skip
-    op = COLLECTIVES[i.base]
-    if op == "all-reduce" and wrapper and wrapper.base == "fusion" and _keeps_a_slice(computation, i):
-        op = "reduce-scatter"
-    payload = _payload(computation, i)
-    groups = groups_of(module, i)
-    if op == "collective-permute":
-        axis, size = axis_of_pairs(groups, mesh_axes)
-    else:
-        axis, size = axis_of_groups(groups, mesh_axes), max(map(len, groups), default=1)
-    reduction = [each.op_name for c in module.called(i, "to_apply") for each in c.instructions]
-    return Collective(
-        op=op, axis=axis, group_size=size, count=times, name=i.name, computation=i.computation,
-        scope=next(filter(None, [i.op_name, *reduction, wrapper.op_name if wrapper else ""]), ""),
-        bytes=_received(op, sum(leaf.bytes for leaf in payload), size),
-        elements=_received(op, sum(leaf.size for leaf in payload), size),
-        dtype=payload[0].dtype if payload else "",
-        is_async=_is_async(computation, i, wrapper),
-    )  # fmt: skip
+class _Reader:
+    """Reads the collectives of a module. What several of them share is read once."""
+
+    def __init__(self, module: Module, mesh_axes: Mapping[str, int] | None):
+        self._module, self._mesh_axes = module, mesh_axes
+        self._wrappers = {
+            callee: i
+            for computation in module.computations.values()
+            for i in computation.instructions
+            if i.base in ("fusion", "async")
+            for callee in i.called.get("calls", ())
+        }
+        self._targets: dict[str, tuple[str, ...]] = {}
+        self._users: dict[str, Mapping[str, list[Instruction]]] = {}
+        self._places: dict[tuple[bool, int], tuple[str, int]] = {}
+        self._first_scopes: dict[str, str] = {}
+
+    def collective(self, computation: Computation, i: Instruction, times: float) -> Collective:
+        op, wrapper = COLLECTIVES[i.base], self._wrappers.get(computation.name)
+        if op == "all-reduce" and wrapper and wrapper.base == "fusion" and self._keeps_a_slice(computation, i):
+            op = "reduce-scatter"
+        payload = _payload(computation, i)
+        axis, size = self._place(op == "collective-permute", groups_of(self._module, i))
+        return Collective(
+            op=op, axis=axis, group_size=size, count=times, name=i.name, computation=i.computation,
+            scope=i.op_name or self._reduction(i) or (wrapper.op_name if wrapper else ""),
+            bytes=_received(op, sum(leaf.bytes for leaf in payload), size),
+            elements=_received(op, sum(leaf.size for leaf in payload), size),
+            dtype=payload[0].dtype if payload else "",
+            is_async=self._is_async(computation, i, wrapper),
+        )  # fmt: skip
+
+    def continues(self, computation: Computation, i: Instruction) -> bool:
+        """Whether an instruction is another copy of a collective that an earlier fusion has started.
+
+        TPU fuses a collective's start, steps and done with other work; each of these fusions holds a copy.
+        """
+        if computation.name not in self._wrappers:
+            return False
+        chained = "chain_id=" in i.attributes.get("frontend_attributes", "")
+        return self._calls(computation, ASYNC_DONE) or (chained and not self._calls(computation, ASYNC_START))
+
+    def _is_async(self, computation: Computation, i: Instruction, wrapper: Instruction | None) -> bool:
+        """Whether a collective is asynchronous. GPU splits all into start and done, and marks blocking ones."""
+        if i.phase == "start":
+            return '"is_sync":true' not in i.backend_config
+        return wrapper is not None and (wrapper.base == "async" or self._calls(computation, ASYNC_START))
+
+    def _calls(self, computation: Computation, target: str) -> bool:
+        if computation.name not in self._targets:
+            self._targets[computation.name] = tuple({i.custom_call_target for i in computation.instructions})
+        return any(target in each for each in self._targets[computation.name])
+
+    def _place(self, pairs: bool, groups: Groups) -> tuple[str, int]:
+        """(axis, group size) of some groups, or of the pairs of a permute."""
+        key = pairs, id(groups)
+        if key not in self._places:
+            self._places[key] = (
+                axis_of_pairs(groups, self._mesh_axes) if pairs
+                else (axis_of_groups(groups, self._mesh_axes), max(map(len, groups), default=1))
+            )  # fmt: skip
+        return self._places[key]
+
+    def _reduction(self, i: Instruction) -> str:
+        """The first scope in the computations that a collective reduces with."""
+        for c in self._module.called(i, "to_apply"):
+            if c.name not in self._first_scopes:
+                self._first_scopes[c.name] = next((each.op_name for each in c.instructions if each.op_name), "")
+            if self._first_scopes[c.name]:
+                return self._first_scopes[c.name]
+        return ""
+
+    def _keeps_a_slice(self, computation: Computation, i: Instruction) -> bool:
+        """Whether an all-reduce is a reduce-scatter: TPU fuses the all-reduce with the slice that this device keeps."""
+        if computation.name not in self._users:
+            self._users[computation.name] = _users(computation)
+        users, todo = self._users[computation.name], [i.name]
+        while todo:
+            found = users.get(todo.pop(), [])
+            if not found or any(user.opcode not in ("dynamic-slice", "bitcast") for user in found):
+                return False
+            todo += [user.name for user in found if user.opcode == "bitcast"]
+        return True
 
 
 def _payload(computation: Computation, i: Instruction) -> list[Shape]:
@@ -163,35 +218,13 @@ def _has_custom_call(computation: Computation, target: str) -> bool:
     return any(target in i.custom_call_target for i in computation.instructions)
 
 
-def _continues(computation: Computation, i: Instruction) -> bool:
-    """Whether an instruction is another copy of a collective that an earlier fusion has started.
-
-    TPU fuses a collective's start, steps and done with other work; each of these fusions holds a copy.
-    """
-    chained = "chain_id=" in i.attributes.get("frontend_attributes", "")
-    return _has_custom_call(computation, ASYNC_DONE) or (chained and not _has_custom_call(computation, ASYNC_START))
-
-
-def _is_async(computation: Computation, i: Instruction, wrapper: Instruction | None) -> bool:
-    """Whether a collective is asynchronous. GPU splits all collectives into start and done, and marks blocking ones."""
-    if i.phase == "start":
-        return '"is_sync":true' not in i.backend_config
-    return wrapper is not None and (wrapper.base == "async" or _has_custom_call(computation, ASYNC_START))
-
-
-def _keeps_a_slice(computation: Computation, i: Instruction) -> bool:
-    """Whether an all-reduce is a reduce-scatter: TPU fuses the all-reduce with the slice that this device keeps."""
+def _users(computation: Computation) -> Mapping[str, list[Instruction]]:
+    """Instruction -> those that read it, once for each operand."""
     users: defaultdict[str, list[Instruction]] = defaultdict(list)
     for user in computation.instructions:
         for name in user.operands:
             users[name].append(user)
-    todo = [i.name]
-    while todo:
-        found = users[todo.pop()]
-        if not found or any(user.opcode not in ("dynamic-slice", "bitcast") for user in found):
-            return False
-        todo += [user.name for user in found if user.opcode == "bitcast"]
-    return True
+    return users
 
 
 def _received(op: str, operand: int, size: int) -> int:

@@ -263,6 +263,8 @@ def _unknown(both: Both, names: tuple[str, str]) -> list[str]:
             lines.append(f"{name}: memory, communication and time are not known: {each['missing']}")
         elif each["timeline"] is None:
             lines.append(f"{name}: time is not known without a target")
+        told = (reason for figure, reason in each["unknown"].items() if figure != "peak")  # `missing` says so already
+        lines += [f"{name}: the text does not tell {reason}" for reason in told]
     untold = [bool(each["collectives"]) and all(c["axis"] == _NO_FIGURE for c in each["collectives"]) for each in both]
     if untold[0] != untold[1]:
         lines.append(f"{names[untold.index(True)]}: mesh axes of collectives are not known without --mesh")

@@ -9,6 +9,7 @@ from tsp_jax.inspect.module import Module, Trips
 from tsp_jax.inspect.scopes import declared_flops
 from tsp_jax.inspect.shapes import Shape, ints, leaves
 
+_PRODUCTS = frozenset(("dot", "scaled-dot", "ragged-dot", "custom-call", "convolution"))
 _WIDEST_WINDOW = 2**20
 
 
@@ -25,6 +26,8 @@ def product_flops(computation: Computation, i: Instruction) -> float:
 
 
 def _product_flops(computation: Computation, i: Instruction) -> float:
+    if i.opcode not in _PRODUCTS:
+        return 0.0
     operands, results = [leaves(operand.shape) for operand in computation.operands(i)], leaves(i.shape)
     if len(operands) < 2 or not operands[0] or not operands[1] or not results:
         return 0.0
@@ -39,6 +42,8 @@ def _product_flops(computation: Computation, i: Instruction) -> float:
         return _product(left, result, dims[1]) if dims else 0.0
     if i.opcode == "convolution":
         return _convolution(left, right, result, i.attributes)
+    if i.opcode == "custom-call" and "$conv" in i.custom_call_target:  # of cuDNN, and of MIOpen by the same names
+        return _convolution(*_forward_roles(i.custom_call_target, left, right, result), i.attributes)
     return 0.0
 
 
@@ -66,6 +71,13 @@ def total_flops(module: Module, unknown_trips: Trips = 1) -> float:
 
 def _product(left: Shape, result: Shape, contracting: str) -> float:
     return 2.0 * result.size * math.prod(left.dims[k] for k in ints(contracting))
+
+
+def _forward_roles(target: str, left: Shape, right: Shape, result: Shape) -> tuple[Shape, Shape, Shape]:
+    """(input, kernel, output) of the forward convolution, whose labels and window a backward call carries too."""
+    if "BackwardInput" in target:
+        return result, right, left
+    return (left, result, right) if "BackwardFilter" in target else (left, right, result)
 
 
 def _convolution(left: Shape, right: Shape, result: Shape, attributes: dict[str, str]) -> float:

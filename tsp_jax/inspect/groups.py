@@ -16,6 +16,7 @@ from tsp_jax.inspect.shapes import ints
 UNKNOWN_AXIS = "?"
 MOST_DEVICES = 999_999
 _OF_WHOLE_REPLICAS = ("all-reduce", "all-gather", "reduce-scatter")
+_ATTRIBUTES = ("replica_groups", "device_ids", "source_target_pairs", "use_global_device_ids")
 Groups = list[tuple[int, ...]]
 """device numbers of each group, or (source, target) pairs of a permute"""
 
@@ -32,9 +33,18 @@ def groups_of(module: Module, i: Instruction) -> Groups:
 
     The number of a device is replica * partitions + partition.
 
+    Instructions with the same groups get the same list.
+
     Raises:
       ConfigError: the groups are in none of HLO's notations, or name more than `MOST_DEVICES`.
     """
+    key = "groups", i.base, *map(i.attributes.get, _ATTRIBUTES), "channel_id" in i.attributes
+    if key not in module.memo:
+        module.memo[key] = _groups(module, i)
+    return module.memo[key]
+
+
+def _groups(module: Module, i: Instruction) -> Groups:
     replicas, partitions = module.replica_count, module.num_partitions
     channel = "channel_id" in i.attributes
     whole = channel and i.base in _OF_WHOLE_REPLICAS

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from tsp_jax.inspect.opcodes import PHASE
+from tsp_jax.inspect.opcodes import split_phase
 from tsp_jax.inspect.shapes import ShapeTree
 
 
@@ -31,13 +31,12 @@ class Instruction:
     @property
     def base(self) -> str:
         """The opcode without the -start, -update or -done of an asynchronous instruction."""
-        return PHASE.sub(r"\1", self.opcode)
+        return split_phase(self.opcode)[0]
 
     @property
     def phase(self) -> str:
         """start, update or done for a part of an asynchronous instruction, else empty."""
-        match = PHASE.match(self.opcode)
-        return match[2] if match else ""
+        return split_phase(self.opcode)[1]
 
     @property
     def backend_config(self) -> str:
@@ -47,7 +46,7 @@ class Instruction:
     @property
     def custom_call_target(self) -> str:
         """Which kernel a custom call runs; empty for other instructions."""
-        return self.attributes.get("custom_call_target", "").strip('"')
+        return self.attributes["custom_call_target"].strip('"') if "custom_call_target" in self.attributes else ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,11 +56,8 @@ class Computation:
     name: str
     instructions: tuple[Instruction, ...]
     by_name: dict[str, Instruction] = dataclasses.field(repr=False)
-
-    @property
-    def root(self) -> Instruction:
-        """The instruction that makes the computation's result."""
-        return next((i for i in reversed(self.instructions) if i.is_root), self.instructions[-1])
+    root: Instruction = dataclasses.field(repr=False)
+    """the instruction that makes the computation's result"""
 
     def operands(self, instruction: Instruction) -> tuple[Instruction, ...]:
         """The instructions that make an instruction's operands."""

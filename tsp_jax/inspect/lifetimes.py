@@ -63,7 +63,7 @@ class Walk:
         self.written: dict[tuple[str, str], Value] = {}
         """(computation, name) of an instruction that overwrites part of an operand -> the value that it writes"""
         self.labels: dict[tuple[str, str], tuple[str, str]] = {}
-        """(computation, name) of an instruction without an op_name -> (scope, file:line) taken from another"""
+        """(computation, name) of an instruction -> (scope, file:line), its own or taken from another"""
         self._depth = 0
         self._offsets: dict[int, list[int]] = {}
         entry = module.entry
@@ -75,8 +75,8 @@ class Walk:
         for values in arguments:
             self._read(values, None)
         for output, number, within in module.input_output_alias:
-            result = results[_leaf_index(entry.root.shape, output)]
-            arguments[number][_leaf_index(parameters[number].shape, within)].unite(result)
+            result = results[self._leaf_index(entry.root.shape, output)]
+            arguments[number][self._leaf_index(parameters[number].shape, within)].unite(result)
 
     @property
     def now(self) -> int:
@@ -215,25 +215,33 @@ class Walk:
         if i.phase == "start" and len(shapes) > len(flat):
             return [*flat, *(self._new(leaf, i) for leaf in shapes[len(flat) :])]
         results = [self._new(leaf, i) for leaf in shapes]
-        for output, number, within in parse_aliases(i.attributes.get("output_to_operand_aliasing", "")):
-            operands[number][within[0] if within else 0].unite(results[_leaf_index(i.shape, output)])
-        one = {number: values[0] for number, values in enumerate(operands) if len(values) == 1}
-        places = [(k, n) for k, n in overwritten(self.module, i) if n in one]
-        self.in_place += [(self.now, one[n], results[k]) for k, n in places]
-        if others := [value for n, value in one.items() if n not in (place for _, place in places)]:
-            self.written[i.computation, i.name] = max(others, key=lambda value: value.shape.bytes)
-        self.reuse += [(self.now, one[n], results[k]) for k, n in _reusable(self.module, i) if n in one]
+        if "output_to_operand_aliasing" in i.attributes:
+            for output, number, within in parse_aliases(i.attributes["output_to_operand_aliasing"]):
+                operands[number][within[0] if within else 0].unite(results[self._leaf_index(i.shape, output)])
+        self._note_sharing(i, {n: values[0] for n, values in enumerate(operands) if len(values) == 1}, results)
         return results
 
+    def _note_sharing(self, i: Instruction, one: dict[int, Value], results: Values) -> None:
+        """Notes which of an instruction's operands that are one array (`one`) may share memory with its results."""
+        if found := overwritten(self.module, i):
+            places = [(k, n) for k, n in found if n in one]
+            self.in_place += [(self.now, one[n], results[k]) for k, n in places]
+            targets = {n for _, n in places}
+            if others := [value for n, value in one.items() if n not in targets]:
+                self.written[i.computation, i.name] = max(others, key=lambda value: value.shape.bytes)
+        instructions = self.module.computations[i.computation].by_name
+        for k, n in _reusable(self.module, i):
+            if n in one and _alike(leaves(instructions[i.operands[n]].shape)[0], results[k].shape):
+                self.reuse.append((self.now, one[n], results[k]))
 
-def _leaf_index(shape: object, index: Sequence[int]) -> int:
-    """Position of the first leaf below `index`, among all leaves of a nested shape."""
-    position = 0
-    for k in index:
-        assert isinstance(shape, tuple)
-        position += sum(len(leaves(part)) for part in shape[:k])
-        shape = shape[k]
-    return position
+    def _leaf_index(self, shape: ShapeTree, index: Sequence[int]) -> int:
+        """Position of the first leaf below `index`, among all leaves of a nested shape."""
+        position = 0
+        for k in index:
+            assert isinstance(shape, tuple)
+            position += self._leaf_offsets(shape)[k]
+            shape = shape[k]
+        return position
 
 
 def overwritten(module: Module, i: Instruction) -> list[tuple[int, int]]:
@@ -243,39 +251,47 @@ def overwritten(module: Module, i: Instruction) -> list[tuple[int, int]]:
     if i.opcode != "fusion":
         return []
     body = module.callee(i, "calls")
-    writers = [(k, writer) for k, writer in enumerate(fusion_outputs(body)) if writer.opcode in IN_PLACE]
-    targets = [(k, _through_views(body, body.operands(writer)[0])) for k, writer in writers]
-    return [(k, int(target.literal)) for k, target in targets if target.opcode == "parameter"]
+    if (key := ("overwritten", body.name)) not in module.memo:
+        sources, outputs = _sources(module, body), fusion_outputs(module, body)
+        writers = [(k, writer) for k, writer in enumerate(outputs) if writer.opcode in IN_PLACE]
+        targets = [(k, sources[writer.operands[0]]) for k, writer in writers]
+        module.memo[key] = [(k, int(target.literal)) for k, target in targets if target.opcode == "parameter"]
+    return module.memo[key]
 
 
-def fusion_outputs(body: Computation) -> list[Instruction]:
+def fusion_outputs(module: Module, body: Computation) -> list[Instruction]:
     """The instructions that make a fusion's results."""
-    return [_through_views(body, result) for result in _results(body)]
+    sources = _sources(module, body)
+    return [sources[result.name] for result in _results(body)]
 
 
 def _results(body: Computation) -> tuple[Instruction, ...]:
     return body.operands(body.root) if body.root.opcode == "tuple" else (body.root,)
 
 
-def _through_views(body: Computation, i: Instruction) -> Instruction:
-    while name := viewed_operand(i):
-        i = body.by_name[name]
-    return i
+def _sources(module: Module, body: Computation) -> dict[str, Instruction]:
+    """Instruction -> the one whose array it returns as it is in memory: itself, unless it is a view."""
+    if (key := ("sources", body.name)) not in module.memo:
+        sources: dict[str, Instruction] = {}
+        for i in body.instructions:
+            name = viewed_operand(i)
+            sources[i.name] = sources[name] if name else i
+        module.memo[key] = sources
+    return module.memo[key]
 
 
 def _reusable(module: Module, i: Instruction) -> list[tuple[int, int]]:
-    """(leaf of the result, operand) pairs that may share memory: of equal size, read and written in the same order."""
-    results = leaves(i.shape)
-    operands = [leaves(operand.shape) for operand in module.computations[i.computation].operands(i)]
+    """(leaf of the result, operand) pairs that may share memory if alike: read and written in the same order."""
     if i.opcode in ELEMENTWISE:
-        pairs = [(0, n) for n in range(len(operands))]
-    elif i.opcode in ("sort", "all-reduce", "all-reduce-start"):
-        pairs = [(n, n) for n in range(min(len(operands), len(results)))]
-    elif i.opcode == "fusion":
-        pairs = _reusable_in_fusion(module.callee(i, "calls"))
-    else:
+        return [(0, n) for n in range(len(i.operands))]
+    if i.opcode in ("sort", "all-reduce", "all-reduce-start"):
+        return [(n, n) for n in range(min(len(i.operands), len(leaves(i.shape))))]
+    if i.opcode != "fusion":
         return []
-    return [(k, n) for k, n in pairs if len(operands[n]) == 1 and _alike(operands[n][0], results[k])]
+    body = module.callee(i, "calls")
+    if (key := ("reusable", body.name)) not in module.memo:
+        module.memo[key] = _reusable_in_fusion(body)
+    return module.memo[key]
 
 
 def _alike(a: Shape, b: Shape) -> bool:
@@ -291,8 +307,9 @@ def _reusable_in_fusion(body: Computation) -> list[tuple[int, int]]:
         reached[output.name].add(k)
     for i in reversed(body.instructions):
         in_order = i.opcode in ELEMENTWISE or i.opcode == "bitcast"
+        results = sorted(reached[i.name])[:2]
         for n, name in enumerate(() if i is tuple_root else i.operands):
-            over = i.opcode == "dynamic-update-slice" and name == i.operands[0] and n == 0
-            reached[name].update(sorted(reached[i.name])[:2] if in_order or over else {_OTHER_WORK})
+            over = i.opcode == "dynamic-update-slice" and n == 0
+            reached[name].update(results if in_order or over else (_OTHER_WORK,))
     parameters = [(i, reached[i.name]) for i in body.instructions if i.opcode == "parameter"]
     return [(k, int(i.literal)) for i, found in parameters if len(found) == 1 for k in found if k != _OTHER_WORK]

@@ -9,6 +9,9 @@ from tsp_jax.inspect.module import Module
 from tsp_jax.inspect.opcodes import ALIASES, CONTROL_FLOW, POINT_TO_POINT, TUPLES
 from tsp_jax.inspect.shapes import Shape, ShapeTree, leaves
 
+LARGE_CONSTANT = 1 << 20
+"""bytes from which a constant counts as memory; compilers make up small ones"""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Buffer:
@@ -37,11 +40,13 @@ class Memory:
     alias_bytes: int
     """outputs that reuse an argument's memory"""
     temp_bytes: int
+    constant_bytes: int = 0
+    """large arrays that the program holds; see `program_constants`"""
 
     @property
     def peak_bytes(self) -> int:
-        """Arguments + temporaries + outputs - aliased; the compiler's own peak may leave out the bodies of scans."""
-        return self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes
+        """Arguments + temporaries + outputs - aliased + constants; the compiler's own may leave out scans' bodies."""
+        return self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes + self.constant_bytes
 
 
 def list_buffers(module: Module) -> list[Buffer]:
@@ -63,6 +68,15 @@ def list_buffers(module: Module) -> list[Buffer]:
 def largest_buffers(module: Module, n: int = 10) -> list[Buffer]:
     """The n largest buffers, the largest first."""
     return sorted(list_buffers(module), key=lambda buffer: -buffer.bytes)[:n]
+
+
+def program_constants(module: Module) -> int:
+    """Bytes of the large arrays that a program holds, such as weights that a function captured.
+
+    No compiler counts them in its memory analysis.
+    """
+    large = (b for b in list_buffers(module) if b.opcode == "constant" and b.bytes >= LARGE_CONSTANT)
+    return sum(buffer.bytes for buffer in large)
 
 
 def compiled_memory(compiled: Any) -> Memory:

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.instructions import Computation, Instruction
@@ -49,6 +49,8 @@ class Module:
         default_factory=dict, init=False, repr=False, compare=False
     )
     """computation -> those of its scalars whose values are the same for every caller"""
+    memo: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    """what other modules have read from the text and need again; keys name the reader first"""
 
     @property
     def num_devices(self) -> int:

@@ -1,5 +1,6 @@
 """Tables of HLO opcodes: what several modules must know about an instruction's kind, in one place."""
 
+import functools
 import re
 
 from tsp_jax.hardware import links
@@ -35,8 +36,13 @@ ELEMENTWISE = frozenset(
     )
 )
 
-PHASE = re.compile(r"^(.+)-(start|update|done)$")
-"""the parts of an asynchronous instruction"""
+
+@functools.lru_cache(maxsize=4096)
+def split_phase(opcode: str) -> tuple[str, str]:
+    """(opcode without its phase, phase): start, update, done, or empty if the instruction is not asynchronous."""
+    base, _, phase = opcode.rpartition("-")
+    return (base, phase) if base and phase in ("start", "update", "done") else (opcode, "")
+
 
 # Targets of custom calls.
 ALLOCATE = "AllocateBuffer"

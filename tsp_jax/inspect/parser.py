@@ -4,6 +4,7 @@ Reads ``jax.jit(f).lower(...).compile().as_text()`` of XLA's CPU, CUDA, ROCm and
 from a file. Pure Python. Unknown opcodes and attributes are kept as text.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 
@@ -12,19 +13,24 @@ from tsp_jax.inspect.checks import DEEPEST, check_module
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.module import Module
 from tsp_jax.inspect.shapes import Shape, ShapeTree, ints, natural
+from tsp_jax.inspect.texts import module_text
 
 _ROLES = ("body", "condition", "to_apply", "calls", "branch_computations", "called_computations")
 _SOURCE_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 _WITHOUT_OPERANDS = ("constant", "parameter", "iota")
 
-_STRUCTURE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[()\[\]{},\n"]', re.DOTALL)
+_QUOTED = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_PLAIN = rf'(?:[^()\[\]{{}}"]++|{_QUOTED})*+'  # with no brackets outside of strings
+_STRUCTURE = re.compile(rf'{_QUOTED}|\{{{_PLAIN}\}}|\[{_PLAIN}\]|\({_PLAIN}\)|[()\[\]{{}},\n"]', re.DOTALL)
+"""a string, innermost brackets with their content, or one character that matters"""
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]\n]*)\](\{[^{}\n]*\})?")
 _INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
 _BODY_END = re.compile(r"\s*\}[^\n]*\n")
+_DYNAMIC = re.compile(r"\b[a-z]\w*\[[\d,]*<=\d")
 _NAME = re.compile(r"[\w.\-]+")
-_STRING = r'"([^"\\]*(?:\\.[^"\\]*)*)"'
+_METADATA = re.compile(r'(op_name|source_file)="([^"\\]*(?:\\.[^"\\]*)*)"|(source_line|stack_frame_id)=(\d+)')
 
 Sources = Mapping[str, tuple[str, int]]
 """stack_frame_id -> (file, line)"""
@@ -36,9 +42,7 @@ def parse(text: str | None) -> Module:
     Raises:
       ConfigError: the text is not HLO, is incomplete, or holds more than one module.
     """
-    text = re.sub(r"/\*index=\d+\*/", "", (text or "").lstrip()) + "\n"
-    if not text.startswith("HloModule "):
-        raise ConfigError(f"text starts with {text[:30].strip()!r}, not with HloModule; pass compiled.as_text()")
+    text = module_text(text or "")
     header, pos = _split(text, len("HloModule "), "\n", "the header")
     attributes = _attributes(header[1:])
     computations, entry = _computations(text, pos)
@@ -50,6 +54,7 @@ def parse(text: str | None) -> Module:
         num_partitions=_devices(attributes, "num_partitions"), replica_count=_devices(attributes, "replica_count"),
         input_output_alias=parse_aliases(attributes.get("input_output_alias", "")),
     )  # fmt: skip
+    module.memo["dynamic"] = bool(_DYNAMIC.search(text))
     check_module(module)
     return module
 
@@ -79,8 +84,6 @@ def _computations(text: str, pos: int) -> tuple[dict[str, Computation], Computat
             entry = computation if match[1] else entry
         elif line.startswith(("%", "ENTRY")):
             raise _incomplete(f"computation {line[:40]}")
-        elif line.startswith("HloModule "):
-            raise ConfigError("text holds more than one HloModule; parse them one by one")
         elif line in tables:
             table = tables[line]
         else:
@@ -100,7 +103,8 @@ def _computation(text: str, pos: int, name: str, sources: Sources) -> tuple[Comp
         instructions.append(instruction)
     if not instructions:
         raise ConfigError(f"computation {name} of HLO text has no instruction; pass all of compiled.as_text()")
-    return Computation(name, tuple(instructions), {i.name: i for i in instructions}), end.end()
+    root = next((i for i in reversed(instructions) if i.is_root), instructions[-1])
+    return Computation(name, tuple(instructions), {i.name: i for i in instructions}, root), end.end()
 
 
 def _instruction(text: str, match: re.Match, computation: str, sources: Sources) -> tuple[Instruction, int]:
@@ -112,6 +116,8 @@ def _instruction(text: str, match: re.Match, computation: str, sources: Sources)
     inner, pos = _split(text, opcode.end(), ")", where)
     rest, pos = _split(text, pos, "\n", where)
     attributes = _attributes(rest)
+    if (config := attributes.get("backend_config", "")).startswith('"'):  # as older compilers write it
+        attributes["backend_config"] = config[1:-1].replace('\\"', '"')
     literal = opcode[1] in _WITHOUT_OPERANDS
     op_name, file, line = _metadata(attributes.get("metadata", ""), sources)
     instruction = Instruction(
@@ -127,9 +133,8 @@ def _shape(text: str, pos: int, where: str, depth: int = 0) -> tuple[ShapeTree, 
     if depth > DEEPEST:
         raise ConfigError(f"HLO text nests tuples more than {DEEPEST} deep in {where}; pass compiled.as_text()")
     if match := _ARRAY.match(text, pos):
-        dims = (dim.strip().removeprefix("<=") for dim in match[2].split(",") if dim.strip())
         try:
-            return Shape(match[1], tuple(map(natural, dims)), match[3] or ""), match.end()
+            return _array(*match.groups("")), match.end()
         except ValueError:
             raise ConfigError(
                 f"HLO text has shape {match[0]:.80} in {where}; dimensions must be numbers of at most 18 digits"
@@ -138,6 +143,8 @@ def _shape(text: str, pos: int, where: str, depth: int = 0) -> tuple[ShapeTree, 
         shape, pos = _shape(text, pos + 2, where, depth + 1)
         return shape, pos + 1
     if not text.startswith("(", pos):
+        if _OPCODE.match(text, pos):
+            raise ConfigError(f"HLO text lacks the shape of the result of {where}; print the program with its shapes")
         raise _incomplete(where)
     parts, pos = [], pos + 1
     while not text.startswith(")", pos):
@@ -146,6 +153,13 @@ def _shape(text: str, pos: int, where: str, depth: int = 0) -> tuple[ShapeTree, 
         while text[pos : pos + 1] in (",", " "):
             pos += 1
     return tuple(parts), pos + 1
+
+
+@functools.lru_cache(maxsize=65536)
+def _array(dtype: str, dims: str, layout: str) -> Shape:
+    """The shape of an array; programs repeat a few shapes many times."""
+    sizes = (dim.strip().removeprefix("<=") for dim in dims.split(",") if dim.strip())
+    return Shape(dtype, tuple(map(natural, sizes)), layout)
 
 
 def _split(text: str, pos: int, end: str, where: str) -> tuple[list[str], int]:
@@ -162,7 +176,9 @@ def _split(text: str, pos: int, end: str, where: str) -> tuple[list[str], int]:
             depth += 1
         elif token in (")", "]", "}"):
             depth -= 1
-        if depth < 0 or token == '"':
+            if depth < 0:
+                break
+        elif token == '"':
             break
     raise _incomplete(where)
 
@@ -176,6 +192,8 @@ def _attributes(parts: list[str]) -> dict[str, str]:
 
 
 def _called(attributes: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    if not attributes:
+        return {}
     found = {role: tuple(_NAME.findall(attributes[role])) for role in _ROLES if role in attributes}
     if "true_computation" in attributes:
         names = attributes["true_computation"] + " " + attributes.get("false_computation", "")
@@ -185,11 +203,14 @@ def _called(attributes: dict[str, str]) -> dict[str, tuple[str, ...]]:
 
 def _metadata(text: str, sources: Sources) -> tuple[str, str, int]:
     """(op_name, source file, source line) of an instruction."""
-    patterns = f"op_name={_STRING}", f"source_file={_STRING}", r"source_line=(\d+)", r"stack_frame_id=(\d+)"
-    op_name, file, line, frame = (re.search(pattern, text) for pattern in patterns)
-    source = sources.get(frame[1], ("", 0)) if frame else ("", 0)
-    name = op_name[1].replace('\\"', '"').replace("\\'", "'") if op_name else ""
-    return name, file[1] if file else source[0], natural(line[1]) if line else source[1]
+    if not text:
+        return "", "", 0
+    found: dict[str, str] = {}
+    for quoted, value, number, digits in _METADATA.findall(text):
+        found.setdefault(quoted or number, value or digits)
+    file, line = sources.get(found.get("stack_frame_id", ""), ("", 0))
+    name = found.get("op_name", "").replace('\\"', '"').replace("\\'", "'")
+    return name, found.get("source_file", file), natural(found["source_line"]) if "source_line" in found else line
 
 
 def _sources(tables: dict[str, dict[str, str]]) -> dict[str, tuple[str, int]]:
@@ -221,7 +242,7 @@ def viewed_operand(i: Instruction) -> str | None:
     """
     if i.opcode == "bitcast":
         return i.operands[0]
-    if i.opcode != "fusion":
+    if i.opcode != "fusion" or "output_to_operand_aliasing" not in i.attributes:
         return None
-    aliases = parse_aliases(i.attributes.get("output_to_operand_aliasing", ""))
+    aliases = parse_aliases(i.attributes["output_to_operand_aliasing"])
     return next((i.operands[number] for output, number, within in aliases if not output and not within), None)

@@ -25,18 +25,20 @@ aliased) equals the figure of this module or is slightly larger. On TPU, the sum
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from tsp_jax.inspect.instructions import Instruction
 from tsp_jax.inspect.lifetimes import Value, Values, Walk, fusion_outputs, overwritten
+from tsp_jax.inspect.memory import LARGE_CONSTANT
+from tsp_jax.inspect.memory_curve import MemoryCurve, Use, memory_curve
 from tsp_jax.inspect.module import Module
 from tsp_jax.inspect.opcodes import ALLOCATE, FILLERS
+from tsp_jax.inspect.scopes import readable_scope
 from tsp_jax.inspect.shapes import HOST_MEMORY_SPACE, Shape, ints
 from tsp_jax.inspect.spans import Span, Spans
-
-_LARGE_CONSTANT = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,8 @@ class Peak:
     """bytes of state, residual and transient buffers"""
     host_bytes: int
     """peak in the host's memory, possibly at another moment than the device's peak"""
+    curve: MemoryCurve
+    """bytes over the schedule; at the peak they are those of `by_kind`"""
 
 
 def find_peak(module: Module) -> Peak:
@@ -112,7 +116,22 @@ def find_peak(module: Module) -> Peak:
         buffers=tuple(found),
         by_kind={k: sum(b.bytes for b in found if b.kind == k) for k in ("state", "residual", "transient")},
         host_bytes=_highest(allocations, walk.now, host=True)[1],
+        curve=_curve(walk, allocations, loop),
     )
+
+
+def _curve(walk: Walk, allocations: Iterable[list["_Group"]], loop: Span | None) -> MemoryCurve:
+    def uses(group: _Group) -> list[Use]:
+        kind = _kind(walk, group, loop)
+        return [Use(*span, kind, group.bytes) for span in group.spans]
+
+    counted = ([group for group in groups if group.counts(host=False)] for groups in allocations)
+    buffers = ([use for group in groups for use in uses(group)] for groups in counted)
+    return memory_curve(buffers, walk.now, walk.loops, lambda moment: _readable(walk, walk.moments[moment]))
+
+
+def _readable(walk: Walk, i: Instruction) -> str:
+    return readable_scope(_label(walk, i)[0] or f"{i.name}/")
 
 
 class _Group:
@@ -120,33 +139,44 @@ class _Group:
 
     def __init__(self, values: Values, resident: bool, now: int):
         self.values, self.resident = values, resident
-        self.spans = list(Spans(((value.start, value.end) for value in values), gap=1))
+        self.spans = list(Spans([(value.start, value.end) for value in values], gap=1))
         self.makers = [value.maker for value in values if value.maker]
         self.start, self.end = self.spans[0][0], self.spans[-1][1]
-        self.shape = max((value.shape for value in values), key=_bytes)
+        self.shape = max((value.shape for value in values), key=_bytes) if len(values) > 1 else values[0].shape
         self.bytes = _bytes(self.shape)
         constant = bool(self.makers) and all(maker.opcode == "constant" for maker in self.makers)
         if resident or constant:
             self.spans = [(0, now)]
-        self.ignored = constant and self.bytes < _LARGE_CONSTANT
+        ignored = not self.bytes or (constant and self.bytes < LARGE_CONSTANT)
+        self._place = "" if ignored else _place(self.shape)
 
     def counts(self, host: bool) -> bool:
-        """Whether the values take up the host's memory (`host`), or else the device's main memory.
-
-        On TPU, a memory space above 0 is on-chip (recognized by its tiled layouts) or the host's. On GPU, it is a kind
-        of main memory.
-        """
-        in_host, space = self.shape.memory_space == HOST_MEMORY_SPACE, self.shape.memory_space
-        there = in_host if host else not in_host and (space == 0 or ":T(" not in self.shape.layout)
-        return there and self.bytes > 0 and not self.ignored
+        """Whether the values take up the host's memory (`host`), or else the device's main memory."""
+        return self._place == ("host" if host else "device")
 
     def alive(self, moment: int) -> bool:
         return any(first <= moment <= last for first, last in self.spans)
 
 
+def _place(shape: Shape) -> str:
+    """Where an array lies: host, device (its main memory), or "".
+
+    On TPU, a memory space above 0 is on-chip (recognized by its tiled layouts) or the host's. On GPU, it is a kind of
+    main memory.
+    """
+    if (space := shape.memory_space) == HOST_MEMORY_SPACE:
+        return "host"
+    return "device" if space == 0 or ":T(" not in shape.layout else ""
+
+
 def _bytes(shape: Shape) -> int:
     """Bytes with padding to the first tile of a layout such as {1,0:T(8,128)(2,1)}."""
-    tile = re.search(r":T\(([\d,]+)\)", shape.layout)
+    return _padded_bytes(shape.dtype, shape.dims, shape.layout) if ":T(" in shape.layout else shape.bytes
+
+
+@functools.lru_cache(maxsize=65536)
+def _padded_bytes(dtype: str, dims: tuple[int, ...], layout: str) -> int:
+    shape, tile = Shape(dtype, dims, layout), re.search(r":T\(([\d,]+)\)", layout)
     order = re.match(r"\{([\d,]*)", shape.layout)
     if not tile or not order or not shape.dims:
         return shape.bytes
@@ -158,23 +188,22 @@ def _bytes(shape: Shape) -> int:
 
 def _groups(walk: Walk) -> list[_Group]:
     """Groups values that share memory. An update happens in place if nothing reads the old content later."""
-    lives: defaultdict[Value, list[Span]] = defaultdict(list)
-    for value in walk.values:
-        lives[value.root()].append((value.start, value.end))
+    lives: dict[Value, list[Span]] = {value.root(): [] for update in walk.in_place for value in update[1:]}
+    for value in walk.values if lives else ():
+        if (root := value.root()) in lives:
+            lives[root].append((value.start, value.end))
     spans = {root: Spans(found, gap=0) for root, found in lives.items()}
-    updates: defaultdict[int, list[tuple[Value, Value]]] = defaultdict(list)
-    for moment, operand, result in walk.in_place:
-        updates[moment].append((operand, result))
+    updates = _Updates(walk)
     for _, operand, result in walk.in_place:
         a, b = operand.root(), result.root()
         if a is b or a in walk.resident:
             continue
 
         # In a loop, the result of the last of several updates is the operand of the first.
-        updating = functools.partial(_updates_between, updates, {a, b})
-        if spans[a].meets_only_at(spans[b], updating):
+        if spans[a].meets_only_at(spans[b], functools.partial(updates.between, a, b)):
             a.unite(b)
             spans[a] = spans[a].joined(spans[b])
+            updates.unite(a, b)
     members: defaultdict[Value, Values] = defaultdict(list)
     for value in walk.values:
         members[value.root()].append(value)
@@ -182,9 +211,27 @@ def _groups(walk: Walk) -> list[_Group]:
     return [_Group(values, root in resident, walk.now) for root, values in members.items()]
 
 
-def _updates_between(updates: Mapping[int, list[tuple[Value, Value]]], roots: set[Value], moment: int) -> bool:
-    """Whether the instruction at a moment makes one of two values (`roots`) by overwriting part of the other."""
-    return any({operand.root(), result.root()} == roots for operand, result in updates.get(moment, ()))
+class _Updates:
+    """The updates in which each value takes part, as the operand that is overwritten or as the result."""
+
+    def __init__(self, walk: Walk):
+        self._of: defaultdict[Value, dict[int, list[tuple[Value, Value]]]] = defaultdict(dict)
+        """root -> moment -> (operand, result)"""
+        for moment, *update in walk.in_place:
+            for root in {value.root() for value in update}:
+                self._of[root].setdefault(moment, []).append((update[0], update[1]))
+
+    def between(self, a: Value, b: Value, moment: int) -> bool:
+        """Whether the instruction at a moment makes one of two values (roots) by overwriting part of the other."""
+        found = min((self._of[root].get(moment, ()) for root in (a, b)), key=len)
+        return any({operand.root(), result.root()} == {a, b} for operand, result in found)
+
+    def unite(self, a: Value, b: Value) -> None:
+        """Adds the updates of a value to those of its root `a`."""
+        few, many = sorted((self._of.pop(a, {}), self._of.pop(b, {})), key=len)
+        for moment, updates in few.items():
+            many.setdefault(moment, []).extend(updates)
+        self._of[a] = many
 
 
 class _Allocation:
@@ -221,7 +268,8 @@ def _highest(allocations: list[list[_Group]], end: int, *, host: bool) -> tuple[
     for allocation in allocations:
         groups = [group for group in allocation if group.counts(host)]
         size = max((group.bytes for group in groups), default=0)
-        for first, last in Spans((span for group in groups for span in group.spans), gap=1):
+        spans = groups[0].spans if len(groups) == 1 else Spans((s for group in groups for s in group.spans), gap=1)
+        for first, last in spans:
             change[first] += size
             change[last + 1] -= size
     best = moment = total = 0
@@ -250,10 +298,10 @@ def _label(walk: Walk, i: Instruction) -> tuple[str, str]:
     An instruction without an op_name takes both from its first operand. A fusion without an op_name takes both from
     the instructions that make its results.
     """
-    named, passed = i, []
-    if not i.op_name and i.opcode == "fusion":
+    named, passed = i, [i]
+    if not i.op_name and i.opcode == "fusion" and (i.computation, i.name) not in walk.labels:
         body = walk.module.callee(i, "calls")
-        candidates = [*fusion_outputs(body), *reversed(body.instructions)]
+        candidates = itertools.chain(fusion_outputs(walk.module, body), reversed(body.instructions))
         named = next((inner for inner in candidates if inner.op_name), i)
     while not named.op_name and named.operands and (named.computation, named.name) not in walk.labels:
         passed.append(named)
@@ -288,7 +336,7 @@ def _naming_maker(module: Module, group: _Group) -> Instruction:
             return 0
         if overwritten(module, maker):
             return 1
-        outputs = fusion_outputs(module.callee(maker, "calls")) if maker.opcode == "fusion" else [maker]
+        outputs = fusion_outputs(module, module.callee(maker, "calls")) if maker.opcode == "fusion" else [maker]
         return 3 if all(i.opcode in FILLERS or ALLOCATE in i.custom_call_target for i in outputs) else 2
 
     return min(group.makers, key=rank)

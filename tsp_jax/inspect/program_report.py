@@ -7,22 +7,23 @@ from typing import Any
 
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import HARDWARE, Hardware
+from tsp_jax.hardware.targets import Target, parse_target
 from tsp_jax.inspect.bottleneck import Bottleneck, Bottlenecks, find_bottlenecks
 from tsp_jax.inspect.collectives import Collective, list_collectives
 from tsp_jax.inspect.flops import total_flops
-from tsp_jax.inspect.memory import Memory, compiled_memory
+from tsp_jax.inspect.memory import Memory, compiled_memory, program_constants
 from tsp_jax.inspect.module import UNSCHEDULED, Module, Trips
+from tsp_jax.inspect.outline import outline
 from tsp_jax.inspect.parser import parse
 from tsp_jax.inspect.peak import Peak, find_peak
-from tsp_jax.inspect.platforms import (
-    check_platform,
-    hardware_of,
-    platform_assumption,
-    platforms_of_devices,
-    platforms_of_text,
-)
-from tsp_jax.inspect.timeline import Timeline, Times, simulate
+from tsp_jax.inspect.platforms import check_devices, check_platform, hardware_of, platform_assumption, platforms_of_text
+from tsp_jax.inspect.scopes import readable_scope
+from tsp_jax.inspect.timeline import TaskTotal, Timeline, Times, simulate
 from tsp_jax.inspect.totals import total_buffers, total_scopes
+from tsp_jax.inspect.unknown import unknown_figures
+
+_LISTED = 100
+"""buffers in the JSON of a report, the largest"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Report:
     """simulated; None if the hardware is not known"""
     hardware: Hardware | None
     full_weights: tuple[FullWeight, ...] = ()
+    unknown: dict[str, str] = dataclasses.field(default_factory=dict)
+    """figure -> why the text does not tell it in full, and what counts instead"""
     remedy: Callable[[Bottleneck], str] = lambda found: found.remedy
     """what to do about a bottleneck; the default is in general words"""
 
@@ -111,11 +114,15 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The report as plain numbers and strings."""
         return {
-            "missing": self.missing, "memory": self._memory_json(), "flops": self.flops, "shardings": self.shardings,
+            "missing": self.missing, "device": self._device_json(), "memory": self._memory_json(),
+            "flops": self.flops, "shardings": self.shardings,
             "collectives": [self._collective_json(c) for c in self.collectives],
-            "timeline": self._timeline_json(),
+            "timeline": self._timeline_json(), "unknown": self.unknown,
             "bottlenecks": self.bottlenecks.to_json() if self.bottlenecks else None,
         }  # fmt: skip
+
+    def _device_json(self) -> dict[str, Any] | None:
+        return {"name": self.hardware.name, "memory_bytes": self.hardware.memory_bytes} if self.hardware else None
 
     def _memory_json(self) -> dict[str, Any] | None:
         if (peak := self.live) is None:
@@ -124,15 +131,21 @@ class Report:
         return {
             **compiled, "peak_bytes": self.peak_bytes, "live_peak_bytes": peak.bytes, "host_bytes": peak.host_bytes,
             "by_kind": dict(peak.by_kind), "peak_at": peak.at,
-            "largest": [dataclasses.asdict(buffer) for buffer in peak.buffers[:20]],
-            "buffers": total_buffers(peak.buffers),
+            "largest": [dataclasses.asdict(b) | {"label": readable_scope(b.scope)} for b in peak.buffers[:_LISTED]],
+            "curve": dataclasses.asdict(peak.curve), "buffers": total_buffers(peak.buffers),
         }  # fmt: skip
 
     def _collective_json(self, c: Collective) -> dict[str, Any]:
         names = ("op", "axis", "scope", "count", "bytes", "is_async", "dtype", "name", "total_bytes")
-        timed = next((t for t in self.timeline.collectives if t.task.name == c.name), None) if self.timeline else None
-        times = {"seconds": timed.seconds if timed else None, "exposed_s": timed.exposed_s if timed else None}
-        return {name: getattr(c, name) for name in names} | {"hidden_fraction": self.hidden_fraction(c)} | times
+        total = self._collective_totals.get(c.name)
+        return {name: getattr(c, name) for name in names} | {
+            "hidden_fraction": self.hidden_fraction(c), "label": readable_scope(c.scope),
+            "seconds": total.seconds if total else None, "exposed_s": total.exposed_s if total else None,
+        }  # fmt: skip
+
+    @functools.cached_property
+    def _collective_totals(self) -> dict[str, TaskTotal]:
+        return {total.task.name: total for total in self.timeline.collectives} if self.timeline else {}
 
     def _timeline_json(self) -> dict[str, Any] | None:
         if self.timeline is None:
@@ -145,11 +158,12 @@ class Report:
             "by_scope": self.timeline.by_scope,
             "scopes": total_scopes(self.timeline),
             "assumptions": list(self.timeline.assumptions),
+            "outline": outline(self.timeline.outline),
         }
 
 
 def report(
-    program: Any, *, target: str | Hardware | None = None, mesh_axes: Mapping[str, int] | None = None,
+    program: Any, *, target: str | Hardware | Target | None = None, mesh_axes: Mapping[str, int] | None = None,
     full_weights: Sequence[FullWeight] | None = None, unknown_trips: Trips = 1, record: bool = False,
 ) -> Report:  # fmt: skip
     """Reports the memory, communication and simulated timeline of a compiled program.
@@ -158,7 +172,8 @@ def report(
     products, shardings and collectives of the text, and says what is missing.
 
     Args:
-      program: what ``jax.jit(f).lower(...)`` or its ``.compile()`` returned, or the text of a compiled program.
+      program: what ``jax.jit(f).lower(...)`` or its ``.compile()`` returned, or the text of a compiled program. A
+        lowered one compiles for the devices that it was lowered for; `compile_for` lowers for others.
       target: hardware for the timeline, or its name, such as mi300x or mi300x:8; None: the program's own devices.
       mesh_axes: axis name -> size; None: the mesh of the program's arguments.
       full_weights: weights that must never be gathered whole (the contract no-full-weight); None: the sharded
@@ -167,19 +182,22 @@ def report(
       record: keep the timeline's events, to write a trace.
 
     Raises:
-      ConfigError: the text is not HLO, the mesh does not fit the program, the target is unknown, or the program was
-        compiled for another platform than the target's.
+      ConfigError: the program is not compiled, the text is not HLO, the mesh does not fit the program, the target is
+        unknown, or the program was compiled for other hardware or another number of devices than the target's.
     """
-    if hasattr(program, "compile"):
-        program = program.compile()
+    if not isinstance(program, str):
+        program = _compiled(program)
     is_text = isinstance(program, str)
     module = parse(program if is_text else program.as_text())
     meshes = [] if is_text else [sharding.mesh for _, sharding in _arguments(program) if hasattr(sharding, "mesh")]
     mesh = max(meshes, key=lambda mesh: mesh.size, default=None)
     axes = dict(mesh_axes) if mesh_axes else dict(mesh.shape) if mesh is not None else None
-    hardware = _hardware(target, mesh)
-    if hardware:
-        check_platform(hardware, platforms_of_text(module) if is_text else platforms_of_devices(_devices(program)))
+    hardware = _hardware(target, None if is_text else program)
+    if hardware and is_text:
+        check_platform(hardware, platforms_of_text(module))
+    elif hardware:
+        check_devices(hardware, _devices(program))
+    _check_count(target, module)
     scheduled = module.is_scheduled
     timeline = (
         simulate(module, hardware, unknown_trips=unknown_trips, record=record) if hardware and scheduled else None
@@ -187,22 +205,40 @@ def report(
     if is_text and timeline and hardware:
         assumptions = *timeline.assumptions, *platform_assumption(module, hardware)
         timeline = dataclasses.replace(timeline, assumptions=assumptions)
+    memory = None
+    if not is_text:
+        memory = dataclasses.replace(compiled_memory(program), constant_bytes=program_constants(module))
     if full_weights is None:
         full_weights = () if is_text else _sharded_matrices(program)
+    collectives = list_collectives(module, axes, unknown_trips=unknown_trips)
     return Report(
-        module=module, mesh=axes, memory=None if is_text else compiled_memory(program),
+        module=module, mesh=axes, memory=memory,
         live=find_peak(module) if scheduled else None, flops=total_flops(module, unknown_trips),
-        shardings=_shardings(module), collectives=list_collectives(module, axes, unknown_trips=unknown_trips),
-        timeline=timeline, hardware=hardware, full_weights=tuple(full_weights),
+        shardings=_shardings(module), collectives=collectives, timeline=timeline, hardware=hardware,
+        full_weights=tuple(full_weights), unknown=unknown_figures(module, collectives, unknown_trips),
     )  # fmt: skip
 
 
+def _compiled(program: Any) -> Any:
+    """``jax.stages.Compiled`` of what JAX, or a library around it, lowered or compiled."""
+    program = getattr(program, "lowered", program)  # of Flax NNX and Equinox
+    if hasattr(program, "compile"):
+        program = program.compile()
+    program = getattr(program, "compiled", program)
+    if not hasattr(program, "as_text") or not hasattr(program, "input_shardings"):
+        raise ConfigError(
+            f"program={type(program).__name__} is not compiled; use inspect.compile_for(f, ..., target='h100:1')"
+        )
+    return program
+
+
 def _arguments(compiled: Any) -> list[tuple[Any, Any]]:
-    """(global aval, sharding) of every array argument."""
+    """(global aval, sharding) of every array argument that the program uses."""
     import jax
 
-    avals, shardings = jax.tree.leaves(compiled.in_avals), jax.tree.leaves(compiled.input_shardings)
-    return list(zip(avals, shardings, strict=False)) if len(avals) == len(shardings) else []
+    avals, tree = jax.tree.flatten(compiled.in_avals)
+    shardings = tree.flatten_up_to(compiled.input_shardings)  # None: the program does not use it
+    return [(aval, sharding) for aval, sharding in zip(avals, shardings, strict=True) if sharding is not None]
 
 
 def _devices(compiled: Any) -> Iterator[Any]:
@@ -220,21 +256,36 @@ def _shardings(module: Module) -> dict[str, str]:
 
 def _sharded_matrices(compiled: Any) -> tuple[FullWeight, ...]:
     """The matrices among the arguments that are sharded over at least one of their last two dims."""
+    import jax.numpy as jnp
+
     matrices = {
         aval.shape[-2] * aval.shape[-1]
         for aval, sharding in _arguments(compiled)
-        if len(aval.shape) >= 2 and aval.dtype.kind in "fV" and sharding.shard_shape(aval.shape)[-2:] != aval.shape[-2:]
+        if len(aval.shape) >= 2
+        and jnp.issubdtype(aval.dtype, jnp.inexact)
+        and sharding.shard_shape(aval.shape)[-2:] != aval.shape[-2:]
     }
     return tuple(FullWeight("", elements) for elements in sorted(matrices))
 
 
-def _hardware(target: str | Hardware | None, mesh: Any) -> Hardware | None:
+def _hardware(target: str | Hardware | Target | None, compiled: Any) -> Hardware | None:
+    """The hardware of a target, or of the devices of a compiled program."""
     if isinstance(target, Hardware):
         return target
+    if isinstance(target, Target):
+        return target.hardware
     if target:
-        if found := HARDWARE.get(target.partition(":")[0]):
-            return found
-        raise ConfigError(f"target={target} is unknown; use one of {', '.join(HARDWARE)}")
-    if mesh is None or not hasattr(mesh, "devices"):
-        return None
-    return hardware_of(mesh.devices.flat[0])
+        return parse_target(target if ":" in target else f"{target}:1").hardware
+    device = next(_devices(compiled), None) if compiled is not None else None
+    return hardware_of(device) if device is not None else None
+
+
+def _check_count(target: str | Hardware | Target | None, module: Module) -> None:
+    """Raises ConfigError if a target with a number of devices is not of those that run the program together."""
+    if isinstance(target, str) and ":" in target:
+        target = parse_target(target)
+    if isinstance(target, Target) and target.num_devices != module.num_devices:
+        raise ConfigError(
+            f"target={target} has {target.num_devices} devices, and the program was compiled for {module.num_devices}; "
+            f"use target={target.hardware.name}:{module.num_devices}, or compile it for {target}"
+        )

@@ -6,9 +6,9 @@ program waits for such work to end, the compute queue stands idle: that is expos
 the links both work, each loses a share of its rate (`Schedule.contention`).
 """
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.instructions import Computation
@@ -17,10 +17,14 @@ from tsp_jax.inspect.schedule import Queue, Schedule, Step, Task
 _SETTLED = 1e-11
 """tolerance in seconds: queue states closer than this are taken as equal, since sums are rounded"""
 
+_FEW = 64
+"""as much work in flight on the links may be put off one by one"""
 _MOST_WORK = 2_000_000
 """most simulated steps; a real training step takes fewer than a hundred thousand, with every loop iteration traced"""
 
 Amounts = defaultdict[str, float]
+Record = Literal["", "outline", "all"]
+"""events to keep: none, those of the iterations that are simulated, or those of every iteration"""
 ComputeLoops = dict[str, tuple[float, Amounts]]
 """task of a loop that uses only the compute queue -> (seconds of the loop, how often each task in it runs)"""
 
@@ -35,26 +39,40 @@ class Event(NamedTuple):
     task: Task | None
     exposed: bool = False
     """the compute queue waits for the task"""
+    times: int = 1
+    """iterations of a loop that are alike; the event is the first of them, and the others follow it"""
+    holds: int = 0
+    """number of events directly before this one that are parts of it: those of an iteration of a loop"""
 
 
-class _Pending(NamedTuple):
-    """Work that was started and not yet waited for."""
+class _Pending:
+    """Work that was started and not yet waited for.
 
-    key: str
-    base: str
-    """opcode without phase"""
-    task: str
-    queue: Queue
-    end: float
+    Its `names` are its key, if any, and its opcode without phase after a space. It ends at `end`, and by
+    `Simulation.delay` later while it is `delayed`.
+    """
+
+    __slots__ = ("delayed", "end", "names", "task")
+
+    def __init__(self, names: tuple[str, ...], task: str, end: float, delayed: bool):
+        self.names, self.task, self.end, self.delayed = names, task, end, delayed
 
 
 class Simulation:
     """State of the queues (until when each is busy, and the work in flight), and totals of what has run so far."""
 
-    def __init__(self, schedule: Schedule, record: bool = False, parent: "Simulation | None" = None):
-        self.schedule, self.record = schedule, record
+    def __init__(self, schedule: Schedule, record: Record = "", parent: "Simulation | None" = None):
+        self.schedule = schedule
+        self.record: Record = record
         self.now: dict[Queue, float] = {"compute": 0.0, "links": 0.0, "host": 0.0}
-        self.pending: list[_Pending] = []
+        self.pending: dict[_Pending, None] = {}
+        """in the order in which it was started"""
+        self.named: defaultdict[str, deque[_Pending]] = defaultdict(deque)
+        """name -> work that a wait may mean by it; what is no longer pending is removed when it is met"""
+        self.ahead: deque[_Pending] = deque()
+        """work on the links whose end computation may still put off, in the order in which it ends"""
+        self.delay = 0.0
+        """by how much computation has put off all work that is delayed"""
         self.executions: Amounts = defaultdict(float)
         """task -> number of executions"""
         self.exposed: Amounts = defaultdict(float)
@@ -94,8 +112,8 @@ class Simulation:
 
     def wait_for_all(self) -> None:
         """Ends the program: it lasts until all work that it started has ended."""
-        for task in list(self.pending):
-            self._stall(task)
+        for work in list(self.pending):
+            self._stall(work)
         if any(task.hidden for task in self.schedule.tasks.values()):
             self.now["compute"] = max(self.now.values())
 
@@ -104,9 +122,20 @@ class Simulation:
         self.now[step.queue] = begin + step.seconds
         self._note(step.queue, begin, step.seconds, self.schedule.tasks[step.task])
         self.executions[step.task] += 1
-        self.pending.append(_Pending(step.key, step.instruction.base, step.task, step.queue, self.now[step.queue]))
+        names = (step.key, f" {step.instruction.base}") if step.key else (f" {step.instruction.base}",)
+        delayed = step.queue == "links"
+        work = _Pending(names, step.task, self.now[step.queue] - (self.delay if delayed else 0.0), delayed)
+        self.pending[work] = None
+        if delayed:
+            self.ahead.append(work)
         if step.kind == "block":
-            self._stall(self.pending[-1])
+            self._stall(work)
+            return
+        for name in names:
+            self.named[name].append(work)
+
+    def _end(self, work: _Pending) -> float:
+        return work.end + self.delay if work.delayed else work.end
 
     def _compute(self, seconds: float, task: Task | None) -> None:
         """Runs work of so many seconds on the compute queue; it and what the links do meanwhile slow each other."""
@@ -116,33 +145,37 @@ class Simulation:
             both = min(seconds / (1 - own), busy / (1 - links))
             seconds += own * both
             self.now["links"] += links * both
-            self.pending = [
-                task if task.end <= begin or task.queue != "links"
-                else task._replace(end=min(begin + (task.end - begin) / (1 - links), task.end + links * both))
-                for task in self.pending
-            ]  # fmt: skip
+            while self.ahead and (end := self._end(self.ahead[0])) - begin < both * (1 - links):
+                work = self.ahead.popleft()  # it ends before this computation
+                work.end, work.delayed = max(end, begin + (end - begin) / (1 - links)), False
+            if len(self.ahead) > _FEW:
+                self.delay += links * both
+            else:  # `delay` stays 0 in all real programs, which spares them its rounding
+                for work in self.ahead:
+                    work.end += links * both
         self._note("compute", begin, seconds, task)
         self.now["compute"] = begin + seconds
 
     def _wait(self, step: Step) -> None:
-        for task in self.pending:
-            if task.key == step.key if step.key else task.base == step.instruction.base:
-                self._stall(task)
+        waiting = self.named[step.key or f" {step.instruction.base}"]
+        while waiting:
+            if (work := waiting.popleft()) in self.pending:
+                self._stall(work)
                 break
 
-    def _stall(self, task: _Pending) -> None:
-        self.pending.remove(task)
-        wait = task.end - self.now["compute"]
-        if wait > 0 and not self.schedule.tasks[task.task].hidden:
-            self._note("compute", self.now["compute"], wait, self.schedule.tasks[task.task], exposed=True)
-            self.now["compute"] = task.end
-            self.exposed[task.task] += wait
+    def _stall(self, work: _Pending) -> None:
+        del self.pending[work]
+        wait = self._end(work) - self.now["compute"]
+        if wait > 0 and not self.schedule.tasks[work.task].hidden:
+            self._note("compute", self.now["compute"], wait, self.schedule.tasks[work.task], exposed=True)
+            self.now["compute"] = self._end(work)
+            self.exposed[work.task] += wait
 
     def _note(
-        self, track: Queue, start: float, seconds: float, task: Task | None, name: str = "", exposed: bool = False
-    ) -> None:
+        self, track: Queue, start: float, seconds: float, task: Task | None, exposed: bool = False,
+    ) -> None:  # fmt: skip
         if self.record:
-            self.events.append(Event(track, name or (task.name if task else ""), start, seconds, task, exposed))
+            self.events.append(Event(track, task.name if task else "", start, seconds, task, exposed))
 
     def _loop(self, step: Step) -> None:
         """Simulates iterations until the state of the queues repeats; all later iterations take the same time."""
@@ -156,17 +189,20 @@ class Simulation:
         for done in range(1, iterations + 1):
             self._spend(len(self.pending), step)
             begin, (runs, exposed) = self.now["compute"], (self.executions, self.exposed)
+            noted = len(self.events)
             self.executions, self.exposed = defaultdict(float), defaultdict(float)
             self.run(condition)
             self.run(body)
             before, state = state, self._state()
-            alike = not self.record and _same(before, state)
+            alike = self.record != "all" and _same(before, state)
             times = iterations - done + 1 if alike else 1
             _add(runs, self.executions, times)
             _add(exposed, self.exposed, times)
             self.executions, self.exposed = runs, exposed
-            name = f"{self.schedule.label(step.instruction)} iteration {done} of {iterations}"
-            self._note("compute", begin, self.now["compute"] - begin, None, name)
+            if self.record:
+                name = f"{self.schedule.label(step.instruction)} iteration {done} of {iterations}"
+                size, holds = self.now["compute"] - begin, len(self.events) - noted
+                self.events.append(Event("compute", name, begin, size, None, times=times, holds=holds))
             if alike:
                 self._shift((times - 1) * (self.now["compute"] - begin))
                 break
@@ -179,37 +215,39 @@ class Simulation:
         tasks, i = self.schedule.tasks, step.instruction
         size, flops = (sum(n * getattr(tasks[name], key) for name, n in runs.items()) for key in ("bytes", "flops"))
         label = self.schedule.label(i)
-        return Task(
-            name=i.name,
-            op="while",
-            scope=i.op_name,
-            label=label,
-            queue="compute",
-            seconds=seconds,
-            bytes=size,
-            flops=flops,
-        )
+        return Task(i.name, "while", i.op_name, label, "compute", seconds, size, flops)
 
     def _shift(self, seconds: float) -> None:
         self.now = {queue: time + seconds for queue, time in self.now.items()}
-        self.pending = [task._replace(end=task.end + seconds) for task in self.pending]
+        for work in self.pending:
+            work.end += seconds
 
     def _state(self) -> list[tuple[str, float]]:
         """For each queue and task in flight, how long after compute it ends. The next iteration depends on this."""
-        ends = [*self.now.items(), *((task.task, task.end) for task in self.pending)]
+        ends = [*self.now.items(), *((work.task, self._end(work)) for work in self.pending)]
         return [(name, max(0.0, end - self.now["compute"])) for name, end in ends]
+
+    def _continue(self, other: "Simulation") -> None:
+        """Takes over the state of another simulation's queues, and copies of its work in flight."""
+        self.now, self.delay = dict(other.now), other.delay
+        copies = {work: _Pending(work.names, work.task, work.end, work.delayed) for work in other.pending}
+        self.pending, self.named = dict.fromkeys(copies.values()), defaultdict(deque)
+        for work in self.pending:
+            for name in work.names:
+                self.named[name].append(work)
+        self.ahead = deque(copies[work] for work in other.ahead if work in copies)
 
     def _branch(self, branches: Iterable[Computation]) -> None:
         """Simulates every branch, and goes on from the one that ends last."""
         options = []
         for branch in branches:
             trial = Simulation(self.schedule, self.record, parent=self)
-            trial.now, trial.pending = dict(self.now), list(self.pending)
+            trial._continue(self)
             trial.run(branch)
             options.append((trial.now["compute"], trial.now["links"], trial.now["host"], len(options), trial))
         if options:
             last = max(options)[-1]
-            self.now, self.pending = last.now, last.pending
+            self._continue(last)
             self.events += last.events
             _add(self.executions, last.executions, 1)
             _add(self.exposed, last.exposed, 1)

@@ -25,6 +25,8 @@ def show(report: Report, out: Console, *, largest: int = 12) -> None:
         _show_bottlenecks(report, out)
         for line in report.timeline.assumptions:
             out.print(f"  assumed: {line}", style="dim", soft_wrap=True, highlight=False)
+    for figure, reason in report.unknown.items():
+        out.print(f"  unknown ({figure}): {reason}", style="dim", soft_wrap=True, highlight=False)
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -56,7 +58,8 @@ def _memory(report: Report) -> Table:
     table = new_table(f"Memory of one device, {source}", "part", ">bytes")
     if m := report.memory:
         parts = {"arguments": m.argument_bytes, "outputs": m.output_bytes, "aliased": -m.alias_bytes}
-        for name, value in (parts | {"temporaries": m.temp_bytes}).items():
+        constants = {"constants of the program": m.constant_bytes} if m.constant_bytes else {}
+        for name, value in (parts | {"temporaries": m.temp_bytes} | constants).items():
             table.add_row(name, format_bytes(value))
         table.add_section()
     table.add_row("peak memory", format_bytes(report.peak_bytes), style="bold")

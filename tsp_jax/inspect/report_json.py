@@ -76,3 +76,4 @@ class ReportJson(TypedDict):
     memory: MemoryJson | None
     timeline: TimelineJson | None
     collectives: list[CollectiveJson]
+    unknown: dict[str, str]

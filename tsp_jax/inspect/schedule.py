@@ -5,43 +5,24 @@ queue issues all work. The other two run what it starts, first in, first out.
 """
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.links import collective_seconds
 from tsp_jax.hardware.rates import Scenario, Work
-from tsp_jax.inspect.collectives import fused_phase, is_collective, list_collectives
-from tsp_jax.inspect.groups import groups_of
+from tsp_jax.inspect.collectives import Collective, fused_phase, is_collective, list_collectives
+from tsp_jax.inspect.groups import Groups, groups_of
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.module import Module, Trips
-from tsp_jax.inspect.roofline import Costs
+from tsp_jax.inspect.roofline import Cost, Costs
 from tsp_jax.inspect.scopes import readable_scope
 
 Queue = Literal["compute", "links", "host"]
 _Busy = Literal["run", "block", "start"]
 
 
-class Step(NamedTuple):
-    """A part of a schedule."""
-
-    kind: Literal["run", "block", "start", "wait", "loop", "branch", "call"]
-    """run: on compute; block: on another queue while compute waits; start, wait: begin or await work on other queues"""
-    instruction: Instruction
-    task: str = ""
-    """name of the task that runs or starts"""
-    queue: Queue = "compute"
-    seconds: float = 0.0
-    key: str = ""
-    """pairs an async op's start and wait; "" if it started in an earlier iteration of a loop"""
-    callees: tuple[Computation, ...] = ()
-    """(body, condition) of a loop, the branches of a conditional, the computations of a call"""
-    trips: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """Work that keeps a queue busy: a kernel, a collective or a host copy."""
 
     name: str
@@ -65,10 +46,6 @@ class Task:
     hidden: bool = False
     """the compute queue never waits for the task, which takes its time on its own queue all the same"""
 
-    def but(self, **fields: Any) -> "Task":
-        """The same task with some other fields."""
-        return dataclasses.replace(self, **fields)
-
 
 class Change(NamedTuple):
     """What a simulation takes as different from the program; see `Schedule.changed`."""
@@ -79,12 +56,42 @@ class Change(NamedTuple):
     """whether computation and communication slow each other"""
 
 
+class _Transfer(NamedTuple):
+    """A collective and the groups of devices in which it runs."""
+
+    collective: Collective
+    groups: Groups
+
+
+class Step(NamedTuple):
+    """A part of a schedule."""
+
+    kind: Literal["run", "block", "start", "wait", "loop", "branch", "call"]
+    """run: on compute; block: on another queue while compute waits; start, wait: begin or await work on other queues"""
+    instruction: Instruction
+    task: str = ""
+    """name of the task that runs or starts"""
+    queue: Queue = "compute"
+    seconds: float = 0.0
+    key: str = ""
+    """pairs an async op's start and wait; "" if it started in an earlier iteration of a loop"""
+    callees: tuple[Computation, ...] = ()
+    """(body, condition) of a loop, the branches of a conditional, the computations of a call"""
+    trips: float = 1.0
+    work: tuple[Task, Cost | _Transfer] | None = None
+    """the task, whose seconds are not filled in, and what they follow from"""
+
+
 class Schedule:
     """Steps of each computation of a module on given hardware at typical rates, cached; see `at` for other rates."""
 
     def __init__(self, module: Module, hardware: Hardware, unknown_trips: Trips = 1):
         self.module, self.hardware, self._unknown_trips = module, hardware, unknown_trips
         self._costs = Costs(module, on_chip=hardware.platform == "tpu")
+        self._parts_of: dict[str, list[Step]] = {}
+        self._labels: dict[tuple[str, str], str] = {}
+        self._link_seconds: dict[tuple[str, float, int, str], float] = {}
+        self._transfers: dict[str, _Transfer] = {}
         self._use(Scenario())
         self._callers = {
             name: i
@@ -118,18 +125,38 @@ class Schedule:
         self._product_seconds: dict[Work, float] = {}
         self._origin: Schedule | None = None
         self._change = Change()
-        contention = self.hardware.rates.contention
-        self.contention = contention.compute.cost(scenario.links), contention.links.cost(scenario.links)
+        rates, level = self.hardware.rates, scenario.links
+        self._memory_rate = rates.memory.bytes_per_s.rate(scenario.compute)
+        self._host_rate = rates.host.bytes_per_s.rate(level)
+        self.contention = rates.contention.compute.cost(level), rates.contention.links.cost(level)
         """shares of their rates that computation and communication lose while both run"""
 
     def steps(self, computation: Computation) -> list[Step]:
         """The steps of a computation that take time, in schedule order."""
-        if computation.name not in self._steps:
-            steps = (s for i in computation.instructions for s in self._parts(computation, i))
-            if self._origin:
-                steps = map(self._changed, self._origin.steps(computation))
-            self._steps[computation.name] = list(steps)
-        return self._steps[computation.name]
+        name = computation.name
+        if name not in self._steps and self._origin:
+            self._steps[name] = [self._changed(step) for step in self._origin.steps(computation)]
+        elif name not in self._steps:
+            if name not in self._parts_of:
+                self._parts_of[name] = [s for i in computation.instructions for s in self._parts(computation, i)]
+            self._steps[name] = [self._timed(step) if step.work else step for step in self._parts_of[name]]
+        return self._steps[name]
+
+    def _timed(self, step: Step) -> Step:
+        """A step that keeps a queue busy, with its seconds; adds its task to `tasks`."""
+        assert step.work
+        task = self._timed_task(*step.work)
+        self.tasks[task.name] = task
+        return step._replace(seconds=task.seconds)
+
+    def _timed_task(self, task: Task, work: Cost | _Transfer) -> Task:
+        if isinstance(work, _Transfer):
+            return task._replace(seconds=self._transfer_seconds(work, work.collective.bytes))
+        if task.queue == "host":
+            return task._replace(seconds=work.host_bytes / self._host_rate)
+        products_s, memory_s = self.products_seconds(work.products), work.bytes / self._memory_rate
+        seconds = max(products_s, memory_s)
+        return task._replace(seconds=seconds, products=work.products, products_s=products_s, memory_s=memory_s)
 
     def _changed(self, step: Step) -> Step:
         task = self._origin.tasks.get(step.task) if self._origin else None
@@ -137,6 +164,21 @@ class Schedule:
             return step
         self.tasks[step.task] = task = self._change.task(task, self)
         return step._replace(seconds=task.seconds)
+
+    def _transfer_seconds(self, work: _Transfer, received: float) -> float:
+        op, level = work.collective.op, self.scenario.links
+        key = op, received, id(work.groups), level
+        if key not in self._link_seconds:  # programs repeat a few groups many times
+            self._link_seconds[key] = collective_seconds(self.hardware, op, received, work.groups, level)
+        return self._link_seconds[key]
+
+    def fixed_seconds(self, task: Task) -> float:
+        """The part of a collective's time that does not depend on its bytes."""
+        return self._transfer_seconds(self._transfers[task.name], 0.0)
+
+    def products_seconds(self, products: Iterable[Work]) -> float:
+        """Time of matrix products, one after another."""
+        return sum(map(self._seconds_of, products))
 
     def compute_only(self, computation: Computation) -> bool:
         """Whether everything that a computation runs stays on the compute queue."""
@@ -183,30 +225,15 @@ class Schedule:
         for i in instructions:
             c = self._collectives.get((i.computation, i.name))
             if c is not None:
-                groups, level = groups_of(self.module, i), self.scenario.links
-                seconds = collective_seconds(self.hardware, c.op, c.bytes, groups, level)
-                yield self._busy(kind, i, "links", seconds, op=c.op, scope=c.scope, bytes=c.bytes, key=key)
+                self._transfers[i.name] = work = _Transfer(c, groups_of(self.module, i))
+                yield self._busy(kind, i, "links", work, op=c.op, scope=c.scope, bytes=c.bytes, key=key)
 
     def _kernel(self, i: Instruction, kind: _Busy) -> Iterator[Step]:
         cost, op = self._costs.of(i), i.custom_call_target or i.opcode
-        rates, level = self.hardware.rates, self.scenario.compute
-        products_s, memory_s = self.products_seconds(cost.products), cost.bytes / rates.memory.bytes_per_s.rate(level)
-        if (seconds := max(products_s, memory_s)) and not (kind == "start" and cost.host_bytes):
-            parts = {"products": cost.products, "products_s": products_s, "memory_s": memory_s}
-            yield self._busy("run", i, "compute", seconds, op=op, bytes=cost.bytes, flops=cost.flops, **parts)
+        if (cost.products or cost.bytes) and not (kind == "start" and cost.host_bytes):
+            yield self._busy("run", i, "compute", cost, op=op, bytes=cost.bytes, flops=cost.flops)
         if cost.host_bytes:
-            seconds = cost.host_bytes / rates.host.bytes_per_s.rate(self.scenario.links)
-            yield self._busy(kind, i, "host", seconds, op=op, bytes=cost.host_bytes, key=i.name)
-
-    def products_seconds(self, products: Iterable[Work]) -> float:
-        """Time of matrix products, one after another."""
-        return sum(map(self._seconds_of, products))
-
-    def fixed_seconds(self, task: Task) -> float:
-        """The part of a collective's time that does not depend on its bytes."""
-        name = next(computation for computation, name in self._collectives if name == task.name)
-        groups = groups_of(self.module, self.module.computations[name].by_name[task.name])
-        return collective_seconds(self.hardware, task.op, 0.0, groups, self.scenario.links)
+            yield self._busy(kind, i, "host", cost, op=op, bytes=cost.host_bytes, key=i.name)
 
     def _seconds_of(self, work: Work) -> float:
         """Time of matrix products; programs repeat a few shapes many times."""
@@ -215,22 +242,25 @@ class Schedule:
         return self._product_seconds[work]
 
     def _busy(
-        self, kind: _Busy, i: Instruction, queue: Queue, seconds: float, *, op: str, bytes: float, scope: str = "",
-        key: str = "", **parts: Any,
+        self, kind: _Busy, i: Instruction, queue: Queue, work: Cost | _Transfer, *, op: str, bytes: float,
+        flops: float = 0.0, scope: str = "", key: str = "",
     ) -> Step:  # fmt: skip
-        """Makes a step that keeps a queue busy, and adds the step's task to `tasks`."""
+        """Makes a step that keeps a queue busy."""
         name, scope = i.name + " (host)" * (queue == "host"), scope or i.op_name
-        self.tasks[name] = Task(name, op, scope, self.label(i, scope), queue, seconds, bytes, **parts)
-        return Step(kind, i, name, queue, seconds, key)
+        task = Task(name, op, scope, self.label(i, scope), queue, 0.0, bytes, flops)
+        return Step(kind, i, name, queue, key=key, work=(task, work))
 
     def label(self, i: Instruction, scope: str = "") -> str:
         """The readable scope of an instruction, or of the loop around it if the instruction has none."""
-        callers, caller = [], self._callers.get(i.computation)
-        while caller is not None:
-            callers.append(caller.op_name)
-            caller = self._callers.get(caller.computation)
-        around = next(filter(None, callers), "")
-        return readable_scope(scope or i.op_name or f"{around}/", callers)
+        key = i.computation, scope or i.op_name
+        if key not in self._labels:
+            callers, caller = [], self._callers.get(i.computation)
+            while caller is not None:
+                callers.append(caller.op_name)
+                caller = self._callers.get(caller.computation)
+            around = next(filter(None, callers), "")
+            self._labels[key] = readable_scope(key[1] or f"{around}/", callers)
+        return self._labels[key]
 
     def _queue(self, start: Instruction) -> Queue:
         """The queue on which an instruction starts asynchronous work; compute if the instruction starts none.

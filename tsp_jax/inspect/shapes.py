@@ -1,6 +1,7 @@
 """Shapes of HLO values: one array, or a nested tuple of arrays."""
 
 import dataclasses
+import functools
 import math
 import re
 from typing import TypeAlias
@@ -33,20 +34,31 @@ class Shape:
         Raises:
           ConfigError: the dtype is unknown and its name holds no width.
         """
-        bits = _BITS.get(self.dtype)
-        if bits is None:
-            width = re.match(r"[a-z]+(\d+)", self.dtype)
-            if not width:
-                raise ConfigError(f"dtype={self.dtype} in HLO text has no known size; add it to tsp_jax.inspect.shapes")
-            bits = int(width[1])
+        bits = _bits(self.dtype)
         packed = not self.layout or "E(" in self.layout
         return -(-self.size * (bits if packed or bits >= 8 or not bits else 8) // 8)
 
     @property
     def memory_space(self) -> int:
         """The memory space: 0 is the device's main memory; on TPU, 1 is on-chip memory and 5 the host's memory."""
-        space = re.search(r"S\((\d+)\)", self.layout)
-        return int(space[1]) if space else 0
+        return _memory_space(self.layout) if "S(" in self.layout else 0
+
+
+@functools.lru_cache(maxsize=1024)
+def _bits(dtype: str) -> int:
+    """Bits of an element."""
+    if dtype in _BITS:
+        return _BITS[dtype]
+    width = re.match(r"[a-z]+(\d+)", dtype)
+    if not width:
+        raise ConfigError(f"dtype={dtype} in HLO text has no known size; add it to tsp_jax.inspect.shapes")
+    return int(width[1])
+
+
+@functools.lru_cache(maxsize=1024)
+def _memory_space(layout: str) -> int:
+    space = re.search(r"S\((\d+)\)", layout)
+    return int(space[1]) if space else 0
 
 
 ShapeTree: TypeAlias = "Shape | tuple[ShapeTree, ...]"

@@ -7,25 +7,26 @@ result states its assumptions, as `Timeline.assumptions`.
 """
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.links import link_model
 from tsp_jax.hardware.rates import SCENARIOS, Band, Rates, Work
 from tsp_jax.inspect.module import Module, Trips
 from tsp_jax.inspect.platforms import check_platform, platforms_of_text
-from tsp_jax.inspect.queues import Event, Simulation
+from tsp_jax.inspect.queues import Event, Record, Simulation
 from tsp_jax.inspect.schedule import Queue, Schedule, Task
 from tsp_jax.inspect.scopes import declared_flops, declared_trips
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class TaskTotal:
+class TaskTotal(NamedTuple):
     """All executions of a task in a step."""
 
     task: Task
-    count: float
+    count: float  # pyright: ignore[reportIncompatibleMethodOverride]
     exposed_s: float
     """exposed time of all executions together"""
 
@@ -56,7 +57,7 @@ class Times:
     """time that the matrix products take at the rate of the fastest product: a lower bound for any schedule"""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Timeline(Times):
     """Simulated execution of a program on one device, at typical rates."""
 
@@ -70,7 +71,10 @@ class Timeline(Times):
     """tasks of the links, the longest first"""
     assumptions: tuple[str, ...]
     """what the simulation assumes, to be printed with the results"""
+    outline: tuple[Event, ...] = dataclasses.field(default=(), repr=False)
+    """events of the simulated iterations of loops; iterations that are alike stand once"""
     events: tuple[Event, ...] = dataclasses.field(default=(), repr=False)
+    """events of every iteration, if they were recorded"""
     host_copies: tuple[TaskTotal, ...] = dataclasses.field(default=(), repr=False)
     """tasks of the link to the host, the longest first"""
     schedules: Mapping[str, Schedule] = dataclasses.field(default_factory=dict, repr=False, compare=False)
@@ -86,7 +90,7 @@ class Timeline(Times):
         """Time of the step over the time of its matrix products alone; None without matrix products."""
         return self.step_s / self.matmul_s if self.matmul_s else None
 
-    @property
+    @functools.cached_property
     def hidden_fraction(self) -> dict[str, float]:
         """Instruction name -> share of the collective's time that overlaps with computation, over all executions.
 
@@ -122,15 +126,16 @@ def simulate(module: Module, hardware: Hardware, *, unknown_trips: Trips = 1, re
     module.check_scheduled()
     check_platform(hardware, platforms_of_text(module))
     schedule = Schedule(module, hardware, unknown_trips)
-    simulation, times, totals = _run(schedule, record)
+    simulation, times, totals = _run(schedule, "all" if record else "outline")
+    outline = _run(schedule, "outline")[0].events if record else simulation.events
     schedules = {name: schedule if at == schedule.scenario else schedule.at(at) for name, at in SCENARIOS.items()}
     scenarios = {name: times if each is schedule else _run(each)[1] for name, each in schedules.items()}
     compute = totals["compute"]
     return Timeline(
         **{field.name: getattr(times, field.name) for field in dataclasses.fields(Times)},
         flops=_flops(compute), kernels=compute, collectives=totals["links"], scenarios=scenarios,
-        assumptions=_assumptions(module, schedule, unknown_trips, totals), events=tuple(simulation.events),
-        host_copies=totals["host"], schedules=schedules,
+        assumptions=_assumptions(module, schedule, unknown_trips, totals), outline=tuple(outline),
+        events=tuple(simulation.events) if record else (), host_copies=totals["host"], schedules=schedules,
     )  # fmt: skip
 
 
@@ -139,7 +144,7 @@ def step_seconds(schedule: Schedule) -> float:
     return _simulation(schedule).now["compute"]
 
 
-def _simulation(schedule: Schedule, record: bool = False) -> Simulation:
+def _simulation(schedule: Schedule, record: Record = "") -> Simulation:
     simulation = Simulation(schedule, record)
     simulation.run(schedule.module.entry)
     simulation.wait_for_all()
@@ -149,13 +154,12 @@ def _simulation(schedule: Schedule, record: bool = False) -> Simulation:
 Totals = dict[Queue, tuple["TaskTotal", ...]]
 
 
-def _run(schedule: Schedule, record: bool = False) -> tuple[Simulation, Times, Totals]:
+def _run(schedule: Schedule, record: Record = "") -> tuple[Simulation, Times, Totals]:
     """Simulates one execution at the rates of a schedule's scenario."""
     simulation = _simulation(schedule, record)
-    queues: tuple[Queue, ...] = ("compute", "links", "host")
-    totals: Totals = {queue: _totals(schedule, simulation, queue) for queue in queues}
-    busy = {queue: sum(total.seconds for total in totals[queue]) for queue in queues}
-    exposed = {queue: sum(total.exposed_s for total in totals[queue]) for queue in queues}
+    totals = _totals(schedule, simulation)
+    busy = {queue: sum(total.seconds for total in found) for queue, found in totals.items()}
+    exposed = {queue: sum(total.exposed_s for total in found) for queue, found in totals.items()}
     step, best = simulation.now["compute"], schedule.hardware.rates.best_flops.rate(schedule.scenario.compute)
     stretched = step - busy["compute"] - exposed["links"] - exposed["host"] if schedule.contention[0] else 0.0
     times = Times(
@@ -170,11 +174,13 @@ def _flops(kernels: Iterable[TaskTotal]) -> float:
     return sum(total.count * total.task.flops for total in kernels)
 
 
-def _totals(schedule: Schedule, simulation: Simulation, queue: Queue) -> tuple[TaskTotal, ...]:
-    """Tasks that ran on a queue, the longest first."""
-    tasks = ((schedule.tasks[name], count) for name, count in simulation.executions.items())
-    totals = (TaskTotal(task, n, simulation.exposed[task.name]) for task, n in tasks if task.queue == queue)
-    return tuple(sorted(totals, key=lambda total: -total.seconds))
+def _totals(schedule: Schedule, simulation: Simulation) -> Totals:
+    """Tasks that ran on each queue, the longest first."""
+    found: dict[Queue, list[TaskTotal]] = {"compute": [], "links": [], "host": []}
+    for name, count in simulation.executions.items():
+        task = schedule.tasks[name]
+        found[task.queue].append(TaskTotal(task, count, simulation.exposed.get(name, 0.0)))
+    return {queue: tuple(sorted(some, key=lambda total: -total.seconds)) for queue, some in found.items()}
 
 
 def _assumptions(module: Module, schedule: Schedule, unknown: Trips, totals: Totals) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Chart of a comparison of layouts: peak memory by kind, and step time with exposed communication and its band."""
+"""Charts of a comparison of layouts (memory by kind, step time and its band), and of a plan's front."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 
 from tsp_jax.hardware.targets import Target
+from tsp_jax.plan.choose import Plan
 from tsp_jax.tools.sweep import Row
 
 matplotlib.use("Agg")
@@ -58,3 +59,25 @@ def _time(panel, rows: Sequence[Row]) -> None:
     for row in rows:
         panel.plot([row.step_low_s or 0.0, row.step_high_s or 0.0], [row.layout] * 2, "k|-", markersize=7, label="band")
     panel.set_xlabel("step, s (simulated)")
+
+
+def draw_front(plan: Plan, path: Path) -> None:
+    """Writes a PNG of step time over peak memory: a point for each step, a line through those of the front."""
+    figure, panel = plt.subplots(figsize=(9, 5.5))
+    places = [k for k, c in enumerate(plan.candidates) if c.compiled or k in plan.front]
+    layouts = dict.fromkeys(plan.candidates[k].choice.layout for k in places)
+    for layout in layouts:
+        of_layout = [plan.candidates[k] for k in places if plan.candidates[k].choice.layout == layout]
+        panel.plot([c.peak_bytes / 1e9 for c in of_layout], [c.step_s for c in of_layout], "o", label=layout)
+    front = [plan.candidates[k] for k in plan.front]
+    panel.plot([c.peak_bytes / 1e9 for c in front], [c.step_s for c in front], "k-", linewidth=1, label="front")
+    panel.plot([plan.chosen.peak_bytes / 1e9], [plan.chosen.step_s], "k*", markersize=14, label="best")
+    panel.axvline(plan.budget.usable_bytes / 1e9, color="crimson", linewidth=1, linestyle="--", label="budget")
+    panel.set_xlabel("peak memory, GB per device")
+    panel.set_ylabel("step, s (simulated)")
+    tokens = f"{plan.base.batch} x {plan.base.seq_len:,} tokens"
+    panel.set_title(f"{plan.name} on {plan.target}, {tokens}, compiled and simulated", fontsize=10, loc="left")
+    panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,11 +1,11 @@
-"""The command tsp-compare: layouts side by side, as a table, JSON, CSV and a chart."""
+"""The command tsp-compare: layouts side by side, as a table, JSON, CSV, a page and a chart."""
 
 import dataclasses
 import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -16,11 +16,12 @@ from tsp_jax.errors import ConfigError, install_hint
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.targets import Target, parse_target, standins_note, use_target
 from tsp_jax.inspect.render import console
+from tsp_jax.plan.compile import Step
+from tsp_jax.plan.ranking import turns
 from tsp_jax.tools import cli
-from tsp_jax.tools.compile import Step
 from tsp_jax.tools.inspect import check_writable
-from tsp_jax.tools.ranking import turns
-from tsp_jax.tools.sweep import PAPER, Row, compare_layouts, write_csv, write_json
+from tsp_jax.tools.page import write_page
+from tsp_jax.tools.sweep import PAPER, Row, compare_layouts, rows_json, write_csv, write_json
 from tsp_jax.training.optimizer import Optimizer
 
 
@@ -53,6 +54,8 @@ class CompareOptions:
     """file for the rows, as JSON"""
     csv: str = ""
     """file for the rows, as CSV"""
+    html: str = ""
+    """file for the rows and charts as a page, .html, that any browser opens without a network"""
     png: str = ""
     """file for a chart (needs matplotlib)"""
 
@@ -60,10 +63,12 @@ class CompareOptions:
 def compare(name: str, options: CompareOptions, optimizer: Optimizer = None) -> None:
     """Compiles every program, prints the table and writes the files."""
     target = parse_target(options.target, options.attention_efficiency, options.hardware)
-    check_writable(json=options.json, csv=options.csv, png=options.png)
+    check_writable(json=options.json, csv=options.csv, html=options.html, png=options.png)
     draw = _drawer() if options.png else None
     lengths = _parse_lengths(options.seq_lens) or [options.config.seq_len]
     layouts = _items(options.layouts, _OUTER_COMMA) or _default_layouts(target.num_devices)
+    if options.config.plan:
+        raise ConfigError(f"plan={options.config.plan} chooses a layout, and compare compares given ones; leave it out")
     if options.per_replica < 1:
         raise ConfigError(f"per_replica={options.per_replica} must be positive; use 1")
     use_target(target)
@@ -75,15 +80,34 @@ def compare(name: str, options: CompareOptions, optimizer: Optimizer = None) -> 
         )  # fmt: skip
     if options.csv:
         write_csv(rows, Path(options.csv))
+    facts = _facts(name, rows, target, options)
     if options.json:
-        facts = {"config": name, "target": str(target), "step": options.step, "chunk": options.chunk}
-        facts |= {"jax": jax.__version__, "paper": PAPER, "turns": turns(rows), "rates": target.hardware.rates.origin}
         write_json(rows, facts, Path(options.json))
+    if options.html:
+        title = f"{name}: layouts for one {options.step} step on {target}"
+        write_page(Path(options.html), rows_json(rows, facts), kind="compare", title=title, lines=_page_lines(target))
     if draw:
         draw(rows, target, Path(options.png))
     _print_table(name, rows, target, options.step, turns(rows))  # after the files, which need no standard output
     if options.chunk:
         print("chunk: figures are averages per chunk; the time of attention to earlier chunks is underestimated")
+
+
+def _facts(name: str, rows: Sequence[Row], target: Target, options: CompareOptions) -> dict[str, Any]:
+    """What all rows share."""
+    hardware = target.hardware
+    return {
+        "config": name, "target": str(target), "step": options.step, "chunk": options.chunk, "jax": jax.__version__,
+        "paper": PAPER, "turns": turns(rows), "rates": hardware.rates.origin,
+        "device": {"name": hardware.name, "memory_bytes": hardware.memory_bytes},
+    }  # fmt: skip
+
+
+def _page_lines(target: Target) -> list[str]:
+    """What a page of a comparison says below its heading."""
+    rates = target.hardware.rates.origin
+    lines = [f"compiled with jax {jax.__version__}", standins_note(), f"rates of {rates}" if rates else ""]
+    return [", ".join(filter(None, lines))]
 
 
 def _drawer():

@@ -66,7 +66,7 @@ def main() -> None:
 
 def compare(names: Sequence[str], flags: Sequence[str]) -> int:
     """Reads or compiles two programs and prints their difference; returns the exit code."""
-    steps = [name for name in names if not _is_report(name) and not command.is_text(name)]
+    steps = [name for name in names if not _is_report(name) and not name.endswith(cli.TEXT_ENDINGS)]
     parsed = {name: cli.parse([name, *flags], lambda config: StepPair(config=config), about=ABOUT) for name in steps}
     options = parsed[steps[0]][1] if steps else cli.parse_flags(TextPair(), [" ".join(names), *flags], ABOUT)
     bounds = _check(options)
@@ -138,7 +138,7 @@ def read_report(file: str) -> _Program:
 
 def _text(file: str, options: Any) -> _Program:
     mesh = options.config.mesh if isinstance(options, StepPair) else options.mesh
-    found, facts = command.read_program(file, options.target, mesh, options.outputs)
+    found, facts = command.report_text(file, options.target, mesh, options.outputs)
     return _Program(file + f" of {facts['target']}" * bool(facts["target"]), facts["target"], _json(found))
 
 

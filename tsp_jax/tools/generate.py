@@ -12,13 +12,17 @@ from jax.sharding import Mesh
 from tsp_jax.config import StreamConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.files import MAX_BYTES
+from tsp_jax.hf.byte_tokenizer import ByteTokenizer
+from tsp_jax.hf.tokenizer import Tokenizer
 from tsp_jax.inference import Model, Sampling, Stats, generate, load
+from tsp_jax.inference.model import read_facts
 from tsp_jax.inspect.units import format_bytes
 from tsp_jax.layout import Placement, get_layout, parse_mesh
 from tsp_jax.mesh import format_sizes, make_mesh
 from tsp_jax.ops.kernels import describe_kernel
 from tsp_jax.ops.kernels.mask import Scores
 from tsp_jax.tools import cli
+from tsp_jax.tools.planned import plan_serving
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,9 @@ class GenerateOptions:
     stop: bool = True
     """end at the model's stop tokens"""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
+    plan: Literal["", "fastest"] = ""
+    """fastest: choose layout, mesh and chunk, those without a flag, for the devices, the prompt and the new tokens, by
+    closed forms. Empty: as given"""
     layout: str = "tsp"
     """as in training: tsp, tp_sp, fsdp or another preset; or a layout of your own, such as tsp(weights=data+tsp)"""
     mesh: str = ""
@@ -65,13 +72,15 @@ def generate_text(
 
     `out` (None: stdout) receives the text token by token, `notes` (None: stderr) throughput and peak memory.
     """
-    prompt, layout = _prompt(options), get_layout(options.layout)
+    prompt = _prompt(options)
+    if options.plan:
+        options = _planned(folder, options, prompt, sys.stderr if notes is None else notes)
+    layout = get_layout(options.layout)
     placement = Placement(layout, make_mesh(parse_mesh(options.mesh, layout, len(jax.devices()))))
     model = load(folder, placement, dtype=options.dtype, stream=options.stream, step=options.step)
     if model.tokenizer is None:
         raise ConfigError(f"{folder} was trained on token ids of no known tokenizer; use tsp_jax.inference.generate")
-    text = model.tokenizer.chat(prompt) if options.chat else prompt
-    tokens = model.tokenizer.encode(text, special=not options.chat)
+    tokens = _encode(model.tokenizer, options, prompt)
     stats, decoder = Stats(), model.tokenizer.decoder()
 
     def write(text: str) -> None:
@@ -85,6 +94,24 @@ def generate_text(
     write(decoder.finish() + "\n")
     print(throughput(model, stats), file=sys.stderr if notes is None else notes)
     return stats
+
+
+def _encode(tokenizer: Tokenizer | ByteTokenizer, options: GenerateOptions, prompt: str) -> list[int]:
+    text = tokenizer.chat(prompt) if options.chat else prompt
+    return tokenizer.encode(text, special=not options.chat)
+
+
+def _planned(folder: str, options: GenerateOptions, prompt: str, notes: TextIO) -> GenerateOptions:
+    """The options with the fastest layout, mesh and chunk for this prompt."""
+    facts = read_facts(folder, dtype=options.dtype, step=options.step)
+    tokens = len(_encode(facts.tokenizer, options, prompt)) if facts.tokenizer else 0
+    way = plan_serving(
+        facts.config, facts.dtype, capacity=max(options.capacity, tokens + options.max_new_tokens),
+        new_tokens=options.max_new_tokens, layout=options.layout, mesh=options.mesh,
+    )  # fmt: skip
+    chunk = options.chunk or way.chunk
+    print(f"plan=fastest: {way.layout} {way.mesh}, chunks of {chunk} tokens, by closed forms", file=notes)
+    return dataclasses.replace(options, layout=way.layout, mesh=way.mesh, chunk=chunk)
 
 
 def _prompt(options: GenerateOptions) -> str:

@@ -1,6 +1,7 @@
 """The command tsp-inspect: reports on a compiled step, or on the text of a compiled program, and checks contracts.
 
-A report is printed as tables. It can also be written as JSON, and its simulated timeline as a trace.
+A report is printed as tables. It can also be written as JSON and as a page, and its simulated
+timeline as a trace.
 """
 
 import dataclasses
@@ -14,20 +15,21 @@ import tyro
 
 from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
-from tsp_jax.files import read_text
 from tsp_jax.hardware.rates_file import read_hardware
 from tsp_jax.hardware.targets import Target, parse_target, standins_note, use_target
 from tsp_jax.inspect import Report, report
 from tsp_jax.inspect.expect import broken, parse_expectations
 from tsp_jax.inspect.render import console, show
+from tsp_jax.inspect.texts import read_program
 from tsp_jax.inspect.trace import write_trace
 from tsp_jax.mesh import format_sizes, parse_sizes
+from tsp_jax.plan.compile import Step, compile_step
 from tsp_jax.tools import cli
-from tsp_jax.tools.compile import Step, compile_step
+from tsp_jax.tools.page import write_page
+from tsp_jax.tools.planned import plan_for
 from tsp_jax.tools.remedies import remedies
 from tsp_jax.training.optimizer import Optimizer
 
-_LONGEST_TEXT = 2**31
 BROKEN = 1
 """exit code if a contract is broken"""
 
@@ -38,6 +40,8 @@ class Outputs:
 
     json: str = ""
     """file for the whole report, as JSON"""
+    html: str = ""
+    """file for the report as a page, .html, that any browser opens without a network"""
     trace: str = ""
     """file for the simulated timeline, .json or .json.gz, to open in ui.perfetto.dev"""
     expect: str = ""
@@ -53,7 +57,7 @@ class Outputs:
     def check(self) -> None:
         """Raises ConfigError if a file cannot be written or a contract is not understood. Call it before long work."""
         parse_expectations(self.expect)
-        check_writable(json=self.json, trace=self.trace)
+        check_writable(json=self.json, html=self.html, trace=self.trace)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +101,8 @@ def inspect_step(name: str, options: StepOptions, optimizer: Optimizer = None) -
     options.outputs.check()
     check_writable(dump_hlo=options.dump_hlo)
     found, facts, heading = compile_report(name, options, target, optimizer)
-    return _finish(found, facts, options.outputs, [heading, standins_note()])
+    title = f"{name}: {options.step} step on {target}"
+    return _finish(found, facts, options.outputs, title, [heading, standins_note()])
 
 
 def target_of(options: StepOptions) -> Target:
@@ -110,8 +115,8 @@ def compile_report(
 ) -> tuple[Report, dict[str, Any], str]:
     """Compiles a step; returns its report, the facts about it for JSON, and a heading."""
     use_target(target)
-    config = options.config
-    with console(stderr=True).status(f"compiling {name} for {target}"):
+    with console(stderr=True).status(f"compiling {name} for {target}") as status:
+        config = plan_for(options.config, target, name, optimizer, status.update)
         step = compile_step(config, target, options.step, options.chunk, optimizer)
     mesh = format_sizes(step.placement.mesh.shape)
     tokens = f"{options.chunk} of {config.seq_len}" if options.chunk else str(config.seq_len)
@@ -130,33 +135,34 @@ def compile_report(
     return found, step.facts(), heading
 
 
-def is_text(name: str) -> bool:
-    """Whether the name of a file says that it holds the text of a compiled program."""
-    return name.endswith((".hlo", ".txt"))
-
-
 def inspect_text(file: str, options: TextOptions) -> int:
     """Prints a report of a compiled program, whose text is in a file; returns the exit code."""
     options.outputs.check()
-    found, facts = read_program(file, options.target, options.mesh, options.outputs)
-    return _finish(found, facts, options.outputs, [])
+    found, facts = report_text(file, options.target, options.mesh, options.outputs)
+    title = f"{Path(file).name} on {facts['target']}" if facts["target"] else Path(file).name
+    return _finish(found, facts, options.outputs, title, [])
 
 
-def read_program(file: str, target: str, mesh: str, outputs: Outputs) -> tuple[Report, dict[str, Any]]:
+def report_text(file: str, target: str, mesh: str, outputs: Outputs) -> tuple[Report, dict[str, Any]]:
     """Reports on the text in a file; returns the report and the facts about it for JSON."""
     if outputs.hardware and not target:
         target = read_hardware(outputs.hardware).name
     name = target if ":" in target else f"{target}:1"
     hardware = parse_target(name, outputs.attention_efficiency, outputs.hardware).hardware if target else None
-    text = read_text(file, _LONGEST_TEXT, "use the text of a compiled program")
+    text = read_program(file)
     axes = parse_sizes(mesh) if mesh else None
     found = report(text, target=hardware, mesh_axes=axes, record=bool(outputs.trace))
     return found, {"file": file, "target": target, "mesh": axes}
 
 
-def _finish(found: Report, facts: dict[str, Any], outputs: Outputs, headings: Sequence[str | None]) -> int:
+def _finish(
+    found: Report, facts: dict[str, Any], outputs: Outputs, title: str, headings: Sequence[str | None]
+) -> int:  # fmt: skip
+    data = {**facts, **found.to_json()} if outputs.json or outputs.html else {}
     if outputs.json:
-        Path(outputs.json).write_text(json.dumps({**facts, **found.to_json()}, indent=1) + "\n")
+        Path(outputs.json).write_text(json.dumps(data, indent=1) + "\n")
+    if outputs.html:
+        write_page(Path(outputs.html), data, kind="inspect", title=title, lines=list(filter(None, headings)))
     if outputs.trace:
         if found.timeline is None:
             raise ConfigError("trace: there is no timeline without a target; use --target mi300x:8, for example")
@@ -181,7 +187,7 @@ def main() -> None:
         inspect_step,
         lambda config: StepOptions(config=config),
         about="Compile a step for hardware that need not be present: its memory, communication and simulated time.\n"
-        "In place of CONFIG, the text of a compiled program may be given: FILE.hlo or FILE.txt. Two programs, A B, are "
-        "compared; each is CONFIG, such a text, or FILE.json, which --json wrote.",
+        "In place of CONFIG, the text of a compiled program may be given: FILE.hlo or FILE.txt, gzipped or not.\n"
+        "Two programs, A B, are compared; each is CONFIG, such a text, or FILE.json, which --json wrote.",
         text_command=(inspect_text, TextOptions()),
     )

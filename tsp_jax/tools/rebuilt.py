@@ -19,12 +19,14 @@ import tsp_jax
 from tsp_jax.config import Config, Remat
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import cache_folder, parse_target, use_target
-from tsp_jax.tools.compile import compile_step
+from tsp_jax.plan.compile import compile_step
 from tsp_jax.tools.priced import priced_kernel
 from tsp_jax.tools.published import NotRebuilt, Rebuilt, read_runs, rebuild
 
 _ROOT = Path(tsp_jax.__file__).parent
-_NO_EFFECT = ("inspect", "cost", "hf", "inference", "tools", "hardware/rate", "hardware/product", "hardware/links")
+_NO_EFFECT = (
+    "inspect", "cost", "hf", "inference", "plan", "tools", "hardware/rate", "hardware/product", "hardware/links",
+)  # fmt: skip
 """parts of the package that a compiled program does not depend on"""
 _COMPILERS = {"cuda": "jax-cuda12-pjrt", "rocm": "jax-rocm7-pjrt", "tpu": "libtpu"}
 
@@ -99,7 +101,7 @@ def _key(rebuilt: Rebuilt, config: Config) -> str:
     facts = [rebuilt.target, repr(config), rebuilt.kernel, str(rebuilt.backward_products), jax.__version__]
     for file in sorted(_ROOT.rglob("*.py")):
         name = file.relative_to(_ROOT).as_posix()
-        if not name.startswith(_NO_EFFECT) or name in ("tools/priced.py", "tools/compile.py"):
+        if not name.startswith(_NO_EFFECT) or name in ("tools/priced.py", "plan/compile.py"):
             facts.append(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}")
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from tsp_jax.config import Config
-from tsp_jax.cost.training import step_memory
+from tsp_jax.cost.memory import step_memory
 from tsp_jax.inspect import Collective
 from tsp_jax.inspect.bottleneck import LARGER, Bottleneck
 from tsp_jax.inspect.units import format_bytes
@@ -97,9 +97,7 @@ def _less_traffic(step: _Step, found: Bottleneck) -> str:
 
 
 def _extra(step: _Step, policy: str) -> str:
-    """The memory that another remat policy takes, by the closed form, which has none for policy none."""
-    if policy == "none":
-        return " (more memory than any other)"
+    """The memory that another remat policy takes, by the closed form."""
     layout, sizes = step.placement.layout, dict(step.placement.mesh.shape)
     changed = dataclasses.replace(step.config, remat=policy)
     now, then = (sum(step_memory(config, layout, sizes).values()) for config in (step.config, changed))

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from tsp_jax.config import Config, ModelConfig
-from tsp_jax.cost.training import step_memory
+from tsp_jax.cost.memory import step_memory
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import Target
 from tsp_jax.layout import Layout, get_layout, num_ranks, spread
 from tsp_jax.mesh import format_sizes, parse_size, parse_sizes
-from tsp_jax.tools.compile import Step, compile_step, place_step
+from tsp_jax.plan.budget import usable_bytes
+from tsp_jax.plan.compile import Step, compile_step, place_step
 from tsp_jax.training.optimizer import Optimizer
 
 PAPER = "Shyam, Golubeva, Anthony, arXiv 2604.26294"
@@ -28,8 +29,6 @@ _PAPER_PEAKS = {
     ("tp_sp:2x4", 131072): "85-140", ("tp_sp:4x2", 131072): "85-140",
 }  # fmt: skip
 """(layout, tokens) -> the paper's peak GB per GPU on 8 x MI300X, one sequence; for TP+SP a range over factorizations"""
-USABLE = 0.92
-"""share of a device's memory that a program may fill; the runtime and fragmentation take the rest"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,7 +149,8 @@ def _row(name: str, config: Config, target: Target, step: Step, chunk: int, opti
     except Exception as error:  # compilers refuse programs in many ways; the other rows are still wanted
         return dataclasses.replace(row, fits=False, note=f"does not compile: {str(error).splitlines()[0][:200]}")
     found = compiled.report()
-    t, limit = found.timeline, USABLE * target.hardware.memory_bytes
+    t, limit = found.timeline, usable_bytes(target.hardware).usable_bytes
+    total = target.hardware.memory_bytes
     assert t is not None
     row = dataclasses.replace(
         row,
@@ -165,7 +165,7 @@ def _row(name: str, config: Config, target: Target, step: Step, chunk: int, opti
         compile_s=round(compiled.compile_s, 1),
         paper_peak_gb=_paper_peak_gb(name, config, target, step),
         by_kind=dict(found.peak.by_kind),
-        note="" if found.peak_bytes <= limit else f"does not fit {target.hardware.memory_bytes / 1e9:.0f} GB",
+        note="" if found.peak_bytes <= limit else f"does not fit {limit / 1e9:.0f} of {total / 1e9:.0f} GB",
     )
     return _with_limits(row, config, limit) if step == "train" else row
 
@@ -200,9 +200,14 @@ def _largest(fits: Callable[[int], bool]) -> int:
     return bisect.bisect_left(range(high), True, lo=high // 2 + 1, key=lambda n: not fits(n)) - 1
 
 
+def rows_json(rows: Sequence[Row], facts: dict[str, Any]) -> dict[str, Any]:
+    """All rows and the facts that they share, as plain numbers and strings."""
+    return {**facts, "rows": [dataclasses.asdict(row) for row in rows]}
+
+
 def write_json(rows: Sequence[Row], facts: dict[str, Any], path: Path) -> None:
     """Writes all rows and the facts that they share."""
-    path.write_text(json.dumps({**facts, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1) + "\n")
+    path.write_text(json.dumps(rows_json(rows, facts), indent=1) + "\n")
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:

@@ -3,6 +3,7 @@
 from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
 from tsp_jax.tools import cli
+from tsp_jax.tools.planned import plan_training
 from tsp_jax.training import trainer
 
 
@@ -17,7 +18,7 @@ def train(name: str, config: Config, optimizer: cli.Optimizer) -> None:
             f"data.files='' names no text to train the model of init_from={config.init_from} on; "
             "use --data.files 'corpus/**/*.txt', or --data.mixture"
         )
-    trainer.train(config, name, optimizer)
+    trainer.train(plan_training(config, name, optimizer), name, optimizer)
 
 
 def main() -> None:

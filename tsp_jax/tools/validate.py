@@ -20,6 +20,7 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.files import read_json
 from tsp_jax.hardware.targets import parse_target
 from tsp_jax.inspect import Timeline, parse, simulate
+from tsp_jax.plan.budget import usable_bytes
 from tsp_jax.tools import cli
 from tsp_jax.tools.inspect import check_writable
 from tsp_jax.tools.published import (
@@ -33,7 +34,6 @@ from tsp_jax.tools.published import (
     run_flops,
 )
 from tsp_jax.tools.rebuilt import CompiledRun, OutOfMemory, compile_run
-from tsp_jax.tools.sweep import USABLE
 
 WORSE = 1
 """exit code if errors grew over those of the baseline"""
@@ -125,7 +125,7 @@ def _figures(rebuilt: Rebuilt, path: str | Path, timeout_s: float) -> tuple[Comp
     If none fits, the last one counts. A program that the compiler refuses for its memory is compiled with two smaller
     numbers of layers: layers are alike, so that every figure is a line in their number.
     """
-    memory = USABLE * parse_target(rebuilt.target).hardware.memory_bytes / 1e9
+    memory = usable_bytes(parse_target(rebuilt.target).hardware).usable_bytes / 1e9
     for remat in rebuilt.remats:
         try:
             compiled = compile_run(path, rebuilt, remat, timeout_s)

@@ -17,8 +17,8 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import parse_target, use_target
 from tsp_jax.inspect.expect import broken, parse_expectations
 from tsp_jax.layout import get_layout
+from tsp_jax.plan.compile import compile_step, place_on
 from tsp_jax.tools.cli import load_config
-from tsp_jax.tools.compile import compile_step, place_on
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
 

@@ -5,12 +5,27 @@ links with slow links. Two layouts whose bands overlap may still have a certain 
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from tsp_jax.hardware.rates import SCENARIOS
-from tsp_jax.tools.sweep import Row
 
 _TYPICAL = next(iter(SCENARIOS))
+
+
+class Row(Protocol):
+    """A layout at one sequence length."""
+
+    @property
+    def layout(self) -> str: ...
+    @property
+    def seq_len(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def scenario_steps_s(self) -> Mapping[str, float]:
+        """Name in `SCENARIOS` -> seconds of a step; empty if there are no figures."""
+        ...
 
 
 def turns(rows: Sequence[Row]) -> list[str]:

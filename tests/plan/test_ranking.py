@@ -1,7 +1,7 @@
 """Which layouts turn within the bands of the rates: constructed rows, with known answers."""
 
 from tsp_jax.hardware.rates import SCENARIOS
-from tsp_jax.tools.ranking import turns
+from tsp_jax.plan.ranking import turns
 from tsp_jax.tools.sweep import Row
 
 

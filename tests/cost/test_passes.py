@@ -1,0 +1,97 @@
+"""Passes receive the bytes, and execute the operations, of the other closed forms."""
+
+import dataclasses
+from collections import defaultdict
+
+import pytest
+
+from tests.builders.arrays import LAYOUT_CASES, MIX, UNUSUAL_CASES
+from tests.builders.steps import CONFIG
+from tsp_jax.config import Config, LoraConfig
+from tsp_jax.cost.flops import step_flops
+from tsp_jax.cost.passes import step_passes
+from tsp_jax.cost.training import step_traffic
+from tsp_jax.layout import num_ranks
+
+CASES = LAYOUT_CASES | {"mix4_2": (MIX, {"model": 4, "tsp": 2}), **UNUSUAL_CASES}
+SPARSE = dataclasses.replace(CONFIG.model, num_heads=9, num_kv_heads=3)
+"""heads that eight ranks cannot share evenly"""
+
+
+def on(case: str, config: Config):
+    """(the configuration with a batch that fits, layout, sizes of its mesh)."""
+    layout, sizes = CASES[case]
+    sizes = {name: sizes.get(name, 1) for name in layout.axis_names}
+    batch = max(config.batch, num_ranks(layout.batch, sizes))
+    return dataclasses.replace(config, batch=batch), layout, sizes
+
+
+def moved(config: Config, movement: str) -> Config:
+    names = ("attention_movement", "mlp_movement", "vocab_movement")
+    return dataclasses.replace(config, stream=dataclasses.replace(config.stream, **dict.fromkeys(names, movement)))
+
+
+def check(config: Config, case: str) -> None:
+    config, layout, sizes = on(case, config)
+    found = defaultdict(float)
+    for block in step_passes(config, layout, sizes):
+        for part in block.passes:
+            for message in part.messages:
+                found[part.op, message.kind] += block.times * message.bytes
+    expected = {
+        (op, kind): nbytes
+        for op, kinds in step_traffic(config, layout, sizes).items()
+        for kind, nbytes in kinds.items()
+        if nbytes
+    }
+    assert dict(found) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("remat", ["none", "full", "save_attention", "offload"])
+def test_passes_receive_the_traffic_of_a_step(case, remat):
+    check(dataclasses.replace(CONFIG, remat=remat), case)
+
+
+@pytest.mark.parametrize("case", ["tsp8", "tsp3", "mix2_4", "two_level2_4"])
+@pytest.mark.parametrize("remat", ["none", "full", "save_attention"])
+@pytest.mark.parametrize("model", [CONFIG.model, SPARSE], ids=["even", "sparse"])
+def test_passes_receive_the_traffic_of_moved_tokens(case, remat, model):
+    check(dataclasses.replace(moved(CONFIG, "activations"), remat=remat, model=model), case)
+
+
+@pytest.mark.parametrize("case", ["tsp4", "tp4_sp2", "tp8"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"norms": "both"},
+        {"window": 5},
+        {"window": 9, "layer_kinds": ("sliding", "full")},
+        {"num_heads": 9, "num_kv_heads": 3},
+        {"vocab_size": 187, "d_ff": 185},
+    ],
+    ids=str,
+)
+def test_passes_receive_the_traffic_of_other_models(case, change):
+    check(dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **change)), case)
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), ("down",), ("q", "k", "v", "o", "gate", "up", "down")])
+def test_passes_with_adapters_send_no_gradients_of_frozen_weights(targets):
+    check(dataclasses.replace(CONFIG, lora=LoraConfig(rank=2, targets=targets)), "tsp8")
+
+
+@pytest.mark.parametrize(("case", "ranks"), [("tsp8", 8), ("tp8", 8), ("tp2_sp4", 8), ("single", 1), ("fsdp_cp8", 8)])
+@pytest.mark.parametrize("remat", ["none", "full", "save_attention"])
+def test_passes_execute_the_products_of_a_step(case, ranks, remat):
+    config, layout, sizes = on(case, dataclasses.replace(CONFIG, remat=remat))
+    found = defaultdict(float)
+    for block in step_passes(config, layout, sizes):
+        for part in block.passes:
+            op = "projections" if part.op == "attention" else part.op
+            found[op] += block.times * sum(2 * p.m * p.n * p.k * p.times for p in part.products)
+            if part.attend:
+                found["attention"] += block.times * 2 * part.attend.pairs * (5 if part.attend.backward else 2)
+    expected = step_flops(config)
+    for op, flops in expected.items():
+        assert found[op] * ranks == pytest.approx(flops, rel=1e-9), op

@@ -1,0 +1,101 @@
+"""Closed-form estimates of steps."""
+
+import dataclasses
+import re
+
+import pytest
+
+from tests.builders.steps import CONFIG
+from tsp_jax.config import Config, ModelConfig
+from tsp_jax.cost.memory import step_memory
+from tsp_jax.cost.training import step_traffic
+from tsp_jax.errors import ConfigError
+from tsp_jax.hardware.rates import SCENARIOS
+from tsp_jax.hardware.targets import parse_target
+from tsp_jax.layout import get_layout
+from tsp_jax.plan.estimate import estimate, kernel_of
+
+LLAMA = dataclasses.replace(
+    CONFIG,
+    model=ModelConfig(
+        vocab_size=32000, d_model=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, d_ff=16384
+    ),
+    seq_len=131072, compute_dtype="bfloat16", grad_dtype="bfloat16", mesh="", remat="save_attention",
+    stream=dataclasses.replace(CONFIG.stream, bucket_mib=64.0),
+)  # fmt: skip
+MI300X = parse_target("mi300x:8")
+
+
+def on(config: Config = LLAMA, target: str = "mi300x:8", **changes):
+    return estimate(dataclasses.replace(config, **changes), parse_target(target))
+
+
+def test_terms_add_up_to_the_step_and_parts_to_the_peak():
+    found, sizes = on(), {"data": 1, "tsp": 8}
+    assert set(found.scenarios) == set(SCENARIOS)
+    assert found.step_s == sum(found.seconds.values()) == found.band.typical
+    assert found.band.low < found.band.typical < found.band.high
+    assert found.memory == step_memory(LLAMA, get_layout("tsp"), sizes)
+    assert found.peak_bytes == sum(found.memory.values())
+    traffic = step_traffic(LLAMA, get_layout("tsp"), sizes)
+    assert found.received_bytes == pytest.approx(sum(n for kinds in traffic.values() for n in kinds.values()))
+
+
+def test_micro_batches_repeat_all_but_the_update():
+    once, twice = on(batch=2, accumulate=1), on(batch=4, accumulate=2)
+    assert twice.received_bytes == pytest.approx(2 * once.received_bytes)
+    assert twice.seconds["attention"] == pytest.approx(2 * once.seconds["attention"])
+    assert twice.seconds["optimizer"] < 2 * once.seconds["optimizer"]
+
+
+def test_a_bucket_can_be_too_small_and_too_large():
+    """Small buckets cost a message and a slower product each. The first of large ones is exposed for longer."""
+
+    def step_s(bucket_mib: float) -> float:
+        return on(stream=dataclasses.replace(LLAMA.stream, bucket_mib=bucket_mib)).step_s
+
+    assert step_s(256.0) < step_s(64.0) < step_s(4.0)
+    assert step_s(256.0) < step_s(4096.0)
+
+
+def test_fixed_costs_are_exposed_where_sequences_are_short():
+    def exposed(seq_len: int) -> float:
+        found = on(seq_len=seq_len)
+        return sum(s for name, s in found.seconds.items() if name.startswith("exposed")) / found.step_s
+
+    assert exposed(2048) > 0.3
+    assert exposed(131072) < 0.01
+
+
+def test_every_collective_waits_on_tpus():
+    found = on(target="v5p:8")
+    assert found.seconds.get("contention", 0.0) == 0
+    assert sum(s for name, s in found.seconds.items() if name.startswith("exposed")) > 0.05 * found.step_s
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel", "products"),
+    [
+        ("mi300x:8", "triton", 7),
+        ("mi355x:8", "triton", 7),
+        ("h100:8", "cudnn", 5),
+        ("v5p:8", "tpu", 5),
+        ("cpu:8", "xla", 5),
+    ],
+)
+def test_the_kernel_is_that_of_the_devices(target, kernel, products):
+    assert kernel_of(LLAMA, parse_target(target).hardware) == (kernel, products)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"mesh": "model=8"}, "has no axis 'model'"),
+        ({"mesh": "data=1,tsp=4"}, "mesh=data=1,tsp=4 has 4 devices, target=mi300x:8; use --target mi300x:4"),
+        ({"layout": "dp"}, "batch=1 is not divisible by 8 over data; use 8"),
+    ],
+    ids=["axis", "devices", "batch"],
+)
+def test_what_does_not_fit_the_target_is_refused(changes, line):
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        on(**changes)

@@ -1,0 +1,32 @@
+"""Which buffers of a compiled program make it differ from the closed form."""
+
+import dataclasses
+
+import pytest
+
+from tests.builders.steps import CONFIG, CPU, train_step
+from tsp_jax.plan.estimate import estimate
+from tsp_jax.plan.explain import explain
+
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
+
+def test_every_buffer_of_the_peak_belongs_to_one_part():
+    report, found = train_step().report(), explain(estimate(CONFIG, CPU), train_step().report())
+    assert sum(each.compiled for each in found) == report.peak.bytes
+    assert len({each.part for each in found}) == len(found)
+    assert [abs(each.compiled - each.closed_form) for each in found] == sorted(
+        (abs(each.compiled - each.closed_form) for each in found), reverse=True
+    )
+
+
+def test_a_part_names_its_largest_buffers():
+    state = next(each for each in explain(estimate(CONFIG, CPU), train_step().report()) if each.part == "state")
+    assert state.compiled == pytest.approx(state.closed_form, rel=0.05), "norms are not in the closed form"
+    assert "state: 0.000 GB by the closed form" in str(state) and "state.params" in str(state)
+
+
+def test_a_form_that_forgets_moments_differs_in_the_state():
+    half = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, name="lion"))
+    state = next(each for each in explain(estimate(half, CPU), train_step().report()) if each.part == "state")
+    assert state.compiled > 1.4 * state.closed_form

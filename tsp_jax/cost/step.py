@@ -1,0 +1,97 @@
+"""A configuration on a mesh, as the closed forms see it: each op's sharding, movement and buckets."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from tsp_jax.config import Config
+from tsp_jax.cost.traffic import (
+    OpSharding,
+    Traffic,
+    attention_may_move_tokens,
+    choose_movement,
+    embed_traffic,
+    layers_attention_traffic,
+    loss_traffic,
+    mlp_traffic,
+    repeats_mlp,
+)
+from tsp_jax.heads import HeadSharding
+from tsp_jax.layout import Layout, num_ranks
+from tsp_jax.stored import RowPadding
+
+OPS = "attention", "mlp", "embed", "loss"
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+"""bytes of an element"""
+
+
+class Step:
+    """A configuration on a mesh: each op's sharding and movement. Rows are counted as stored, padding included."""
+
+    def __init__(self, config: Config, layout: Layout, sizes: Mapping[str, int]):
+        model, self.config, self.layout, self.sizes = config.model, config, layout, sizes
+        self.itemsize, self.grad_itemsize = ITEMSIZE[config.compute_dtype], ITEMSIZE[config.stream.grad_dtype]
+        self.bucket_bytes = config.stream.bucket_mib * 2**20
+        self.sharding = self.sharding_of("heads")
+        self.heads = HeadSharding.of(layout, sizes, model.num_heads, model.num_kv_heads, model.head_dim)
+        self.d_ff = RowPadding.over(model.d_ff, num_ranks(layout.mlp, sizes)).stored
+        self.vocab_size = RowPadding.over(model.vocab_size, num_ranks(layout.vocab, sizes)).stored
+
+    def sharding_of(self, dim: str) -> OpSharding:
+        batch = self.config.batch // self.config.accumulate
+        return OpSharding.of(
+            self.layout, self.sizes, dim, batch=batch, seq_len=self.config.seq_len,
+            itemsize=self.itemsize, grad_itemsize=self.grad_itemsize,
+        )  # fmt: skip
+
+    def ops(self) -> dict[str, tuple[str, Callable[..., Traffic]]]:
+        """Op -> (its movement, a function that gives its traffic from a movement and `forward`).
+
+        Attention's traffic is that of all layers, the MLP's that of one.
+        """
+        stream, model, vocab = self.config.stream, self.config.model, self.sharding_of("vocab")
+        attention = partial(
+            layers_attention_traffic, self.sharding, heads=self.heads, d_model=model.d_model, windows=model.windows,
+            token_order=self.config.data.order, remat=self.config.remat,
+        )  # fmt: skip
+        mlp = partial(mlp_traffic, self.sharding_of("mlp"), d_model=model.d_model, d_ff=self.d_ff)
+        mlp = partial(mlp, repeated=repeats_mlp(model.norms != "pre", self.config.remat))
+        table = {"d_model": model.d_model, "vocab_size": self.vocab_size}
+        functions: dict[str, tuple[str, Callable[..., Traffic]]] = {
+            "attention": (stream.attention_movement, attention),
+            "mlp": (stream.mlp_movement, mlp),
+            "embed": (stream.vocab_movement, partial(embed_traffic, vocab, **table)),
+            "loss": (stream.vocab_movement, partial(loss_traffic, vocab, **table)),
+        }
+        may_move = dict.fromkeys(functions, True)
+        may_move["attention"] = attention_may_move_tokens(self.layout.axes("heads"), self.heads)
+        return {
+            op: (
+                "gather" if self.layout.whole_weights else choose_movement(movement, traffic, may_move[op]),
+                traffic,
+            )
+            for op, (movement, traffic) in functions.items()
+        }
+
+    def adapters(self) -> tuple[float, float]:
+        """Elements per device: (of the adapters of all layers, of the weights of one layer that have adapters)."""
+        model, (query_rows, kv_rows) = self.config.model, self.heads.stored
+        rows = {"q": query_rows, "o": query_rows, "k": kv_rows, "v": kv_rows}
+        own = [
+            rows[name] / num_ranks(self.layout.heads, self.sizes) if name in rows
+            else self.d_ff / num_ranks(self.layout.mlp, self.sizes)
+            for name in self.config.lora.targets
+        ]  # fmt: skip
+        factors = self.config.lora.rank * (sum(own) + len(own) * model.d_model)
+        return model.num_layers * factors, sum(own) * model.d_model
+
+    def bucket_elements(self) -> float:
+        """Elements of the largest bucket of weights, before tensor axes shard it."""
+        model, heads, sharding, bucket_bytes = self.config.model, self.heads, self.sharding, self.bucket_bytes
+        query_rows, kv_rows = heads.stored
+        sizes = query_rows, 2 * kv_rows, 3 * self.d_ff
+        if self.layout.whole_weights:
+            return max(sizes) * model.d_model
+        rows = self.d_ff // num_ranks(self.layout.mlp, self.sizes)
+        mlp_buckets = sharding.weight_buckets(rows, 3 * self.d_ff * model.d_model, bucket_bytes)
+        counts = *sharding.head_buckets(heads, model.d_model, bucket_bytes), mlp_buckets
+        return max(size / count for size, count in zip(sizes, counts, strict=True)) * model.d_model

@@ -5,7 +5,6 @@ import math
 
 import jax
 import pytest
-from tsp_jax.tools.compile import compile_step
 
 from tests.builders.arrays import LAYOUT_CASES
 from tests.builders.targets import needs_compiler
@@ -13,6 +12,7 @@ from tsp_jax.config import Config, ModelConfig, OptimizerConfig, OptimizerName
 from tsp_jax.cost.memory import memory_moments, step_memory
 from tsp_jax.hardware.targets import parse_target
 from tsp_jax.layout import get_layout, parse_mesh, place
+from tsp_jax.plan.compile import compile_step
 from tsp_jax.training.step import make_program
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")

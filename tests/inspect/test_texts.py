@@ -16,7 +16,7 @@ from tsp_jax.inspect.unknown import unknown_figures
 def figures(text):
     found = inspect.report(text).to_json()
     for collective in found["collectives"]:
-        del collective["scope"]
+        del collective["scope"], collective["label"]
     return found["memory"] and found["memory"]["peak_bytes"], found["flops"], found["collectives"]
 
 

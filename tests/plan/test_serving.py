@@ -11,7 +11,7 @@ from tsp_jax.hardware.targets import parse_target
 from tsp_jax.plan.compile import place_step
 from tsp_jax.plan.compiled import Compiled, Refused
 from tsp_jax.plan.serving import choose_serving
-from tsp_jax.plan.worker import _answer
+from tsp_jax.plan.worker import compile_row
 
 MODEL = CONFIG.model
 LARGE = dataclasses.replace(MODEL, d_model=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, d_ff=14336)
@@ -64,7 +64,7 @@ def test_compiled_figures_decide():
 @pytest.mark.usefixtures("optax_promotes")
 def test_finalists_compile():
     def compile(jobs):
-        return [Compiled(**answer["row"]) for answer in (_answer(job, CPU) for job in jobs)]
+        return [Compiled(**answer["row"]) for answer in (compile_row(job, CPU) for job in jobs)]
 
     (way,) = choose_serving(MODEL, 64, 1, CPU, finalists=1, dtype="float32", compile=compile)
     assert way.is_compiled and way.decode_s > 0 and way.chunk == 64

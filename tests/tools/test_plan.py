@@ -45,7 +45,7 @@ def test_plan_script(tmp_path):
     assert (config.seq_len, config.batch, config.model.num_layers, config.cpu_devices) == (64, 1, 1, 8)
     assert place_on(config, parse_target("cpu:8")).mesh.size == 8
     assert content["command"] in done.stdout and content["command"].endswith("train.py out.py")
-    assert "Longest context of each layout" in done.stdout and (tmp_path / "o.png").stat().st_size > 5000
+    assert "Longest context of each layout" in done.stdout and (tmp_path / "out.png").stat().st_size > 5000
 
 
 def main(monkeypatch, *arguments: str) -> None:

@@ -31,8 +31,8 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> Par
 def memory_moments(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, Parts]:
     """Moment -> what a device holds then.
 
-    Moments: `loss` (its backward), `mlp` and `attention` and `projections` (those of a layer's backward), `embed` (its
-    backward, after all layers), `update` (the optimizer's).
+    Moments: `loss` (forward or backward); `mlp`, `attention` and `projections` of a layer's backward; `embed`, its
+    backward after all layers; `update`, the optimizer's.
     """
     return _Memory(config, layout, sizes).moments()
 
@@ -172,9 +172,11 @@ class _Memory:
         wide = self.tokens * self.model.d_model * FLOAT32  # a gradient that buckets or chunks add to
         mlp = self.mlp
         dx = self.activation if mlp.buckets == 1 or self._moves_tokens(mlp) else wide
+        before = self.state(), self.layers(backward=False)
+        at_loss = [_added(*before, self._at_loss(wide, backward)) for backward in (False, True)]
         chunks = 2 * mlp.chunk * self.model.d_model * self.item * (mlp.chunk < self.tokens)
         return {
-            "loss": _added(self.state(), self.layers(backward=False), self._at_loss(wide)),
+            "loss": max(at_loss, key=lambda parts: sum(parts.values())),
             # x, its norm and dy
             "mlp": _added(during, {
                 "activations": (3 + norms) * self.activation + dx + chunks, "products": self.products(mlp),
@@ -212,16 +214,17 @@ class _Memory:
         number = 0 if self.config.lora.rank else 3 if self.model.tie_embeddings else 2
         return {"gradients": number * self.table * FLOAT32}
 
-    def _at_loss(self, wide: float) -> Parts:
+    def _at_loss(self, wide: float, backward: bool) -> Parts:
         part, width = self.loss, self.model.d_model
         logits, moves = part.chunk * part.rows, self._moves_tokens(part)
-        # The logits of two buckets of tokens; else of one chunk, and their gradients in the compute dtype.
-        logits *= 2 * FLOAT32 if moves else FLOAT32 + self.item
+        # In forward those of two buckets, where tokens move. In backward their gradients, in the compute dtype, too.
+        logits *= FLOAT32 + self.item if backward else FLOAT32 * (1 + moves)
         weights = min(2, 1 if moves else part.buckets) * part.rows * width * self.item
+        dx = (self.activation if moves else wide) * backward
+        trained = backward and not self.config.lora.rank
         return {
-            "activations": 2 * self.activation + wide + 3 * part.chunk * width * self.item * moves,
-            "logits": logits, "weights": weights,
-            "gradients": 0.0 if self.config.lora.rank else self.table * FLOAT32,
+            "activations": 2 * self.activation + dx + (3 + backward) * part.chunk * width * self.item * moves,
+            "logits": logits, "weights": weights, "gradients": self.table * FLOAT32 * trained,
         }  # fmt: skip
 
     def _merged(self) -> float:

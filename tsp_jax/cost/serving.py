@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from tsp_jax.config import Config
 from tsp_jax.cost.step import ITEMSIZE, Step
-from tsp_jax.cost.traffic import INT32, num_buckets
+from tsp_jax.cost.traffic import INT32
 from tsp_jax.heads import HeadSharding
 from tsp_jax.layout import Layout, num_ranks
 from tsp_jax.stored import RowPadding
@@ -77,33 +77,30 @@ def _attention(config: Config, s: _Serving) -> dict[str, float]:
 def serving_memory(
     config: Config, layout: Layout, sizes: Mapping[str, int], *, chunk: int = 0
 ) -> dict[str, float]:  # fmt: skip
-    """Peak bytes per device, by part, while a chunk of `chunk` tokens of each sequence is prefilled; 0: of decode.
+    """Peak bytes per device, by part, while `chunk` tokens of each sequence are prefilled; with 0, of a decode step.
 
-    Parts: `weights` in the compute dtype; `cache` of `config.seq_len` tokens a sequence, with the positions of its
-    entries; `activations`: [B, t, D] of the chunk three times, its queries, keys and values, outputs, and the MLP's
-    products; `keys_values`: of a bucket of KV heads, of all ranks, twice (only prefill gathers them); `buckets`: two
-    buckets of weights; `logits`.
+    Parts: `weights` in the compute dtype; `cache` of `config.seq_len` tokens a sequence, with its entries' positions;
+    `cache_copy`, in the order of dims in which prefill's loop over layers keeps all of it, or the keys and values of
+    one layer that decode reads; `keys_values`, of a chunk of all ranks; `activations`, of attention or of the MLP;
+    `buckets` of weights; `logits`. Counted in two programs for MI300X (jax 0.10.2; benchmarks/closed_forms.md).
     """
     s, model, step = _Serving(config, layout, sizes), config.model, Step(config, layout, sizes)
-    shards = s.folded * s.tensor
+    shards, heads = s.folded * s.tensor, s.heads.shard
     vocab = RowPadding.over(model.vocab_size, num_ranks(layout.vocab, sizes)).stored
     tables = vocab * model.d_model / num_ranks(layout.vocab, sizes) * (1 if model.tie_embeddings else 2)
     layers = model.num_layers * (2 * sum(s.heads.stored) + 3 * step.d_ff) * model.d_model / shards
-    heads, tokens = s.heads.shard, s.batch * chunk / s.sequence if chunk else s.decoded
-    rows = (2 * heads.query + 2 * heads.kv) * heads.dim + 3 * model.d_model
-    hidden = step.d_ff / s.tensor if chunk else step.d_ff / shards
-    product = min(3 * tokens * hidden * FLOAT32, 6 * step.bucket_bytes) if chunk else 3 * tokens * hidden * FLOAT32
-    gathered = 0.0
-    if chunk:
-        exchanged = 2 * s.batch * config.seq_len * heads.kv * heads.dim * s.item
-        buckets = num_buckets(heads.kv, exchanged, step.bucket_bytes)
-        gathered = 2 * exchanged / buckets
+    tokens = s.batch * chunk / s.sequence if chunk else s.decoded
+    queries, hidden = heads.query * heads.dim, step.d_ff / (s.tensor if chunk else shards)
+    attention = tokens * (2 * (model.d_model + queries) * s.item + queries * FLOAT32)
+    mlp = tokens * model.d_model * (2 * s.item + FLOAT32) + min(3 * tokens * hidden * FLOAT32, 6 * step.bucket_bytes)
+    cache = cache_bytes(config, layout, sizes)
     return {
         "weights": (layers + tables) * s.item,
-        "cache": cache_bytes(config, layout, sizes) + s.batch * config.seq_len * INT32,
-        "activations": tokens * rows * s.item + product,
-        "keys_values": gathered,
-        "buckets": 2 * step.bucket_elements() / s.tensor * s.item if chunk else 0.0,
+        "cache": cache + s.batch * config.seq_len / s.sequence * INT32,
+        "cache_copy": cache if chunk else cache / model.num_layers,
+        "keys_values": 2 * s.batch * chunk * heads.kv * heads.dim * s.item,
+        "activations": max(attention, mlp),
+        "buckets": 2 * step.bucket_elements() / s.tensor * s.item if chunk and mlp > attention else 0.0,
         "logits": 2 * s.decoded * vocab * FLOAT32,
     }
 

@@ -122,7 +122,7 @@ def row_of(step: CompiledStep) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def answer(job: tuple[Any, ...], target: Target) -> dict[str, Any]:
+def compile_row(job: tuple[Any, ...], target: Target) -> dict[str, Any]:
     config, step, chunk = job
     config = dataclasses.replace(config, cpu_devices=0)
     try:
@@ -146,7 +146,7 @@ def main() -> None:
             job = pickle.load(requests)
         except EOFError:
             return
-        answers.write(json.dumps(answer(job, target)).encode() + b"\n")
+        answers.write(json.dumps(compile_row(job, target)).encode() + b"\n")
         answers.flush()
 
 

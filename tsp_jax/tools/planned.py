@@ -19,7 +19,7 @@ from tsp_jax.plan.compiled import Compiled, Job, Refused
 from tsp_jax.plan.search import Minimise
 from tsp_jax.plan.serving import Serving, choose_serving
 from tsp_jax.plan.space import FIELDS, Choice
-from tsp_jax.plan.worker import answer
+from tsp_jax.plan.worker import compile_row
 from tsp_jax.training.optimizer import Optimizer
 from tsp_jax.training.saved_run import is_run, read_run
 
@@ -151,5 +151,5 @@ def _recorded(config: Config, num_devices: int) -> Config | None:
 
 def _compile_here(jobs: Sequence[Job], target: Target) -> list[Compiled | Refused]:
     """Compiles in this process: others could not use its devices."""
-    rows = [answer(job, target) for job in jobs]
+    rows = [compile_row(job, target) for job in jobs]
     return [Refused(row["refused"]) if "refused" in row else Compiled(**row["row"]) for row in rows]

@@ -10,9 +10,12 @@ memory, lifetimes, peak, memory_curve                memory
 flops, roofline, schedule, queues, timeline          cost of instructions, and the simulation
 trace, outline                                       the timeline as a file, and as a tree that can be drawn
 program_report, unknown, render, expect, units       the report, what it lacks, printing it, checks on it
+bottleneck                                           simulations with one thing changed: what would shorten a step
+totals, report_json, diff, render_diff               two programs side by side
 compile_for, abstract, refusals                      compiling a user's function; its arguments; what goes wrong
 """
 
+from tsp_jax.inspect.bottleneck import Bottleneck, Bottlenecks, find_bottlenecks
 from tsp_jax.inspect.collectives import Collective, Total, list_collectives, total_by_op
 from tsp_jax.inspect.compile_for import CompiledFunction, compile_for, target_mesh
 from tsp_jax.inspect.groups import replica_groups
@@ -27,8 +30,9 @@ from tsp_jax.inspect.timeline import Timeline, simulate
 from tsp_jax.inspect.trace import write_trace
 
 __all__ = [
-    "Buffer", "Collective", "CompiledFunction", "Computation", "FullWeight", "Instruction", "LiveBuffer", "Memory",
-    "Module", "Peak", "Report", "Shape", "Timeline", "Total", "compile_for", "compiled_memory", "find_peak",
+    "Bottleneck", "Bottlenecks", "Buffer", "Collective", "CompiledFunction", "Computation", "FullWeight",
+    "Instruction", "LiveBuffer", "Memory", "Module", "Peak", "Report", "Shape", "Timeline", "Total", "compile_for",
+    "compiled_memory", "find_bottlenecks", "find_peak",
     "largest_buffers", "leaves", "list_buffers", "list_collectives", "nbytes", "parse", "replica_groups", "report",
     "simulate", "target_mesh", "total_by_op", "write_trace",
 ]  # fmt: skip

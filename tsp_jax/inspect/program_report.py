@@ -1,12 +1,14 @@
 """Report on one compiled program: its memory, its communication and a simulated timeline."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import HARDWARE, Hardware
 from tsp_jax.hardware.targets import Target, parse_target
+from tsp_jax.inspect.bottleneck import Bottleneck, Bottlenecks, find_bottlenecks
 from tsp_jax.inspect.collectives import Collective, list_collectives
 from tsp_jax.inspect.flops import total_flops
 from tsp_jax.inspect.memory import Memory, compiled_memory, program_constants
@@ -16,7 +18,8 @@ from tsp_jax.inspect.parser import parse
 from tsp_jax.inspect.peak import Peak, find_peak
 from tsp_jax.inspect.platforms import check_devices, check_platform, hardware_of, platform_assumption, platforms_of_text
 from tsp_jax.inspect.scopes import readable_scope
-from tsp_jax.inspect.timeline import Timeline, Times, simulate
+from tsp_jax.inspect.timeline import TaskTotal, Timeline, Times, simulate
+from tsp_jax.inspect.totals import total_buffers, total_scopes
 from tsp_jax.inspect.unknown import unknown_figures
 
 _LISTED = 100
@@ -59,6 +62,17 @@ class Report:
     full_weights: tuple[FullWeight, ...] = ()
     unknown: dict[str, str] = dataclasses.field(default_factory=dict)
     """figure -> why the text does not tell it in full, and what counts instead"""
+    remedy: Callable[[Bottleneck], str] = lambda found: found.remedy
+    """what to do about a bottleneck; the default is in general words"""
+
+    @functools.cached_property
+    def bottlenecks(self) -> Bottlenecks | None:
+        """What would shorten the step most, simulated when first asked for; None without a timeline."""
+        if self.timeline is None:
+            return None
+        result = find_bottlenecks(self.timeline)
+        found = tuple(dataclasses.replace(each, remedy=self.remedy(each)) for each in result.found)
+        return dataclasses.replace(result, found=found)
 
     @property
     def missing(self) -> str:
@@ -104,6 +118,7 @@ class Report:
             "flops": self.flops, "shardings": self.shardings,
             "collectives": [self._collective_json(c) for c in self.collectives],
             "timeline": self._timeline_json(), "unknown": self.unknown,
+            "bottlenecks": self.bottlenecks.to_json() if self.bottlenecks else None,
         }  # fmt: skip
 
     def _device_json(self) -> dict[str, Any] | None:
@@ -117,14 +132,20 @@ class Report:
             **compiled, "peak_bytes": self.peak_bytes, "live_peak_bytes": peak.bytes, "host_bytes": peak.host_bytes,
             "by_kind": dict(peak.by_kind), "peak_at": peak.at,
             "largest": [dataclasses.asdict(b) | {"label": readable_scope(b.scope)} for b in peak.buffers[:_LISTED]],
-            "curve": dataclasses.asdict(peak.curve),
+            "curve": dataclasses.asdict(peak.curve), "buffers": total_buffers(peak.buffers),
         }  # fmt: skip
 
     def _collective_json(self, c: Collective) -> dict[str, Any]:
         names = ("op", "axis", "scope", "count", "bytes", "is_async", "dtype", "name", "total_bytes")
+        total = self._collective_totals.get(c.name)
         return {name: getattr(c, name) for name in names} | {
-            "hidden_fraction": self.hidden_fraction(c), "label": readable_scope(c.scope)
+            "hidden_fraction": self.hidden_fraction(c), "label": readable_scope(c.scope),
+            "seconds": total.seconds if total else None, "exposed_s": total.exposed_s if total else None,
         }  # fmt: skip
+
+    @functools.cached_property
+    def _collective_totals(self) -> dict[str, TaskTotal]:
+        return {total.task.name: total for total in self.timeline.collectives} if self.timeline else {}
 
     def _timeline_json(self) -> dict[str, Any] | None:
         if self.timeline is None:
@@ -135,6 +156,7 @@ class Report:
             "scenarios": {name: dataclasses.asdict(times) for name, times in self.timeline.scenarios.items()},
             "exposed_fraction": self.exposed_fraction,
             "by_scope": self.timeline.by_scope,
+            "scopes": total_scopes(self.timeline),
             "assumptions": list(self.timeline.assumptions),
             "outline": outline(self.timeline.outline),
         }

@@ -114,6 +114,8 @@ class Simulation:
         """Ends the program: it lasts until all work that it started has ended."""
         for work in list(self.pending):
             self._stall(work)
+        if any(task.hidden for task in self.schedule.tasks.values()):
+            self.now["compute"] = max(self.now.values())
 
     def _start(self, step: Step) -> None:
         begin = max(self.now["compute"], self.now[step.queue])
@@ -164,7 +166,7 @@ class Simulation:
     def _stall(self, work: _Pending) -> None:
         del self.pending[work]
         wait = self._end(work) - self.now["compute"]
-        if wait > 0:
+        if wait > 0 and not self.schedule.tasks[work.task].hidden:
             self._note("compute", self.now["compute"], wait, self.schedule.tasks[work.task], exposed=True)
             self.now["compute"] = self._end(work)
             self.exposed[work.task] += wait
@@ -211,9 +213,9 @@ class Simulation:
         if not self.record:
             return None
         tasks, i = self.schedule.tasks, step.instruction
-        sizes = {key: sum(n * getattr(tasks[name], key) for name, n in runs.items()) for key in ("bytes", "flops")}
+        size, flops = (sum(n * getattr(tasks[name], key) for name, n in runs.items()) for key in ("bytes", "flops"))
         label = self.schedule.label(i)
-        return Task(name=i.name, op="while", scope=i.op_name, label=label, queue="compute", seconds=seconds, **sizes)
+        return Task(i.name, "while", i.op_name, label, "compute", seconds, size, flops)
 
     def _shift(self, seconds: float) -> None:
         self.now = {queue: time + seconds for queue, time in self.now.items()}

@@ -22,6 +22,7 @@ def show(report: Report, out: Console, *, largest: int = 12) -> None:
         out.print(_traffic(report, largest))
     if report.timeline:
         out.print(_timeline(report))
+        _show_bottlenecks(report, out)
         for line in report.timeline.assumptions:
             out.print(f"  assumed: {line}", style="dim", soft_wrap=True, highlight=False)
     for figure, reason in report.unknown.items():
@@ -44,7 +45,7 @@ _KINDS = {
 }
 
 
-def _table(title: str, *names: str, overflow: Literal["fold", "ellipsis"] = "ellipsis") -> Table:
+def new_table(title: str, *names: str, overflow: Literal["fold", "ellipsis"] = "ellipsis") -> Table:
     """An empty table; a > in the name of a column aligns it right."""
     table = Table(title=title, title_justify="left")
     for name in names:
@@ -54,7 +55,7 @@ def _table(title: str, *names: str, overflow: Literal["fold", "ellipsis"] = "ell
 
 def _memory(report: Report) -> Table:
     source = "compiled" if report.memory else "from the text of the program"
-    table = _table(f"Memory of one device, {source}", "part", ">bytes")
+    table = new_table(f"Memory of one device, {source}", "part", ">bytes")
     if m := report.memory:
         parts = {"arguments": m.argument_bytes, "outputs": m.output_bytes, "aliased": -m.alias_bytes}
         constants = {"constants of the program": m.constant_bytes} if m.constant_bytes else {}
@@ -74,7 +75,7 @@ def _known(report: Report, largest: int) -> Table:
     """What is known about a program that is not scheduled."""
     devices, found = report.module.num_devices, report.shardings
     whole = f"; where it is not partitioned yet, of all {devices} devices" if devices > 1 else ""
-    table = _table("What the text tells", "part", "value", overflow="fold")
+    table = new_table("What the text tells", "part", "value", overflow="fold")
     table.add_row(f"matrix products{whole}", f"{report.flops / 1e15:.6g} PFLOP")
     for name, sharding in list(found.items())[:largest]:
         table.add_row(f"sharding of {name}", sharding)
@@ -87,7 +88,7 @@ def _known(report: Report, largest: int) -> Table:
 
 def _buffers(report: Report, largest: int) -> Table:
     title = f"Largest of {len(report.peak.buffers)} buffers alive at the peak, from the text of the program"
-    table = _table(title, ">bytes", "array", "kind", "made by", "source", overflow="fold")
+    table = new_table(title, ">bytes", "array", "kind", "made by", "source", overflow="fold")
     for b in report.peak.buffers[:largest]:
         source = "/".join(b.source.split("/")[-2:])
         shape = ",".join(map(str, b.shape))
@@ -101,7 +102,7 @@ def _traffic(report: Report, largest: int) -> Table:
     title = f"Communication of one device in a step, compiled: receives {format_bytes(total)}"
     if report.missing:
         title = f"Collectives that the text holds so far: a device receives {format_bytes(total)}"
-    table = _table(title, ">received", "op", "axis", ">count", ">each", "async", ">overlapped", "scope")
+    table = new_table(title, ">received", "op", "axis", ">count", ">each", "async", ">overlapped", "scope")
     found = sorted(report.collectives, key=lambda c: -c.total_bytes)
     for c in found[:largest]:
         hidden = report.hidden_fraction(c)
@@ -118,7 +119,7 @@ def _traffic(report: Report, largest: int) -> Table:
 def _timeline(report: Report) -> Table:
     t = report.timeline
     assert t is not None
-    table = _table("Time of a step, simulated: low to high (typical)", "part", ">time", ">share of the step")
+    table = new_table("Time of a step, simulated: low to high (typical)", "part", ">time", ">share of the step")
     rows = {
         "step": "step_s", "computation": "compute_s",
         "computation is slowed by communication": "contention_s", "communication": "comm_s",
@@ -135,6 +136,20 @@ def _timeline(report: Report) -> Table:
     for scope, value in list(t.by_scope.items())[:8]:
         table.add_row(f"computation of {scope}", format_seconds(value), _share(value, t.step_s))
     return table
+
+
+def _show_bottlenecks(report: Report, out: Console) -> None:
+    found, t = report.bottlenecks, report.timeline
+    assert found is not None and t is not None
+    if found.found:
+        title = "What would shorten the step most, simulated one at a time: low to high (typical)"
+        table = new_table(title, ">shorter by", ">of the step", "if", "mostly", "what may do it", overflow="fold")
+        for each in found.found:
+            share = _share(each.gain_s.typical, t.step_s)
+            table.add_row(format_band(each.gain_s), share, each.what, each.mostly, each.remedy)
+        out.print(table)
+    together = f"{format_seconds(found.together_s)} with all of them; " if len(found.found) > 1 else ""
+    out.print(f"{together}{found.verdict}", soft_wrap=True, highlight=False)
 
 
 def _share(part: float, whole: float) -> str:

@@ -5,7 +5,7 @@ queue issues all work. The other two run what it starts, first in, first out.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 from tsp_jax.hardware.devices import Hardware
@@ -39,6 +39,21 @@ class Task(NamedTuple):
     """per execution: read and written in main memory by a kernel, received by a collective, or moved by a host copy"""
     flops: float = 0.0
     """per execution, of matrix products"""
+    products: tuple[Work, ...] = ()
+    """of a kernel; the longer of `products_s` and `memory_s` is its time"""
+    products_s: float = 0.0
+    memory_s: float = 0.0
+    hidden: bool = False
+    """the compute queue never waits for the task, which takes its time on its own queue all the same"""
+
+
+class Change(NamedTuple):
+    """What a simulation takes as different from the program; see `Schedule.changed`."""
+
+    task: Callable[[Task, "Schedule"], Task] = lambda task, _: task
+    """the task as it would be: other `seconds`, or `hidden`"""
+    contention: bool = True
+    """whether computation and communication slow each other"""
 
 
 class _Transfer(NamedTuple):
@@ -76,6 +91,7 @@ class Schedule:
         self._parts_of: dict[str, list[Step]] = {}
         self._labels: dict[tuple[str, str], str] = {}
         self._link_seconds: dict[tuple[str, float, int, str], float] = {}
+        self._transfers: dict[str, _Transfer] = {}
         self._use(Scenario())
         self._callers = {
             name: i
@@ -88,9 +104,17 @@ class Schedule:
         self._collectives = {(c.computation, c.name): c for c in found}
 
     def at(self, scenario: Scenario) -> "Schedule":
-        """The same schedule at other levels of the rates. What does not depend on rates is shared."""
+        """The program's schedule at other levels of the rates. What does not depend on rates is shared."""
         other = copy.copy(self)
         other._use(scenario)
+        return other
+
+    def changed(self, change: Change) -> "Schedule":
+        """The same steps with other tasks: simulating them tells what the program would take with the change."""
+        other = copy.copy(self)
+        other._origin, other._change = self, change
+        other.tasks, other._steps = {}, {}
+        other.contention = self.contention if change.contention else (0.0, 0.0)
         return other
 
     def _use(self, scenario: Scenario) -> None:
@@ -99,6 +123,8 @@ class Schedule:
         self._steps: dict[str, list[Step]] = {}
         self._compute_only: dict[str, bool] = {}
         self._product_seconds: dict[Work, float] = {}
+        self._origin: Schedule | None = None
+        self._change = Change()
         rates, level = self.hardware.rates, scenario.links
         self._memory_rate = rates.memory.bytes_per_s.rate(scenario.compute)
         self._host_rate = rates.host.bytes_per_s.rate(level)
@@ -108,7 +134,9 @@ class Schedule:
     def steps(self, computation: Computation) -> list[Step]:
         """The steps of a computation that take time, in schedule order."""
         name = computation.name
-        if name not in self._steps:
+        if name not in self._steps and self._origin:
+            self._steps[name] = [self._changed(step) for step in self._origin.steps(computation)]
+        elif name not in self._steps:
             if name not in self._parts_of:
                 self._parts_of[name] = [s for i in computation.instructions for s in self._parts(computation, i)]
             self._steps[name] = [self._timed(step) if step.work else step for step in self._parts_of[name]]
@@ -117,21 +145,40 @@ class Schedule:
     def _timed(self, step: Step) -> Step:
         """A step that keeps a queue busy, with its seconds; adds its task to `tasks`."""
         assert step.work
-        task, work = step.work
-        seconds = self._seconds(step.queue, work)
-        self.tasks[task.name] = task._replace(seconds=seconds)
-        return step._replace(seconds=seconds)
+        task = self._timed_task(*step.work)
+        self.tasks[task.name] = task
+        return step._replace(seconds=task.seconds)
 
-    def _seconds(self, queue: Queue, work: Cost | _Transfer) -> float:
+    def _timed_task(self, task: Task, work: Cost | _Transfer) -> Task:
         if isinstance(work, _Transfer):
-            c, level = work.collective, self.scenario.links
-            key = c.op, c.bytes, id(work.groups), level
-            if key not in self._link_seconds:  # programs repeat a few groups many times
-                self._link_seconds[key] = collective_seconds(self.hardware, c.op, c.bytes, work.groups, level)
-            return self._link_seconds[key]
-        if queue == "host":
-            return work.host_bytes / self._host_rate
-        return max(sum(map(self._seconds_of, work.products)), work.bytes / self._memory_rate)
+            return task._replace(seconds=self._transfer_seconds(work, work.collective.bytes))
+        if task.queue == "host":
+            return task._replace(seconds=work.host_bytes / self._host_rate)
+        products_s, memory_s = self.products_seconds(work.products), work.bytes / self._memory_rate
+        seconds = max(products_s, memory_s)
+        return task._replace(seconds=seconds, products=work.products, products_s=products_s, memory_s=memory_s)
+
+    def _changed(self, step: Step) -> Step:
+        task = self._origin.tasks.get(step.task) if self._origin else None
+        if task is None:  # a loop, a branch, a call or a wait
+            return step
+        self.tasks[step.task] = task = self._change.task(task, self)
+        return step._replace(seconds=task.seconds)
+
+    def _transfer_seconds(self, work: _Transfer, received: float) -> float:
+        op, level = work.collective.op, self.scenario.links
+        key = op, received, id(work.groups), level
+        if key not in self._link_seconds:  # programs repeat a few groups many times
+            self._link_seconds[key] = collective_seconds(self.hardware, op, received, work.groups, level)
+        return self._link_seconds[key]
+
+    def fixed_seconds(self, task: Task) -> float:
+        """The part of a collective's time that does not depend on its bytes."""
+        return self._transfer_seconds(self._transfers[task.name], 0.0)
+
+    def products_seconds(self, products: Iterable[Work]) -> float:
+        """Time of matrix products, one after another."""
+        return sum(map(self._seconds_of, products))
 
     def compute_only(self, computation: Computation) -> bool:
         """Whether everything that a computation runs stays on the compute queue."""
@@ -178,7 +225,7 @@ class Schedule:
         for i in instructions:
             c = self._collectives.get((i.computation, i.name))
             if c is not None:
-                work = _Transfer(c, groups_of(self.module, i))
+                self._transfers[i.name] = work = _Transfer(c, groups_of(self.module, i))
                 yield self._busy(kind, i, "links", work, op=c.op, scope=c.scope, bytes=c.bytes, key=key)
 
     def _kernel(self, i: Instruction, kind: _Busy) -> Iterator[Step]:

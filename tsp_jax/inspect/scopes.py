@@ -58,11 +58,25 @@ def readable_scope(op_name: str, callers: Sequence[str] = ()) -> str:
 def _pass(op_name: str, callers: Sequence[str]) -> str:
     for name in (*reversed(callers), op_name):
         if "transpose(" in name:
-            again = any("rematted_computation" in each for each in (op_name, *callers))
+            again = any(map(_recomputes, (op_name, *callers)))
             return "recompute " if again else "backward "
         if "jvp(" in name:
             return "forward "
     return ""
+
+
+def _recomputes(op_name: str) -> bool:
+    """Whether backward recomputes an instruction: by jax.checkpoint, or by a layer's VJP that backward calls."""
+    if "rematted_computation" in op_name:
+        return True
+    parts = op_name.split("/")
+    backward = next((k for k, part in enumerate(parts) if part.startswith("transpose(")), len(parts))
+    for part in parts[backward + 1 :]:
+        if part.startswith("transpose(") or not _ADDED_BY_JAX.fullmatch(part):
+            return False
+        if part.startswith("jvp("):
+            return True
+    return False
 
 
 def declared_trips(loop: Instruction) -> float | None:

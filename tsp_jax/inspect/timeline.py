@@ -75,6 +75,10 @@ class Timeline(Times):
     """events of the simulated iterations of loops; iterations that are alike stand once"""
     events: tuple[Event, ...] = dataclasses.field(default=(), repr=False)
     """events of every iteration, if they were recorded"""
+    host_copies: tuple[TaskTotal, ...] = dataclasses.field(default=(), repr=False)
+    """tasks of the link to the host, the longest first"""
+    schedules: Mapping[str, Schedule] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    """name in `SCENARIOS` -> what was simulated, for simulations with a change"""
 
     def band(self, name: str = "step_s") -> Band:
         """The shortest, the typical and the longest of a time over all scenarios."""
@@ -124,17 +128,27 @@ def simulate(module: Module, hardware: Hardware, *, unknown_trips: Trips = 1, re
     schedule = Schedule(module, hardware, unknown_trips)
     simulation, times, totals = _run(schedule, "all" if record else "outline")
     outline = _run(schedule, "outline")[0].events if record else simulation.events
-    scenarios = {
-        name: times if scenario == schedule.scenario else _run(schedule.at(scenario))[1]
-        for name, scenario in SCENARIOS.items()
-    }
+    schedules = {name: schedule if at == schedule.scenario else schedule.at(at) for name, at in SCENARIOS.items()}
+    scenarios = {name: times if each is schedule else _run(each)[1] for name, each in schedules.items()}
     compute = totals["compute"]
     return Timeline(
         **{field.name: getattr(times, field.name) for field in dataclasses.fields(Times)},
         flops=_flops(compute), kernels=compute, collectives=totals["links"], scenarios=scenarios,
         assumptions=_assumptions(module, schedule, unknown_trips, totals), outline=tuple(outline),
-        events=tuple(simulation.events) if record else (),
+        events=tuple(simulation.events) if record else (), host_copies=totals["host"], schedules=schedules,
     )  # fmt: skip
+
+
+def step_seconds(schedule: Schedule) -> float:
+    """Time of one execution of a schedule, such as one with a change."""
+    return _simulation(schedule).now["compute"]
+
+
+def _simulation(schedule: Schedule, record: Record = "") -> Simulation:
+    simulation = Simulation(schedule, record)
+    simulation.run(schedule.module.entry)
+    simulation.wait_for_all()
+    return simulation
 
 
 Totals = dict[Queue, tuple["TaskTotal", ...]]
@@ -142,9 +156,7 @@ Totals = dict[Queue, tuple["TaskTotal", ...]]
 
 def _run(schedule: Schedule, record: Record = "") -> tuple[Simulation, Times, Totals]:
     """Simulates one execution at the rates of a schedule's scenario."""
-    simulation = Simulation(schedule, record)
-    simulation.run(schedule.module.entry)
-    simulation.wait_for_all()
+    simulation = _simulation(schedule, record)
     totals = _totals(schedule, simulation)
     busy = {queue: sum(total.seconds for total in found) for queue, found in totals.items()}
     exposed = {queue: sum(total.exposed_s for total in found) for queue, found in totals.items()}

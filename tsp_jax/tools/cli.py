@@ -29,6 +29,8 @@ T = TypeVar("T")
 _PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = next(filter(Path.is_dir, [_PACKAGE / "configs", _PACKAGE.parent / "configs"]), _PACKAGE.parent / "configs")
 """folder of configurations: inside an installed package, beside the package in a clone"""
+TEXT_ENDINGS = (".hlo", ".txt", ".hlo.gz", ".txt.gz")
+"""ends of the names of files that hold the text of a compiled program"""
 _HINTS = get_type_hints(Config)
 _OWNERS = {_HINTS[name].__name__: name for name in _HINTS if dataclasses.is_dataclass(_HINTS[name])}
 """name of a class that is a part of Config, such as StreamConfig -> the field that holds it, such as stream"""
@@ -54,7 +56,7 @@ def main(
     """
     arguments = sys.argv[1:]
     with errors_in_a_line(needs_output):
-        if text_command and arguments and arguments[0].endswith((".hlo", ".txt", ".hlo.gz", ".txt.gz")):
+        if text_command and arguments and arguments[0].endswith(TEXT_ENDINGS):
             sys.exit(text_command[0](*first_argument(text_command[1], about=about)))
         name, parsed, optimizer = parse(arguments, options, about=about)
         if isinstance(parsed, Config):

@@ -6,6 +6,7 @@ timeline as a trace.
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ import tyro
 from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.rates_file import read_hardware
-from tsp_jax.hardware.targets import parse_target, standins_note, use_target
+from tsp_jax.hardware.targets import Target, parse_target, standins_note, use_target
 from tsp_jax.inspect import Report, report
 from tsp_jax.inspect.expect import broken, parse_expectations
 from tsp_jax.inspect.render import console, show
@@ -26,6 +27,7 @@ from tsp_jax.plan.compile import Step, compile_step
 from tsp_jax.tools import cli
 from tsp_jax.tools.page import write_page
 from tsp_jax.tools.planned import plan_for
+from tsp_jax.tools.remedies import remedies
 from tsp_jax.training.optimizer import Optimizer
 
 BROKEN = 1
@@ -95,9 +97,23 @@ def check_writable(**files: str) -> None:
 
 def inspect_step(name: str, options: StepOptions, optimizer: Optimizer = None) -> int:
     """Compiles a step and prints a report; returns the exit code."""
-    target = parse_target(options.target, options.outputs.attention_efficiency, options.outputs.hardware)
+    target = target_of(options)
     options.outputs.check()
     check_writable(dump_hlo=options.dump_hlo)
+    found, facts, heading = compile_report(name, options, target, optimizer)
+    title = f"{name}: {options.step} step on {target}"
+    return _finish(found, facts, options.outputs, title, [heading, standins_note()])
+
+
+def target_of(options: StepOptions) -> Target:
+    """The target of a step, with the rates that the options ask for."""
+    return parse_target(options.target, options.outputs.attention_efficiency, options.outputs.hardware)
+
+
+def compile_report(
+    name: str, options: StepOptions, target: Target, optimizer: Optimizer
+) -> tuple[Report, dict[str, Any], str]:
+    """Compiles a step; returns its report, the facts about it for JSON, and a heading."""
     use_target(target)
     with console(stderr=True).status(f"compiling {name} for {target}") as status:
         config = plan_for(options.config, target, name, optimizer, status.update)
@@ -113,25 +129,30 @@ def inspect_step(name: str, options: StepOptions, optimizer: Optimizer = None) -
     if options.dump_hlo:
         Path(options.dump_hlo).write_text(step.compiled.as_text())
     found = step.report(record=bool(options.outputs.trace))
+    found = dataclasses.replace(found, remedy=remedies(config, step.placement, found.collectives))
     if step.model_flops:
         heading += f"; its matrix products are {found.flops / step.model_flops:.2f} x the model's own without padding"
-    title = f"{name}: {options.step} step on {target}"
-    return _finish(found, step.facts(), options.outputs, title, [heading, standins_note()])
+    return found, step.facts(), heading
 
 
 def inspect_text(file: str, options: TextOptions) -> int:
     """Prints a report of a compiled program, whose text is in a file; returns the exit code."""
     options.outputs.check()
-    outputs, target = options.outputs, options.target
+    found, facts = report_text(file, options.target, options.mesh, options.outputs)
+    title = f"{Path(file).name} on {facts['target']}" if facts["target"] else Path(file).name
+    return _finish(found, facts, options.outputs, title, [])
+
+
+def report_text(file: str, target: str, mesh: str, outputs: Outputs) -> tuple[Report, dict[str, Any]]:
+    """Reports on the text in a file; returns the report and the facts about it for JSON."""
     if outputs.hardware and not target:
         target = read_hardware(outputs.hardware).name
     name = target if ":" in target else f"{target}:1"
     hardware = parse_target(name, outputs.attention_efficiency, outputs.hardware).hardware if target else None
     text = read_program(file)
-    axes = parse_sizes(options.mesh) if options.mesh else None
-    found = report(text, target=hardware, mesh_axes=axes, record=bool(options.outputs.trace))
-    title = f"{Path(file).name} on {target}" if target else Path(file).name
-    return _finish(found, {"file": file, "target": target, "mesh": axes}, options.outputs, title, [])
+    axes = parse_sizes(mesh) if mesh else None
+    found = report(text, target=hardware, mesh_axes=axes, record=bool(outputs.trace))
+    return found, {"file": file, "target": target, "mesh": axes}
 
 
 def _finish(
@@ -158,10 +179,15 @@ def _finish(
 
 def main() -> None:
     """Runs the command."""
+    from tsp_jax.tools import difference  # it compares what this module compiles and reads
+
+    if difference.is_asked(sys.argv[1:]):
+        difference.main()
     cli.main(
         inspect_step,
         lambda config: StepOptions(config=config),
         about="Compile a step for hardware that need not be present: its memory, communication and simulated time.\n"
-        "In place of CONFIG, the text of a compiled program may be given: FILE.hlo or FILE.txt, gzipped or not.",
+        "In place of CONFIG, the text of a compiled program may be given: FILE.hlo or FILE.txt, gzipped or not.\n"
+        "Two programs, A B, are compared; each is CONFIG, such a text, or FILE.json, which --json wrote.",
         text_command=(inspect_text, TextOptions()),
     )

@@ -29,6 +29,7 @@ import itertools
 import re
 from collections import defaultdict
 
+from tsp_jax.inspect.collection import paused_collection
 from tsp_jax.inspect.instructions import Instruction
 from tsp_jax.inspect.lifetimes import Value, Values, Walk, fusion_outputs, overwritten
 from tsp_jax.inspect.module import Module
@@ -76,6 +77,7 @@ class Peak:
     """peak in the host's memory, possibly at another moment than the device's peak"""
 
 
+@paused_collection()
 def find_peak(module: Module) -> Peak:
     """Finds the moment of peak memory and the buffers that are alive then.
 

@@ -76,13 +76,13 @@ class Simulation:
 
     def run(self, computation: Computation) -> None:
         """Simulates the steps of a computation."""
-        for step in self.schedule.steps(computation):
+        for step, seconds in self.schedule.timed_steps(computation):
             self._spend(1, step)
             if step.kind == "run":
-                self._compute(step.seconds, self.schedule.tasks[step.task])
+                self._compute(seconds, self.schedule.tasks[step.task])
                 self.executions[step.task] += 1
             elif step.kind in ("start", "block"):
-                self._start(step)
+                self._start(step, seconds)
             elif step.kind == "wait":
                 self._wait(step)
             elif step.kind == "loop":
@@ -108,10 +108,10 @@ class Simulation:
         for work in list(self.pending):
             self._stall(work)
 
-    def _start(self, step: Step) -> None:
+    def _start(self, step: Step, seconds: float) -> None:
         begin = max(self.now["compute"], self.now[step.queue])
-        self.now[step.queue] = begin + step.seconds
-        self._note(step.queue, begin, step.seconds, self.schedule.tasks[step.task])
+        self.now[step.queue] = begin + seconds
+        self._note(step.queue, begin, seconds, self.schedule.tasks[step.task])
         self.executions[step.task] += 1
         names = (step.key, f" {step.instruction.base}") if step.key else (f" {step.instruction.base}",)
         delayed = step.queue == "links"

@@ -34,7 +34,7 @@ class Task(NamedTuple):
     """readable form of the scope; see `readable_scope`"""
     queue: Queue
     seconds: float
-    """per execution"""
+    """per execution, at typical rates"""
     bytes: float
     """per execution: read and written in main memory by a kernel, received by a collective, or moved by a host copy"""
     flops: float = 0.0
@@ -57,14 +57,13 @@ class Step(NamedTuple):
     task: str = ""
     """name of the task that runs or starts"""
     queue: Queue = "compute"
-    seconds: float = 0.0
     key: str = ""
     """pairs an async op's start and wait; "" if it started in an earlier iteration of a loop"""
     callees: tuple[Computation, ...] = ()
     """(body, condition) of a loop, the branches of a conditional, the computations of a call"""
     trips: float = 1.0
-    work: tuple[Task, Cost | _Transfer] | None = None
-    """the task, whose seconds are not filled in, and what they follow from"""
+    work: Cost | _Transfer | None = None
+    """from which the task's seconds follow"""
 
 
 class Schedule:
@@ -73,7 +72,10 @@ class Schedule:
     def __init__(self, module: Module, hardware: Hardware, unknown_trips: Trips = 1):
         self.module, self.hardware, self._unknown_trips = module, hardware, unknown_trips
         self._costs = Costs(module, on_chip=hardware.platform == "tpu")
-        self._parts_of: dict[str, list[Step]] = {}
+        self.tasks: dict[str, Task] = {}
+        self._typical = self
+        self._steps: dict[str, list[Step]] = {}
+        self._compute_only: dict[str, bool] = {}
         self._labels: dict[tuple[str, str], str] = {}
         self._link_seconds: dict[tuple[str, float, int, str], float] = {}
         self._use(Scenario())
@@ -95,9 +97,9 @@ class Schedule:
 
     def _use(self, scenario: Scenario) -> None:
         self.scenario = scenario
-        self.tasks: dict[str, Task] = {}
-        self._steps: dict[str, list[Step]] = {}
-        self._compute_only: dict[str, bool] = {}
+        self._timed_steps: dict[str, list[tuple[Step, float]]] = {}
+        self.seconds: dict[str, float] = {}
+        """task -> seconds per execution"""
         self._product_seconds: dict[Work, float] = {}
         rates, level = self.hardware.rates, scenario.links
         self._memory_rate = rates.memory.bytes_per_s.rate(scenario.compute)
@@ -109,18 +111,18 @@ class Schedule:
         """The steps of a computation that take time, in schedule order."""
         name = computation.name
         if name not in self._steps:
-            if name not in self._parts_of:
-                self._parts_of[name] = [s for i in computation.instructions for s in self._parts(computation, i)]
-            self._steps[name] = [self._timed(step) if step.work else step for step in self._parts_of[name]]
+            self._steps[name] = [s for i in computation.instructions for s in self._typical._parts(computation, i)]
         return self._steps[name]
 
-    def _timed(self, step: Step) -> Step:
-        """A step that keeps a queue busy, with its seconds; adds its task to `tasks`."""
-        assert step.work
-        task, work = step.work
-        seconds = self._seconds(step.queue, work)
-        self.tasks[task.name] = task._replace(seconds=seconds)
-        return step._replace(seconds=seconds)
+    def timed_steps(self, computation: Computation) -> list[tuple[Step, float]]:
+        """The steps of a computation, and for how many seconds each keeps its queue busy."""
+        name = computation.name
+        if name not in self._timed_steps:
+            steps = self.steps(computation)
+            timed = [(s, self._seconds(s.queue, s.work) if s.work else 0.0) for s in steps]
+            self.seconds.update((step.task, seconds) for step, seconds in timed if step.work)
+            self._timed_steps[name] = timed
+        return self._timed_steps[name]
 
     def _seconds(self, queue: Queue, work: Cost | _Transfer) -> float:
         if isinstance(work, _Transfer):
@@ -198,10 +200,11 @@ class Schedule:
         self, kind: _Busy, i: Instruction, queue: Queue, work: Cost | _Transfer, *, op: str, bytes: float,
         flops: float = 0.0, scope: str = "", key: str = "",
     ) -> Step:  # fmt: skip
-        """Makes a step that keeps a queue busy."""
+        """Makes a step that keeps a queue busy, and adds its task to `tasks`."""
         name, scope = i.name + " (host)" * (queue == "host"), scope or i.op_name
-        task = Task(name, op, scope, self.label(i, scope), queue, 0.0, bytes, flops)
-        return Step(kind, i, name, queue, key=key, work=(task, work))
+        seconds = self._seconds(queue, work)
+        self.tasks[name] = Task(name, op, scope, self.label(i, scope), queue, seconds, bytes, flops)
+        return Step(kind, i, name, queue, key, work=work)
 
     def label(self, i: Instruction, scope: str = "") -> str:
         """The readable scope of an instruction, or of the loop around it if the instruction has none."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.links import link_model
 from tsp_jax.hardware.rates import SCENARIOS, Band, Rates, Work
+from tsp_jax.inspect.collection import paused_collection
 from tsp_jax.inspect.module import Module, Trips
 from tsp_jax.inspect.platforms import check_platform, platforms_of_text
 from tsp_jax.inspect.queues import Event, Simulation
@@ -104,6 +105,10 @@ class Timeline(Times):
         return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
+Totals = dict[Queue, tuple[TaskTotal, ...]]
+
+
+@paused_collection()
 def simulate(module: Module, hardware: Hardware, *, unknown_trips: Trips = 1, record: bool = False) -> Timeline:
     """Simulates one execution of a scheduled program.
 
@@ -119,11 +124,12 @@ def simulate(module: Module, hardware: Hardware, *, unknown_trips: Trips = 1, re
     module.check_scheduled()
     check_platform(hardware, platforms_of_text(module))
     schedule = Schedule(module, hardware, unknown_trips)
-    simulation, times, totals = _run(schedule, record)
+    simulation, times = _run(schedule, record)
     scenarios = {
         name: times if scenario == schedule.scenario else _run(schedule.at(scenario))[1]
         for name, scenario in SCENARIOS.items()
     }
+    totals = _totals(schedule, simulation)
     compute = totals["compute"]
     return Timeline(
         **{field.name: getattr(times, field.name) for field in dataclasses.fields(Times)},
@@ -132,25 +138,30 @@ def simulate(module: Module, hardware: Hardware, *, unknown_trips: Trips = 1, re
     )  # fmt: skip
 
 
-Totals = dict[Queue, tuple["TaskTotal", ...]]
-
-
-def _run(schedule: Schedule, record: bool = False) -> tuple[Simulation, Times, Totals]:
+def _run(schedule: Schedule, record: bool = False) -> tuple[Simulation, Times]:
     """Simulates one execution at the rates of a schedule's scenario."""
     simulation = Simulation(schedule, record)
     simulation.run(schedule.module.entry)
     simulation.wait_for_all()
-    totals = _totals(schedule, simulation)
-    busy = {queue: sum(total.seconds for total in found) for queue, found in totals.items()}
-    exposed = {queue: sum(total.exposed_s for total in found) for queue, found in totals.items()}
+    rows: dict[Queue, list[tuple[float, float, float]]] = {"compute": [], "links": [], "host": []}
+    """(seconds, exposed seconds, operations) of all executions of each task"""
+    for name, count in simulation.executions.items():
+        task, exposed = schedule.tasks[name], simulation.exposed.get(name, 0.0)
+        rows[task.queue].append((count * schedule.seconds[name], exposed, count * task.flops))
+    sums = {queue: [sum(column) for column in zip(*sorted(some, key=_longest), strict=True)] or [0.0, 0.0, 0.0]
+            for queue, some in rows.items()}  # fmt: skip
+    (compute_s, _, flops), (comm_s, exposed_comm_s, _), (host_s, exposed_host_s, _) = sums.values()
     step, best = simulation.now["compute"], schedule.hardware.rates.best_flops.rate(schedule.scenario.compute)
-    stretched = step - busy["compute"] - exposed["links"] - exposed["host"] if schedule.contention[0] else 0.0
+    stretched = step - compute_s - exposed_comm_s - exposed_host_s if schedule.contention[0] else 0.0
     times = Times(
-        step_s=step, compute_s=busy["compute"], contention_s=max(0.0, stretched), comm_s=busy["links"],
-        exposed_comm_s=exposed["links"], host_s=busy["host"], exposed_host_s=exposed["host"],
-        matmul_s=_flops(totals["compute"]) / best,
+        step_s=step, compute_s=compute_s, contention_s=max(0.0, stretched), comm_s=comm_s,
+        exposed_comm_s=exposed_comm_s, host_s=host_s, exposed_host_s=exposed_host_s, matmul_s=flops / best,
     )  # fmt: skip
-    return simulation, times, totals
+    return simulation, times
+
+
+def _longest(row: tuple[float, float, float]) -> float:
+    return -row[0]
 
 
 def _flops(kernels: Iterable[TaskTotal]) -> float:

@@ -362,7 +362,8 @@ def measure(name: str, target_name: str) -> dict[str, Any]:
     for c in found.collectives:
         counts[c.op] = counts.get(c.op, 0) + c.count
     return {
-        "options": options, "compile_s": round(done.compile_s, 1), "peak_bytes": found.peak_bytes, "live_bytes": found.peak.bytes,
+        "options": options, "compile_s": round(done.compile_s, 1), "peak_bytes": found.peak_bytes,
+        "live_bytes": found.peak.bytes,
         "flops": found.flops, "collectives": counts, "received_bytes": sum(c.total_bytes for c in found.collectives),
         "step_s": [step.low, step.typical, step.high], "assumptions": found.timeline.assumptions,
     }  # fmt: skip

@@ -122,7 +122,9 @@ def test_kernels_that_the_text_does_not_describe_are_said(target):
     assert list(found) == ["flops"] and target in found["flops"]
 
 
-@pytest.mark.parametrize("target", ["Sharding", "AllocateBuffer", "SPMDFullToShardShape", "xla.sdy.FuncResultSharding"])
+@pytest.mark.parametrize(
+    "target", ["Sharding", "PrepareAsyncCallStart", "SPMDFullToShardShape", "xla.sdy.FuncResultSharding"]
+)
 def test_calls_without_products_are_not(target):
     assert not unknown(f'%y = f32[8]{{0}} custom-call(f32[8]{{0}} %p.y), custom_call_target="{target}"')
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.checks import DEEPEST, check_module
+from tsp_jax.inspect.collection import paused_collection
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.module import Module
 from tsp_jax.inspect.shapes import Shape, ShapeTree, ints, natural
@@ -36,6 +37,7 @@ Sources = Mapping[str, tuple[str, int]]
 """stack_frame_id -> (file, line)"""
 
 
+@paused_collection()
 def parse(text: str | None) -> Module:
     """Parses one compiled module, from what ``compiled.as_text()`` returned; some compilers return None.
 

@@ -30,6 +30,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
+from tsp_jax.inspect.collection import paused_collection
 from tsp_jax.inspect.instructions import Instruction
 from tsp_jax.inspect.lifetimes import Value, Values, Walk, fusion_outputs, overwritten
 from tsp_jax.inspect.memory import LARGE_CONSTANT
@@ -80,6 +81,7 @@ class Peak:
     """bytes over the schedule; at the peak they are those of `by_kind`"""
 
 
+@paused_collection()
 def find_peak(module: Module) -> Peak:
     """Finds the moment of peak memory and the buffers that are alive then.
 

@@ -8,7 +8,7 @@ not counted here; see `tsp_jax.inspect.collectives`.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from tsp_jax.hardware.rates import Work
 from tsp_jax.inspect.collectives import is_collective
@@ -37,10 +37,6 @@ class Cost:
         """Operations of the matrix products; a multiply-add is two."""
         return sum(work.flops for work in self.products)
 
-    def __add__(self, other: "Cost") -> "Cost":
-        sizes = self.bytes + other.bytes, self.host_bytes + other.host_bytes
-        return Cost(self.products + other.products, *sizes)
-
 
 class Costs:
     """Costs of a module's instructions, each computed once."""
@@ -66,24 +62,27 @@ class Costs:
         if i.opcode in NO_KERNEL or is_collective(i) or i.phase in ("update", "done"):
             return Cost()
         if i.base in ("call", "async"):
-            inner = [each for c in self.module.called(i, "to_apply", "calls") for each in c.instructions]
-            return sum(map(self.of, inner), Cost())
+            inner = [self.of(each) for c in self.module.called(i, "to_apply", "calls") for each in c.instructions]
+            return Cost(
+                tuple(work for cost in inner for work in cost.products),
+                sum(cost.bytes for cost in inner), sum(cost.host_bytes for cost in inner),
+            )  # fmt: skip
         computation = self.module.computations[i.computation]
         traffic = self._fusion_traffic(computation, i) if i.base == "fusion" else _plain_traffic(computation, i)
-        return self._traffic(traffic) + self._products(computation, i)
+        return Cost(tuple(self._products(computation, i)), *self._traffic(traffic))
 
-    def _products(self, computation: Computation, i: Instruction) -> Cost:
+    def _products(self, computation: Computation, i: Instruction) -> Iterator[Work]:
         """Matrix products of one instruction, or of all in a fusion's body."""
         if i.base == "fusion":
             body = self.module.callee(i, "calls")
-            return sum((self._products(body, inner) for inner in body.instructions), Cost())
-        if declared := declared_flops(i):
-            return Cost((declared.work,))
-        if not (flops := product_flops(computation, i)):
-            return Cost()
-        operand = leaves(computation.operands(i)[0].shape)[0]
-        dtype = "float32" if operand.dtype == "f32" else "bfloat16"
-        return Cost((Work(flops, product_shape(computation, i, flops), dtype),))
+            for inner in body.instructions:
+                yield from self._products(body, inner)
+        elif declared := declared_flops(i):
+            yield declared.work
+        elif flops := product_flops(computation, i):
+            operand = leaves(computation.operands(i)[0].shape)[0]
+            dtype = "float32" if operand.dtype == "f32" else "bfloat16"
+            yield Work(flops, product_shape(computation, i, flops), dtype)
 
     def _fusion_traffic(self, computation: Computation, i: Instruction) -> list[tuple[Shape, float]]:
         """(array, bytes read or written) for each array of a fusion."""
@@ -101,15 +100,15 @@ class Costs:
             traffic += [(leaf, leaf.bytes * seen.pop(operand.name, 0.0)) for leaf in leaves(operand.shape)]
         return traffic
 
-    def _traffic(self, traffic: Iterable[tuple[Shape, float]]) -> Cost:
-        """Sums (array, bytes) by the memory in which the array lies."""
+    def _traffic(self, traffic: Iterable[tuple[Shape, float]]) -> tuple[float, float]:
+        """Sums (array, bytes) in the main memory and in the host's."""
         main = host = 0.0
         for shape, size in traffic:
             if shape.memory_space == HOST_MEMORY_SPACE:
                 host += size
             elif shape.memory_space == 0 or not self._on_chip:
                 main += size
-        return Cost(bytes=main, host_bytes=host)
+        return main, host
 
 
 def _plain_traffic(computation: Computation, i: Instruction) -> list[tuple[Shape, float]]:

@@ -15,7 +15,7 @@ class Spans:
         self.gap = gap
         self._firsts: list[int] = []
         self._lasts: list[int] = []
-        for first, last in sorted(spans) if not isinstance(spans, list) or len(spans) > 1 else spans:
+        for first, last in sorted(spans):
             if self._lasts and first <= self._lasts[-1] + gap:
                 self._lasts[-1] = max(self._lasts[-1], last)
             else:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.links import link_model
 from tsp_jax.hardware.rates import SCENARIOS, Band, Rates, Work
+from tsp_jax.inspect.collection import paused_collection
 from tsp_jax.inspect.module import Module, Trips
 from tsp_jax.inspect.platforms import check_platform, platforms_of_text
 from tsp_jax.inspect.queues import Event, Record, Simulation
@@ -111,6 +112,7 @@ class Timeline(Times):
         return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
+@paused_collection()
 def simulate(module: Module, hardware: Hardware, *, unknown_trips: Trips = 1, record: bool = False) -> Timeline:
     """Simulates one execution of a scheduled program.
 

@@ -10,7 +10,8 @@ from tsp_jax.inspect.scopes import declared_flops, declared_trips
 
 _WITHOUT_PRODUCTS = re.compile(
     r"Sharding|SPMD\w+Shape|AllocateBuffer|CreateBuffer|AsyncCollective\w+|annotate_device_placement|MoveTo\w+|"
-    r"LayoutConstraint|xla\.sdy\.\w+|X64\w+|TopK|PartialReduce|ApproxTopK|Pin|Unpin|AssumeGatherIndicesInBound|"
+    r"LayoutConstraint|GatherScatterIndices\w+|PrepareAsyncCall\w+|xla\.sdy\.\w+|X64\w+|TopK|PartialReduce|ApproxTopK|"
+    r"Pin|Unpin|AssumeGatherIndicesInBound|"
     r"SliceToDynamic|PadToStatic|ResizeNearest|__cub\$\w+|mhlo\.topk|cu_threefry2x32\w*|\w*RngBitGenerator\w*|\w*topk\w*"
 )
 """targets of custom calls that hold no matrix product"""

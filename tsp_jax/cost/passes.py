@@ -8,7 +8,7 @@ Dims: t tokens of a micro-batch on this device, D model, H head.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tsp_jax.config import Config
 from tsp_jax.cost.flops import keys_within
@@ -148,7 +148,7 @@ class _Attention(OpPasses):
         self.normed = step.config.model.qk_norm
         self.again, self.twice = repeats, repeats_attention(step.config.remat)
 
-    def elementwise(self, weights: int = 1, *, backward: bool = False) -> dict[str, float]:
+    def elementwise(self, weights: int = 1, *, backward: bool = False) -> dict[str, Any]:
         """Bytes for each token and row, of heads that `weights` weights make."""
         counted = _NORMED_HEADS if self.normed else _HEADS
         return {

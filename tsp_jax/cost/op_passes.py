@@ -139,6 +139,8 @@ class OpPasses:
         unpacked = whole * 2 * sharding.itemsize * (2 if buckets > 1 else 1)
         moved = fetches * (own * (2 * FLOAT32 + FLOAT32 + sharding.itemsize) + unpacked)
         moved += grads * (own * (FLOAT32 + sharding.itemsize) + whole * (FLOAT32 + sharding.grad_itemsize))
+        if contract and chunk < tokens and not self.moves_tokens:  # the sum over buckets, apart from the product
+            moved += buckets * 3 * FLOAT32 * tokens * self.width
         made = tokens * rows / (folded if self.moves_tokens else 1)
         return Pass(
             self.name, part, buckets, weights, used, chunk, tuple(product for product in products if product.times),

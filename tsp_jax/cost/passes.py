@@ -8,7 +8,7 @@ Dims: t tokens of a micro-batch on this device, D model, H head.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tsp_jax.config import Config
 from tsp_jax.cost.flops import keys_within
@@ -34,7 +34,7 @@ _HIDDEN = _Bytes(10, 36)
 _HEADS = _Bytes(11, 26)
 """of queries, keys and values: RoPE of float32 products; fused"""
 _NORMED_HEADS = _Bytes(16, 53)
-"""the same with a norm of each head"""
+"""the same with a norm of each head; not fused"""
 _LOGITS = _Bytes(8, 10)
 _LAYER, _LAYER_FUSED = _Bytes(30, 39), _Bytes(12, 37)
 """of [B, t, D]: norms in float32, residuals, what is kept"""
@@ -145,36 +145,48 @@ class _Attention(OpPasses):
             self.kv_received = 2 * self.heads.stored[1] * self.width * (ranks - 1) / ranks
             self.kv_axes, self.kv_rows = self.axes.tensor + self.axes.folded, self.heads.shard.kv * self.heads.heads.dim
         repeats = step.config.remat != "none"
-        self.heads_bytes = _NORMED_HEADS if step.config.model.qk_norm else _HEADS
+        self.normed = step.config.model.qk_norm
         self.again, self.twice = repeats, repeats_attention(step.config.remat)
+
+    def elementwise(self, weights: int = 1, *, backward: bool = False) -> dict[str, Any]:
+        """Bytes for each token and row, of heads that `weights` weights make."""
+        counted = _NORMED_HEADS if self.normed else _HEADS
+        return {
+            "row_bytes" if self.normed else "fusible": weights * (counted.backward if backward else counted.forward)
+        }
 
     def project(self) -> tuple[Pass, Pass]:
         """To keys and values, and to queries."""
         item = self.width * self.sharding.itemsize
         settings = {"received": self.kv_received, "axes": self.kv_axes}
-        made = self.heads_bytes.forward
         return (
             self.use(
-                "keys_values", self.kv_rows, self.kv_buckets, 2, expand=2, gathers=item, fusible=2 * made, **settings
+                "keys_values",
+                self.kv_rows,
+                self.kv_buckets,
+                2,
+                expand=2,
+                gathers=item,
+                **settings,
+                **self.elementwise(2),
             ),
-            self.use("queries", self.query_rows, self.query_buckets, 1, expand=1, fusible=made),
+            self.use("queries", self.query_rows, self.query_buckets, 1, expand=1, **self.elementwise()),
         )
 
     def project_backward(self) -> tuple[Pass, Pass]:
         """The gradients of queries, and of keys and values."""
         item, model = self.width * self.sharding.itemsize, self.config.model
         normed = int(model.qk_norm and model.qk_norm_width == "head" and not model.qkv_bias)
-        made = self.heads_bytes.backward
         settings = {"received": self.kv_received, "axes": self.kv_axes}
         replicas = self.replica_sum(2 * sum(self.heads.stored) * self.width)
         return (
             self.use(
                 "queries", self.query_rows, self.query_buckets, 1, expand=normed, contract=1, grads=True,
-                gathers=item, scatters=item, fusible=made,
+                gathers=item, scatters=item, **self.elementwise(backward=True),
             ),
             self.use(
                 "keys_values", self.kv_rows, self.kv_buckets, 2, expand=normed, contract=2, grads=True,
-                summed=self.output_sum() + replicas, fusible=2 * made, token_bytes=_SUM, **settings,
+                summed=self.output_sum() + replicas, token_bytes=_SUM, **settings, **self.elementwise(2, backward=True),
             ),
         )  # fmt: skip
 

@@ -85,7 +85,7 @@ def test_least_memory_has_the_least_peak():
 
 def test_a_choice_that_rounds_more_is_said_to():
     (note,) = choose(CONFIG, CPU, fixed=FIXED, compilations=0, minimise="memory", narrow=True).notes
-    assert note.startswith("optimizer.moments_dtype=bfloat16 and grad_dtype=bfloat16 changes the numbers of training")
+    assert note.startswith("optimizer.moments_dtype=bfloat16") and "changes the numbers of training" in note
     assert not choose(CONFIG, CPU, fixed=FIXED, compilations=0, minimise="memory").notes
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -32,12 +33,15 @@ CHANGED = dataclasses.replace(
 def test_plan_script(tmp_path):
     """The written configuration is the planned one, and fits the target."""
     flags = (
-        "--compilations 1 --workers 1 --remat full --stream.bucket-mib 0.5 --out out.py --json out.json --png out.png"
+        "--compilations 1 --workers 1 --remat full --stream.bucket-mib 0.5 --out out.py --json out.json --png out.png "
+        "--html out.html"
     )
     command = [sys.executable, str(SCRIPTS / "plan.py"), *SMALL, *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=900)
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "out.json").read_text())
+    (held,) = re.findall(r'id="data">(.*?)</script>', (tmp_path / "out.html").read_text())
+    assert json.loads(held) == content
     best = content["candidates"][content["best"]]
     assert best["compiled"]["step_s"] == min(c["compiled"]["step_s"] for c in content["candidates"] if c["compiled"])
     config = cli.load_config(str(tmp_path / "out.py"))

@@ -22,6 +22,7 @@ from tsp_jax.plan.search import Minimise
 from tsp_jax.tools import cli
 from tsp_jax.tools.config_file import config_flags, config_source
 from tsp_jax.tools.inspect import check_writable
+from tsp_jax.tools.page import write_page
 from tsp_jax.tools.plan_table import show_counts, show_plan
 from tsp_jax.tools.planned import fixed_fields
 from tsp_jax.training.optimizer import Optimizer
@@ -56,6 +57,8 @@ class PlanOptions:
     """file for the configuration, .py, which the commands take; empty: only the flags are printed"""
     json: str = ""
     """file for the plan, as JSON"""
+    html: str = ""
+    """file for the plan as a page, .html, that any browser opens without a network"""
     png: str = ""
     """file for a chart of the front (needs matplotlib)"""
 
@@ -69,7 +72,7 @@ class PlanOptions:
 
 def plan(name: str, options: PlanOptions, optimizer: Optimizer = None) -> None:
     """Finds the best configuration, prints it with the reasons, and writes the files."""
-    check_writable(out=options.out, json=options.json, png=options.png)
+    check_writable(out=options.out, json=options.json, html=options.html, png=options.png)
     draw = _drawer() if options.png else None
     target, counts = _target(name, options)
     use_target(target)
@@ -151,9 +154,13 @@ def _write(found: Plan, options: PlanOptions) -> str:
             f"Expected: {best.step_s:.3g} s a step, {best.peak_bytes / 1e9:.1f} GB a device, {kind} and simulated.\n"
         )
         Path(options.out).write_text(config_source(config, about))
+    facts = {"command": command, "jax": jax.__version__, "rates": found.target.hardware.rates.origin}
     if options.json:
-        facts = {"command": command, "jax": jax.__version__, "rates": found.target.hardware.rates.origin}
         Path(options.json).write_text(json.dumps({**found.to_json(), **facts}, indent=1) + "\n")
+    if options.html:
+        title = f"{found.name}: plan of a training step on {found.target}"
+        lines = [f"{found.base.batch} x {found.base.seq_len} tokens a step; train with: {command}"]
+        write_page(Path(options.html), {**found.to_json(), **facts}, kind="plan", title=title, lines=lines)
     return command
 
 

@@ -23,7 +23,8 @@ def text_of(*instructions: str, header: str = HEADER) -> str:
 
 
 def compared(before: str, after: str, hardware=UNIT, **options) -> Diff:
-    return diff(*(report(text, target=hardware, **options).to_json() for text in (before, after)))
+    first, second = (report(text, target=hardware, **options).to_json() for text in (before, after))
+    return diff(first, second)
 
 
 START, DONE = gather("g", 56)

@@ -13,7 +13,7 @@ A figure that one program does not tell is None, and its difference is not known
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from tsp_jax.inspect.report_json import CollectiveJson, ReportJson
 from tsp_jax.inspect.scopes import readable_scope
@@ -112,14 +112,16 @@ def _pairs_json(pairs: Mapping[str, Pair]) -> dict[str, Any]:
     return {name: {"before": pair.before, "after": pair.after} for name, pair in pairs.items()}
 
 
-def diff(before: ReportJson, after: ReportJson, names: tuple[str, str] = ("A", "B")) -> Diff:
+def diff(
+    before: ReportJson | dict[str, Any], after: ReportJson | dict[str, Any], names: tuple[str, str] = ("A", "B")
+) -> Diff:  # fmt: skip
     """Compares two reports.
 
     Args:
       before, after: what `Report.to_json` returns.
       names: of the programs, for lines about what they do not tell.
     """
-    both = (before, after)
+    both = cast(Both, (before, after))
     return Diff(
         totals=_totals(both), scenarios=_scenarios(both), scopes=_scopes(both), collectives=_collectives(both),
         buffers=_buffers(both), unknown=_unknown(both, names),

@@ -81,10 +81,10 @@ def verdict(found: Diff) -> str:
 
 
 def signed(value: float | None, show: Format) -> str:
-    """A difference with its sign; unknown if it is None."""
-    if value is None:
-        return UNKNOWN
-    return f"{'+' if value > 0 else '-' if value < 0 else ''}{show(abs(value))}"
+    """A difference with its sign; none if it is 0, unknown if it is None."""
+    if not value:
+        return UNKNOWN if value is None else "none"
+    return f"{'+' if value > 0 else '-'}{show(abs(value))}"
 
 
 def _text(value: float | None, show: Format) -> str:

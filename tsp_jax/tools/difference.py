@@ -74,7 +74,7 @@ def compare(names: Sequence[str], flags: Sequence[str]) -> int:
         name: read_report(name) if _is_report(name) else _text(name, options) for name in names if name not in parsed
     }
     _check_targets(
-        [found[name].target if name in found else str(command.target_of(options)) for name in names], options
+        [found[name].target if name in found else str(command.target_of(parsed[name][1])) for name in names], options
     )
     _check_times(found, options)
     before, after = (found[name] if name in found else _compiled(*parsed[name]) for name in names)

@@ -151,14 +151,14 @@ def penzai_llama(n: int) -> dict[str, Any]:
         num_decoder_blocks=16, vocab_size=128256, mlp_variant="swiglu", tie_embedder_and_logits=False,
         use_layer_stack=True,
     )  # fmt: skip
-    model = jax.eval_shape(lambda key: pz.unbind_params(llama.build_llamalike_transformer(config, key))[1], KEY)
-    skeleton = pz.unbind_params(llama.build_llamalike_transformer(config, None))[0]
+    build = lambda key: pz.unbind_params(llama.build_llamalike_transformer(config, key), freeze=True)
+    params, skeleton = jax.eval_shape(lambda key: build(key)[1], KEY), build(None)[0]
 
     def run(params: Any, x: Any) -> Any:
         model = pz.bind_variables(skeleton, params)
         return model(pz.nx.wrap(x).tag("batch", "seq")).unwrap("batch", "seq", "vocabulary")
 
-    return {"args": (run, model, tokens(2 * n, 1024)), "in_shardings": (REPLICATED, BATCH)}
+    return {"args": (run, params, tokens(2 * n, 1024)), "in_shardings": (REPLICATED, BATCH)}
 
 
 @program
@@ -362,8 +362,8 @@ def measure(name: str, target_name: str) -> dict[str, Any]:
     for c in found.collectives:
         counts[c.op] = counts.get(c.op, 0) + c.count
     return {
-        "options": options, "compile_s": round(done.compile_s, 1), "peak_bytes": found.peak_bytes,
-        "live_bytes": found.peak.bytes,
+        "options": options, "compile_s": round(done.compile_s, 1),
+        "peak_bytes": found.peak_bytes, "live_bytes": found.peak.bytes,
         "flops": found.flops, "collectives": counts, "received_bytes": sum(c.total_bytes for c in found.collectives),
         "step_s": [step.low, step.typical, step.high], "assumptions": found.timeline.assumptions,
     }  # fmt: skip

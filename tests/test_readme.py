@@ -29,6 +29,17 @@ def test_example_runs_as_it_stands_and_learns(tmp_path):
     assert losses[-1] < 0.95 * losses[0]
 
 
+def test_a_configuration_file_trains_as_it_stands(tmp_path):
+    (code,) = re.findall(r"```python\n(import optax\n.*?)```", README, re.DOTALL)
+    (tmp_path / "mine.py").write_text(code)
+    (tmp_path / "text.txt").write_text("The text of a run is tokenized. " * 400)
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "mine.py", "--steps", "2", "--data.files", "*.txt"]
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "step 2/2" in done.stdout + done.stderr
+
+
 def test_continuous_integration_calls_the_test_command_of_the_readme():
     """On the oldest Python and, through make newest, on the newest one."""
     assert "make test" in README

@@ -22,12 +22,15 @@ demo: $(INSTALLED)
 quick: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m 'quick and not index and not soak'
 
+# Files stay together on a worker (loadfile): what a file compiles once, no other worker compiles again.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(SELECT)
 
-# All tests on the newest Python, with the newest JAX and its compilers for ROCm and TPU.
+# The tests on the newest Python, with the newest JAX and its compilers for ROCm and TPU; without the cases that repeat a
+# test on further layouts.
 newest:
-	python=$$(.ci/python newest) && $(MAKE) test PYTHON="$$python" VENV=.venv-newest EXTRAS=dev,aot-rocm,aot-tpu
+	python=$$(.ci/python newest) && $(MAKE) test PYTHON="$$python" VENV=.venv-newest EXTRAS=dev,aot-rocm,aot-tpu \
+	    SELECT="-m 'not index and not soak and not repeated'"
 
 soak: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m soak

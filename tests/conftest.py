@@ -14,7 +14,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
-from tests.quick import is_quick
+from tests.quick import is_quick, is_repeated
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -24,6 +24,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if is_quick(item.nodeid):
             item.add_marker("quick")
+        if is_repeated(item.nodeid):
+            item.add_marker("repeated")
 
 
 @pytest.fixture(scope="module")

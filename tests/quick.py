@@ -1,4 +1,7 @@
-"""Which tests `make quick` runs: few and short ones that together find most faults (benchmarks/quick_tests.md)."""
+"""Which tests `make quick` runs, and which `make newest` leaves out.
+
+Quick tests are few and short ones that together find most faults (benchmarks/quick_tests.md).
+"""
 
 import re
 
@@ -64,6 +67,18 @@ QUICK = {
     "training/test_workdir.py": "gone|ended|elsewhere|succeeds",
 }
 """file or folder of tests -> regular expression for the names of its quick tests; empty: all of them"""
+
+
+REPEATED = (
+    "cost/test_contracts.py", "inference/test_cache.py", "inference/test_forward.py", "models/test_parity.py",
+    "models/test_remat.py", "ops/attention/test_train.py", "ops/kernels/test_kernels.py",
+)  # fmt: skip
+"""files with many cases of one test, over layouts and models; compiling them takes half the time of all tests"""
+
+
+def is_repeated(nodeid: str) -> bool:
+    """Whether `make newest` leaves a test out: it repeats a quick test on further layouts."""
+    return nodeid.removeprefix("tests/").startswith(REPEATED) and not is_quick(nodeid)
 
 
 def is_quick(nodeid: str) -> bool:

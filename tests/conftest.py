@@ -28,6 +28,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker("repeated")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_of_one_file():
+    """Programs and traces that JAX keeps grow to 7 GB over all tests; what files share is little."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def optax_promotes():
     """For tests that run optax, which raises floats to integer powers."""

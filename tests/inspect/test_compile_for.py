@@ -87,7 +87,8 @@ def test_static_leaves_are_constants_and_keywords_reach_the_function():
         scaled, params, X, scale=2.0, activation="gelu", target="cpu:8", mesh=AXES, in_shardings=(specs, P("data"))
     )
     found = done.report()
-    assert set(found.shardings) == {"params['w']", "x"}
+    names = re.findall(r'parameter\(\d\).*op_name="([^"]*)"', done.as_text())
+    assert {name.replace("\\", "") for name in names} == {"params['w']", "x"}
     assert found.flops == 2 * N * D * F / 8
     assert "tanh" in done.as_text()
 
@@ -267,9 +268,9 @@ def test_functions_compile_for_hardware_that_is_absent(platform, count):
     found = compile_for(product, X, W, target=target, **options).report()
     assert found.hardware == HARDWARE[ABSENT[platform]]
     assert found.flops == 2 * N * D * F / count
-    assert found.memory and found.memory.argument_bytes == (
-        (N * D // 4 + D * F // 2) * F32 if count > 1 else (N * D + D * F) * F32
-    )
+    nbytes = (N * D // 4 + D * F // 2) * F32 if count > 1 else (N * D + D * F) * F32
+    assert found.memory and found.memory.argument_bytes >= nbytes
+    assert platform == "tpu" or found.memory.argument_bytes == nbytes, "a TPU pads them to whole tiles"
     assert found.timeline and found.timeline.step_s > 0
     with pytest.raises(ConfigError, match="the program was compiled for"):
         report(compile_for(product, X, W, target=target, **options).compiled, target="cpu")
@@ -326,6 +327,10 @@ def test_convolutions_of_libraries_are_counted(platform, turned):
         "input": lambda x, w, y: jax.vjp(lambda x: convolve(x, w), x)[1](y),
         "kernel": lambda x, w, y: jax.vjp(lambda w: convolve(x, w), w)[1](y),
     }[turned]
+    if platform == "rocm" and jax.__version_info__ >= (0, 12):
+        with pytest.raises(ConfigError, match=r"has convolutions, at which .* ends the process; use jax 0.10"):
+            compile_for(pull, x, w, y, target="mi300x:1")
+        return
     done = compile_for(pull, x, w, y, target=f"{ABSENT[platform]}:1")
     assert done.report().flops == 2 * y.size * 3 * 3 * 64
     assert platform == "tpu" or re.search(r"__cudnn\$conv", done.as_text())

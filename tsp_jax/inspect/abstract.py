@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from tsp_jax.errors import ConfigError
@@ -89,7 +90,10 @@ def _placed(leaf: Any, sharding: Any, device: Any, mesh: Mesh | None) -> Any:
     own = getattr(leaf, "sharding", None) if sharding is None else sharding
     placed = SingleDeviceSharding(device) if mesh is None else _over(mesh, own)
     weak = bool(getattr(leaf, "weak_type", False))
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed, weak_type=weak)
+    dtype = leaf.dtype  # of numpy's, JAX may not have enabled 64 bits
+    if not jnp.issubdtype(dtype, jax.dtypes.extended):
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=placed, weak_type=weak)
 
 
 def _over(mesh: Mesh, sharding: Any) -> NamedSharding | None:

@@ -17,7 +17,7 @@ from tsp_jax.hardware.targets import Target, parse_target
 from tsp_jax.inspect.abstract import first_mesh, holds_nnx_objects, is_array, join, place_arguments, place_shapes, split
 from tsp_jax.inspect.module import Trips
 from tsp_jax.inspect.program_report import FullWeight, Report, report
-from tsp_jax.inspect.refusals import one_line
+from tsp_jax.inspect.refusals import check_aborts, one_line
 from tsp_jax.mesh import format_sizes, parse_sizes
 
 MeshLike = str | Mapping[str, int] | Mesh | AbstractMesh
@@ -108,8 +108,9 @@ def compile_for(
             stage.traced = traced = jitted.trace(*inputs, **kwargs)
             stage.verb = "lowered"
             lowered = traced.lower()
-            stage.verb = "compiled"
-            compiled = getattr(lowered, "lowered", lowered).compile(dict(compiler_options or {}))
+            stage.verb, lowered = "compiled", getattr(lowered, "lowered", lowered)
+            check_aborts(lowered, target.hardware.platform)
+            compiled = lowered.compile(dict(compiler_options or {}))
     return CompiledFunction(name, target, placed, compiled, time.perf_counter() - began)
 
 
@@ -169,8 +170,13 @@ def _context(mesh: MeshLike | None, placed: Mesh | None, device: Any, inputs: An
 
 
 def _abstract(mesh: MeshLike | None, placed: Mesh) -> AbstractMesh:
-    """The mesh that `f` sees: the caller's own, if it is abstract, since `f` may hold it too."""
-    return mesh if isinstance(mesh, AbstractMesh) else placed.abstract_mesh
+    """The mesh that `f` sees: the caller's own, if it is abstract, since `f` may hold it too.
+
+    Types of arrays name Explicit axes, and the mesh of the arguments' shardings with its kind of device.
+    """
+    if isinstance(mesh, AbstractMesh) and AxisType.Explicit not in mesh.axis_types:
+        return mesh
+    return placed.abstract_mesh
 
 
 def _over(mesh: Mesh | None, shardings: Any) -> Any:

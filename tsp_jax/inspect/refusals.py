@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from tsp_jax.errors import ConfigError
 
 _PACKAGE = str(Path(__file__).resolve().parents[1])
@@ -41,6 +43,9 @@ _HINTS = (
     (r"No FFI handler registered", "the target's compiler here lacks this operation; compute it another way"),
 )
 """pattern in the error -> what it means, and what helps"""
+_ABORTS = {"rocm": ("stablehlo.convolution", (0, 12), "convolutions")}
+"""platform -> (an operation, the first jax whose compiler ends the process at it, its name): XLA for ROCm casts a call
+of MIOpen to a fusion (a failed check in hlo_casting_utils.h), which no exception tells"""
 
 
 @dataclasses.dataclass
@@ -66,6 +71,16 @@ def one_line(name: str, f: Any, target: Any) -> Iterator[Stage]:
         where = _where(error, stage.traced, cause) or _definition(f)
         at = f" (at {where})" if where else ""
         raise ConfigError(f"{name} cannot be {stage.verb} for {target}: {cause}{at}{hint}") from error
+
+
+def check_aborts(lowered: Any, platform: str) -> None:
+    """Raises ConfigError if the compiler of a platform is known to end the process at a lowered program."""
+    operation, first, name = _ABORTS.get(platform, ("", (), ""))
+    if operation and jax.__version_info__ >= first and operation in lowered.as_text():
+        raise ConfigError(
+            f"the program has {name}, at which jax {jax.__version__}'s compiler for {platform} ends the process; "
+            "use jax 0.10, or another target"
+        )
 
 
 def _cause(error: Exception) -> str:

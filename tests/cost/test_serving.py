@@ -21,7 +21,7 @@ def on(case: str, **settings) -> dict[str, float]:
 
 @pytest.mark.parametrize("case", ["tsp8", "tp8", "tp2_sp4", "fsdp_cp8"])
 def test_weights_and_cache_are_what_a_program_takes(case):
-    """But for the norms' scales, which the closed form leaves out."""
+    """The closed form leaves out the norms' scales."""
     layout, sizes = LAYOUT_CASES[case]
     program = make_inference_program(
         SERVED.model, place(layout, **sizes), stream=SERVED.stream, dtype="bfloat16", batch=2, capacity=1024, chunk=64

@@ -57,7 +57,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def opened(chromium, files):
-    """Function (kind, width, scheme) -> Opened. Afterwards: no message on the console, no request but for the page."""
+    """Function (kind, width, scheme) -> Opened. Checked after: an empty console, and no request beside the page's."""
     context, found = [], []
 
     def open_(kind, width=1400, scheme="light"):

@@ -136,7 +136,7 @@ def test_inspect_plans_for_its_target(config, monkeypatch, capsys):
 
 
 def test_a_plan_for_a_target_is_the_planners(config, monkeypatch):
-    """Inspection chooses as tsp-plan does: the same arguments but for the flags that are fixed."""
+    """Inspection chooses as tsp-plan does: the same arguments, and the flags that are fixed."""
     seen = {}
     monkeypatch.setattr(planned, "choose", lambda *args, **kwargs: seen.update(kwargs) or _choose(*args, **kwargs))
     found = planned.plan_for(config, parse_target("cpu:8"), "small", say=lambda _: None)

@@ -180,7 +180,7 @@ def test_updates_are_the_same_under_every_layout(name, layout, single, tmp_path)
     layout, mesh = LAYOUTS[layout]
     losses, params = losses_of(run_config(tmp_path, name, layout), place(layout, **mesh), 4)
     want_losses, want_params = single(name)
-    # Lion takes the sign of what may be 0 but for rounding: 1.4e-5 and 3.3e-3 were seen. Wrong updates are off by 0.05.
+    # Lion takes signs, and rounding decides the sign of what should be 0: 1.4e-5 and 3.3e-3 were seen.
     np.testing.assert_allclose(losses, want_losses, rtol=1e-4 if name == "lion" else 1e-5)
     assert want_losses[0] != want_losses[-1]
     for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(want_params), strict=True):

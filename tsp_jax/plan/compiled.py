@@ -30,7 +30,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _NO_EFFECT = ("hf/", "text/", "tools/", "plan/", "cost/")
 """parts of the package that a row does not depend on"""
 USED = ("plan/compile.py", "plan/worker.py", "cost/traffic.py", "cost/flops.py")
-"""but for these files"""
+"""files in these parts that it does depend on"""
 _COMPILERS = ("jax", "jaxlib", "flax", "optax", "jax-rocm7-pjrt", "jax-cuda12-pjrt", "libtpu")
 
 

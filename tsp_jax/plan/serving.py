@@ -11,7 +11,7 @@ from typing import Any
 
 from tsp_jax.config import Config, DType, ModelConfig
 from tsp_jax.cost.flops import step_flops
-from tsp_jax.cost.serving import cache_bytes, decode_traffic
+from tsp_jax.cost.serving import decode_traffic, serving_memory
 from tsp_jax.cost.step import ITEMSIZE
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import Target
@@ -25,8 +25,6 @@ CHUNKS = (512, 2048, 8192, 32768)
 """tokens of a prompt that one prefill step may take"""
 _COLLECTIVES = 4
 """of a layer in decode: heads, merges, and sums of attention and of the MLP"""
-_ACTIVATIONS = 8
-"""arrays [B, t, D] that are in memory at once in prefill, as `tsp_jax.cost` counts them in training"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,15 +111,13 @@ def _closed_form(base: Config, choice: Choice, chunk: int, target: Target) -> Se
     serves = layout.batch == (*layout.replica_batch, *folded) and all(name in layout.heads for name in folded)
     if chunk % (2 * num_ranks(layout.sequence, sizes)) or not serves:  # see `decode_placement`
         return None
-    rates, item = target.hardware.rates, ITEMSIZE[base.compute_dtype]
-    weights = item * base.model.num_params / num_ranks(layout.heads, sizes)
-    cache = cache_bytes(base, layout, sizes)
-    tokens = base.batch * chunk / num_ranks(layout.tokens, sizes)
-    decode = (weights + cache) / rates.memory.bytes_per_s.typical + _decode_links(base, layout, sizes, target)
+    prefill, decode = (serving_memory(base, layout, sizes, chunk=tokens) for tokens in (chunk, 0))
+    read_s = (decode["weights"] + decode["cache"]) / target.hardware.rates.memory.bytes_per_s.typical
     return Serving(
-        layout=choice.layout, mesh=format_sizes(sizes), chunk=chunk, decode_s=decode,
+        layout=choice.layout, mesh=format_sizes(sizes), chunk=chunk,
         prefill_s=_prefill(base, layout, sizes, chunk, target),
-        peak_bytes=weights + cache + _ACTIVATIONS * tokens * base.model.d_model * item,
+        decode_s=read_s + _decode_links(base, layout, sizes, target),
+        peak_bytes=max(sum(prefill.values()), sum(decode.values())),
     )  # fmt: skip
 
 

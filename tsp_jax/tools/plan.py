@@ -24,7 +24,7 @@ from tsp_jax.tools.config_file import config_flags, config_source
 from tsp_jax.tools.inspect import check_writable
 from tsp_jax.tools.page import write_page
 from tsp_jax.tools.plan_table import show_counts, show_plan
-from tsp_jax.tools.planned import fixed_fields
+from tsp_jax.tools.planned import SECONDS, fixed_fields
 from tsp_jax.training.optimizer import Optimizer
 
 
@@ -45,7 +45,7 @@ class PlanOptions:
     """also search bfloat16 moments and gradients, which change the numbers of training"""
     compilations: int = 12
     """most steps to compile; 0: closed forms alone decide"""
-    seconds: float = 270.0
+    seconds: float = SECONDS
     """no round of compilations starts that would end later; 0: no limit"""
     workers: int = 2
     """processes that compile"""

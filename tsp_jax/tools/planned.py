@@ -25,7 +25,7 @@ from tsp_jax.training.saved_run import is_run, read_run
 
 MINIMISE: dict[str, Minimise] = {"fastest": "time", "leanest": "memory"}
 SECONDS = 270.0
-"""seconds after which no further steps are compiled for a target that need not be present, as tsp-plan's default"""
+"""seconds after which no further steps are compiled for a target that need not be present"""
 COMPILATIONS = 4
 """most steps that training compiles to choose; a run of several processes compiles none"""
 

@@ -171,7 +171,7 @@ function candidatesTable(varied) {
   ] }));
   const order = ["best", "front", "compiled", "closed form"];
   rows.sort((a, b) => order.indexOf(a.cells[0]) - order.indexOf(b.cells[0]));
-  return table("Candidates; figures are compiled but for those of closed forms", columns, rows);
+  return table("Candidates; figures are compiled, except those of closed forms", columns, rows);
 }
 
 function planPage() {

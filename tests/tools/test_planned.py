@@ -14,7 +14,7 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import parse_target
 from tsp_jax.layout import get_layout, parse_mesh
 from tsp_jax.plan.space import Choice
-from tsp_jax.tools import compare, planned
+from tsp_jax.tools import cli, compare, planned
 from tsp_jax.tools.inspect import StepOptions, inspect_step
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
@@ -84,6 +84,12 @@ def test_a_resumed_run_keeps_its_choice(config, monkeypatch, capsys):
     monkeypatch.setattr(planned, "choose", refuse)
     assert planned.plan_training(config, "small") == recorded
     assert "as the run in" in capsys.readouterr().out
+
+
+def test_the_folder_of_a_planned_run_is_the_configuration_that_was_chosen(config):
+    """Inspection and comparison of a run do not choose again."""
+    recorded = record(config, layout="tp_sp", mesh="data=1,model=2,seq=4")
+    assert cli.load_config(config.workdir) == dataclasses.replace(recorded, plan="")
 
 
 def test_a_flag_changes_the_choice_of_a_resumed_run(config, monkeypatch):

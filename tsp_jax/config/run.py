@@ -32,7 +32,8 @@ class Config:
     cluster: ClusterConfig = ClusterConfig()
     plan: Plan = ""
     """fastest or leanest: choose layout, mesh, remat, accumulate, stream.bucket_mib and optimizer.zero1 for the devices
-    and their memory, those without a flag. A run keeps its choice when it is resumed. Empty: as configured"""
+    and their memory, those without a flag. A run keeps its choice when it is resumed. Empty: as configured. The
+    commands choose; in Python, `tsp_jax.plan.choose` does"""
     layout: str = "tsp"
     """a preset (single, dp, fsdp, tp, sp, tp_sp, tsp or fsdp_cp), or a preset with changes, such as
     tsp(weights=data+tsp) or tsp(sequence=node+tsp). A change gives other mesh axes to one dimension: batch, sequence,

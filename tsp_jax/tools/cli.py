@@ -182,7 +182,7 @@ def load_config_file(name: str) -> tuple[Config, Optimizer]:
       ConfigError: the configuration does not exist, defines no `config`, or sets a field that does not exist.
     """
     if is_run(name):
-        return read_run(name), None
+        return dataclasses.replace(read_run(name), plan=""), None  # it has what its plan chose
     if is_model(name):
         return folder_config(name), None
     path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"

@@ -91,7 +91,7 @@ def test_the_kernel_is_that_of_the_devices(target, kernel, products):
     ("changes", "line"),
     [
         ({"mesh": "model=8"}, "has no axis 'model'"),
-        ({"mesh": "data=1,tsp=4"}, "mesh=data=1,tsp=4 has 4 devices, target=mi300x:8; use --target mi300x:4"),
+        ({"mesh": "data=1,tsp=4"}, "mesh=data=1,tsp=4 has 4 devices, target=mi300x:8 has 8; use --target mi300x:4"),
         ({"layout": "dp"}, "batch=1 is not divisible by 8 over data; use 8"),
     ],
     ids=["axis", "devices", "batch"],

@@ -16,7 +16,7 @@ from tsp_jax.heads import HeadSharding
 from tsp_jax.inference.forward import decode_placement
 from tsp_jax.inference.program import make_inference_program
 from tsp_jax.inspect import FullWeight, Report, report
-from tsp_jax.layout import Placement, check_fits, get_layout, parse_mesh, place
+from tsp_jax.layout import Layout, Placement, check_fits, get_layout, parse_mesh, place
 from tsp_jax.mesh import format_sizes
 from tsp_jax.ops.kernels import choose_kernel, describe_kernel
 from tsp_jax.ops.kernels.mask import Scores
@@ -88,6 +88,16 @@ def place_on(config: Config, target: Target) -> Placement:
     Raises:
       ConfigError: the layout, mesh, target and sizes do not fit together, or the target's compiler is not installed.
     """
+    layout, sizes = mesh_on(config, target)
+    return place(layout, target.devices(), **sizes)
+
+
+def mesh_on(config: Config, target: Target) -> tuple[Layout, dict[str, int]]:
+    """(layout, sizes of its mesh) of a configuration on all devices of a target; needs no device and no compiler.
+
+    Raises:
+      ConfigError: the layout, mesh, target and sizes do not fit together.
+    """
     layout = get_layout(config.layout)
     sizes = parse_mesh(config.mesh, layout, target.num_devices)
     if (devices := math.prod(sizes.values())) != target.num_devices:
@@ -96,7 +106,7 @@ def place_on(config: Config, target: Target) -> Placement:
             f"use --target {target.hardware.name}:{devices}"
         )
     check_fits(config, layout, sizes)
-    return place(layout, target.devices(), **sizes)
+    return layout, sizes
 
 
 def compile_step(

@@ -12,7 +12,6 @@ and rules of `tsp_jax.inspect.timeline` for a compiled program:
 
 import dataclasses
 import functools
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -25,15 +24,14 @@ from tsp_jax.cost.op_passes import Attend, Message, Pass
 from tsp_jax.cost.passes import Block, step_passes
 from tsp_jax.cost.step import ITEMSIZE
 from tsp_jax.cost.traffic import FLOAT32
-from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.links import collective_seconds
 from tsp_jax.hardware.rates import SCENARIOS, Band, Direction, Level, Scenario, Work
 from tsp_jax.hardware.targets import Target
-from tsp_jax.layout import AxisNames, Layout, check_fits, get_layout, num_ranks, parse_mesh
-from tsp_jax.mesh import format_sizes
+from tsp_jax.layout import AxisNames, get_layout, num_ranks
 from tsp_jax.ops.kernels import KERNELS, choose_kernel
 from tsp_jax.ops.kernels.mask import Scores
+from tsp_jax.plan.compile import mesh_on
 from tsp_jax.plan.queues import Timed, run
 
 
@@ -88,7 +86,8 @@ def estimate(config: Config, target: Target, scenarios: Iterable[str] = tuple(SC
     Raises:
       ConfigError: the layout or the mesh does not fit the target, or no kernel computes these heads.
     """
-    layout, sizes = placed(config, target)
+    layout, sizes = mesh_on(config, target)
+    layout = layout.without([name for name, size in sizes.items() if size == 1])
     blocks, moments = step_passes(config, layout, sizes), memory_moments(config, layout, sizes)
     received = sum(block.times * m.bytes for block in blocks for part in block.passes for m in part.messages)
     after = moments["embed"]  # the update reads and writes weights and moments, and reads gradients
@@ -98,21 +97,6 @@ def estimate(config: Config, target: Target, scenarios: Iterable[str] = tuple(SC
         config=config, moments=moments, received_bytes=config.accumulate * received,
         scenarios={name: priced.terms(blocks, update, SCENARIOS[name]) for name in scenarios},
     )  # fmt: skip
-
-
-def placed(config: Config, target: Target) -> tuple[Layout, dict[str, int]]:
-    """(the layout without axes of size 1, sizes of its mesh) of a configuration on all devices of a target.
-
-    Raises:
-      ConfigError: the layout, the mesh, the target and the sizes of the configuration do not fit together.
-    """
-    layout = get_layout(config.layout)
-    sizes = parse_mesh(config.mesh, layout, target.num_devices)
-    if (devices := math.prod(sizes.values())) != target.num_devices:
-        use = f"use --target {target.hardware.name}:{devices}"
-        raise ConfigError(f"mesh={format_sizes(sizes)} has {devices} devices, target={target}; {use}")
-    check_fits(config, layout, sizes)
-    return layout.without([name for name, size in sizes.items() if size == 1]), sizes
 
 
 class _Priced:

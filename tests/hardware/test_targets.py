@@ -1,5 +1,9 @@
 """Targets: names, messages, and compiling for hardware where its compiler is installed."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +15,7 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import HARDWARE, parse_target
 from tsp_jax.inspect import report
 
+ROOT = Path(__file__).parents[2]
 ABSENT = [name for name in HARDWARE if name != "cpu"]
 
 
@@ -73,3 +78,19 @@ def test_a_slice_that_no_tpu_has_is_refused_with_those_of_its_kind(text, known):
     needs_compiler("tpu")
     with pytest.raises(ConfigError, match=f"target={text}: no such slice; use {known}"):
         parse_target(text).devices()
+
+
+@pytest.mark.parametrize("name", ["mi300x", "h100", "v5p"])
+def test_a_process_that_compiled_for_absent_hardware_can_trace_its_own(name, tmp_path):
+    """A plugin's profiler may end the process; hence a process of its own."""
+    needs_compiler(HARDWARE[name].platform)
+    code = f"""
+import jax
+from tsp_jax.hardware.targets import parse_target
+parse_target("{name}:8").devices()
+with jax.profiler.trace({str(tmp_path)!r}):
+    jax.block_until_ready(jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))

@@ -18,6 +18,9 @@ _HANDLERS = ("_solver", "_hybrid", "_linalg", "_prng", "_sparse")
 def register_rocm_plugin(library: Path, package: str, *, late: bool) -> None:
     """Registers the ROCm compiler by path; the plugin's own entry point refuses a machine without a GPU.
 
+    With a GPU, JAX registers the plugin by that entry point, and nothing is done here. Without one, the plugin's
+    profiler is left out: it asks ROCm's libraries for the time, and ends the process where stand-ins take their place.
+
     The compiler refuses a custom call without a handler. jaxlib registers handlers when it is imported, from modules
     that do not load where ROCm is not installed.
 
@@ -26,8 +29,17 @@ def register_rocm_plugin(library: Path, package: str, *, late: bool) -> None:
       package: its package of Python modules.
       late: whether those modules load only since stand-ins for ROCm's libraries were loaded.
     """
+    if is_present("rocm"):
+        return
     options = {**xla_client.generate_pjrt_gpu_plugin_options(), "platform_name": "ROCM"}
-    api = xla_bridge.register_plugin("rocm", priority=500, library_path=str(library), options=options)
+    api = xla_client.load_pjrt_plugin_dynamically("rocm", str(library))
+    xla_bridge.register_backend_factory(
+        "rocm",
+        functools.partial(xla_bridge.make_pjrt_c_api_client, "rocm", options=options),
+        priority=500,
+        make_topology=functools.partial(xla_client.make_c_api_device_topology, api),
+        c_api=api,
+    )
     extension = importlib.import_module(f"{package}.rocm_plugin_extension")
     register = functools.partial(extension.register_custom_call_target, api)
     xla_client.register_custom_call_handler("ROCM", register)

@@ -37,7 +37,7 @@ soak: $(INSTALLED)
 
 index: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[dev,hf-test,browser-test]"
-	$(BIN)/python -m pytest -m index
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m index
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

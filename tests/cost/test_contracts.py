@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 
 from tests.builders.arrays import LAYOUT_CASES, MIX, UNUSUAL_CASES
+from tests.builders.marks import soak
 from tsp_jax.config import TARGETS, Config, LoraConfig, ModelConfig, OptimizerConfig, Order, StreamConfig
 from tsp_jax.cost.memory import step_memory
 from tsp_jax.cost.training import movements, step_traffic
@@ -115,26 +116,38 @@ def check_traffic(config: Config, case: str, forward: bool = False) -> None:
 
 
 LAYOUTS = [name for name in CASES if name not in UNUSUAL_CASES]
+LIKE_OTHERS = ("single", "tp4_sp2", "tsp2", "tsp8", "data2_tp4", "mix4_2")
+"""another number of ranks of a layout that is tested, or nothing to move"""
 
 
-@pytest.mark.parametrize("case", LAYOUTS)
+@pytest.mark.parametrize("case", [soak(case) if case in LIKE_OTHERS else case for case in LAYOUTS])
 def test_traffic_of_a_step_equals_the_closed_form(case):
     check_traffic(CONFIG, case)
 
 
-@pytest.mark.parametrize("case", LAYOUTS)
+@pytest.mark.parametrize("case", [case if case in ("tsp4", "tp2_sp4", "fsdp8") else soak(case) for case in LAYOUTS])
 def test_traffic_of_forward_equals_the_closed_form(case):
     check_traffic(CONFIG, case, forward=True)
 
 
-@pytest.mark.parametrize("case", ["tsp8", "tp8", "tp4_sp2", "mix2_4"])
+@pytest.mark.parametrize("case", ["tsp8", "tp8", soak("tp4_sp2"), soak("mix2_4")])
 def test_traffic_with_uneven_heads_equals_the_closed_form(case):
     check_traffic(GROUPED, case)
 
 
-@pytest.mark.parametrize(("case", "forward"), [("tsp8", False), ("tsp3", False), ("tp8", True), ("mix2_4", True)])
-@pytest.mark.parametrize("movement", ["gather", "activations"])
-def test_traffic_of_padded_rows_equals_the_closed_form(case, forward, movement):
+@pytest.mark.parametrize(
+    ("movement", "case", "forward"),
+    [
+        ("gather", "tsp8", False),
+        ("activations", "tsp3", False),
+        ("gather", "tp8", True),
+        ("activations", "mix2_4", True),
+        soak("activations", "tsp8", False),
+        soak("gather", "tsp3", False),
+        soak("gather", "mix2_4", True),
+    ],
+)
+def test_traffic_of_padded_rows_equals_the_closed_form(movement, case, forward):
     check_traffic(moved(UNEVEN, movement), case, forward)
 
 
@@ -153,7 +166,7 @@ def windowed(window: int, order: Order) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("case", "window", "order"), [("tsp4", 9, "zigzag"), ("tsp4", 16, "contiguous"), ("tp4_sp2", 5, "zigzag")]
+    ("case", "window", "order"), [("tsp4", 9, "zigzag"), soak("tsp4", 16, "contiguous"), ("tp4_sp2", 5, "zigzag")]
 )
 def test_traffic_of_windows_equals_the_closed_form(case, window, order):
     """Each of 4 ranks receives two windows of 8 keys in zigzag order, one of 15 in contiguous order; of 2, one of 4."""
@@ -163,7 +176,7 @@ def test_traffic_of_windows_equals_the_closed_form(case, window, order):
     assert received < step_traffic(CONFIG, layout, {"data": 1, **sizes})["attention"]["keys_values"]
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "offload", "offload_attention"])
+@pytest.mark.parametrize("remat", ["none", "full", soak("offload"), "offload_attention"])
 def test_traffic_of_each_remat_policy_equals_the_closed_form(remat):
     check_traffic(dataclasses.replace(CONFIG, remat=remat), "tsp4")
 
@@ -178,7 +191,7 @@ def test_traffic_with_norms_after_sublayers_equals_the_closed_form(case, movemen
     check_traffic(dataclasses.replace(moved(CONFIG, movement), model=model, remat=remat), case)
 
 
-@pytest.mark.parametrize(("case", "movement"), [("tsp4", "gather"), ("tp4_sp2", "gather")])
+@pytest.mark.parametrize(("case", "movement"), [("tsp4", "gather"), soak("tp4_sp2", "gather")])
 def test_traffic_of_layers_of_several_kinds_equals_the_closed_form(case, movement):
     """Two of three layers exchange windows; the third exchanges all keys, after the loop over periods of two."""
     kinds = dataclasses.replace(MODEL, window=9, layer_kinds=("sliding", "full"))
@@ -186,16 +199,12 @@ def test_traffic_of_layers_of_several_kinds_equals_the_closed_form(case, movemen
     check_traffic(dataclasses.replace(config, model=kinds), case)
 
 
-def soak(*values):
-    return pytest.param(*values, marks=pytest.mark.soak)
-
-
 @pytest.mark.parametrize("case", ["tsp8", soak("data2_tsp4"), "mix2_4", soak("two_axes2_4"), "two_level2_4"])
 def test_traffic_of_moved_activations_equals_the_closed_form(case):
     check_traffic(moved(CONFIG), case)
 
 
-@pytest.mark.parametrize(("case", "remat"), [("tsp4", "none"), ("tsp8", "full"), ("mix2_4", "save_attention")])
+@pytest.mark.parametrize(("case", "remat"), [soak("tsp4", "none"), ("tsp8", "full"), ("mix2_4", "save_attention")])
 def test_traffic_of_moved_activations_with_uneven_heads_equals_the_closed_form(case, remat):
     check_traffic(dataclasses.replace(moved(GROUPED), remat=remat), case)
 
@@ -232,8 +241,15 @@ def test_auto_moves_no_more_than_the_better_of_the_pinned_movements(batch, seq_l
     assert {op for op, name in movements(config, layout, sizes).items() if name == "activations"} == preferred
 
 
-@pytest.mark.parametrize("movement", ["gather", "activations"])
-@pytest.mark.parametrize("remat", ["full", "save_attention"])
+@pytest.mark.parametrize(
+    ("remat", "movement"),
+    [
+        ("full", "gather"),
+        ("save_attention", "activations"),
+        soak("full", "activations"),
+        soak("save_attention", "gather"),
+    ],
+)
 def test_residuals_of_the_closed_form_are_the_buffers_of_layers(remat, movement):
     """Up to the last row of each array. Tokens are so many that gradients fit in their place."""
     config = dataclasses.replace(moved(CONFIG, movement), remat=remat, seq_len=768)
@@ -348,7 +364,7 @@ def test_residual_is_found_where_it_is():
     assert any(SLIM.seq_len in b.shape and SLIM.model.d_model in b.shape for b in list_buffers(module))
 
 
-@pytest.mark.parametrize("case", ["single", "tp8", "sp8", "tsp4"])
+@pytest.mark.parametrize("case", [soak("single"), "tp8", soak("sp8"), "tsp4"])
 def test_no_logits_of_all_tokens_and_the_whole_vocabulary(case):
     vocabulary = dataclasses.replace(SLIM, model=dataclasses.replace(SLIM.model, vocab_size=400))
     module, _ = compiled_step(vocabulary, case)

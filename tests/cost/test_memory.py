@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from tests.builders.arrays import LAYOUT_CASES
+from tests.builders.marks import soak
 from tests.builders.targets import needs_compiler
 from tsp_jax.config import Config, ModelConfig, OptimizerConfig, OptimizerName
 from tsp_jax.cost.memory import memory_moments, step_memory
@@ -109,10 +110,6 @@ def test_muon_takes_memory_in_its_update():
 
 
 # ------------------------------------------------------------------------------------------------ compiled peaks
-
-
-def soak(*values):
-    return pytest.param(*values, marks=pytest.mark.soak)
 
 
 @pytest.mark.parametrize(

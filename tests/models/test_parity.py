@@ -2,7 +2,8 @@
 
 The product of layouts, models and settings would take hours to compile. So `CASES` pairs what can interact: every
 layout meets full remat, whose buffers depend on it, and a policy without buffers; every layout whose weights move
-meets every movement; tsp on four devices meets every movement with every remat policy.
+meets every movement; tsp on four devices meets every movement with every remat policy. `make test` runs those in which
+each layout, model, movement and policy is tested at least once; `make soak` runs all.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from tests.builders.arrays import (
     reorder,
     zigzag,
 )
+from tests.builders.marks import soak
 from tsp_jax.config import ModelConfig, Remat, RopeScaling, StreamConfig
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer
@@ -108,105 +110,106 @@ SAVE_ON_HOST: Remat = "offload_attention"
 CASES = [
     # no weights move, so that a movement changes nothing
     ("single", "grouped", GATHER, FULL),
-    ("single", "odd_heads_tied", GATHER, SAVE),
+    soak("single", "odd_heads_tied", GATHER, SAVE),
     ("tp8", "grouped", GATHER, FULL),
-    ("tp8", "odd_heads_tied", GATHER, NONE),
+    soak("tp8", "odd_heads_tied", GATHER, NONE),
     ("sp8", "odd_heads_tied", GATHER, FULL),
-    ("sp8", "grouped", GATHER, SAVE),
+    soak("sp8", "grouped", GATHER, SAVE),
     ("tp2_sp4", "odd_heads_tied", GATHER, FULL),
     ("tp2_sp4", "grouped", GATHER, SAVE),
     ("tp4_sp2", "multi_head", GATHER, FULL),
-    ("tp4_sp2", "grouped", GATHER, NONE),
+    soak("tp4_sp2", "grouped", GATHER, NONE),
     # tokens are sharded by batch; attention gathers weights under every movement
     ("dp8", "grouped", GATHER, FULL),
-    ("dp8", "odd_heads_tied", GATHER, SAVE),
+    soak("dp8", "odd_heads_tied", GATHER, SAVE),
     ("fsdp8", "odd_heads_tied", GATHER, FULL),
     ("fsdp8", "grouped", PAPER, SAVE),
-    ("fsdp8", "multi_head", ACTIVATIONS, NONE),
+    soak("fsdp8", "multi_head", ACTIVATIONS, NONE),
     ("replicas2_4", "grouped", GATHER, FULL),
-    ("replicas2_4", "multi_head", PAPER, NONE),
-    ("replicas2_4", "odd_heads_tied", ACTIVATIONS, SAVE),
+    soak("replicas2_4", "multi_head", PAPER, NONE),
+    soak("replicas2_4", "odd_heads_tied", ACTIVATIONS, SAVE),
     # whole weights are gathered under every movement
-    ("fsdp_cp8", "multi_head", GATHER, FULL),
+    soak("fsdp_cp8", "multi_head", GATHER, FULL),
     ("fsdp_cp8", "odd_heads_tied", GATHER, SAVE),
     # weights move past tokens, or tokens past weights
     ("tsp2", "multi_head", PAPER, FULL),
     ("tsp3", "multi_head", ACTIVATIONS, FULL),
-    ("tsp3", "odd_heads_tied", PAPER, NONE),
+    soak("tsp3", "odd_heads_tied", PAPER, NONE),
     ("tsp4", "grouped", GATHER, FULL),
-    ("tsp4", "multi_head", GATHER, NONE),
-    ("tsp4", "grouped", GATHER, SAVE),
-    ("tsp4", "multi_head", PAPER, FULL),
-    ("tsp4", "grouped", PAPER, NONE),
+    soak("tsp4", "multi_head", GATHER, NONE),
+    soak("tsp4", "grouped", GATHER, SAVE),
+    soak("tsp4", "multi_head", PAPER, FULL),
+    soak("tsp4", "grouped", PAPER, NONE),
     ("tsp4", "grouped", PAPER, SAVE),
-    ("tsp4", "multi_head", ACTIVATIONS, FULL),
+    soak("tsp4", "multi_head", ACTIVATIONS, FULL),
     ("tsp4", "grouped", ACTIVATIONS, NONE),
-    ("tsp4", "grouped", ACTIVATIONS, SAVE),
+    soak("tsp4", "grouped", ACTIVATIONS, SAVE),
     ("tsp8", "odd_heads_tied", GATHER, FULL),
-    ("tsp8", "multi_head", PAPER, NONE),
-    ("tsp4", "14_of_2", ACTIVATIONS, NONE),
+    soak("tsp8", "multi_head", PAPER, NONE),
+    soak("tsp4", "14_of_2", ACTIVATIONS, NONE),
     ("tsp8", "14_of_2", GATHER, FULL),
     ("tsp8", "4_of_1", ACTIVATIONS, FULL),
     ("tsp8", "28_of_4", PAPER, SAVE),
-    ("tsp8", "grouped", ACTIVATIONS, SAVE),
-    ("data2_tsp4", "multi_head", ACTIVATIONS, FULL),
+    soak("tsp8", "grouped", ACTIVATIONS, SAVE),
+    soak("data2_tsp4", "multi_head", ACTIVATIONS, FULL),
     ("data2_tsp4", "odd_heads_tied", PAPER, SAVE),
-    ("mix2_4", "multi_head", PAPER, FULL),
+    soak("mix2_4", "multi_head", PAPER, FULL),
     ("mix2_4", "odd_heads_tied", ACTIVATIONS, NONE),
-    ("mix2_4", "grouped", GATHER, SAVE),
+    soak("mix2_4", "grouped", GATHER, SAVE),
     ("mix2_4", "grouped", ACTIVATIONS, "offload"),
     # weights folded inside a node, replicated between nodes; tokens over both
     ("two_level2_4", "odd_heads_tied", GATHER, FULL),
-    ("two_level2_4", "grouped", PAPER, SAVE),
-    ("two_level2_4", "multi_head", ACTIVATIONS, NONE),
+    soak("two_level2_4", "grouped", PAPER, SAVE),
+    soak("two_level2_4", "multi_head", ACTIVATIONS, NONE),
     # tensor ranks that neither divide the KV heads nor are divided by them
     ("mix2_3", "odd_heads_tied", GATHER, FULL),
     ("mix3_2", "thirds", GATHER, NONE),
     # windows, soft caps and sinks, also where heads are padded, or sharded by two axes
-    ("tsp4", "windowed", GATHER, SAVE),
+    soak("tsp4", "windowed", GATHER, SAVE),
     ("tsp8", "windowed", ACTIVATIONS, FULL),
     ("mix2_4", "windowed", ACTIVATIONS, NONE),
     ("tp2_sp4", "windowed", GATHER, FULL),
-    ("fsdp8", "windowed", GATHER, FULL),
-    ("tsp2", "windowed", GATHER, SAVE_ON_HOST),
+    soak("fsdp8", "windowed", GATHER, FULL),
+    soak("tsp2", "windowed", GATHER, SAVE_ON_HOST),
     # biases, norms elsewhere, scales, and norms over all heads
-    ("single", "gemma", GATHER, FULL),
-    ("single", "olmo", GATHER, FULL),
-    ("tsp4", "biased", GATHER, FULL),
+    soak("single", "gemma", GATHER, FULL),
+    soak("single", "olmo", GATHER, FULL),
+    soak("tsp4", "biased", GATHER, FULL),
     ("tsp8", "biased", ACTIVATIONS, SAVE),
     ("mix2_4", "biased_grouped", ACTIVATIONS, FULL),
-    ("tp8", "biased_grouped", GATHER, SAVE),
+    soak("tp8", "biased_grouped", GATHER, SAVE),
     ("tp2_sp4", "biased", GATHER, NONE),
     ("tsp4", "gemma", PAPER, FULL),
-    ("tp8", "gemma", GATHER, FULL),
-    ("mix2_4", "gemma", ACTIVATIONS, NONE),
+    soak("tp8", "gemma", GATHER, FULL),
+    soak("mix2_4", "gemma", ACTIVATIONS, NONE),
     ("tsp2", "gemma", GATHER, SAVE_ON_HOST),
-    ("tsp4", "olmo", GATHER, FULL),
+    soak("tsp4", "olmo", GATHER, FULL),
     ("tsp4", "olmo", ACTIVATIONS, SAVE),
-    ("tsp8", "olmo", ACTIVATIONS, FULL),
+    soak("tsp8", "olmo", ACTIVATIONS, FULL),
     ("tp8", "olmo_grouped", GATHER, FULL),
-    ("mix2_4", "olmo_grouped", ACTIVATIONS, FULL),
+    soak("mix2_4", "olmo_grouped", ACTIVATIONS, FULL),
     ("mix2_3", "olmo", ACTIVATIONS, NONE),
-    ("fsdp8", "olmo_grouped", GATHER, SAVE),
+    soak("fsdp8", "olmo_grouped", GATHER, SAVE),
     # layers of several kinds, some after the last whole period
-    ("single", "kinds", GATHER, FULL),
+    soak("single", "kinds", GATHER, FULL),
     ("tsp4", "kinds", GATHER, FULL),
-    ("tsp2", "kinds", GATHER, SAVE_ON_HOST),
-    ("tsp8", "kinds", ACTIVATIONS, SAVE),
-    ("tp2_sp4", "kinds", GATHER, NONE),
+    soak("tsp2", "kinds", GATHER, SAVE_ON_HOST),
+    soak("tsp8", "kinds", ACTIVATIONS, SAVE),
+    soak("tp2_sp4", "kinds", GATHER, NONE),
     ("mix2_4", "two_kinds", ACTIVATIONS, FULL),
-    ("tsp4", "two_kinds", PAPER, NONE),
+    soak("tsp4", "two_kinds", PAPER, NONE),
     ("data2_tsp4", "two_kinds", GATHER, "offload"),
     # what attention has computed is kept, of heads that are shared or padded too
-    ("tp8", "4_of_1", GATHER, SAVE),
+    soak("tp8", "4_of_1", GATHER, SAVE),
     ("tp4_sp2", "grouped", GATHER, SAVE_ON_HOST),
     ("tsp8", "14_of_2", ACTIVATIONS, SAVE),
-    ("mix2_3", "odd_heads_tied", ACTIVATIONS, SAVE),
-    ("mix3_2", "thirds", GATHER, SAVE_ON_HOST),
+    soak("mix2_3", "odd_heads_tied", ACTIVATIONS, SAVE),
+    soak("mix3_2", "thirds", GATHER, SAVE_ON_HOST),
     ("two_level2_4", "grouped", ACTIVATIONS, SAVE_ON_HOST),
     ("fsdp8", "odd_heads_tied", GATHER, SAVE_ON_HOST),
 ]
 """(layout, model, movement, remat)"""
+ALL_CASES = [getattr(case, "values", case) for case in CASES]
 
 
 def stream_config(movement: str, placement: Placement) -> StreamConfig:
@@ -294,12 +297,18 @@ def test_loss_and_gradients_equal_the_reference(layout, model, movement, remat):
 
 def test_cases_cover_what_can_interact():
     for name, (layout, _) in LAYOUT_CASES.items():
-        remats = {remat for case, _, _, remat in CASES if case == name}
+        remats = {remat for case, _, _, remat in ALL_CASES if case == name}
         assert "full" in remats, name
         same_layout = {case for case, (other, _) in LAYOUT_CASES.items() if other == layout}
-        found = {(movement, remat) for case, _, movement, remat in CASES if case in same_layout}
+        found = {(movement, remat) for case, _, movement, remat in ALL_CASES if case in same_layout}
         assert len({remat for _, remat in found}) > 1, name
-        assert any(MODELS[model].vocab_size == 71 for case, model, _, _ in CASES if case == name), name
+        assert any(MODELS[model].vocab_size == 71 for case, model, _, _ in ALL_CASES if case == name), name
         if layout.axes("mlp").folded and not layout.whole_weights:
             assert {movement for movement, _ in found} == set(MOVEMENTS), name
-    assert {tuple(case[2:]) for case in CASES if case[0] == "tsp4"} == set(itertools.product(MOVEMENTS, REMATS))
+    assert {tuple(case[2:]) for case in ALL_CASES if case[0] == "tsp4"} == set(itertools.product(MOVEMENTS, REMATS))
+
+
+def test_make_test_runs_each_layout_model_movement_and_policy():
+    run = [case for case in CASES if isinstance(case, tuple) and not hasattr(case, "marks")]
+    for number in range(4):
+        assert {case[number] for case in run} == {case[number] for case in ALL_CASES}

@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo quick test newest soak index check clean
+.PHONY: setup demo quick test newest soak index docs check clean
 
 setup: $(INSTALLED)
 
@@ -39,10 +39,14 @@ index: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[dev,hf-test,browser-test]"
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m index
 
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv .venv-newest runs
+	rm -rf .venv .venv-newest runs site

@@ -9,7 +9,12 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = {"tsp_from_scratch.md": "tsp_from_scratch.py"}
+NOTEBOOKS = {
+    "tsp_from_scratch.md": "tsp_from_scratch.py",
+    "example_own_model.md": "own_model.py",
+    "example_collective.md": "find_a_collective.py",
+    "example_plan.md": "plan_a_job.py",
+}
 OUTSIDE = r"(?:\.ci|configs|examples|scripts|tests|tsp_jax|CONTRIBUTING\.md|CHANGELOG\.md|pyproject\.toml)"
 
 

@@ -7,10 +7,11 @@
 # %% [markdown]
 # # Tensor and sequence parallelism from scratch
 #
-# A transformer that reads long texts runs out of memory twice: on weights and on activations. This notebook builds the
-# remedy, tensor and sequence parallelism on one mesh axis (TSP, [arXiv 2604.26294](https://arxiv.org/abs/2604.26294)),
-# with JAX alone. It begins with the naive program and mends one fault at a time. It runs on 8 virtual CPU devices;
-# what it shows of memory and traffic is read from the compiled programs, not measured on hardware.
+# A transformer that reads long texts runs out of memory twice: on weights and on activations. This notebook builds
+# the remedy, tensor and sequence parallelism on one mesh axis (TSP, [arXiv
+# 2604.26294](https://arxiv.org/abs/2604.26294)), with JAX alone. It begins with the naive program and mends one fault
+# at a time. It runs on 8 virtual CPU devices; what it shows of memory and traffic is read from the compiled programs,
+# not measured on hardware.
 
 # %%
 import re
@@ -58,8 +59,8 @@ reference = jax.jit(loss(partial_output))(x_TD, up_FD, down_FD, dy_TD)
 # ## One axis, two shardings
 #
 # Tensor parallelism shards the rows of the weights over devices, sequence parallelism shards the tokens. Usually each
-# has a mesh axis of its own. Here both use the *same* axis: each of R devices holds 1/R of every weight and 1/R of the
-# tokens. In JAX that is one PartitionSpec for all arrays.
+# has a mesh axis of its own. Here both use the *same* axis: each of R devices holds 1/R of every weight and 1/R of
+# the tokens. In JAX that is one PartitionSpec for all arrays.
 
 # %%
 sharding = NamedSharding(mesh, P("tsp"))
@@ -171,8 +172,8 @@ print("prefetched:", largest_buffers(prefetched))
 
 # %% [markdown]
 # **What is wrong** shows only in backward. Autodiff keeps what each step used: the buckets of all steps, stacked
-# (`[BUCKETS - 1, F / BUCKETS, D]` above), which together are the whole weights, and their hidden columns. All that the
-# loop saved in forward, backward holds again.
+# (`[BUCKETS - 1, F / BUCKETS, D]` above), which together are the whole weights, and their hidden columns. All that
+# the loop saved in forward, backward holds again.
 #
 # ## Fourth try: a gradient of our own
 #
@@ -226,14 +227,14 @@ check(tsp)
 print("tsp:", largest_buffers(tsp))
 
 # %% [markdown]
-# No array is as large as a weight any more. That is TSP: one PartitionSpec for weights and tokens, weights that stream
-# past resident tokens, fetched ahead, and their gradients sent home.
+# No array is as large as a weight any more. That is TSP: one PartitionSpec for weights and tokens, weights that
+# stream past resident tokens, fetched ahead, and their gradients sent home.
 #
 # ## What it moves
 #
 # The traffic can be written down. Forward fetches (R-1)/R of both weights; backward fetches them again and sends as
-# many gradients. And it can be read from the compiled program: every collective has its shape, and those in a loop run
-# as often as the loop does.
+# many gradients. And it can be read from the compiled program: every collective has its shape, and those in a loop
+# run as often as the loop does.
 
 
 # %%
@@ -260,8 +261,8 @@ assert moved["reduce-scatter"][1] == WEIGHTS
 # %% [markdown]
 # ## When it pays
 #
-# That traffic does not depend on the number of tokens, while the products grow with it. With few tokens a device waits
-# for weights; with many the weights arrive unnoticed. The other way round, tensor parallelism moves tokens: two
+# That traffic does not depend on the number of tokens, while the products grow with it. With few tokens a device
+# waits for weights; with many the weights arrive unnoticed. The other way round, tensor parallelism moves tokens: two
 # all-reduces of `[T, D]` a layer, whose bytes grow with T.
 #
 # ## Exercises

@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo quick test newest soak index docs check clean
+.PHONY: setup demo quick test newest soak index docs figures check clean
 
 setup: $(INSTALLED)
 
@@ -38,6 +38,11 @@ soak: $(INSTALLED)
 index: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[dev,hf-test,browser-test]"
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m index
+
+# Compiles for MI300X for about half an hour; writes tables of README, docs/ and benchmarks/.
+figures: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[aot-rocm,viz]"
+	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/figures.py
 
 docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"

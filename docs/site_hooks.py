@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = {
     "tsp_from_scratch.md": "tsp_from_scratch.py",
     "example_own_model.md": "own_model.py",
+    "example_fine_tune.md": "fine_tune.py",
     "example_collective.md": "find_a_collective.py",
     "example_plan.md": "plan_a_job.py",
 }

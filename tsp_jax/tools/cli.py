@@ -243,6 +243,9 @@ def _one_line(box: str) -> str:
     return re.sub(headings + r"|Error parsing \w+: ", "", words).strip()
 
 
+_STUCK = "--xla_cpu_collective_call_terminate_timeout_seconds"
+
+
 def use_devices(cpu_devices: int) -> None:
     """Sets up `cpu_devices` virtual CPU devices, unless it is 0. Call it before anything uses a device."""
     if cpu_devices > MOST_CPU_DEVICES:
@@ -250,6 +253,9 @@ def use_devices(cpu_devices: int) -> None:
     if cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", cpu_devices)
+        # XLA ends the process if a virtual device waits 40 s for another: seen on a machine that had other work too.
+        if _STUCK not in (flags := os.environ.get("XLA_FLAGS", "")):
+            os.environ["XLA_FLAGS"] = f"{flags} {_STUCK}=3600".lstrip()
         # On jax 0.12 a CPU program read back from the persistent cache no longer orders its collectives: seen to hang,
         # and to give other numbers.
         jax.config.update("jax_enable_compilation_cache", False)

@@ -92,6 +92,20 @@ def layouts_table(path: Path) -> list[str]:
     return table(f"{header} | longest that fits", rows)
 
 
+def short_table(path: Path) -> list[str]:
+    """Layouts of one sequence of 128 K tokens, leanest first."""
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["seq_len"] == 131072 and row["batch"] == 1]
+    rows = sorted((row for row in rows if "(" not in row["layout"]), key=lambda row: row["peak_bytes"])
+    cells = [
+        [
+            f"`{row['layout']}`", f"{row['peak_bytes'] / 1e9:.1f}", row["paper_peak_gb"] or "",
+            _band(row["scenario_steps_s"], 1), f"{row['largest_seq_len'] // 1024:,} K",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return table("layout | peak GB | the paper's | step s | longest that fits", cells)
+
+
 def scenarios_table(path: Path) -> list[str]:
     """Step of one sequence of 16 K tokens in each scenario of the rates, fastest layout first."""
     rows = [row for row in json.loads(path.read_text())["rows"] if row["seq_len"] == 16384 and row["batch"] == 1]
@@ -118,12 +132,13 @@ def _band(step_s: dict[str, float], digits: int) -> str:
 LAYOUTS = "benchmarks/layouts_mi300x.json"
 FIGURES = {
     "layouts": Figure(
-        (COMPARE,), LAYOUTS, layouts_table, ("README.md", "benchmarks/layouts.md")
+        (COMPARE,), LAYOUTS, layouts_table, ("docs/layouts.md", "benchmarks/layouts.md")
     ),
+    "layouts-128k": Figure((), LAYOUTS, short_table, ("README.md",)),
     "layouts-16k": Figure((), LAYOUTS, scenarios_table, ("benchmarks/layouts.md",)),
     "remat": Figure(
         tuple(f"{INSPECT} --remat {name}" for name in ("save_attention", "full", "offload_attention")),
-        "benchmarks/remat_mi300x.json", remat_table, ("README.md",),
+        "benchmarks/remat_mi300x.json", remat_table, ("docs/training.md",),
     ),
 }  # fmt: skip
 

@@ -39,6 +39,8 @@ def on_page_markdown(markdown, page, config, files):
         markdown = markdown.replace("](../benchmarks/", "](benchmarks/")
     else:
         markdown = markdown.replace("](../docs/", "](../")
+    for target, notebook in NOTEBOOKS.items():
+        markdown = re.sub(rf"\]\((?:\.\./)*examples/{re.escape(notebook)}\)", f"]({target})", markdown)
     return re.sub(rf"\[([^\]]+)\]\((?:\.\./)*{OUTSIDE}[^)]*\)", r"`\1`", markdown)
 
 

@@ -1,4 +1,4 @@
-"""The README's example runs as it stands, and its commands exist."""
+"""README's examples run as they stand, and its commands exist."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-EXAMPLE = re.search(r"## Your own Flax model.*?```python\n(.*?)```", README, re.DOTALL)
+EXAMPLE = re.search(r"## 1. A Flax model.*?```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_example_runs_as_it_stands_and_learns(tmp_path):
@@ -30,7 +30,7 @@ def test_example_runs_as_it_stands_and_learns(tmp_path):
 
 
 def test_a_configuration_file_trains_as_it_stands(tmp_path):
-    (code,) = re.findall(r"```python\n(import optax\n.*?)```", README, re.DOTALL)
+    (code,) = re.findall(r"```python\n(import optax\n.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
     (tmp_path / "mine.py").write_text(code)
     (tmp_path / "text.txt").write_text("The text of a run is tokenized. " * 400)
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "mine.py", "--steps", "2", "--data.files", "*.txt"]
@@ -38,6 +38,16 @@ def test_a_configuration_file_trains_as_it_stands(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "step 2/2" in done.stdout + done.stderr
+
+
+def test_a_function_of_ones_own_is_inspected_as_it_stands(tmp_path):
+    """The gradient of a replicated weight is summed over devices."""
+    block = re.search(r"## 3. Inspect.*?```python\n(.*?)```", README, re.DOTALL)
+    assert block
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", block[1]], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "all-reduce data 1.0 " in done.stdout or "all-reduce data 1 " in done.stdout
 
 
 def test_continuous_integration_calls_the_test_command_of_the_readme():

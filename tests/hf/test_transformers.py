@@ -93,8 +93,8 @@ def test_smollm2_writes_what_transformers_writes(transformers, smollm2, theirs):
     assert max(errors) <= LOGITS_TOLERANCE
 
 
-def test_example_of_the_readme_runs_as_it_stands(smollm2, tmp_path):
-    example = re.search(r"## Generate.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_example_of_the_documents_runs_as_it_stands(smollm2, tmp_path):
+    example = re.search(r"```python\n(import tsp_jax\n.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
     assert example
     (tmp_path / "example.py").write_text(example[1])
     (tmp_path / "models").mkdir()

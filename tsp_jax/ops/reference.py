@@ -2,8 +2,8 @@
 
 Weights are logical (without padding), and have the shape [rows, D] as everywhere.
 
-Dims: B batch, T tokens (queries), S key tokens, D model, F ffn, N query heads, K KV heads, G = N / K, H head,
-V vocabulary.
+Dims: B batch, T tokens (queries), S key tokens, D model, F ffn, E experts, k experts of a token, N query heads,
+K KV heads, G = N / K, H head, V vocabulary.
 """
 
 import jax
@@ -17,6 +17,38 @@ from tsp_jax.ops.rope import NO_SCALING, rope
 def mlp(x_BTD, w_gate_FD, w_up_FD, w_down_FD, activation="silu"):
     """Gated MLP."""
     return (ACTIVATIONS[activation](x_BTD @ w_gate_FD.T) * (x_BTD @ w_up_FD.T)) @ w_down_FD
+
+
+def route(
+    x_BTD, w_ED, *, per_token, scores="softmax", normalize=True, scale=1.0, bias_E=None, selection_bias_E=None
+):  # fmt: skip
+    """(chosen experts [B, T, k], their weights [B, T, k], balance loss, z-loss) of a router, in float32.
+
+    `bias_E` is added to logits, `selection_bias_E` to the scores by which experts are chosen, not to their weights.
+    The balance loss is ``E sum_e f_e p_e`` of the shares f of choices and the mean probabilities p: 1 in balance. The
+    z-loss is the mean of squared log-sum-exps of the logits.
+    """
+    logits_BTE = x_BTD.astype(jnp.float32) @ w_ED.T
+    if bias_E is not None:
+        logits_BTE = logits_BTE + bias_E[None, None]
+    scores_BTE = jax.nn.softmax(logits_BTE, axis=-1) if scores == "softmax" else jax.nn.sigmoid(logits_BTE)
+    by_BTE = scores_BTE if selection_bias_E is None else scores_BTE + selection_bias_E[None, None]
+    chosen_BTk = jnp.argsort(-by_BTE, axis=-1, stable=True)[..., :per_token].astype(jnp.int32)
+    weights_BTk = jnp.take_along_axis(scores_BTE, chosen_BTk, axis=-1)
+    if normalize:
+        weights_BTk = weights_BTk / weights_BTk.sum(axis=-1, keepdims=True)
+    shares_E = jax.nn.one_hot(chosen_BTk, len(w_ED)).mean(axis=(0, 1, 2))
+    probabilities_E = (scores_BTE / scores_BTE.sum(axis=-1, keepdims=True)).mean(axis=(0, 1))
+    balance = len(w_ED) * (shares_E * probabilities_E).sum()
+    z = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)).mean()
+    return chosen_BTk, weights_BTk * scale, balance, z
+
+
+def experts(x_BTD, chosen_BTk, weights_BTk, w_gate_EFD, w_up_EFD, w_down_EFD, activation="silu"):
+    """The sum of each token's chosen experts, weighted. Computes every expert on every token."""
+    y_EBTD = jnp.stack([mlp(x_BTD, *w, activation) for w in zip(w_gate_EFD, w_up_EFD, w_down_EFD, strict=True)])
+    weights_BTE = (jax.nn.one_hot(chosen_BTk, len(w_up_EFD)) * weights_BTk[..., None]).sum(axis=2)
+    return jnp.einsum("EBTD,BTE->BTD", y_EBTD, weights_BTE)
 
 
 def softmax_attention(

@@ -32,7 +32,7 @@ from tsp_jax.ops.stream import Arrays, Bucket, Stream, zeros
 def experts(
     x_BtD: jax.Array, choices: Choices, w_gate_rD: jax.Array, w_up_rD: jax.Array, w_down_rD: jax.Array, *,
     num_experts: int, axes: Axes = Axes(), stream: Stream = Stream(), activation: str = "silu",
-    d_ff: int | None = None, tile: int = 128,
+    d_ff: int | None = None, tile: int | None = None,
 ) -> jax.Array:  # fmt: skip
     """``sum_j w_j MLP_e(x)`` over the k chosen experts e = chosen_j of each token.
 
@@ -53,7 +53,7 @@ def experts(
         have no effect.
       activation: silu (SwiGLU) or gelu (GeGLU, tanh form).
       d_ff: F; an expert's rows from F on are padding. None: all are real.
-      tile: n. An expert with c choices takes ceil(c / n) tiles.
+      tile: n. An expert with c choices takes ceil(c / n) tiles. None: `tile_size`.
 
     Returns:
       [B, t, D] in x's dtype; accumulated in float32.
@@ -75,6 +75,19 @@ def experts(
         stream = stream._replace(chunk_tokens=Stream().chunk_tokens, product_bytes=math.inf)
         inputs = x_BtD, choices.weights_Btk, *chosen
         return rowwise(op, inputs, (w_gate_rD, w_up_rD, w_down_rD), axes=axes, stream=stream)
+
+
+SMALLEST_TILE, LARGEST_TILE = 8, 512
+
+
+def tile_size(choices: int, num_experts: int) -> int:
+    """Choices of a tile, a power of two: half a tile, what an expert's last one wastes, is at most 15 % of them.
+
+    `choices` are those of all experts. There are limits, so that few choices still are a product, and a product fits
+    into caches.
+    """
+    largest = max(1, int(0.3 * choices / num_experts))
+    return min(LARGEST_TILE, max(SMALLEST_TILE, 1 << (largest.bit_length() - 1)))
 
 
 def _by_expert(experts_Btk: jax.Array) -> Arrays:
@@ -128,7 +141,7 @@ class _Experts:
     real_rows: int
     """F"""
     tensor: tuple[str, ...]
-    tile: int
+    tile: int | None
     sorted_once: bool
     """the inputs hold choices that are sorted already; else each bucket of tokens is sorted"""
     dtype: Any
@@ -144,7 +157,10 @@ class _Experts:
 
     def _tiles(self, inputs: Arrays, bucket: Bucket) -> _Tiles:
         order_Btk, sorted_Btk = inputs[2:] if self.sorted_once else _by_expert(inputs[2])
-        return _Tiles.of(order_Btk, sorted_Btk, bucket.rows()[:: self.rows] // self.rows, self.tile)
+        return _Tiles.of(order_Btk, sorted_Btk, bucket.rows()[:: self.rows] // self.rows, self._tile(order_Btk.size))
+
+    def _tile(self, choices: int) -> int:
+        return self.tile or tile_size(choices, self.num_experts)
 
     def _over_tiles(self, body, carry: Any, inputs: Arrays, bucket: Bucket) -> Any:
         """Runs ``body(carry, expert's place, its weights each [f, D], choices [1, n])`` on every tile of a bucket."""
@@ -163,7 +179,7 @@ class _Experts:
     def _mean_tiles(self, choices: int, experts: int) -> float:
         """Mean number of tiles of a bucket of so many experts, if all experts are chosen equally often."""
         each = choices / self.num_experts
-        return experts * min(each, max(1.0, each / self.tile + 0.5))
+        return experts * min(each, max(1.0, each / self._tile(choices) + 0.5))
 
     def partial(self, inputs: Arrays, bucket: Bucket) -> jax.Array:
         x_BtD, weights_Btk, *_ = inputs

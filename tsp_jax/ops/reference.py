@@ -128,7 +128,7 @@ def cross_entropy(x_BTD, table_VD, labels_BT, **options):
 
 
 def decoder(params, tokens, positions, segments, *, config):
-    """(final hidden states [B, T, D], table of the output head [V, D]) of a decoder (`ModelConfig`).
+    """(final hidden states [B, T, D], table of the output head [V, D], loss of routers) of a decoder (`ModelConfig`).
 
     `params` are those of `tsp_jax.stored.logical_params`, layers stacked [L, ...]; the other arrays are [B, T] int32.
     """
@@ -139,7 +139,7 @@ def decoder(params, tokens, positions, segments, *, config):
             return x_BTD
         return rms_norm(x_BTD, owner[name]["scale"] + float(config.norm_unit_offset), config.norm_eps)
 
-    x_BTD = embed(tokens, params["embed"]["table"]) * config.embedding_scale
+    x_BTD, router_loss = embed(tokens, params["embed"]["table"]) * config.embedding_scale, 0.0
     for index in range(config.num_layers):
         layer = jax.tree.map(lambda p, i=index: p[i], params["layers"])
         kind = config.period[index % len(config.period)]
@@ -147,11 +147,27 @@ def decoder(params, tokens, positions, segments, *, config):
         y_BTD = decoder_attention(layer["attention"], y_BTD, positions, segments, config=config, kind=kind)
         x_BTD += norm(layer, "attention_post_norm", y_BTD) * config.residual_scale
         y_BTD = norm(layer, "mlp_norm", x_BTD)
-        ffn = layer["mlp"]
-        y_BTD = mlp(y_BTD, ffn["w_gate"], ffn["w_up"], ffn["w_down"], config.activation)
+        y_BTD, balance, z = decoder_mlp(layer["mlp"], y_BTD, config=config)
+        router_loss += config.experts.balance_loss * balance + config.experts.z_loss * z
         x_BTD += norm(layer, "mlp_post_norm", y_BTD) * config.residual_scale
     x_BTD = norm(params, "final_norm", x_BTD)
-    return x_BTD, params["embed" if config.tie_embeddings else "head"]["table"]
+    return x_BTD, params["embed" if config.tie_embeddings else "head"]["table"], router_loss
+
+
+def decoder_mlp(params, x_BTD, *, config):
+    """(output, balance loss, z-loss) of the MLP or the experts of one layer of a decoder."""
+
+    def gated(params, x_BTD):
+        return mlp(x_BTD, params["w_gate"], params["w_up"], params["w_down"], config.activation)
+
+    rule = config.experts
+    if not rule.number:
+        return gated(params, x_BTD), 0.0, 0.0
+    options = {name: getattr(rule, name) for name in ("per_token", "scores", "normalize", "scale")}
+    chosen_BTk, weights_BTk, balance, z = route(x_BTD, params["router"], **options)
+    gate, up, down = (params[name].reshape(rule.number, config.d_ff, -1) for name in ("w_gate", "w_up", "w_down"))
+    y_BTD = experts(x_BTD, chosen_BTk, weights_BTk, gate, up, down, config.activation)
+    return y_BTD + gated(params["shared"], x_BTD) if rule.shared else y_BTD, balance, z
 
 
 def decoder_attention(params, x_BTD, positions, segments, *, config, kind):
@@ -172,12 +188,13 @@ def decoder_attention(params, x_BTD, positions, segments, *, config, kind):
 
 def decoder_logits(params, tokens, positions, segments, *, config):
     """[B, T, V] logits of a decoder; arguments as those of `decoder`."""
-    x_BTD, table_VD = decoder(params, tokens, positions, segments, config=config)
+    x_BTD, table_VD, _ = decoder(params, tokens, positions, segments, config=config)
     return logits(x_BTD, table_VD, scale=config.logits_scale, softcap=config.logits_softcap)
 
 
 def decoder_loss(params, tokens, labels, positions, segments, *, config, z_loss=0.0):
-    """Mean loss of a decoder over tokens whose label is not ignored; arguments as those of `decoder`."""
+    """Mean loss of a decoder over tokens whose label is not ignored, and that of its routers; see `decoder`."""
     rule = {"scale": config.logits_scale, "softcap": config.logits_softcap}
-    nll_BT, lse_BT = cross_entropy(*decoder(params, tokens, positions, segments, config=config), labels, **rule)
-    return (nll_BT + z_loss * lse_BT**2).sum() / (labels >= 0).sum(dtype=jnp.float32)
+    x_BTD, table_VD, router_loss = decoder(params, tokens, positions, segments, config=config)
+    nll_BT, lse_BT = cross_entropy(x_BTD, table_VD, labels, **rule)
+    return (nll_BT + z_loss * lse_BT**2).sum() / (labels >= 0).sum(dtype=jnp.float32) + router_loss

@@ -3,17 +3,16 @@
 Dims: B batch, t this device's tokens, D model, E experts, k experts of a token.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tsp_jax.config import RouterScores
 from tsp_jax.errors import ConfigError
 from tsp_jax.layout import AxisNames
 from tsp_jax.ops.stream import vary_alike
-
-Scores = Literal["softmax", "sigmoid"]
 
 
 class Choices(NamedTuple):
@@ -37,7 +36,7 @@ class RouterSums(NamedTuple):
 
 
 def route(
-    x_BtD: jax.Array, w_ED: jax.Array, *, per_token: int, token_axes: AxisNames = (), scores: Scores = "softmax",
+    x_BtD: jax.Array, w_ED: jax.Array, *, per_token: int, token_axes: AxisNames = (), scores: RouterScores = "softmax",
     normalize: bool = True, scale: float = 1.0, bias_E: jax.Array | None = None,
     selection_bias_E: jax.Array | None = None,
 ) -> tuple[Choices, RouterSums]:  # fmt: skip

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tsp_jax.config import MOST_BYTES, Config, LoraConfig, ModelConfig, OptimizerConfig
+from tsp_jax.config import MOST_BYTES, Config, ExpertsConfig, LoraConfig, ModelConfig, OptimizerConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import HARDWARE, MOST_DEVICES
 
@@ -93,6 +93,50 @@ def test_impossible_batches_and_rates_are_refused():
 def test_adapters_that_mean_nothing_are_refused(fields, words):
     with pytest.raises(ConfigError, match=words):
         LoraConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"number": 8, "per_token": 9},
+            "model.experts.per_token=9 is more than model.experts.number=8; use .*=8 at most",
+        ),
+        ({"number": 8, "per_token": 0}, "model.experts.per_token=0 must be positive"),
+        ({"number": -1}, "model.experts.number=-1 must not be negative"),
+        ({"number": 0, "per_token": 2}, "model.experts.per_token=2 has no effect with model.experts.number=0"),
+        ({"balance_loss": 0.01}, "model.experts.balance_loss=0.01 has no effect with model.experts.number=0"),
+        ({"number": 8, "scores": "relu"}, "model.experts.scores=relu is unknown; use one of softmax, sigmoid"),
+        ({"number": 8, "scale": 0.0}, "model.experts.scale=0.0 must be positive"),
+    ],
+)
+def test_experts_that_mean_nothing_are_refused(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        ExpertsConfig(**fields)
+
+
+MIXTURE = ModelConfig(**SIZES, experts=ExpertsConfig(number=8, per_token=2, shared=1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"lora": LoraConfig(rank=4)}, "lora.rank=4"),
+        ({"init_from": "folder"}, "init_from=folder"),
+        ({"optimizer": OptimizerConfig(name="muon")}, "optimizer.name=muon"),
+    ],
+)
+def test_what_does_not_know_experts_refuses_them(fields, what):
+    with pytest.raises(ConfigError, match=f"model.experts.number=8 is not supported by {what}; use model.experts"):
+        Config(model=MIXTURE, steps=1, batch=1, seq_len=8, **fields)
+
+
+def test_number_of_parameters_of_experts():
+    expert, router = 3 * 64 * 192, 64 * 8
+    dense = ModelConfig(**SIZES)
+    assert MIXTURE.num_params == dense.num_params + 2 * (8 * expert + router)
+    assert MIXTURE.active_params == dense.num_params + 2 * (2 * expert + router)
+    assert dense.active_params == dense.num_params
 
 
 def test_the_order_of_targets_does_not_matter():

@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 from tests.builders.arrays import F32_TOLERANCE, assert_trees_near, normal, place_case
+from tsp_jax.config import ExpertsConfig
 from tsp_jax.errors import ConfigError
-from tsp_jax.nn import MLP, Attention, Embed, residual_std
+from tsp_jax.nn import MLP, Attention, Embed, Experts, residual_std
 
 B, S, D, F, V, N = 2, 16, 16, 32, 64, 4
 X = jax.ShapeDtypeStruct((B, S, D), jnp.float32)
@@ -144,6 +145,17 @@ def test_settings(layer, name, value, use):
 )
 def test_sizes_that_make_no_heads(settings, message):
     assert refusal(lambda: make(Attention, **settings)) == message
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ExpertsConfig(), "Experts: config.number=0; use MLP, or 1 expert at least"),
+        ({"number": 2}, "Experts: config={'number': 2} does not fit; use a tsp_jax.config.ExpertsConfig"),
+    ],
+)
+def test_experts_without_experts(config, message):
+    assert refusal(lambda: Experts(D, D, config, placement=place_case("tsp2"), rngs=nnx.Rngs(0))) == message
 
 
 def test_settings_of_numpy_are_taken():

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.builders.arrays import normal
 from tsp_jax.layout import make_mesh
-from tsp_jax.stored import LARGEST_MULTIPLE, NoPadding, RowPadding, abstract_logical
+from tsp_jax.stored import LARGEST_MULTIPLE, ExpertPadding, NoPadding, RowPadding, abstract_logical
 
 
 @given(st.integers(1, 300_000), st.integers(1, 128))
@@ -52,6 +52,21 @@ def test_pad_then_unpad_is_the_identity(rows, ranks):
     assert stored.shape == (2, padding.stored, 5)
     np.testing.assert_array_equal(padding.unpad(stored), logical)
     assert np.count_nonzero(stored) == np.count_nonzero(logical)
+
+
+@pytest.mark.parametrize(("tensor", "folded"), [(1, 1), (1, 4), (3, 1), (3, 4)])
+def test_shards_hold_whole_experts_or_a_part_of_each(tensor, folded):
+    """Each row holds its expert's number and its own: 5 experts of 7 rows."""
+    rows = np.stack(np.meshgrid(np.arange(1, 6), np.arange(1, 8), indexing="ij"), axis=-1).reshape(35, 2)
+    padding = ExpertPadding(5, 7, tensor, folded)
+    assert padding.padded == (tensor * folded > 1)
+    stored = np.asarray(padding.pad(jnp.asarray(rows)))
+    np.testing.assert_array_equal(padding.unpad(jnp.asarray(stored)), rows)
+    shards = stored.reshape(tensor, folded, -1, padding.shard_rows, 2)
+    for t, f, e, i in np.ndindex(shards.shape[:-1]):
+        expert, row = f * shards.shape[2] + e, t * padding.shard_rows + i
+        real = expert < 5 and row < 7
+        np.testing.assert_array_equal(shards[t, f, e, i], [expert + 1, row + 1] if real else [0, 0])
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,60 @@ class RowPadding:
         return rows[..., : self.rows, :] if self.padded else rows
 
 
+@dataclasses.dataclass(frozen=True)
+class ExpertPadding:
+    """Converts the rows of all experts' weights from their logical to their stored form, and back.
+
+    Logical rows are those of the experts, one expert after another, F rows each. Each tensor rank holds an equal part
+    of every expert's rows, each folded rank equally many whole experts: stored rows are in the order [tensor rank,
+    expert, row]. Rows are padded with zeros to a multiple of the tensor ranks, experts to one of the folded ranks.
+    """
+
+    experts: int
+    """E, real experts"""
+    rows: int
+    """F, real rows of an expert"""
+    tensor: int = 1
+    """ranks that share each expert's rows"""
+    folded: int = 1
+    """ranks that share the experts"""
+
+    @property
+    def stored_experts(self) -> int:
+        """Experts, padding included."""
+        return -(-self.experts // self.folded) * self.folded
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of an expert on each tensor rank, padding included."""
+        return -(-self.rows // self.tensor)
+
+    @property
+    def stored(self) -> int:
+        """Stored rows of all ranks together."""
+        return self.tensor * self.stored_experts * self.shard_rows
+
+    @property
+    def padded(self) -> bool:
+        """Whether the logical and the stored form differ."""
+        return self.tensor > 1 or self.stored_experts > self.experts
+
+    def pad(self, rows: jax.Array) -> jax.Array:
+        """[..., E F, D] -> [..., stored rows, D]."""
+        *lead, _, width = rows.shape
+        by_expert = rows.reshape(*lead, self.experts, self.rows, width)
+        more = self.stored_experts - self.experts, self.tensor * self.shard_rows - self.rows, 0
+        by_rank = _pad_dims(by_expert, more).reshape(*lead, self.stored_experts, self.tensor, self.shard_rows, width)
+        return jnp.moveaxis(by_rank, -3, -4).reshape(*lead, self.stored, width)
+
+    def unpad(self, rows: jax.Array) -> jax.Array:
+        """[..., stored rows, D] -> [..., E F, D]."""
+        *lead, _, width = rows.shape
+        by_rank = rows.reshape(*lead, self.tensor, self.stored_experts, self.shard_rows, width)
+        by_expert = jnp.moveaxis(by_rank, -4, -3).reshape(*lead, self.stored_experts, -1, width)
+        return by_expert[..., : self.experts, : self.rows, :].reshape(*lead, self.experts * self.rows, width)
+
+
 class NoPadding:
     """The padding of arrays whose logical and stored forms are equal under every layout, such as norm scales."""
 
@@ -120,7 +174,7 @@ class NoPadding:
     unpad = pad
 
 
-Padding = HeadPadding | RowPadding | NoPadding
+Padding = HeadPadding | RowPadding | ExpertPadding | NoPadding
 
 
 def paddings(state: nnx.State) -> dict:

@@ -44,10 +44,11 @@ LAYOUT_CASES: dict[str, tuple[Layout, dict[str, int]]] = {
 UNUSUAL_CASES: dict[str, tuple[Layout, dict[str, int]]] = {
     "two_axes2_4": (TWO_AXES, {"node": 2, "gpu": 4}),
     "fsdp4": (LAYOUTS["fsdp"], {"data": 4}),
+    "tp4": (LAYOUTS["tp"], {"model": 4}),
     "mix2_3": (MIX, {"model": 2, "tsp": 3}),
     "mix3_2": (MIX, {"model": 3, "tsp": 2}),
 }
-"""rows that no preset has, for single ops; the last two have tensor ranks that do not divide 3 or 2 KV heads"""
+"""cases for single ops; the last two have tensor ranks that do not divide 3 or 2 KV heads"""
 
 
 def place_case(name: str) -> Placement:

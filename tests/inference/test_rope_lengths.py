@@ -35,7 +35,7 @@ def expected_logits(tokens: list[int]) -> np.ndarray:
     tokens_1T = jnp.asarray([tokens], jnp.int32)
     positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
     params = logical_params("multi_head")
-    x_1TD, table_VD = reference.decoder(params, tokens_1T, positions, jnp.zeros_like(positions), config=MODEL)
+    x_1TD, table_VD, _ = reference.decoder(params, tokens_1T, positions, jnp.zeros_like(positions), config=MODEL)
     return np.asarray(x_1TD @ table_VD.T)[0]
 
 

@@ -26,7 +26,7 @@ from tests.builders.arrays import (
     zigzag,
 )
 from tests.builders.marks import soak
-from tsp_jax.config import ModelConfig, Remat, RopeScaling, StreamConfig
+from tsp_jax.config import ExpertsConfig, ModelConfig, Remat, RopeScaling, StreamConfig
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer
 from tsp_jax.ops import reference
@@ -97,6 +97,24 @@ MODELS = {
     ),
     "two_kinds": dataclasses.replace(
         MULTI_HEAD, num_layers=4, num_kv_heads=2, window=11, layer_kinds=("full", "sliding"), norms="post"
+    ),
+    "experts": dataclasses.replace(
+        MULTI_HEAD,
+        num_kv_heads=2,
+        d_ff=14,
+        experts=ExpertsConfig(number=6, per_token=2, balance_loss=0.3, z_loss=0.02),
+    ),
+    "experts_shared": dataclasses.replace(
+        MULTI_HEAD,
+        num_layers=3,
+        num_kv_heads=2,
+        d_ff=14,
+        norms="both",
+        window=11,
+        layer_kinds=("full", "sliding"),
+        experts=ExpertsConfig(
+            number=5, per_token=3, scores="sigmoid", normalize=False, scale=1.5, shared=2, balance_loss=0.3
+        ),
     ),
     "thirds": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, head_dim=12),  # three ranks could share a KV head
 }
@@ -199,6 +217,12 @@ CASES = [
     ("mix2_4", "two_kinds", ACTIVATIONS, FULL),
     soak("tsp4", "two_kinds", PAPER, NONE),
     ("data2_tsp4", "two_kinds", GATHER, "offload"),
+    # experts: fewer than ranks, shared, under tensor axes, and with small arrays of several kinds of layers
+    ("tsp8", "experts", GATHER, FULL),
+    ("tsp4", "experts_shared", ACTIVATIONS, SAVE),
+    ("mix2_4", "experts", PAPER, NONE),
+    ("tp2_sp4", "experts_shared", GATHER, FULL),
+    ("data2_tsp4", "experts_shared", GATHER, SAVE_ON_HOST),
     # what attention has computed is kept, of heads that are shared or padded too
     soak("tp8", "4_of_1", GATHER, SAVE),
     ("tp4_sp2", "grouped", GATHER, SAVE_ON_HOST),
@@ -275,8 +299,10 @@ def tsp_result(layout: str, model: str, movement: str, remat: Remat):
     batch = reorder(batch, zigzag(SEQ_LEN, placement))
 
     def loss(state, batch):
-        nll, lse = nnx.merge(graphdef, state).token_losses(batch)
-        return (nll + Z_LOSS * lse**2).sum() / (batch.labels >= 0).sum(dtype=jnp.float32)
+        model = nnx.merge(graphdef, state)
+        (nll, lse), sums = model.losses(batch)
+        loss = (nll + Z_LOSS * lse**2).sum() / (batch.labels >= 0).sum(dtype=jnp.float32)
+        return loss + model.router_loss(sums)
 
     placed = jax.device_put(batch, placement.sharding("batch", "sequence"))
     value, grads = jax.jit(jax.value_and_grad(loss))(state, placed)

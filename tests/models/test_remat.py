@@ -123,7 +123,7 @@ def layer_of(placement: Placement):
         attended = attend(normed, recall)
         x_BTD += attended.out
         y_BTD = x_BTD + sharded(normed, *(params[name] for name in ("gate", "up", "down")))
-        return y_BTD, jax.tree.map(lax.stop_gradient, attended)
+        return y_BTD, jax.tree.map(lax.stop_gradient, attended), ()
 
     return layer
 
@@ -134,13 +134,18 @@ def plain_layers(layer, x_BTD, params, aux):
     return lax.scan(step, x_BTD, params)[0]
 
 
-def run(placement: Placement, x_BTD, params, aux, policy="full", grad_dtype=F32, frozen=None):
+def run_all(layer, placement: Placement, x_BTD, params, aux, policy="full", grad_dtype=F32, frozen=None):
     specs = specs_of(placement)
     return run_layers(
-        (layer_of(placement),), x_BTD, (params, frozen or {}), aux,
+        (layer,), x_BTD, (params, frozen or {}), aux,
         specs={name: specs[name] for name in params}, attended_specs=attended_specs(placement),
         placement=placement, policy=policy, grad_dtype=grad_dtype,
     )  # fmt: skip
+
+
+def run(placement: Placement, *args, **kwargs):
+    """`run_all` of layers without small arrays."""
+    return run_all(layer_of(placement), placement, *args, **kwargs)[0]
 
 
 def vjp_of(layers, cotangent, x_BTD, params):
@@ -195,6 +200,35 @@ def test_values_and_gradients_are_those_of_a_scan_of_checkpoints(policy, layout,
     assert set(rounded.values()) == {grad_dtype == BF16}, "gradients wait in grad_dtype"
     tolerance = BF16_TOLERANCE if BF16 in (x_dtype, grad_dtype) else F32_TOLERANCE
     assert_trees_near((y, dx, grads), desired(layout, x_dtype, tokens), tolerance)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_small_arrays_of_layers_have_gradients(policy):
+    """What each layer returns beside its output, stacked over layers; the loss depends on both."""
+    placement = place_case("tsp8")
+    x, params, aux = on(placement, *arguments(F32, FEW))
+    plain, weights_L = layer_of(placement), jnp.arange(1.0, L + 1)
+
+    def with_small(*args):
+        y_BTD, attended, _ = plain(*args)
+        return y_BTD, attended, {"square": jnp.square(y_BTD).mean(), "first": y_BTD[0, 0]}
+
+    def loss(outputs):
+        y_BTD, small = outputs
+        return jnp.vdot(cotangent_of(x), y_BTD) + (weights_L * small["square"]).sum() + jnp.sin(small["first"]).sum()
+
+    def actual(x, params):
+        return loss(run_all(with_small, placement, x, params, aux, policy))
+
+    def desired(x, params):
+        def step(x, params):
+            y_BTD, _, small = with_small((params, {}), x, aux, None)
+            return y_BTD, small
+
+        return loss(lax.scan(step, x, params))
+
+    found, wanted = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(x, params) for f in (actual, desired))
+    assert_trees_near(found, wanted, F32_TOLERANCE)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

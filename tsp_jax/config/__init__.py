@@ -7,6 +7,7 @@ refused here; `tsp_jax.layout.check_fits` refuses a configuration that does not 
 from tsp_jax.config.checks import FLOAT32, LARGEST, MOST_BYTES, check_local
 from tsp_jax.config.cluster import ClusterConfig, FailedSave, FaultsConfig, Launcher, ProcessPer
 from tsp_jax.config.data import ChatLoss, DataConfig, InvalidText, LongDocuments, Order, PackingName, TokenOrder
+from tsp_jax.config.experts import ExpertsConfig, RouterScores
 from tsp_jax.config.lora import TARGETS, LoraConfig, Target
 from tsp_jax.config.model import Activation, DType, LayerKind, ModelConfig, Norms, NormWidth
 from tsp_jax.config.optimizer import OptimizerConfig, OptimizerName
@@ -27,6 +28,7 @@ __all__ = [
     "Config",
     "DType",
     "DataConfig",
+    "ExpertsConfig",
     "FailedSave",
     "FaultsConfig",
     "InvalidText",
@@ -47,6 +49,7 @@ __all__ = [
     "Remat",
     "RopeKind",
     "RopeScaling",
+    "RouterScores",
     "StreamConfig",
     "Target",
     "TokenOrder",

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal, get_args
 
 from tsp_jax.config.checks import check, check_bytes
+from tsp_jax.config.experts import ExpertsConfig
 from tsp_jax.config.rope import RopeScaling
 from tsp_jax.errors import ConfigError
 
@@ -31,7 +32,9 @@ class ModelConfig:
     head_dim: int
     """H, width of one head; need not be D / N"""
     d_ff: int
-    """F, hidden width of the gated MLP"""
+    """F, hidden width of the gated MLP; of each expert, if there are experts"""
+    experts: ExpertsConfig = ExpertsConfig()
+    """mixture of experts in place of the MLP"""
     activation: Activation = "silu"
     """activation of the gate: silu makes SwiGLU, gelu makes GeGLU"""
     qk_norm: bool = False
@@ -134,6 +137,18 @@ class ModelConfig:
         biased = self.num_heads + 2 * self.num_kv_heads
         small = (normed * self.qk_norm + biased * self.qkv_bias) * self.head_dim + self.num_heads * self.attention_sinks
         norms = (4 if self.norms == "both" else 2) * self.d_model
-        layer = heads + 3 * self.d_ff * self.d_model + norms + small
+        mlps = self.experts.number + self.experts.shared or 1
+        layer = heads + (3 * self.d_ff * mlps + self.experts.number) * self.d_model + norms + small
         tables = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
         return self.num_layers * layer + tables + self.d_model
+
+    @property
+    def active_params(self) -> int:
+        """Number of parameters without the experts that a token is not the input of."""
+        unused = self.experts.number - self.experts.per_token if self.experts.number else 0
+        return self.num_params - self.num_layers * 3 * unused * self.d_ff * self.d_model
+
+    def refuse_experts(self, what: str) -> None:
+        """Raises ConfigError if there are experts; `what` does not support them."""
+        if number := self.experts.number:
+            raise ConfigError(f"model.experts.number={number} is not supported by {what}; use model.experts.number=0")

@@ -96,6 +96,11 @@ class Config:
             raise ConfigError("workdir='' is empty; use --workdir runs/default")
         for name in ("workdir", "init_from"):
             check_local(name, getattr(self, name))
+        for name, used in {"lora.rank": self.lora.rank, "init_from": self.init_from}.items():
+            if used:
+                self.model.refuse_experts(f"{name}={used}")
+        if self.optimizer.name == "muon":
+            self.model.refuse_experts("optimizer.name=muon")
         self.phases()
         self.loggers()
         self.profiled_steps()

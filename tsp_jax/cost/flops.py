@@ -23,12 +23,17 @@ class _Elements(NamedTuple):
     kv: int
     """of the projection to keys; as many in the projection to values"""
     mlp: int
+    """of the MLP, or of the experts that a token is the input of"""
+    router: int
     head: int
 
     @classmethod
     def of(cls, model: ModelConfig) -> "_Elements":
         query, kv = (heads * model.head_dim * model.d_model for heads in (model.num_heads, model.num_kv_heads))
-        return cls(query, kv, 3 * model.d_ff * model.d_model, model.vocab_size * model.d_model)
+        experts = model.experts
+        mlps = experts.per_token + experts.shared if experts.number else 1
+        mlp, router = 3 * mlps * model.d_ff * model.d_model, experts.number * model.d_model
+        return cls(query, kv, mlp, router, model.vocab_size * model.d_model)
 
 
 def mean_keys(model: ModelConfig, seq_len: int) -> float:
@@ -52,7 +57,7 @@ def model_flops(
 ) -> float:
     """Operations that the model needs for a training step, on all devices together; the numerator of MFU.
 
-        T (6 P + 12 L N H keys)    P: elements of all weights in matrix products, the output head's once
+        T (6 P + 12 L N H keys)    P: elements of all weights in a token's matrix products, the output head's once
 
     Forward takes one product with each weight and two for each pair of query and key, backward twice as many.
     Recomputation does not count, neither that of remat nor an op's own. Embeddings and norms take no products.
@@ -65,7 +70,7 @@ def model_flops(
       frozen: the weights are frozen, as under LoRA: 4 P, since their gradients take no products.
     """
     each, keys = _Elements.of(model), seq_len if whole_square else mean_keys(model, seq_len)
-    elements = model.num_layers * (2 * each.query + 2 * each.kv + each.mlp) + each.head
+    elements = model.num_layers * (2 * each.query + 2 * each.kv + each.mlp + each.router) + each.head
     pairs = model.num_layers * model.num_heads * model.head_dim * keys
     return tokens * ((4 if frozen else 6) * elements + 12 * pairs)
 
@@ -87,7 +92,7 @@ def step_flops(config: Config, *, forward: bool = False, backward_products: int 
         """Operations of matrix products in which each token is multiplied with `elements` elements."""
         return 2 * tokens * elements * (1 if forward else forward_passes + backward_products)
 
-    query, kv, mlp, head = _Elements.of(model)
+    query, kv, mlp, router, head = _Elements.of(model)
     # Backward of a norm in the buckets of the projections needs its input, which is not kept.
     in_buckets = model.qk_norm and model.qk_norm_width == "head" and not model.qkv_bias
     repeated = (query + kv) / (query + 2 * kv) if in_buckets else 0
@@ -99,6 +104,8 @@ def step_flops(config: Config, *, forward: bool = False, backward_products: int 
         # Backward: gate and up again, then dx and dW of three weights.
         "mlp": count(mlp, 1 + again * (model.norms != "pre"), 8 / 3),
     }
+    if router:  # backward needs its scores
+        layers["router"] = count(router, 1 + again, 2)
     flops = {op: model.num_layers * total for op, total in layers.items()}
     return flops | {"loss": count(head, 1, 3)}  # backward: logits again, dx and dW
 

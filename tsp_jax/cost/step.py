@@ -29,6 +29,7 @@ class Step:
 
     def __init__(self, config: Config, layout: Layout, sizes: Mapping[str, int]):
         model, self.config, self.layout, self.sizes = config.model, config, layout, sizes
+        model.refuse_experts("the estimate of memory and communication")
         self.itemsize, self.grad_itemsize = ITEMSIZE[config.compute_dtype], ITEMSIZE[config.stream.grad_dtype]
         self.bucket_bytes = config.stream.bucket_mib * 2**20
         self.sharding = self.sharding_of("heads")

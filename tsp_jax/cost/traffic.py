@@ -282,6 +282,25 @@ def mlp_traffic(
     return _row_traffic(sharding, movement, 3 * d_ff * d_model, received, sums, forward, again=1 + more)
 
 
+def experts_traffic(
+    sharding: OpSharding, movement: str, *, d_model: int, stored_rows: int, per_token: int, repeated: bool = False,
+    forward: bool = False,
+) -> Traffic:  # fmt: skip
+    """Traffic of one layer's experts, without shared ones: `mlp_traffic` with `stored_rows` rows of all experts.
+
+    If tokens move, the numbers and weights of the k chosen experts of each move too, and backward sums the gradients of
+    the weights. The router's own sums are left out, because they are small.
+    """
+    total = mlp_traffic(sharding, movement, d_model=d_model, d_ff=stored_rows, repeated=repeated, forward=forward)
+    more = 0 if forward else int(repeated)
+    if movement == "activations":
+        passes = 2 if forward else 5 + 2 * more
+        total["activations"] += passes * FLOAT32 * sharding.tokens_received(per_token)
+    if not forward:
+        total["tensor_sums"] += sharding.tensor_sum_bytes(sharding.tokens * per_token, FLOAT32)
+    return total
+
+
 def embed_traffic(
     sharding: OpSharding, movement: str, *, d_model: int, vocab_size: int, forward: bool = False
 ) -> Traffic:

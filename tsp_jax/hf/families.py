@@ -162,6 +162,7 @@ def choose_family(config: ModelConfig, preferred: Any = None) -> str:
     Raises:
       ConfigError: no family does; the error names a field in which the model differs from the nearest family.
     """
+    config.refuse_experts("a Hugging Face folder")
     order = [preferred] if isinstance(preferred, str) and preferred in FAMILIES else []
     if config.rope_scaling.kind == "longrope":
         order.append("phi3")  # other classes of transformers compute it too, but no model of theirs has it

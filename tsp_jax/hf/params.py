@@ -111,6 +111,7 @@ def param_tree(config: ModelConfig, placement: Placement, *, fused: bool = False
 
     `fused`: whether a tensor holds queries, keys and values, and another one gate and up of the MLP.
     """
+    config.refuse_experts("a Hugging Face folder")
     model = nnx.eval_shape(lambda: Transformer(config, placement=placement, rngs=nnx.Rngs(params=0)))
     state, names = nnx.state(model), tensor_names(config, fused)
 

@@ -168,7 +168,7 @@ def _layers(model: Transformer, x_BTD: jax.Array, attend: Callable, carry: Any) 
             y_BTD, *extra = attend(attention, x_BTD, carry, place)
             return y_BTD, extra
 
-        x_BTD, (carry, out) = nnx.merge(graphdef, state)(x_BTD, attend_and_carry, number=place.number)
+        x_BTD, (carry, out), _ = nnx.merge(graphdef, state)(x_BTD, attend_and_carry, number=place.number)
         return (x_BTD, carry), out
 
     (x_BTD, carry), outs = scan_layers(layer, (x_BTD, carry), stacked, period=len(model.config.period))

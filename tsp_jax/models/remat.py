@@ -28,7 +28,7 @@ from tsp_jax.config import Remat
 from tsp_jax.errors import ConfigError
 from tsp_jax.layout import Placement
 from tsp_jax.models.buffers import BufferFormat
-from tsp_jax.models.keep import Layers, Params, Saved, run_in_buffers, run_one, run_with_host
+from tsp_jax.models.keep import Layers, Outputs, Params, Saved, run_in_buffers, run_one, run_with_host
 from tsp_jax.models.scan import scan_layers
 from tsp_jax.ops.attention.train import SAVED_NAMES
 
@@ -55,7 +55,7 @@ _KEPT: dict[Remat, _Kept] = {
 def run_layers(
     layers: Layers, x_BTD: jax.Array, params: Params, shared: Any, *, specs: Any, attended_specs: Any,
     placement: Placement, policy: Remat, grad_dtype: jax.typing.DTypeLike,
-) -> jax.Array:  # fmt: skip
+) -> Outputs:  # fmt: skip
     """Applies the layers in sequence: the output of each is the input of the next.
 
     Args:
@@ -70,7 +70,7 @@ def run_layers(
       grad_dtype: dtype of the layers' gradients until backward is done.
 
     Returns:
-      [B, T, D] in x's dtype.
+      ([B, T, D] in x's dtype, the small arrays that layers return, each [L, ...]); both are differentiable.
 
     Keeps: what the policy says. In buffers, a layer's gradients take the place of what was kept of it; otherwise all
       gradients are kept too.
@@ -84,7 +84,7 @@ def run_layers(
     if host:
         return run_with_host(layers, keep_attention, grad_dtype, x_BTD, params, shared)
     one = jax.tree.map(lambda param: jax.ShapeDtypeStruct(param.shape[1:], param.dtype), params)
-    _, saved = jax.eval_shape(partial(run_one, layers[0], keep_attention), one, x_BTD, shared)
+    _, saved, _ = jax.eval_shape(partial(run_one, layers[0], keep_attention), one, x_BTD, shared)
     saved_specs = placement.layout.spec("batch", "sequence", None), attended_specs if keep_attention else None
     buffers = BufferFormat.of(placement, saved, saved_specs, trained, specs, grad_dtype)
     return run_in_buffers(layers, keep_attention, buffers, x_BTD, params, shared)
@@ -185,13 +185,15 @@ def _proxies_backward(grad_dtype, _, grads):
 _use_proxies.defvjp(_proxies_forward, _proxies_backward)
 
 
-def _run_with_proxies(layers: Layers, grad_dtype: Any, x_BTD: jax.Array, params: Params, shared: Any) -> jax.Array:
+def _run_with_proxies(layers: Layers, grad_dtype: Any, x_BTD: jax.Array, params: Params, shared: Any) -> Outputs:
     """Applies the layers in sequence and keeps everything that backward reads."""
 
     def step(place, x_BTD, params, proxies):
         trained, frozen = params
         trained = _use_proxies(grad_dtype, trained, proxies)
-        return layers[place.number]((trained, frozen), x_BTD, shared, None)[0], None
+        y_BTD, _, small = layers[place.number]((trained, frozen), x_BTD, shared, None)
+        return y_BTD, small
 
     proxies = jax.tree.map(lambda param: param.astype(grad_dtype), params[0])
-    return scan_layers(step, x_BTD, lax.stop_gradient(params), period=len(layers), xs=proxies)[0]
+    y_BTD, small = scan_layers(step, x_BTD, lax.stop_gradient(params), period=len(layers), xs=proxies)
+    return y_BTD, small.joined()

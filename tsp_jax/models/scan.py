@@ -41,6 +41,10 @@ class Stacks(NamedTuple):
     after: tuple[Any, ...]
     """for each layer after the last whole period, its output"""
 
+    def map(self, part: Callable[[Any], Any]) -> "Stacks":
+        """The stacks of a part of each output."""
+        return Stacks(tuple(map(part, self.looped)), tuple(map(part, self.after)))
+
     def read(self, place: Place) -> Any:
         """The output of one layer."""
         if not place.looped:

@@ -18,8 +18,10 @@ from tsp_jax.layout import Placement
 from tsp_jax.models import lora
 from tsp_jax.models.keep import Saved
 from tsp_jax.models.remat import add_attention, finish_gradients, run_layers
-from tsp_jax.nn import MLP, Attention, Embed, residual_std
+from tsp_jax.nn import MLP, Attention, Embed, Experts, residual_std
+from tsp_jax.ops.cross_entropy import TokenLosses
 from tsp_jax.ops.norm import rms_norm
+from tsp_jax.ops.router import RouterSums
 
 M = TypeVar("M", bound=nnx.Module)
 Attend = Callable[[Attention, jax.Array], tuple[jax.Array, Any]]
@@ -38,7 +40,7 @@ def make_merge(graphdef: nnx.GraphDef[M], state: nnx.State) -> Callable[[dict], 
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and an MLP, each added to the residual stream; norms before them, after them, or both."""
+    """Attention and an MLP, or experts, each added to the residual stream; norms before them, after them, or both."""
 
     def __init__(
         self, config: ModelConfig, *, placement: Placement, stream: StreamConfig, dtype: Any, remat: Remat,
@@ -63,15 +65,15 @@ class DecoderLayer(nnx.Module):
         """settings of the attention of each layer of a period"""
         self.attention_post_norm = _norm(config, placement, dtype, rngs) if after else None
         self.mlp_norm = _norm(config, placement, dtype, rngs) if before else None
-        self.mlp = MLP(
-            config.d_model, config.d_ff, activation=config.activation, norm_follows=after, remat=remat, **kwargs
-        )
+        kwargs |= {"activation": config.activation, "norm_follows": after, "remat": remat}
+        sizes = config.d_model, config.d_ff
+        self.mlp = Experts(*sizes, config.experts, **kwargs) if config.experts.number else MLP(*sizes, **kwargs)
         self.mlp_post_norm = _norm(config, placement, dtype, rngs) if after else None
 
     def __call__(
         self, x_BTD: jax.Array, attend: Attend, recall: Callable[[], Saved] | None = None, number: int = 0
-    ) -> tuple[jax.Array, Any]:
-        """(residual stream [B, T, D], other output of `attend`).
+    ) -> tuple[jax.Array, Any, RouterSums | tuple[()]]:
+        """(residual stream [B, T, D], other output of `attend`, sums of the router or ()).
 
         `attend` is for training, prefill or decode; `recall` is that of `tsp_jax.models.keep.Layer`; `number` is the
         layer's number in its period, which says of what kind it is.
@@ -88,7 +90,10 @@ class DecoderLayer(nnx.Module):
             graphdef, state = nnx.split(mlp)
             x_BTD, state = finish_gradients(x_BTD, state)
             mlp = nnx.merge(graphdef, state)
-        return x_BTD + self._added(self.mlp_post_norm, mlp(_normed(self.mlp_norm, x_BTD))), extra
+        y_BTD, sums = mlp(_normed(self.mlp_norm, x_BTD)), ()
+        if isinstance(y_BTD, tuple):
+            y_BTD, sums = y_BTD
+        return x_BTD + self._added(self.mlp_post_norm, y_BTD), extra, sums
 
     def _added(self, norm: nnx.RMSNorm | None, y_BTD: jax.Array) -> jax.Array:
         """What is added to the residual stream, from the output of attention or the MLP."""
@@ -153,6 +158,8 @@ class Transformer(nnx.Module):
         self.config, self.placement, self.grad_dtype = config, placement, jnp.dtype(grad_dtype)
         self.remat: Remat = remat
         self.lora = adapters
+        if adapters.rank:
+            config.refuse_experts(f"lora.rank={adapters.rank}")
         kwargs: dict[str, Any] = {"placement": placement, "stream": stream, "dtype": dtype}
         logits = {"logits_scale": config.logits_scale, "logits_softcap": config.logits_softcap}
         table = dict(kwargs, init_std=config.init_std, rngs=rngs, **logits)
@@ -170,6 +177,12 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         """Final hidden states, [B, T, D] in the compute dtype, from int32 token ids, positions and document numbers."""
+        return self.with_router(tokens_BT, positions_BT, segment_ids_BT)[0]
+
+    def with_router(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+    ) -> tuple[jax.Array, RouterSums | tuple[()]]:
+        """(final hidden states, sums of the layers' routers, each [L, ...], or () without experts)."""
         graphdef, stacked = nnx.split(self.layers)
         merge = make_merge(graphdef, stacked)
 
@@ -185,20 +198,29 @@ class Transformer(nnx.Module):
 
         period = tuple(partial(layer, number=number) for number in range(len(self.config.period)))
         x_BTD = self.embed_tokens(tokens_BT)
-        x_BTD = run_layers(
+        x_BTD, sums = run_layers(
             period, x_BTD, tuple(map(nnx.to_pure_dict, states)), (positions_BT, segment_ids_BT),
             specs=nnx.to_pure_dict(nnx.get_partition_spec(states[0])),
             attended_specs=self.layers.attention.attended_specs(x_BTD.shape), placement=self.placement,
             policy=self.remat, grad_dtype=self.grad_dtype,
         )  # fmt: skip
-        return self.final_norm(x_BTD)
+        return self.final_norm(x_BTD), sums
 
     def embed_tokens(self, tokens_BT: jax.Array) -> jax.Array:
         """Input of the first layer, [B, T, D] in the compute dtype, from token ids."""
         x_BTD, scale = self.embed(tokens_BT), self.config.embedding_scale
         return x_BTD if scale == 1.0 else x_BTD * jnp.asarray(scale, x_BTD.dtype)
 
-    def token_losses(self, batch: Any):
+    def token_losses(self, batch: Any) -> TokenLosses:
         """TokenLosses of a batch with fields tokens, labels, positions, segment_ids, each [B, T] int32."""
-        x_BTD = self(batch.tokens, batch.positions, batch.segment_ids)
-        return (self.head or self.embed).cross_entropy(x_BTD, batch.labels)
+        return self.losses(batch)[0]
+
+    def losses(self, batch: Any) -> tuple[TokenLosses, RouterSums | tuple[()]]:
+        """(`token_losses`, sums of the layers' routers, each [L, ...], or () without experts)."""
+        x_BTD, sums = self.with_router(batch.tokens, batch.positions, batch.segment_ids)
+        return (self.head or self.embed).cross_entropy(x_BTD, batch.labels), sums
+
+    def router_loss(self, sums: RouterSums | tuple[()]) -> jax.typing.ArrayLike:
+        """What the layers' routers add to a loss: their balance losses and z-losses, with the configured factors."""
+        experts = self.config.experts
+        return experts.balance_loss * sums.balance.sum() + experts.z_loss * sums.z.sum() if sums else 0.0

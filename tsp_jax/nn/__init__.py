@@ -7,7 +7,8 @@ Only reverse-mode derivatives (`jax.grad`, `jax.vjp`) are supported.
 
 from tsp_jax.nn.attention import Attention
 from tsp_jax.nn.embed import Embed
+from tsp_jax.nn.experts import Experts
 from tsp_jax.nn.layer import residual_std
 from tsp_jax.nn.mlp import MLP
 
-__all__ = ["MLP", "Attention", "Embed", "residual_std"]
+__all__ = ["MLP", "Attention", "Embed", "Experts", "residual_std"]

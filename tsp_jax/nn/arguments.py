@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tsp_jax.config import LARGEST, Activation, NormWidth, Remat, RopeScaling, StreamConfig, TokenOrder
+from tsp_jax.config import LARGEST, Activation, ExpertsConfig, NormWidth, Remat, RopeScaling, StreamConfig, TokenOrder
 from tsp_jax.errors import ConfigError
 from tsp_jax.layout import Placement
 
@@ -82,6 +82,7 @@ _RULES = {
     "dtype": _Rule(_is_float_dtype, "jnp.float32 or jnp.bfloat16"),
     "placement": _instance(Placement, 'a tsp_jax.Placement, such as tsp_jax.place("tsp", tsp=8)'),
     "stream": _instance(StreamConfig, "a tsp_jax.StreamConfig"),
+    "config": _instance(ExpertsConfig, "a tsp_jax.config.ExpertsConfig"),
     "rope_scaling": _instance(RopeScaling, "a tsp_jax.config.RopeScaling"),
     "rngs": _instance(nnx.Rngs, "flax.nnx.Rngs"),
 }

@@ -20,7 +20,7 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.layout import Placement, check_divides
 from tsp_jax.nn.arguments import FLOATS, INTEGERS, check_array, check_settings
 from tsp_jax.ops.stream import Stream
-from tsp_jax.stored import HeadPadding, RowPadding
+from tsp_jax.stored import ExpertPadding, HeadPadding, RowPadding
 
 
 class Layer(nnx.Module):
@@ -38,7 +38,7 @@ class Layer(nnx.Module):
         check_settings(cls.__name__, **settings)
 
     def _param(
-        self, rngs: nnx.Rngs, rows: int, d_model: int, std: float, padding: HeadPadding | RowPadding
+        self, rngs: nnx.Rngs, rows: int, d_model: int, std: float, padding: HeadPadding | RowPadding | ExpertPadding
     ) -> nnx.Param:
         """A weight with normally distributed rows, and zeros for padding.
 

@@ -2,8 +2,8 @@
 
 Weights are logical (without padding), and have the shape [rows, D] as everywhere.
 
-Dims: B batch, T tokens (queries), S key tokens, D model, F ffn, N query heads, K KV heads, G = N / K, H head,
-V vocabulary.
+Dims: B batch, T tokens (queries), S key tokens, D model, F ffn, E experts, k experts of a token, N query heads,
+K KV heads, G = N / K, H head, V vocabulary.
 """
 
 import jax
@@ -17,6 +17,38 @@ from tsp_jax.ops.rope import NO_SCALING, rope
 def mlp(x_BTD, w_gate_FD, w_up_FD, w_down_FD, activation="silu"):
     """Gated MLP."""
     return (ACTIVATIONS[activation](x_BTD @ w_gate_FD.T) * (x_BTD @ w_up_FD.T)) @ w_down_FD
+
+
+def route(
+    x_BTD, w_ED, *, per_token, scores="softmax", normalize=True, scale=1.0, bias_E=None, selection_bias_E=None
+):  # fmt: skip
+    """(chosen experts [B, T, k], their weights [B, T, k], balance loss, z-loss) of a router, in float32.
+
+    `bias_E` is added to logits, `selection_bias_E` to the scores by which experts are chosen, not to their weights.
+    The balance loss is ``E sum_e f_e p_e`` of the shares f of choices and the mean probabilities p: 1 in balance. The
+    z-loss is the mean of squared log-sum-exps of the logits.
+    """
+    logits_BTE = x_BTD.astype(jnp.float32) @ w_ED.T
+    if bias_E is not None:
+        logits_BTE = logits_BTE + bias_E[None, None]
+    scores_BTE = jax.nn.softmax(logits_BTE, axis=-1) if scores == "softmax" else jax.nn.sigmoid(logits_BTE)
+    by_BTE = scores_BTE if selection_bias_E is None else scores_BTE + selection_bias_E[None, None]
+    chosen_BTk = jnp.argsort(-by_BTE, axis=-1, stable=True)[..., :per_token].astype(jnp.int32)
+    weights_BTk = jnp.take_along_axis(scores_BTE, chosen_BTk, axis=-1)
+    if normalize:
+        weights_BTk = weights_BTk / weights_BTk.sum(axis=-1, keepdims=True)
+    shares_E = jax.nn.one_hot(chosen_BTk, len(w_ED)).mean(axis=(0, 1, 2))
+    probabilities_E = (scores_BTE / scores_BTE.sum(axis=-1, keepdims=True)).mean(axis=(0, 1))
+    balance = len(w_ED) * (shares_E * probabilities_E).sum()
+    z = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)).mean()
+    return chosen_BTk, weights_BTk * scale, balance, z
+
+
+def experts(x_BTD, chosen_BTk, weights_BTk, w_gate_EFD, w_up_EFD, w_down_EFD, activation="silu"):
+    """The sum of each token's chosen experts, weighted. Computes every expert on every token."""
+    y_EBTD = jnp.stack([mlp(x_BTD, *w, activation) for w in zip(w_gate_EFD, w_up_EFD, w_down_EFD, strict=True)])
+    weights_BTE = (jax.nn.one_hot(chosen_BTk, len(w_up_EFD)) * weights_BTk[..., None]).sum(axis=2)
+    return jnp.einsum("EBTD,BTE->BTD", y_EBTD, weights_BTE)
 
 
 def softmax_attention(
@@ -96,7 +128,7 @@ def cross_entropy(x_BTD, table_VD, labels_BT, **options):
 
 
 def decoder(params, tokens, positions, segments, *, config):
-    """(final hidden states [B, T, D], table of the output head [V, D]) of a decoder (`ModelConfig`).
+    """(final hidden states [B, T, D], table of the output head [V, D], loss of routers) of a decoder (`ModelConfig`).
 
     `params` are those of `tsp_jax.stored.logical_params`, layers stacked [L, ...]; the other arrays are [B, T] int32.
     """
@@ -107,7 +139,7 @@ def decoder(params, tokens, positions, segments, *, config):
             return x_BTD
         return rms_norm(x_BTD, owner[name]["scale"] + float(config.norm_unit_offset), config.norm_eps)
 
-    x_BTD = embed(tokens, params["embed"]["table"]) * config.embedding_scale
+    x_BTD, router_loss = embed(tokens, params["embed"]["table"]) * config.embedding_scale, 0.0
     for index in range(config.num_layers):
         layer = jax.tree.map(lambda p, i=index: p[i], params["layers"])
         kind = config.period[index % len(config.period)]
@@ -115,11 +147,27 @@ def decoder(params, tokens, positions, segments, *, config):
         y_BTD = decoder_attention(layer["attention"], y_BTD, positions, segments, config=config, kind=kind)
         x_BTD += norm(layer, "attention_post_norm", y_BTD) * config.residual_scale
         y_BTD = norm(layer, "mlp_norm", x_BTD)
-        ffn = layer["mlp"]
-        y_BTD = mlp(y_BTD, ffn["w_gate"], ffn["w_up"], ffn["w_down"], config.activation)
+        y_BTD, balance, z = decoder_mlp(layer["mlp"], y_BTD, config=config)
+        router_loss += config.experts.balance_loss * balance + config.experts.z_loss * z
         x_BTD += norm(layer, "mlp_post_norm", y_BTD) * config.residual_scale
     x_BTD = norm(params, "final_norm", x_BTD)
-    return x_BTD, params["embed" if config.tie_embeddings else "head"]["table"]
+    return x_BTD, params["embed" if config.tie_embeddings else "head"]["table"], router_loss
+
+
+def decoder_mlp(params, x_BTD, *, config):
+    """(output, balance loss, z-loss) of the MLP or the experts of one layer of a decoder."""
+
+    def gated(params, x_BTD):
+        return mlp(x_BTD, params["w_gate"], params["w_up"], params["w_down"], config.activation)
+
+    rule = config.experts
+    if not rule.number:
+        return gated(params, x_BTD), 0.0, 0.0
+    options = {name: getattr(rule, name) for name in ("per_token", "scores", "normalize", "scale")}
+    chosen_BTk, weights_BTk, balance, z = route(x_BTD, params["router"], **options)
+    gate, up, down = (params[name].reshape(rule.number, config.d_ff, -1) for name in ("w_gate", "w_up", "w_down"))
+    y_BTD = experts(x_BTD, chosen_BTk, weights_BTk, gate, up, down, config.activation)
+    return y_BTD + gated(params["shared"], x_BTD) if rule.shared else y_BTD, balance, z
 
 
 def decoder_attention(params, x_BTD, positions, segments, *, config, kind):
@@ -140,12 +188,13 @@ def decoder_attention(params, x_BTD, positions, segments, *, config, kind):
 
 def decoder_logits(params, tokens, positions, segments, *, config):
     """[B, T, V] logits of a decoder; arguments as those of `decoder`."""
-    x_BTD, table_VD = decoder(params, tokens, positions, segments, config=config)
+    x_BTD, table_VD, _ = decoder(params, tokens, positions, segments, config=config)
     return logits(x_BTD, table_VD, scale=config.logits_scale, softcap=config.logits_softcap)
 
 
 def decoder_loss(params, tokens, labels, positions, segments, *, config, z_loss=0.0):
-    """Mean loss of a decoder over tokens whose label is not ignored; arguments as those of `decoder`."""
+    """Mean loss of a decoder over tokens whose label is not ignored, and that of its routers; see `decoder`."""
     rule = {"scale": config.logits_scale, "softcap": config.logits_softcap}
-    nll_BT, lse_BT = cross_entropy(*decoder(params, tokens, positions, segments, config=config), labels, **rule)
-    return (nll_BT + z_loss * lse_BT**2).sum() / (labels >= 0).sum(dtype=jnp.float32)
+    x_BTD, table_VD, router_loss = decoder(params, tokens, positions, segments, config=config)
+    nll_BT, lse_BT = cross_entropy(x_BTD, table_VD, labels, **rule)
+    return (nll_BT + z_loss * lse_BT**2).sum() / (labels >= 0).sum(dtype=jnp.float32) + router_loss

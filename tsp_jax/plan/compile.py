@@ -16,11 +16,11 @@ from tsp_jax.heads import HeadSharding
 from tsp_jax.inference.forward import decode_placement
 from tsp_jax.inference.program import make_inference_program
 from tsp_jax.inspect import FullWeight, Report, report
-from tsp_jax.layout import Layout, Placement, check_fits, get_layout, parse_mesh, place
+from tsp_jax.layout import Layout, Placement, check_fits, get_layout, num_ranks, parse_mesh, place
 from tsp_jax.mesh import format_sizes
 from tsp_jax.ops.kernels import choose_kernel, describe_kernel
 from tsp_jax.ops.kernels.mask import Scores
-from tsp_jax.stored import RowPadding
+from tsp_jax.stored import ExpertPadding, RowPadding
 from tsp_jax.training.optimizer import Optimizer
 from tsp_jax.training.step import make_program
 
@@ -141,11 +141,15 @@ def full_weights(config: Config, placement: Placement) -> tuple[FullWeight, ...]
     model, layout = config.model, placement.layout
     heads = HeadSharding.of(layout, placement.mesh.shape, model.num_heads, model.num_kv_heads, model.head_dim)
     query, kv = heads.stored
-    d_ff = RowPadding.over(model.d_ff, placement.size("mlp")).stored
+    mlp = "mlp", RowPadding.over(model.d_ff, placement.size("mlp")).stored
+    if experts := model.experts.number:
+        sizes = placement.mesh.shape
+        tensor, folded = (num_ranks(names, sizes) for names in (layout.axes("mlp").tensor, layout.axes("mlp").folded))
+        mlp = "experts", ExpertPadding(experts, model.d_ff, tensor, folded).stored
     vocab_size = RowPadding.over(model.vocab_size, placement.size("vocab")).stored
     ops = [
         ("attention/queries", layout.heads, query), ("attention/keys_values", layout.heads, 2 * kv),
-        ("attention/out", layout.heads, query), ("mlp", layout.mlp, 3 * d_ff),
+        ("attention/out", layout.heads, query), (mlp[0], layout.mlp, 3 * mlp[1]),
         ("embed", layout.vocab, vocab_size), ("loss", layout.vocab, vocab_size),
     ]  # fmt: skip
     return tuple(FullWeight(f"tsp/{scope}", rows * model.d_model) for scope, axes, rows in ops if axes)

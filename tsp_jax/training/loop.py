@@ -17,6 +17,7 @@ from tsp_jax.training.loggers import Loggers
 from tsp_jax.training.metrics import MetricsFile
 from tsp_jax.training.profile import Profile
 from tsp_jax.training.progress import TrainProgress
+from tsp_jax.training.router_metrics import step_values
 from tsp_jax.training.safety.finite import NumbersWatch, all_finite
 from tsp_jax.training.safety.preemption import Agreement, StopSignals
 from tsp_jax.training.safety.watchdog import Watchdog
@@ -107,7 +108,7 @@ class TrainLoop:
         if pending is None:
             return
         step, step_metrics = pending
-        values = {name: float(value) for name, value in step_metrics._asdict().items()}
+        values = step_values(step_metrics)
         self.watchdog.pet(f"step {step}")
         before, self.since = self.since, time.perf_counter()
         batches, phase_step = self.batches.of(step - 1)

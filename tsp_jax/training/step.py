@@ -15,6 +15,7 @@ from tsp_jax.config import Config
 from tsp_jax.layout import Placement, num_ranks
 from tsp_jax.models.lora import split_adapters
 from tsp_jax.models.transformer import Transformer, make_merge
+from tsp_jax.ops.router import RouterSums
 from tsp_jax.stored import NoPadding, paddings
 from tsp_jax.training.data import Batch
 from tsp_jax.training.optimizer import Chosen, Optimizer, choose_optimizer
@@ -41,7 +42,7 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Metrics of one step, scalars."""
+    """Metrics of one step, scalars but for those of routers."""
 
     loss: jax.Array
     """mean negative log-likelihood over the labels, nats per token"""
@@ -51,6 +52,8 @@ class StepMetrics(NamedTuple):
     """NaN if the user's own optimizer does not report it (`injected_learning_rate`)"""
     tokens: jax.Array
     """number of tokens in the batch that have a label"""
+    router: RouterSums | tuple[()] = ()
+    """of the layers' routers, each [L, ...], the mean over micro-batches; () without experts"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,28 +137,34 @@ def _make_step(
     """
 
     def loss(params: dict, frozen: dict, micro: Batch, num_labels: jax.Array):
-        nll_BT, lse_BT = model_of({**frozen, **params}).token_losses(micro)
+        model = model_of({**frozen, **params})
+        (nll_BT, lse_BT), router = model.losses(micro)
         nll = nll_BT.sum() / num_labels
-        return nll + config.z_loss * (lse_BT * lse_BT).sum() / num_labels, nll
+        router = jax.tree.map(lambda sums: sums / config.accumulate, router)
+        total = nll + config.z_loss * (lse_BT * lse_BT).sum() / num_labels + model.router_loss(router)
+        return total, (nll, router)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         num_labels = (batch.labels >= 0).sum(dtype=jnp.float32)
         gradient, num_labels_or_1 = jax.grad(loss, has_aux=True), jnp.maximum(num_labels, 1.0)
-        grads, nll = _accumulate(lambda micro: gradient(state.params, state.frozen, micro, num_labels_or_1), batch)
+        grads, (nll, router) = _accumulate(
+            lambda micro: gradient(state.params, state.frozen, micro, num_labels_or_1), batch
+        )
         grads = lax.with_sharding_constraint(grads, moments)
         updates, opt_state = optimizer.transformation.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         grad_norm = optax.tree.norm(grads)
         params, opt_state = update_if_finite(nll, grad_norm, (params, opt_state), (state.params, state.opt_state))
         params = lax.with_sharding_constraint(params, shardings)
-        metrics = StepMetrics(nll, grad_norm, optimizer.learning_rate(state.step, opt_state), num_labels)
+        learning_rate = optimizer.learning_rate(state.step, opt_state)
+        metrics = StepMetrics(nll, grad_norm, learning_rate, num_labels, router)
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
 
 
-def _accumulate(gradient: Callable[[Batch], tuple[dict, jax.Array]], batch: Batch) -> tuple[dict, jax.Array]:
-    """Sums (gradients, loss) over the micro-batches [a, ...], one at a time."""
+def _accumulate(gradient: Callable[[Batch], tuple[dict, Any]], batch: Batch) -> tuple[dict, Any]:
+    """Sums (gradients, losses) over the micro-batches [a, ...], one at a time."""
     first = gradient(jax.tree.map(lambda x: x[0], batch))
     if len(batch.tokens) == 1:
         return first

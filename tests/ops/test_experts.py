@@ -1,0 +1,181 @@
+"""Router and experts under layouts and movements, value and every gradient, against every expert on every token.
+
+Dims: B batch, S tokens, D model, E experts, F ffn.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.builders.arrays import BF16_TOLERANCE, F32_TOLERANCE, assert_trees_near, normal, place_case
+from tests.builders.ops import compiled_value_and_grads
+from tsp_jax.errors import ConfigError
+from tsp_jax.ops import reference
+from tsp_jax.ops.experts import _by_expert, _Tiles, experts
+from tsp_jax.ops.router import Choices, route
+from tsp_jax.ops.stream import Stream
+from tsp_jax.stored import ExpertPadding
+
+B, S, D, E, F = 8, 24, 20, 10, 14
+GRAD_TOLERANCE = 1e-4
+
+
+class Rule(NamedTuple):
+    """A way to route."""
+
+    per_token: int
+    scores: str = "softmax"
+    normalize: bool = True
+    scale: float = 1.0
+    preferred: tuple[float, ...] = ()
+    """the selection bias"""
+    biased: bool = False
+
+    def options(self):
+        options = self._asdict()
+        del options["preferred"], options["biased"]
+        return options
+
+    def biases(self, bias_E):
+        selection = np.asarray(self.preferred, np.float32) if self.preferred else None
+        return {"bias_E": bias_E if self.biased else None, "selection_bias_E": selection}
+
+
+ONE = Rule(1, scores="sigmoid", normalize=False, preferred=(9.0, *[0.0] * (E - 1)))
+"""all tokens go to one expert"""
+TWO = Rule(2, biased=True)
+NONE_TO_SOME = Rule(2, "sigmoid", scale=2.5, preferred=(0.0, -9.0, 0.0, 0.0, -9.0, -9.0, 0.0, 0.0, -9.0, -9.0))
+EIGHT = Rule(8, normalize=False)
+CASES = [
+    # layout, movement, buckets, tile, rule
+    ("single", "gather", 5, 7, TWO),
+    ("single", "gather", 1, 512, EIGHT),
+    ("tp4", "gather", 2, 16, NONE_TO_SOME),
+    ("tsp2", "gather", 5, 5, ONE),
+    ("tsp4", "gather", 3, 4, EIGHT),
+    ("tsp4", "ring", 1, 4, TWO),
+    ("tsp8", "gather", 2, 4, TWO),
+    ("tsp8", "activations", 1, 16, NONE_TO_SOME),
+    ("fsdp8", "gather", 1, 3, EIGHT),
+    ("tp2_sp4", "gather", 5, 4, ONE),
+    ("data2_tsp4", "gather", 3, 4, NONE_TO_SOME),
+    ("data2_tsp4", "activations", 1, 8, ONE),
+    ("mix2_4", "gather", 1, 4, EIGHT),
+    ("mix2_4", "activations", 1, 16, TWO),
+]
+
+
+def arguments(dtype=jnp.float32):
+    """x, router's weights and bias, and the experts' three weights, logical."""
+    weights = [normal(seed, E * F, D, std=D**-0.5) for seed in (1, 2, 3)]
+    return jnp.asarray(normal(0, B, S, D), dtype), normal(4, E, D, std=0.5), normal(5, E), *weights
+
+
+def cotangent():
+    return normal(6, B, S, D), np.float32(0.7), np.float32(-0.3)
+
+
+def dense(rule: Rule, x, w_ED, bias_E, *weights):
+    chosen, mix, balance, z = reference.route(x, w_ED, **rule.options(), **rule.biases(bias_E))
+    return reference.experts(x, chosen, mix, *(w.reshape(E, F, D) for w in weights)), balance, z
+
+
+@functools.cache
+def desired(rule: Rule):
+    return compiled_value_and_grads(functools.partial(dense, rule), cotangent(), *arguments())
+
+
+def sharded(layout: str, stream: Stream, tile: int, rule: Rule):
+    """The same function as `dense`, on a layout's devices."""
+    placement = place_case(layout)
+    axes, spec, sizes = placement.layout.axes("mlp"), placement.layout.spec, placement.mesh.shape
+    ranks = [int(np.prod([sizes[name] for name in names])) for names in (axes.tensor, axes.folded)]
+    padding = ExpertPadding(E, F, *ranks)
+
+    def local(x, w_ED, bias_E, *weights):
+        tokens = placement.layout.tokens
+        choices, sums = route(x, w_ED, token_axes=tokens, **rule.options(), **rule.biases(bias_E))
+        y = experts(x, choices, *weights, num_experts=E, axes=axes, stream=stream, d_ff=F, tile=tile)
+        return y, sums.balance, sums.z
+
+    x_spec, w_spec, none = spec("batch", "sequence", None), spec("mlp", None), spec()
+    run = placement.shard_map(local, (x_spec, none, none, w_spec, w_spec, w_spec), (x_spec, none, none))
+    return lambda x, w_ED, bias_E, *weights: run(x, w_ED, bias_E, *map(padding.pad, weights))
+
+
+@pytest.mark.parametrize(("layout", "movement", "buckets", "tile", "rule"), CASES)
+def test_equals_every_expert_on_every_token(layout, movement, buckets, tile, rule):
+    f = sharded(layout, Stream(movement, buckets, token_buckets=3), tile, rule)
+    values, grads = compiled_value_and_grads(f, cotangent(), *arguments())
+    assert_trees_near(values, desired(rule)[0], F32_TOLERANCE)
+    assert_trees_near(grads, desired(rule)[1], GRAD_TOLERANCE)
+
+
+def test_in_bfloat16_is_near_float32():
+    """Of the same choices: rounding may change which expert is just preferred."""
+    x, w_ED, _, *weights = arguments(jnp.bfloat16)
+    chosen, mix, *_ = jax.jit(lambda: reference.route(x, w_ED, per_token=2))()
+
+    def f(run):
+        return compiled_value_and_grads(run, normal(6, B, S, D), x, mix, *weights)
+
+    placement = place_case("tsp8")
+    spec, padding = placement.layout.spec, ExpertPadding(E, F, folded=8)
+    tokens, rows = spec("batch", "sequence", None), spec("mlp", None)
+    stream = Stream("gather", 2, grad_dtype="bfloat16")
+
+    def local(x, mix, chosen, *weights):
+        choices, axes = Choices(chosen, mix), placement.layout.axes("mlp")
+        return experts(x, choices, *weights, num_experts=E, axes=axes, stream=stream, tile=4)
+
+    run = placement.shard_map(local, (tokens, tokens, tokens, rows, rows, rows), tokens)
+    out, grads = f(lambda x, mix, *weights: run(x, mix, chosen, *map(padding.pad, weights)))
+    assert [array.dtype for array in (out, *grads)] == [jnp.bfloat16, jnp.bfloat16, *(jnp.float32,) * 4]
+
+    def plain(x, mix, *weights):
+        return reference.experts(x.astype(jnp.float32), chosen, mix, *(w.reshape(E, F, D) for w in weights))
+
+    assert_trees_near((out, grads), f(plain), BF16_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_token": E + 1}, f"per_token={E + 1} does not fit {E} experts; use 1 to {E}"),
+        ({"per_token": 0}, "per_token=0 does not fit"),
+        ({"per_token": 1, "bias_E": np.zeros(E - 1)}, r"bias_E has shape \(9,\), the router 10 experts; use \(10,\)"),
+        ({"per_token": 1, "selection_bias_E": np.zeros(E + 1)}, "selection_bias_E has shape"),
+    ],
+)
+def test_refuses_what_does_not_fit(options, message):
+    x, w_ED, *_ = arguments()
+    with pytest.raises(ConfigError, match=message):
+        route(x, w_ED, **options)
+
+
+def test_balance_loss_is_one_in_balance():
+    """Each token prefers another expert, all equally often, and no probability differs from another's mean."""
+    x_BtD, w_ED = np.tile(np.eye(D, dtype=np.float32)[:E], (1, 2, 1)), np.eye(E, D, dtype=np.float32)
+    _, sums = route(x_BtD, w_ED, per_token=1)
+    np.testing.assert_allclose(sums.shares_E, np.full(E, 1 / E), rtol=1e-6)
+    np.testing.assert_allclose(sums.balance, 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("favourite", [None, 0])
+def test_the_work_is_that_of_the_choices(favourite):
+    """Whatever the router does, all buckets together take one tile more than needed for each expert, at most."""
+    tokens, per_token, size, buckets = 64, 4, 8, 5
+    chosen = np.argsort(normal(0, tokens, E), axis=1)[:, :per_token]
+    if favourite is not None:
+        chosen = np.tile(np.arange(per_token), (tokens, 1))
+    order, by_expert = _by_expert(jnp.asarray(chosen, jnp.int32)[None])
+    tiles = [_Tiles.of(order, by_expert, part, size) for part in np.arange(E, dtype=np.int32).reshape(buckets, -1)]
+    number = sum(int(bucket.ends_m[-1]) for bucket in tiles)
+    choices = [np.asarray(bucket.tile(jnp.int32(i))[1]) for bucket in tiles for i in range(int(bucket.ends_m[-1]))]
+    needed = tokens * per_token / size
+    assert needed <= number <= needed + E
+    np.testing.assert_array_equal(np.sort(np.concatenate(choices, axis=None))[: chosen.size], np.arange(chosen.size))

@@ -1,0 +1,105 @@
+"""A mixture of experts as a layer, in place of an MLP.
+
+Dims: B batch, T tokens, D model, F ffn of an expert, E experts; upper case is the full dimension.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tsp_jax.config import Activation, ExpertsConfig, Remat, StreamConfig
+from tsp_jax.cost.traffic import experts_traffic, repeats_mlp
+from tsp_jax.errors import ConfigError
+from tsp_jax.layout import Placement, num_ranks
+from tsp_jax.nn.layer import Layer
+from tsp_jax.nn.mlp import MLP
+from tsp_jax.ops.experts import experts
+from tsp_jax.ops.router import RouterSums, route
+from tsp_jax.stored import ExpertPadding
+
+
+class Experts(Layer):
+    """A mixture of experts: a router chooses k of E gated MLPs for each token; their outputs are added with weights.
+
+    Whatever it chooses, no token is dropped, and a device does the same work. On folded axes experts are sharded and
+    move past tokens, or tokens past experts; tensor axes shard the rows of each expert. If E does not divide over the
+    folded ranks, it is padded with experts that no token chooses.
+
+    Args:
+      d_model: D.
+      d_ff: F, of each expert.
+      config: numbers of experts and the rule of the router. It must have experts.
+      placement: layout and mesh.
+      stream: movement (`mlp_movement`) and bucket size.
+      activation: activation of the gates.
+      norm_follows: as in `MLP`.
+      remat: as in `MLP`.
+      init_std: standard deviation of the router's weights, and of the initial gate and up projections.
+      out_std: the same for the down projections; init_std if None.
+      dtype: compute dtype of experts; parameters are float32, and so is the router.
+      rngs: random number generators; the stream `params` is used.
+    """
+
+    dim = "mlp"
+
+    def __init__(
+        self, d_model: int, d_ff: int, config: ExpertsConfig, *, placement: Placement,
+        stream: StreamConfig = StreamConfig(), activation: Activation = "silu", norm_follows: bool = False,
+        remat: Remat = "none", init_std: float = 0.02, out_std: float | None = None,
+        dtype: jax.typing.DTypeLike = jnp.bfloat16, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        out_std = init_std if out_std is None else out_std
+        self._check_settings(
+            d_model=d_model, d_ff=d_ff, config=config, placement=placement, stream=stream, activation=activation,
+            norm_follows=norm_follows, remat=remat, init_std=init_std, out_std=out_std, dtype=dtype, rngs=rngs,
+        )  # fmt: skip
+        if not config.number:
+            raise ConfigError("Experts: config.number=0; use MLP, or 1 expert at least")
+        super().__init__(placement, stream, dtype)
+        self.config, self.activation, self.repeated = config, activation, repeats_mlp(norm_follows, remat)
+        self.axes = placement.layout.axes(self.dim)
+        tensor, folded = (num_ranks(names, placement.mesh.shape) for names in (self.axes.tensor, self.axes.folded))
+        self.padding = ExpertPadding(config.number, d_ff, tensor, folded)
+        rows = config.number * d_ff
+        self.router = nnx.Param(
+            nnx.initializers.normal(init_std)(rngs.params(), (config.number, d_model), jnp.float32),
+            out_sharding=placement.layout.spec(None, None), mesh=placement.mesh,
+        )  # fmt: skip
+        self.w_gate = self._param(rngs, rows, d_model, init_std, self.padding)
+        self.w_up = self._param(rngs, rows, d_model, init_std, self.padding)
+        self.w_down = self._param(rngs, rows, d_model, out_std, self.padding)
+        shared = partial(
+            MLP, d_model, config.shared * d_ff, placement=placement, stream=stream, activation=activation,
+            norm_follows=norm_follows, remat=remat, init_std=init_std, out_std=out_std, dtype=dtype, rngs=rngs,
+        )  # fmt: skip
+        self.shared = shared() if config.shared else None
+
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, RouterSums]:
+        """[B, T, D] -> ([B, T, D] in the compute dtype, what the router says about all tokens)."""
+        d_model = self.router.shape[-1]
+        self._check_x(x_BTD, d_model)
+        local_experts = self.padding.stored_experts // self.padding.folded
+        stored = self.padding.stored
+        stream = self._stream(
+            x_BTD.shape, self.stream.mlp_movement, experts_traffic, d_model=d_model, rows=local_experts,
+            elements=3 * stored * d_model, stored_rows=stored, per_token=self.config.per_token, repeated=self.repeated,
+        )  # fmt: skip
+        rule = {name: getattr(self.config, name) for name in ("per_token", "scores", "normalize", "scale")}
+        router = partial(route, token_axes=self.placement.layout.tokens, **rule)
+        op = partial(
+            experts, num_experts=self.config.number, axes=self.axes, stream=stream, activation=self.activation,
+            d_ff=self.padding.rows,
+        )  # fmt: skip
+
+        def local(x_BtD, w_ED, *weights):
+            choices, sums = router(x_BtD, w_ED)
+            return op(x_BtD, choices, *weights), sums
+
+        _, x_spec, w_spec = self._specs()
+        none = self.placement.layout.spec()
+        weights = self.w_gate[...], self.w_up[...], self.w_down[...]
+        specs = (x_spec, none, w_spec, w_spec, w_spec), (x_spec, none)
+        y_BTD, sums = self._run(local, *specs, x_BTD.astype(self.dtype), self.router[...], *weights)
+        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), sums

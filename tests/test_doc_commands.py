@@ -1,0 +1,80 @@
+"""Commands in README and docs/: their scripts exist, and their flags are understood. Nothing runs."""
+
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from tsp_jax.tools import cli
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = {"inspect_hlo": "inspect"}
+"""script -> the module of tsp_jax.tools that it runs, where the names differ"""
+TEXTS = (".hlo", ".json")
+"""ends of first arguments that another parser reads, in place of a configuration"""
+
+
+class ParsedError(Exception):
+    """The command line was understood."""
+
+
+def commands() -> list[str]:
+    """Lines of shell blocks that run a script, without comments, each once."""
+    found = []
+    for document in DOCUMENTS:
+        for block in re.findall(r"```sh\n(.*?)```", document.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if match := re.search(r"python (scripts/\w+\.py .*)", line):
+                    found.append(match[1])
+    return list(dict.fromkeys(found))
+
+
+def words_of(command: str) -> list[str]:
+    """Words of a command; what a user would put for an ellipsis is left out."""
+    words = [word for word in shlex.split(command, comments=True) if word != "..."]
+    return words if words[1] in CONFIGS or words[1].endswith(TEXTS) or words[0] not in WITH_CONFIG else _as_tiny(words)
+
+
+CONFIGS = [path.stem for path in (ROOT / "configs").glob("*.py")]
+WITH_CONFIG = [f"scripts/{name}.py" for name in ("train", "plan", "inspect_hlo", "compare")]
+
+
+def _as_tiny(words: list[str]) -> list[str]:
+    """The command for a configuration that is here, in place of a folder or file of one's own."""
+    return [words[0], "tiny", *words[2:]]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_documents_is_understood(command, monkeypatch):
+    words = words_of(command)
+    script = Path(words[0])
+    assert (ROOT / script).exists()
+    if script.stem in ("fetch_smollm2", "train_processes") or words[1].endswith(TEXTS):
+        pytest.skip("has a parser of its own, which its own tests cover")
+
+    def then_stop(parse):
+        def parsed(*args, **kwargs):
+            parse(*args, **kwargs)
+            raise ParsedError
+
+        return parsed
+
+    for name in ("parse", "first_argument", "first_arguments"):
+        monkeypatch.setattr(cli, name, then_stop(getattr(cli, name)))
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(cli, "use_devices", lambda number: None)
+    module = importlib.import_module(f"tsp_jax.tools.{MODULES.get(script.stem, script.stem)}")
+    with pytest.raises((ParsedError, SystemExit)) as ended:
+        module.main()
+    assert getattr(ended.value, "code", 0) == 0  # of --help
+
+
+def test_a_flag_that_is_not_there_is_found(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scripts/train.py", "tiny", "--no-such-flag", "1"])
+    with pytest.raises(SystemExit):
+        importlib.import_module("tsp_jax.tools.train").main()
+    assert "no-such-flag" in capsys.readouterr().err

@@ -49,7 +49,8 @@ class Figure:
             report = json.loads(out.read_text())
             out.unlink()
             steps = {name: found["step_s"] for name, found in report["timeline"]["scenarios"].items()}
-            kept[command] = {"peak_bytes": report["memory"]["peak_bytes"], "step_s": steps}
+            memory = report["memory"]
+            kept[command] = {"peak_bytes": memory["peak_bytes"], "host_bytes": memory["host_bytes"], "step_s": steps}
         if kept:
             (ROOT / self.data).write_text(json.dumps(kept, indent=1) + "\n")
 
@@ -124,6 +125,30 @@ def remat_table(path: Path) -> list[str]:
     return table("`" + INSPECT + " --remat ...` | peak GB | step s", rows)
 
 
+SINGLE = {
+    "llama_7b --target mi300x:8 --seq-len 1048576 --remat full": "7B, 1 M tokens",
+    "llama_7b --target mi300x:8 --seq-len 4194304 --remat offload": "7B, 4 M tokens, layer inputs on the host",
+    "llama_7b --target h100:8": "7B, 128 K tokens, cuDNN's attention",
+    "llama_7b --target v5p:8": "7B, 128 K tokens",
+    "llama_7b --target mi300x:64 --mesh data=1,tsp=64": "7B, 128 K tokens on twice as many ranks as heads",
+    "llama_7b --target mi300x:1024 --batch 128 --mesh data=128,tsp=8": "7B, 128 K tokens a replica",
+    "qwen3_8b --target h100:8 --mesh data=1,tsp=8": "Qwen3-8B, 1 M tokens",
+    "llama3_70b --target mi300x:64 --mesh data=8,tsp=8": "70B, 8 x 128 K tokens, weights over data and tsp",
+    "llama3_70b --target mi300x:64 --mesh data=8,tsp=8 --layout tsp": "the same with replicas of the weights",
+}
+"""flags of `inspect_hlo.py` -> what is trained"""
+
+
+def single_table(path: Path) -> list[str]:
+    """Peak, host memory and step of single configurations."""
+    rows = []
+    for command, found in json.loads(path.read_text()).items():
+        flags = command.removeprefix("python scripts/inspect_hlo.py ")
+        host = f"{found['host_bytes'] / 1e9:.1f}" if found["host_bytes"] else ""
+        rows.append([SINGLE[flags], f"`{flags}`", f"{found['peak_bytes'] / 1e9:.1f}", host, _band(found["step_s"], 1)])
+    return table("a training step of | `python scripts/inspect_hlo.py ...` | peak GB | host GB | step s", rows)
+
+
 def _band(step_s: dict[str, float], digits: int) -> str:
     low, high, typical = min(step_s.values()), max(step_s.values()), step_s["typical rates"]
     return f"{low:.{digits}f} to {high:.{digits}f} ({typical:.{digits}f})"
@@ -136,6 +161,10 @@ FIGURES = {
     ),
     "layouts-128k": Figure((), LAYOUTS, short_table, ("README.md",)),
     "layouts-16k": Figure((), LAYOUTS, scenarios_table, ("benchmarks/layouts.md",)),
+    "single": Figure(
+        tuple(f"python scripts/inspect_hlo.py {flags}" for flags in SINGLE),
+        "benchmarks/single.json", single_table, ("docs/benchmarks.md",),
+    ),
     "remat": Figure(
         tuple(f"{INSPECT} --remat {name}" for name in ("save_attention", "full", "offload_attention")),
         "benchmarks/remat_mi300x.json", remat_table, ("docs/training.md",),

@@ -142,7 +142,8 @@ def _together(changes: Iterable[Change]) -> Change:
     seconds: dict[str, float] = {}
     hidden, contention = frozenset(), True
     for change in changes:
-        seconds |= {name: min(new, seconds.get(name, new)) for name, new in change.seconds.items()}
+        least = {name: min(seconds[name], change.seconds[name]) for name in seconds.keys() & change.seconds.keys()}
+        seconds = {**seconds, **change.seconds, **least}
         hidden, contention = hidden | change.hidden, contention and change.contention
     return Change(seconds, hidden, contention)
 

@@ -9,6 +9,7 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import HARDWARE, Hardware
 from tsp_jax.hardware.targets import Target, parse_target
 from tsp_jax.inspect.bottleneck import Bottleneck, Bottlenecks, find_bottlenecks
+from tsp_jax.inspect.collection import paused_collection
 from tsp_jax.inspect.collectives import Collective, list_collectives
 from tsp_jax.inspect.flops import total_flops
 from tsp_jax.inspect.memory import Memory, compiled_memory, program_constants
@@ -111,6 +112,7 @@ class Report:
         """Share of a collective's time that overlaps with computation; None without a timeline."""
         return self.timeline.hidden_fraction.get(collective.name) if self.timeline else None
 
+    @paused_collection()
     def to_json(self) -> dict[str, Any]:
         """The report as plain numbers and strings."""
         return {
@@ -162,6 +164,7 @@ class Report:
         }
 
 
+@paused_collection()
 def report(
     program: Any, *, target: str | Hardware | Target | None = None, mesh_axes: Mapping[str, int] | None = None,
     full_weights: Sequence[FullWeight] | None = None, unknown_trips: Trips = 1, record: bool = False,

@@ -137,11 +137,7 @@ def simulate(module: Module, hardware: Hardware, *, unknown_trips: Trips = 1, re
     typical = _simulation(prices[TYPICAL], "all" if record else "outline")
     outline = _simulation(prices[TYPICAL], "outline") if record else typical
     totals = _totals(typical)
-    scenarios = {TYPICAL: _times(typical, totals)}
-    for name, each in prices.items():
-        if name != TYPICAL:
-            simulation = _simulation(each)
-            scenarios[name] = _times(simulation, _totals(simulation))
+    scenarios = {name: _times(typical if name == TYPICAL else _simulation(each)) for name, each in prices.items()}
     return Timeline(
         **{field.name: getattr(scenarios[TYPICAL], field.name) for field in dataclasses.fields(Times)},
         flops=_flops(totals["compute"]), kernels=totals["compute"], collectives=totals["links"], scenarios=scenarios,
@@ -175,18 +171,33 @@ def _totals(simulation: Simulation) -> Totals:
     return {queue: tuple(sorted(some, key=lambda total: -total.seconds)) for queue, some in found.items()}
 
 
-def _times(simulation: Simulation, totals: Totals) -> Times:
-    """Seconds of a simulated execution, whose tasks are `totals`."""
-    prices = simulation.prices
-    busy = {queue: sum(total.seconds for total in found) for queue, found in totals.items()}
-    exposed = {queue: sum(total.exposed_s for total in found) for queue, found in totals.items()}
-    step, best = simulation.now["compute"], prices.hardware.rates.best_flops.rate(prices.scenario.compute)
-    stretched = step - busy["compute"] - exposed["links"] - exposed["host"] if prices.contention[0] else 0.0
+def _times(simulation: Simulation) -> Times:
+    """Seconds of a simulated execution, added in the order of `_totals`: they are the sums of its figures."""
+    prices, kernels, products = simulation.prices, [], []
+    waits: dict[Queue, list[tuple[float, float]]] = {"links": [], "host": []}
+    for name, count in simulation.executions.items():
+        step = simulation.schedule.named[name]
+        seconds = [count * each_s for each_s in prices.seconds(step)]
+        if step.queue == "compute":
+            kernels += seconds
+            products += [(s, count * task.flops) for s, task in zip(seconds, step.tasks, strict=True) if task.flops]
+        else:
+            waits[step.queue].append((seconds[0], simulation.exposed.get(name, 0.0)))
+    compute_s, (comm_s, exposed_s) = sum(sorted(kernels, reverse=True)), _sums(waits["links"])
+    (host_s, exposed_host_s), (_, flops) = _sums(waits["host"]), _sums(products)
+    step_s = simulation.now["compute"]
+    stretched = step_s - compute_s - exposed_s - exposed_host_s if prices.contention[0] else 0.0
     return Times(
-        step_s=step, compute_s=busy["compute"], contention_s=max(0.0, stretched), comm_s=busy["links"],
-        exposed_comm_s=exposed["links"], host_s=busy["host"], exposed_host_s=exposed["host"],
-        matmul_s=_flops(totals["compute"]) / best,
+        step_s=step_s, compute_s=compute_s, contention_s=max(0.0, stretched), comm_s=comm_s, exposed_comm_s=exposed_s,
+        host_s=host_s, exposed_host_s=exposed_host_s,
+        matmul_s=flops / prices.hardware.rates.best_flops.rate(prices.scenario.compute),
     )  # fmt: skip
+
+
+def _sums(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """Sums of (seconds, another figure) over tasks, the longest first."""
+    found = sorted(pairs, key=lambda pair: -pair[0])
+    return sum(seconds for seconds, _ in found), sum(other for _, other in found)
 
 
 def _flops(kernels: Iterable[TaskTotal]) -> float:

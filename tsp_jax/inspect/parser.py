@@ -67,6 +67,7 @@ def parse(text: str | None) -> Module:
         input_output_alias=parse_aliases(attributes.get("input_output_alias", "")),
     )  # fmt: skip
     module.memo["dynamic"] = bool(_DYNAMIC.search(text))
+    module.memo["counted"] = "num_partitions" in attributes or "replica_count" in attributes
     check_module(module)
     return module
 

@@ -106,8 +106,9 @@ function inspectPage() {
     t && card("of communication is exposed", figure("percent", "timeline", "exposed_fraction")),
     t?.matmul_ratio && card("step over its matrix products alone", figure("ratio", "timeline", "matmul_ratio")),
   ];
-  const shardings = Object.keys(DATA.shardings);
+  const shardings = Object.keys(DATA.shardings), unknown = Object.keys(DATA.unknown ?? {});
   return [cards, [
+    unknown.length ? section("unknown", "What the text does not tell", "", table("Unknown, and what counts instead", [["figure", "words"], ["unknown", "long"]], unknown.map((name) => ({ cells: [name, figure("text", "unknown", name)] })))) : null,
     m ? memoryOf() : section("memory", "Memory", "", note(`There is no peak and no timeline: ${DATA.missing}.`)),
     collectivesOf(),
     m ? timesOf() : null,

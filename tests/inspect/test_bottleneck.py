@@ -11,7 +11,7 @@ from tsp_jax.hardware.devices import HARDWARE, Hardware
 from tsp_jax.hardware.rates import Attention, Band, Collective, Contention, Product, Source, exactly
 from tsp_jax.inspect import parse, report, simulate
 from tsp_jax.inspect.bottleneck import Bottleneck, Bottlenecks, find_bottlenecks
-from tsp_jax.inspect.schedule import Change
+from tsp_jax.inspect.prices import Change
 from tsp_jax.inspect.timeline import step_seconds
 
 TEST = Source("assumed", "a test")
@@ -140,7 +140,7 @@ def test_a_change_of_nothing_changes_nothing(name, target):
     module = parse(gzip.decompress((DATA / f"{name}.hlo.gz").read_bytes()).decode())
     timeline = simulate(module, HARDWARE[target])
     before = find_bottlenecks(timeline)
-    steps = {name: step_seconds(each.changed(Change())) for name, each in timeline.schedules.items()}
+    steps = {name: step_seconds(each.changed(Change())) for name, each in timeline.prices.items()}
     assert steps == {name: times.step_s for name, times in timeline.scenarios.items()}
     assert find_bottlenecks(timeline) == before
     assert all(0 < each.step_s < timeline.step_s for each in before.found) and len(before.found) == 3

@@ -69,6 +69,7 @@ def test_many_short_tasks_are_merged(monkeypatch):
     tree = outline(timeline.outline)
     found = [(LANES[lane], tree["tasks"][task]["name"], *rest) for lane, task, *rest in tree["items"]]
     assert found == [("links", "g", 0, 560, 1), ("compute", "k3", 0, 80, 4), ("compute", "long", 80, 800, 1)]
+    assert [task["name"] for task in tree["tasks"]] == ["g", "k3", "long"]
 
 
 def test_it_is_json_without_a_task():

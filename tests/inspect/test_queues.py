@@ -12,6 +12,7 @@ from tests.builders.hlo import (
     gather,
     kernel,
     lines,
+    loop,
     overlapped,
     simulated,
 )
@@ -128,6 +129,14 @@ PUT_AND_TAKE = f"""%put (a: f32[10,6], b: f32[1,6], c: s32[]) -> f32[10,6] {{
   ROOT %s = f32[1,6] dynamic-slice(%d, %e, %e), dynamic_slice_sizes={{1,6}}
 }}
 """
+
+
+def test_kernels_of_one_name_in_several_computations_are_told_apart():
+    """XLA gives each instruction of a module a name of its own; texts written by hand may not."""
+    (a, bodies_a), (b, bodies_b) = loop("v", lines(kernel("k", 16)), 2), loop("w", lines(kernel("k", 80)), 3)
+    result = simulated(lines(a, b), bodies_a, bodies_b)
+    assert result.step_s == result.compute_s == 2 * 16 + 3 * 80
+    assert [(t.task.name, t.seconds) for t in result.kernels] == [("k of w.body", 240), ("k", 32)]
 
 
 def test_of_slots_in_the_host_a_started_fusion_copies_one():

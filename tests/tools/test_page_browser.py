@@ -105,6 +105,9 @@ def test_the_figures_are_those_of_the_json(opened, kind):
 def _of_inspect(data):
     paths = [["memory", "peak_bytes"], ["timeline", "step_s"], ["timeline", "exposed_fraction"]]
     paths += [["memory", "by_kind", kind] for kind in data["memory"]["by_kind"]]
+    assert len(data["bottlenecks"]["found"]) == 3
+    paths += [["bottlenecks", "found", n, name] for n in range(3) for name in ("gain_s", "step_s")]
+    paths += [["bottlenecks", "together_s"]]
     paths += [["memory", "largest", n, "bytes"] for n in range(len(data["memory"]["largest"]))]
     paths += [["collectives", n, name] for n in range(len(data["collectives"])) for name in ("total_bytes", "bytes")]
     paths += [["collectives", n, "hidden_fraction"] for n in range(len(data["collectives"]))]

@@ -7,7 +7,7 @@ opcodes                                              tables of opcodes
 scopes                                               what named scopes tell
 collectives, groups                                  communication
 memory, lifetimes, peak, memory_curve                memory
-flops, roofline, schedule, queues, timeline          cost of instructions, and the simulation
+flops, roofline, schedule, prices, queues, timeline  cost of instructions, and the simulation
 trace, outline                                       the timeline as a file, and as a tree that can be drawn
 program_report, unknown, render, expect, units       the report, what it lacks, printing it, checks on it
 bottleneck                                           simulations with one thing changed: what would shorten a step

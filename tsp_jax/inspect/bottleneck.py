@@ -8,13 +8,17 @@ A change says what is gone, not how to get rid of it. It leaves out what a remed
 """
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from tsp_jax.hardware.rates import Band, Work
-from tsp_jax.inspect.schedule import Change, Schedule, Task
-from tsp_jax.inspect.timeline import TaskTotal, Timeline, step_seconds
+from tsp_jax.inspect.collection import paused_collection
+from tsp_jax.inspect.module import Module
+from tsp_jax.inspect.prices import Change, Prices
+from tsp_jax.inspect.schedule import Task
+from tsp_jax.inspect.timeline import TYPICAL, TaskTotal, Timeline, step_seconds
 
 LEAST_SHARE = 0.005
 """gains below this share of the step are left out"""
@@ -23,7 +27,6 @@ _MOST_TRIED = 12
 """candidates that are simulated, those with the largest first estimates"""
 LARGER = 4
 """how many times as large combined collectives are"""
-_TYPICAL = "typical rates"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,8 @@ class Bottlenecks:
 
 class _Kind(NamedTuple):
     applies: Callable[[Task], bool]
-    change: Callable[[Task, Schedule], Task]
+    seconds: Callable[[Task, Prices], float] | None
+    """of a task with the change, where it is shorter; None: compute does not wait for the task"""
     what: str
     """{part} stands for the part of the program, {detail} for a detail of the change"""
     remedy: str
@@ -73,87 +77,106 @@ class _Kind(NamedTuple):
     """one candidate for the whole program, instead of one for each part"""
 
 
+@paused_collection()
 def find_bottlenecks(timeline: Timeline) -> Bottlenecks:
     """Simulates a timeline's program again with what might shorten it, and returns the changes that do so most."""
     least = LEAST_SHARE * timeline.step_s
     tried = sorted(_candidates(timeline), key=lambda each: -each.estimate)[:_MOST_TRIED]
-    gains = [(timeline.step_s - _step(timeline, _TYPICAL, each), each) for each in tried if each.estimate >= least]
-    best = sorted((pair for pair in gains if pair[0] >= least), key=lambda pair: -pair[0])[:MOST_FOUND]
-    found = tuple(_bottleneck(timeline, each) for _, each in best)
-    together_s = _step(timeline, _TYPICAL, *(each for _, each in best))
+    steps = [(_step(timeline, TYPICAL, each), each) for each in tried if each.estimate >= least]
+    best = sorted((pair for pair in steps if timeline.step_s - pair[0] >= least), key=lambda pair: pair[0])[:MOST_FOUND]
+    found = tuple(_bottleneck(timeline, step_s, each) for step_s, each in best)
+    together_s = _step(timeline, TYPICAL, *(each for _, each in best))
     return Bottlenecks(found=found, together_s=together_s, verdict=_verdict(timeline, found))
 
 
 class _Candidate(NamedTuple):
     kind: str
     part: str
-    savings: dict[str, float]
-    """name of each task that changes -> seconds by which its executions are shorter, or less exposed"""
+    tasks: list[Task]
+    savings: list[float]
+    """seconds by which the executions of each task are shorter, or less exposed; of contention: in all"""
 
     @property
     def estimate(self) -> float:
         """Seconds by which the step would be shorter if nothing else waited."""
-        return sum(self.savings.values())
+        return sum(self.savings)
 
-    def change(self) -> Change:
+    def change(self, prices: Prices) -> Change:
         if self.kind == "contention":
             return Change(contention=False)
-        change = _KINDS[self.kind].change
-        return Change(lambda task, schedule: change(task, schedule) if task.name in self.savings else task)
+        if (seconds := _KINDS[self.kind].seconds) is None:
+            return Change(hidden=frozenset(task.name for task in self.tasks))
+        return Change({task.name: seconds(task, prices) for task in self.tasks})
 
 
 def _candidates(timeline: Timeline) -> Iterator[_Candidate]:
-    schedule = timeline.schedules[_TYPICAL]
     totals = (*timeline.kernels, *timeline.collectives, *timeline.host_copies)
     for name, kind in _KINDS.items():
         parts: defaultdict[str, list[TaskTotal]] = defaultdict(list)
-        for total in filter(lambda total: kind.applies(total.task), totals):
-            parts["" if kind.whole else _part(total.task.label)].append(total)
+        for total in totals:
+            if kind.applies(total.task):
+                parts["" if kind.whole else _part(total.task.label)].append(total)
         for part, members in parts.items():
-            changed = ((total, kind.change(total.task, schedule)) for total in members)
-            yield _Candidate(name, part, {total.task.name: _saving(total, task) for total, task in changed})
-    yield _Candidate("contention", "", {"": timeline.contention_s})
+            savings = [_saving(kind, total, timeline.prices[TYPICAL]) for total in members]
+            yield _Candidate(name, part, [total.task for total in members], savings)
+    yield _Candidate("contention", "", [], [timeline.contention_s])
 
 
+@functools.lru_cache(maxsize=65536)
 def _part(label: str) -> str:
     """A label without its pass, two names deep."""
     return "/".join(label.rpartition(" ")[2].split("/")[:2])
 
 
-def _saving(total: TaskTotal, changed: Task) -> float:
-    return total.exposed_s if changed.hidden else total.count * (total.task.seconds - changed.seconds)
+def _saving(kind: _Kind, total: TaskTotal, prices: Prices) -> float:
+    return total.count * (total.each_s - kind.seconds(total.task, prices)) if kind.seconds else total.exposed_s
 
 
 def _step(timeline: Timeline, scenario: str, *candidates: _Candidate) -> float:
-    schedule = timeline.schedules[scenario]
-    for candidate in candidates:
-        schedule = schedule.changed(candidate.change())
-    return step_seconds(schedule)
+    prices = timeline.prices[scenario]
+    return step_seconds(prices.changed(_together(candidate.change(prices) for candidate in candidates)))
 
 
-def _bottleneck(timeline: Timeline, candidate: _Candidate) -> Bottleneck:
-    kind, steps = _KINDS[candidate.kind], {name: _step(timeline, name, candidate) for name in timeline.schedules}
-    gains = [timeline.scenarios[name].step_s - step_s for name, step_s in steps.items()]
-    schedule = timeline.schedules[_TYPICAL]
-    detail = _kernels(schedule, candidate.savings) if candidate.kind == "attention" else ""
+def _together(changes: Iterable[Change]) -> Change:
+    """All changes at once: a task takes the least of the seconds that they name."""
+    seconds: dict[str, float] = {}
+    hidden, contention = frozenset(), True
+    for change in changes:
+        least = {name: min(seconds[name], change.seconds[name]) for name in seconds.keys() & change.seconds.keys()}
+        seconds = {**seconds, **change.seconds, **least}
+        hidden, contention = hidden | change.hidden, contention and change.contention
+    return Change(seconds, hidden, contention)
+
+
+def _bottleneck(timeline: Timeline, step_s: float, candidate: _Candidate) -> Bottleneck:
+    kind = _KINDS[candidate.kind]
+    steps = {name: step_s if name == TYPICAL else _step(timeline, name, candidate) for name in timeline.prices}
+    gains = {name: timeline.scenarios[name].step_s - after_s for name, after_s in steps.items()}
+    prices = timeline.prices[TYPICAL]
+    detail = _kernels(prices, candidate.tasks) if candidate.kind == "attention" else ""
     return Bottleneck(
         kind=candidate.kind, part=candidate.part, what=kind.what.format(part=candidate.part, detail=detail),
-        remedy=kind.remedy, mostly=_mostly(schedule, candidate), step_s=steps[_TYPICAL],
-        gain_s=Band(min(gains), timeline.step_s - steps[_TYPICAL], max(gains)),
+        remedy=kind.remedy, mostly=_mostly(prices.schedule.module, candidate), step_s=step_s,
+        gain_s=Band(min(gains.values()), gains[TYPICAL], max(gains.values())),
     )  # fmt: skip
 
 
-def _mostly(schedule: Schedule, candidate: _Candidate) -> str:
-    name = max(candidate.savings, key=lambda name: candidate.savings[name])
-    if (task := schedule.tasks.get(name)) is None:
+def _mostly(module: Module, candidate: _Candidate) -> str:
+    if not candidate.tasks:
         return ""
-    found = (c.by_name[name] for c in schedule.module.computations.values() if name in c.by_name)
+    saved, task = max(zip(candidate.savings, candidate.tasks, strict=True), key=lambda pair: pair[0])
+    found = (c.by_name[task.name] for c in module.computations.values() if task.name in c.by_name)
     sources = (f" at {'/'.join(i.source_file.split('/')[-2:])}:{i.source_line}" for i in found if i.source_file)
-    return f"{task.label} ({task.op} {name}){next(sources, '')}, {candidate.savings[name] / candidate.estimate:.0%}"
+    return f"{task.label} ({task.op} {task.name}){next(sources, '')}, {saved / candidate.estimate:.0%}"
 
 
 def _verdict(timeline: Timeline, found: Iterable[Bottleneck]) -> str:
-    by_memory = sum(total.seconds for total in timeline.kernels if total.task.memory_s > total.task.products_s)
+    prices = timeline.prices[TYPICAL]
+    by_memory = sum(
+        total.seconds
+        for total in timeline.kernels
+        if prices.memory_seconds(total.task) > prices.products_seconds(total.task.products)
+    )
     products, memory = (part / (timeline.step_s or 1.0) for part in (timeline.matmul_s, by_memory))
     bound = f"matrix products at the rate of the fastest take {products:.0%} of the step"
     bound += f", kernels bound by memory {memory:.0%}"
@@ -165,37 +188,27 @@ def _verdict(timeline: Timeline, found: Iterable[Bottleneck]) -> str:
 # ------------------------------------------------------------------------------------------------ changes
 
 
-def _hide(task: Task, _: Schedule) -> Task:
-    return task._replace(hidden=True)
+def _combined(task: Task, prices: Prices) -> float:
+    return max(0.0, prices.of(task) - (1 - 1 / LARGER) * prices.fixed_seconds(task))
 
 
-def _combine(task: Task, schedule: Schedule) -> Task:
-    saved_s = (1 - 1 / LARGER) * schedule.fixed_seconds(task)
-    return task._replace(seconds=max(0.0, task.seconds - saved_s))
+def _nothing(task: Task, prices: Prices) -> float:
+    return 0.0
 
 
-def _drop(task: Task, _: Schedule) -> Task:
-    return task._replace(seconds=0.0, products_s=0.0, memory_s=0.0)
+def _fastest_products(task: Task, prices: Prices) -> float:
+    best = prices.hardware.rates.best_flops.rate(prices.scenario.compute)
+    return max(min(prices.products_seconds(task.products), task.flops / best), prices.memory_seconds(task))
 
 
-def _kernel(task: Task, *, products_s: float, memory_s: float) -> Task:
-    return task._replace(seconds=max(products_s, memory_s), products_s=products_s, memory_s=memory_s)
+def _fastest_attention(task: Task, prices: Prices) -> float:
+    faster = prices.products_seconds(tuple(_with_fastest_kernel(work, prices) for work in task.products))
+    return max(min(prices.products_seconds(task.products), faster), prices.memory_seconds(task))
 
 
-def _fastest_products(task: Task, schedule: Schedule) -> Task:
-    best = schedule.hardware.rates.best_flops.rate(schedule.scenario.compute)
-    return _kernel(task, products_s=min(task.products_s, task.flops / best), memory_s=task.memory_s)
-
-
-def _fastest_attention(task: Task, schedule: Schedule) -> Task:
-    products = tuple(_with_fastest_kernel(work, schedule) for work in task.products)
-    products_s = min(task.products_s, schedule.products_seconds(products))
-    return _kernel(task, products_s=products_s, memory_s=task.memory_s)
-
-
-def _with_fastest_kernel(work: Work, schedule: Schedule) -> Work:
+def _with_fastest_kernel(work: Work, prices: Prices) -> Work:
     """The same products by the kernel with the highest typical rate."""
-    rates = schedule.hardware.rates
+    rates = prices.hardware.rates
     kernels = [work.kernel, *dict.fromkeys(row.kernel for row in rates.attention if row.direction == work.direction)]
     return max(
         (work._replace(kernel=kernel) for kernel in kernels),
@@ -203,13 +216,13 @@ def _with_fastest_kernel(work: Work, schedule: Schedule) -> Work:
     )
 
 
-def _kernels(schedule: Schedule, tasks: Iterable[str]) -> str:
+def _kernels(prices: Prices, tasks: Iterable[Task]) -> str:
     """The kernels that would be faster than those of some attention tasks."""
     found = {
         faster.kernel
-        for name in tasks
-        for work in schedule.tasks[name].products
-        if (faster := _with_fastest_kernel(work, schedule)).kernel != work.kernel
+        for task in tasks
+        for work in task.products
+        if (faster := _with_fastest_kernel(work, prices)).kernel != work.kernel
     }
     return " and ".join(sorted(found))
 
@@ -221,27 +234,27 @@ def _attends(task: Task) -> bool:
 _KINDS = {
     "communication": _Kind(
         lambda task: task.queue == "links",
-        _hide,
+        None,
         "the step never waits for communication",
         "start collectives earlier (prefetch what the next layer needs), or give them more work to overlap with",
         whole=True,
     ),
     "fixed cost": _Kind(
         lambda task: task.queue == "links",
-        _combine,
+        _combined,
         f"1/{LARGER} as many collectives in {{part}}, each {LARGER} times as large",
         "combine collectives: larger buckets, or several arrays at once",
     ),
     "contention": _Kind(
         lambda task: False,
-        lambda task, _: task,
+        None,
         "communication and computation do not slow each other",
         "move data with copy engines rather than with kernels, if the collectives' library can; else communicate less",
         whole=True,
     ),
     "host": _Kind(
         lambda task: task.queue == "host",
-        _hide,
+        None,
         "the step never waits for copies to and from the host",
         "keep less in the host's memory, or start copies earlier",
         whole=True,
@@ -261,13 +274,13 @@ _KINDS = {
     ),
     "memory": _Kind(
         lambda task: task.queue == "compute" and not task.products,
-        _drop,
+        _nothing,
         "elementwise operations, reductions and copies of {part} take no time",
         "fuse elementwise operations into the kernels beside them, keep fewer copies, or use narrower types",
     ),
     "recomputation": _Kind(
         lambda task: task.label.startswith("recompute "),
-        _drop,
+        _nothing,
         "backward recomputes nothing",
         "keep more of the forward pass (jax.checkpoint's policy), if memory allows",
         whole=True,

@@ -18,6 +18,8 @@ def check_calls(module: Module) -> None:
     parameters = {name: _parameters(c) for name, c in module.computations.items()}
     for computation in module.computations.values():
         for i in computation.instructions:
+            if not i.called and i.base != "conditional":
+                continue
             operands = [operand.shape for operand in computation.operands(i)]
             for name, given in _calls(i, operands):
                 if name in parameters and parameters[name] > given:

@@ -3,13 +3,13 @@
 import functools
 import graphlib
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.module import Module
 from tsp_jax.inspect.opcodes import ALIASES, ELEMENTWISE
-from tsp_jax.inspect.shapes import Shape, ints, leaves
+from tsp_jax.inspect.shapes import Shape, ShapeTree, ints, leaves
 
 DEEPEST = 100
 """most levels to which computations may be nested; programs of real models have fewer than 20"""
@@ -23,15 +23,20 @@ _ARRAYS = {
 """opcode -> how many operands must be arrays; the result must also be an array"""
 _OPERANDS = {"get-tuple-element", "while", "conditional", "bitcast", "opt-barrier", "add-dependency", "domain"}
 """opcodes that need an operand of any shape"""
+_CHECKED = {*_ARRAYS, *_OPERANDS, *ALIASES, "tuple"}
 
 
 def check_module(module: Module) -> None:
     """Raises ConfigError, in one line that names the instruction, if a program cannot be what a compiler wrote."""
+    sound: set[int] = set()
     for computation in module.computations.values():
         _check_names(computation)
         for i in computation.instructions:
-            if wrong := next(_misfits(computation, i), ""):
-                raise misfit(i, wrong)
+            if id(i.shape) not in sound:  # programs repeat a few shapes many times
+                _check_shape(i)
+                sound.add(id(i.shape))
+            if i.opcode in _CHECKED or i.phase in ("update", "done"):
+                _check_operands(i, computation.operands(i))
     _check_calls(module)
 
 
@@ -50,7 +55,8 @@ def _check_names(computation: Computation) -> None:
     for i in computation.instructions:
         if i.name in known:
             raise misfit(i, f"stands twice in {computation.name}")
-        if missing := next((name for name in i.operands if name not in known), None):
+        if not known.issuperset(i.operands):
+            missing = next(name for name in i.operands if name not in known)
             raise misfit(i, f"has operand {missing:.200}, which no earlier instruction of {computation.name} makes")
         known.add(i.name)
         if i.opcode == "parameter":
@@ -61,29 +67,35 @@ def _check_names(computation: Computation) -> None:
         raise ConfigError(f"computation {computation.name:.200} lacks parameter({min(gaps)}); pass the complete text")
 
 
-def _misfits(computation: Computation, i: Instruction) -> Iterator[str]:
-    """What is wrong with an instruction's shape, operands and attributes."""
-    yield from (f"has shape {leaf.dtype}{leaf.layout:.80}, whose layout does not fit" for leaf in leaves(i.shape)
-                if leaf.layout and not _layout_fits(leaf.layout, len(leaf.dims)))  # fmt: skip
+def _check_shape(i: Instruction) -> None:
+    for leaf in leaves(i.shape):
+        if leaf.layout and not _layout_fits(leaf.layout, len(leaf.dims)):
+            raise misfit(i, f"has shape {leaf.dtype}{leaf.layout:.80}, whose layout does not fit")
     if any(leaf.size >= _LARGEST for leaf in leaves(i.shape)):
-        yield f"has an array of {_LARGEST:g} elements or more"
+        raise misfit(i, f"has an array of {_LARGEST:g} elements or more")
+
+
+def _check_operands(i: Instruction, operands: Sequence[Instruction]) -> None:
     needed = _ARRAYS.get(i.opcode, 0)
-    operands = computation.operands(i)
     if needed and (len(operands) < needed or not all(leaves(o.shape) for o in (i, *operands[:needed]))):
-        yield f"needs {needed} arrays as operands, and one as its result"
+        raise misfit(i, f"needs {needed} arrays as operands, and one as its result")
     if (i.opcode in _OPERANDS or i.phase in ("update", "done")) and not operands:
-        yield "needs an operand"
+        raise misfit(i, "needs an operand")
     if i.opcode == "get-tuple-element":
-        source, index = operands[0].shape, i.attributes.get("index", "none")
-        if isinstance(source, Shape) or not re.fullmatch(r"\d{1,9}", index) or int(index) >= len(source):
-            elements = "no tuple" if isinstance(source, Shape) else f"a tuple of {len(source)} elements"
-            yield f"has index {index:.80}, and its operand is {elements}"
-        elif len(leaves(source[int(index)])) != len(leaves(i.shape)):
-            yield f"has another number of arrays than element {index} of its operand"
+        _check_element(i, operands[0].shape)
     if i.opcode == "tuple" and len(leaves(i.shape)) != sum(len(leaves(o.shape)) for o in operands):
-        yield "has another number of arrays than its operands"
+        raise misfit(i, "has another number of arrays than its operands")
     if i.opcode in ALIASES - {"after-all"} and len(leaves(i.shape)) != len(leaves(operands[0].shape)):
-        yield "has another number of arrays than its operand"
+        raise misfit(i, "has another number of arrays than its operand")
+
+
+def _check_element(i: Instruction, source: ShapeTree) -> None:
+    index = i.attributes.get("index", "none")
+    if isinstance(source, Shape) or not re.fullmatch(r"\d{1,9}", index) or int(index) >= len(source):
+        elements = "no tuple" if isinstance(source, Shape) else f"a tuple of {len(source)} elements"
+        raise misfit(i, f"has index {index:.80}, and its operand is {elements}")
+    if len(leaves(source[int(index)])) != len(leaves(i.shape)):
+        raise misfit(i, f"has another number of arrays than element {index} of its operand")
 
 
 @functools.lru_cache(maxsize=65536)

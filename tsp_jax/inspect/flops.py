@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 
 from tsp_jax.inspect.checks import misfit
 from tsp_jax.inspect.instructions import Computation, Instruction
@@ -80,7 +81,7 @@ def _forward_roles(target: str, left: Shape, right: Shape, result: Shape) -> tup
     return (left, result, right) if "BackwardFilter" in target else (left, right, result)
 
 
-def _convolution(left: Shape, right: Shape, result: Shape, attributes: dict[str, str]) -> float:
+def _convolution(left: Shape, right: Shape, result: Shape, attributes: Mapping[str, str]) -> float:
     """Operations of a convolution, padding not counted: TPU writes batched products as convolutions."""
     inputs, kernel, outputs = re.split("_|->", attributes["dim_labels"])
     sides = dict(re.findall(r"(\w+)=([\dx_\-]+)", attributes.get("window", "")))

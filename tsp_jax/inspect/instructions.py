@@ -1,24 +1,28 @@
 """Instructions of a compiled program, and the computations that they form."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
 
-from tsp_jax.inspect.opcodes import split_phase
 from tsp_jax.inspect.shapes import ShapeTree
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Instruction:
+class Instruction(NamedTuple):
     """One line of a computation. Names are without ``%``."""
 
     name: str
     opcode: str
+    base: str
+    """the opcode without the -start, -update or -done of an asynchronous instruction"""
+    phase: str
+    """start, update or done for a part of an asynchronous instruction, else empty"""
     shape: ShapeTree
     operands: tuple[str, ...]
     literal: str
     """value of a constant, or number of a parameter"""
-    called: dict[str, tuple[str, ...]]
+    called: Mapping[str, tuple[str, ...]]
     """role (body, condition, to_apply, calls, branch_computations) -> names of computations"""
-    attributes: dict[str, str]
+    attributes: Mapping[str, str]
     """every attribute, as text"""
     op_name: str
     """scope and primitive, such as jit(step)/while/body/tsp/mlp/bucket/dot_general"""
@@ -27,16 +31,6 @@ class Instruction:
     computation: str
     """name of the computation that holds it"""
     is_root: bool
-
-    @property
-    def base(self) -> str:
-        """The opcode without the -start, -update or -done of an asynchronous instruction."""
-        return split_phase(self.opcode)[0]
-
-    @property
-    def phase(self) -> str:
-        """start, update or done for a part of an asynchronous instruction, else empty."""
-        return split_phase(self.opcode)[1]
 
     @property
     def backend_config(self) -> str:
@@ -61,4 +55,4 @@ class Computation:
 
     def operands(self, instruction: Instruction) -> tuple[Instruction, ...]:
         """The instructions that make an instruction's operands."""
-        return tuple(self.by_name[name] for name in instruction.operands if name in self.by_name)
+        return tuple([self.by_name[name] for name in instruction.operands if name in self.by_name])

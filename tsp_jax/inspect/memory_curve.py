@@ -52,13 +52,13 @@ def memory_curve(
     changes = {kind: [0] * (moments + 2) for kind in KINDS}
     for uses in buffers:
         _add(changes, sorted(uses))
-    totals = [list(itertools.accumulate(changes[kind]))[: moments + 1] for kind in KINDS]
-    size = max(1, -(-len(totals[0]) // MOST_POINTS))
+    state, residual, transient = (list(itertools.accumulate(changes[kind]))[: moments + 1] for kind in KINDS)
+    total = list(map(sum, zip(state, residual, transient, strict=True)))
+    size = max(1, -(-len(total) // MOST_POINTS))
     highest = [
-        max(range(first, min(first + size, moments + 1)), key=lambda moment: sum(total[moment] for total in totals))
+        max(range(first, min(first + size, moments + 1)), key=total.__getitem__)
         for first in range(0, moments + 1, size)
     ]
-    state, residual, transient = totals
     return MemoryCurve(
         moments=moments,
         points=tuple((moment, state[moment], residual[moment], transient[moment]) for moment in highest),

@@ -57,6 +57,11 @@ class Module:
         """Devices that run the program together."""
         return self.num_partitions * self.replica_count
 
+    @property
+    def names_devices(self) -> bool:
+        """Whether the text says how many devices run it. One that does not counts as a program of one device."""
+        return bool(self.memo.get("counted"))
+
     def check_scheduled(self) -> None:
         """Raises ConfigError if the text is from before scheduling, and so has neither a peak nor a timeline."""
         if not self.is_scheduled:

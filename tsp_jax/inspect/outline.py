@@ -5,18 +5,20 @@ An item of the tree is a list of numbers or a loop. Times are seconds after the 
     [lane, task, start, seconds, count]               a task
     {"name", "start", "seconds", "times", "items"}    one iteration of a loop, which runs `times` times in a row
 
-`lane` is a place in `LANES`, `task` one in the table of tasks. `count` is 1, or the number of neighbours in their lane
-that were merged because they are short; the longest of them gives its name.
+`lane` is a place in `LANES`, `task` one in the table of the tasks that items name. `count` is 1, or the number of
+neighbours in their lane that were merged because they are short; the longest of them gives its name.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from tsp_jax.inspect.queues import Event
+from tsp_jax.inspect.schedule import Task
 
 LANES = ("compute", "wait", "links", "host")
 """wait: the compute queue waits for a task of the links or the host"""
 MOST_TASKS = 4000
+_COLUMNS = ("label", "op", "name", "bytes", "flops")
 _DIGITS = 10
 
 Item = list[Any] | dict[str, Any]
@@ -24,8 +26,8 @@ Item = list[Any] | dict[str, Any]
 
 def outline(events: Sequence[Event]) -> dict[str, Any]:
     """The tree of a timeline's `outline`: {"lanes", "tasks": [{"label", "op", "name", "bytes", "flops"}], "items"}."""
-    tasks: dict[str, int] = {}
-    table: list[dict[str, Any]] = []
+    numbers: dict[str, int] = {}
+    tasks: list[Task] = []
     shortest = _shortest(events)
     stack: list[tuple[Event, int, Item]] = []  # (event, number of events that it stands for, item)
     for event in events:
@@ -33,12 +35,23 @@ def outline(events: Sequence[Event]) -> dict[str, Any]:
             item = _loop(event, _parts(stack, event), shortest)
             stack.append((event, event.holds + 1, item))
             continue
-        if (number := tasks.setdefault(event.task.name, len(tasks))) == len(table):
-            table.append({name: getattr(event.task, name) for name in ("label", "op", "name", "bytes", "flops")})
+        if (number := numbers.setdefault(event.task.name, len(tasks))) == len(tasks):
+            tasks.append(event.task)
         lane = LANES.index("wait" if event.exposed else event.track)
         stack.append((event, 1, [lane, number, event.start_s, event.seconds, 1]))
     items = _merged([item for _, _, item in stack], 0.0, shortest)
+    table = [{name: getattr(tasks[k], name) for name in _COLUMNS} for k in _numbered_anew(items, {})]
     return {"lanes": list(LANES), "tasks": table, "items": items}
+
+
+def _numbered_anew(items: list[Item], numbers: dict[int, int]) -> dict[int, int]:
+    """Leaves out tasks that no item names, since the items were merged: number before -> number from now on."""
+    for item in items:
+        if isinstance(item, dict):
+            _numbered_anew(item["items"], numbers)
+        else:
+            item[1] = numbers.setdefault(item[1], len(numbers))
+    return numbers
 
 
 def _shortest(events: Sequence[Event]) -> float:

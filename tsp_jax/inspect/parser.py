@@ -7,12 +7,14 @@ from a file. Pure Python. Unknown opcodes and attributes are kept as text.
 import functools
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.checks import DEEPEST, check_module
 from tsp_jax.inspect.collection import paused_collection
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.module import Module
+from tsp_jax.inspect.opcodes import split_phase
 from tsp_jax.inspect.shapes import Shape, ShapeTree, ints, natural
 from tsp_jax.inspect.texts import module_text
 
@@ -25,6 +27,11 @@ _PLAIN = rf'(?:[^()\[\]{{}}"]++|{_QUOTED})*+'  # with no brackets outside of str
 _STRUCTURE = re.compile(rf'{_QUOTED}|\{{{_PLAIN}\}}|\[{_PLAIN}\]|\({_PLAIN}\)|[()\[\]{{}},\n"]', re.DOTALL)
 """a string, innermost brackets with their content, or one character that matters"""
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]\n]*)\](\{[^{}\n]*\})?")
+_NAMES = r"%?[\w.\-]++(?:, %?[\w.\-]++)*+"
+_SIMPLE = re.compile(
+    rf"\s*(ROOT )?%?([\w.\-]+) = ([a-z]\w*\[[^\]\n]*\](?:\{{[^{{}}\n]*\}})?)\s*([\w\-]+)\(({_NAMES})?\)"
+)
+"""an instruction whose result is one array and whose operands are names alone, up to its attributes"""
 _INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
@@ -32,6 +39,9 @@ _BODY_END = re.compile(r"\s*\}[^\n]*\n")
 _DYNAMIC = re.compile(r"\b[a-z]\w*\[[\d,]*<=\d")
 _NAME = re.compile(r"[\w.\-]+")
 _METADATA = re.compile(r'(op_name|source_file)="([^"\\]*(?:\\.[^"\\]*)*)"|(source_line|stack_frame_id)=(\d+)')
+
+_NO_ATTRIBUTES: Mapping[str, str] = {}
+_NO_CALLS: Mapping[str, tuple[str, ...]] = {}
 
 Sources = Mapping[str, tuple[str, int]]
 """stack_frame_id -> (file, line)"""
@@ -57,6 +67,7 @@ def parse(text: str | None) -> Module:
         input_output_alias=parse_aliases(attributes.get("input_output_alias", "")),
     )  # fmt: skip
     module.memo["dynamic"] = bool(_DYNAMIC.search(text))
+    module.memo["counted"] = "num_partitions" in attributes or "replica_count" in attributes
     check_module(module)
     return module
 
@@ -96,53 +107,80 @@ def _computations(text: str, pos: int) -> tuple[dict[str, Computation], Computat
 
 
 def _computation(text: str, pos: int, name: str, sources: Sources) -> tuple[Computation, int]:
-    instructions = []
-    while not (end := _BODY_END.match(text, pos)):
-        match = _INSTRUCTION.match(text, pos)
-        if not match:
-            raise _incomplete(f"computation {name}")
-        instruction, pos = _instruction(text, match, name, sources)
-        instructions.append(instruction)
+    instructions, end = [], None
+    while (simple := _SIMPLE.match(text, pos)) or not (end := _BODY_END.match(text, pos)):
+        head, pos = _simple_head(simple) if simple else _head(text, pos, name)
+        attributes, pos = _attributes_at(text, pos, head.name)
+        instructions.append(_instruction(head, attributes, name, sources))
     if not instructions:
         raise ConfigError(f"computation {name} of HLO text has no instruction; pass all of compiled.as_text()")
     root = next((i for i in reversed(instructions) if i.is_root), instructions[-1])
     return Computation(name, tuple(instructions), {i.name: i for i in instructions}, root), end.end()
 
 
-def _instruction(text: str, match: re.Match, computation: str, sources: Sources) -> tuple[Instruction, int]:
+class _Head(NamedTuple):
+    """An instruction without its attributes."""
+
+    name: str
+    is_root: bool
+    shape: ShapeTree
+    opcode: str
+    operands: list[str]
+    """or what else stands in the place of operands"""
+
+
+def _simple_head(match: re.Match) -> tuple[_Head, int]:
+    """What `_SIMPLE` has found, and the position after it."""
+    root, name, array, opcode, names = match.groups()
+    operands = names.replace("%", "").split(", ") if names else []
+    return _Head(name, bool(root), _array_of(array, name), opcode, operands), match.end()
+
+
+def _head(text: str, pos: int, computation: str) -> tuple[_Head, int]:
+    """An instruction in any form up to its attributes, and the position after it."""
+    if not (match := _INSTRUCTION.match(text, pos)):
+        raise _incomplete(f"computation {computation}")
     where = f"instruction {match[2]}"
-    shape, pos = _shape(text, match.end(), where)
-    opcode = _OPCODE.match(text, pos)
-    if not opcode:
+    shape, pos = _shape(text, match.end(), match[2])
+    if not (opcode := _OPCODE.match(text, pos)):
         raise _incomplete(where)
     inner, pos = _split(text, opcode.end(), ")", where)
-    rest, pos = _split(text, pos, "\n", where)
+    if opcode[1] not in _WITHOUT_OPERANDS:
+        inner = [names[-1] for part in inner if (names := _NAME.findall(part))]
+    return _Head(match[2], bool(match[1]), shape, opcode[1], inner), pos
+
+
+def _attributes_at(text: str, pos: int, name: str) -> tuple[Mapping[str, str], int]:
+    """Attributes of an instruction, which end with its line, and the position after that."""
+    if text.startswith("\n", pos):
+        return _NO_ATTRIBUTES, pos + 1
+    rest, pos = _split(text, pos, "\n", f"instruction {name}")
     attributes = _attributes(rest)
     if (config := attributes.get("backend_config", "")).startswith('"'):  # as older compilers write it
         attributes["backend_config"] = config[1:-1].replace('\\"', '"')
-    literal = opcode[1] in _WITHOUT_OPERANDS
-    op_name, file, line = _metadata(attributes.get("metadata", ""), sources)
-    instruction = Instruction(
-        name=match[2], opcode=opcode[1], shape=shape, literal=", ".join(inner) if literal else "",
-        operands=() if literal else tuple(_NAME.findall(part)[-1] for part in inner if _NAME.search(part)),
-        called=_called(attributes), attributes=attributes, op_name=op_name, source_file=file, source_line=line,
-        computation=computation, is_root=bool(match[1]),
+    return attributes, pos
+
+
+def _instruction(head: _Head, attributes: Mapping[str, str], computation: str, sources: Sources) -> Instruction:
+    literal = head.opcode in _WITHOUT_OPERANDS
+    op_name, file, line = _metadata(attributes["metadata"], sources) if "metadata" in attributes else ("", "", 0)
+    base, phase = split_phase(head.opcode)
+    return Instruction(
+        name=head.name, opcode=head.opcode, base=base, phase=phase, shape=head.shape,
+        operands=() if literal else tuple(head.operands), literal=", ".join(head.operands) if literal else "",
+        called=_called(attributes) if attributes else _NO_CALLS, attributes=attributes, op_name=op_name,
+        source_file=file, source_line=line, computation=computation, is_root=head.is_root,
     )  # fmt: skip
-    return instruction, pos
 
 
-def _shape(text: str, pos: int, where: str, depth: int = 0) -> tuple[ShapeTree, int]:
+def _shape(text: str, pos: int, name: str, depth: int = 0) -> tuple[ShapeTree, int]:
+    where = f"instruction {name}"
     if depth > DEEPEST:
         raise ConfigError(f"HLO text nests tuples more than {DEEPEST} deep in {where}; pass compiled.as_text()")
     if match := _ARRAY.match(text, pos):
-        try:
-            return _array(*match.groups("")), match.end()
-        except ValueError:
-            raise ConfigError(
-                f"HLO text has shape {match[0]:.80} in {where}; dimensions must be numbers of at most 18 digits"
-            ) from None
+        return _array_of(match[0], name), match.end()
     if text.startswith("b(", pos):  # a buffer, which holds one array
-        shape, pos = _shape(text, pos + 2, where, depth + 1)
+        shape, pos = _shape(text, pos + 2, name, depth + 1)
         return shape, pos + 1
     if not text.startswith("(", pos):
         if _OPCODE.match(text, pos):
@@ -150,16 +188,29 @@ def _shape(text: str, pos: int, where: str, depth: int = 0) -> tuple[ShapeTree, 
         raise _incomplete(where)
     parts, pos = [], pos + 1
     while not text.startswith(")", pos):
-        part, pos = _shape(text, pos, where, depth + 1)
+        part, pos = _shape(text, pos, name, depth + 1)
         parts.append(part)
         while text[pos : pos + 1] in (",", " "):
             pos += 1
     return tuple(parts), pos + 1
 
 
+def _array_of(text: str, name: str) -> Shape:
+    """The shape of an array of an instruction."""
+    try:
+        return _array(text)
+    except ValueError:
+        raise ConfigError(
+            f"HLO text has shape {text:.80} in instruction {name}; dimensions must be numbers of at most 18 digits"
+        ) from None
+
+
 @functools.lru_cache(maxsize=65536)
-def _array(dtype: str, dims: str, layout: str) -> Shape:
+def _array(text: str) -> Shape:
     """The shape of an array; programs repeat a few shapes many times."""
+    match = _ARRAY.match(text)
+    assert match
+    dtype, dims, layout = match.groups("")
     sizes = (dim.strip().removeprefix("<=") for dim in dims.split(",") if dim.strip())
     return Shape(dtype, tuple(map(natural, sizes)), layout)
 
@@ -193,9 +244,7 @@ def _attributes(parts: list[str]) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in parts)}
 
 
-def _called(attributes: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    if not attributes:
-        return {}
+def _called(attributes: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     found = {role: tuple(_NAME.findall(attributes[role])) for role in _ROLES if role in attributes}
     if "true_computation" in attributes:
         names = attributes["true_computation"] + " " + attributes.get("false_computation", "")
@@ -205,8 +254,6 @@ def _called(attributes: dict[str, str]) -> dict[str, tuple[str, ...]]:
 
 def _metadata(text: str, sources: Sources) -> tuple[str, str, int]:
     """(op_name, source file, source line) of an instruction."""
-    if not text:
-        return "", "", 0
     found: dict[str, str] = {}
     for quoted, value, number, digits in _METADATA.findall(text):
         found.setdefault(quoted or number, value or digits)

@@ -141,7 +141,8 @@ class _Group:
 
     def __init__(self, values: Values, resident: bool, now: int):
         self.values, self.resident = values, resident
-        self.spans = list(Spans([(value.start, value.end) for value in values], gap=1))
+        lives = [(value.start, value.end) for value in values]
+        self.spans = list(Spans(lives, gap=1)) if len(lives) > 1 else lives
         self.makers = [value.maker for value in values if value.maker]
         self.start, self.end = self.spans[0][0], self.spans[-1][1]
         self.shape = max((value.shape for value in values), key=_bytes) if len(values) > 1 else values[0].shape
@@ -256,7 +257,7 @@ def _allocations(walk: Walk, groups: list[_Group]) -> list[list[_Group]]:
         if a is b or (moment, b) in taken or a.resident or b.resident:
             continue
         if a.spans.meets_only_at(b.spans, moment.__eq__):
-            few, many = sorted((a, b), key=lambda allocation: len(allocation.groups))
+            few, many = (a, b) if len(a.groups) <= len(b.groups) else (b, a)
             many.take(few)
             for group in few.groups:
                 allocation_of[group.values[0].root()] = many

@@ -9,6 +9,7 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import HARDWARE, Hardware
 from tsp_jax.hardware.targets import Target, parse_target
 from tsp_jax.inspect.bottleneck import Bottleneck, Bottlenecks, find_bottlenecks
+from tsp_jax.inspect.collection import paused_collection
 from tsp_jax.inspect.collectives import Collective, list_collectives
 from tsp_jax.inspect.flops import total_flops
 from tsp_jax.inspect.memory import Memory, compiled_memory, program_constants
@@ -111,6 +112,7 @@ class Report:
         """Share of a collective's time that overlaps with computation; None without a timeline."""
         return self.timeline.hidden_fraction.get(collective.name) if self.timeline else None
 
+    @paused_collection()
     def to_json(self) -> dict[str, Any]:
         """The report as plain numbers and strings."""
         return {
@@ -162,6 +164,7 @@ class Report:
         }
 
 
+@paused_collection()
 def report(
     program: Any, *, target: str | Hardware | Target | None = None, mesh_axes: Mapping[str, int] | None = None,
     full_weights: Sequence[FullWeight] | None = None, unknown_trips: Trips = 1, record: bool = False,
@@ -197,7 +200,8 @@ def report(
         check_platform(hardware, platforms_of_text(module))
     elif hardware:
         check_devices(hardware, _devices(program))
-    _check_count(target, module)
+    if not is_text or module.names_devices:
+        _check_count(target, module)
     scheduled = module.is_scheduled
     timeline = (
         simulate(module, hardware, unknown_trips=unknown_trips, record=record) if hardware and scheduled else None
@@ -211,11 +215,14 @@ def report(
     if full_weights is None:
         full_weights = () if is_text else _sharded_matrices(program)
     collectives = list_collectives(module, axes, unknown_trips=unknown_trips)
+    unknown = unknown_figures(module, collectives, unknown_trips)
+    if is_text:
+        unknown |= _unknown_count(target, module)
     return Report(
         module=module, mesh=axes, memory=memory,
         live=find_peak(module) if scheduled else None, flops=total_flops(module, unknown_trips),
         shardings=_shardings(module), collectives=collectives, timeline=timeline, hardware=hardware,
-        full_weights=tuple(full_weights), unknown=unknown_figures(module, collectives, unknown_trips),
+        full_weights=tuple(full_weights), unknown=unknown,
     )  # fmt: skip
 
 
@@ -280,11 +287,29 @@ def _hardware(target: str | Hardware | Target | None, compiled: Any) -> Hardware
     return hardware_of(device) if device is not None else None
 
 
+def _unknown_count(target: str | Hardware | Target | None, module: Module) -> dict[str, str]:
+    """The line of `Report.unknown` on a target with a number of devices, of which the text says nothing."""
+    target = _counted(target)
+    if target is None or target.num_devices == 1 or module.names_devices:
+        return {}
+    number = target.num_devices
+    return {
+        "devices": f"whether it was compiled for {number} devices: its header names no number, which counts as one "
+        f"device; if they are {number}, write num_partitions={number} into the header"
+    }
+
+
+def _counted(target: str | Hardware | Target | None) -> Target | None:
+    """A target with a number of devices; None if it has none."""
+    if isinstance(target, str):
+        return parse_target(target) if ":" in target else None
+    return target if isinstance(target, Target) else None
+
+
 def _check_count(target: str | Hardware | Target | None, module: Module) -> None:
     """Raises ConfigError if a target with a number of devices is not of those that run the program together."""
-    if isinstance(target, str) and ":" in target:
-        target = parse_target(target)
-    if isinstance(target, Target) and target.num_devices != module.num_devices:
+    target = _counted(target)
+    if target is not None and target.num_devices != module.num_devices:
         raise ConfigError(
             f"target={target} has {target.num_devices} devices, and the program was compiled for {module.num_devices}; "
             f"use target={target.hardware.name}:{module.num_devices}, or compile it for {target}"

@@ -3,16 +3,20 @@
 Kernels run one after another on the compute queue. A blocking step waits for compute and for its own queue, and keeps
 both busy. Asynchronous work begins when it has been issued and all earlier work of its queue has ended. Where the
 program waits for such work to end, the compute queue stands idle: that is exposed time. While the compute queue and
-the links both work, each loses a share of its rate (`Schedule.contention`).
+the links both work, each loses a share of its rate (`Prices.contention`).
 """
 
+import functools
+import itertools
+import operator
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from tsp_jax.errors import ConfigError
 from tsp_jax.inspect.instructions import Computation
-from tsp_jax.inspect.schedule import Queue, Schedule, Step, Task
+from tsp_jax.inspect.prices import Prices
+from tsp_jax.inspect.schedule import Queue, Step, Task
 
 _SETTLED = 1e-11
 """tolerance in seconds: queue states closer than this are taken as equal, since sums are rounded"""
@@ -25,8 +29,8 @@ _MOST_WORK = 2_000_000
 Amounts = defaultdict[str, float]
 Record = Literal["", "outline", "all"]
 """events to keep: none, those of the iterations that are simulated, or those of every iteration"""
-ComputeLoops = dict[str, tuple[float, Amounts]]
-"""task of a loop that uses only the compute queue -> (seconds of the loop, how often each task in it runs)"""
+ComputeLoops = dict[tuple[str, str], tuple[float, Amounts]]
+"""(computation, name) of a loop that uses only the compute queue -> (its seconds, how often each step in it runs)"""
 
 
 class Event(NamedTuple):
@@ -54,15 +58,15 @@ class _Pending:
 
     __slots__ = ("delayed", "end", "names", "task")
 
-    def __init__(self, names: tuple[str, ...], task: str, end: float, delayed: bool):
+    def __init__(self, names: tuple[str, ...], task: Task, end: float, delayed: bool):
         self.names, self.task, self.end, self.delayed = names, task, end, delayed
 
 
 class Simulation:
     """State of the queues (until when each is busy, and the work in flight), and totals of what has run so far."""
 
-    def __init__(self, schedule: Schedule, record: Record = "", parent: "Simulation | None" = None):
-        self.schedule = schedule
+    def __init__(self, prices: Prices, record: Record = "", parent: "Simulation | None" = None):
+        self.prices, self.schedule = prices, prices.schedule
         self.record: Record = record
         self.now: dict[Queue, float] = {"compute": 0.0, "links": 0.0, "host": 0.0}
         self.pending: dict[_Pending, None] = {}
@@ -74,7 +78,7 @@ class Simulation:
         self.delay = 0.0
         """by how much computation has put off all work that is delayed"""
         self.executions: Amounts = defaultdict(float)
-        """task -> number of executions"""
+        """name of a step with tasks -> number of executions"""
         self.exposed: Amounts = defaultdict(float)
         """task -> seconds that the compute queue waited for it"""
         self.events: list[Event] = []
@@ -84,10 +88,9 @@ class Simulation:
     def run(self, computation: Computation) -> None:
         """Simulates the steps of a computation."""
         for step in self.schedule.steps(computation):
-            self._spend(1, step)
+            self._spend(len(step.tasks) or 1, step)
             if step.kind == "run":
-                self._compute(step.seconds, self.schedule.tasks[step.task])
-                self.executions[step.task] += 1
+                self._run_kernels(step)
             elif step.kind in ("start", "block"):
                 self._start(step)
             elif step.kind == "wait":
@@ -114,17 +117,28 @@ class Simulation:
         """Ends the program: it lasts until all work that it started has ended."""
         for work in list(self.pending):
             self._stall(work)
-        if any(task.hidden for task in self.schedule.tasks.values()):
+        if self.prices.change.hidden:
             self.now["compute"] = max(self.now.values())
 
+    def _run_kernels(self, step: Step) -> None:
+        """Runs kernels one after another; once the links are idle, only the time of all the others together counts."""
+        seconds, ran = self.prices.seconds(step), 0
+        while ran < len(seconds) and (self.record or self.now["links"] > self.now["compute"]):
+            self._compute(seconds[ran], step.tasks[ran])
+            ran += 1
+        rest = itertools.islice(seconds, ran, None)
+        self.now["compute"] = functools.reduce(operator.add, rest, self.now["compute"])
+        self.executions[step.name] += 1
+
     def _start(self, step: Step) -> None:
+        (task,), (seconds,) = step.tasks, self.prices.seconds(step)
         begin = max(self.now["compute"], self.now[step.queue])
-        self.now[step.queue] = begin + step.seconds
-        self._note(step.queue, begin, step.seconds, self.schedule.tasks[step.task])
-        self.executions[step.task] += 1
+        self.now[step.queue] = begin + seconds
+        self._note(step.queue, begin, seconds, task)
+        self.executions[step.name] += 1
         names = (step.key, f" {step.instruction.base}") if step.key else (f" {step.instruction.base}",)
         delayed = step.queue == "links"
-        work = _Pending(names, step.task, self.now[step.queue] - (self.delay if delayed else 0.0), delayed)
+        work = _Pending(names, task, self.now[step.queue] - (self.delay if delayed else 0.0), delayed)
         self.pending[work] = None
         if delayed:
             self.ahead.append(work)
@@ -139,7 +153,7 @@ class Simulation:
 
     def _compute(self, seconds: float, task: Task | None) -> None:
         """Runs work of so many seconds on the compute queue; it and what the links do meanwhile slow each other."""
-        begin, (own, links) = self.now["compute"], self.schedule.contention
+        begin, (own, links) = self.now["compute"], self.prices.contention
         busy = max(0.0, self.now["links"] - begin)
         if busy and (own or links):
             both = min(seconds / (1 - own), busy / (1 - links))
@@ -166,10 +180,10 @@ class Simulation:
     def _stall(self, work: _Pending) -> None:
         del self.pending[work]
         wait = self._end(work) - self.now["compute"]
-        if wait > 0 and not self.schedule.tasks[work.task].hidden:
-            self._note("compute", self.now["compute"], wait, self.schedule.tasks[work.task], exposed=True)
+        if wait > 0 and work.task.name not in self.prices.change.hidden:
+            self._note("compute", self.now["compute"], wait, work.task, exposed=True)
             self.now["compute"] = self._end(work)
-            self.exposed[work.task] += wait
+            self.exposed[work.task.name] += wait
 
     def _note(
         self, track: Queue, start: float, seconds: float, task: Task | None, exposed: bool = False,
@@ -182,7 +196,7 @@ class Simulation:
         body, condition = step.callees
         if all(map(self.schedule.compute_only, step.callees)):
             seconds, runs = self._compute_loop(step)
-            self._compute(seconds, self._whole(step, seconds, runs))
+            self._compute(seconds, self._whole(step, runs))
             _add(self.executions, runs, 1)
             return
         iterations, state = round(step.trips), self._state()
@@ -208,14 +222,13 @@ class Simulation:
                 break
         self.run(condition)
 
-    def _whole(self, step: Step, seconds: float, runs: Amounts) -> Task | None:
+    def _whole(self, step: Step, runs: Amounts) -> Task | None:
         """A loop without communication as one task of a recorded timeline."""
         if not self.record:
             return None
-        tasks, i = self.schedule.tasks, step.instruction
-        size, flops = (sum(n * getattr(tasks[name], key) for name, n in runs.items()) for key in ("bytes", "flops"))
-        label = self.schedule.label(i)
-        return Task(i.name, "while", i.op_name, label, "compute", seconds, size, flops)
+        i, tasks = step.instruction, [(n, task) for name, n in runs.items() for task in self.schedule.named[name].tasks]
+        size, flops = sum(n * task.bytes for n, task in tasks), sum(n * task.flops for n, task in tasks)
+        return Task(i.name, "while", i.op_name, self.schedule.label(i), "compute", size, flops)
 
     def _shift(self, seconds: float) -> None:
         self.now = {queue: time + seconds for queue, time in self.now.items()}
@@ -224,7 +237,7 @@ class Simulation:
 
     def _state(self) -> list[tuple[str, float]]:
         """For each queue and task in flight, how long after compute it ends. The next iteration depends on this."""
-        ends = [*self.now.items(), *((work.task, self._end(work)) for work in self.pending)]
+        ends = [*self.now.items(), *((work.task.name, self._end(work)) for work in self.pending)]
         return [(name, max(0.0, end - self.now["compute"])) for name, end in ends]
 
     def _continue(self, other: "Simulation") -> None:
@@ -241,7 +254,7 @@ class Simulation:
         """Simulates every branch, and goes on from the one that ends last."""
         options = []
         for branch in branches:
-            trial = Simulation(self.schedule, self.record, parent=self)
+            trial = Simulation(self.prices, self.record, parent=self)
             trial._continue(self)
             trial.run(branch)
             options.append((trial.now["compute"], trial.now["links"], trial.now["host"], len(options), trial))
@@ -253,16 +266,17 @@ class Simulation:
             _add(self.exposed, last.exposed, 1)
 
     def _compute_loop(self, step: Step) -> tuple[float, Amounts]:
-        if step.task not in self._compute_loops:
-            body, condition = (Simulation(self.schedule, parent=self) for _ in range(2))
+        key = step.instruction.computation, step.instruction.name
+        if key not in self._compute_loops:
+            body, condition = (Simulation(self.prices, parent=self) for _ in range(2))
             body.run(step.callees[0])
             condition.run(step.callees[1])
             runs: Amounts = defaultdict(float)
             _add(runs, body.executions, step.trips)
             _add(runs, condition.executions, step.trips + 1)
             seconds = step.trips * body.now["compute"] + (step.trips + 1) * condition.now["compute"]
-            self._compute_loops[step.task] = seconds, runs
-        return self._compute_loops[step.task]
+            self._compute_loops[key] = seconds, runs
+        return self._compute_loops[key]
 
 
 def _add(total: Amounts, part: Amounts, times: float) -> None:

@@ -7,8 +7,8 @@ their bytes, and by the matrix products that the program declares for them (`dec
 not counted here; see `tsp_jax.inspect.collectives`.
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from tsp_jax.hardware.rates import Work
 from tsp_jax.inspect.collectives import is_collective
@@ -21,8 +21,7 @@ from tsp_jax.inspect.scopes import declared_flops
 from tsp_jax.inspect.shapes import HOST_MEMORY_SPACE, Shape, leaves
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(NamedTuple):
     """Cost of one execution on one device."""
 
     products: tuple[Work, ...] = ()
@@ -180,7 +179,8 @@ def _written(module: Module, computation: Computation, i: Instruction) -> tuple[
 
 
 def _is_silent(i: Instruction) -> bool:
-    return any(call in i.custom_call_target for call in NO_TRAFFIC_CALLS)
+    target = i.custom_call_target
+    return bool(target) and any(call in target for call in NO_TRAFFIC_CALLS)
 
 
 def _read_shares(module: Module, computation: Computation, updated: set[str]) -> list[float]:

@@ -1,62 +1,45 @@
-"""A compiled program's instructions as steps of a schedule: which queue each keeps busy, and for how long.
+"""A compiled program's instructions as steps of a schedule: which queue each keeps busy. It knows no rates.
 
 There are three queues: compute, links (between devices), and host (copies to and from the host's memory). The compute
 queue issues all work. The other two run what it starts, first in, first out.
 """
 
-import copy
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
-from tsp_jax.hardware.devices import Hardware
-from tsp_jax.hardware.links import collective_seconds
-from tsp_jax.hardware.rates import Scenario, Work
+from tsp_jax.hardware.rates import Work
 from tsp_jax.inspect.collectives import Collective, fused_phase, is_collective, list_collectives
 from tsp_jax.inspect.groups import Groups, groups_of
 from tsp_jax.inspect.instructions import Computation, Instruction
 from tsp_jax.inspect.module import Module, Trips
-from tsp_jax.inspect.roofline import Cost, Costs
+from tsp_jax.inspect.roofline import Costs
 from tsp_jax.inspect.scopes import readable_scope
 
 Queue = Literal["compute", "links", "host"]
-_Busy = Literal["run", "block", "start"]
+_Busy = Literal["block", "start"]
 
 
 class Task(NamedTuple):
-    """Work that keeps a queue busy: a kernel, a collective or a host copy."""
+    """Work that keeps a queue busy: a kernel, a collective or a host copy. `Prices` tell its seconds."""
 
     name: str
-    """of the instruction"""
+    """of the instruction; if several computations have one of that name, all but the first add theirs"""
     op: str
     scope: str
     """op_name in the HLO text: named scopes and the primitive"""
     label: str
     """readable form of the scope; see `readable_scope`"""
     queue: Queue
-    seconds: float
-    """per execution"""
     bytes: float
     """per execution: read and written in main memory by a kernel, received by a collective, or moved by a host copy"""
     flops: float = 0.0
     """per execution, of matrix products"""
     products: tuple[Work, ...] = ()
-    """of a kernel; the longer of `products_s` and `memory_s` is its time"""
-    products_s: float = 0.0
-    memory_s: float = 0.0
-    hidden: bool = False
-    """the compute queue never waits for the task, which takes its time on its own queue all the same"""
+    """of a kernel"""
 
 
-class Change(NamedTuple):
-    """What a simulation takes as different from the program; see `Schedule.changed`."""
-
-    task: Callable[[Task, "Schedule"], Task] = lambda task, _: task
-    """the task as it would be: other `seconds`, or `hidden`"""
-    contention: bool = True
-    """whether computation and communication slow each other"""
-
-
-class _Transfer(NamedTuple):
+class Transfer(NamedTuple):
     """A collective and the groups of devices in which it runs."""
 
     collective: Collective
@@ -69,30 +52,37 @@ class Step(NamedTuple):
     kind: Literal["run", "block", "start", "wait", "loop", "branch", "call"]
     """run: on compute; block: on another queue while compute waits; start, wait: begin or await work on other queues"""
     instruction: Instruction
-    task: str = ""
-    """name of the task that runs or starts"""
+    """the first, if the step is of several"""
+    tasks: tuple[Task, ...] = ()
+    """kernels that run one after another, or the one task that keeps another queue busy; none for other kinds"""
     queue: Queue = "compute"
-    seconds: float = 0.0
     key: str = ""
     """pairs an async op's start and wait; "" if it started in an earlier iteration of a loop"""
     callees: tuple[Computation, ...] = ()
     """(body, condition) of a loop, the branches of a conditional, the computations of a call"""
     trips: float = 1.0
-    work: tuple[Task, Cost | _Transfer] | None = None
-    """the task, whose seconds are not filled in, and what they follow from"""
+
+    @property
+    def name(self) -> str:
+        """The name of the first task, which no other step has."""
+        return self.tasks[0].name
 
 
 class Schedule:
-    """Steps of each computation of a module on given hardware at typical rates, cached; see `at` for other rates."""
+    """Steps of each computation of a module, made when they are first asked for."""
 
-    def __init__(self, module: Module, hardware: Hardware, unknown_trips: Trips = 1):
-        self.module, self.hardware, self._unknown_trips = module, hardware, unknown_trips
-        self._costs = Costs(module, on_chip=hardware.platform == "tpu")
-        self._parts_of: dict[str, list[Step]] = {}
+    def __init__(self, module: Module, unknown_trips: Trips = 1, *, on_chip: bool = False):
+        """Reads which collectives a module has. `on_chip`: see `Costs`."""
+        self.module, self._unknown_trips = module, unknown_trips
+        self.named: dict[str, Step] = {}
+        """name of a step -> the step"""
+        self.transfers: dict[str, Transfer] = {}
+        """name of a task of the links -> what it does"""
+        self._costs = Costs(module, on_chip=on_chip)
+        self._steps: dict[str, list[Step]] = {}
+        self._names: dict[str, str] = {}
         self._labels: dict[tuple[str, str], str] = {}
-        self._link_seconds: dict[tuple[str, float, int, str], float] = {}
-        self._transfers: dict[str, _Transfer] = {}
-        self._use(Scenario())
+        self._compute_only: dict[str, bool] = {}
         self._callers = {
             name: i
             for c in module.computations.values()
@@ -103,82 +93,13 @@ class Schedule:
         found = list_collectives(module, unknown_trips=unknown_trips)
         self._collectives = {(c.computation, c.name): c for c in found}
 
-    def at(self, scenario: Scenario) -> "Schedule":
-        """The program's schedule at other levels of the rates. What does not depend on rates is shared."""
-        other = copy.copy(self)
-        other._use(scenario)
-        return other
-
-    def changed(self, change: Change) -> "Schedule":
-        """The same steps with other tasks: simulating them tells what the program would take with the change."""
-        other = copy.copy(self)
-        other._origin, other._change = self, change
-        other.tasks, other._steps = {}, {}
-        other.contention = self.contention if change.contention else (0.0, 0.0)
-        return other
-
-    def _use(self, scenario: Scenario) -> None:
-        self.scenario = scenario
-        self.tasks: dict[str, Task] = {}
-        self._steps: dict[str, list[Step]] = {}
-        self._compute_only: dict[str, bool] = {}
-        self._product_seconds: dict[Work, float] = {}
-        self._origin: Schedule | None = None
-        self._change = Change()
-        rates, level = self.hardware.rates, scenario.links
-        self._memory_rate = rates.memory.bytes_per_s.rate(scenario.compute)
-        self._host_rate = rates.host.bytes_per_s.rate(level)
-        self.contention = rates.contention.compute.cost(level), rates.contention.links.cost(level)
-        """shares of their rates that computation and communication lose while both run"""
-
     def steps(self, computation: Computation) -> list[Step]:
-        """The steps of a computation that take time, in schedule order."""
-        name = computation.name
-        if name not in self._steps and self._origin:
-            self._steps[name] = [self._changed(step) for step in self._origin.steps(computation)]
-        elif name not in self._steps:
-            if name not in self._parts_of:
-                self._parts_of[name] = [s for i in computation.instructions for s in self._parts(computation, i)]
-            self._steps[name] = [self._timed(step) if step.work else step for step in self._parts_of[name]]
-        return self._steps[name]
-
-    def _timed(self, step: Step) -> Step:
-        """A step that keeps a queue busy, with its seconds; adds its task to `tasks`."""
-        assert step.work
-        task = self._timed_task(*step.work)
-        self.tasks[task.name] = task
-        return step._replace(seconds=task.seconds)
-
-    def _timed_task(self, task: Task, work: Cost | _Transfer) -> Task:
-        if isinstance(work, _Transfer):
-            return task._replace(seconds=self._transfer_seconds(work, work.collective.bytes))
-        if task.queue == "host":
-            return task._replace(seconds=work.host_bytes / self._host_rate)
-        products_s, memory_s = self.products_seconds(work.products), work.bytes / self._memory_rate
-        seconds = max(products_s, memory_s)
-        return task._replace(seconds=seconds, products=work.products, products_s=products_s, memory_s=memory_s)
-
-    def _changed(self, step: Step) -> Step:
-        task = self._origin.tasks.get(step.task) if self._origin else None
-        if task is None:  # a loop, a branch, a call or a wait
-            return step
-        self.tasks[step.task] = task = self._change.task(task, self)
-        return step._replace(seconds=task.seconds)
-
-    def _transfer_seconds(self, work: _Transfer, received: float) -> float:
-        op, level = work.collective.op, self.scenario.links
-        key = op, received, id(work.groups), level
-        if key not in self._link_seconds:  # programs repeat a few groups many times
-            self._link_seconds[key] = collective_seconds(self.hardware, op, received, work.groups, level)
-        return self._link_seconds[key]
-
-    def fixed_seconds(self, task: Task) -> float:
-        """The part of a collective's time that does not depend on its bytes."""
-        return self._transfer_seconds(self._transfers[task.name], 0.0)
-
-    def products_seconds(self, products: Iterable[Work]) -> float:
-        """Time of matrix products, one after another."""
-        return sum(map(self._seconds_of, products))
+        """The steps of a computation that take time, in schedule order. Neighbouring kernels are one step."""
+        if computation.name not in self._steps:
+            parts = ((i, part) for i in computation.instructions for part in self._parts(computation, i))
+            steps = self._steps[computation.name] = list(_joined(parts))
+            self.named.update((step.name, step) for step in steps if step.tasks)
+        return self._steps[computation.name]
 
     def compute_only(self, computation: Computation) -> bool:
         """Whether everything that a computation runs stays on the compute queue."""
@@ -188,14 +109,14 @@ class Schedule:
             self._compute_only[computation.name] = alone
         return self._compute_only[computation.name]
 
-    def _parts(self, computation: Computation, i: Instruction) -> Iterator[Step]:
+    def _parts(self, computation: Computation, i: Instruction) -> Iterator[Step | Task]:
         if i.opcode == "while":
             loop = self.module.callee(i, "body"), self.module.callee(i, "condition")
-            yield Step("loop", i, i.name, callees=loop, trips=self.module.trips(i, self._unknown_trips))
+            yield Step("loop", i, callees=loop, trips=self.module.trips(i, self._unknown_trips))
         elif i.opcode == "conditional":
-            yield Step("branch", i, i.name, callees=self.module.branches(i))
+            yield Step("branch", i, callees=self.module.branches(i))
         elif i.opcode == "call":
-            yield Step("call", i, i.name, callees=self.module.called(i, "to_apply", "calls"))
+            yield Step("call", i, callees=self.module.called(i, "to_apply", "calls"))
         elif i.phase == "done":
             yield from self._done(computation, i)
         elif i.opcode == "fusion":
@@ -203,15 +124,16 @@ class Schedule:
         elif i.phase != "update":
             yield from self._plain(i)
 
-    def _plain(self, i: Instruction) -> Iterator[Step]:
+    def _plain(self, i: Instruction) -> Iterator[Step | Task]:
         inside = [i] if is_collective(i) else []
         if i.base == "async":
             inside = [each for c in self.module.called(i, "calls") for each in c.instructions]
         kind = "start" if i.phase == "start" and self._queue(i) != "compute" else "block"
         yield from self._kernel(i, kind)
-        yield from self._communication(inside, kind, i.name)
+        if inside:
+            yield from self._communication(inside, kind, i.name)
 
-    def _fusion(self, i: Instruction) -> Iterator[Step]:
+    def _fusion(self, i: Instruction) -> Iterator[Step | Task]:
         callee = self.module.callee(i, "calls")
         phase, number = fused_phase(callee)
         if phase == "done":
@@ -225,30 +147,26 @@ class Schedule:
         for i in instructions:
             c = self._collectives.get((i.computation, i.name))
             if c is not None:
-                self._transfers[i.name] = work = _Transfer(c, groups_of(self.module, i))
-                yield self._busy(kind, i, "links", work, op=c.op, scope=c.scope, bytes=c.bytes, key=key)
+                name = self._name(i)
+                self.transfers[name] = Transfer(c, groups_of(self.module, i))
+                task = Task(name, c.op, c.scope, self.label(i, c.scope), "links", c.bytes)
+                yield Step(kind, i, (task,), "links", key)
 
-    def _kernel(self, i: Instruction, kind: _Busy) -> Iterator[Step]:
-        cost, op = self._costs.of(i), i.custom_call_target or i.opcode
+    def _kernel(self, i: Instruction, kind: _Busy) -> Iterator[Step | Task]:
+        cost = self._costs.of(i)
+        if not (cost.products or cost.bytes or cost.host_bytes):
+            return
+        name, op, label = self._name(i), i.custom_call_target or i.opcode, self.label(i)
         if (cost.products or cost.bytes) and not (kind == "start" and cost.host_bytes):
-            yield self._busy("run", i, "compute", cost, op=op, bytes=cost.bytes, flops=cost.flops)
+            yield Task(name, op, i.op_name, label, "compute", cost.bytes, cost.flops, cost.products)
         if cost.host_bytes:
-            yield self._busy(kind, i, "host", cost, op=op, bytes=cost.host_bytes, key=i.name)
+            task = Task(f"{name} (host)", op, i.op_name, label, "host", cost.host_bytes)
+            yield Step(kind, i, (task,), "host", i.name)
 
-    def _seconds_of(self, work: Work) -> float:
-        """Time of matrix products; programs repeat a few shapes many times."""
-        if work not in self._product_seconds:
-            self._product_seconds[work] = self.hardware.rates.seconds(work, self.scenario.compute)
-        return self._product_seconds[work]
-
-    def _busy(
-        self, kind: _Busy, i: Instruction, queue: Queue, work: Cost | _Transfer, *, op: str, bytes: float,
-        flops: float = 0.0, scope: str = "", key: str = "",
-    ) -> Step:  # fmt: skip
-        """Makes a step that keeps a queue busy."""
-        name, scope = i.name + " (host)" * (queue == "host"), scope or i.op_name
-        task = Task(name, op, scope, self.label(i, scope), queue, 0.0, bytes, flops)
-        return Step(kind, i, name, queue, key=key, work=(task, work))
+    def _name(self, i: Instruction) -> str:
+        """The name of an instruction's task."""
+        first = self._names.setdefault(i.name, i.computation)
+        return i.name if first == i.computation else f"{i.name} of {i.computation}"
 
     def label(self, i: Instruction, scope: str = "") -> str:
         """The readable scope of an instruction, or of the loop around it if the instruction has none."""
@@ -283,3 +201,13 @@ class Schedule:
             yield Step("wait", i, queue="links" if is_collective(i) or i.base == "async" else "host")
         elif (queue := self._queue(start)) != "compute":
             yield Step("wait", i, queue=queue, key=start.name)
+
+
+def _joined(parts: Iterable[tuple[Instruction, Step | Task]]) -> Iterator[Step]:
+    """Steps, with neighbouring kernels as one."""
+    for kernels, group in itertools.groupby(parts, key=lambda part: isinstance(part[1], Task)):
+        if kernels:
+            (i, first), *others = group
+            yield Step("run", i, (first, *(task for _, task in others)))  # pyright: ignore[reportArgumentType]
+        else:
+            yield from (step for _, step in group)  # pyright: ignore[reportReturnType]

@@ -13,21 +13,24 @@ HOST_MEMORY_SPACE = 5
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Shape:
-    """The shape of an array on one device. Comparisons ignore the layout."""
+    """The shape of an array on one device. Comparisons ignore the layout.
+
+    A program has few shapes, and each is asked for its size again and again: the properties are computed once.
+    """
 
     dtype: str
     dims: tuple[int, ...]
     layout: str = dataclasses.field(default="", compare=False)
     """order of dims, tiles and memory space, as text"""
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.dims)
 
-    @property
+    @functools.cached_property
     def bytes(self) -> int:
         """Bytes without tile padding. Elements of less than a byte are packed only if the layout says so, as in XLA.
 
@@ -38,10 +41,11 @@ class Shape:
         packed = not self.layout or "E(" in self.layout
         return -(-self.size * (bits if packed or bits >= 8 or not bits else 8) // 8)
 
-    @property
+    @functools.cached_property
     def memory_space(self) -> int:
         """The memory space: 0 is the device's main memory; on TPU, 1 is on-chip memory and 5 the host's memory."""
-        return _memory_space(self.layout) if "S(" in self.layout else 0
+        space = re.search(r"S\((\d+)\)", self.layout)
+        return int(space[1]) if space else 0
 
 
 @functools.lru_cache(maxsize=1024)
@@ -53,12 +57,6 @@ def _bits(dtype: str) -> int:
     if not width:
         raise ConfigError(f"dtype={dtype} in HLO text has no known size; add it to tsp_jax.inspect.shapes")
     return int(width[1])
-
-
-@functools.lru_cache(maxsize=1024)
-def _memory_space(layout: str) -> int:
-    space = re.search(r"S\((\d+)\)", layout)
-    return int(space[1]) if space else 0
 
 
 ShapeTree: TypeAlias = "Shape | tuple[ShapeTree, ...]"

@@ -28,9 +28,13 @@ class Spans:
     def __iter__(self) -> Iterator[Span]:
         return zip(self._firsts, self._lasts, strict=True)
 
+    def _by_length(self, other: "Spans") -> tuple["Spans", "Spans"]:
+        """This set and another, the one of fewer spans first."""
+        return (self, other) if len(self._firsts) <= len(other._firsts) else (other, self)
+
     def meets_only_at(self, other: "Spans", allowed: Callable[[int], bool]) -> bool:
         """Whether all overlaps with another set are single moments, each of them allowed."""
-        few, many = sorted((self, other), key=len)
+        few, many = self._by_length(other)
         for first, last in few:
             k = bisect_left(many._lasts, first)
             while k < len(many) and many._firsts[k] <= last:
@@ -42,7 +46,7 @@ class Spans:
 
     def joined(self, other: "Spans") -> "Spans":
         """This set and another as one; the larger of the two is changed and returned."""
-        few, many = sorted((self, other), key=len)
+        few, many = self._by_length(other)
         for first, last in few:
             a = bisect_left(many._lasts, first - self.gap)
             b = a

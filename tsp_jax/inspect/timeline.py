@@ -18,15 +18,20 @@ from tsp_jax.hardware.rates import SCENARIOS, Band, Rates, Work
 from tsp_jax.inspect.collection import paused_collection
 from tsp_jax.inspect.module import Module, Trips
 from tsp_jax.inspect.platforms import check_platform, platforms_of_text
+from tsp_jax.inspect.prices import Prices
 from tsp_jax.inspect.queues import Event, Record, Simulation
 from tsp_jax.inspect.schedule import Queue, Schedule, Task
 from tsp_jax.inspect.scopes import declared_flops, declared_trips
+
+TYPICAL = next(iter(SCENARIOS))
 
 
 class TaskTotal(NamedTuple):
     """All executions of a task in a step."""
 
     task: Task
+    each_s: float
+    """time of one execution"""
     count: float  # pyright: ignore[reportIncompatibleMethodOverride]
     exposed_s: float
     """exposed time of all executions together"""
@@ -34,7 +39,7 @@ class TaskTotal(NamedTuple):
     @property
     def seconds(self) -> float:
         """Time of all executions together."""
-        return self.count * self.task.seconds
+        return self.count * self.each_s
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +83,7 @@ class Timeline(Times):
     """events of every iteration, if they were recorded"""
     host_copies: tuple[TaskTotal, ...] = dataclasses.field(default=(), repr=False)
     """tasks of the link to the host, the longest first"""
-    schedules: Mapping[str, Schedule] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    prices: Mapping[str, Prices] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     """name in `SCENARIOS` -> what was simulated, for simulations with a change"""
 
     def band(self, name: str = "step_s") -> Band:
@@ -127,66 +132,80 @@ def simulate(module: Module, hardware: Hardware, *, unknown_trips: Trips = 1, re
     """
     module.check_scheduled()
     check_platform(hardware, platforms_of_text(module))
-    schedule = Schedule(module, hardware, unknown_trips)
-    simulation, times, totals = _run(schedule, "all" if record else "outline")
-    outline = _run(schedule, "outline")[0].events if record else simulation.events
-    schedules = {name: schedule if at == schedule.scenario else schedule.at(at) for name, at in SCENARIOS.items()}
-    scenarios = {name: times if each is schedule else _run(each)[1] for name, each in schedules.items()}
-    compute = totals["compute"]
+    schedule = Schedule(module, unknown_trips, on_chip=hardware.platform == "tpu")
+    prices = {name: Prices(schedule, hardware, scenario) for name, scenario in SCENARIOS.items()}
+    typical = _simulation(prices[TYPICAL], "all" if record else "outline")
+    outline = _simulation(prices[TYPICAL], "outline") if record else typical
+    totals = _totals(typical)
+    scenarios = {name: _times(typical if name == TYPICAL else _simulation(each)) for name, each in prices.items()}
     return Timeline(
-        **{field.name: getattr(times, field.name) for field in dataclasses.fields(Times)},
-        flops=_flops(compute), kernels=compute, collectives=totals["links"], scenarios=scenarios,
-        assumptions=_assumptions(module, schedule, unknown_trips, totals), outline=tuple(outline),
-        events=tuple(simulation.events) if record else (), host_copies=totals["host"], schedules=schedules,
+        **{field.name: getattr(scenarios[TYPICAL], field.name) for field in dataclasses.fields(Times)},
+        flops=_flops(totals["compute"]), kernels=totals["compute"], collectives=totals["links"], scenarios=scenarios,
+        assumptions=_assumptions(module, hardware, unknown_trips, totals), outline=tuple(outline.events),
+        events=tuple(typical.events) if record else (), host_copies=totals["host"], prices=prices,
     )  # fmt: skip
 
 
-def step_seconds(schedule: Schedule) -> float:
-    """Time of one execution of a schedule, such as one with a change."""
-    return _simulation(schedule).now["compute"]
+def step_seconds(prices: Prices) -> float:
+    """Time of one execution at some prices, such as those with a change."""
+    return _simulation(prices).now["compute"]
 
 
-def _simulation(schedule: Schedule, record: Record = "") -> Simulation:
-    simulation = Simulation(schedule, record)
-    simulation.run(schedule.module.entry)
+def _simulation(prices: Prices, record: Record = "") -> Simulation:
+    simulation = Simulation(prices, record)
+    simulation.run(prices.schedule.module.entry)
     simulation.wait_for_all()
     return simulation
 
 
-Totals = dict[Queue, tuple["TaskTotal", ...]]
+Totals = dict[Queue, tuple[TaskTotal, ...]]
 
 
-def _run(schedule: Schedule, record: Record = "") -> tuple[Simulation, Times, Totals]:
-    """Simulates one execution at the rates of a schedule's scenario."""
-    simulation = _simulation(schedule, record)
-    totals = _totals(schedule, simulation)
-    busy = {queue: sum(total.seconds for total in found) for queue, found in totals.items()}
-    exposed = {queue: sum(total.exposed_s for total in found) for queue, found in totals.items()}
-    step, best = simulation.now["compute"], schedule.hardware.rates.best_flops.rate(schedule.scenario.compute)
-    stretched = step - busy["compute"] - exposed["links"] - exposed["host"] if schedule.contention[0] else 0.0
-    times = Times(
-        step_s=step, compute_s=busy["compute"], contention_s=max(0.0, stretched), comm_s=busy["links"],
-        exposed_comm_s=exposed["links"], host_s=busy["host"], exposed_host_s=exposed["host"],
-        matmul_s=_flops(totals["compute"]) / best,
+def _totals(simulation: Simulation) -> Totals:
+    """Tasks that ran on each queue, the longest first."""
+    found: dict[Queue, list[TaskTotal]] = {"compute": [], "links": [], "host": []}
+    for name, count in simulation.executions.items():
+        step = simulation.schedule.named[name]
+        for task, seconds in zip(step.tasks, simulation.prices.seconds(step), strict=True):
+            found[task.queue].append(TaskTotal(task, seconds, count, simulation.exposed.get(task.name, 0.0)))
+    return {queue: tuple(sorted(some, key=lambda total: -total.seconds)) for queue, some in found.items()}
+
+
+def _times(simulation: Simulation) -> Times:
+    """Seconds of a simulated execution, added in the order of `_totals`: they are the sums of its figures."""
+    prices, kernels, products = simulation.prices, [], []
+    waits: dict[Queue, list[tuple[float, float]]] = {"links": [], "host": []}
+    for name, count in simulation.executions.items():
+        step = simulation.schedule.named[name]
+        seconds = [count * each_s for each_s in prices.seconds(step)]
+        if step.queue == "compute":
+            kernels += seconds
+            products += [(s, count * task.flops) for s, task in zip(seconds, step.tasks, strict=True) if task.flops]
+        else:
+            waits[step.queue].append((seconds[0], simulation.exposed.get(name, 0.0)))
+    compute_s, (comm_s, exposed_s) = sum(sorted(kernels, reverse=True)), _sums(waits["links"])
+    (host_s, exposed_host_s), (_, flops) = _sums(waits["host"]), _sums(products)
+    step_s = simulation.now["compute"]
+    stretched = step_s - compute_s - exposed_s - exposed_host_s if prices.contention[0] else 0.0
+    return Times(
+        step_s=step_s, compute_s=compute_s, contention_s=max(0.0, stretched), comm_s=comm_s, exposed_comm_s=exposed_s,
+        host_s=host_s, exposed_host_s=exposed_host_s,
+        matmul_s=flops / prices.hardware.rates.best_flops.rate(prices.scenario.compute),
     )  # fmt: skip
-    return simulation, times, totals
+
+
+def _sums(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """Sums of (seconds, another figure) over tasks, the longest first."""
+    found = sorted(pairs, key=lambda pair: -pair[0])
+    return sum(seconds for seconds, _ in found), sum(other for _, other in found)
 
 
 def _flops(kernels: Iterable[TaskTotal]) -> float:
     return sum(total.count * total.task.flops for total in kernels)
 
 
-def _totals(schedule: Schedule, simulation: Simulation) -> Totals:
-    """Tasks that ran on each queue, the longest first."""
-    found: dict[Queue, list[TaskTotal]] = {"compute": [], "links": [], "host": []}
-    for name, count in simulation.executions.items():
-        task = schedule.tasks[name]
-        found[task.queue].append(TaskTotal(task, count, simulation.exposed.get(name, 0.0)))
-    return {queue: tuple(sorted(some, key=lambda total: -total.seconds)) for queue, some in found.items()}
-
-
-def _assumptions(module: Module, schedule: Schedule, unknown: Trips, totals: Totals) -> tuple[str, ...]:
-    hardware, rates = schedule.hardware, schedule.hardware.rates
+def _assumptions(module: Module, hardware: Hardware, unknown: Trips, totals: Totals) -> tuple[str, ...]:
+    rates = hardware.rates
     return (
         "a band goes from the shortest to the longest step over slow and fast computation and slow and fast links; "
         "other figures are at typical rates",
@@ -202,7 +221,7 @@ def _assumptions(module: Module, schedule: Schedule, unknown: Trips, totals: Tot
         "a kernel takes the longer of its matrix products and its memory traffic; other arithmetic is free",
         "caches keep nothing between kernels; copies within the device run one after another with the kernels",
         *_loop_assumptions(module, unknown),
-        *_kernel_assumptions(module, schedule, totals["compute"]),
+        *_kernel_assumptions(module, rates, totals["compute"]),
     )
 
 
@@ -242,7 +261,7 @@ def _loop_assumptions(module: Module, unknown_trips: Trips) -> list[str]:
     return lines
 
 
-def _kernel_assumptions(module: Module, schedule: Schedule, kernels: Iterable[TaskTotal]) -> list[str]:
+def _kernel_assumptions(module: Module, rates: Rates, kernels: Iterable[TaskTotal]) -> list[str]:
     """The rates assumed for kernels that the HLO text does not describe."""
     calls = {i.name for i, _ in module.walk() if i.opcode == "custom-call"}
     opaque = sorted({t.task.op for t in kernels if t.task.name in calls and not t.task.flops})
@@ -250,7 +269,7 @@ def _kernel_assumptions(module: Module, schedule: Schedule, kernels: Iterable[Ta
     lines = []
     if found:
         lines.append("kernels that declare their matrix products read each array once")
-        lines += [f"{kind}: {_declared_rate(schedule.hardware.rates, work)}" for kind, work in sorted(found.items())]
+        lines += [f"{kind}: {_declared_rate(rates, work)}" for kind, work in sorted(found.items())]
     if opaque:
         lines.append(f"other custom kernels count by their memory traffic alone: {', '.join(opaque)}")
     return lines

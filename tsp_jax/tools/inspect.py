@@ -82,7 +82,7 @@ class TextOptions:
     """Options for a compiled program that is given as text."""
 
     target: str = ""
-    """devices that the program was compiled for; empty: no timeline"""
+    """devices that the program was compiled for, such as mi300x:8, or mi300x for any number; empty: no timeline"""
     mesh: str = ""
     """axis sizes in the order of the devices, such as data=1,tsp=8; empty: collectives are shown without axis names"""
     outputs: Annotated[Outputs, tyro.conf.arg(name="")] = Outputs()
@@ -147,11 +147,13 @@ def report_text(file: str, target: str, mesh: str, outputs: Outputs) -> tuple[Re
     """Reports on the text in a file; returns the report and the facts about it for JSON."""
     if outputs.hardware and not target:
         target = read_hardware(outputs.hardware).name
-    name = target if ":" in target else f"{target}:1"
-    hardware = parse_target(name, outputs.attention_efficiency, outputs.hardware).hardware if target else None
+    name, rates = target if ":" in target else f"{target}:1", (outputs.attention_efficiency, outputs.hardware)
+    devices = parse_target(name, *rates) if target else None
+    if devices and ":" not in target:  # of any number
+        devices = devices.hardware
     text = read_program(file)
     axes = parse_sizes(mesh) if mesh else None
-    found = report(text, target=hardware, mesh_axes=axes, record=bool(outputs.trace))
+    found = report(text, target=devices, mesh_axes=axes, record=bool(outputs.trace))
     return found, {"file": file, "target": target, "mesh": axes}
 
 

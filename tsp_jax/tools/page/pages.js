@@ -70,6 +70,15 @@ const TIMES = {
   step_s: "step", compute_s: "computation", contention_s: "computation is slowed by communication", comm_s: "communication",
   exposed_comm_s: "exposed communication", matmul_s: "matrix products alone", host_s: "copies to and from the host", exposed_host_s: "exposed copies",
 };
+function bottlenecksOf() {
+  const found = DATA.bottlenecks;
+  if (!found) return null;
+  const rows = found.found.map((each, n) => ({ cells: [each.what, band("bottlenecks", "found", n, "gain_s"), figure("seconds", "bottlenecks", "found", n, "step_s"), each.remedy, each.mostly] }));
+  if (rows.length > 1) rows.push({ cells: ["all of these together", "", figure("seconds", "bottlenecks", "together_s"), "", ""] });
+  return section("bottlenecks", "What would shorten the step most", "simulated", note(`${found.verdict}. Each line is simulated again with one thing changed, in all scenarios; gains do not add up, and what a remedy costs elsewhere, such as memory, is left out.`),
+    rows.length ? table("Changes that would shorten the step most", [["change", "long"], ["shorter by", "right"], ["step", "right"], ["what to do", "long"], ["mostly", "long"]], rows) : null);
+}
+
 function timesOf() {
   const t = DATA.timeline;
   if (!t) return section("time", "Time", "", note("The target is not known, so there are no times; --target names it."));
@@ -97,11 +106,13 @@ function inspectPage() {
     t && card("of communication is exposed", figure("percent", "timeline", "exposed_fraction")),
     t?.matmul_ratio && card("step over its matrix products alone", figure("ratio", "timeline", "matmul_ratio")),
   ];
-  const shardings = Object.keys(DATA.shardings);
+  const shardings = Object.keys(DATA.shardings), unknown = Object.keys(DATA.unknown ?? {});
   return [cards, [
+    unknown.length ? section("unknown", "What the text does not tell", "", table("Unknown, and what counts instead", [["figure", "words"], ["unknown", "long"]], unknown.map((name) => ({ cells: [name, figure("text", "unknown", name)] })))) : null,
     m ? memoryOf() : section("memory", "Memory", "", note(`There is no peak and no timeline: ${DATA.missing}.`)),
     collectivesOf(),
     m ? timesOf() : null,
+    m ? bottlenecksOf() : null,
     shardings.length ? section("arguments", "Arguments", "compiled", table("Shardings of the arguments", [["argument", "long"], ["sharding", "long"]], shardings.map((name) => ({ cells: [name, figure("text", "shardings", name)] })))) : null,
   ]];
 }

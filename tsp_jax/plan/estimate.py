@@ -10,6 +10,7 @@ and rules of `tsp_jax.inspect.timeline` for a compiled program:
   reduce-scatter an all-reduce.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections import defaultdict
@@ -24,6 +25,7 @@ from tsp_jax.cost.op_passes import Attend, Message, Pass
 from tsp_jax.cost.passes import Block, step_passes
 from tsp_jax.cost.step import ITEMSIZE
 from tsp_jax.cost.traffic import FLOAT32
+from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.links import collective_seconds
 from tsp_jax.hardware.rates import SCENARIOS, Band, Direction, Level, Scenario, Work
@@ -220,6 +222,21 @@ def _chosen(name: str, hardware: Hardware, head_dim: int, dtype: str, scores: Sc
     device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
     kernel = choose_kernel(name, AbstractMesh((1,), ("device",), abstract_device=device), head_dim, dtype, scores)
     return next(each for each in KERNELS if type(kernel) is KERNELS[each]), kernel.backward_products
+
+
+def rival_kernels(config: Config, hardware: Hardware) -> list[str]:
+    """Attention kernels that these devices may run too, beside the one that `auto` takes.
+
+    Only kernels with rates of their own: others are priced at another kernel's rate, which says nothing about them.
+    """
+    known = {row.kernel for row in hardware.rates.attention} - {kernel_of(config, hardware)[0]}
+    found = []
+    for name in KERNELS:
+        if name in known:
+            with contextlib.suppress(ConfigError):  # it does not run on these devices, or not with these heads
+                kernel_of(dataclasses.replace(config, stream=dataclasses.replace(config.stream, kernel=name)), hardware)
+                found.append(name)
+    return found
 
 
 def kernel_of(config: Config, hardware: Hardware) -> tuple[str, int]:

@@ -107,3 +107,15 @@ def test_what_does_not_fit_the_target_is_refused(changes, line):
 def test_rival_kernels_have_rates_of_their_own(target, expected):
     """XLA's own attention would be priced at another kernel's rate."""
     assert rival_kernels(LLAMA, parse_target(target).hardware) == expected
+
+
+@pytest.mark.parametrize(("target", "width"), [("v5p:8", 640), ("mi300x:8", 576), ("h100:8", 576)])
+def test_a_tpu_stores_d_in_whole_lanes(target, width):
+    """Of memory alone: 576 is 4.5 times 128."""
+
+    def found(d_model: int):
+        model = dataclasses.replace(LLAMA.model, d_model=d_model)
+        return estimate(dataclasses.replace(LLAMA, model=model, seq_len=2048), parse_target(target))
+
+    assert found(576).peak_bytes == found(width).peak_bytes
+    assert (found(576).step_s == found(width).step_s) == (width == 576)

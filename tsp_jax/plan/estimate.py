@@ -90,7 +90,8 @@ def estimate(config: Config, target: Target, scenarios: Iterable[str] = tuple(SC
     """
     layout, sizes = mesh_on(config, target)
     layout = layout.without([name for name, size in sizes.items() if size == 1])
-    blocks, moments = step_passes(config, layout, sizes), memory_moments(config, layout, sizes)
+    blocks = step_passes(config, layout, sizes)
+    moments = memory_moments(_stored(config, target.hardware), layout, sizes)
     received = sum(block.times * m.bytes for block in blocks for part in block.passes for m in part.messages)
     after = moments["embed"]  # the update reads and writes weights and moments, and reads gradients
     update = 2 * after["state"] + after["gradients"]
@@ -99,6 +100,13 @@ def estimate(config: Config, target: Target, scenarios: Iterable[str] = tuple(SC
         config=config, moments=moments, received_bytes=config.accumulate * received,
         scenarios={name: priced.terms(blocks, update, SCENARIOS[name]) for name in scenarios},
     )  # fmt: skip
+
+
+def _stored(config: Config, hardware: Hardware) -> Config:
+    """The configuration with D as a device stores it: TPUs pad the last dim of an array to 128 lanes."""
+    lanes = 128 if hardware.platform == "tpu" else 1
+    width = -(-config.model.d_model // lanes) * lanes
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, d_model=width))
 
 
 class _Priced:

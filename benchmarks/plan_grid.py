@@ -5,6 +5,7 @@ one that `scripts/plan.py` would take. Rows are kept on disk, where the planner 
 on where it stopped.
 
     python benchmarks/plan_grid.py llama_7b --target mi300x:8 --seq-len 131072 --json OUT.json
+    python benchmarks/plan_grid.py llama_7b --buckets 64 256 --remats none save_attention full offload_attention
 """
 
 import argparse
@@ -19,10 +20,11 @@ from tsp_jax.hardware.targets import parse_target, use_target
 from tsp_jax.plan.budget import usable_bytes
 from tsp_jax.plan.choose import choose
 from tsp_jax.plan.compiled import Compiled, Compilers, Job, Refused
-from tsp_jax.plan.space import Choice, choices
+from tsp_jax.plan.space import REMATS, Choice, choices
 from tsp_jax.tools.cli import errors_in_a_line, load_config
 
 BUCKETS_MIB = (64.0, 128.0, 256.0)
+"""of the grid; the planner searches all of its own"""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,6 +34,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=131072)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--memory", type=float, default=0.9)
+    parser.add_argument("--buckets", type=float, nargs="+", default=BUCKETS_MIB, help="MiB, of the grid")
+    parser.add_argument("--remats", nargs="+", choices=REMATS, default=REMATS, help="remat policies of the grid")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--compilations", type=int, default=12, help="of the planner")
     parser.add_argument("--json", default="")
@@ -45,7 +49,7 @@ def main() -> None:
     use_target(target)
     limit = usable_bytes(target.hardware, arguments.memory).usable_bytes
     found = choices(config, target.num_devices, frozenset({"accumulate"}))
-    grid = [choice for choice in found if choice.bucket_mib in BUCKETS_MIB]
+    grid = [c for c in found if c.bucket_mib in arguments.buckets and c.remat in arguments.remats]
     print(f"{len(grid)} steps", file=sys.stderr)
     done = []
 

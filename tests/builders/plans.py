@@ -18,6 +18,7 @@ def compiled_row(step_s: float, peak_bytes: float, **changes) -> Compiled:
     """A compiled step without communication, the same at all rates."""
     fields = {
         "peak_bytes": int(peak_bytes), "by_kind": {"state": int(peak_bytes)}, "host_bytes": 0, "step_s": step_s,
+        "peak_at": "", "parts": {"state": [int(peak_bytes), ""]},
         "step_low_s": step_s, "step_high_s": step_s, "scenario_steps_s": dict.fromkeys(SCENARIOS, step_s),
         "compute_s": step_s, "contention_s": 0.0, "comm_s": 0.0, "exposed_comm_s": 0.0, "exposed_host_s": 0.0,
         "matmul_s": step_s, "received_bytes": 0.0, "kernel": "xla", "compile_s": 1.0,

@@ -81,6 +81,23 @@ def test_what_backward_repeats_is_not_kept():
 
 
 @pytest.mark.parametrize(
+    ("layout", "mesh", "copied"),
+    [
+        ("fsdp", "", 0), ("sp", "", 1), ("dp", "", 1), ("tsp(sequence=node+tsp)", "data=1,node=2,tsp=4", 0.25),
+        ("tsp", "data=1,tsp=8", 0), ("tsp", "data=2,tsp=4", 0.25),
+    ],
+)  # fmt: skip
+def test_without_remat_weights_of_several_ranks_are_kept_once_more(layout, mesh, copied):
+    """With as many tokens on every rank."""
+    config = dataclasses.replace(CONFIG, remat="none")
+    one = moment(dataclasses.replace(config, layout="fsdp"), "loss")
+    other = moment(dataclasses.replace(config, layout=layout, mesh=mesh), "loss")
+    model = CONFIG.model
+    rows = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim + 3 * model.d_ff
+    assert other["residuals"] - one["residuals"] == copied * 4 * model.num_layers * rows * model.d_model
+
+
+@pytest.mark.parametrize(
     "changes", [{"qkv_bias": True}, {"qk_norm": True, "qk_norm_width": "all"}, {"norms": "both"}], ids=str
 )
 def test_without_remat_more_is_kept_before_biases_and_norms(changes):
@@ -117,6 +134,7 @@ def test_muon_takes_memory_in_its_update():
     [
         ("tsp", {}),
         ("fsdp", {"remat": "none"}),
+        ("sp", {"remat": "none"}),
         soak("tp", {}),
         soak("sp", {}),
         soak("dp", {}),

@@ -10,9 +10,11 @@ from tests.builders.plans import compiled_row
 from tests.builders.steps import CONFIG, CPU
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.rates import SCENARIOS
+from tsp_jax.hardware.targets import parse_target
 from tsp_jax.plan.advice import is_tsp
 from tsp_jax.plan.choose import choose
 from tsp_jax.plan.compiled import Refused
+from tsp_jax.plan.estimate import estimate
 from tsp_jax.plan.space import Choice
 
 FIXED = frozenset({"remat", "stream.bucket_mib"})
@@ -71,10 +73,47 @@ def test_json_has_what_a_page_draws():
     assert {"tsp", "tp", "sp"} <= {*content["longest"]}
 
 
+def test_a_peak_far_from_its_closed_form_names_the_buffers():
+    def compile(jobs):
+        forms = [estimate(job.config, CPU).memory for job in jobs]
+        rows = []
+        for form in forms:
+            parts = {name: [nbytes, ""] for name, nbytes in form.items()} | {"weights": [1e6, "f32[8] of mlp/gather"]}
+            rows.append(compiled_row(2.0, sum(nbytes for nbytes, _ in parts.values()), parts=parts))
+        return rows
+
+    plan = choose(CONFIG, CPU, fixed=FIXED, compile=compile)
+    (part,) = plan.differences(plan.chosen)
+    assert part.part == "weights" and "1.000 GB" not in str(part) and "0.001 compiled" in str(part)
+    content = plan.to_json()["candidates"]
+    assert content[plan.best]["differences"][0]["buffers"] == "f32[8] of mlp/gather"
+    assert not content[-1]["differences"], "it is not compiled"
+
+
 def test_without_compilations_closed_forms_decide():
     plan = choose(CONFIG, CPU, fixed=FIXED, compilations=0, compile=lambda jobs: pytest.fail("compiled"))
     assert plan.chosen.compiled is None
     assert plan.chosen.estimate.step_s == min(c.estimate.step_s for c in plan.candidates)
+
+
+SHORT = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, head_dim=128), compute_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "fixed", "searched"),
+    [("auto", FIXED, {"auto", "triton"}), ("auto", FIXED | {"stream.kernel"}, {"auto"}), ("cudnn", FIXED, {"cudnn"})],
+)
+def test_kernels_with_rates_are_searched_unless_one_is_asked_for(kernel, fixed, searched):
+    config = dataclasses.replace(SHORT, stream=dataclasses.replace(SHORT.stream, kernel=kernel))
+    plan = choose(config, parse_target("h100:8"), fixed=fixed, compilations=0)
+    assert {c.choice.kernel for c in plan.search.candidates} == searched
+    (line,) = [line for line in plan.why if line.startswith("attention kernel ")]
+    assert line.endswith(("with triton", "with cudnn"))
+
+
+def test_the_only_kernel_with_rates_is_said_to_be_it():
+    lines = choose(SHORT, parse_target("mi300x:8"), fixed=FIXED, compilations=0).why
+    assert any(line.startswith("attention kernel triton: no other one with rates") for line in lines)
 
 
 def test_least_memory_has_the_least_peak():

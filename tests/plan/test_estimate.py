@@ -13,7 +13,7 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.rates import SCENARIOS
 from tsp_jax.hardware.targets import parse_target
 from tsp_jax.layout import get_layout
-from tsp_jax.plan.estimate import estimate, kernel_of
+from tsp_jax.plan.estimate import estimate, kernel_of, rival_kernels
 
 LLAMA = dataclasses.replace(
     CONFIG,
@@ -99,3 +99,23 @@ def test_the_kernel_is_that_of_the_devices(target, kernel, products):
 def test_what_does_not_fit_the_target_is_refused(changes, line):
     with pytest.raises(ConfigError, match=re.escape(line)):
         on(**changes)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"), [("h100:8", ["triton"]), ("mi300x:8", []), ("v5p:8", []), ("cpu:8", [])]
+)
+def test_rival_kernels_have_rates_of_their_own(target, expected):
+    """XLA's own attention would be priced at another kernel's rate."""
+    assert rival_kernels(LLAMA, parse_target(target).hardware) == expected
+
+
+@pytest.mark.parametrize(("target", "width"), [("v5p:8", 640), ("mi300x:8", 576), ("h100:8", 576)])
+def test_a_tpu_stores_d_in_whole_lanes(target, width):
+    """Of memory alone: 576 is 4.5 times 128."""
+
+    def found(d_model: int):
+        model = dataclasses.replace(LLAMA.model, d_model=d_model)
+        return estimate(dataclasses.replace(LLAMA, model=model, seq_len=2048), parse_target(target))
+
+    assert found(576).peak_bytes == found(width).peak_bytes
+    assert (found(576).step_s == found(width).step_s) == (width == 576)

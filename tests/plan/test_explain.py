@@ -6,13 +6,20 @@ import pytest
 
 from tests.builders.steps import CONFIG, CPU, train_step
 from tsp_jax.plan.estimate import estimate
-from tsp_jax.plan.explain import explain
+from tsp_jax.plan.explain import differs, explain
+from tsp_jax.plan.peak_parts import peak_parts
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
+def explained(config=CONFIG):
+    """The closed form of a configuration against the program of CONFIG."""
+    peak = train_step().report().peak
+    return explain(estimate(config, CPU), peak.at, peak_parts(peak, CONFIG))
+
+
 def test_every_buffer_of_the_peak_belongs_to_one_part():
-    report, found = train_step().report(), explain(estimate(CONFIG, CPU), train_step().report())
+    report, found = train_step().report(), explained()
     assert sum(each.compiled for each in found) == report.peak.bytes
     assert len({each.part for each in found}) == len(found)
     assert [abs(each.compiled - each.closed_form) for each in found] == sorted(
@@ -21,12 +28,17 @@ def test_every_buffer_of_the_peak_belongs_to_one_part():
 
 
 def test_a_part_names_its_largest_buffers():
-    state = next(each for each in explain(estimate(CONFIG, CPU), train_step().report()) if each.part == "state")
+    state = next(each for each in explained() if each.part == "state")
     assert state.compiled == pytest.approx(state.closed_form, rel=0.05), "norms are not in the closed form"
     assert "state: 0.000 GB by the closed form" in str(state) and "state.params" in str(state)
 
 
 def test_a_form_that_forgets_moments_differs_in_the_state():
     half = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, name="lion"))
-    state = next(each for each in explain(estimate(half, CPU), train_step().report()) if each.part == "state")
+    state = next(each for each in explained(half) if each.part == "state")
     assert state.compiled > 1.4 * state.closed_form
+
+
+@pytest.mark.parametrize(("compiled", "expected"), [(1.0, False), (1.04, False), (1.06, True), (0.94, True)])
+def test_a_peak_differs_from_five_percent_on(compiled, expected):
+    assert differs(compiled, 1.0) == expected

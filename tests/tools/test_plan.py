@@ -78,7 +78,40 @@ def test_nodes_are_whole(monkeypatch, tmp_path):
     assert json.loads((tmp_path / "o.json").read_text())["target"] == "mi300x:16"
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_plan_for_serving(monkeypatch, capsys, tmp_path, batch):
+    """By closed forms alone."""
+    flags = ["--target", "mi300x:8", "--seq-len", "32768", "--batch", str(batch), "--compilations", "0"]
+    with pytest.raises(SystemExit) as ended:
+        main(monkeypatch, "llama_7b", "--serve", *flags, "--json", str(tmp_path / "o.json"))
+    assert ended.value.code == 0
+    content, printed = json.loads((tmp_path / "o.json").read_text()), capsys.readouterr().out
+    ways = content["ways"]
+    times = [way["prefill_s"] + content["new_tokens"] * way["decode_s"] for way in ways]
+    assert times == sorted(times)
+    heads, width, layers = 32, 128, 32
+    least = 2 * 2 * layers * heads * width * batch * 32768 / 8
+    assert least <= ways[0]["cache_bytes"] <= 1.01 * least
+    command = f"generate.py FOLDER --layout '{ways[0]['layout']}' --mesh {ways[0]['mesh']} --chunk {ways[0]['chunk']}"
+    assert command in content["command"] if batch == 1 else content["command"] == ""
+    assert content["command"] in printed and ways[0]["mesh"] in printed
+    assert "ms/token" in printed and "cache GB" in printed
+
+
+def test_serving_keeps_the_layout_of_a_flag(monkeypatch, tmp_path):
+    flags = ["--target", "mi300x:8", "--seq-len", "8192", "--batch", "1", "--compilations", "0", "--layout", "tp"]
+    with pytest.raises(SystemExit):
+        main(monkeypatch, "llama_7b", "--serve", *flags, "--json", str(tmp_path / "o.json"))
+    assert {way["layout"] for way in json.loads((tmp_path / "o.json").read_text())["ways"]} == {"tp"}
+
+
 WRONG = {
+    "a file that serving has not": (["--serve", "--out", "a.py"], "out=a.py means nothing to a plan for serving"),
+    "an aim that serving has not": (["--serve", "--minimise", "memory"], "minimise=memory means nothing to a plan"),
+    "serving on any number": (["--serve", "--target", "cpu:?"], "target=cpu:? says no number of devices to serve on"),
+    "serving on too little": (["--serve", "--memory", "0.000001"], "tokens fit on no layout: the least is"),
+    "new tokens of a training step": (["--new-tokens", "5"], "new_tokens=5 means nothing to a plan for training"),
+    "no new token": (["--serve", "--new-tokens", "0"], "new_tokens=0 must be at least 1"),
     "unknown target": (["--target", "mi400x:8"], "target=mi400x:8 is unknown"),
     "target without devices": (["--target", "mi300x"], "target=mi300x does not say how many devices; use mi300x:8"),
     "no device": (["--target", "mi300x:0"], "target=mi300x:0 does not say how many devices"),

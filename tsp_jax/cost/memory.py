@@ -118,8 +118,18 @@ class _Memory:
         if self.config.remat.startswith("offload"):
             return {"residuals": kept if backward else 0.0, "gradients": gradients * backward}
         if self.config.remat == "none":
-            return {"residuals": layers * kept, "gradients": gradients * backward}
+            return {"residuals": layers * kept + self._copies(), "gradients": gradients * backward}
         return {"residuals": layers * kept, "gradients": max(0.0, gradients - layers * kept)}  # one buffer for both
+
+    def _copies(self) -> float:
+        """Weights that forward keeps once more under remat none: those that several ranks of the tokens hold.
+
+        An op makes them differ over these ranks, so the loop over layers does not know them for its argument.
+        """
+        layout = self.step.layout
+        replicas = [name for name in (*layout.batch, *layout.sequence) if name not in layout.heads]
+        several = num_ranks(tuple(dict.fromkeys(replicas)), self.step.sizes) > 1
+        return self.matrices * FLOAT32 if several and not self.config.lora.rank else 0.0
 
     # -------------------------------------------------------------------------------------------- passes
 

@@ -9,6 +9,7 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import Target
 from tsp_jax.layout import get_layout, num_ranks
 from tsp_jax.mesh import parse_sizes
+from tsp_jax.plan.estimate import kernel_of, rival_kernels
 from tsp_jax.plan.ranking import turns
 from tsp_jax.plan.search import Candidate, price
 from tsp_jax.plan.space import Choice, choices
@@ -68,6 +69,24 @@ def _terms(candidate: Candidate) -> dict[str, float]:
     if candidate.compiled:
         return {words: getattr(candidate.compiled, name) for name, words in _TERMS.items()}
     return dict(candidate.estimate.seconds)
+
+
+def kernel_line(config: Config, target: Target, best: Candidate) -> str:
+    """Which attention kernel the best choice runs, and what it would take with others that have rates.
+
+    By closed forms at typical rates.
+    """
+    own = best.choice.apply(config)
+    name = kernel_of(own, target.hardware)[0]
+    rivals = rival_kernels(own, target.hardware)
+    if not rivals:
+        return f"attention kernel {name}: no other one with rates of its own runs these heads on {target.hardware.name}"
+    steps = {
+        kernel: price(config, target, [dataclasses.replace(best.choice, kernel=kernel)])[0].estimate.step_s
+        for kernel in (name, *rivals)
+    }
+    others = ", ".join(f"{steps[kernel]:.3g} s with {kernel}" for kernel in rivals)
+    return f"attention kernel {name}: {steps[name]:.3g} s a step by closed forms at the kernels' rates, {others}"
 
 
 class _Row(NamedTuple):

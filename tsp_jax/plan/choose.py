@@ -10,9 +10,11 @@ from typing import Any
 from tsp_jax.config import Config
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import Target
-from tsp_jax.plan.advice import CLOSE, is_tsp, reasons, ties, when_not_tsp
+from tsp_jax.plan.advice import CLOSE, is_tsp, kernel_line, reasons, ties, when_not_tsp
 from tsp_jax.plan.budget import Budget, usable_bytes
 from tsp_jax.plan.compiled import Compile, Compiled, Compilers, Job, Refused
+from tsp_jax.plan.estimate import rival_kernels
+from tsp_jax.plan.explain import Difference, differs, explain
 from tsp_jax.plan.limits import longest_contexts, nothing_fits
 from tsp_jax.plan.search import Candidate, Minimise, Search, narrow_down, pareto
 from tsp_jax.plan.space import FIELDS, Choice, choices
@@ -69,6 +71,19 @@ class Plan:
         """Tokens that one device-hour pays for."""
         return 3600 * self.tokens_per_s(candidate) / self.target.num_devices
 
+    def differences(self, candidate: Candidate) -> list[Difference]:
+        """The parts that make a compiled peak differ from its closed form by more than `explain.LARGE`.
+
+        The largest first; empty if it differs by less, or is not compiled. Parts are left out that differ by less than
+        a tenth of the whole difference.
+        """
+        found, closed = candidate.compiled, candidate.estimate
+        if not found or not differs(found.peak_bytes, closed.peak_bytes):
+            return []
+        least = abs(found.peak_bytes - closed.peak_bytes) / 10
+        parts = explain(closed, found.peak_at, found.parts)
+        return [each for each in parts if abs(each.compiled - each.closed_form) >= least]
+
     def to_json(self) -> dict[str, Any]:
         """The plan as plain numbers and strings."""
         return {
@@ -92,6 +107,7 @@ class Plan:
             "tokens_per_s": self.tokens_per_s(candidate),
             "tokens_per_device_hour": self.tokens_per_device_hour(candidate),
             "on_front": place in self.front, "note": candidate.note,
+            "differences": [dataclasses.asdict(each) for each in self.differences(candidate)],
         }  # fmt: skip
 
 
@@ -131,7 +147,10 @@ def choose(
     if compilations:
         target.devices()  # refuses a target that has none
     progress("closed forms")
-    candidates = narrow_down(config, target, choices(config, target.num_devices, fixed, narrow), budget.usable_bytes)
+    found = choices(config, target.num_devices, fixed, narrow)
+    searched = "stream.kernel" not in fixed and config.stream.kernel == "auto"
+    kernels = rival_kernels(config, target.hardware) if searched else []
+    candidates = narrow_down(config, target, found, budget.usable_bytes, kernels)
     search = Search(candidates, budget.usable_bytes, minimise)
     if not any(c.peak_bytes <= budget.usable_bytes for c in candidates):
         raise nothing_fits(name or "the model", config, target, candidates, budget.usable_bytes, memory, fixed, narrow)
@@ -172,11 +191,12 @@ def _plan(config: Config, target: Target, search: Search, budget: Budget, *, fix
     places = [ranked[k] for k in pareto([(c.step_s, c.peak_bytes) for c in ranked])]
     best = places[-1] if search.minimise == "memory" else places[0]
     shown = tuple(dict.fromkeys((*compiled, *failed, *places, *others)))
+    kernels = kernel_line(config, target, best)
     not_tsp = when_not_tsp(config, target, best, search.limit_bytes, fixed)
     return Plan(
         name=name, base=config, target=target, minimise=search.minimise, budget=budget, candidates=shown,
         best=shown.index(best), front=tuple(map(shown.index, places)), search=search,
-        why=(*_verdict(best, ranked), *reasons(best, ranked), *filter(None, [not_tsp])),
+        why=(*_verdict(best, ranked), *reasons(best, ranked), *filter(None, [kernels, not_tsp])),
         ties=tuple(ties(config, best, ranked)), notes=tuple(filter(None, [search.stopped, _rounding(config, best)])),
     )  # fmt: skip
 

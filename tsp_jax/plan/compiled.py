@@ -14,10 +14,10 @@ import json
 import os
 import queue
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tsp_jax.config import ClusterConfig, Config, DataConfig, FaultsConfig
 from tsp_jax.errors import ConfigError
@@ -29,7 +29,7 @@ from tsp_jax.plan.worker import Died, Worker
 _PACKAGE = Path(__file__).resolve().parents[1]
 _NO_EFFECT = ("hf/", "text/", "tools/", "plan/", "cost/")
 """parts of the package that a row does not depend on"""
-USED = ("plan/compile.py", "plan/worker.py", "cost/traffic.py", "cost/flops.py")
+USED = ("plan/compile.py", "plan/worker.py", "plan/peak_parts.py", "cost/traffic.py", "cost/flops.py")
 """files in these parts that it does depend on"""
 _COMPILERS = ("jax", "jaxlib", "flax", "optax", "jax-rocm7-pjrt", "jax-cuda12-pjrt", "libtpu")
 
@@ -42,6 +42,10 @@ class Compiled:
     by_kind: dict[str, int]
     """kind of buffer -> bytes at the peak"""
     host_bytes: int
+    peak_at: str
+    """scope of the instruction that runs at the peak"""
+    parts: Mapping[str, Sequence[Any]]
+    """of the peak; see `tsp_jax.plan.peak_parts.peak_parts`"""
     step_s: float
     step_low_s: float
     step_high_s: float

@@ -10,6 +10,7 @@ and rules of `tsp_jax.inspect.timeline` for a compiled program:
   reduce-scatter an all-reduce.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections import defaultdict
@@ -24,6 +25,7 @@ from tsp_jax.cost.op_passes import Attend, Message, Pass
 from tsp_jax.cost.passes import Block, step_passes
 from tsp_jax.cost.step import ITEMSIZE
 from tsp_jax.cost.traffic import FLOAT32
+from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.links import collective_seconds
 from tsp_jax.hardware.rates import SCENARIOS, Band, Direction, Level, Scenario, Work
@@ -88,7 +90,8 @@ def estimate(config: Config, target: Target, scenarios: Iterable[str] = tuple(SC
     """
     layout, sizes = mesh_on(config, target)
     layout = layout.without([name for name, size in sizes.items() if size == 1])
-    blocks, moments = step_passes(config, layout, sizes), memory_moments(config, layout, sizes)
+    blocks = step_passes(config, layout, sizes)
+    moments = memory_moments(_stored(config, target.hardware), layout, sizes)
     received = sum(block.times * m.bytes for block in blocks for part in block.passes for m in part.messages)
     after = moments["embed"]  # the update reads and writes weights and moments, and reads gradients
     update = 2 * after["state"] + after["gradients"]
@@ -97,6 +100,13 @@ def estimate(config: Config, target: Target, scenarios: Iterable[str] = tuple(SC
         config=config, moments=moments, received_bytes=config.accumulate * received,
         scenarios={name: priced.terms(blocks, update, SCENARIOS[name]) for name in scenarios},
     )  # fmt: skip
+
+
+def _stored(config: Config, hardware: Hardware) -> Config:
+    """The configuration with D as a device stores it: TPUs pad the last dim of an array to 128 lanes."""
+    lanes = 128 if hardware.platform == "tpu" else 1
+    width = -(-config.model.d_model // lanes) * lanes
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, d_model=width))
 
 
 class _Priced:
@@ -220,6 +230,21 @@ def _chosen(name: str, hardware: Hardware, head_dim: int, dtype: str, scores: Sc
     device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
     kernel = choose_kernel(name, AbstractMesh((1,), ("device",), abstract_device=device), head_dim, dtype, scores)
     return next(each for each in KERNELS if type(kernel) is KERNELS[each]), kernel.backward_products
+
+
+def rival_kernels(config: Config, hardware: Hardware) -> list[str]:
+    """Attention kernels that these devices may run too, beside the one that `auto` takes.
+
+    Only kernels with rates of their own: others are priced at another kernel's rate, which says nothing about them.
+    """
+    known = {row.kernel for row in hardware.rates.attention} - {kernel_of(config, hardware)[0]}
+    found = []
+    for name in KERNELS:
+        if name in known:
+            with contextlib.suppress(ConfigError):  # it does not run on these devices, or not with these heads
+                kernel_of(dataclasses.replace(config, stream=dataclasses.replace(config.stream, kernel=name)), hardware)
+                found.append(name)
+    return found
 
 
 def kernel_of(config: Config, hardware: Hardware) -> tuple[str, int]:

@@ -1,19 +1,13 @@
 """Where the closed form of memory and a compiled program differ: part by part, with the program's buffers."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from tsp_jax.config import Config
-from tsp_jax.inspect.peak import LiveBuffer
-from tsp_jax.inspect.program_report import Report
 from tsp_jax.plan.estimate import Estimate
 
-_SCOPES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("keys_values", ("gather_sequence", "scatter_sequence", "window_halos", "pallas_call", "fmha")),
-    ("products", ("btd,pd->btp",)),
-    ("weights", ("btp,btd->pd", "/gather/", "/scatter/", "dynamic_index_in_dim)/dynamic_slice")),
-)
-"""part -> parts of the scopes of its buffers; the first that fits counts"""
+LARGE = 0.05
+"""share of its closed form by which a compiled peak must differ to be explained"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,63 +20,37 @@ class Difference:
     """bytes"""
     compiled: float
     """bytes of the buffers of the program that belong to it"""
-    buffers: tuple[LiveBuffer, ...]
-    """these buffers, the largest first"""
+    buffers: str
+    """the largest of these buffers"""
 
     def __str__(self) -> str:
-        more, name = self.compiled - self.closed_form, self.part
-        text = f"{name}: {self.closed_form / 1e9:.3f} GB by the closed form, {self.compiled / 1e9:.3f} compiled"
-        shown = ", ".join(f"{b.dtype}{list(b.shape)} of {_short(b.scope)}" for b in self.buffers[:3])
-        return f"{text} ({more / 1e9:+.3f}): {shown}" if shown else f"{text} ({more / 1e9:+.3f})"
+        text = f"{self.part}: {self.closed_form / 1e9:.3f} GB by the closed form, {self.compiled / 1e9:.3f} compiled"
+        text += f" ({(self.compiled - self.closed_form) / 1e9:+.3f})"
+        return f"{text}: {self.buffers}" if self.buffers else text
 
 
-def explain(estimate: Estimate, report: Report) -> list[Difference]:
+def explain(estimate: Estimate, at: str, parts: Mapping[str, Sequence[Any]]) -> list[Difference]:
     """The parts of the peak, the largest difference first.
 
-    The closed form is that of the moment at which the program has its peak, if its scope tells. A buffer belongs to a
-    part by its kind and by the scope of what makes it. Buffers of layers hold both residuals and gradients of layers,
-    so these two parts count as one, `residuals`.
+    The closed form is that of the moment at which the program has its peak, if its scope tells.
 
     Args:
       estimate: closed form of a training step.
-      report: of the same step, compiled.
-
-    Raises:
-      ConfigError: the program is not scheduled.
+      at: scope of the instruction that runs at the peak of the same step, compiled.
+      parts: of that peak; see `tsp_jax.plan.peak_parts.peak_parts`.
     """
-    found: dict[str, list[LiveBuffer]] = {}
-    at = f"{report.peak.at}/".replace("/queries", "/keys_values").replace("attention/keys_values", "projections")
-    for buffer in report.peak.buffers:
-        found.setdefault(_part(buffer, estimate.config), []).append(buffer)
+    at = f"{at}/".replace("/queries", "/keys_values").replace("attention/keys_values", "projections")
     closed = dict(next((parts for name, parts in estimate.moments.items() if f"tsp/{name}/" in at), estimate.memory))
     closed["residuals"] = closed.get("residuals", 0.0) + closed.pop("gradients", 0.0)
-    differences = [
-        Difference(part=part, closed_form=closed.get(part, 0.0), compiled=_bytes(buffers), buffers=tuple(buffers))
-        for part in dict.fromkeys([*closed, *found])
-        if (buffers := found.get(part, [])) or closed.get(part)
+    names = [part for part in dict.fromkeys([*closed, *parts]) if closed.get(part) or part in parts]
+    found = [
+        Difference(part=part, closed_form=closed.get(part, 0.0), compiled=float(nbytes), buffers=buffers)
+        for part in names
+        for nbytes, buffers in [parts.get(part, (0, ""))]
     ]
-    return sorted(differences, key=lambda each: -abs(each.compiled - each.closed_form))
+    return sorted(found, key=lambda each: -abs(each.compiled - each.closed_form))
 
 
-def _bytes(buffers: Iterable[LiveBuffer]) -> float:
-    return float(sum(buffer.bytes for buffer in buffers))
-
-
-def _part(buffer: LiveBuffer, config: Config) -> str:
-    if buffer.kind == "state":
-        return "state"
-    if buffer.kind == "residual" or buffer.shape[:1] == (config.model.num_layers,):
-        return "residuals"
-    if "tsp/loss" in buffer.scope or "tsp/embed" in buffer.scope:
-        is_table = buffer.dtype == "f32" and buffer.shape[-1:] == (config.model.d_model,)
-        return "residuals" if is_table else "logits"
-    return next((part for part, scopes in _SCOPES if _has(buffer.scope, scopes)), "activations")
-
-
-def _has(scope: str, parts: Sequence[str]) -> bool:
-    return any(part in f"{scope}/" for part in parts)
-
-
-def _short(scope: str) -> str:
-    """The last two parts of a scope."""
-    return "/".join(scope.split("/")[-2:]) or "no scope"
+def differs(compiled_bytes: float, closed_bytes: float) -> bool:
+    """Whether a compiled peak is so far from its closed form that a report must say why."""
+    return abs(compiled_bytes - closed_bytes) > LARGE * closed_bytes

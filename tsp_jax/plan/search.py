@@ -70,11 +70,14 @@ def price(config: Config, target: Target, choices: Iterable[Choice]) -> list[Can
     return found
 
 
-def narrow_down(config: Config, target: Target, choices: Sequence[Choice], limit_bytes: float) -> list[Candidate]:
+def narrow_down(
+    config: Config, target: Target, choices: Sequence[Choice], limit_bytes: float, kernels: Iterable[str] = ()
+) -> list[Candidate]:
     """The candidates that may win or join the front, with as few prices as that needs.
 
     Every choice is priced with buckets of one size. Buckets of other sizes are priced for those whose step that fits is
-    at most `_NEAR` longer than the shortest, for the best of every layout, and for those on the front.
+    at most `_NEAR` longer than the shortest, for the best of every layout, and for those on the front; for these also
+    `kernels`.
     """
     size = Choice.of(config).bucket_mib
     found = price(config, target, [c for c in choices if c.bucket_mib == size])
@@ -85,6 +88,7 @@ def narrow_down(config: Config, target: Target, choices: Sequence[Choice], limit
     kept += [found[k] for k in pareto([(c.step_s, c.peak_bytes) for c in found])]
     wanted = {c.choice for c in kept}
     others = [c for c in choices if c.bucket_mib != size and dataclasses.replace(c, bucket_mib=size) in wanted]
+    others += [dataclasses.replace(c, kernel=kernel) for kernel in kernels for c in choices if c in wanted]
     return found + (price(config, target, others) if others else [])
 
 

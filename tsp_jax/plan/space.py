@@ -74,6 +74,7 @@ class Choice:
         """One line, such as ``tsp data=1,tsp=8, save_attention, buckets of 64 MiB``."""
         parts = [self.where, self.remat, f"buckets of {self.bucket_mib:g} MiB"]
         parts += [f"{self.accumulate} micro-batches"] * (self.accumulate > 1) + ["zero1"] * self.zero1
+        parts += [f"kernel {self.kernel}"] * (self.kernel != "auto")
         parts += [f"moments in {self.moments_dtype}"] * (self.moments_dtype != "float32")
         return ", ".join(parts)
 

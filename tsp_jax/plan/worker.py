@@ -19,6 +19,7 @@ from typing import Any
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import Target, use_target
 from tsp_jax.plan.compile import CompiledStep, compile_step
+from tsp_jax.plan.peak_parts import peak_parts
 
 _ROOT = Path(__file__).resolve().parents[2]
 _MODULE = "tsp_jax.plan.worker"
@@ -114,6 +115,7 @@ def row_of(step: CompiledStep) -> dict[str, Any]:
     names = ("step_s", "compute_s", "contention_s", "comm_s", "exposed_comm_s", "exposed_host_s", "matmul_s")
     return {
         "peak_bytes": int(found.peak_bytes), "by_kind": dict(found.peak.by_kind), "host_bytes": found.peak.host_bytes,
+        "peak_at": found.peak.at, "parts": peak_parts(found.peak, step.config),
         **{name: getattr(times, name) for name in names},
         "step_low_s": times.band().low, "step_high_s": times.band().high,
         "scenario_steps_s": {name: scenario.step_s for name, scenario in times.scenarios.items()},

@@ -24,8 +24,14 @@ from tsp_jax.tools.config_file import config_flags, config_source
 from tsp_jax.tools.inspect import check_writable
 from tsp_jax.tools.page import write_page
 from tsp_jax.tools.plan_table import show_counts, show_plan
+from tsp_jax.tools.plan_to_serve import plan_to_serve
 from tsp_jax.tools.planned import SECONDS, fixed_fields
 from tsp_jax.training.optimizer import Optimizer
+
+NEW_TOKENS = 256
+"""default of `new_tokens`"""
+FINALISTS = 3
+"""most ways to serve that are compiled, two programs each"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,10 @@ class PlanOptions:
     """no round of compilations starts that would end later; 0: no limit"""
     workers: int = 2
     """processes that compile"""
+    serve: bool = False
+    """plan for serving instead of training: `batch` sequences, each with a context of `seq_len` tokens"""
+    new_tokens: int = NEW_TOKENS
+    """tokens to generate for each sequence, of a plan for serving"""
     hardware: str = ""
     """file of measured rates, as JSON, which replace the target's; empty: published and assumed rates"""
     attention_efficiency: float = 0.0
@@ -63,11 +73,24 @@ class PlanOptions:
     """file for a chart of the front (needs matplotlib)"""
 
     def __post_init__(self):
-        for name, least in (("nodes", 0), ("compilations", 0), ("seconds", 0), ("workers", 1)):
+        for name, least in (("nodes", 0), ("compilations", 0), ("seconds", 0), ("workers", 1), ("new_tokens", 1)):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}; use {least}")
         if self.out and not self.out.endswith(".py"):
             raise ConfigError(f"out={self.out} is no .py file; use {Path(self.out).stem}.py")
+        if self.serve:
+            self._check_serving()
+        elif self.new_tokens != NEW_TOKENS:
+            raise ConfigError(f"new_tokens={self.new_tokens} means nothing to a plan for training; use --serve")
+
+    def _check_serving(self) -> None:
+        unused = [name for name in ("out", "html", "png", "narrow") if getattr(self, name)]
+        unused += ["minimise"] * (self.minimise != "time")
+        if unused:
+            value = f"{unused[0]}={getattr(self, unused[0])}"
+            raise ConfigError(f"{value} means nothing to a plan for serving; use --json, or no --serve")
+        if self.target.endswith(":?"):
+            raise ConfigError(f"target={self.target} says no number of devices to serve on; use one, or no --serve")
 
 
 def plan(name: str, options: PlanOptions, optimizer: Optimizer = None) -> None:
@@ -76,6 +99,12 @@ def plan(name: str, options: PlanOptions, optimizer: Optimizer = None) -> None:
     draw = _drawer() if options.png else None
     target, counts = _target(name, options)
     use_target(target)
+    if options.serve:
+        plan_to_serve(
+            name, options.config, target, memory=options.memory, new_tokens=options.new_tokens,
+            finalists=min(FINALISTS, options.compilations // 2), workers=options.workers, path=options.json,
+        )  # fmt: skip
+        return
     with console(stderr=True).status("") as status:
 
         def progress(line: str) -> None:

@@ -1,6 +1,6 @@
 """A plan as tables and lines."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from rich.table import Column, Table
@@ -31,8 +31,18 @@ def show_plan(plan: Plan) -> None:
     out.print(_longest(plan), soft_wrap=True)
     for line in plan.budget.lines():
         out.print(line, soft_wrap=True, highlight=False, markup=False)
-    for line in (*plan.why, *plan.ties, *plan.notes):
+    for line in (*plan.why, *plan.ties, *plan.notes, *_differences(plan)):
         out.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _differences(plan: Plan) -> Iterator[str]:
+    """For each compiled step whose peak is far from its closed form, which buffers differ."""
+    for candidate in plan.candidates:
+        parts = plan.differences(candidate)
+        if parts and candidate.compiled:
+            peak, formula = candidate.compiled.peak_bytes / 1e9, candidate.estimate.peak_bytes / 1e9
+            yield f"{candidate.choice.text()}: {peak:.2f} GB compiled, {formula:.2f} by the closed form"
+            yield from (f"  {each}" for each in parts)
 
 
 def show_counts(counts: Sequence[Count], config: Config) -> None:

@@ -34,6 +34,7 @@ QUICK = {
     "ops/test_arithmetic.py": "",
     "ops/test_cross_entropy.py": "mix2_4|tsp3-ring|ignored|large_logits",
     "ops/test_embedding.py": "mix2_4|tsp3-ring",
+    "ops/test_experts.py": "mix2_4|ring|work|half|refuses",
     "ops/test_mlp.py": "mix2_4|tsp3-ring|activations",
     "ops/test_pipeline.py": "",
     "ops/test_rope.py": "",

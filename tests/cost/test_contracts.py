@@ -8,8 +8,9 @@ import pytest
 
 from tests.builders.arrays import LAYOUT_CASES, MIX, UNUSUAL_CASES
 from tests.builders.marks import soak
-from tsp_jax.config import TARGETS, Config, LoraConfig, ModelConfig, OptimizerConfig, Order, StreamConfig
+from tsp_jax.config import TARGETS, Config, ExpertsConfig, LoraConfig, ModelConfig, OptimizerConfig, Order, StreamConfig
 from tsp_jax.cost.memory import step_memory
+from tsp_jax.cost.step import OPS
 from tsp_jax.cost.training import movements, step_traffic
 from tsp_jax.inspect import list_buffers, list_collectives, parse
 from tsp_jax.layout import Layout, num_ranks, place
@@ -97,7 +98,7 @@ def traffic(config: Config, case: str, forward: bool = False) -> dict[str, dict[
     """Bytes by op and kind, as compiled."""
     layout, _ = CASES[case]
     module, mesh = compiled_step(config, case, forward)
-    totals = {op: defaultdict(float) for op in ("attention", "mlp", "embed", "loss")}
+    totals = {op: defaultdict(float) for op in OPS}
     for collective in list_collectives(module, mesh):
         for op, kinds in totals.items():
             if f"tsp/{op}" in collective.scope:
@@ -197,6 +198,23 @@ def test_traffic_of_layers_of_several_kinds_equals_the_closed_form(case, movemen
     kinds = dataclasses.replace(MODEL, window=9, layer_kinds=("sliding", "full"))
     config = moved(windowed(9, "zigzag"), movement)
     check_traffic(dataclasses.replace(config, model=kinds), case)
+
+
+@pytest.mark.parametrize(
+    ("case", "movement", "shared", "norms"),
+    [
+        ("tsp8", "gather", 0, "pre"),
+        ("tsp4", "activations", 0, "pre"),
+        ("mix2_4", "activations", 1, "both"),
+        ("tp2_sp4", "gather", 1, "pre"),
+        ("tsp3", "gather", 0, "both"),
+    ],
+)
+def test_traffic_of_experts_equals_the_closed_form(case, movement, shared, norms):
+    """Ten experts are padded on 8, 4 and 3 ranks; their 13 rows on 2."""
+    experts = ExpertsConfig(number=10, per_token=3, shared=shared, balance_loss=0.1)
+    model = dataclasses.replace(MODEL, d_ff=13, norms=norms, experts=experts)
+    check_traffic(dataclasses.replace(moved(CONFIG, movement), model=model), case)
 
 
 @pytest.mark.parametrize("case", ["tsp8", soak("data2_tsp4"), "mix2_4", soak("two_axes2_4"), "two_level2_4"])

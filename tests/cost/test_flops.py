@@ -7,7 +7,7 @@ import pytest
 
 from tests.builders.steps import CONFIG, CPU
 from tests.builders.targets import needs_compiler
-from tsp_jax.config import Config, ModelConfig
+from tsp_jax.config import Config, ExpertsConfig, ModelConfig
 from tsp_jax.cost.flops import mean_keys, model_flops, step_flops
 from tsp_jax.hardware.targets import Target, parse_target
 from tsp_jax.inspect import parse
@@ -22,6 +22,8 @@ OPS = {
     "attention/out": "projections",
     "attention": "attention",
     "mlp": "mlp",
+    "experts": "experts",
+    "router": "router",
     "loss": "loss",
 }
 """scope -> op of `step_flops`; the first that fits"""
@@ -46,6 +48,16 @@ def test_forward_on_eight_ranks(layout, heads, kv_heads):
     found, desired = compiled_flops(config, CPU, "forward"), step_flops(config, forward=True)
     for op in ("projections", "mlp", "loss"):
         assert found[op] * 8 == pytest.approx(desired[op], rel=1e-9), op
+
+
+def test_experts_take_the_products_of_the_choices_and_half_a_tile_each():
+    """128 choices of each expert on each device, in tiles of 32; a shared expert."""
+    model = dataclasses.replace(CONFIG.model, d_ff=24, experts=ExpertsConfig(number=4, per_token=2, shared=1))
+    config = dataclasses.replace(CONFIG, model=model, seq_len=2048)
+    found, desired = compiled_flops(config, CPU, "forward"), step_flops(config, forward=True)
+    assert found["router"] * 8 == pytest.approx(desired["router"], rel=1e-9)
+    assert found["mlp"] * 8 == pytest.approx(desired["mlp"] / 3, rel=1e-9)
+    assert found["experts"] * 8 == pytest.approx(desired["mlp"] * 2 / 3 * 144 / 128, rel=1e-9)
 
 
 def model_of(vocab_size: int, d_model: int, d_ff: int, heads: tuple[int, int, int]) -> ModelConfig:

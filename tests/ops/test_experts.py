@@ -15,7 +15,7 @@ from tests.builders.arrays import BF16_TOLERANCE, F32_TOLERANCE, assert_trees_ne
 from tests.builders.ops import compiled_value_and_grads
 from tsp_jax.errors import ConfigError
 from tsp_jax.ops import reference
-from tsp_jax.ops.experts import _by_expert, _Tiles, experts
+from tsp_jax.ops.experts import _by_expert, _Tiles, experts, tile_size
 from tsp_jax.ops.router import Choices, route
 from tsp_jax.ops.stream import Stream
 from tsp_jax.stored import ExpertPadding
@@ -65,6 +65,8 @@ CASES = [
     ("data2_tsp4", "gather", 3, 4, NONE_TO_SOME),
     ("data2_tsp4", "activations", 1, 8, ONE),
     ("mix2_4", "gather", 1, 4, EIGHT),
+    ("two_level2_4", "gather", 3, None, TWO),
+    ("replicas2_4", "activations", 1, None, EIGHT),
     ("mix2_4", "activations", 1, 16, TWO),
 ]
 
@@ -89,7 +91,7 @@ def desired(rule: Rule):
     return compiled_value_and_grads(functools.partial(dense, rule), cotangent(), *arguments())
 
 
-def sharded(layout: str, stream: Stream, tile: int, rule: Rule):
+def sharded(layout: str, stream: Stream, tile: int | None, rule: Rule):
     """The same function as `dense`, on a layout's devices."""
     placement = place_case(layout)
     axes, spec, sizes = placement.layout.axes("mlp"), placement.layout.spec, placement.mesh.shape
@@ -179,3 +181,11 @@ def test_the_work_is_that_of_the_choices(favourite):
     needed = tokens * per_token / size
     assert needed <= number <= needed + E
     np.testing.assert_array_equal(np.sort(np.concatenate(choices, axis=None))[: chosen.size], np.arange(chosen.size))
+
+
+@pytest.mark.parametrize("each", [256, 300, 1024, 5000, 100_000])
+def test_half_filled_tiles_waste_little(each):
+    """From 4 K tokens a device on, of which each chooses 8 of 128 experts."""
+    tile = tile_size(128 * each, 128)
+    assert tile & (tile - 1) == 0
+    assert (each + tile / 2) / each <= 1.15

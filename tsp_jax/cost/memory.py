@@ -41,6 +41,7 @@ class _Memory:
     """One device's arrays, in bytes."""
 
     def __init__(self, config: Config, layout: Layout, sizes: Mapping[str, int]):
+        config.model.refuse_experts("the estimate of memory")
         step = Step(config, layout, sizes)
         self.step, self.config, self.model, self.item = step, config, config.model, step.itemsize
         self.sharding, heads, width = step.sharding, step.heads, config.model.d_model

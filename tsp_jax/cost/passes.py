@@ -52,6 +52,7 @@ class Block(NamedTuple):
 
 def step_passes(config: Config, layout: Layout, sizes: Mapping[str, int]) -> tuple[Block, ...]:
     """The passes of one micro-batch of a training step, in the order in which they run."""
+    config.model.refuse_experts("the estimate of time")
     step, model = Step(config, layout, sizes), config.model
     attention = {window: _Attention(step, window) for window, _ in model.windows}
     mlp, embed, loss = (OpPasses(step, *names) for names in (("mlp", "mlp"), ("embed", "vocab"), ("loss", "vocab")))

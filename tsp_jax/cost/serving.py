@@ -17,6 +17,7 @@ class _Serving:
 
     def __init__(self, config: Config, layout: Layout, sizes: Mapping[str, int]):
         model = config.model
+        model.refuse_experts("serving")
         axes = layout.axes("heads")
         self.folded, self.tensor, self.sequence = (num_ranks(names, sizes) for names in axes)
         self.unfolded_sequence = num_ranks(axes.unfolded_sequence, sizes)

@@ -10,6 +10,7 @@ from tsp_jax.cost.traffic import (
     attention_may_move_tokens,
     choose_movement,
     embed_traffic,
+    experts_traffic,
     layers_attention_traffic,
     loss_traffic,
     mlp_traffic,
@@ -17,9 +18,9 @@ from tsp_jax.cost.traffic import (
 )
 from tsp_jax.heads import HeadSharding
 from tsp_jax.layout import Layout, num_ranks
-from tsp_jax.stored import RowPadding
+from tsp_jax.stored import ExpertPadding, RowPadding
 
-OPS = "attention", "mlp", "embed", "loss"
+OPS = "attention", "mlp", "experts", "embed", "loss"
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 """bytes of an element"""
 
@@ -29,12 +30,16 @@ class Step:
 
     def __init__(self, config: Config, layout: Layout, sizes: Mapping[str, int]):
         model, self.config, self.layout, self.sizes = config.model, config, layout, sizes
-        model.refuse_experts("the estimate of memory and communication")
         self.itemsize, self.grad_itemsize = ITEMSIZE[config.compute_dtype], ITEMSIZE[config.stream.grad_dtype]
         self.bucket_bytes = config.stream.bucket_mib * 2**20
         self.sharding = self.sharding_of("heads")
         self.heads = HeadSharding.of(layout, sizes, model.num_heads, model.num_kv_heads, model.head_dim)
-        self.d_ff = RowPadding.over(model.d_ff, num_ranks(layout.mlp, sizes)).stored
+        experts, mlp = model.experts, self.sharding_of("mlp")
+        every_token = model.d_ff * (experts.shared if experts.number else 1)
+        self.d_ff = RowPadding.over(every_token, num_ranks(layout.mlp, sizes)).stored
+        """rows of the MLP, or of that of all shared experts; 0 if there are none"""
+        self.expert_rows = ExpertPadding(experts.number, model.d_ff, mlp.tensor, mlp.folded).stored
+        """rows of all other experts of a layer"""
         self.vocab_size = RowPadding.over(model.vocab_size, num_ranks(layout.vocab, sizes)).stored
 
     def sharding_of(self, dim: str) -> OpSharding:
@@ -47,19 +52,25 @@ class Step:
     def ops(self) -> dict[str, tuple[str, Callable[..., Traffic]]]:
         """Op -> (its movement, a function that gives its traffic from a movement and `forward`).
 
-        Attention's traffic is that of all layers, the MLP's that of one.
+        Attention's traffic is that of all layers, that of the MLP and of experts is of one. With experts, the MLP is
+        that of all shared experts; without any, there is none.
         """
         stream, model, vocab = self.config.stream, self.config.model, self.sharding_of("vocab")
         attention = partial(
             layers_attention_traffic, self.sharding, heads=self.heads, d_model=model.d_model, windows=model.windows,
             token_order=self.config.data.order, remat=self.config.remat,
         )  # fmt: skip
-        mlp = partial(mlp_traffic, self.sharding_of("mlp"), d_model=model.d_model, d_ff=self.d_ff)
-        mlp = partial(mlp, repeated=repeats_mlp(model.norms != "pre", self.config.remat))
+        repeated = {"d_model": model.d_model, "repeated": repeats_mlp(model.norms != "pre", self.config.remat)}
+        mlp = partial(mlp_traffic, self.sharding_of("mlp"), d_ff=self.d_ff, **repeated)
+        experts = partial(
+            experts_traffic, self.sharding_of("mlp"), stored_rows=self.expert_rows, per_token=model.experts.per_token,
+            **repeated,
+        )  # fmt: skip
         table = {"d_model": model.d_model, "vocab_size": self.vocab_size}
         functions: dict[str, tuple[str, Callable[..., Traffic]]] = {
             "attention": (stream.attention_movement, attention),
-            "mlp": (stream.mlp_movement, mlp),
+            **({"mlp": (stream.mlp_movement, mlp)} if self.d_ff else {}),
+            **({"experts": (stream.mlp_movement, experts)} if self.expert_rows else {}),
             "embed": (stream.vocab_movement, partial(embed_traffic, vocab, **table)),
             "loss": (stream.vocab_movement, partial(loss_traffic, vocab, **table)),
         }

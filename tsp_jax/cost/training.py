@@ -12,7 +12,7 @@ from tsp_jax.layout import Layout
 
 
 def movements(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, str]:
-    """Op (attention, mlp, embed, loss) -> its movement, with `auto` resolved."""
+    """Op (attention, mlp, experts, embed, loss) -> its movement, with `auto` resolved."""
     return {op: movement for op, (movement, _) in Step(config, layout, sizes).ops().items()}
 
 
@@ -29,7 +29,7 @@ def step_traffic(
     received, lora = {}, config.lora
     adapted = {"attention" if name in "qkvo" else "mlp" for name in lora.targets} if lora.rank else {*OPS}
     for op, (movement, traffic) in Step(config, layout, sizes).ops().items():
-        times = config.model.num_layers if op == "mlp" else 1
+        times = config.model.num_layers if op in ("mlp", "experts") else 1
         no_backward = forward or (op == "embed" and op not in adapted)
         received[op] = {kind: times * n for kind, n in traffic(movement, forward=no_backward).items()}
         if op not in adapted:

@@ -23,9 +23,10 @@ from tsp_jax.stored import ExpertPadding
 class Experts(Layer):
     """A mixture of experts: a router chooses k of E gated MLPs for each token; their outputs are added with weights.
 
-    Whatever it chooses, no token is dropped, and a device does the same work. On folded axes experts are sharded and
-    move past tokens, or tokens past experts; tensor axes shard the rows of each expert. If E does not divide over the
-    folded ranks, it is padded with experts that no token chooses.
+    No token is dropped. On folded axes, which shard the experts, experts move past tokens (`mlp_movement` gather or
+    ring), and a device does the same work whatever the router chooses; or tokens past experts (activations), and it
+    does the work of its own experts. `auto` takes whichever receives fewer bytes. Tensor axes shard the rows of each
+    expert. If E does not divide over the folded ranks, it is padded with experts that no token chooses.
 
     Args:
       d_model: D.

@@ -3,8 +3,11 @@
 An expert is F rows of each of three weights. Folded axes shard the experts, so that a bucket holds whole experts of
 every rank; tensor axes shard the rows of each expert. Whatever the router chooses, no token is dropped.
 
-A device computes no expert on tokens of others: it sorts its choices by expert and cuts each expert's choices into
-tiles. One product takes the tokens of one tile.
+A device sorts its choices by expert, once, and cuts each expert's choices into tiles. One product takes the tokens of
+one tile. So no expert is multiplied with tokens that did not choose it, but for the last tile of each expert.
+
+If experts move past tokens, a device has the same work whatever the router chooses: that of its own tokens. If tokens
+move past experts, a device has the work of its own experts, and the fullest one sets the pace.
 
 Dims: B batch, t this device's tokens, D model, E experts, F ffn, f this device's rows of an expert, k experts of a
 token, T = B t tokens, A = T k choices, m experts of one bucket, n choices of one tile, r this device's rows, R folded
@@ -58,9 +61,10 @@ def experts(
     Returns:
       [B, t, D] in x's dtype; accumulated in float32.
 
-    Operations: 6 D f n for each tile in forward, 16 D f n in backward, which computes g and u again. A device has
-      between A / n and A / n + E tiles, whatever the router does, in the same compiled program. Reports count
-      A / n + E / 2: an expert's last tile is half full on average (`_mean_tiles`).
+    Operations: 6 D f n for each tile in forward, 16 D f n in backward, which computes g and u again. If experts move, a
+      device has between A / n and A / n + E tiles, whatever the router does, in the same compiled program. Reports
+      count A / n + E / 2: an expert's last tile is half full on average (`_mean_tiles`). If tokens move, it has between
+      none and all R A / n tiles of all ranks.
     Moves: as `tsp_jax.ops.mlp.mlp` with E F rows, padded experts included. If activations move, weights and numbers of
       the chosen experts move with x: 2 k elements a token.
     Keeps: its inputs, and A int32.

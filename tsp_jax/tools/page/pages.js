@@ -181,7 +181,8 @@ function candidatesTable(varied) {
     ...closed.map(([, unit, name]) => figure(unit, "candidates", n, "closed_form", name)), c.note,
   ] }));
   const order = ["best", "front", "compiled", "closed form"];
-  rows.sort((a, b) => order.indexOf(a.cells[0]) - order.indexOf(b.cells[0]));
+  const at_ = varied.length + 2, time = (row) => row.cells[at_].value ?? row.cells.at(-2).value ?? Infinity;  // compiled, else closed form
+  rows.sort((a, b) => order.indexOf(a.cells[0]) - order.indexOf(b.cells[0]) || time(a) - time(b) || 0);
   return table("Candidates; figures are compiled, except those of closed forms", columns, rows);
 }
 

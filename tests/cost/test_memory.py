@@ -9,7 +9,7 @@ import pytest
 from tests.builders.arrays import LAYOUT_CASES
 from tests.builders.marks import soak
 from tests.builders.targets import needs_compiler
-from tsp_jax.config import Config, ModelConfig, OptimizerConfig, OptimizerName
+from tsp_jax.config import Config, ModelConfig, OptimizerConfig, OptimizerName, StreamConfig
 from tsp_jax.cost.memory import memory_moments, step_memory
 from tsp_jax.hardware.targets import parse_target
 from tsp_jax.layout import get_layout, parse_mesh, place
@@ -127,6 +127,34 @@ def test_muon_takes_memory_in_its_update():
 
 
 # ------------------------------------------------------------------------------------------------ compiled peaks
+
+
+LLAMA_7B = Config(
+    model=ModelConfig(
+        vocab_size=32000, d_model=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, d_ff=16384
+    ),
+    stream=StreamConfig(attention_movement="gather", bucket_mib=64.0), grad_dtype="bfloat16", steps=2, batch=1,
+    seq_len=131072, compute_dtype="bfloat16", workdir="unused",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "mesh", "remat", "compiled_gb"),
+    [
+        ("tsp", "data=1,tsp=8", "none", 99.53), ("tsp", "data=1,tsp=8", "save_attention", 24.02),
+        ("tsp(sequence=node+tsp)", "data=1,node=2,tsp=4", "none", 123.7),
+        ("tsp(sequence=node+tsp)", "data=1,node=4,tsp=2", "none", 164.6),
+        ("sp", "data=1,seq=8", "none", 243.2), ("tp_sp", "data=1,seq=2,model=4", "none", 305.7),
+        ("tp_sp", "data=1,seq=2,model=4", "full", 48.2), ("tp", "data=1,model=8", "offload_attention", 24.6),
+        ("tp", "data=1,model=8", "full", 54.3), ("fsdp_cp", "data=1,tsp=8", "full", 20.7),
+        ("fsdp_cp", "data=1,tsp=8", "none", 100.8), ("fsdp_cp", "data=1,tsp=8", "offload_attention", 19.0),
+    ],
+)  # fmt: skip
+def test_peaks_that_were_compiled(layout, mesh, remat, compiled_gb):
+    """llama_7b at 128 K tokens, compiled for 8 x MI300X with jax 0.10.2 (benchmarks/plan_grid.md)."""
+    assert sum(memory(dataclasses.replace(LLAMA_7B, layout=layout, mesh=mesh, remat=remat)).values()) / 1e9 == (
+        pytest.approx(compiled_gb, rel=0.03)
+    )
 
 
 @pytest.mark.parametrize(

@@ -150,9 +150,9 @@ class _Memory:
         chunked = part.chunk < self.tokens
         if self.folded == 1:
             return elements * self.item + (2 * own * FLOAT32 if part.buckets > 1 else 0.0)
+        if part.buckets == 1:  # the weights are needed no more when the message is made of their gradients' sums
+            return elements * (self.step.grad_itemsize + FLOAT32)
         grads = elements * (self.step.grad_itemsize + chunked * FLOAT32 * (2 * part.weights - 1) / part.weights)
-        if part.buckets == 1:  # the weights are needed no more when the message is made of their gradients
-            return grads + elements * FLOAT32
         return own * FLOAT32 + grads + (1 if chunked else 2) * elements * self.item
 
     @property
@@ -182,7 +182,9 @@ class _Memory:
         norms = 0 if self.model.norms == "pre" else 1
         wide = self.tokens * self.model.d_model * FLOAT32  # a gradient that buckets or chunks add to
         mlp = self.mlp
-        dx = self.activation if mlp.buckets == 1 or self._moves_tokens(mlp) else wide
+        added = mlp.buckets > 1 or mlp.chunk < self.tokens
+        dx = wide if added and not self._moves_tokens(mlp) else self.activation
+        dx += self.activation * (self.sharding.tensor > 1)  # its sum over tensor shards
         before = self.state(), self.layers(backward=False)
         at_loss = [_added(*before, self._at_loss(wide, backward)) for backward in (False, True)]
         chunks = 2 * mlp.chunk * self.model.d_model * self.item * (mlp.chunk < self.tokens)

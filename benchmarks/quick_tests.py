@@ -62,8 +62,8 @@ FAULTS = {
     ),
     "remat: layers backward in forward order": (
         "models/keep.py",
-        "(dy_BTD, buffers), params, period=len(layers), reverse=True)",
-        "(dy_BTD, buffers), params, period=len(layers))",
+        "(dx_BTD, buffers), _ = scan_layers(step, carry, params, period=len(layers), xs=dsmall, reverse=True)",
+        "(dx_BTD, buffers), _ = scan_layers(step, carry, params, period=len(layers), xs=dsmall)",
     ),
     "optimizer: norms decay": ("training/optimizer_table.py", "path[-1].key not in NOT_DECAYED", "True"),
     "data: contiguous chunks instead of zigzag": ("training/data.py", "chunks[: shards - 1 : -1]", "chunks[shards:]"),

@@ -66,6 +66,8 @@ class Layout:
     vocab: AxisNames = ()
     whole_weights: bool = False
     """all-gather each op's weights at once instead of bucket by bucket (ZeRO-3 / FSDP over the context axis)"""
+    experts: AxisNames | None = None
+    """the axes of `mlp` that shard whole experts, while others shard the rows of each; None: the folded ones"""
 
     def __post_init__(self):
         for dim in AXIS_DIMS:
@@ -92,6 +94,11 @@ class Layout:
         return self.batch + self.sequence
 
     @property
+    def expert_axes(self) -> AxisNames:
+        """The axes that shard whole experts."""
+        return self.axes("mlp").folded if self.experts is None else self.experts
+
+    @property
     def replica_batch(self) -> AxisNames:
         """The batch axes that shard no weights."""
         weight_axes = {*self.heads, *self.mlp, *self.vocab}
@@ -112,7 +119,8 @@ class Layout:
 
     def without(self, axes: Sequence[str]) -> "Layout":
         """The same layout without some axes."""
-        kept = {dim: tuple(name for name in getattr(self, dim) if name not in axes) for dim in AXIS_DIMS}
+        dims = AXIS_DIMS if self.experts is None else (*AXIS_DIMS, "experts")
+        kept = {dim: tuple(name for name in getattr(self, dim) if name not in axes) for dim in dims}
         return dataclasses.replace(self, **kept)
 
     @property

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.builders.arrays import place_case
-from tsp_jax.config import Config, DType, ModelConfig, RopeScaling, StreamConfig
+from tsp_jax.config import Config, DType, ExpertsConfig, ModelConfig, RopeScaling, StreamConfig
 from tsp_jax.inference import make_inference_program
 from tsp_jax.inference.token_loop import prefill_prompts
 from tsp_jax.ops import reference
@@ -53,6 +53,9 @@ MODELS = {
         MULTI_HEAD, num_heads=9, num_kv_heads=3, window=19, attention_softcap=2.0, attention_scale=0.5,
         attention_sinks=True,
     ),
+    "experts": dataclasses.replace(
+        MULTI_HEAD, num_kv_heads=2, d_ff=14, experts=ExpertsConfig(number=6, per_token=2, shared=1)
+    ),
 }  # fmt: skip
 STREAM = StreamConfig(bucket_mib=0.004)
 BATCH, CAPACITY, CHUNK, STEPS = 4, 128, 48, 67
@@ -69,6 +72,7 @@ CASES = [
     ("tsp4", "windowed"), ("tp2_sp4", "windowed"), ("mix2_3", "windowed"),
     ("tsp4", "biased"), ("mix2_3", "biased"), ("tp8", "gemma"), ("tsp4", "olmo"), ("mix2_4", "olmo_grouped"),
     ("tp8", "olmo_grouped"), ("tsp4", "kinds"), ("tp2_sp4", "kinds"),
+    ("tsp4", "experts"), ("mix2_4", "experts"), ("tp4", "experts"),
 ]  # fmt: skip
 """every layout; every model under tsp; fewer KV heads than ranks where that is another path"""
 

@@ -17,7 +17,6 @@ class _Serving:
 
     def __init__(self, config: Config, layout: Layout, sizes: Mapping[str, int]):
         model = config.model
-        model.refuse_experts("serving")
         axes = layout.axes("heads")
         self.folded, self.tensor, self.sequence = (num_ranks(names, sizes) for names in axes)
         self.unfolded_sequence = num_ranks(axes.unfolded_sequence, sizes)
@@ -85,6 +84,7 @@ def serving_memory(
     one layer that decode reads; `keys_values`, of a chunk of all ranks; `activations`, of attention or of the MLP;
     `buckets` of weights; `logits`. Counted in two programs for MI300X (jax 0.10.2; benchmarks/closed_forms.md).
     """
+    config.model.refuse_experts("the estimate of serving")
     s, model, step = _Serving(config, layout, sizes), config.model, Step(config, layout, sizes)
     shards, heads = s.folded * s.tensor, s.heads.shard
     vocab = RowPadding.over(model.vocab_size, num_ranks(layout.vocab, sizes)).stored

@@ -54,7 +54,8 @@ def decode_placement(placement: Placement) -> Placement:
             f"layout={layout.name}: {format_axes(lacking)} shards batch and weights, to serve it must shard heads too; "
             f"use heads={format_axes((*layout.heads, *lacking))}"
         )
-    return Placement(dataclasses.replace(layout, batch=batch, sequence=()), placement.mesh)
+    decode = dataclasses.replace(layout, batch=batch, sequence=(), experts=layout.expert_axes)
+    return Placement(decode, placement.mesh)
 
 
 def prefill(

@@ -109,7 +109,6 @@ def load(
     """
     decode_placement(placement)  # refuses a layout that cannot serve before weights are read
     facts = read_facts(folder, dtype=dtype, step=step)
-    facts.config.refuse_experts("serving")
     if is_run(folder):
         params = load_run_params(folder, read_run(folder), placement, find_step(folder, step), facts.dtype)
     else:

@@ -89,7 +89,6 @@ def make_inference_program(
       ConfigError: a size is not positive, the batch or the chunk does not divide evenly over the placement, or the
         dtype is unknown.
     """
-    model.refuse_experts("serving")
     _check(placement, batch, capacity, chunk, dtype)
     params_dtype = dtype if params_dtype is None else params_dtype
     scaling = model.rope_scaling

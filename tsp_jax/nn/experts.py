@@ -60,9 +60,8 @@ class Experts(Layer):
             raise ConfigError("Experts: config.number=0; use MLP, or 1 expert at least")
         super().__init__(placement, stream, dtype)
         self.config, self.activation, self.repeated = config, activation, repeats_mlp(norm_follows, remat)
-        self.axes = placement.layout.axes(self.dim)
-        tensor, folded = (num_ranks(names, placement.mesh.shape) for names in (self.axes.tensor, self.axes.folded))
-        self.padding = ExpertPadding(config.number, d_ff, tensor, folded)
+        whole = num_ranks(placement.layout.expert_axes, placement.mesh.shape)
+        self.padding = ExpertPadding(config.number, d_ff, placement.size(self.dim) // whole, whole)
         rows = config.number * d_ff
         self.router = nnx.Param(
             nnx.initializers.normal(init_std)(rngs.params(), (config.number, d_model), jnp.float32),
@@ -90,8 +89,8 @@ class Experts(Layer):
         rule = {name: getattr(self.config, name) for name in ("per_token", "scores", "normalize", "scale")}
         router = partial(route, token_axes=self.placement.layout.tokens, **rule)
         op = partial(
-            experts, num_experts=self.config.number, axes=self.axes, stream=stream, activation=self.activation,
-            d_ff=self.padding.rows,
+            experts, num_experts=self.config.number, axes=self.placement.layout.axes(self.dim), stream=stream,
+            activation=self.activation, d_ff=self.padding.rows, expert_axes=self.placement.layout.expert_axes,
         )  # fmt: skip
 
         def local(x_BtD, w_ED, *weights):

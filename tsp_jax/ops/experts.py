@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tsp_jax.layout import Axes
+from tsp_jax.layout import Axes, AxisNames
 from tsp_jax.ops.linear import matmul, matmul_t, outer
 from tsp_jax.ops.mlp import ACTIVATIONS
 from tsp_jax.ops.router import Choices
@@ -35,7 +35,7 @@ from tsp_jax.ops.stream import Arrays, Bucket, Stream, zeros
 def experts(
     x_BtD: jax.Array, choices: Choices, w_gate_rD: jax.Array, w_up_rD: jax.Array, w_down_rD: jax.Array, *,
     num_experts: int, axes: Axes = Axes(), stream: Stream = Stream(), activation: str = "silu",
-    d_ff: int | None = None, tile: int | None = None,
+    d_ff: int | None = None, tile: int | None = None, expert_axes: AxisNames | None = None,
 ) -> jax.Array:  # fmt: skip
     """``sum_j w_j MLP_e(x)`` over the k chosen experts e = chosen_j of each token.
 
@@ -56,6 +56,7 @@ def experts(
         have no effect.
       activation: silu (SwiGLU) or gelu (GeGLU, tanh form).
       d_ff: F; an expert's rows from F on are padding. None: all are real.
+      expert_axes: axes that shard whole experts; they are all folded, or all tensor axes. None: the folded axes.
       tile: n. An expert with c choices takes ceil(c / n) tiles. None: `tile_size`.
 
     Returns:
@@ -70,11 +71,16 @@ def experts(
     Keeps: its inputs, and A int32.
     """
     with jax.named_scope("tsp/experts"):
-        ranks = lax.axis_size(axes.folded) if axes.folded else 1
+        whole = axes.folded if expert_axes is None else expert_axes
+        ranks = lax.axis_size(whole) if whole else 1
         local = -(-num_experts // ranks)
         rows = w_up_rD.shape[0] // local
         sorted_once = not moves_tokens(axes.folded, stream)
-        op = _Experts(activation, num_experts, rows, d_ff or rows, axes.tensor, tile, sorted_once, x_BtD.dtype)
+        split = tuple(name for name in axes.tensor if name not in whole)
+        resident = () if axes.folded else whole
+        op = _Experts(
+            activation, num_experts, local * ranks, rows, d_ff or rows, split, resident, tile, sorted_once, x_BtD.dtype
+        )  # fmt: skip
         chosen = _by_expert(choices.experts_Btk) if sorted_once else (choices.experts_Btk,)
         stream = stream._replace(chunk_tokens=Stream().chunk_tokens, product_bytes=math.inf)
         inputs = x_BtD, choices.weights_Btk, *chosen
@@ -140,11 +146,16 @@ class _Experts:
 
     activation: str
     num_experts: int
+    stored_experts: int
+    """of all ranks, padding included"""
     rows: int
     """f"""
     real_rows: int
     """F"""
-    tensor: tuple[str, ...]
+    split: AxisNames
+    """tensor axes that shard the rows of each expert"""
+    resident: AxisNames
+    """tensor axes that shard whole experts"""
     tile: int | None
     sorted_once: bool
     """the inputs hold choices that are sorted already; else each bucket of tokens is sorted"""
@@ -154,14 +165,17 @@ class _Experts:
 
     def _hidden(self, gate_1nf: jax.Array, up_1nf: jax.Array) -> jax.Array:
         h_1nf = ACTIVATIONS[self.activation](gate_1nf) * up_1nf
-        if not self.tensor or self.real_rows == self.rows * lax.axis_size(self.tensor):
+        if not self.split or self.real_rows == self.rows * lax.axis_size(self.split):
             return h_1nf
-        real_f = lax.axis_index(self.tensor) * self.rows + lax.iota(jnp.int32, self.rows) < self.real_rows
+        real_f = lax.axis_index(self.split) * self.rows + lax.iota(jnp.int32, self.rows) < self.real_rows
         return jnp.where(real_f, h_1nf, 0.0)
 
     def _tiles(self, inputs: Arrays, bucket: Bucket) -> _Tiles:
         order_Btk, sorted_Btk = inputs[2:] if self.sorted_once else _by_expert(inputs[2])
-        return _Tiles.of(order_Btk, sorted_Btk, bucket.rows()[:: self.rows] // self.rows, self._tile(order_Btk.size))
+        experts_m = bucket.rows()[:: self.rows] // self.rows
+        if self.resident:
+            experts_m += lax.axis_index(self.resident) * (self.stored_experts // lax.axis_size(self.resident))
+        return _Tiles.of(order_Btk, sorted_Btk, experts_m, self._tile(order_Btk.size))
 
     def _tile(self, choices: int) -> int:
         return self.tile or tile_size(choices, self.num_experts)
@@ -182,8 +196,8 @@ class _Experts:
 
     def _mean_tiles(self, choices: int, experts: int) -> float:
         """Mean number of tiles of a bucket of so many experts, if all experts are chosen equally often."""
-        each = choices / self.num_experts
-        return experts * min(each, max(1.0, each / self._tile(choices) + 0.5))
+        each, real = choices / self.num_experts, experts * self.num_experts / self.stored_experts
+        return real * min(each, max(1.0, each / self._tile(choices) + 0.5))
 
     def partial(self, inputs: Arrays, bucket: Bucket) -> jax.Array:
         x_BtD, weights_Btk, *_ = inputs

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tests.builders.arrays import normal, place_case
-from tsp_jax.config import ModelConfig, RopeScaling
+from tsp_jax.config import ExpertsConfig, ModelConfig, RopeScaling
 from tsp_jax.hf import weights as hf
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer
@@ -40,6 +40,18 @@ FAMILIES = {
     "smollm3": dataclasses.replace(LLAMA, num_kv_heads=2),
     "granite": dataclasses.replace(LLAMA, embedding_scale=12.0, residual_scale=0.25, logits_scale=0.125),
     "olmo2": dataclasses.replace(LLAMA, norms="post", qk_norm=True, qk_norm_width="all", num_heads=9, num_kv_heads=3),
+    "mixtral": dataclasses.replace(LLAMA, window=9, d_ff=14, experts=ExpertsConfig(number=5, per_token=2)),
+    "qwen3_moe": dataclasses.replace(
+        QWEN, tie_embeddings=False, d_ff=14, experts=ExpertsConfig(number=10, per_token=3, normalize=False)
+    ),
+    "olmoe": dataclasses.replace(
+        LLAMA, d_model=96, qk_norm=True, qk_norm_width="all", d_ff=14,
+        experts=ExpertsConfig(number=6, per_token=2),
+    ),
+    "granitemoe": dataclasses.replace(
+        LLAMA, embedding_scale=12.0, residual_scale=0.25, logits_scale=0.125, d_ff=14,
+        experts=ExpertsConfig(number=6, per_token=2),
+    ),
 }  # fmt: skip
 """model_type -> a small model of this family"""
 MODELS = {"llama": LLAMA, "padded_tied_qwen": QWEN, "scaled": SCALED}

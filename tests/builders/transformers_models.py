@@ -34,6 +34,8 @@ def random_model(transformers, family: str, changes: dict):
             value.data = (0 if "Gemma" in family else 1) + 0.3 * torch.randn_like(value)
         elif name.endswith("bias"):
             value.data = 0.5 * torch.randn_like(value)
+        elif "experts" in name or "router" in name or name.endswith("gate.weight"):
+            value.data = 0.2 * torch.randn_like(value)
     return model
 
 

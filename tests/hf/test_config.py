@@ -10,7 +10,7 @@ import pytest
 
 from tests.builders.arrays import place_case
 from tests.builders.folders import LLAMA, SCALED
-from tsp_jax.config import RopeScaling
+from tsp_jax.config import ExpertsConfig, RopeScaling
 from tsp_jax.errors import ConfigError
 from tsp_jax.hf import config as hf_config
 from tsp_jax.hf import weights as hf
@@ -226,7 +226,7 @@ def test_every_key_of_transformers_classes_is_decided():
         ours.pop("use_sliding_window", None)  # null here: not said, which mistral takes as true
         assert {key: fields[key] for key in ours} == ours
         for key, (value, _) in family.refused.items():
-            assert not fields[key] and not value
+            assert fields[key] == value or not (fields[key] or value)
         ropes = {"full_attention": theirs.rope_parameters} if not family.two_ropes else theirs.rope_parameters
         assert ropes["full_attention"]["rope_theta"] == family.defaults.get("rope_theta", 10_000.0)
         if family.two_ropes:
@@ -317,6 +317,11 @@ def test_a_window_is_written_as_it_is_read(qk_norm, tmp_path):
         ({"norms": "post"}, "norms=post .* use model.norms=pre"),
         ({"qkv_bias": True, "qk_norm": True}, "qk_norm=True .* of qwen2, .* use model.qk_norm=False"),
         ({"rope_scaling": RopeScaling(fraction=0.5), "qk_norm": True}, "rope_scaling.fraction=0.5 .* use .*=1.0"),
+        (
+            {"experts": ExpertsConfig(number=8, shared=1)},
+            "experts.shared=1 .* of mixtral, .* use model.experts.shared=0",
+        ),
+        ({"experts": ExpertsConfig(number=8, normalize=False)}, "experts.normalize=False .* use .*=True"),
         (
             {"layer_kinds": ("full", "sliding"), "window": 8, "qkv_bias": True, "attention_scale": 0.1},
             "attention_scale",

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tsp_jax.config import ModelConfig, RopeScaling
+from tsp_jax.config import ExpertsConfig, ModelConfig, RopeScaling
 from tsp_jax.errors import ConfigError
 from tsp_jax.hf.config import config_json, read_config
 from tsp_jax.hf.families import FAMILIES
@@ -23,6 +23,11 @@ GEMMA = {
     "norms": "both", "norm_unit_offset": True, "embedding_scale": math.sqrt(32), "activation": "gelu",
     "tie_embeddings": True, "attention_scale": 1 / 16,
 }  # fmt: skip
+MULTIPLIERS = {
+    "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.015625, "logits_scaling": 8.0,
+}  # fmt: skip
+GRANITE = {"embedding_scale": 12.0, "residual_scale": 0.22, "attention_scale": 0.015625, "logits_scale": 0.125}
+EIGHT = ExpertsConfig(number=8, per_token=2)
 FULL, SLIDING = "full_attention", "sliding_attention"
 FACTORS = [1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 LONGROPE = RopeScaling(
@@ -101,15 +106,30 @@ READ = {
         {"no_rope_layers": [1] * 6},
         {"rope_theta": 2e6, "tie_embeddings": True},
     ),
-    "granite": (
-        {
-            "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.015625,
-            "logits_scaling": 8.0,
-        },
-        {"embedding_scale": 12.0, "residual_scale": 0.22, "attention_scale": 0.015625, "logits_scale": 0.125},
-    ),
+    "granite": (MULTIPLIERS, GRANITE),
     "granite by default": ({}, {"attention_scale": 1.0}),
     "olmo2": ({}, {"norms": "post", "qk_norm": True, "qk_norm_width": "all"}),
+    "mixtral": ({}, {"experts": EIGHT, "rope_theta": 1e6}),
+    "mixtral with a window": (
+        {"sliding_window": 9, "num_experts": 6, "num_experts_per_tok": 6, "router_jitter_noise": 0.1},
+        {"experts": ExpertsConfig(number=6, per_token=6), "rope_theta": 1e6, "window": 9},
+    ),
+    "qwen3_moe": (
+        {"moe_intermediate_size": 24, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+        {"experts": ExpertsConfig(number=128, per_token=8), "qk_norm": True, "d_ff": 24},
+    ),
+    "qwen3_moe by the other key": (
+        {"num_local_experts": 16, "num_experts_per_tok": 1},
+        {"experts": ExpertsConfig(number=16, normalize=False), "qk_norm": True, "d_ff": 768},
+    ),
+    "olmoe": (
+        {"num_experts": 8, "head_dim": None},
+        {
+            "experts": ExpertsConfig(number=8, per_token=8, normalize=False), "qk_norm": True, "qk_norm_width": "all",
+            "head_dim": 4,
+        },
+    ),
+    "granitemoe": ({**MULTIPLIERS, "router_aux_loss_coef": 0.01}, {**GRANITE, "experts": EIGHT}),
 }  # fmt: skip
 """model_type and a name -> (more keys than SIZES, fields other than MODEL's)"""
 REFUSED = {
@@ -150,6 +170,22 @@ REFUSED = {
     "granite biased MLP": ({"mlp_bias": True}, "mlp_bias=true"),
     "olmo2 biased": ({"attention_bias": True}, "attention_bias=true"),
     "qwen2 types": ({"layer_types": ["chunked_attention"] * 6}, "layer_types=.* each full_attention or sliding"),
+    "mixtral of too few experts": (
+        {"num_experts_per_tok": 9},
+        "model.experts.per_token=9 is more than model.experts.number=8",
+    ),
+    "mixtral without experts": ({"num_local_experts": 0}, "num_local_experts=0"),
+    "mixtral of two numbers": (
+        {"num_local_experts": 4, "num_experts": 6},
+        "num_experts=6 is not the number of experts; use num_local_experts=4 alone",
+    ),
+    "mixtral of too many experts": ({"num_local_experts": 10**15}, "model.experts.number=1000000000000000"),
+    "mixtral quantized": ({"quantization_config": {"quant_method": "unheard-of"}}, "quantization_config=.* not quant"),
+    "qwen3_moe partly dense": ({"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] .* whose layers all have experts"),
+    "qwen3_moe every second layer": ({"decoder_sparse_step": 2}, "decoder_sparse_step=2 .* layers all have experts"),
+    "qwen3_moe windows": ({"use_sliding_window": True, "sliding_window": 9}, "sliding_window=9 is not supported"),
+    "olmoe clipped": ({"clip_qkv": 8.0}, "clip_qkv=8.0 .* are not clipped"),
+    "granitemoe without a number": ({"num_local_experts": None}, "num_local_experts=null is not the number"),
     "qwen2 of many layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is too large; use at most"),
 }
 
@@ -201,6 +237,10 @@ def test_a_variant_that_is_not_supported_is_refused(case, tmp_path):
         ({"rope_scaling": RopeScaling(fraction=0.5)}, "phi3"),
         ({"residual_scale": 0.5}, "granite"),
         ({"norms": "post", "qk_norm": True, "qk_norm_width": "all"}, "olmo2"),
+        ({"experts": EIGHT}, "mixtral"),
+        ({"experts": EIGHT, "qk_norm": True}, "qwen3_moe"),
+        ({"experts": EIGHT, "qk_norm": True, "qk_norm_width": "all", "head_dim": 4}, "olmoe"),
+        ({"experts": EIGHT, "residual_scale": 0.5}, "granitemoe"),
     ],
 )
 def test_the_family_follows_from_the_model(fields, model_type):

@@ -96,6 +96,33 @@ MODELS = {
             "logits_scaling": 4.0,
         },
     ),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "intermediate_size": 20, "sliding_window": None}),
+    "mixtral_window": (
+        "Mixtral",
+        {"num_local_experts": 8, "intermediate_size": 20, "sliding_window": 9, "num_experts_per_tok": 1},
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"head_dim": 12, "num_experts": 10, "moe_intermediate_size": 20, "norm_topk_prob": True},
+    ),
+    "qwen3_moe_plain_sums": (
+        "Qwen3Moe",
+        {
+            "num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 20, "tie_word_embeddings": True,
+            "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 12,
+        },
+    ),
+    "olmoe": (
+        "Olmoe",
+        {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 20, "pad_token_id": 0, "eos_token_id": 1},
+    ),
+    "granitemoe": (
+        "GraniteMoe",
+        {
+            "num_local_experts": 6, "intermediate_size": 20, "embedding_multiplier": 6.0, "residual_multiplier": 0.4,
+            "attention_multiplier": 0.3, "logits_scaling": 4.0,
+        },
+    ),
     "olmo2_grouped": ("Olmo2", {}),
     "olmo2_padded": ("Olmo2", {"hidden_size": 90, "num_attention_heads": 9, "num_key_value_heads": 3}),
 }  # fmt: skip

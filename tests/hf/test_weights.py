@@ -18,8 +18,10 @@ from safetensors.numpy import load_file, save_file
 from tests.builders.arrays import place_case
 from tests.builders.folders import FAMILIES, LLAMA, MODELS, QWEN, logical_params, place_params, save_folder
 from tsp_jax.errors import ConfigError
+from tsp_jax.hf import families as hf_families
 from tsp_jax.hf import tensors as hf_tensors
 from tsp_jax.hf import weights as hf
+from tsp_jax.hf.config import read_model_type
 from tsp_jax.hf.params import param_tree
 from tsp_jax.hf.tensors import INDEX, SINGLE, split_files
 
@@ -92,6 +94,30 @@ def test_phi3_has_queries_keys_and_values_in_one_tensor_and_gate_and_up_in_anoth
     assert not any(".q_proj" in name or ".gate_proj" in name for name in tensors)
 
 
+EXPERTS = {
+    "mixtral": ["block_sparse_moe.gate", *(f"block_sparse_moe.experts.{{}}.{name}" for name in ("w1", "w3", "w2"))],
+    "qwen3_moe": ["mlp.gate", *(f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down"))],
+    "granitemoe": [f"block_sparse_moe.{name}" for name in ("router.layer", "input_linear", "output_linear")],
+}
+
+
+@pytest.mark.parametrize("layout", ["single", "tsp8", "tp4"])
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_are_in_tensors_of_their_own_or_in_one(family, layout, tmp_path):
+    config = FAMILIES[family]
+    mlp = logical_params(config)["layers"]["mlp"]
+    tensors = load_file(save_folder(tmp_path / "out", config, layout) / SINGLE)
+    gate, up, down = (mlp[f"w_{name}"][1].reshape(config.experts.number, 14, -1) for name in ("gate", "up", "down"))
+    down = np.swapaxes(down, 1, 2)
+    router, *parts = EXPERTS[family]
+    arrays = [gate, up, down] if len(parts) == 3 else [np.concatenate([gate, up], axis=1), down]
+    desired = {router: mlp["router"][1]}
+    for name, array in zip(parts, arrays, strict=True):
+        desired |= {name.format(expert): part for expert, part in enumerate(array)} if "{}" in name else {name: array}
+    for name, array in desired.items():
+        np.testing.assert_array_equal(tensors[f"model.layers.1.{name}.weight"], array, err_msg=name)
+
+
 @pytest.mark.parametrize("layout", ["single", "tsp8", "tp8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_exported_and_imported_bitwise(family, layout, tmp_path):
@@ -156,19 +182,27 @@ class CountedFile:
         return Slice()
 
 
-@pytest.mark.parametrize(("model", "layout"), [("llama", "tsp8"), ("padded_tied_qwen", "tsp4"), ("scaled", "tp8")])
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("llama", "tsp8"), ("padded_tied_qwen", "tsp4"), ("scaled", "tp8"), ("mixtral", "tsp4"), ("qwen3_moe", "tp8"),
+        ("granitemoe", "tsp4"), ("granitemoe", "mix2_4"),
+    ],
+)  # fmt: skip
 def test_each_device_reads_its_own_slice(model, layout, tmp_path, monkeypatch):
-    config, placement, reads = MODELS[model], place_case(layout), []
+    config, placement, reads = (FAMILIES | MODELS)[model], place_case(layout), []
     folder = save_folder(tmp_path / "out", config)
+    family = hf_families.FAMILIES[read_model_type(folder)]
     plain = hf_tensors.open_file
     monkeypatch.setattr(hf_tensors, "open_file", lambda path: CountedFile(plain(path), reads))
     hf.load_params(folder, config, placement)
     most, whole = {}, {name: tensor.size for name, tensor in load_file(folder / SINGLE).items()}
-    for param in jax.tree.leaves(param_tree(config, placement)):
+    for param in jax.tree.leaves(param_tree(config, placement, family)):
         slice_of_a_layer = param.stored.sharding.shard_shape(param.stored.shape)[param.stacked :]
         most |= dict.fromkeys(param.names(), math.prod(slice_of_a_layer))
     assert [name for name, size in reads if size > most[name]] == []
-    copies = {name: placement.size("heads") if "norm" in name else 1 for name in whole}
+    everywhere = "norm", "mlp.gate.", "moe.gate.", "router"
+    copies = {name: placement.size("heads") if any(part in name for part in everywhere) else 1 for name in whole}
     assert {name: size * copies[name] for name, size in whole.items()} == {
         name: sum(size for read, size in reads if read == name) for name in whole
     }

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from tsp_jax.config import Activation, DType, ModelConfig
+from tsp_jax.config import Activation, DType, ExpertsConfig, ModelConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.files import Count, Finite, Size, check_json, read_json
 from tsp_jax.hf.families import FAMILIES, Family, choose_family
@@ -39,6 +39,8 @@ IGNORED = {
     "pad_token_id": "its row of the table takes no gradient: of training alone",
     "pretraining_tp": "splits sums, which are the same up to rounding",
     "chunk_size_feed_forward": "splits work, not sums",
+    **dict.fromkeys(("output_router_logits", "router_aux_loss_coef"), "of training: model.experts.balance_loss"),
+    "router_jitter_noise": "of training alone",
     "bos_token_id": "of tokenizers",
     "eos_token_id": "ends a text: tokenizer.read_stop_tokens",
     **dict.fromkeys(("use_cache", "output_hidden_states", "return_dict"), "of what calls return"),
@@ -100,6 +102,11 @@ class Keys(msgspec.Struct):
     residual_multiplier: Finite = 1.0
     attention_multiplier: Finite = 1.0
     logits_scaling: _Positive = 1.0
+    num_experts: Size | None = None
+    num_local_experts: Size | None = None
+    num_experts_per_tok: Size = 2
+    moe_intermediate_size: Size = 768
+    norm_topk_prob: bool = False
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
     dtype: str | None = None
@@ -121,7 +128,8 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise ConfigError(f"{path}: {value} is not supported; use {', '.join(ACTIVATIONS)}")
     try:
         return ModelConfig(
-            **{field: getattr(keys, key) for field, key in SIZES.items()},
+            **{field: getattr(keys, key) for field, key in _sizes(family).items()},
+            experts=_read_experts(path, raw, family, keys),
             num_kv_heads=keys.num_key_value_heads or keys.num_attention_heads,
             head_dim=_head_dim(keys),
             activation=ACTIVATIONS[activation],
@@ -162,12 +170,43 @@ def _read(folder: str | Path) -> tuple[Path, dict[str, Any], str]:
 
 def _refuse(path: Path, raw: Mapping[str, Any], family: Family) -> None:
     for key, (plain, use) in {**REFUSED, **family.refused}.items():
-        if key in raw and raw[key] is not plain and raw[key] not in (None, {}):
+        if key in raw and json.dumps(raw[key]) != json.dumps(plain) and raw[key] not in (None, {}):
             raise ConfigError(f"{path}: {key}={json.dumps(raw[key]):.80} is not supported; use a model {use}")
 
 
 def _head_dim(keys: Keys) -> int:
     return keys.head_dim or keys.hidden_size // keys.num_attention_heads
+
+
+def _sizes(family: Family) -> dict[str, str]:
+    """`SIZES` of a family."""
+    return SIZES | ({"d_ff": family.experts.d_ff} if family.experts else {})
+
+
+def _read_experts(path: Path, raw: Mapping[str, Any], family: Family, keys: Keys) -> ExpertsConfig:
+    if family.experts is None:
+        return ExpertsConfig()
+    names = family.experts.number
+    given = [name for name in names if name in raw] or [names[0]]
+    number = getattr(keys, given[0])
+    for name in given:
+        if (value := getattr(keys, name)) is None or value != number:
+            use = f"{names[0]}={number or 8}"
+            raise ConfigError(f"{path}: {name}={json.dumps(value)} is not the number of experts; use {use} alone")
+    normalize = family.experts.normalize
+    return ExpertsConfig(
+        number=number, per_token=keys.num_experts_per_tok,
+        normalize=keys.norm_topk_prob if normalize is None else normalize,
+    )  # fmt: skip
+
+
+def _experts_json(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """The keys of config.json about experts, apart from their width."""
+    if family.experts is None:
+        return {}
+    rule = config.experts
+    normalize = {"norm_topk_prob": rule.normalize} if family.experts.normalize is None else {}
+    return {family.experts.number[0]: rule.number, "num_experts_per_tok": rule.per_token, **normalize}
 
 
 def _read_variants(family: Family, keys: Keys) -> dict[str, Any]:
@@ -229,7 +268,8 @@ def config_json(config: ModelConfig, dtype: str, carried: Mapping[str, Any] | No
     return {
         "architectures": [family.architecture],
         "model_type": model_type,
-        **{key: getattr(config, field) for field, key in SIZES.items()},
+        **{key: getattr(config, field) for field, key in _sizes(family).items()},
+        **_experts_json(config, family),
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         family.activation: {name: hf_name for hf_name, name in reversed(ACTIVATIONS.items())}[config.activation],

@@ -5,6 +5,7 @@ Source: models/*/configuration_*.py and modeling_*.py of transformers 5.24.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
@@ -24,6 +25,19 @@ class Key(NamedTuple):
     """value of the key -> value of the field"""
     write: Callable[[Any], Any] = lambda value: value
     """value of the field -> value of the key"""
+
+
+class ExpertsFormat(NamedTuple):
+    """How the folders of a family hold a mixture of experts in every layer, whose scores are softmax."""
+
+    number: tuple[str, ...]
+    """keys of the number of experts; the first is written"""
+    tensors: Literal["mlp", "block_sparse_moe", "input_linear"]
+    """which tensors hold the router and the experts: a key of `tsp_jax.hf.names.EXPERTS`"""
+    d_ff: str = "intermediate_size"
+    """key of the width of an expert"""
+    normalize: bool | None = None
+    """whether the weights of a token sum to 1, in all models; None: the key norm_topk_prob says so"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +68,10 @@ class Family:
     """layers with a window have a RoPE of their own"""
     whole_heads: bool = False
     """transformers demands that the number of heads divides d_model"""
+    experts: ExpertsFormat | None = None
+    """None: each layer has one MLP"""
+    shared_width: bool = False
+    """heads share d_model: head_dim is d_model / num_heads"""
     fused: bool = False
     """one tensor holds the projections to queries, keys and values, another gate and up of the MLP"""
     refused: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
@@ -75,6 +93,11 @@ _GEMMA_KEYS = {
     "attention_scale": Key("query_pre_attn_scalar", lambda size: size**-0.5, lambda scale: round(scale**-2)),
     "logits_softcap": Key("final_logit_softcapping"),
 }
+_GRANITE_KEYS = {
+    "embedding_scale": Key("embedding_multiplier"), "residual_scale": Key("residual_multiplier"),
+    "attention_scale": Key("attention_multiplier"),
+    "logits_scale": Key("logits_scaling", lambda divisor: 1.0 / divisor, lambda scale: 1.0 / scale),
+}  # fmt: skip
 _CAUSAL = {"use_bidirectional_attention": (False, "with causal attention")}
 
 FAMILIES: dict[str, Family] = {
@@ -122,6 +145,42 @@ FAMILIES: dict[str, Family] = {
         },
         rope_kinds=("none", "longrope"), rope_aliases={"su": "longrope", "yarn": "longrope"},
     ),
+    "mixtral": Family(
+        architecture="MixtralForCausalLM", kinds=("full", "sliding"),
+        experts=ExpertsFormat(("num_local_experts", "num_experts"), "block_sparse_moe", normalize=True),
+        defaults={
+            **_SIZES, "vocab_size": 32_000, "intermediate_size": 14_336, "num_key_value_heads": 8,
+            "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0,
+            "num_local_experts": 8,
+        },
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM", fields={"qk_norm": True},
+        experts=ExpertsFormat(("num_experts", "num_local_experts"), "mlp", d_ff="moe_intermediate_size"),
+        defaults={
+            "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24,
+            "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 32_768,
+            "sliding_window": 4096, "use_sliding_window": False, "num_experts": 128, "num_experts_per_tok": 8,
+        },
+        refused={
+            "decoder_sparse_step": (1, "whose layers all have experts"),
+            "mlp_only_layers": ([], "whose layers all have experts"),
+        },
+    ),
+    "olmoe": Family(
+        architecture="OlmoeForCausalLM", fields={"qk_norm": True, "qk_norm_width": "all"}, shared_width=True,
+        experts=ExpertsFormat(("num_experts", "num_local_experts"), "mlp"),
+        defaults={
+            "vocab_size": 50_304, "hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 16,
+            "num_attention_heads": 16, "num_key_value_heads": None, "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8,
+        },
+        refused={"clip_qkv": (None, "whose queries, keys and values are not clipped")},
+    ),
+    "granitemoe": Family(
+        architecture="GraniteMoeForCausalLM", defaults={**_LLAMA, "num_local_experts": 8}, keys=_GRANITE_KEYS,
+        experts=ExpertsFormat(("num_local_experts",), "input_linear", normalize=True),
+    ),
     "smollm3": Family(
         architecture="SmolLM3ForCausalLM", kinds=("full", "sliding", "full_nope"), mixed="no_rope_layers",
         defaults={
@@ -131,12 +190,7 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "granite": Family(
-        architecture="GraniteForCausalLM", defaults=_LLAMA,
-        keys={
-            "embedding_scale": Key("embedding_multiplier"), "residual_scale": Key("residual_multiplier"),
-            "attention_scale": Key("attention_multiplier"),
-            "logits_scale": Key("logits_scaling", lambda divisor: 1.0 / divisor, lambda scale: 1.0 / scale),
-        },
+        architecture="GraniteForCausalLM", defaults=_LLAMA, keys=_GRANITE_KEYS,
     ),
     "olmo2": Family(
         architecture="Olmo2ForCausalLM", defaults={**_LLAMA, "vocab_size": 50_304, "rms_norm_eps": 1e-5},
@@ -162,19 +216,18 @@ def choose_family(config: ModelConfig, preferred: Any = None) -> str:
     Raises:
       ConfigError: no family does; the error names a field in which the model differs from the nearest family.
     """
-    config.refuse_experts("a Hugging Face folder")
+    of_kind = [name for name, family in FAMILIES.items() if bool(family.experts) == bool(config.experts.number)]
     order = [preferred] if isinstance(preferred, str) and preferred in FAMILIES else []
     if config.rope_scaling.kind == "longrope":
         order.append("phi3")  # other classes of transformers compute it too, but no model of theirs has it
-    wrong = {name: misfits(FAMILIES[name], config) for name in (*order, *FAMILIES)}
+    wrong = {name: misfits(FAMILIES[name], config) for name in (*order, *of_kind) if name in of_kind}
     nearest = min(wrong, key=lambda name: len(wrong[name]))
     if not wrong[nearest]:
         return nearest
     field, fits = next(iter(wrong[nearest].items()))
-    owner, _, last = field.rpartition(".")
-    value = getattr(config.rope_scaling if owner else config, last)
+    value = functools.reduce(getattr, field.split("."), config)
     raise ConfigError(
-        f"model.{field}={value} has no place in config.json of {nearest}, the nearest of {', '.join(FAMILIES)}; "
+        f"model.{field}={value} has no place in config.json of {nearest}, the nearest of {', '.join(of_kind)}; "
         f"use model.{field}={fits}"
     )
 
@@ -204,6 +257,12 @@ def misfits(family: Family, config: ModelConfig) -> dict[str, Any]:
         and config.head_dim * config.num_heads != config.d_model
     ):
         # transformers counts the factors of heads that share d_model
+        wrong["head_dim"] = max(2, config.d_model // config.num_heads)
+    if family.experts:
+        rule = {"scores": "softmax", "scale": 1.0, "shared": 0}
+        rule |= {} if family.experts.normalize is None else {"normalize": family.experts.normalize}
+        wrong |= {f"experts.{name}": fits for name, fits in rule.items() if getattr(config.experts, name) != fits}
+    if family.shared_width and config.head_dim * config.num_heads != config.d_model:
         wrong["head_dim"] = max(2, config.d_model // config.num_heads)
     if family.whole_heads and config.d_model % config.num_heads:
         wrong["d_model"] = -(-config.d_model // config.num_heads) * config.num_heads

@@ -4,9 +4,11 @@ Source: the classes in models/*/modeling_*.py of transformers 5.24.
 """
 
 from tsp_jax.config import ModelConfig, Norms
+from tsp_jax.hf.families import Family
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_LAYER, _ATTENTION, _MLP = ("model.layers.{}." + part for part in ("", "self_attn.", "mlp."))
+_PARTS = "", "self_attn.", "mlp.", "block_sparse_moe."
+_LAYER, _ATTENTION, _MLP, _SPARSE = ("model.layers.{}." + part for part in _PARTS)
 NAMES = {
     "embed.table": EMBEDDING,
     "layers.attention.w_q": f"{_ATTENTION}q_proj.weight",
@@ -48,8 +50,34 @@ FUSED = {
 }
 """our parameter -> (name of a tensor that holds the rows of several, its place among them), in fused families"""
 
+EXPERTS = {
+    "mlp": {
+        "layers.mlp.router": (f"{_MLP}gate.weight", 0),
+        "layers.mlp.w_gate": (f"{_MLP}experts.{{}}.gate_proj.weight", 0),
+        "layers.mlp.w_up": (f"{_MLP}experts.{{}}.up_proj.weight", 0),
+        "layers.mlp.w_down": (f"{_MLP}experts.{{}}.down_proj.weight", 0),
+    },
+    "block_sparse_moe": {
+        "layers.mlp.router": (f"{_SPARSE}gate.weight", 0),
+        "layers.mlp.w_gate": (f"{_SPARSE}experts.{{}}.w1.weight", 0),
+        "layers.mlp.w_up": (f"{_SPARSE}experts.{{}}.w3.weight", 0),
+        "layers.mlp.w_down": (f"{_SPARSE}experts.{{}}.w2.weight", 0),
+    },
+    "input_linear": {
+        "layers.mlp.router": (f"{_SPARSE}router.layer.weight", 0),
+        "layers.mlp.w_gate": (f"{_SPARSE}input_linear.weight", 0),
+        "layers.mlp.w_up": (f"{_SPARSE}input_linear.weight", 1),
+        "layers.mlp.w_down": (f"{_SPARSE}output_linear.weight", 0),
+    },
+}
+"""the same for a router and experts. If each expert has its own tensor, a second {} stands for the expert's number;
+otherwise the first dim of a tensor is the experts"""
 
-def tensor_names(config: ModelConfig, fused: bool) -> dict[str, tuple[str, int]]:
+
+def tensor_names(config: ModelConfig, family: Family) -> dict[str, tuple[str, int]]:
     """Parameter -> (name of its tensor, its place among the parameters whose rows the tensor holds)."""
     names = {param: (name, 0) for param, name in (NAMES | NORMS[config.norms]).items()}
-    return names | FUSED if fused else names
+    if config.experts.number:
+        assert family.experts, f"{family.architecture} has no experts"
+        names |= EXPERTS[family.experts.tensors]
+    return names | FUSED if family.fused else names

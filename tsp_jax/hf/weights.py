@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 
 from tsp_jax.config import DType, ModelConfig, check_local
@@ -15,7 +16,7 @@ from tsp_jax.files import read_json
 from tsp_jax.hf.config import config_json, read_config, read_model_type
 from tsp_jax.hf.families import FAMILIES
 from tsp_jax.hf.names import EMBEDDING, HEAD
-from tsp_jax.hf.params import Param, param_tree, shapes, tensors
+from tsp_jax.hf.params import abstract_state, param_tree, shapes, tensors
 from tsp_jax.hf.tensors import MAX_FILE_BYTES, Tensors, new_folder, write_json, write_tensors
 from tsp_jax.layout import Placement
 
@@ -31,10 +32,10 @@ COPIED = (
 def abstract_params(config: ModelConfig, placement: Placement, dtype: jax.typing.DTypeLike) -> dict:
     """Returns shapes and shardings of what `load_params` returns."""
 
-    def abstract(param: Param) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(param.stored.shape, dtype, sharding=param.stored.sharding)
+    def abstract(param: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(param.shape, dtype, sharding=param.sharding)
 
-    return jax.tree.map(abstract, param_tree(config, placement))
+    return jax.tree.map(abstract, nnx.to_pure_dict(abstract_state(config, placement)))
 
 
 def check_folder(folder: str | Path, config: ModelConfig, placement: Placement) -> Tensors:
@@ -63,7 +64,7 @@ def check_folder(folder: str | Path, config: ModelConfig, placement: Placement) 
 
 def _folder_tree(folder: str | Path, config: ModelConfig, placement: Placement) -> dict:
     """The tree of parameters, with the names of tensors that the folder's family has."""
-    return param_tree(config, placement, fused=FAMILIES[read_model_type(folder)].fused)
+    return param_tree(config, placement, FAMILIES[read_model_type(folder)])
 
 
 def load_params(
@@ -110,7 +111,7 @@ def save_params(
     check_local("folder", str(folder))
     carried = read_json(Path(source) / "config.json") if source else None
     content = config_json(config, dtype, carried)
-    tree = param_tree(config, placement, fused=FAMILIES[content["model_type"]].fused)
+    tree = param_tree(config, placement, FAMILIES[content["model_type"]])
     nbytes = {name: int(np.prod(shape)) * jnp.dtype(dtype).itemsize for name, shape in shapes(tree)}
     with new_folder(folder) if jax.process_index() == 0 else nullcontext() as partial:
         write_tensors(partial, nbytes, tensors(tree, params, jnp.dtype(dtype)), max_file_bytes)

@@ -50,7 +50,6 @@ def export(workdir: str, out: str, options: ExportOptions = ExportOptions()) -> 
         written.
     """
     config = read_run(workdir)
-    config.model.refuse_experts("a Hugging Face folder")
     step = find_step(workdir, options.step)
     layout = get_layout(options.layout)
     placement = Placement(layout, make_mesh(parse_mesh(options.mesh, layout, len(jax.devices()))))

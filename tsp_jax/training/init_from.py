@@ -18,7 +18,7 @@ from tsp_jax.training.corpus import name_tokenizer
 from tsp_jax.training.frozen import init_adapters
 from tsp_jax.training.step import TrainProgram, TrainState
 
-FREE = ("init_std",)
+FREE = ("init_std", "balance_loss", "z_loss")
 """fields of ModelConfig that a folder of weights does not determine"""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 """files of a tokenizer; if a folder has one of them, the tokens of its model are not bytes"""

@@ -116,7 +116,11 @@ WRONG = {
     "target without devices": (["--target", "mi300x"], "target=mi300x does not say how many devices; use mi300x:8"),
     "no device": (["--target", "mi300x:0"], "target=mi300x:0 does not say how many devices"),
     "nodes beside a number": (["--target", "mi300x:8", "--nodes", "2"], "use --target mi300x --nodes 2"),
-    "nodes of TPUs": (["--target", "v5p", "--nodes", "2"], "nodes=2 counts nodes of GPUs"),
+    "nodes of TPUs": (["--target", "v5p", "--nodes", "2"], "nodes=2 counts nodes of GPUs, and target=v5p is no GPU"),
+    "nodes and devices": (
+        ["--target", "h100:8", "--nodes", "2"],
+        "target=h100:8 says how many devices itself; use --target h100",
+    ),
     "no memory": (["--memory", "0"], "memory=0 must be above 0"),
     "more memory than there is": (["--memory", "1.5"], "memory=1.5 must be above 0 and at most 1"),
     "a mesh of another layout": (["--layout", "tp", "--mesh", "data=1,tsp=8"], "layout tp has no axis 'tsp'"),

@@ -48,15 +48,16 @@ class Prices:
 
     def seconds(self, step: Step) -> list[float]:
         """Seconds of each task of a step."""
-        name = step.name
-        if name not in self._seconds:
-            if self._origin:
-                before, fewer = self._origin.seconds(step), self.change.seconds
-                found = [fewer.get(task.name, now) for task, now in zip(step.tasks, before, strict=True)]
-            else:
-                found = [self.of(task) for task in step.tasks]
-            self._seconds[name] = found
-        return self._seconds[name]
+        name = step.tasks[0].name
+        if (known := self._seconds.get(name)) is not None:
+            return known
+        if self._origin:
+            before, fewer = self._origin.seconds(step), self.change.seconds
+            found = [fewer.get(task.name, now) for task, now in zip(step.tasks, before, strict=True)]
+        else:
+            found = [self.of(task) for task in step.tasks]
+        self._seconds[name] = found
+        return found
 
     def of(self, task: Task) -> float:
         """Seconds of a task without the change."""

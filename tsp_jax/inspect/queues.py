@@ -135,16 +135,16 @@ class Simulation:
         begin = max(self.now["compute"], self.now[step.queue])
         self.now[step.queue] = begin + seconds
         self._note(step.queue, begin, seconds, task)
-        self.executions[step.name] += 1
+        self.executions[task.name] += 1
+        if step.kind == "block":
+            self._await(task, begin + seconds)
+            return
         names = (step.key, f" {step.instruction.base}") if step.key else (f" {step.instruction.base}",)
         delayed = step.queue == "links"
         work = _Pending(names, task, self.now[step.queue] - (self.delay if delayed else 0.0), delayed)
         self.pending[work] = None
         if delayed:
             self.ahead.append(work)
-        if step.kind == "block":
-            self._stall(work)
-            return
         for name in names:
             self.named[name].append(work)
 
@@ -179,11 +179,15 @@ class Simulation:
 
     def _stall(self, work: _Pending) -> None:
         del self.pending[work]
-        wait = self._end(work) - self.now["compute"]
-        if wait > 0 and work.task.name not in self.prices.change.hidden:
-            self._note("compute", self.now["compute"], wait, work.task, exposed=True)
-            self.now["compute"] = self._end(work)
-            self.exposed[work.task.name] += wait
+        self._await(work.task, self._end(work))
+
+    def _await(self, task: Task, end: float) -> None:
+        """Lets compute wait until a task ends."""
+        wait = end - self.now["compute"]
+        if wait > 0 and task.name not in self.prices.change.hidden:
+            self._note("compute", self.now["compute"], wait, task, exposed=True)
+            self.now["compute"] = end
+            self.exposed[task.name] += wait
 
     def _note(
         self, track: Queue, start: float, seconds: float, task: Task | None, exposed: bool = False,

@@ -134,7 +134,8 @@ def _target(name: str, options: PlanOptions) -> tuple[Target, list[Count]]:
         hardware = _hardware(kind, options)
         if colon or hardware.platform not in ("rocm", "cuda"):
             use = f"--target {kind} --nodes {options.nodes}" if hardware.platform in ("rocm", "cuda") else f"{kind}:8"
-            raise ConfigError(f"nodes={options.nodes} counts nodes of GPUs, target={text} is none; use {use}")
+            wrong = f"target={text} says how many devices itself" if colon else f"target={text} is no GPU"
+            raise ConfigError(f"nodes={options.nodes} counts nodes of GPUs, and {wrong}; use {use}")
         text = f"{kind}:{options.nodes * hardware.node_size}"
     if count != "?":
         return parse_target(text, options.attention_efficiency, options.hardware), []

@@ -116,6 +116,14 @@ def scenarios_table(path: Path) -> list[str]:
     return table(" | ".join(["layout", *names]), cells)
 
 
+def plan_table(path: Path) -> list[str]:
+    """What the planner picks, as `plan_table.py` prints it."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import plan_table
+
+    return list(plan_table.markdown(plan_table.read(path)))
+
+
 def remat_table(path: Path) -> list[str]:
     """Peak and step of each remat policy."""
     rows = []
@@ -164,6 +172,13 @@ FIGURES = {
     "single": Figure(
         tuple(f"python scripts/inspect_hlo.py {flags}" for flags in SINGLE),
         "benchmarks/single.json", single_table, ("docs/benchmarks.md",),
+    ),
+    "plan": Figure(
+        tuple(
+            f"python benchmarks/plan_table.py benchmarks/plan_cells.jsonl --targets {name}:8 {name}:64"
+            for name in ("mi300x", "h100", "v5p")
+        ),
+        "benchmarks/plan_cells.jsonl", plan_table, ("docs/planning.md",),
     ),
     "remat": Figure(
         tuple(f"{INSPECT} --remat {name}" for name in ("save_attention", "full", "offload_attention")),

@@ -57,7 +57,8 @@ def test_a_command_finds_its_configurations_outside_a_clone(wheel, tmp_path):
     # -P: the working directory is not searched, so that the package is the wheel's.
     command = [sys.executable, "-P", "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-    known = "llama3_70b, llama_7b, qwen3_30b_a3b, qwen3_8b, smollm2_135m, tiny, the path of a .py file, or a Hugging Face folder"
+    names = "llama3_70b, llama_7b, qwen3_30b_a3b, qwen3_8b, smollm2_135m, tiny"
+    known = f"{names}, the path of a .py file, or a Hugging Face folder"
     assert (done.returncode, done.stderr) == (2, f"error: configuration huge is unknown; use one of {known}\n")
 
 

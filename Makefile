@@ -26,11 +26,11 @@ quick: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(SELECT)
 
-# The tests on the newest Python, with the newest JAX and its compilers for ROCm and TPU; without the cases that repeat a
-# test on further layouts.
+# Tests that depend on the version of JAX, and the quick ones, on the newest Python, with the newest JAX and its compilers
+# for ROCm and TPU.
 newest:
 	python=$$(.ci/python newest) && $(MAKE) test PYTHON="$$python" VENV=.venv-newest EXTRAS=dev,aot-rocm,aot-tpu \
-	    SELECT="-m 'not index and not soak and not repeated'"
+	    SELECT="-m 'newest and not index and not soak'"
 
 soak: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m soak

@@ -15,7 +15,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
-from tests.quick import is_quick, is_repeated
+from tests.quick import is_for_newest, is_quick
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -25,8 +25,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if is_quick(item.nodeid):
             item.add_marker("quick")
-        if is_repeated(item.nodeid):
-            item.add_marker("repeated")
+        if is_for_newest(item.nodeid):
+            item.add_marker("newest")
 
 
 @pytest.fixture(scope="module", autouse=True)

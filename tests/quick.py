@@ -1,4 +1,4 @@
-"""Which tests `make quick` runs, and which `make newest` leaves out.
+"""Which tests `make quick` runs, and which `make newest` does.
 
 Quick tests are few and short ones that together find most faults (benchmarks/quick_tests.md).
 """
@@ -70,16 +70,22 @@ QUICK = {
 """file or folder of tests -> regular expression for the names of its quick tests; empty: all of them"""
 
 
-REPEATED = (
-    "cost/test_contracts.py", "inference/test_cache.py", "inference/test_forward.py", "models/test_parity.py",
-    "models/test_remat.py", "ops/attention/test_train.py", "ops/kernels/test_kernels.py",
+NEWEST = (
+    # compilers of hardware that is absent
+    "cost/test_flops.py", "cost/test_memory.py", "hardware/", "inspect/", "models/test_offload.py",
+    "models/test_remat.py", "ops/kernels/test_chunk_pairs.py", "ops/kernels/test_tpu.py", "ops/kernels/test_triton.py",
+    "plan/test_compile.py", "tools/test_validate.py",
+    # whole runs
+    "test_examples.py", "test_nn.py", "test_readme.py", "tools/test_cli.py", "tools/test_generate.py",
+    "training/test_checkpoint.py", "training/test_processes.py", "training/test_profile.py", "training/test_resume.py",
+    "training/test_training.py",
 )  # fmt: skip
-"""files with many cases of one test, over layouts and models; compiling them takes half the time of all tests"""
+"""files and folders all of whose tests `make newest` runs: what depends on the version of JAX most"""
 
 
-def is_repeated(nodeid: str) -> bool:
-    """Whether `make newest` leaves a test out: it repeats a quick test on further layouts."""
-    return nodeid.removeprefix("tests/").startswith(REPEATED) and not is_quick(nodeid)
+def is_for_newest(nodeid: str) -> bool:
+    """Whether `make newest` runs a test."""
+    return nodeid.removeprefix("tests/").startswith(NEWEST) or is_quick(nodeid)
 
 
 def is_quick(nodeid: str) -> bool:

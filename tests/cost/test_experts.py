@@ -10,9 +10,7 @@ from tsp_jax.cost.memory import step_memory
 from tsp_jax.cost.passes import step_passes
 from tsp_jax.cost.serving import serving_memory
 from tsp_jax.errors import ConfigError
-from tsp_jax.hf.families import choose_family
-from tsp_jax.hf.params import param_tree
-from tsp_jax.layout import get_layout, place
+from tsp_jax.layout import get_layout
 
 MODEL = dataclasses.replace(CONFIG.model, experts=ExpertsConfig(number=8, per_token=2))
 MIXTURE = dataclasses.replace(CONFIG, model=MODEL)
@@ -25,8 +23,6 @@ ON = get_layout("tsp"), {"data": 1, "tsp": 8}
         (lambda: step_memory(MIXTURE, *ON), "the estimate of memory"),
         (lambda: step_passes(MIXTURE, *ON), "the estimate of time"),
         (lambda: serving_memory(MIXTURE, *ON, chunk=8), "the estimate of serving"),
-        (lambda: choose_family(MODEL), "a Hugging Face folder"),
-        (lambda: param_tree(MODEL, place("tsp", tsp=8)), "a Hugging Face folder"),
     ],
 )
 def test_what_has_no_experts_refuses_them(ask, what):

@@ -39,9 +39,10 @@ index: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[dev,hf-test,browser-test]"
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m index
 
-# Compiles for MI300X for about half an hour; writes tables of README, docs/ and benchmarks/.
+# Compiles for MI300X, H100 and TPU, for hours if no cell of the planner's table is kept; writes tables of README, docs/
+# and benchmarks/.
 figures: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[aot-rocm,viz]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[aot-rocm,aot-cuda,aot-tpu,viz]"
 	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/figures.py
 
 docs: $(INSTALLED)

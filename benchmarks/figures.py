@@ -3,7 +3,7 @@
 A table stands between `<!-- figure: NAME -->` and `<!-- end -->`. Its data lie in a file beside this script; a test
 renders them again and compares, so that no figure is copied by hand.
 
-    python benchmarks/figures.py              run all commands, with ROCm's compiler (aot-rocm)
+    python benchmarks/figures.py              run all commands, with the compilers of all platforms
     python benchmarks/figures.py layouts      run one
     python benchmarks/figures.py --render     write the tables from the data as they are
 """
@@ -116,7 +116,7 @@ def scenarios_table(path: Path) -> list[str]:
     return table(" | ".join(["layout", *names]), cells)
 
 
-def plan_table(path: Path) -> list[str]:
+def picks_table(path: Path) -> list[str]:
     """What the planner picks, as `plan_table.py` prints it."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import plan_table
@@ -178,7 +178,7 @@ FIGURES = {
             f"python benchmarks/plan_table.py benchmarks/plan_cells.jsonl --targets {name}:8 {name}:64"
             for name in ("mi300x", "h100", "v5p")
         ),
-        "benchmarks/plan_cells.jsonl", plan_table, ("docs/planning.md",),
+        "benchmarks/plan_cells.jsonl", picks_table, ("docs/planning.md",),
     ),
     "remat": Figure(
         tuple(f"{INSPECT} --remat {name}" for name in ("save_attention", "full", "offload_attention")),

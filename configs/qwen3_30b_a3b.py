@@ -1,4 +1,4 @@
-"""Qwen3-30B-A3B, a mixture of 128 experts of which each token uses 8, at 128 K tokens on eight GPUs.
+"""Qwen3-30B-A3B, a mixture of 128 experts, 8 a token, at 128 K tokens on eight GPUs.
 
 Command:  python scripts/inspect_hlo.py qwen3_30b_a3b --target mi300x:8
 Hardware: compiled for 8 x MI300X; it has not run on one.

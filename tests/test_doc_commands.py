@@ -17,6 +17,10 @@ MODULES = {"inspect_hlo": "inspect"}
 TEXTS = (".hlo", ".json")
 """ends of first arguments that another parser reads, in place of a configuration"""
 
+CONFIGS = [path.stem for path in (ROOT / "configs").glob("*.py")]
+WITH_CONFIG = [f"scripts/{name}.py" for name in ("train", "plan", "inspect_hlo", "compare")]
+"""scripts whose first argument is a configuration"""
+
 
 class ParsedError(Exception):
     """The command line was understood."""
@@ -34,18 +38,11 @@ def commands() -> list[str]:
 
 
 def words_of(command: str) -> list[str]:
-    """Words of a command; what a user would put for an ellipsis is left out."""
-    words = [word for word in shlex.split(command, comments=True) if word != "..."]
-    return words if words[1] in CONFIGS or words[1].endswith(TEXTS) or words[0] not in WITH_CONFIG else _as_tiny(words)
-
-
-CONFIGS = [path.stem for path in (ROOT / "configs").glob("*.py")]
-WITH_CONFIG = [f"scripts/{name}.py" for name in ("train", "plan", "inspect_hlo", "compare")]
-
-
-def _as_tiny(words: list[str]) -> list[str]:
-    """The command for a configuration that is here, in place of a folder or file of one's own."""
-    return [words[0], "tiny", *words[2:]]
+    """Words of a command, without an ellipsis; `tiny` stands for a folder or file of one's own, which is not here."""
+    script, first, *rest = (word for word in shlex.split(command, comments=True) if word != "...")
+    if script in WITH_CONFIG and first not in CONFIGS and not first.endswith(TEXTS):
+        first = "tiny"
+    return [script, first, *rest]
 
 
 @pytest.mark.parametrize("command", commands())

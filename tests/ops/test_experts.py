@@ -185,7 +185,7 @@ def test_the_work_is_that_of_the_choices(favourite):
 
 @pytest.mark.parametrize("each", [256, 300, 1024, 5000, 100_000])
 def test_half_filled_tiles_waste_little(each):
-    """From 4 K tokens a device on, of which each chooses 8 of 128 experts."""
+    """From 4 K tokens a device on; each token chooses 8 of 128 experts."""
     tile = tile_size(128 * each, 128)
     assert tile & (tile - 1) == 0
     assert (each + tile / 2) / each <= 1.15

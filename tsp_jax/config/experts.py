@@ -11,7 +11,7 @@ RouterScores = Literal["softmax", "sigmoid"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
-    """A mixture of experts in place of the MLP of each layer: gated MLPs, of which each token is the input of a few."""
+    """A mixture of experts in place of the MLP of each layer: gated MLPs; each token is the input of a few."""
 
     number: int = 0
     """E, experts of each layer, each a gated MLP of width d_ff; 0: none, each layer has one MLP"""

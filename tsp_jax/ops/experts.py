@@ -4,7 +4,7 @@ An expert is F rows of each of three weights. Folded axes shard the experts, so 
 every rank; tensor axes shard the rows of each expert. Whatever the router chooses, no token is dropped.
 
 A device sorts its choices by expert, once, and cuts each expert's choices into tiles. One product takes the tokens of
-one tile. So no expert is multiplied with tokens that did not choose it, but for the last tile of each expert.
+one tile. So an expert is multiplied with the tokens that chose it, and with zeros that fill its last tile.
 
 If experts move past tokens, a device has the same work whatever the router chooses: that of its own tokens. If tokens
 move past experts, a device has the work of its own experts, and the fullest one sets the pace.

@@ -243,7 +243,7 @@ def _one_line(box: str) -> str:
     return re.sub(headings + r"|Error parsing \w+: ", "", words).strip()
 
 
-_STUCK = "--xla_cpu_collective_call_terminate_timeout_seconds"
+_LONGEST_WAIT = "--xla_cpu_collective_call_terminate_timeout_seconds"
 
 
 def use_devices(cpu_devices: int) -> None:
@@ -254,8 +254,8 @@ def use_devices(cpu_devices: int) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", cpu_devices)
         # XLA ends the process if a virtual device waits 40 s for another: seen on a machine that had other work too.
-        if _STUCK not in (flags := os.environ.get("XLA_FLAGS", "")):
-            os.environ["XLA_FLAGS"] = f"{flags} {_STUCK}=3600".lstrip()
+        if _LONGEST_WAIT not in (flags := os.environ.get("XLA_FLAGS", "")):
+            os.environ["XLA_FLAGS"] = f"{flags} {_LONGEST_WAIT}=3600".lstrip()
         # On jax 0.12 a CPU program read back from the persistent cache no longer orders its collectives: seen to hang,
         # and to give other numbers.
         jax.config.update("jax_enable_compilation_cache", False)

@@ -42,7 +42,7 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Metrics of one step, scalars but for those of routers."""
+    """Metrics of one step, scalars; those of routers are arrays."""
 
     loss: jax.Array
     """mean negative log-likelihood over the labels, nats per token"""

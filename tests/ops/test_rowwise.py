@@ -10,12 +10,12 @@ import pytest
 from tests.builders.arrays import F32_TOLERANCE, assert_trees_near, normal, place_case
 from tests.builders.ops import B, D, S, V, activations, compiled_value_and_grads, ids
 from tsp_jax.ops.embedding import local_ids
-from tsp_jax.ops.rowwise import rowwise
+from tsp_jax.ops.rowwise import RowwiseOp, rowwise
 from tsp_jax.ops.stream import Stream
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaledRows:
+class ScaledRows(RowwiseOp):
     """``scale * (a[id] + b[id])``."""
 
     dtype: Any = jnp.float32

@@ -37,6 +37,9 @@ class StreamConfig:
     leaves documents that cross chunks of the sequence to triton; tpu is for v5p, v5e, v6e and v7x; auto: the first of
     cudnn, triton, tpu and xla that can compute the heads. Of triton and tpu, triton has run on H100 alone, and tpu on
     no TPU yet."""
+    expert_kernel: str = "auto"
+    """how rows are multiplied with the experts that they chose: xla runs everywhere, one product after another; triton
+    is for MI300X, MI355X and H100, and multiplies many experts' rows at once, in bfloat16; auto: triton where it can"""
 
     def __post_init__(self):
         check("stream.", self, positive="bucket_mib")

@@ -150,9 +150,14 @@ class Work(NamedTuple):
     """(m, n, k), with a batch counted in m; None: not known"""
     dtype: str = "bfloat16"
     direction: Direction | None = None
-    """of an attention kernel; None: plain products"""
+    """of an attention kernel; None: other products"""
     kernel: str = ""
+    """name of an attention kernel; grouped: products of rows grouped by expert (`GROUPED`)"""
     head_dim: int = 0
+
+
+GROUPED = Band(0.5, 0.75, 1.0), Source("assumed", "a share of a plain product's rate; no such kernel has been timed")
+"""share of the rate of one product of the same size that a kernel for rows grouped by expert reaches, and its source"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,7 +188,8 @@ class Rates:
         """Time of a kernel's matrix products."""
         if work.direction:
             return work.flops / self.attention_row(work).flops_per_s.rate(level)
-        return work.flops / self.product_flops(work, level)
+        share = GROUPED[0].rate(level) if work.kernel == "grouped" else 1.0
+        return work.flops / (share * self.product_flops(work, level))
 
     def product_flops(self, work: Work, level: Level) -> float:
         """Operations/s of a plain matrix product [m, k] x [k, n].

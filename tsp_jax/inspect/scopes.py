@@ -15,6 +15,7 @@ _ADDED_BY_JAX = re.compile(
 )
 _DECLARED_TRIPS = re.compile(r"(?:^|[/(])mean_trips\[([^\]/]*)\]\)*/while$")
 _DECLARED_FLOPS = re.compile(r"(?:^|[/(])mean_flops\[([\w.]+)=([^\]/]*)\]\)*/[^/]+$")
+_GROUPED = re.compile(r"grouped\.(\d{1,9})x(\d{1,9})x(\d{1,9})")
 _ATTENTION = re.compile(r"attention_(forward|backward)(?:\.(\w+)\.h(\d{1,6}))?")
 
 
@@ -25,12 +26,16 @@ class DeclaredFlops(NamedTuple):
     """FLOPs that a program declares for a kernel: the mean over the kernel's executions."""
 
     kind: str
-    """kind of kernel, such as attention_forward.triton.h128 (`tsp_jax.ops.kernels.kernel.declare_products`)"""
+    """kind of kernel, such as attention_forward.triton.h128 (`tsp_jax.ops.kernels.kernel.declare_products`), or
+    grouped.8192x768x2048, products of m rows with n columns over k, of several experts (`tsp_jax.ops.grouped`)"""
     flops: float
 
     @property
     def work(self) -> Work:
-        """What `Rates.seconds` needs to know; a kind that is no attention counts as plain products."""
+        """What `Rates.seconds` needs to know; a kind that it does not know counts as plain products."""
+        if found := _GROUPED.fullmatch(self.kind):
+            m, n, k = map(float, found.groups())
+            return Work(self.flops, (m, n, k), kernel="grouped")
         if not (found := _ATTENTION.fullmatch(self.kind)):
             return Work(self.flops)
         direction, kernel, head_dim = found.groups()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.links import link_model
-from tsp_jax.hardware.rates import SCENARIOS, Band, Rates, Work
+from tsp_jax.hardware.rates import GROUPED, SCENARIOS, Band, Rates, Work
 from tsp_jax.inspect.collection import paused_collection
 from tsp_jax.inspect.module import Module, Trips
 from tsp_jax.inspect.platforms import check_platform, platforms_of_text
@@ -276,6 +276,9 @@ def _kernel_assumptions(module: Module, rates: Rates, kernels: Iterable[TaskTota
 
 
 def _declared_rate(rates: Rates, work: Work) -> str:
+    if work.kernel == "grouped":
+        share, source = GROUPED
+        return f"{share.text()} times the rate of one product of the same size; {source}"
     if not work.direction:
         return f"{rates.best_flops.text(1e12)} TFLOP/s, as the fastest plain products"
     row = rates.attention_row(work)

@@ -16,6 +16,7 @@ from tsp_jax.layout import Placement, num_ranks
 from tsp_jax.nn.layer import Layer
 from tsp_jax.nn.mlp import MLP
 from tsp_jax.ops.experts import experts
+from tsp_jax.ops.grouped import choose_grouped
 from tsp_jax.ops.router import RouterSums, route
 from tsp_jax.stored import ExpertPadding
 
@@ -88,9 +89,13 @@ class Experts(Layer):
         )  # fmt: skip
         rule = {name: getattr(self.config, name) for name in ("per_token", "scores", "normalize", "scale")}
         router = partial(route, token_axes=self.placement.layout.tokens, **rule)
+        grouped = choose_grouped(
+            self.stream.expert_kernel, self.placement.mesh, d_model, self.padding.shard_rows, self.dtype
+        )  # fmt: skip
         op = partial(
             experts, num_experts=self.config.number, axes=self.placement.layout.axes(self.dim), stream=stream,
             activation=self.activation, d_ff=self.padding.rows, expert_axes=self.placement.layout.expert_axes,
+            grouped=grouped,
         )  # fmt: skip
 
         def local(x_BtD, w_ED, *weights):

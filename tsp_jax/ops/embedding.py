@@ -13,7 +13,7 @@ from jax import lax
 
 from tsp_jax.layout import Axes
 from tsp_jax.ops.padding import RealRows
-from tsp_jax.ops.rowwise import Grads, rowwise
+from tsp_jax.ops.rowwise import Grads, RowwiseOp, rowwise
 from tsp_jax.ops.stream import Arrays, Bucket, Stream, zeros
 
 
@@ -60,7 +60,7 @@ def embed(
 
 
 @dataclasses.dataclass(frozen=True)
-class _TableRows:
+class _TableRows(RowwiseOp):
     """A token's partial output is its row on one rank and zeros on all others, so the sum is exact in any dtype."""
 
     dtype: Any

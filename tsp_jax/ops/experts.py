@@ -16,7 +16,6 @@ ranks. Products have a leading dim of 1.
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,10 +23,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.layout import Axes, AxisNames
-from tsp_jax.ops.linear import matmul, matmul_t, outer
+from tsp_jax.ops.grouped import Grouped, OneByOne, Slab
 from tsp_jax.ops.mlp import ACTIVATIONS
 from tsp_jax.ops.router import Choices
-from tsp_jax.ops.rowwise import Grads, rowwise
+from tsp_jax.ops.rowwise import Grads, RowwiseOp, rowwise
 from tsp_jax.ops.stationary import moves_tokens
 from tsp_jax.ops.stream import Arrays, Bucket, Stream, zeros
 
@@ -36,6 +35,7 @@ def experts(
     x_BtD: jax.Array, choices: Choices, w_gate_rD: jax.Array, w_up_rD: jax.Array, w_down_rD: jax.Array, *,
     num_experts: int, axes: Axes = Axes(), stream: Stream = Stream(), activation: str = "silu",
     d_ff: int | None = None, tile: int | None = None, expert_axes: AxisNames | None = None,
+    grouped: Grouped = OneByOne(),
 ) -> jax.Array:  # fmt: skip
     """``sum_j w_j MLP_e(x)`` over the k chosen experts e = chosen_j of each token.
 
@@ -79,7 +79,8 @@ def experts(
         split = tuple(name for name in axes.tensor if name not in whole)
         resident = () if axes.folded else whole
         op = _Experts(
-            activation, num_experts, local * ranks, rows, d_ff or rows, split, resident, tile, sorted_once, x_BtD.dtype
+            activation, num_experts, local * ranks, rows, d_ff or rows, split, resident, grouped, tile, sorted_once,
+            x_BtD.dtype,
         )  # fmt: skip
         chosen = _by_expert(choices.experts_Btk) if sorted_once else (choices.experts_Btk,)
         stream = stream._replace(chunk_tokens=Stream().chunk_tokens, product_bytes=math.inf)
@@ -87,17 +88,14 @@ def experts(
         return rowwise(op, inputs, (w_gate_rD, w_up_rD, w_down_rD), axes=axes, stream=stream)
 
 
-SMALLEST_TILE, LARGEST_TILE = 8, 512
-
-
-def tile_size(choices: int, num_experts: int) -> int:
+def tile_size(choices: int, num_experts: int, smallest: int = 8, largest: int = 512) -> int:
     """Choices of a tile, a power of two: half a tile, what an expert's last one wastes, is at most 15 % of them.
 
     `choices` are those of all experts. There are limits, so that few choices still are a product, and a product fits
     into caches.
     """
-    largest = max(1, int(0.3 * choices / num_experts))
-    return min(LARGEST_TILE, max(SMALLEST_TILE, 1 << (largest.bit_length() - 1)))
+    most = max(1, int(0.3 * choices / num_experts))
+    return min(largest, max(smallest, 1 << (most.bit_length() - 1)))
 
 
 def _by_expert(experts_Btk: jax.Array) -> Arrays:
@@ -130,18 +128,24 @@ class _Tiles(NamedTuple):
         """For each expert, the number of tiles of it and of all before it."""
         return jnp.cumsum(-(-self.counts_m // self.size))
 
-    def tile(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(expert's place in the bucket, numbers of the tile's choices [1, n]); A where the tile has none left."""
-        expert = (self.ends_m <= index).sum(dtype=jnp.int32)
-        ends, counts, first = (array_m[expert] for array_m in (self.ends_m, self.counts_m, self.first_m))
-        before = (index - ends) * self.size + -(-counts // self.size) * self.size
-        places_n = before + lax.iota(jnp.int32, self.size)
-        choices_n = self.order_A[jnp.minimum(first + places_n, len(self.order_A) - 1)]
-        return expert, jnp.where(places_n < counts, choices_n, len(self.order_A))[None]
+    def slab(self, first: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
+        """(expert's place in the bucket of each tile [q], numbers of the tiles' choices [N]), from tile `first` on.
+
+        A number is A where a tile has no choice left, and the place is m where there is no tile left.
+        """
+        index_q = first + lax.iota(jnp.int32, number)
+        experts_q = (self.ends_m[None] <= index_q[:, None]).sum(axis=1, dtype=jnp.int32)
+        ends, counts, firsts = (
+            a.at[experts_q].get(mode="fill", fill_value=0) for a in (self.ends_m, self.counts_m, self.first_m)
+        )
+        before = (index_q - ends) * self.size + -(-counts // self.size) * self.size
+        places_qn = before[:, None] + lax.iota(jnp.int32, self.size)[None]
+        choices_qn = self.order_A[jnp.minimum(firsts[:, None] + places_qn, len(self.order_A) - 1)]
+        return experts_q, jnp.where(places_qn < counts[:, None], choices_qn, len(self.order_A)).reshape(-1)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Experts:
+class _Experts(RowwiseOp):
     """The mixture as a row-wise op: operands are in the compute dtype, sums in float32."""
 
     activation: str
@@ -156,6 +160,7 @@ class _Experts:
     """tensor axes that shard the rows of each expert"""
     resident: AxisNames
     """tensor axes that shard whole experts"""
+    grouped: Grouped
     tile: int | None
     sorted_once: bool
     """the inputs hold choices that are sorted already; else each bucket of tokens is sorted"""
@@ -163,12 +168,15 @@ class _Experts:
     accumulator_dtype: Any = jnp.float32
     chunked: bool = False
 
-    def _hidden(self, gate_1nf: jax.Array, up_1nf: jax.Array) -> jax.Array:
-        h_1nf = ACTIVATIONS[self.activation](gate_1nf) * up_1nf
+    def _gated(self, gate_Nf: jax.Array, up_Nf: jax.Array) -> jax.Array:
+        return ACTIVATIONS[self.activation](gate_Nf) * up_Nf
+
+    def _real(self, h_Nf: jax.Array) -> jax.Array:
+        """Without the columns that are padding."""
         if not self.split or self.real_rows == self.rows * lax.axis_size(self.split):
-            return h_1nf
+            return h_Nf
         real_f = lax.axis_index(self.split) * self.rows + lax.iota(jnp.int32, self.rows) < self.real_rows
-        return jnp.where(real_f, h_1nf, 0.0)
+        return jnp.where(real_f[None], h_Nf, jnp.zeros((), h_Nf.dtype))
 
     def _tiles(self, inputs: Arrays, bucket: Bucket) -> _Tiles:
         order_Btk, sorted_Btk = inputs[2:] if self.sorted_once else _by_expert(inputs[2])
@@ -178,71 +186,100 @@ class _Experts:
         return _Tiles.of(order_Btk, sorted_Btk, experts_m, self._tile(order_Btk.size))
 
     def _tile(self, choices: int) -> int:
-        return self.tile or tile_size(choices, self.num_experts)
+        limits = self.grouped.smallest_tile, self.grouped.largest_tile
+        return self.tile or tile_size(choices, self.num_experts, *limits)
 
-    def _over_tiles(self, body, carry: Any, inputs: Arrays, bucket: Bucket) -> Any:
-        """Runs ``body(carry, expert's place, its weights each [f, D], choices [1, n])`` on every tile of a bucket."""
-        tiles, width = self._tiles(inputs, bucket), bucket.arrays[0].shape[-1]
-        weights = [array.reshape(-1, self.rows, width) for array in bucket.arrays]
+    def _over_slabs(self, body, carry: Any, inputs: Arrays, bucket: Bucket) -> Any:
+        """Runs ``body(carry, slab, choices [N])`` on all tiles of a bucket, a slab at a time."""
+        tiles, mean = self._tiles(inputs, bucket), self._mean_tiles(inputs[1].size, bucket.num_rows // self.rows)
+        size = self.grouped.slab_tiles(mean, tiles.size)
+        trips = mean if size == 1 else math.ceil(mean / size)
 
         def step(index, carry):
-            expert, choices_1n = tiles.tile(index)
-            mine = (lax.dynamic_index_in_dim(array, expert, keepdims=False) for array in weights)
-            return body(carry, expert, tuple(mine), choices_1n)
+            experts_q, choices_N = tiles.slab(index * size, size)
+            filled = jnp.minimum(size, tiles.ends_m[-1] - index * size)
+            return body(carry, Slab(experts_q, filled, tiles.size, mean / trips), choices_N)
 
         # Reports read how often a loop runs whose end depends on data from the scope around it.
-        with jax.named_scope(f"mean_trips[{self._mean_tiles(inputs[1].size, len(weights[0])):.9g}]"):
-            return lax.fori_loop(0, tiles.ends_m[-1], step, carry)
+        with jax.named_scope(f"mean_trips[{trips:.9g}]"):
+            return lax.fori_loop(0, -(-tiles.ends_m[-1] // size), step, carry)
 
     def _mean_tiles(self, choices: int, experts: int) -> float:
         """Mean number of tiles of a bucket of so many experts, if all experts are chosen equally often."""
         each, real = choices / self.num_experts, experts * self.num_experts / self.stored_experts
         return real * min(each, max(1.0, each / self._tile(choices) + 0.5))
 
+    def _weights(self, bucket: Bucket) -> Arrays:
+        """Each [m, f, D]."""
+        return tuple(array.reshape(-1, self.rows, array.shape[-1]) for array in bucket.arrays)
+
+    # A sum over buckets holds the outputs of all choices, [B, t, k, D]: each is written once, so the order does not
+    # matter, as it would if a slab that holds several choices of a token added them up.
+
+    def start(self, inputs: Arrays, width: int) -> jax.Array:
+        return zeros((*inputs[1].shape, width), self.dtype, like=inputs[0])
+
+    def add(self, total: jax.Array, inputs: Arrays, bucket: Bucket) -> jax.Array:
+        gate_mfD, up_mfD, down_mfD = self._weights(bucket)
+        x_TD, per_token = inputs[0].reshape(-1, inputs[0].shape[-1]), inputs[1].shape[-1]
+
+        def slab(total_AD, slab: Slab, choices_N):
+            x_ND = _rows(x_TD, choices_N // per_token)
+            (h_Nf,) = self.grouped.matmul_t(x_ND, (gate_mfD, up_mfD), slab, combine=self._gated)
+            out_ND = self.grouped.matmul((self._real(h_Nf),), (down_mfD,), slab)
+            return _set_rows(total_AD, choices_N, out_ND)
+
+        total_AD = total.reshape(-1, total.shape[-1])
+        return self._over_slabs(slab, total_AD, inputs, bucket).reshape(total.shape)
+
+    def finish(self, total: jax.Array, inputs: Arrays) -> jax.Array:
+        return jnp.einsum("btkd,btk->btd", total, inputs[1], preferred_element_type=jnp.float32)
+
     def partial(self, inputs: Arrays, bucket: Bucket) -> jax.Array:
-        x_BtD, weights_Btk, *_ = inputs
-        x_TD, weights_A = x_BtD.reshape(-1, x_BtD.shape[-1]), weights_Btk.reshape(-1)
+        total = self.start(inputs, bucket.arrays[0].shape[-1])
+        return self.finish(self.add(total, inputs, bucket), inputs)
 
-        def add_tile(y_TD, _, weights, choices_1n):
-            gate_fD, up_fD, down_fD = weights
-            tokens_1n = choices_1n // weights_Btk.shape[-1]
-            x_1nD = _rows(x_TD, tokens_1n)
-            h_1nf = self._hidden(matmul_t(x_1nD, gate_fD), matmul_t(x_1nD, up_fD))
-            out_1nD = matmul(h_1nf.astype(self.dtype), down_fD)
-            return _add_rows(y_TD, tokens_1n, out_1nD * _rows(weights_A, choices_1n)[..., None])
+    def start_vjp(self, inputs: Arrays, dy_BtD: jax.Array) -> Arrays:
+        shape = inputs[1].shape
+        return zeros((*shape, inputs[0].shape[-1]), self.dtype, dy_BtD), zeros(shape, jnp.float32, dy_BtD)
 
-        y_TD = zeros(x_TD.shape, jnp.float32, like=x_BtD)
-        return self._over_tiles(add_tile, y_TD, inputs, bucket).reshape(x_BtD.shape)
+    def add_vjp(self, total: Arrays, inputs: Arrays, dy_BtD: jax.Array, bucket: Bucket) -> tuple[Arrays, Arrays]:
+        gate_mfD, up_mfD, down_mfD = self._weights(bucket)
+        x_TD, dy_TD = (array.reshape(-1, array.shape[-1]) for array in (inputs[0], dy_BtD))
+        weights_A, per_token = inputs[1].reshape(-1), inputs[1].shape[-1]
+        grouped = self.grouped
 
-    def partial_vjp(self, inputs: Arrays, dy_BtD: jax.Array, bucket: Bucket) -> tuple[Grads, Arrays]:
-        x_BtD, weights_Btk, *_ = inputs
-        x_TD, dy_TD = (array.reshape(-1, x_BtD.shape[-1]) for array in (x_BtD, dy_BtD))
-        weights_A = weights_Btk.reshape(-1)
-
-        def add_tile(carry, expert, weights, choices_1n):
-            (dx_TD, dweights_A, *grads), (gate_fD, up_fD, down_fD) = carry, weights
-            tokens_1n = choices_1n // weights_Btk.shape[-1]
-            x_1nD, dy_1nD = _rows(x_TD, tokens_1n), _rows(dy_TD, tokens_1n)
-            weight_1n1 = _rows(weights_A, choices_1n)[..., None]
-            h_1nf, hidden_vjp = jax.vjp(self._hidden, matmul_t(x_1nD, gate_fD), matmul_t(x_1nD, up_fD))
-            dh_1nf = matmul_t(dy_1nD, down_fD)
-            dgate_1nf, dup_1nf = (d.astype(self.dtype) for d in hidden_vjp(dh_1nf * weight_1n1))
-            weighted_1nf = (h_1nf * weight_1n1).astype(self.dtype)
-            more = outer(dgate_1nf, x_1nD), outer(dup_1nf, x_1nD), outer(weighted_1nf, dy_1nD)
-            dx_1nD = matmul(jnp.concatenate([dgate_1nf, dup_1nf], axis=-1), jnp.concatenate([gate_fD, up_fD]))
+        def slab(carry, slab: Slab, choices_N):
+            dx_AD, dweights_A, dgate_mfD, dup_mfD, ddown_mfD = carry
+            tokens_N = choices_N // per_token
+            x_ND, dy_ND = _rows(x_TD, tokens_N), _rows(dy_TD, tokens_N)
+            weight_N1 = _rows(weights_A, choices_N)[:, None]
+            products = grouped.matmul_t(x_ND, (gate_mfD, up_mfD), slab)
+            h_Nf, hidden_vjp = jax.vjp(lambda *products: self._real(self._gated(*products)), *products)
+            (dh_Nf,) = grouped.matmul_t(dy_ND, (down_mfD,), slab)
+            dgate_Nf, dup_Nf = (d.astype(self.dtype) for d in hidden_vjp(dh_Nf * weight_N1))
+            weighted_Nf = (h_Nf * weight_N1).astype(self.dtype)
             return (
-                _add_rows(dx_TD, tokens_1n, dx_1nD),
-                dweights_A.at[choices_1n].set((h_1nf * dh_1nf).sum(axis=-1), mode="drop"),
-                *(grad.at[expert].add(d_fD) for grad, d_fD in zip(grads, more, strict=True)),
+                _set_rows(dx_AD, choices_N, grouped.matmul((dgate_Nf, dup_Nf), (gate_mfD, up_mfD), slab)),
+                _set_rows(dweights_A, choices_N, (h_Nf * dh_Nf).sum(axis=-1)),
+                grouped.outer(dgate_mfD, dgate_Nf, x_ND, slab),
+                grouped.outer(dup_mfD, dup_Nf, x_ND, slab),
+                grouped.outer(ddown_mfD, weighted_Nf, dy_ND, slab),
             )
 
-        zero = partial(zeros, dtype=jnp.float32, like=dy_BtD)
-        shape = -1, self.rows, x_TD.shape[-1]
-        grads = [zero(jax.eval_shape(lambda a: a.reshape(shape), array).shape) for array in bucket.arrays]
-        carry = zero(x_TD.shape), zero(weights_A.shape), *grads
-        dx_TD, dweights_A, *grads = self._over_tiles(add_tile, carry, inputs, bucket)
-        dinputs = dx_TD.reshape(x_BtD.shape), dweights_A.reshape(weights_Btk.shape), *[None] * len(inputs[2:])
-        return dinputs, tuple(grad.reshape(-1, grad.shape[-1]) for grad in grads)
+        dx, dweights = total
+        grads = (zeros(array.shape, jnp.float32, dy_BtD) for array in (gate_mfD, up_mfD, down_mfD))
+        carry = dx.reshape(-1, dx.shape[-1]), dweights.reshape(-1), *grads
+        dx_AD, dweights_A, *grads = self._over_slabs(slab, carry, inputs, bucket)
+        total = dx_AD.reshape(dx.shape), dweights_A.reshape(dweights.shape)
+        return total, tuple(grad.reshape(-1, grad.shape[-1]) for grad in grads)
+
+    def finish_vjp(self, total: Arrays, inputs: Arrays) -> Grads:
+        return total[0].sum(axis=2, dtype=jnp.float32), total[1], *[None] * len(inputs[2:])
+
+    def partial_vjp(self, inputs: Arrays, dy_BtD: jax.Array, bucket: Bucket) -> tuple[Grads, Arrays]:
+        total, grads = self.add_vjp(self.start_vjp(inputs, dy_BtD), inputs, dy_BtD, bucket)
+        return self.finish_vjp(total, inputs), grads
 
 
 def _rows(array: jax.Array, indices: jax.Array) -> jax.Array:
@@ -250,6 +287,6 @@ def _rows(array: jax.Array, indices: jax.Array) -> jax.Array:
     return array.at[indices].get(mode="fill", fill_value=0)
 
 
-def _add_rows(array: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
-    """The array with `rows` added at these indices; those past its end are left out."""
-    return array.at[indices].add(rows, mode="drop")
+def _set_rows(array: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
+    """The array with `rows` at these indices, which differ; those past its end are left out."""
+    return array.at[indices].set(rows, mode="drop", unique_indices=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from tsp_jax.layout import Axes
 from tsp_jax.ops.linear import matmul, matmul_t, outer
 from tsp_jax.ops.padding import RealRows
-from tsp_jax.ops.rowwise import Grads, rowwise
+from tsp_jax.ops.rowwise import Grads, RowwiseOp, rowwise
 from tsp_jax.ops.stream import Arrays, Bucket, Stream
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=True)}
@@ -56,7 +56,7 @@ def mlp(
 
 
 @dataclasses.dataclass(frozen=True)
-class _GatedMlp:
+class _GatedMlp(RowwiseOp):
     """The gated MLP as a row-wise op: operands are in the compute dtype, sums in float32."""
 
     activation: str

@@ -8,7 +8,8 @@ Dims: B batch, t this device's tokens, c tokens of a chunk, u tokens in one buck
 D model.
 """
 
-from typing import Any, Protocol
+import abc
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,34 +34,59 @@ Grads = tuple[jax.Array | None, ...]
 """one for each input of an op; None for an integer input"""
 
 
-class RowwiseOp(Protocol):
+class RowwiseOp(abc.ABC):
     """The mathematics of one row-wise op. It is static, and so must be hashable: use a frozen dataclass.
 
     Do not use a NamedTuple: tuples of different ops can compare equal, and JAX would confuse their programs.
+
+    The sum over buckets of partial outputs, and that of the inputs' gradients, are arrays of the inputs' shapes, unless
+    an op overrides `start`, `add` and `finish`, or `start_vjp`, `add_vjp` and `finish_vjp`.
     """
 
-    @property
-    def dtype(self) -> Any:
-        """Compute dtype: buckets are communicated in it, and the output has it."""
-        ...
+    dtype: Any
+    """compute dtype: buckets are communicated in it, and the output has it"""
+    accumulator_dtype: Any
+    """dtype of partial outputs and of their sum over buckets"""
+    chunked: bool
+    """whether forward runs in chunks of tokens; for ops whose intermediate results are larger than their output"""
 
-    @property
-    def accumulator_dtype(self) -> Any:
-        """Dtype of partial outputs and of their sum over buckets."""
-        ...
-
-    @property
-    def chunked(self) -> bool:
-        """Whether forward runs in chunks of tokens; for ops whose intermediate results are larger than their output."""
-        ...
-
+    @abc.abstractmethod
     def partial(self, inputs: Arrays, bucket: Bucket) -> jax.Array:
         """What a bucket's rows add to the output: inputs [B, t, ...] -> [B, t, D] in `accumulator_dtype`."""
-        ...
 
+    @abc.abstractmethod
     def partial_vjp(self, inputs: Arrays, dy_BtD: jax.Array, bucket: Bucket) -> tuple[Grads, Arrays]:
         """VJP of `partial`: (gradient of each input, gradient of each of the bucket's arrays), all float32."""
-        ...
+
+    def start(self, inputs: Arrays, width: int) -> Any:
+        """The sum over no bucket, for outputs [B, t, width]."""
+        return zeros((*inputs[0].shape[:2], width), self.accumulator_dtype, like=inputs[0])
+
+    def add(self, total: Any, inputs: Arrays, bucket: Bucket) -> Any:
+        """The sum with a bucket added."""
+        return total + self.partial(inputs, bucket)
+
+    def finish(self, total: Any, inputs: Arrays) -> jax.Array:
+        """The output [B, t, D] of a sum over all buckets."""
+        return total
+
+    def start_vjp(self, inputs: Arrays, dy_BtD: jax.Array) -> Any:
+        """The inputs' gradients, float32, for no bucket."""
+
+        def zero(x: jax.Array) -> jax.Array | None:
+            is_float = jnp.issubdtype(x.dtype, jnp.floating)
+            return zeros(x.shape, jnp.float32, like=dy_BtD) if is_float else None
+
+        return tuple(zero(x) for x in inputs)
+
+    def add_vjp(self, total: Any, inputs: Arrays, dy_BtD: jax.Array, bucket: Bucket) -> tuple[Any, Arrays]:
+        """(the inputs' gradients with a bucket's added, gradient of each of the bucket's arrays)."""
+        more, grads = self.partial_vjp(inputs, dy_BtD, bucket)
+        return add(total, more), grads
+
+    def finish_vjp(self, total: Any, inputs: Arrays) -> Grads:
+        """The gradient of each input, of a sum over all buckets."""
+        return total
 
 
 def rowwise(op: RowwiseOp, inputs: Arrays, weights: Arrays, *, axes: Axes, stream: Stream) -> jax.Array:
@@ -119,37 +145,32 @@ def _cast_dinputs(dinputs: Grads, inputs: Arrays) -> Grads:
 
 
 def _weights_forward(op: RowwiseOp, inputs: Arrays, weights: Arrays, folded, stream: Stream) -> jax.Array:
-    def body(y_BtD, bucket: Bucket):
-        def chunk(y_BcD, inputs):
-            return y_BcD + op.partial(inputs, bucket), (), ()
+    def body(total, bucket: Bucket):
+        def chunk(total, inputs):
+            return op.add(total, inputs, bucket), (), ()
 
         chunk_tokens = stream.chunk(bucket.num_rows) if op.chunked else inputs[0].size
-        return over_chunks(chunk, y_BtD, inputs, chunk_tokens=chunk_tokens)[0], None
+        return over_chunks(chunk, total, inputs, chunk_tokens=chunk_tokens)[0], None
 
-    y_BtD = zeros((*inputs[0].shape[:2], weights[0].shape[-1]), op.accumulator_dtype, like=inputs[0])
-    y_BtD, _ = over_buckets(body, y_BtD, weights, axes=folded, stream=stream, dtype=op.dtype)
-    return y_BtD.astype(op.dtype)
+    total = op.start(inputs, weights[0].shape[-1])
+    total, _ = over_buckets(body, total, weights, axes=folded, stream=stream, dtype=op.dtype)
+    return op.finish(total, inputs).astype(op.dtype)
 
 
 def _weights_backward(op: RowwiseOp, inputs: Arrays, weights: Arrays, dy_BtD, folded, stream: Stream):
-    def body(dinputs, bucket: Bucket):
-        def chunk(dinputs, read):
+    def body(total, bucket: Bucket):
+        def chunk(total, read):
             *inputs, dy_BcD = read
-            more, grads = op.partial_vjp(tuple(inputs), dy_BcD, bucket)
-            return add(dinputs, more), (), grads
+            total, grads = op.add_vjp(total, tuple(inputs), dy_BcD, bucket)
+            return total, (), grads
 
         chunk_tokens = stream.chunk(bucket.num_rows)
-        dinputs, _, grads = over_chunks(chunk, dinputs, (*inputs, dy_BtD), chunk_tokens=chunk_tokens)
-        return dinputs, grads, None
+        total, _, grads = over_chunks(chunk, total, (*inputs, dy_BtD), chunk_tokens=chunk_tokens)
+        return total, grads, None
 
-    def zero(x: jax.Array) -> jax.Array | None:
-        is_float = jnp.issubdtype(x.dtype, jnp.floating)
-        return zeros(x.shape, jnp.float32, like=dy_BtD) if is_float else None
-
-    dinputs, grads, _ = over_buckets_with_grads(
-        body, tuple(zero(x) for x in inputs), weights, axes=folded, stream=stream, dtype=op.dtype
-    )
-    return _cast_dinputs(dinputs, inputs), grads
+    total = op.start_vjp(inputs, dy_BtD)
+    total, grads, _ = over_buckets_with_grads(body, total, weights, axes=folded, stream=stream, dtype=op.dtype)
+    return _cast_dinputs(op.finish_vjp(total, inputs), inputs), grads
 
 
 # ------------------------------------------------------------------------------------------------ tokens past weights

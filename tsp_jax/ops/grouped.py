@@ -1,0 +1,278 @@
+"""Matrix products of rows that are grouped by expert: each tile of rows is multiplied with the weights of one expert.
+
+A slab is a number of tiles, one after another: its rows, the expert of each tile, and how many of the tiles hold rows.
+A table names the ways to multiply a slab; `auto` takes the first one that its devices support.
+
+Dims: m experts, f rows of an expert, D model, q tiles of a slab, n rows of a tile, N = q n rows of a slab.
+"""
+
+import abc
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jax.sharding import AbstractMesh, Mesh
+
+from tsp_jax.errors import ConfigError
+from tsp_jax.ops.kernels.kernel import arch_of
+from tsp_jax.ops.linear import matmul, matmul_t, outer
+from tsp_jax.ops.stream import Arrays
+
+
+class Slab(NamedTuple):
+    """The tiles of a slab, ordered by their experts."""
+
+    experts_q: jax.Array
+    """int32: of each tile, its expert's place among the m experts; any if the tile holds no row"""
+    filled: jax.Array
+    """int32 []: tiles from this one on hold no row"""
+    tile: int
+    """n"""
+    mean_filled: float
+    """mean of `filled`, for reports"""
+
+
+class Grouped(abc.ABC):
+    """Products of a slab's rows with their experts' weights. Hashable: a static argument of jitted code.
+
+    Rows of tiles without rows are undefined in every result. Operands are in the compute dtype; products accumulate in
+    float32.
+    """
+
+    smallest_tile: ClassVar[int] = 8
+    largest_tile: ClassVar[int] = 512
+
+    @abc.abstractmethod
+    def slab_tiles(self, mean_tiles: float, tile: int) -> int:
+        """q for a bucket that has `mean_tiles` tiles on average."""
+
+    @abc.abstractmethod
+    def matmul_t(
+        self, x_ND: jax.Array, weights: Arrays, slab: Slab, *, combine: Callable[..., jax.Array] | None = None
+    ) -> tuple[jax.Array, ...]:
+        """``x w_e^T`` for each of the weights w [m, f, D]: each [N, f] float32.
+
+        With `combine`, an elementwise function of all of these products, only its result, in the compute dtype.
+        """
+
+    @abc.abstractmethod
+    def matmul(self, rows: Arrays, weights: Arrays, slab: Slab) -> jax.Array:
+        """``sum of h w_e`` over pairs of rows h [N, f] and weights w [m, f, D]: [N, D] in the compute dtype."""
+
+    @abc.abstractmethod
+    def outer(self, total_mfD: jax.Array, a_Nf: jax.Array, b_ND: jax.Array, slab: Slab) -> jax.Array:
+        """``total_e + a^T b`` over the rows of each expert: [m, f, D] float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OneByOne(Grouped):
+    """One product a tile, by XLA, on any device: a slab is one tile."""
+
+    def slab_tiles(self, mean_tiles: float, tile: int) -> int:
+        return 1
+
+    def matmul_t(self, x_ND, weights, slab, *, combine=None):
+        products = [matmul_t(x_ND[None], self._of(w, slab))[0] for w in weights]
+        return (combine(*products).astype(x_ND.dtype),) if combine else tuple(products)
+
+    def matmul(self, rows, weights, slab):
+        # One product of concatenated operands, so that one sum is written.
+        h_1Nf = jnp.concatenate(rows, axis=-1)[None]
+        w_fD = jnp.concatenate([self._of(w, slab) for w in weights])
+        return matmul(h_1Nf, w_fD)[0].astype(rows[0].dtype)
+
+    def outer(self, total_mfD, a_Nf, b_ND, slab):
+        return total_mfD.at[slab.experts_q[0]].add(outer(a_Nf[None], b_ND[None]))
+
+    def _of(self, weights_mfD: jax.Array, slab: Slab) -> jax.Array:
+        return lax.dynamic_index_in_dim(weights_mfD, slab.experts_q[0], keepdims=False)
+
+
+class Blocks(NamedTuple):
+    """Blocks of a Triton kernel: of columns of the result, and of the dim that is summed over."""
+
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonGrouped(Grouped):
+    """One Pallas kernel for all tiles of a slab, compiled by way of Triton for AMD and NVIDIA GPUs."""
+
+    arch: str
+    """a key of `BLOCKS`; ``interpret`` runs anywhere, slowly"""
+    blocks: Blocks | None = None
+    """None: those of `arch`"""
+
+    smallest_tile: ClassVar[int] = 16
+    largest_tile: ClassVar[int] = 128
+
+    def slab_tiles(self, mean_tiles: float, tile: int) -> int:
+        # A quarter more than the mean, so that one slab holds most buckets.
+        return max(1, min(math.ceil(1.25 * mean_tiles), LARGEST_SLAB // tile))
+
+    def matmul_t(self, x_ND, weights, slab, *, combine=None):
+        _, columns, inner = weights[0].shape
+        shape = jax.ShapeDtypeStruct((x_ND.shape[0], columns), x_ND.dtype if combine else jnp.float32)
+        body = functools.partial(_rows_kernel, number=len(weights), transposed=True, combine=combine)
+        outputs = [shape] if combine else [shape] * len(weights)
+        return self._call(body, slab, (x_ND, *weights), outputs, columns, inner, len(weights))
+
+    def matmul(self, rows, weights, slab):
+        _, inner, columns = weights[0].shape
+        shape = jax.ShapeDtypeStruct((rows[0].shape[0], columns), rows[0].dtype)
+        body = functools.partial(_rows_kernel, number=len(weights), transposed=False, combine=_sum)
+        return self._call(body, slab, (*rows, *weights), [shape], columns, inner, len(weights))[0]
+
+    def outer(self, total_mfD, a_Nf, b_ND, slab):
+        experts, rows, columns = total_mfD.shape
+        block = self._blocks(columns, rows)
+        tiles = jnp.arange(len(slab.experts_q), dtype=jnp.int32)
+        of_expert_mq = (slab.experts_q[None] == jnp.arange(experts, dtype=jnp.int32)[:, None]) & (tiles < slab.filled)[
+            None
+        ]
+        counts_m = of_expert_mq.sum(axis=1, dtype=jnp.int32)
+        first_m = jnp.argmax(of_expert_mq, axis=1).astype(jnp.int32)
+        call = pl.pallas_call(
+            functools.partial(_outer_kernel, tile=slab.tile, block=block),
+            grid=(rows // block.inner, columns // block.columns, experts),
+            out_shape=jax.ShapeDtypeStruct(
+                total_mfD.shape, jnp.float32, manual_axis_type=jax.typeof(total_mfD).mat
+            ),
+            input_output_aliases={4: 0},
+            compiler_params=triton.CompilerParams(num_warps=block.warps, num_stages=block.stages),
+            interpret=self.arch == "interpret",
+        )  # fmt: skip
+        with self._declare(slab, columns, rows, 1):
+            return call(first_m, counts_m, a_Nf, b_ND, total_mfD)
+
+    def unsupported(self, d_model: int, rows: int, dtype: Any) -> str:
+        """Why experts of these sizes cannot be multiplied on these devices; empty if they can."""
+        if self.arch not in BLOCKS:
+            known = ", ".join(arch for arch in BLOCKS if arch != "interpret")
+            return f"runs on {known}, not on {self.arch or 'unknown devices'}"
+        if jnp.dtype(dtype) != jnp.bfloat16 and self.arch != "interpret":
+            return f"computes in bfloat16, not in {jnp.dtype(dtype).name}"
+        if d_model % 16 or rows % 16:
+            return f"needs d_model and a device's d_ff to be multiples of 16, not {d_model} and {rows}"
+        return ""
+
+    def _blocks(self, columns: int, inner: int) -> Blocks:
+        block = self.blocks or BLOCKS[self.arch]
+        return block._replace(columns=math.gcd(block.columns, columns), inner=math.gcd(block.inner, inner))
+
+    def _call(self, body, slab: Slab, arrays: Arrays, outputs, columns: int, inner: int, products: int):
+        block = self._blocks(columns, inner)
+        varying = jax.typeof(arrays[0]).mat
+        call = pl.pallas_call(
+            functools.partial(body, tile=slab.tile, block=block),
+            grid=(columns // block.columns, len(slab.experts_q)),
+            out_shape=[jax.ShapeDtypeStruct(o.shape, o.dtype, manual_axis_type=varying) for o in outputs],
+            compiler_params=triton.CompilerParams(num_warps=block.warps, num_stages=block.stages),
+            interpret=self.arch == "interpret",
+        )
+        with self._declare(slab, columns, inner, products):
+            return tuple(call(slab.filled[None], slab.experts_q, *arrays))
+
+    def _declare(self, slab: Slab, columns: int, inner: int, products: int):
+        """A named scope that tells `tsp_jax.inspect` what the kernel computes, on average, padded rows included."""
+        rows = slab.mean_filled * slab.tile
+        kind = f"grouped.{rows:.0f}x{columns}x{inner}"
+        return jax.named_scope(f"mean_flops[{kind}={2.0 * products * rows * columns * inner:.0f}]")
+
+
+LARGEST_SLAB = 16384
+"""rows"""
+BLOCKS = {
+    "gfx942": Blocks(128, 64, 4, 2), "gfx950": Blocks(128, 64, 4, 2), "sm_90": Blocks(128, 64, 4, 3),
+    "interpret": Blocks(16, 16, 4, 1),
+}  # fmt: skip
+
+
+def _sum(*products: jax.Array) -> jax.Array:
+    return functools.reduce(jnp.add, products)
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _rows_kernel(
+    filled_ref, experts_ref, *refs, number: int, transposed: bool, combine: Callable[..., jax.Array] | None, tile: int,
+    block: Blocks,
+):  # fmt: skip
+    """A tile of rows times a block of columns of its expert's weights."""
+    split = len(refs) - number - (1 if combine else number)
+    rows_refs, weight_refs, out_refs = refs[:split], refs[split : split + number], refs[split + number :]
+    column, index = pl.program_id(0), pl.program_id(1)
+
+    @pl.when(index < filled_ref[0])
+    def _():
+        expert = experts_ref[index]
+        rows = pl.ds(index * tile, tile)
+        columns = pl.ds(column * block.columns, block.columns)
+
+        def step(i, sums):
+            inner = pl.ds(i * block.inner, block.inner)
+            operands = [ref[rows, inner] for ref in rows_refs]
+            operands = operands if len(operands) == number else operands * number
+            weights = [
+                ref[expert, columns, inner].T if transposed else ref[expert, inner, columns] for ref in weight_refs
+            ]
+            products = [_dot(a, b) for a, b in zip(operands, weights, strict=True)]
+            if combine is _sum:
+                return (functools.reduce(jnp.add, products, sums[0]),)
+            return tuple(total + product for total, product in zip(sums, products, strict=True))
+
+        steps = weight_refs[0].shape[2 if transposed else 1] // block.inner
+        zero = jnp.zeros((tile, block.columns), jnp.float32)
+        sums = lax.fori_loop(0, steps, step, (zero,) * (1 if combine is _sum else number))
+        results = (combine(*sums),) if combine else sums
+        for ref, result in zip(out_refs, results, strict=True):
+            ref[rows, columns] = result.astype(ref.dtype)
+
+
+def _outer_kernel(first_ref, counts_ref, a_ref, b_ref, total_ref, out_ref, *, tile: int, block: Blocks):
+    """Adds to a block of one expert's gradient, over the tiles of that expert."""
+    row, column, expert = (pl.program_id(axis) for axis in range(3))
+    number = counts_ref[expert]
+
+    @pl.when(number > 0)
+    def _():
+        rows = pl.ds(row * block.inner, block.inner)
+        columns = pl.ds(column * block.columns, block.columns)
+        first = first_ref[expert]
+
+        def step(i, total):
+            tokens = pl.ds((first + i) * tile, tile)
+            return total + _dot(a_ref[tokens, rows].T, b_ref[tokens, columns])
+
+        total = lax.fori_loop(0, number, step, jnp.zeros((block.inner, block.columns), jnp.float32))
+        out_ref[expert, rows, columns] = total_ref[expert, rows, columns] + total
+
+
+GROUPED = ("triton", "xla")
+
+
+def choose_grouped(name: str, mesh: Mesh | AbstractMesh, d_model: int, rows: int, dtype: Any) -> Grouped:
+    """How the devices of a mesh multiply experts of `rows` rows each; `name` is ``auto`` or one of `GROUPED`.
+
+    Raises:
+      ConfigError: the name is unknown, or the devices do not support it.
+    """
+    if name not in ("auto", *GROUPED):
+        raise ConfigError(f"stream.expert_kernel={name} is unknown; use one of auto, {', '.join(GROUPED)}")
+    kernel = TritonGrouped(arch_of(mesh))
+    reason = kernel.unsupported(d_model, rows, dtype) if name != "xla" else "not asked for"
+    if reason and name == "triton":
+        raise ConfigError(f"stream.expert_kernel=triton: {reason}; use stream.expert_kernel=xla")
+    return OneByOne() if reason else kernel

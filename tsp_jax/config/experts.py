@@ -30,10 +30,14 @@ class ExpertsConfig:
     mean probability, over all tokens of a micro-batch: 1 in balance"""
     z_loss: float = 0.0
     """coefficient of each layer's mean squared log-partition of the router's logits"""
+    bias_rate: float = 0.0
+    """balance without a loss: experts are chosen by score plus a bias, which weights leave out; after each step the
+    bias of an expert rises by this if it received less than its share of the choices, and falls by this if more. 0: no
+    bias. arXiv 2408.15664 uses 0.001 with sigmoid scores"""
 
     def __post_init__(self):
         owner = "model.experts."
-        check(owner, self, positive="per_token scale", not_negative="number shared balance_loss z_loss")
+        check(owner, self, positive="per_token scale", not_negative="number shared balance_loss z_loss bias_rate")
         for field in dataclasses.fields(self):
             if not self.number and (value := getattr(self, field.name)) != field.default:
                 raise ConfigError(

@@ -259,7 +259,7 @@ def misfits(family: Family, config: ModelConfig) -> dict[str, Any]:
         # transformers counts the factors of heads that share d_model
         wrong["head_dim"] = max(2, config.d_model // config.num_heads)
     if family.experts:
-        rule = {"scores": "softmax", "scale": 1.0, "shared": 0}
+        rule = {"scores": "softmax", "scale": 1.0, "shared": 0, "bias_rate": 0.0}
         rule |= {} if family.experts.normalize is None else {"normalize": family.experts.normalize}
         wrong |= {f"experts.{name}": fits for name, fits in rule.items() if getattr(config.experts, name) != fits}
     if family.shared_width and config.head_dim * config.num_heads != config.d_model:

@@ -68,6 +68,9 @@ class Experts(Layer):
             nnx.initializers.normal(init_std)(rngs.params(), (config.number, d_model), jnp.float32),
             out_sharding=placement.layout.spec(None, None), mesh=placement.mesh,
         )  # fmt: skip
+        self.selection_bias = nnx.Param(
+            jnp.zeros(config.number, jnp.float32), out_sharding=placement.layout.spec(None), mesh=placement.mesh
+        ) if config.bias_rate else None  # fmt: skip
         self.w_gate = self._param(rngs, rows, d_model, init_std, self.padding)
         self.w_up = self._param(rngs, rows, d_model, init_std, self.padding)
         self.w_down = self._param(rngs, rows, d_model, out_std, self.padding)
@@ -98,13 +101,14 @@ class Experts(Layer):
             grouped=grouped,
         )  # fmt: skip
 
-        def local(x_BtD, w_ED, *weights):
-            choices, sums = router(x_BtD, w_ED)
+        def local(x_BtD, w_ED, bias_E, *weights):
+            choices, sums = router(x_BtD, w_ED, selection_bias_E=bias_E)
             return op(x_BtD, choices, *weights), sums
 
         _, x_spec, w_spec = self._specs()
         none = self.placement.layout.spec()
         weights = self.w_gate[...], self.w_up[...], self.w_down[...]
-        specs = (x_spec, none, w_spec, w_spec, w_spec), (x_spec, none)
-        y_BTD, sums = self._run(local, *specs, x_BTD.astype(self.dtype), self.router[...], *weights)
+        specs = (x_spec, none, none, w_spec, w_spec, w_spec), (x_spec, none)
+        bias_E = None if self.selection_bias is None else self.selection_bias[...]
+        y_BTD, sums = self._run(local, *specs, x_BTD.astype(self.dtype), self.router[...], bias_E, *weights)
         return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), sums

@@ -22,6 +22,7 @@ from tsp_jax.training.optimizer import Chosen, Optimizer, choose_optimizer
 from tsp_jax.training.optimizer_table import Logical
 from tsp_jax.training.positions import sum_by_position
 from tsp_jax.training.safety.finite import update_if_finite
+from tsp_jax.training.selection_bias import with_selection_bias
 
 
 class TrainState(NamedTuple):
@@ -153,6 +154,7 @@ def _make_step(
         grads = lax.with_sharding_constraint(grads, moments)
         updates, opt_state = optimizer.transformation.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        params = with_selection_bias(params, state.params, router, config.model.experts.bias_rate)
         grad_norm = optax.tree.norm(grads)
         params, opt_state = update_if_finite(nll, grad_norm, (params, opt_state), (state.params, state.opt_state))
         params = lax.with_sharding_constraint(params, shardings)

@@ -1,19 +1,33 @@
-"""Products of rows that are grouped by expert: the Triton kernel, interpreted on a CPU, against one product a tile.
+"""Products of rows grouped by expert: many tiles at once, on a CPU, against one product a tile.
 
 Dims: T tokens, D model, E experts, F ffn, k experts of a token.
 """
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tests.builders.arrays import F32_TOLERANCE, assert_trees_near, normal
 from tests.builders.ops import compiled_value_and_grads
+from tests.builders.targets import needs_compiler
+from tsp_jax.errors import ConfigError
+from tsp_jax.hardware.devices import HARDWARE
+from tsp_jax.hardware.targets import Target
+from tsp_jax.inspect.parser import parse
+from tsp_jax.inspect.scopes import declared_flops
+from tsp_jax.layout import Axes, place
 from tsp_jax.ops.experts import experts
-from tsp_jax.ops.grouped import Blocks, OneByOne, TritonGrouped
+from tsp_jax.ops.grouped import Blocks, OneByOne, TritonGrouped, choose_grouped
 from tsp_jax.ops.router import Choices
 from tsp_jax.ops.stream import Stream
 
 T, D, E, F, K = 48, 64, 6, 48, 2
+BLOCKS = Blocks(16, 32, 4, 1)
 
 
 class Short(TritonGrouped):
@@ -34,12 +48,65 @@ def run(grouped, chosen, x, mix, *weights, buckets=2):
 
 
 @pytest.mark.parametrize("favourite", [None, 1])
-@pytest.mark.parametrize("kind", [TritonGrouped, Short])
-def test_triton_equals_one_product_a_tile(kind, favourite):
+@pytest.mark.parametrize("grouped", [TritonGrouped("interpret", BLOCKS), Short("interpret", BLOCKS)])
+def test_equals_one_product_a_tile(grouped, favourite):
     """Also where all tokens choose the same two experts, and no token the others."""
     chosen = np.argsort(normal(0, T, E), axis=1)[:, :K].astype(np.int32)[None]
     if favourite is not None:
         chosen = np.tile(np.array([favourite, 4], np.int32), (1, T, 1))
     args = normal(1, T, D), normal(2, 1, T, K), *(normal(seed, E * F, D, std=D**-0.5) for seed in (3, 4, 5))
-    grouped = kind("interpret", Blocks(16, 32, 4, 1))
     assert_trees_near(run(grouped, chosen, *args), run(OneByOne(), chosen, *args), F32_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("triton", "stream.expert_kernel=triton: runs on gfx942, gfx950, sm_90, not on cpu; use .*=xla"),
+        ("cudnn", "stream.expert_kernel=cudnn is unknown; use one of auto, triton, xla"),
+    ],
+)
+def test_refuses_by_name(name, message):
+    with pytest.raises(ConfigError, match=message):
+        choose_grouped(name, place("single", data=1).mesh, D, F, jnp.bfloat16)
+
+
+def test_auto_takes_what_the_devices_have():
+    assert isinstance(choose_grouped("auto", place("single", data=1).mesh, D, F, jnp.bfloat16), OneByOne)
+    assert TritonGrouped("sm_90").unsupported(2048, 768, jnp.bfloat16) == ""
+    assert "multiples of 16, not 2048 and 100" in TritonGrouped("gfx942").unsupported(2048, 100, jnp.bfloat16)
+    assert "computes in bfloat16, not in float32" in TritonGrouped("gfx942").unsupported(2048, 768, jnp.float32)
+
+
+@pytest.mark.parametrize("name", ["mi300x", "h100"])
+def test_compiles_for_absent_gpus(name):
+    """Under shard_map, forward and backward: nine kernels, which declare the products of a quarter of the experts."""
+    needs_compiler(HARDWARE[name].platform)
+    mesh = Mesh(np.array(Target(HARDWARE[name], 8).devices())[:4], ("tsp",), axis_types=(AxisType.Auto,))
+    tokens, d_model, number, d_ff, per_token = 4096, 256, 8, 384, 2
+    grouped = choose_grouped("auto", mesh, d_model, d_ff, jnp.bfloat16)
+    op = functools.partial(experts, num_experts=number, axes=Axes(folded=("tsp",)), stream=Stream(buckets=2))
+
+    def local(x, chosen, mix, *weights):
+        return op(x, Choices(chosen, mix), *weights, grouped=grouped)
+
+    def loss(x, mix, chosen, *weights):
+        run = jax.shard_map(
+            local, mesh=mesh, in_specs=(P(None, "tsp"),) * 3 + (P("tsp"),) * 3, out_specs=P(None, "tsp")
+        )
+        return run(x, chosen, mix, *weights).astype(jnp.float32).sum()
+
+    def like(*shape, dtype="bfloat16", spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    split = P(None, "tsp")
+    rows = [like(number * d_ff, d_model, dtype="float32", spec=P("tsp"))] * 3
+    args = (
+        like(1, tokens, d_model, spec=split), like(1, tokens, per_token, dtype="float32", spec=split),
+        like(1, tokens, per_token, dtype="int32", spec=split), *rows,
+    )  # fmt: skip
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 3, 4, 5))).lower(*args).compile().as_text()
+    declared = [found for i, _ in parse(text).walk() if (found := declared_flops(i))]
+    assert {found.work.kernel for found in declared} == {"grouped"}
+    # 2 products of x, 1 of dy, 2 in dx and 3 gradients, of each of two buckets
+    routed = 2 * d_model * d_ff * per_token * tokens / 4
+    assert 8 * routed <= sum(found.flops for found in declared) <= 1.15 * 8 * routed

@@ -39,7 +39,8 @@ class StreamConfig:
     no TPU yet."""
     expert_kernel: str = "auto"
     """how rows are multiplied with the experts that they chose: xla runs everywhere, one product after another; triton
-    is for MI300X, MI355X and H100, and multiplies many experts' rows at once, in bfloat16; auto: triton where it can"""
+    is for MI300X, MI355X and H100, and multiplies many experts' rows at once, in bfloat16; auto: triton where it can.
+    Triton's kernel has not run on a GPU yet."""
 
     def __post_init__(self):
         check("stream.", self, positive="bucket_mib")

@@ -67,7 +67,8 @@ def experts(
       count A / n + E / 2: an expert's last tile is half full on average (`_mean_tiles`). If tokens move, it has between
       none and all R A / n tiles of all ranks.
     Moves: as `tsp_jax.ops.mlp.mlp` with E F rows, padded experts included. If activations move, weights and numbers of
-      the chosen experts move with x: 2 k elements a token.
+      the chosen experts move with x: 2 k elements a token. An all-to-all that drops no token receives as much: all
+      tokens of a rank may choose the experts of another, so its buffers hold R t D elements too.
     Keeps: its inputs, and A int32.
     """
     with jax.named_scope("tsp/experts"):

@@ -38,6 +38,18 @@ class Slab(NamedTuple):
     mean_filled: float
     """mean of `filled`, for reports"""
 
+    def of_experts(self, number: int) -> tuple[jax.Array, jax.Array]:
+        """(first tile, number of tiles) of each of the m experts, int32 [m]; the first of an expert without is 0."""
+        places_m, tiles_q = (lax.iota(jnp.int32, size) for size in (number, len(self.experts_q)))
+        mine_mq = (self.experts_q[None] == places_m[:, None]) & (tiles_q < self.filled)[None]
+        return jnp.argmax(mine_mq, axis=1).astype(jnp.int32), mine_mq.sum(axis=1, dtype=jnp.int32)
+
+    def declare(self, columns: int, inner: int, products: int = 1) -> Any:
+        """A named scope that tells `tsp_jax.inspect` what one kernel computes, on average, padded rows included."""
+        rows = self.mean_filled * self.tile
+        kind = f"grouped.{rows:.0f}x{columns}x{inner}"
+        return jax.named_scope(f"mean_flops[{kind}={2.0 * products * rows * columns * inner:.0f}]")
+
 
 class Grouped(abc.ABC):
     """Products of a slab's rows with their experts' weights. Hashable: a static argument of jitted code.
@@ -136,12 +148,7 @@ class TritonGrouped(Grouped):
     def outer(self, total_mfD, a_Nf, b_ND, slab):
         experts, rows, columns = total_mfD.shape
         block = self._blocks(columns, rows)
-        tiles = jnp.arange(len(slab.experts_q), dtype=jnp.int32)
-        of_expert_mq = (slab.experts_q[None] == jnp.arange(experts, dtype=jnp.int32)[:, None]) & (tiles < slab.filled)[
-            None
-        ]
-        counts_m = of_expert_mq.sum(axis=1, dtype=jnp.int32)
-        first_m = jnp.argmax(of_expert_mq, axis=1).astype(jnp.int32)
+        first_m, counts_m = slab.of_experts(experts)
         call = pl.pallas_call(
             functools.partial(_outer_kernel, tile=slab.tile, block=block),
             grid=(rows // block.inner, columns // block.columns, experts),
@@ -152,7 +159,7 @@ class TritonGrouped(Grouped):
             compiler_params=triton.CompilerParams(num_warps=block.warps, num_stages=block.stages),
             interpret=self.arch == "interpret",
         )  # fmt: skip
-        with self._declare(slab, columns, rows, 1):
+        with slab.declare(columns, rows):
             return call(first_m, counts_m, a_Nf, b_ND, total_mfD)
 
     def unsupported(self, d_model: int, rows: int, dtype: Any) -> str:
@@ -180,14 +187,8 @@ class TritonGrouped(Grouped):
             compiler_params=triton.CompilerParams(num_warps=block.warps, num_stages=block.stages),
             interpret=self.arch == "interpret",
         )
-        with self._declare(slab, columns, inner, products):
+        with slab.declare(columns, inner, products):
             return tuple(call(slab.filled[None], slab.experts_q, *arrays))
-
-    def _declare(self, slab: Slab, columns: int, inner: int, products: int):
-        """A named scope that tells `tsp_jax.inspect` what the kernel computes, on average, padded rows included."""
-        rows = slab.mean_filled * slab.tile
-        kind = f"grouped.{rows:.0f}x{columns}x{inner}"
-        return jax.named_scope(f"mean_flops[{kind}={2.0 * products * rows * columns * inner:.0f}]")
 
 
 LARGEST_SLAB = 16384
@@ -272,7 +273,7 @@ def choose_grouped(name: str, mesh: Mesh | AbstractMesh, d_model: int, rows: int
     if name not in ("auto", *GROUPED):
         raise ConfigError(f"stream.expert_kernel={name} is unknown; use one of auto, {', '.join(GROUPED)}")
     kernel = TritonGrouped(arch_of(mesh))
-    reason = kernel.unsupported(d_model, rows, dtype) if name != "xla" else "not asked for"
+    reason = kernel.unsupported(d_model, rows, dtype)
     if reason and name == "triton":
         raise ConfigError(f"stream.expert_kernel=triton: {reason}; use stream.expert_kernel=xla")
-    return OneByOne() if reason else kernel
+    return OneByOne() if reason or name == "xla" else kernel

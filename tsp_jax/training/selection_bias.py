@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from tsp_jax.ops.router import RouterSums
 
 
-def with_selection_bias(params: dict, before: dict, router: RouterSums | tuple[()], rate: float) -> dict:
+def with_selection_bias(params: Any, before: Any, router: RouterSums | tuple[()], rate: float) -> Any:
     """Parameters after a step, with every layer's selection bias moved toward balance.
 
         bias_e = bias_e before + rate sign(1 / E - share_e)

@@ -1,0 +1,95 @@
+"""What a stranger gets who types README from top to bottom: its transcript, as a note.
+
+The script clones this repository into an empty folder, with an empty home folder and an empty virtual environment, and
+runs every shell and Python block of the clone's README in order. It writes each command, its exit code and seconds, and
+the end of what it printed. It ends with exit code 1 at the first command that fails.
+
+Command:  python benchmarks/stranger.py benchmarks/stranger.md
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PASSED_ON = ("PIP_", "SSL_", "REQUESTS_", "LANG", "LC_", "HTTP", "http")
+"""beginnings of names of environment variables without which packages may not be found"""
+LONGEST = 14
+"""lines of output that are kept of a command"""
+
+
+def commands(readme: str) -> Iterator[list[str]]:
+    """Each command as the words of a process: a line of a shell block, or a whole Python block."""
+    for language, block in re.findall(r"```(sh|python)\n(.*?)```", readme, re.DOTALL):
+        if language == "python":
+            yield ["python", "-c", block]
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            yield ["bash", "-c", re.sub(r"\s+", " ", line.partition("  #")[0]).strip()]
+
+
+def shown(words: list[str]) -> str:
+    """A command as the transcript shows it."""
+    if words[0] == "bash":
+        return f"$ {words[2]}"
+    first = next(line for line in words[2].splitlines() if line.strip())
+    return f"$ python  # the block that begins: {first}"
+
+
+def tail(output: str) -> str:
+    """The last lines, without control sequences, what was overwritten, and empty ones."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)
+    lines = [line.split("\r")[-1].rstrip() for line in text.splitlines()]
+    lines = [line[:160] for line in lines if line.strip()]
+    return "\n".join([*(["..."] if len(lines) > LONGEST else []), *lines[-LONGEST:]])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="note to write")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        clone, home, environment = (Path(folder) / name for name in ("tsp_jax", "home", "venv"))
+        home.mkdir()
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+        env = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+        env |= {"HOME": str(home), "PATH": f"{environment}/bin:/usr/bin:/bin", "COLUMNS": "130"}
+        version = subprocess.run(["git", "-C", clone, "log", "-1", "--format=%h, %cs"], capture_output=True, text=True)
+        lines, failed, whole = [], False, time.perf_counter()
+        for words in commands((clone / "README.md").read_text()):
+            print(shown(words), flush=True)
+            began = time.perf_counter()
+            done = subprocess.run(
+                words, cwd=clone, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+            )
+            seconds = time.perf_counter() - began
+            print(f"  exit code {done.returncode}, {seconds:.0f} s", flush=True)
+            output = tail(done.stdout.replace(folder, "/tmp/empty"))
+            lines += ["```text", shown(words), *([output] if output else []), "```", ""]
+            lines += [f"Exit code {done.returncode}, {seconds:.0f} s.", ""]
+            if failed := done.returncode != 0:
+                break
+        total = time.perf_counter() - whole
+    head = [
+        "# README from top to bottom, typed by a stranger", "",
+        "Question: does what stands in README lead from a clone to a trained byte model, a fine-tuned SmolLM2 and a",
+        "report on 8 x MI300X, in an empty environment?", "",
+        f"- Version: {version.stdout.strip()}; Python {sys.version.split()[0]}; {os.cpu_count()} cores, no accelerator",
+        "- Command: `python benchmarks/stranger.py benchmarks/stranger.md`, which wrote this note",
+        f"- {'Stopped at a command that failed' if failed else 'Every command ended with exit code 0'}; "
+        f"{total / 60:.0f} minutes in all, installations included", "",
+        "Of each command the last lines are shown.", "",
+    ]  # fmt: skip
+    arguments.out.write_text("\n".join([*head, *lines]).rstrip() + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

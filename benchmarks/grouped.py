@@ -14,6 +14,7 @@ import argparse
 import functools
 import gzip
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,6 +128,19 @@ def check(results: Results, interpret: bool) -> None:
             )  # fmt: skip
 
 
+def products(kernel: Any, slab: Any) -> dict[str, Callable[..., Any]]:
+    """name -> each product of forward and backward, of a slab."""
+    import jax
+
+    return {
+        "gate and up": lambda x, w: kernel.matmul_t(x, (w, w), slab, combine=lambda g, u: jax.nn.silu(g) * u)[0],
+        "one product": lambda x, w: kernel.matmul_t(x, (w,), slab)[0],
+        "down": lambda h, w: kernel.matmul((h,), (w,), slab),
+        "dx": lambda h, da, w: kernel.matmul((h, da), (w, w), slab),
+        "outer": lambda total, h, x: kernel.outer(total, h, x, slab),
+    }
+
+
 def kernels(results: Results, interpret: bool) -> None:
     """The three products of one slab of full tiles, with several blocks; and one plain product of the same size."""
     import jax
@@ -152,21 +166,11 @@ def kernels(results: Results, interpret: bool) -> None:
         places = jnp.arange(number, dtype=jnp.int32) // (number // experts)
         kernel = triton(interpret, **option)
 
-        def products(kernel=kernel, tile=tile, places=places, number=number):
-            slab = grouped.Slab(places, jnp.int32(number), tile, number)
-            gated = lambda g, u: jax.nn.silu(g) * u
-            return {
-                "gate and up": lambda x, w: kernel.matmul_t(x, (w, w), slab, combine=gated)[0],
-                "one product": lambda x, w: kernel.matmul_t(x, (w,), slab)[0],
-                "down": lambda h, w: kernel.matmul((h,), (w,), slab),
-                "dx": lambda h, da, w: kernel.matmul((h, da), (w, w), slab),
-                "outer": lambda total, h, x: kernel.outer(total, h, x, slab),
-            }
-
+        slab = grouped.Slab(places, jnp.int32(number), tile, number)
         inputs = {"gate and up": (x, w), "one product": (x, w), "down": (h, w), "dx": (h, da, w)}
         inputs["outer"] = total, h, dy
         label = f"n {tile} " + " ".join(f"{key} {value}" for key, value in option.items())
-        calls += [(f"{name}: {label}", call, inputs[name]) for name, call in products().items()]
+        calls += [(f"{name}: {label}", call, inputs[name]) for name, call in products(kernel, slab).items()]
     whole = w.reshape(-1, sizes.d_model)[: sizes.d_ff]
     calls.append(("plain product", lambda x, w: x @ w.T, (x, whole)))
     programs = compile_all(calls, results)

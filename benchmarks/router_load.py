@@ -69,7 +69,7 @@ def main(args: Args) -> None:
     )
     compiled = loss.lower(x, jnp.asarray(balanced), *weights).compile()
 
-    def seconds(chosen: np.ndarray) -> float:
+    def seconds(chosen: jax.Array) -> float:
         began = time.process_time()
         jax.block_until_ready(compiled(x, chosen, *weights))
         return time.process_time() - began

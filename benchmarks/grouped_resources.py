@@ -44,7 +44,9 @@ def main(args: Args) -> None:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     tiles = ROWS // TILE
-    slab = Slab(np.arange(tiles, dtype=np.int32) * EXPERTS // tiles, np.int32(tiles), TILE, tiles)
+    places: Any = np.arange(tiles, dtype=np.int32) * EXPERTS // tiles
+    filled: Any = np.int32(tiles)
+    slab = Slab(places, filled, TILE, tiles)
     x, h, w = like(ROWS, D_MODEL), like(ROWS, D_FF), like(EXPERTS, D_FF, D_MODEL)
     total = like(*w.shape, dtype="float32")
     for blocks in every:

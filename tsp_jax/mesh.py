@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from tsp_jax.errors import ConfigError
@@ -48,9 +49,12 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             f"mesh={format_sizes(sizes)} needs {needed} devices, there are {len(devices)}; "
             f"use a smaller mesh or --cpu-devices {needed}"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:needed]
-    )
+    shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
+    try:
+        return jax.make_mesh(shape, tuple(sizes), axis_types=types, devices=devices[:needed])
+    except NotImplementedError:  # on a torus such as TPU v5p's, an axis that is no product of its dimensions splits one
+        split = create_device_mesh(shape, devices[:needed], allow_split_physical_axes=True)
+        return Mesh(split, tuple(sizes), axis_types=types)
 
 
 def describe_mesh(mesh: Mesh | AbstractMesh) -> str:

@@ -14,6 +14,7 @@ from tests.builders.targets import installed, needs_compiler
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import HARDWARE, parse_target
 from tsp_jax.inspect import report
+from tsp_jax.mesh import make_mesh
 
 ROOT = Path(__file__).parents[2]
 ABSENT = [name for name in HARDWARE if name != "cpu"]
@@ -78,6 +79,16 @@ def test_a_slice_that_no_tpu_has_is_refused_with_those_of_its_kind(text, known):
     needs_compiler("tpu")
     with pytest.raises(ConfigError, match=f"target={text}: no such slice; use {known}"):
         parse_target(text).devices()
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8, "tsp": 8}, {"data": 2, "tsp": 32}, {"data": 1, "tsp": 64}])
+def test_any_axes_fit_on_a_torus(sizes):
+    """v5p's slice of 64 is 4 x 4 x 4: axes of 8, 2 and 32 split a dimension of it."""
+    needs_compiler("tpu")
+    devices = parse_target("v5p:64").devices()
+    mesh = make_mesh(sizes, devices)
+    assert dict(mesh.shape) == sizes
+    assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
 
 
 @pytest.mark.parametrize("name", ["mi300x", "h100", "v5p"])

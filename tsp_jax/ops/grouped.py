@@ -197,8 +197,8 @@ BLOCKS = {
     "gfx942": Blocks(128, 64, 8, 2), "gfx950": Blocks(128, 64, 8, 2), "sm_90": Blocks(128, 64, 8, 3),
     "interpret": Blocks(16, 16, 4, 1),
 }  # fmt: skip
-"""arch -> blocks. With 8 warps two sums of 128 x 128 fit into registers; with 4, ptxas spills on Hopper, and there is one
-wavefront a SIMD on AMD (benchmarks/experts.md). None has been timed."""
+"""arch -> blocks. With 8 warps two sums of 128 x 128 fit into registers; with 4, ptxas spills on Hopper, and a SIMD of
+AMD holds one wavefront (benchmarks/experts.md). None has been timed."""
 
 
 def _sum(*products: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ from tsp_jax.config.checks import check
 from tsp_jax.errors import ConfigError
 
 RouterScores = Literal["softmax", "sigmoid"]
+SMALLEST_TILE, LARGEST_TILE = 8, 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,3 +45,19 @@ class ExpertsConfig:
                 f"{owner}per_token={self.per_token} is more than {owner}number={self.number}; "
                 f"use {owner}per_token={self.number} at most"
             )
+
+
+def tile_size(choices: int, num_experts: int) -> int:
+    """Choices of a tile, a power of two: half a tile, what an expert's last one wastes, is at most 15 % of them.
+
+    `choices` are those of all experts. There are limits, so that few choices still are a product, and a product fits
+    into caches.
+    """
+    largest = max(1, int(0.3 * choices / num_experts))
+    return min(LARGEST_TILE, max(SMALLEST_TILE, 1 << (largest.bit_length() - 1)))
+
+
+def mean_tiles(choices: int, num_experts: int, tile: int) -> float:
+    """Mean number of tiles of an expert if all experts are chosen equally often: its last one is half full."""
+    each = choices / num_experts
+    return min(each, max(1.0, each / tile + 0.5))

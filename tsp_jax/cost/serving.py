@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from tsp_jax.config import Config
+from tsp_jax.config.experts import mean_tiles, tile_size
 from tsp_jax.cost.step import ITEMSIZE, Step
 from tsp_jax.cost.traffic import INT32
 from tsp_jax.heads import HeadSharding
@@ -44,11 +45,12 @@ def decode_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> 
     axes that shard the vocabulary. The numbers of cache entries are also exchanged, but not counted.
     """
     s, model = _Serving(config, layout, sizes), config.model
-    residual, vocab = s.decoded * model.d_model * s.item, num_ranks(layout.vocab, sizes)
+    residual = s.decoded * model.d_model * s.item
+    vocab, mlp = (num_ranks(axes, sizes) for axes in (layout.vocab, layout.mlp))
     logits = s.decoded * RowPadding.over(model.vocab_size, vocab).stored * FLOAT32
     return {
         "attention": {kind: model.num_layers * n for kind, n in _attention(config, s).items()},
-        "mlp": {"sums": model.num_layers * _summed(residual, num_ranks(layout.mlp, sizes))},
+        "mlp": {"sums": (1 + bool(model.experts.shared)) * model.num_layers * _summed(residual, mlp)},
         "embed": {"sums": _summed(residual, vocab)},
         "logits": {"logits": _gathered(logits, vocab)},
     }
@@ -84,16 +86,18 @@ def serving_memory(
     one layer that decode reads; `keys_values`, of a chunk of all ranks; `activations`, of attention or of the MLP;
     `buckets` of weights; `logits`. Counted in two programs for MI300X (jax 0.10.2; benchmarks/closed_forms.md).
     """
-    config.model.refuse_experts("the estimate of serving")
     s, model, step = _Serving(config, layout, sizes), config.model, Step(config, layout, sizes)
     shards, heads = s.folded * s.tensor, s.heads.shard
     vocab = RowPadding.over(model.vocab_size, num_ranks(layout.vocab, sizes)).stored
     tables = vocab * model.d_model / num_ranks(layout.vocab, sizes) * (1 if model.tie_embeddings else 2)
-    layers = model.num_layers * (2 * sum(s.heads.stored) + 3 * step.d_ff) * model.d_model / shards
+    rows = 2 * sum(s.heads.stored) + 3 * (step.d_ff + step.expert_rows)
+    layers = model.num_layers * model.d_model * (rows / shards + model.experts.number)
     tokens = s.batch * chunk / s.sequence if chunk else s.decoded
     queries, hidden = heads.query * heads.dim, step.d_ff / (s.tensor if chunk else shards)
     attention = tokens * (2 * (model.d_model + queries) * s.item + queries * FLOAT32)
     mlp = tokens * model.d_model * (2 * s.item + FLOAT32) + min(3 * tokens * hidden * FLOAT32, 6 * step.bucket_bytes)
+    if step.expert_rows:  # the sum over buckets, and that of a bucket's choices; the router's scores
+        mlp = max(mlp, tokens * (model.d_model * (2 * s.item + 2 * FLOAT32) + 3 * model.experts.number * FLOAT32))
     cache = cache_bytes(config, layout, sizes)
     return {
         "weights": (layers + tables) * s.item,
@@ -104,6 +108,21 @@ def serving_memory(
         "buckets": 2 * step.bucket_elements() / s.tensor * s.item if chunk and mlp > attention else 0.0,
         "logits": 2 * s.decoded * vocab * FLOAT32,
     }
+
+
+def decode_reads(config: Config, layout: Layout, sizes: Mapping[str, int]) -> float:
+    """Bytes of weights and of the cache that a device reads in a decode step: of experts, those that are chosen.
+
+    If all experts are chosen equally often; an expert that several tokens choose is read once.
+    """
+    s, model, held = _Serving(config, layout, sizes), config.model, serving_memory(config, layout, sizes)
+    reads, rule = held["weights"] + held["cache"], model.experts
+    if rule.number:
+        elements = 3 * Step(config, layout, sizes).expert_rows * model.d_model / (s.folded * s.tensor)
+        choices = s.decoded * rule.per_token
+        chosen = min(1.0, mean_tiles(choices, rule.number, tile_size(choices, rule.number)))
+        reads -= model.num_layers * elements * s.item * (1 - chosen)
+    return reads
 
 
 def cache_bytes(config: Config, layout: Layout, sizes: Mapping[str, int]) -> float:

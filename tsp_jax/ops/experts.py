@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tsp_jax.config.experts import mean_tiles, tile_size
 from tsp_jax.layout import Axes, AxisNames
 from tsp_jax.ops.linear import matmul, matmul_t, outer
 from tsp_jax.ops.mlp import ACTIVATIONS
@@ -85,19 +86,6 @@ def experts(
         stream = stream._replace(chunk_tokens=Stream().chunk_tokens, product_bytes=math.inf)
         inputs = x_BtD, choices.weights_Btk, *chosen
         return rowwise(op, inputs, (w_gate_rD, w_up_rD, w_down_rD), axes=axes, stream=stream)
-
-
-SMALLEST_TILE, LARGEST_TILE = 8, 512
-
-
-def tile_size(choices: int, num_experts: int) -> int:
-    """Choices of a tile, a power of two: half a tile, what an expert's last one wastes, is at most 15 % of them.
-
-    `choices` are those of all experts. There are limits, so that few choices still are a product, and a product fits
-    into caches.
-    """
-    largest = max(1, int(0.3 * choices / num_experts))
-    return min(LARGEST_TILE, max(SMALLEST_TILE, 1 << (largest.bit_length() - 1)))
 
 
 def _by_expert(experts_Btk: jax.Array) -> Arrays:
@@ -196,8 +184,8 @@ class _Experts:
 
     def _mean_tiles(self, choices: int, experts: int) -> float:
         """Mean number of tiles of a bucket of so many experts, if all experts are chosen equally often."""
-        each, real = choices / self.num_experts, experts * self.num_experts / self.stored_experts
-        return real * min(each, max(1.0, each / self._tile(choices) + 0.5))
+        real = experts * self.num_experts / self.stored_experts
+        return real * mean_tiles(choices, self.num_experts, self._tile(choices))
 
     def partial(self, inputs: Arrays, bucket: Bucket) -> jax.Array:
         x_BtD, weights_Btk, *_ = inputs

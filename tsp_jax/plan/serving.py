@@ -11,7 +11,7 @@ from typing import Any
 
 from tsp_jax.config import Config, DType, ModelConfig
 from tsp_jax.cost.flops import step_flops
-from tsp_jax.cost.serving import decode_traffic, serving_memory
+from tsp_jax.cost.serving import decode_reads, decode_traffic, serving_memory
 from tsp_jax.cost.step import ITEMSIZE
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import Target
@@ -112,7 +112,7 @@ def _closed_form(base: Config, choice: Choice, chunk: int, target: Target) -> Se
     if chunk % (2 * num_ranks(layout.sequence, sizes)) or not serves:  # see `decode_placement`
         return None
     prefill, decode = (serving_memory(base, layout, sizes, chunk=tokens) for tokens in (chunk, 0))
-    read_s = (decode["weights"] + decode["cache"]) / target.hardware.rates.memory.bytes_per_s.typical
+    read_s = decode_reads(base, layout, sizes) / target.hardware.rates.memory.bytes_per_s.typical
     return Serving(
         layout=choice.layout, mesh=format_sizes(sizes), chunk=chunk,
         prefill_s=_prefill(base, layout, sizes, chunk, target),

@@ -97,9 +97,7 @@ def _less_traffic(step: _Step, found: Bottleneck) -> str:
 
 
 def _extra(step: _Step, policy: str) -> str:
-    """The memory that another remat policy takes, by the closed form, which has no experts."""
-    if step.config.model.experts.number:
-        return ""
+    """The memory that another remat policy takes, by the closed form."""
     layout, sizes = step.placement.layout, dict(step.placement.mesh.shape)
     changed = dataclasses.replace(step.config, remat=policy)
     now, then = (sum(step_memory(config, layout, sizes).values()) for config in (step.config, changed))

@@ -137,15 +137,19 @@ def _links(layout: Layout, sizes: dict[str, int], target: Target) -> Any:
 
 
 def _prefill(base: Config, layout: Layout, sizes: dict[str, int], chunk: int, target: Target) -> float:
-    """Computation, or the gathers of folded weights in every chunk if these take longer, and tensor axes' sums."""
+    """Computation, or the gathers or the reads of weights in every chunk if these take longer, and tensor axes' sums.
+
+    A chunk reads all weights of a tensor shard, those of all experts too.
+    """
     rates, model = target.hardware.rates, base.model
     compute = sum(step_flops(base, forward=True).values()) / target.num_devices / rates.best_flops.typical
     axes, row, item = layout.axes("heads"), _links(layout, sizes, target), ITEMSIZE[base.compute_dtype]
     folded, tensor = num_ranks(axes.folded, sizes), num_ranks(axes.tensor, sizes)
-    gathered = base.seq_len / chunk * item * model.num_params / tensor * (folded - 1) / folded
+    used = base.seq_len / chunk * item * model.num_params / tensor
+    gathered, read_s = used * (folded - 1) / folded, used / rates.memory.bytes_per_s.typical
     tokens = base.batch * base.seq_len / num_ranks(layout.tokens, sizes)
     summed = 4 * model.num_layers * tokens * model.d_model * item * (tensor - 1) / tensor
-    return max(compute, gathered / row.bytes_per_s.typical) + summed / row.bytes_per_s.typical
+    return max(compute, read_s, gathered / row.bytes_per_s.typical) + summed / row.bytes_per_s.typical
 
 
 def _best_of_places(ways: Sequence[Serving]) -> list[Serving]:

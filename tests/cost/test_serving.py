@@ -7,7 +7,7 @@ import pytest
 from tests.builders.arrays import LAYOUT_CASES
 from tests.builders.steps import CONFIG
 from tsp_jax.config import Config, ExpertsConfig
-from tsp_jax.cost.serving import decode_reads, serving_memory
+from tsp_jax.cost.serving import decode_bytes, decode_products, serving_memory
 from tsp_jax.hardware.memory import shard_bytes
 from tsp_jax.inference.program import make_inference_program
 from tsp_jax.layout import place
@@ -46,16 +46,21 @@ def test_decode_reads_one_layer_and_prefill_copies_the_cache():
     assert prefill["activations"] > on("tsp8", chunk=256)["activations"] > decode["activations"]
 
 
-def test_decode_reads_the_experts_that_are_chosen():
-    """Two sequences choose four of twelve experts; sixteen choose all, and read them once."""
-    layout, sizes = LAYOUT_CASES["tsp8"]
+@pytest.mark.parametrize(("case", "share"), [("tsp8", 1), ("tp8", 8)])
+def test_decode_multiplies_the_choices_of_its_own_experts_or_a_part_of_all(case, share):
+    """Two sequences choose four experts, a tile each: half of one on each of 8 ranks, or an eighth of each of four."""
+    layout, sizes = LAYOUT_CASES[case]
     sizes = dict.fromkeys(layout.axis_names, 1) | sizes
+    up, down = decode_products(MIXTURE, layout, sizes)
+    assert (up.m, up.n, up.times) == (8, 2 * 16 / share, 4 * share / 8)
+    assert (down.m, down.k, down.times) == (8, 16 / share, 4 * share / 8)
+    assert not decode_products(SERVED, layout, sizes)
 
-    def unread(batch: int) -> float:
-        config = dataclasses.replace(MIXTURE, batch=batch)
-        held = serving_memory(config, layout, sizes)
-        return held["weights"] + held["cache"] - decode_reads(config, layout, sizes)
 
-    layer = 3 * 16 * 16 * MIXTURE.model.d_model / 8 * 2  # 16 stored experts of 16 rows, bfloat16
-    assert unread(2) == pytest.approx(MIXTURE.model.num_layers * layer * (1 - 4 / 12))
-    assert unread(16) == 0
+def test_decode_copies_the_experts_of_every_layer():
+    """Sixteen stored experts of sixteen rows on eight ranks, in bfloat16."""
+    layout, sizes = LAYOUT_CASES["tsp8"]
+    held, sizes = on("tsp8", MIXTURE), dict.fromkeys(layout.axis_names, 1) | sizes
+    assert held["experts"] == 3 * 16 * 16 * MIXTURE.model.d_model / 8 * 2
+    copied = decode_bytes(MIXTURE, layout, sizes) - held["weights"] - held["cache"]
+    assert copied == MIXTURE.model.num_layers * held["experts"]

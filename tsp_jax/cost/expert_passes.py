@@ -18,6 +18,11 @@ _ROUTER_BYTES = 28, 32
 """of scores and probabilities, by token and expert; counted in a program for MI300X (benchmarks/closed_forms.md)"""
 
 
+def tile_products(tile: int, rows: float, width: int, tiles: float) -> tuple[Product, ...]:
+    """Products of so many tiles in forward, of experts with `rows` rows on this device."""
+    return Product(tile, 2 * rows, width, tiles), Product(tile, width, rows, tiles)
+
+
 class ExpertPasses(OpPasses):
     """The passes of one layer's experts, without shared ones, and of its router."""
 
@@ -31,6 +36,11 @@ class ExpertPasses(OpPasses):
             self.bucket_tokens *= self.sharding.folded / self.token_buckets
         self.tile = tile_size(int(self.bucket_tokens) * self.rule.per_token, self.rule.number)
         """n"""
+
+    @property
+    def routed(self) -> float:
+        """Share of the MLPs' products of a token that are not those of shared experts."""
+        return self.rule.per_token / (self.rule.per_token + self.rule.shared)
 
     @property
     def tiles(self) -> float:
@@ -48,11 +58,10 @@ class ExpertPasses(OpPasses):
     ) -> tuple[Product, ...]:
         """Those of all tiles. XLA makes one product of those with gate and up, whose operands they share."""
         n, f, width, tiles = self.tile, self.experts.shard_rows, self.width, self.tiles
-        up = Product(n, 2 * f, width, tiles)
         if not grads:
-            return up, Product(n, width, f, tiles)
+            return tile_products(n, f, width, tiles)
         return (
-            up, Product(n, f, width, tiles), Product(n, width, 2 * f, tiles),
+            Product(n, 2 * f, width, tiles), Product(n, f, width, tiles), Product(n, width, 2 * f, tiles),
             Product(2 * f, width, n, tiles), Product(f, width, n, tiles),
         )  # fmt: skip
 

@@ -71,15 +71,13 @@ def step_passes(config: Config, layout: Layout, sizes: Mapping[str, int]) -> tup
 
 def _mlp(step: Step) -> tuple[tuple[Pass, ...], tuple[Pass, ...], tuple[Pass, ...]]:
     """(forward, what backward repeats, backward) of the MLP, or of experts and the MLP of shared ones."""
-    forward, repeated, backward = (), (), ()
-    if step.expert_rows:
-        experts = ExpertPasses(step)
-        forward, repeated, backward = experts.forward(), experts.repeated(), experts.backward()
-    if step.d_ff:
-        op = OpPasses(step, "mlp", "mlp")
-        forward, backward = (*forward, _mlp_forward(op)), (_mlp_backward(op), *backward)
-    forward = (*forward[:-1], _with_layer(forward[-1], step, _LAYER.forward, _LAYER_FUSED.forward))
-    backward = (*backward[:-1], _with_layer(backward[-1], step, _LAYER.backward, _LAYER_FUSED.backward))
+    experts = ExpertPasses(step) if step.expert_rows else None
+    op = OpPasses(step, "mlp", "mlp") if step.d_ff else None
+    *forward, last = [*(experts.forward() if experts else ()), *([_mlp_forward(op)] if op else ())]
+    *backward, end = [*([_mlp_backward(op)] if op else ()), *(experts.backward() if experts else ())]
+    forward = *forward, _with_layer(last, step, _LAYER.forward, _LAYER_FUSED.forward)
+    backward = *backward, _with_layer(end, step, _LAYER.backward, _LAYER_FUSED.backward)
+    repeated = experts.repeated() if experts else ()
     again = repeats_mlp(step.config.model.norms != "pre", step.config.remat)
     return forward, forward if again else repeated, backward
 

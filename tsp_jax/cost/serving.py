@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from tsp_jax.config import Config
 from tsp_jax.config.experts import mean_tiles, tile_size
+from tsp_jax.cost.expert_passes import tile_products
+from tsp_jax.cost.op_passes import Product
 from tsp_jax.cost.step import ITEMSIZE, Step
 from tsp_jax.cost.traffic import INT32
 from tsp_jax.heads import HeadSharding
@@ -84,7 +86,8 @@ def serving_memory(
     Parts: `weights` in the compute dtype; `cache` of `config.seq_len` tokens a sequence, with its entries' positions;
     `cache_copy`, in the order of dims in which prefill's loop over layers keeps all of it, or the keys and values of
     one layer that decode reads; `keys_values`, of a chunk of all ranks; `activations`, of attention or of the MLP;
-    `buckets` of weights; `logits`. Counted in two programs for MI300X (jax 0.10.2; benchmarks/closed_forms.md).
+    `buckets` of weights; `experts` of one layer, copied; `logits`. Counted in programs for MI300X (jax 0.10.2;
+    benchmarks/closed_forms.md).
     """
     s, model, step = _Serving(config, layout, sizes), config.model, Step(config, layout, sizes)
     shards, heads = s.folded * s.tensor, s.heads.shard
@@ -92,6 +95,7 @@ def serving_memory(
     tables = vocab * model.d_model / num_ranks(layout.vocab, sizes) * (1 if model.tie_embeddings else 2)
     rows = 2 * sum(s.heads.stored) + 3 * (step.d_ff + step.expert_rows)
     layers = model.num_layers * model.d_model * (rows / shards + model.experts.number)
+    experts = 3 * step.expert_rows * model.d_model / shards
     tokens = s.batch * chunk / s.sequence if chunk else s.decoded
     queries, hidden = heads.query * heads.dim, step.d_ff / (s.tensor if chunk else shards)
     attention = tokens * (2 * (model.d_model + queries) * s.item + queries * FLOAT32)
@@ -106,23 +110,30 @@ def serving_memory(
         "keys_values": 2 * s.batch * chunk * heads.kv * heads.dim * s.item,
         "activations": max(attention, mlp),
         "buckets": 2 * step.bucket_elements() / s.tensor * s.item if chunk and mlp > attention else 0.0,
+        "experts": experts * s.item,
         "logits": 2 * s.decoded * vocab * FLOAT32,
     }
 
 
-def decode_reads(config: Config, layout: Layout, sizes: Mapping[str, int]) -> float:
-    """Bytes of weights and of the cache that a device reads in a decode step: of experts, those that are chosen.
+def decode_bytes(config: Config, layout: Layout, sizes: Mapping[str, int]) -> float:
+    """Bytes of weights and of the cache that a device reads and writes in a decode step.
 
-    If all experts are chosen equally often; an expert that several tokens choose is read once.
+    Experts are copied out of those of all layers, before the loop over choices reads those that are chosen: all of them
+    are read and written once.
     """
-    s, model, held = _Serving(config, layout, sizes), config.model, serving_memory(config, layout, sizes)
-    reads, rule = held["weights"] + held["cache"], model.experts
-    if rule.number:
-        elements = 3 * Step(config, layout, sizes).expert_rows * model.d_model / (s.folded * s.tensor)
-        choices = s.decoded * rule.per_token
-        chosen = min(1.0, mean_tiles(choices, rule.number, tile_size(choices, rule.number)))
-        reads -= model.num_layers * elements * s.item * (1 - chosen)
-    return reads
+    held = serving_memory(config, layout, sizes)
+    return held["weights"] + held["cache"] + config.model.num_layers * held["experts"]
+
+
+def decode_products(config: Config, layout: Layout, sizes: Mapping[str, int]) -> tuple[Product, ...]:
+    """Products of one layer's experts on a device in a decode step, if all experts are chosen equally often."""
+    s, rule = _Serving(config, layout, sizes), config.model.experts
+    if not rule.number:
+        return ()
+    experts, choices = Step(config, layout, sizes).experts, s.decoded * rule.per_token
+    tile = tile_size(choices, rule.number)
+    tiles = mean_tiles(choices, rule.number, tile) * rule.number / experts.folded
+    return tile_products(tile, experts.shard_rows, config.model.d_model, tiles)
 
 
 def cache_bytes(config: Config, layout: Layout, sizes: Mapping[str, int]) -> float:

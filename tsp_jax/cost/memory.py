@@ -209,18 +209,22 @@ class _Memory:
         }  # fmt: skip
 
     def _at_mlp(self, wide: float) -> dict[str, Parts]:
-        """The moments of the MLP and of experts: x, its norm and dy, and what the op needs."""
+        """The moments of the MLP and of experts: x, its norm and dy, and what the op needs.
+
+        While the experts' backward runs, dx of shared ones waits to be added.
+        """
         activations, found = (3 + (self.model.norms != "pre")) * self.activation, {}
+        waiting = 0.0
         if (mlp := self.mlp) is not None:
             chunked = mlp.chunk < self.tokens
-            dx = wide if (mlp.buckets > 1 or chunked) and not self._moves_tokens(mlp) else self.activation
-            dx += self.activation * (self.sharding.tensor > 1)  # its sum over tensor shards
+            waiting = wide if (mlp.buckets > 1 or chunked) and not self._moves_tokens(mlp) else self.activation
+            dx = waiting + self.activation * (self.sharding.tensor > 1)  # its sum over tensor shards
             chunks = 2 * mlp.chunk * self.model.d_model * self.item * chunked
             found["mlp"] = {
                 "activations": activations + dx + chunks, "products": self.products(mlp), "weights": self.bucket(mlp)
             }  # fmt: skip
         if self.experts:
-            found["experts"] = _added({"activations": activations}, self.experts.backward())
+            found["experts"] = _added({"activations": activations + waiting}, self.experts.backward())
         return found
 
     def _projections(self) -> float:

@@ -14,7 +14,7 @@ import tyro
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from tsp_jax.config import ExpertsConfig, StreamConfig
+from tsp_jax.config import ExpertsConfig, Movement, StreamConfig
 from tsp_jax.cost.traffic import OpSharding, experts_traffic
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.compiler_options import compiler_options
@@ -24,7 +24,7 @@ from tsp_jax.layout import Placement, place
 from tsp_jax.nn import Experts
 
 D_MODEL, D_FF, EXPERTS = 2048, 768, ExpertsConfig(number=128, per_token=8)
-MOVEMENTS = {"gather": "experts past tokens", "activations": "tokens past experts"}
+MOVEMENTS: dict[Movement, str] = {"gather": "experts past tokens", "activations": "tokens past experts"}
 
 
 @dataclasses.dataclass(frozen=True)

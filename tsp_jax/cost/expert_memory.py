@@ -36,7 +36,7 @@ class ExpertMemory:
         return self.tokens * ((width + 2 * rule.number) * FLOAT32 + rule.per_token * (3 * INT32 + 2 * FLOAT32))
 
     def slab(self) -> float:
-        """What one turn of the loop over choices holds: tokens, hidden rows, and copies of its expert's weights.
+        """What one iteration of the loop over choices holds: tokens, hidden rows, and copies of its expert's weights.
 
         Rows are those of one tile: x and dy [n, D] in the compute dtype, dx in float32; of [n, f] gate, up and dh in
         float32, and three arrays in the compute dtype. Weights are copied, gate and up once more as one array; the

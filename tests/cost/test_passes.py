@@ -7,7 +7,7 @@ import pytest
 
 from tests.builders.arrays import LAYOUT_CASES, MIX, UNUSUAL_CASES
 from tests.builders.steps import CONFIG
-from tsp_jax.config import Config, LoraConfig
+from tsp_jax.config import Config, ExpertsConfig, LoraConfig
 from tsp_jax.cost.flops import step_flops
 from tsp_jax.cost.passes import step_passes
 from tsp_jax.cost.training import step_traffic
@@ -27,7 +27,7 @@ def on(case: str, config: Config):
 
 
 def moved(config: Config, movement: str) -> Config:
-    names = ("attention_movement", "mlp_movement", "vocab_movement")
+    names = ("mlp_movement",) if movement == "ring" else ("attention_movement", "mlp_movement", "vocab_movement")
     return dataclasses.replace(config, stream=dataclasses.replace(config.stream, **dict.fromkeys(names, movement)))
 
 
@@ -74,6 +74,42 @@ def test_passes_receive_the_traffic_of_moved_tokens(case, remat, model):
 )
 def test_passes_receive_the_traffic_of_other_models(case, change):
     check(dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **change)), case)
+
+
+MIXTURE = dataclasses.replace(
+    CONFIG.model, d_ff=13, experts=ExpertsConfig(number=10, per_token=3, shared=1, balance_loss=0.1)
+)
+"""ten experts are padded on 8, 4 and 3 ranks, their 13 rows on 2"""
+
+
+@pytest.mark.parametrize("case", ["tsp8", "tsp3", "tp8", "tp4_sp2", "mix2_4", "two_level2_4", "fsdp_cp8", "single"])
+@pytest.mark.parametrize("movement", ["gather", "ring", "activations"])
+@pytest.mark.parametrize("norms", ["pre", "both"])
+def test_passes_receive_the_traffic_of_experts(case, movement, norms):
+    """The movement of every op, except that only the MLP's and the experts' weights ring."""
+    model = dataclasses.replace(MIXTURE, norms=norms)
+    check(dataclasses.replace(moved(CONFIG, movement), remat="full", model=model), case)
+
+
+@pytest.mark.parametrize(("case", "movement"), [("tsp8", "gather"), ("tp8", "gather"), ("tsp8", "activations")])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_passes_execute_the_products_of_experts_and_half_a_tile_of_each(case, movement, remat):
+    """Each device computes the router of its tokens, under tp of all tokens."""
+    model = dataclasses.replace(CONFIG.model, d_ff=24, experts=ExpertsConfig(number=8, per_token=2, shared=1))
+    stream = dataclasses.replace(moved(CONFIG, movement).stream, bucket_mib=1.0)
+    config, layout, sizes = on(case, dataclasses.replace(CONFIG, model=model, stream=stream, seq_len=4096, remat=remat))
+    tile = choices = 0.0
+    found = defaultdict(float)
+    for block in step_passes(config, layout, sizes):
+        for part in block.passes:
+            found[part.op] += block.times * sum(2 * p.m * p.n * p.k * p.times for p in part.products)
+            if part.op == "experts":
+                tile, choices = part.products[0].m, part.chunk * 2 / 8
+    expected = step_flops(config)
+    assert found["router"] * num_ranks(layout.tokens, sizes) == pytest.approx(expected["router"], rel=1e-9)
+    assert found["mlp"] * 8 == pytest.approx(expected["mlp"] / 3, rel=1e-9)
+    assert found["experts"] * 8 == pytest.approx(expected["mlp"] * 2 / 3 * (1 + tile / 2 / choices), rel=1e-9)
+    assert 0 < tile / 2 <= 0.15 * choices
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), ("down",), ("q", "k", "v", "o", "gate", "up", "down")])

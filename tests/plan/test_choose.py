@@ -8,6 +8,7 @@ import pytest
 
 from tests.builders.plans import compiled_row
 from tests.builders.steps import CONFIG, CPU
+from tsp_jax.config import ExpertsConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.rates import SCENARIOS
 from tsp_jax.hardware.targets import parse_target
@@ -94,6 +95,14 @@ def test_without_compilations_closed_forms_decide():
     plan = choose(CONFIG, CPU, fixed=FIXED, compilations=0, compile=lambda jobs: pytest.fail("compiled"))
     assert plan.chosen.compiled is None
     assert plan.chosen.estimate.step_s == min(c.estimate.step_s for c in plan.candidates)
+
+
+def test_mixtures_of_experts_are_planned():
+    """On every layout that divides the tokens, and with as many parameters as ranks hold at least."""
+    model = dataclasses.replace(CONFIG.model, d_ff=512, experts=ExpertsConfig(number=20, per_token=2, shared=1))
+    plan = choose(dataclasses.replace(CONFIG, model=model), parse_target("mi300x:8"), compilations=0)
+    assert {"tsp", "tp", "sp", "fsdp_cp", "tp_sp"} <= {c.choice.layout for c in plan.search.candidates}
+    assert min(c.peak_bytes for c in plan.search.candidates) > 3 * 4 * model.num_params / 8
 
 
 SHORT = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, head_dim=128), compute_dtype="bfloat16")

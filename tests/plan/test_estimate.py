@@ -6,7 +6,7 @@ import re
 import pytest
 
 from tests.builders.steps import CONFIG
-from tsp_jax.config import Config, ModelConfig
+from tsp_jax.config import Config, ExpertsConfig, ModelConfig
 from tsp_jax.cost.memory import step_memory
 from tsp_jax.cost.training import step_traffic
 from tsp_jax.errors import ConfigError
@@ -46,6 +46,35 @@ def test_micro_batches_repeat_all_but_the_update():
     assert twice.received_bytes == pytest.approx(2 * once.received_bytes)
     assert twice.seconds["attention"] == pytest.approx(2 * once.seconds["attention"])
     assert twice.seconds["optimizer"] < 2 * once.seconds["optimizer"]
+
+
+QWEN3_30B_A3B = dataclasses.replace(
+    LLAMA,
+    model=ModelConfig(
+        vocab_size=151_936, d_model=2048, num_layers=48, num_heads=32, num_kv_heads=4, head_dim=128, d_ff=768,
+        experts=ExpertsConfig(number=128, per_token=8, balance_loss=0.001), qk_norm=True,
+    ),
+    stream=dataclasses.replace(CONFIG.stream, attention_movement="auto", bucket_mib=64.0, grad_dtype="bfloat16"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "movement", "simulated_s"),
+    [("tsp", "gather", 23.96), ("tsp", "activations", 23.76), ("fsdp_cp", "gather", 23.92)],
+)
+def test_steps_of_a_mixture_that_were_simulated(layout, movement, simulated_s):
+    """Compiled for 8 x MI300X with jax 0.10.2 (benchmarks/experts.md)."""
+    stream = dataclasses.replace(QWEN3_30B_A3B.stream, mlp_movement=movement)
+    assert on(QWEN3_30B_A3B, layout=layout, stream=stream).step_s == pytest.approx(simulated_s, rel=0.03)
+
+
+def test_moved_tokens_cost_less_for_few_tokens_a_device_and_more_for_many():
+    def step_s(movement: str, seq_len: int) -> float:
+        stream = dataclasses.replace(QWEN3_30B_A3B.stream, mlp_movement=movement)
+        return on(QWEN3_30B_A3B, seq_len=seq_len, stream=stream).step_s
+
+    assert step_s("activations", 8192) < step_s("gather", 8192)
+    assert step_s("activations", 2**20) > step_s("gather", 2**20)
 
 
 def test_a_bucket_can_be_too_small_and_too_large():

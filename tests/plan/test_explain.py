@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from tests.builders.steps import CONFIG, CPU, train_step
+from tsp_jax.inspect import LiveBuffer
 from tsp_jax.plan.estimate import estimate
 from tsp_jax.plan.explain import differs, explain
 from tsp_jax.plan.peak_parts import peak_parts
@@ -42,3 +43,25 @@ def test_a_form_that_forgets_moments_differs_in_the_state():
 @pytest.mark.parametrize(("compiled", "expected"), [(1.0, False), (1.04, False), (1.06, True), (0.94, True)])
 def test_a_peak_differs_from_five_percent_on(compiled, expected):
     assert differs(compiled, 1.0) == expected
+
+
+@pytest.mark.parametrize(
+    ("scope", "holds", "part"),
+    [
+        ("experts/mean_trips[4]/while/body/scatter-add", "while/body/btp,btd->pd/dot_general", "weights"),
+        ("experts/mean_trips[4]/while/body/scatter-add", "while/body/btp,pd->btd/dot_general", "activations"),
+        ("experts/gather/all_gather", "", "weights"),
+        ("experts/gather_tokens/all_gather", "", "activations"),
+        ("experts/concatenate", "", "weights"),
+    ],
+)
+def test_gradients_and_messages_of_experts_are_weights(scope, holds, part):
+    """Also if their first dim happens to be the number of layers."""
+    buffer = LiveBuffer(
+        bytes=1, shape=(CONFIG.model.num_layers, 8, 32), dtype="f32", kind="transient", holds=holds, source="", name="",
+        scope=f"jit(step)/transpose(jvp())/shard_map/tsp/{scope}", opcode="", computation="",
+    )  # fmt: skip
+    if part == "activations":
+        buffer = dataclasses.replace(buffer, shape=(64, 32))
+    peak = dataclasses.replace(train_step().report().peak, buffers=(buffer,))
+    assert set(peak_parts(peak, CONFIG)) == {part}

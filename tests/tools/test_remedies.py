@@ -6,7 +6,7 @@ import re
 import pytest
 
 from tests.builders.steps import CONFIG, CPU
-from tsp_jax.config import Config
+from tsp_jax.config import Config, ExpertsConfig
 from tsp_jax.hardware.rates import exactly
 from tsp_jax.inspect import Collective
 from tsp_jax.inspect.bottleneck import Bottleneck
@@ -30,12 +30,19 @@ def remedy(found: Bottleneck, bucket_bytes: int = 2**30, **changes) -> str:
     return remedies(config, place_on(config, CPU), [gathered])(found)
 
 
+MIXTURE = dataclasses.replace(CONFIG.model, experts=ExpertsConfig(number=8, per_token=2))
 NAMED = {
     "movement": (
         bottleneck("communication", mostly="backward tsp/mlp/gather (all-gather g)"),
         {},
         "--stream.mlp-movement",
     ),
+    "movement of experts": (
+        bottleneck("communication", mostly="backward tsp/experts/gather (all-gather g)"),
+        {"model": MIXTURE},
+        "--stream.mlp-movement",
+    ),
+    "remat of experts": (bottleneck("recomputation"), {"model": MIXTURE, "remat": "full"}, "--remat save_attention (+"),
     "layout": (bottleneck("communication", mostly="forward tsp/mlp"), {"layout": "tp", "mesh": ""}, "--layout"),
     "buckets": (bottleneck("fixed cost", "tsp/mlp"), {}, "--stream.bucket-mib 0.018"),
     "kernel": (bottleneck("attention", what="attention at the rate of cudnn, the"), {}, "--stream.kernel cudnn"),

@@ -48,3 +48,19 @@ class ExpertsConfig:
                 f"{owner}per_token={self.per_token} is more than {owner}number={self.number}; "
                 f"use {owner}per_token={self.number} at most"
             )
+
+
+def tile_size(choices: int, num_experts: int, smallest: int = 8, largest: int = 512) -> int:
+    """Choices of a tile, a power of two: half a tile, what an expert's last one wastes, is at most 15 % of them.
+
+    `choices` are those of all experts. There are limits, so that few choices still are a product, and a product fits
+    into caches.
+    """
+    most = max(1, int(0.3 * choices / num_experts))
+    return min(largest, max(smallest, 1 << (most.bit_length() - 1)))
+
+
+def mean_tiles(choices: int, num_experts: int, tile: int) -> float:
+    """Mean number of tiles of an expert if all experts are chosen equally often: its last one is half full."""
+    each = choices / num_experts
+    return min(each, max(1.0, each / tile + 0.5))

@@ -11,6 +11,8 @@ this device, H head; c tokens of a chunk, p rows of a bucket.
 from collections.abc import Mapping
 
 from tsp_jax.config import Config
+from tsp_jax.cost.expert_memory import ExpertMemory
+from tsp_jax.cost.expert_passes import ExpertPasses
 from tsp_jax.cost.op_passes import Pass
 from tsp_jax.cost.passes import step_passes
 from tsp_jax.cost.step import ITEMSIZE, Step
@@ -31,8 +33,8 @@ def step_memory(config: Config, layout: Layout, sizes: Mapping[str, int]) -> Par
 def memory_moments(config: Config, layout: Layout, sizes: Mapping[str, int]) -> dict[str, Parts]:
     """Moment -> what a device holds then.
 
-    Moments: `loss` (forward or backward); `mlp`, `attention` and `projections` of a layer's backward; `embed`, its
-    backward after all layers; `update`, the optimizer's.
+    Moments: `loss` (forward or backward); `mlp`, `experts`, `attention` and `projections` of a layer's backward;
+    `embed`, its backward after all layers; `update`, the optimizer's.
     """
     return _Memory(config, layout, sizes).moments()
 
@@ -41,7 +43,6 @@ class _Memory:
     """One device's arrays, in bytes."""
 
     def __init__(self, config: Config, layout: Layout, sizes: Mapping[str, int]):
-        config.model.refuse_experts("the estimate of memory")
         step = Step(config, layout, sizes)
         self.step, self.config, self.model, self.item = step, config, config.model, step.itemsize
         self.sharding, heads, width = step.sharding, step.heads, config.model.d_model
@@ -49,13 +50,17 @@ class _Memory:
         self.activation = self.tokens * width * self.item
         """[B, t, D] in the compute dtype"""
         shards = self.sharding.folded * self.sharding.tensor
-        self.matrices = config.model.num_layers * (2 * sum(heads.stored) + 3 * step.d_ff) * width / shards
-        """elements of the layers' weights"""
+        rows = 2 * sum(heads.stored) + 3 * (step.d_ff + step.expert_rows)
+        self.matrices = config.model.num_layers * rows * width / shards
+        """elements of the layers' weights that are sharded"""
+        self.routers = config.model.num_layers * config.model.experts.number * width
+        """elements of the routers' weights, which every device has"""
         vocab = step.sharding_of("vocab")
         self.table = step.vocab_size * width / (vocab.folded * vocab.tensor)
         """elements of the embedding, or of the output head"""
         blocks = {block.name: block.passes for block in step_passes(config, layout, sizes) if block.passes}
-        self.mlp = [part for part in blocks["backward"] if part.part == "mlp"][-1]
+        self.mlp = next((part for part in reversed(blocks["backward"]) if part.part == "mlp"), None)
+        self.experts = ExpertMemory(ExpertPasses(step)) if step.expert_rows else None
         names = ("out", "queries", "keys_values")
         self.projections = [part for part in blocks["backward"] if part.part in names and part.sent]
         self.loss = blocks["loss"][-1]
@@ -78,7 +83,7 @@ class _Memory:
     def state(self) -> Parts:
         """Weights, the optimizer's state, and sums of gradients over micro-batches."""
         lora, optimizer, layout = self.config.lora, self.config.optimizer, self.step.layout
-        trained, frozen = self.matrices + self.tables, 0.0
+        trained, frozen = self.matrices + self.routers + self.tables, 0.0
         matrices = self.matrices
         if lora.rank:
             frozen, trained = trained, self.step.adapters()[0]
@@ -109,12 +114,13 @@ class _Memory:
         before = (self.queries + self.keys) * (model.qkv_bias or model.qk_norm_width == "all")
         lse = self.queries / self.step.heads.heads.dim / self.item * FLOAT32
         heads = 3 * self.queries + 2 * self.keys + before + lse
-        return 3 * norms * elements * FLOAT32 + 2 * self.activation + heads
+        router = self.experts.kept() if self.experts else 0.0
+        return 3 * norms * elements * FLOAT32 + 2 * self.activation + heads + router
 
     def layers(self, backward: bool) -> Parts:
         """What is kept of all layers, and the gradients of their weights, when backward begins or has begun."""
         layers, kept = self.model.num_layers, self.kept()
-        trained = self.step.adapters()[0] if self.config.lora.rank else self.matrices
+        trained = self.step.adapters()[0] if self.config.lora.rank else self.matrices + self.routers
         gradients = trained * ITEMSIZE[self.config.grad_dtype]
         if self.config.remat.startswith("offload"):
             return {"residuals": kept if backward else 0.0, "gradients": gradients * backward}
@@ -130,7 +136,8 @@ class _Memory:
         layout = self.step.layout
         replicas = [name for name in (*layout.batch, *layout.sequence) if name not in layout.heads]
         several = num_ranks(tuple(dict.fromkeys(replicas)), self.step.sizes) > 1
-        return self.matrices * FLOAT32 if several and not self.config.lora.rank else 0.0
+        routers = self.routers * (num_ranks(layout.tokens, self.step.sizes) > 1)
+        return (self.matrices * several + routers) * FLOAT32 if not self.config.lora.rank else 0.0
 
     # -------------------------------------------------------------------------------------------- passes
 
@@ -179,38 +186,50 @@ class _Memory:
     def moments(self) -> dict[str, Parts]:
         """See `memory_moments`."""
         during = _added(self.state(), self.layers(backward=True), self.head(), {"weights": self._merged()})
-        norms = 0 if self.model.norms == "pre" else 1
         wide = self.tokens * self.model.d_model * FLOAT32  # a gradient that buckets or chunks add to
-        mlp = self.mlp
-        added = mlp.buckets > 1 or mlp.chunk < self.tokens
-        dx = wide if added and not self._moves_tokens(mlp) else self.activation
-        dx += self.activation * (self.sharding.tensor > 1)  # its sum over tensor shards
         before = self.state(), self.layers(backward=False)
         at_loss = [_added(*before, self._at_loss(wide, backward)) for backward in (False, True)]
-        chunks = 2 * mlp.chunk * self.model.d_model * self.item * (mlp.chunk < self.tokens)
+        products = self.products(self.mlp) / 3 if self.mlp else 0.0
+        experts = self.experts.own * FLOAT32 if self.experts else 0.0  # gradients of the layer's
         return {
             "loss": max(at_loss, key=lambda parts: sum(parts.values())),
-            # x, its norm and dy
-            "mlp": _added(during, {
-                "activations": (3 + norms) * self.activation + dx + chunks, "products": self.products(mlp),
-                "weights": self.bucket(mlp),
-            }),
+            **{name: _added(during, parts) for name, parts in self._at_mlp(wide).items()},
             # dy; queries, their gradients, and those of outputs; keys and values, and their gradients
             "attention": _added(during, {
                 "activations": self.activation + 3 * self.queries + 4 * self.keys, "keys_values": 3 * self.exchange,
+                "weights": experts,
             }),
             # x, its norm and dy; gradients of queries, keys and values
             "projections": _added(during, {
                 "activations": 3 * self.activation + wide + self.queries + 2 * self.keys,
-                "weights": self._projections(), "products": self.products(mlp) / 3,
+                "weights": self._projections() + experts, "products": products,
             }),
             "embed": _added(self.state(), self.layers(backward=True), self._tables(), {"activations": self.activation}),
             "update": _added(self.state(), self.layers(backward=True), self._tables(), self._orthogonalized()),
         }  # fmt: skip
 
+    def _at_mlp(self, wide: float) -> dict[str, Parts]:
+        """The moments of the MLP and of experts: x, its norm and dy, and what the op needs.
+
+        While the experts' backward runs, dx of shared ones waits to be added.
+        """
+        activations, found = (3 + (self.model.norms != "pre")) * self.activation, {}
+        waiting = 0.0
+        if (mlp := self.mlp) is not None:
+            chunked = mlp.chunk < self.tokens
+            waiting = wide if (mlp.buckets > 1 or chunked) and not self._moves_tokens(mlp) else self.activation
+            dx = waiting + self.activation * (self.sharding.tensor > 1)  # its sum over tensor shards
+            chunks = 2 * mlp.chunk * self.model.d_model * self.item * chunked
+            found["mlp"] = {
+                "activations": activations + dx + chunks, "products": self.products(mlp), "weights": self.bucket(mlp)
+            }  # fmt: skip
+        if self.experts:
+            found["experts"] = _added({"activations": activations + waiting}, self.experts.backward())
+        return found
+
     def _projections(self) -> float:
         """Float32 gradients of the MLP's weights, and of the last bucket of each projection: made, and sent."""
-        mlp = self.mlp.weights * self.mlp.rows * self.mlp.buckets / self.folded
+        mlp = self.mlp.weights * self.mlp.rows * self.mlp.buckets / self.folded if self.mlp else 0.0
         buckets = sum(part.weights * part.rows for part in self.projections)
         return (mlp + 2 * buckets) * self.model.d_model * FLOAT32
 

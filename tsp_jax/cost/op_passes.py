@@ -29,6 +29,8 @@ class Product(NamedTuple):
     n: float
     k: float
     times: float
+    dtype: str = ""
+    """of the operands; empty: the compute dtype"""
 
 
 class Attend(NamedTuple):
@@ -47,7 +49,7 @@ class Pass(NamedTuple):
     """One pass over an op's buckets."""
 
     op: str
-    """attention, mlp, embed or loss"""
+    """attention, router, experts, mlp, embed or loss"""
     part: str
     """which of the op's weights; attend: keys and values"""
     buckets: int = 1
@@ -127,10 +129,7 @@ class OpPasses:
         buckets = self.token_buckets if self.moves_tokens else folded if self.rings else buckets
         used, chunk = self._shape(rows, buckets, tokens)
         times = tokens / chunk * (1 if self.moves_tokens else buckets)
-        products = (
-            Product(chunk, used, self.width, times * expand), Product(chunk, self.width, used, times * contract),
-            Product(used, self.width, chunk, times * weights * grads),
-        )  # fmt: skip
+        products = self._products(used, chunk, times, expand, contract, weights * grads)
         fetched, sent = self._weight_messages(weights * rows, buckets, received, axes or self.axes.folded)
         elements = weights * rows * self.width
         own, whole = elements / folded, 0.0 if self.moves_tokens or folded == 1 else elements
@@ -157,6 +156,15 @@ class OpPasses:
         batch, used = self.sharding.batch, rows / buckets
         most = max(1, int(2 * self.step.bucket_bytes / (FLOAT32 * used))) // batch
         return used, batch * largest_divisor(self.sharding.seq_len // self.sharding.sequence, max(1, most))
+
+    def _products(
+        self, rows: float, chunk: float, times: float, expand: int, contract: int, grads: int
+    ) -> tuple[Product, ...]:
+        """Of a pass, from the numbers of products x w^T, h w and gradients of w."""
+        return (
+            Product(chunk, rows, self.width, times * expand), Product(chunk, self.width, rows, times * contract),
+            Product(rows, self.width, chunk, times * grads),
+        )  # fmt: skip
 
     def _weight_messages(self, rows: float, buckets: int, received: float | None, axes: AxisNames):
         folded, sharding = self.sharding.folded, self.sharding

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from tsp_jax.config import Config
+from tsp_jax.cost.expert_passes import ExpertPasses
 from tsp_jax.cost.flops import keys_within
 from tsp_jax.cost.op_passes import Attend, Message, OpPasses, Pass
 from tsp_jax.cost.step import Step
@@ -52,15 +53,14 @@ class Block(NamedTuple):
 
 def step_passes(config: Config, layout: Layout, sizes: Mapping[str, int]) -> tuple[Block, ...]:
     """The passes of one micro-batch of a training step, in the order in which they run."""
-    config.model.refuse_experts("the estimate of time")
     step, model = Step(config, layout, sizes), config.model
     attention = {window: _Attention(step, window) for window, _ in model.windows}
-    mlp, embed, loss = (OpPasses(step, *names) for names in (("mlp", "mlp"), ("embed", "vocab"), ("loss", "vocab")))
-    mlp_forward, mlp_repeated, mlp_backward = _mlp(mlp)
-    forward = [Block("forward", n, (*attention[window].forward(), mlp_forward)) for window, n in model.windows]
+    embed, loss = OpPasses(step, "embed", "vocab"), OpPasses(step, "loss", "vocab")
+    mlp_forward, mlp_repeated, mlp_backward = _mlp(step)
+    forward = [Block("forward", n, (*attention[window].forward(), *mlp_forward)) for window, n in model.windows]
     backward = [
         Block(
-            "backward", n, (*attention[window].repeated(), *mlp_repeated, mlp_backward, *attention[window].backward())
+            "backward", n, (*attention[window].repeated(), *mlp_repeated, *mlp_backward, *attention[window].backward())
         )
         for window, n in model.windows
     ]
@@ -69,36 +69,39 @@ def step_passes(config: Config, layout: Layout, sizes: Mapping[str, int]) -> tup
     return (Block("embed", 1, (first,)), *forward, Block("loss", 1, _loss(loss)), *backward, last)
 
 
-def _mlp(op: OpPasses) -> tuple[Pass, tuple[Pass, ...], Pass]:
-    """(forward, what backward repeats of it, backward)."""
+def _mlp(step: Step) -> tuple[tuple[Pass, ...], tuple[Pass, ...], tuple[Pass, ...]]:
+    """(forward, what backward repeats, backward) of the MLP, or of experts and the MLP of shared ones."""
+    experts = ExpertPasses(step) if step.expert_rows else None
+    op = OpPasses(step, "mlp", "mlp") if step.d_ff else None
+    *forward, last = [*(experts.forward() if experts else ()), *([_mlp_forward(op)] if op else ())]
+    *backward, end = [*([_mlp_backward(op)] if op else ()), *(experts.backward() if experts else ())]
+    forward = *forward, _with_layer(last, step, _LAYER.forward, _LAYER_FUSED.forward)
+    backward = *backward, _with_layer(end, step, _LAYER.backward, _LAYER_FUSED.backward)
+    repeated = experts.repeated() if experts else ()
+    again = repeats_mlp(step.config.model.norms != "pre", step.config.remat)
+    return forward, forward if again else repeated, backward
+
+
+def _mlp_forward(op: OpPasses) -> Pass:
     rows, item = op.step.d_ff, op.width * op.sharding.itemsize
-    buckets, own = op.buckets(rows, 3), rows / op.sharding.tensor
-    forward = op.use(
-        "mlp",
-        own,
-        buckets,
-        3,
-        expand=2,
-        contract=1,
-        gathers=item,
-        scatters=item,
-        summed=op.output_sum(),
-        row_bytes=_HIDDEN.forward,
-        token_bytes=_SUM,
-    )
-    forward = _with_layer(forward, op, _LAYER.forward, _LAYER_FUSED.forward)
-    backward = op.use(
-        "mlp", own, buckets, 3, expand=3, contract=2, grads=True, gathers=2 * item, scatters=item,
-        summed=op.output_sum() + op.replica_sum(3 * rows * op.width), row_bytes=_HIDDEN.backward, token_bytes=_SUM,
+    return op.use(
+        "mlp", rows / op.sharding.tensor, op.buckets(rows, 3), 3, expand=2, contract=1, gathers=item, scatters=item,
+        summed=op.output_sum(), row_bytes=_HIDDEN.forward, token_bytes=_SUM,
     )  # fmt: skip
-    backward = _with_layer(backward, op, _LAYER.backward, _LAYER_FUSED.backward)
-    again = repeats_mlp(op.config.model.norms != "pre", op.config.remat)
-    return forward, (forward,) * again, backward
 
 
-def _with_layer(part: Pass, op: OpPasses, nbytes: float, fusible: float) -> Pass:
+def _mlp_backward(op: OpPasses) -> Pass:
+    rows, item = op.step.d_ff, op.width * op.sharding.itemsize
+    return op.use(
+        "mlp", rows / op.sharding.tensor, op.buckets(rows, 3), 3, expand=3, contract=2, grads=True, gathers=2 * item,
+        scatters=item, summed=op.output_sum() + op.replica_sum(3 * rows * op.width), row_bytes=_HIDDEN.backward,
+        token_bytes=_SUM,
+    )  # fmt: skip
+
+
+def _with_layer(part: Pass, step: Step, nbytes: float, fusible: float) -> Pass:
     """A pass with the elementwise work of a layer outside of its ops."""
-    elements = op.sharding.tokens * op.width
+    elements = step.sharding.tokens * step.config.model.d_model
     return part._replace(bytes=part.bytes + nbytes * elements, fusible=part.fusible + fusible * elements)
 
 

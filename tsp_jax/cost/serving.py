@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 
 from tsp_jax.config import Config
+from tsp_jax.config.experts import mean_tiles, tile_size
+from tsp_jax.cost.expert_passes import tile_products
+from tsp_jax.cost.op_passes import Product
 from tsp_jax.cost.step import ITEMSIZE, Step
 from tsp_jax.cost.traffic import INT32
 from tsp_jax.heads import HeadSharding
@@ -44,11 +47,12 @@ def decode_traffic(config: Config, layout: Layout, sizes: Mapping[str, int]) -> 
     axes that shard the vocabulary. The numbers of cache entries are also exchanged, but not counted.
     """
     s, model = _Serving(config, layout, sizes), config.model
-    residual, vocab = s.decoded * model.d_model * s.item, num_ranks(layout.vocab, sizes)
+    residual = s.decoded * model.d_model * s.item
+    vocab, mlp = (num_ranks(axes, sizes) for axes in (layout.vocab, layout.mlp))
     logits = s.decoded * RowPadding.over(model.vocab_size, vocab).stored * FLOAT32
     return {
         "attention": {kind: model.num_layers * n for kind, n in _attention(config, s).items()},
-        "mlp": {"sums": model.num_layers * _summed(residual, num_ranks(layout.mlp, sizes))},
+        "mlp": {"sums": (1 + bool(model.experts.shared)) * model.num_layers * _summed(residual, mlp)},
         "embed": {"sums": _summed(residual, vocab)},
         "logits": {"logits": _gathered(logits, vocab)},
     }
@@ -82,18 +86,22 @@ def serving_memory(
     Parts: `weights` in the compute dtype; `cache` of `config.seq_len` tokens a sequence, with its entries' positions;
     `cache_copy`, in the order of dims in which prefill's loop over layers keeps all of it, or the keys and values of
     one layer that decode reads; `keys_values`, of a chunk of all ranks; `activations`, of attention or of the MLP;
-    `buckets` of weights; `logits`. Counted in two programs for MI300X (jax 0.10.2; benchmarks/closed_forms.md).
+    `buckets` of weights; `experts` of one layer, copied; `logits`. Counted in programs for MI300X (jax 0.10.2;
+    benchmarks/closed_forms.md).
     """
-    config.model.refuse_experts("the estimate of serving")
     s, model, step = _Serving(config, layout, sizes), config.model, Step(config, layout, sizes)
     shards, heads = s.folded * s.tensor, s.heads.shard
     vocab = RowPadding.over(model.vocab_size, num_ranks(layout.vocab, sizes)).stored
     tables = vocab * model.d_model / num_ranks(layout.vocab, sizes) * (1 if model.tie_embeddings else 2)
-    layers = model.num_layers * (2 * sum(s.heads.stored) + 3 * step.d_ff) * model.d_model / shards
+    rows = 2 * sum(s.heads.stored) + 3 * (step.d_ff + step.expert_rows)
+    layers = model.num_layers * model.d_model * (rows / shards + model.experts.number)
+    experts = 3 * step.expert_rows * model.d_model / shards
     tokens = s.batch * chunk / s.sequence if chunk else s.decoded
     queries, hidden = heads.query * heads.dim, step.d_ff / (s.tensor if chunk else shards)
     attention = tokens * (2 * (model.d_model + queries) * s.item + queries * FLOAT32)
     mlp = tokens * model.d_model * (2 * s.item + FLOAT32) + min(3 * tokens * hidden * FLOAT32, 6 * step.bucket_bytes)
+    if step.expert_rows:  # the sum over buckets, and that of a bucket's choices; the router's scores
+        mlp = max(mlp, tokens * (model.d_model * (2 * s.item + 2 * FLOAT32) + 3 * model.experts.number * FLOAT32))
     cache = cache_bytes(config, layout, sizes)
     return {
         "weights": (layers + tables) * s.item,
@@ -102,8 +110,30 @@ def serving_memory(
         "keys_values": 2 * s.batch * chunk * heads.kv * heads.dim * s.item,
         "activations": max(attention, mlp),
         "buckets": 2 * step.bucket_elements() / s.tensor * s.item if chunk and mlp > attention else 0.0,
+        "experts": experts * s.item,
         "logits": 2 * s.decoded * vocab * FLOAT32,
     }
+
+
+def decode_bytes(config: Config, layout: Layout, sizes: Mapping[str, int]) -> float:
+    """Bytes of weights and of the cache that a device reads and writes in a decode step.
+
+    Experts are copied out of those of all layers, before the loop over choices reads those that are chosen: all of them
+    are read and written once.
+    """
+    held = serving_memory(config, layout, sizes)
+    return held["weights"] + held["cache"] + config.model.num_layers * held["experts"]
+
+
+def decode_products(config: Config, layout: Layout, sizes: Mapping[str, int]) -> tuple[Product, ...]:
+    """Products of one layer's experts on a device in a decode step, if all experts are chosen equally often."""
+    s, rule = _Serving(config, layout, sizes), config.model.experts
+    if not rule.number:
+        return ()
+    experts, choices = Step(config, layout, sizes).experts, s.decoded * rule.per_token
+    tile = tile_size(choices, rule.number)
+    tiles = mean_tiles(choices, rule.number, tile) * rule.number / experts.folded
+    return tile_products(tile, experts.shard_rows, config.model.d_model, tiles)
 
 
 def cache_bytes(config: Config, layout: Layout, sizes: Mapping[str, int]) -> float:

@@ -38,8 +38,10 @@ class Step:
         every_token = model.d_ff * (experts.shared if experts.number else 1)
         self.d_ff = RowPadding.over(every_token, num_ranks(layout.mlp, sizes)).stored
         """rows of the MLP, or of that of all shared experts; 0 if there are none"""
-        self.expert_rows = ExpertPadding(experts.number, model.d_ff, mlp.tensor, mlp.folded).stored
-        """rows of all other experts of a layer"""
+        self.experts = ExpertPadding(experts.number, model.d_ff, mlp.tensor, mlp.folded)
+        """of all other experts of a layer"""
+        self.expert_rows = self.experts.stored
+        """their rows; 0 if there are none"""
         self.vocab_size = RowPadding.over(model.vocab_size, num_ranks(layout.vocab, sizes)).stored
 
     def sharding_of(self, dim: str) -> OpSharding:
@@ -96,14 +98,25 @@ class Step:
         factors = self.config.lora.rank * (sum(own) + len(own) * model.d_model)
         return model.num_layers * factors, sum(own) * model.d_model
 
+    def expert_buckets(self) -> int:
+        """Number of buckets of the experts' weights, each of whole experts of every rank."""
+        if self.layout.whole_weights:
+            return 1
+        elements = 3 * self.expert_rows * self.config.model.d_model
+        own = self.experts.stored_experts // self.experts.folded
+        return self.sharding_of("mlp").weight_buckets(own, elements, self.bucket_bytes)
+
     def bucket_elements(self) -> float:
         """Elements of the largest bucket of weights, before tensor axes shard it."""
         model, heads, sharding, bucket_bytes = self.config.model, self.heads, self.sharding, self.bucket_bytes
         query_rows, kv_rows = heads.stored
-        sizes = query_rows, 2 * kv_rows, 3 * self.d_ff
-        if self.layout.whole_weights:
-            return max(sizes) * model.d_model
         rows = self.d_ff // num_ranks(self.layout.mlp, self.sizes)
-        mlp_buckets = sharding.weight_buckets(rows, 3 * self.d_ff * model.d_model, bucket_bytes)
-        counts = *sharding.head_buckets(heads, model.d_model, bucket_bytes), mlp_buckets
-        return max(size / count for size, count in zip(sizes, counts, strict=True)) * model.d_model
+        counts = sharding.head_buckets(heads, model.d_model, bucket_bytes)
+        buckets = [(query_rows, counts[0]), (2 * kv_rows, counts[1])]
+        if self.d_ff:
+            elements = 3 * self.d_ff * model.d_model
+            buckets.append((3 * self.d_ff, sharding.weight_buckets(rows, elements, bucket_bytes)))
+        if self.expert_rows:
+            buckets.append((3 * self.expert_rows, self.expert_buckets()))
+        whole = self.layout.whole_weights
+        return max(size / (1 if whole else count) for size, count in buckets) * model.d_model

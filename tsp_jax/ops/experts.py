@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tsp_jax.config.experts import mean_tiles, tile_size
 from tsp_jax.layout import Axes, AxisNames
 from tsp_jax.ops.grouped import Grouped, OneByOne, Slab
 from tsp_jax.ops.mlp import ACTIVATIONS
@@ -87,16 +88,6 @@ def experts(
         stream = stream._replace(chunk_tokens=Stream().chunk_tokens, product_bytes=math.inf)
         inputs = x_BtD, choices.weights_Btk, *chosen
         return rowwise(op, inputs, (w_gate_rD, w_up_rD, w_down_rD), axes=axes, stream=stream)
-
-
-def tile_size(choices: int, num_experts: int, smallest: int = 8, largest: int = 512) -> int:
-    """Choices of a tile, a power of two: half a tile, what an expert's last one wastes, is at most 15 % of them.
-
-    `choices` are those of all experts. There are limits, so that few choices still are a product, and a product fits
-    into caches.
-    """
-    most = max(1, int(0.3 * choices / num_experts))
-    return min(largest, max(smallest, 1 << (most.bit_length() - 1)))
 
 
 def _by_expert(experts_Btk: jax.Array) -> Arrays:
@@ -207,8 +198,8 @@ class _Experts(RowwiseOp):
 
     def _mean_tiles(self, choices: int, experts: int) -> float:
         """Mean number of tiles of a bucket of so many experts, if all experts are chosen equally often."""
-        each, real = choices / self.num_experts, experts * self.num_experts / self.stored_experts
-        return real * min(each, max(1.0, each / self._tile(choices) + 0.5))
+        real = experts * self.num_experts / self.stored_experts
+        return real * mean_tiles(choices, self.num_experts, self._tile(choices))
 
     def _weights(self, bucket: Bucket) -> Arrays:
         """Each [m, f, D]."""

@@ -136,11 +136,12 @@ class _Priced:
 
     def _timed(self, part: Pass, scenario: Scenario) -> Timed:
         level = scenario.compute
-        bandwidth, dtype = self.hardware.rates.memory.bytes_per_s.rate(level), self.config.compute_dtype
+        bandwidth = self.hardware.rates.memory.bytes_per_s.rate(level)
         products, attention, beside, nbytes = 0.0, 0.0, 0.0, part.bytes
         if self.hardware.platform == "cuda":
             nbytes += part.fusible
-        for m, n, k, times in part.products:
+        for m, n, k, times, dtype in part.products:
+            dtype = dtype or self.config.compute_dtype
             arrays = (m * k + k * n) * ITEMSIZE[dtype] + m * n * FLOAT32
             seconds = self.prices.work(Work(2 * m * n * k, (m, n, k), dtype), level)
             products += times * max(seconds, arrays / bandwidth)
@@ -150,7 +151,8 @@ class _Priced:
             direction: Direction = "backward" if part.attend.backward else "forward"
             flops = 2 * part.attend.pairs * (self.backward_products if part.attend.backward else 2)
             head_dim = self.config.model.head_dim
-            attention = self.prices.work(Work(flops, None, dtype, direction, self.kernel, head_dim), level)
+            work = Work(flops, None, self.config.compute_dtype, direction, self.kernel, head_dim)
+            attention = self.prices.work(work, level)
             nbytes += _pair_bytes(self.kernel, part.attend)
         compute = {"products": products, "attention": attention, "elementwise": nbytes / bandwidth}
         fetched, sent, summed = (

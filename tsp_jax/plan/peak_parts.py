@@ -13,6 +13,8 @@ _SCOPES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("weights", ("btp,btd->pd", "/gather/", "/scatter/", "dynamic_index_in_dim)/dynamic_slice")),
 )
 """part -> parts of the scopes of its buffers; the first that fits counts"""
+_EXPERTS = "btp,btd->pd", "/gather/", "/scatter/", "/split/", "/concatenate/"
+"""parts of the scopes of experts' weights and gradients, or of what fills these"""
 
 
 def peak_parts(peak: Peak, config: Config) -> dict[str, tuple[int, str]]:
@@ -43,6 +45,9 @@ def peak_parts(peak: Peak, config: Config) -> dict[str, tuple[int, str]]:
 def _part(buffer: LiveBuffer, config: Config) -> str:
     if buffer.kind == "state":
         return "state"
+    filled = f"{buffer.scope}/{buffer.holds}/"
+    if buffer.kind == "transient" and "tsp/experts/" in filled and _has(filled, _EXPERTS):
+        return "weights"
     if buffer.kind == "residual" or buffer.shape[:1] == (config.model.num_layers,):
         return "residuals"
     if "tsp/loss" in buffer.scope or "tsp/embed" in buffer.scope:

@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from tsp_jax.config import Config, DType, ModelConfig
+from tsp_jax.cost.expert_passes import ExpertPasses
 from tsp_jax.cost.flops import step_flops
-from tsp_jax.cost.serving import decode_traffic, serving_memory
-from tsp_jax.cost.step import ITEMSIZE
+from tsp_jax.cost.op_passes import Product
+from tsp_jax.cost.serving import decode_bytes, decode_products, decode_traffic, serving_memory
+from tsp_jax.cost.step import ITEMSIZE, Step
 from tsp_jax.errors import ConfigError
+from tsp_jax.hardware.rates import Work
 from tsp_jax.hardware.targets import Target
 from tsp_jax.layout import Layout, get_layout, num_ranks
 from tsp_jax.mesh import format_sizes, parse_sizes
@@ -112,11 +115,12 @@ def _closed_form(base: Config, choice: Choice, chunk: int, target: Target) -> Se
     if chunk % (2 * num_ranks(layout.sequence, sizes)) or not serves:  # see `decode_placement`
         return None
     prefill, decode = (serving_memory(base, layout, sizes, chunk=tokens) for tokens in (chunk, 0))
-    read_s = (decode["weights"] + decode["cache"]) / target.hardware.rates.memory.bytes_per_s.typical
+    moved_s = decode_bytes(base, layout, sizes) / target.hardware.rates.memory.bytes_per_s.typical
+    experts_s = base.model.num_layers * _seconds(base, decode_products(base, layout, sizes), target)
     return Serving(
         layout=choice.layout, mesh=format_sizes(sizes), chunk=chunk,
         prefill_s=_prefill(base, layout, sizes, chunk, target),
-        decode_s=read_s + _decode_links(base, layout, sizes, target),
+        decode_s=moved_s + experts_s + _decode_links(base, layout, sizes, target),
         peak_bytes=max(sum(prefill.values()), sum(decode.values())),
     )  # fmt: skip
 
@@ -138,14 +142,32 @@ def _links(layout: Layout, sizes: dict[str, int], target: Target) -> Any:
 
 def _prefill(base: Config, layout: Layout, sizes: dict[str, int], chunk: int, target: Target) -> float:
     """Computation, or the gathers of folded weights in every chunk if these take longer, and tensor axes' sums."""
-    rates, model = target.hardware.rates, base.model
-    compute = sum(step_flops(base, forward=True).values()) / target.num_devices / rates.best_flops.typical
+    model = base.model
+    compute = _compute(base, layout, sizes, chunk, target)
     axes, row, item = layout.axes("heads"), _links(layout, sizes, target), ITEMSIZE[base.compute_dtype]
     folded, tensor = num_ranks(axes.folded, sizes), num_ranks(axes.tensor, sizes)
     gathered = base.seq_len / chunk * item * model.num_params / tensor * (folded - 1) / folded
     tokens = base.batch * base.seq_len / num_ranks(layout.tokens, sizes)
     summed = 4 * model.num_layers * tokens * model.d_model * item * (tensor - 1) / tensor
     return max(compute, gathered / row.bytes_per_s.typical) + summed / row.bytes_per_s.typical
+
+
+def _compute(base: Config, layout: Layout, sizes: dict[str, int], chunk: int, target: Target) -> float:
+    """All operations at the best rate, but those of experts in tiles, which are small where chunks are."""
+    flops, rates = step_flops(base, forward=True), target.hardware.rates
+    if not base.model.experts.number:
+        return sum(flops.values()) / target.num_devices / rates.best_flops.typical
+    passes = ExpertPasses(Step(dataclasses.replace(base, seq_len=chunk), layout, sizes))
+    _, part = passes.forward()
+    experts = _seconds(base, part.products, target) + part.bytes / rates.memory.bytes_per_s.typical
+    rest = sum(flops.values()) - flops["mlp"] * passes.routed
+    return base.model.num_layers * base.seq_len / chunk * experts + rest / target.num_devices / rates.best_flops.typical
+
+
+def _seconds(base: Config, products: Sequence[Product], target: Target) -> float:
+    """Of products at the rates of their shapes."""
+    rates, dtype = target.hardware.rates, base.compute_dtype
+    return sum(p.times * rates.seconds(Work(2 * p.m * p.n * p.k, (p.m, p.n, p.k), dtype), "typical") for p in products)
 
 
 def _best_of_places(ways: Sequence[Serving]) -> list[Serving]:

@@ -16,11 +16,12 @@ from tsp_jax.ops.kernels import ABSENT, KERNELS
 _FIELDS = {
     "attention": "attention_movement",
     "mlp": "mlp_movement",
+    "experts": "mlp_movement",
     "loss": "vocab_movement",
     "embed": "vocab_movement",
 }
 """op -> the field of `StreamConfig` that says what it moves"""
-_DIMS = {"attention": "heads", "mlp": "mlp", "loss": "vocab", "embed": "vocab"}
+_DIMS = {"attention": "heads", "mlp": "mlp", "experts": "mlp", "loss": "vocab", "embed": "vocab"}
 _KEEPS_MORE = {"full": ("save_attention", "none"), "save_attention": ("none",)}
 _KEEPS_MORE |= {"offload": ("save_attention", "none"), "offload_attention": ("save_attention", "none")}
 _ON_DEVICE = {"offload": "full", "offload_attention": "save_attention"}
@@ -48,7 +49,7 @@ def remedies(config: Config, placement: Placement, collectives: Iterable[Collect
 
 def _op(text: str) -> str:
     """The first op of the project that a text names; empty if none."""
-    found = re.search(r"tsp/(attention|mlp|embed|loss)\b", text)
+    found = re.search(r"tsp/(attention|mlp|experts|embed|loss)\b", text)
     return found[1] if found else ""
 
 
@@ -97,9 +98,7 @@ def _less_traffic(step: _Step, found: Bottleneck) -> str:
 
 
 def _extra(step: _Step, policy: str) -> str:
-    """The memory that another remat policy takes, by the closed form, which has no experts."""
-    if step.config.model.experts.number:
-        return ""
+    """The memory that another remat policy takes, by the closed form."""
     layout, sizes = step.placement.layout, dict(step.placement.mesh.shape)
     changed = dataclasses.replace(step.config, remat=policy)
     now, then = (sum(step_memory(config, layout, sizes).values()) for config in (step.config, changed))

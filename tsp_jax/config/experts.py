@@ -1,12 +1,18 @@
 """A mixture of experts in place of the MLP of each layer."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from tsp_jax.config.checks import check
 from tsp_jax.errors import ConfigError
 
 RouterScores = Literal["softmax", "sigmoid"]
+TILES = {"xla": (8, 512), "triton": (16, 128)}
+"""kernel of `StreamConfig.expert_kernel` -> fewest and most choices of a tile: few choices still are a product, and a
+product fits into caches"""
+LARGEST_SLAB = 16384
+"""rows that the Triton kernel multiplies at once"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,11 +56,10 @@ class ExpertsConfig:
             )
 
 
-def tile_size(choices: int, num_experts: int, smallest: int = 8, largest: int = 512) -> int:
+def tile_size(choices: int, num_experts: int, smallest: int = TILES["xla"][0], largest: int = TILES["xla"][1]) -> int:
     """Choices of a tile, a power of two: half a tile, what an expert's last one wastes, is at most 15 % of them.
 
-    `choices` are those of all experts. There are limits, so that few choices still are a product, and a product fits
-    into caches.
+    `choices` are those of all experts.
     """
     most = max(1, int(0.3 * choices / num_experts))
     return min(largest, max(smallest, 1 << (most.bit_length() - 1)))
@@ -64,3 +69,11 @@ def mean_tiles(choices: int, num_experts: int, tile: int) -> float:
     """Mean number of tiles of an expert if all experts are chosen equally often: its last one is half full."""
     each = choices / num_experts
     return min(each, max(1.0, each / tile + 0.5))
+
+
+def slab_tiles(mean: float, tile: int) -> int:
+    """Tiles that the Triton kernel multiplies at once of a bucket with `mean` tiles on average.
+
+    A quarter more than the mean, so that one slab holds most buckets.
+    """
+    return max(1, min(math.ceil(1.25 * mean), LARGEST_SLAB // tile))

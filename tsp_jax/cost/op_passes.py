@@ -31,6 +31,8 @@ class Product(NamedTuple):
     times: float
     dtype: str = ""
     """of the operands; empty: the compute dtype"""
+    kernel: str = ""
+    """grouped: the rows are of several experts; see `tsp_jax.hardware.rates.Work`"""
 
 
 class Attend(NamedTuple):

@@ -1,10 +1,11 @@
 """Bytes that a device receives and holds in serving, from shapes alone, counted as in `tsp_jax.cost.training`."""
 
+import math
 from collections.abc import Mapping
 
 from tsp_jax.config import Config
-from tsp_jax.config.experts import mean_tiles, tile_size
-from tsp_jax.cost.expert_passes import tile_products
+from tsp_jax.config.experts import TILES, mean_tiles, slab_tiles, tile_size
+from tsp_jax.cost.expert_passes import is_grouped, tile_products
 from tsp_jax.cost.op_passes import Product
 from tsp_jax.cost.step import ITEMSIZE, Step
 from tsp_jax.cost.traffic import INT32
@@ -131,9 +132,11 @@ def decode_products(config: Config, layout: Layout, sizes: Mapping[str, int]) ->
     if not rule.number:
         return ()
     experts, choices = Step(config, layout, sizes).experts, s.decoded * rule.per_token
-    tile = tile_size(choices, rule.number)
+    grouped = is_grouped(config.stream, config.model.d_model, experts.shard_rows, s.item)
+    tile = tile_size(choices, rule.number, *TILES["triton" if grouped else "xla"])
     tiles = mean_tiles(choices, rule.number, tile) * rule.number / experts.folded
-    return tile_products(tile, experts.shard_rows, config.model.d_model, tiles)
+    times = math.ceil(tiles / slab_tiles(tiles, tile)) if grouped else tiles
+    return tile_products(tiles * tile / times, experts.shard_rows, config.model.d_model, times, grouped)
 
 
 def cache_bytes(config: Config, layout: Layout, sizes: Mapping[str, int]) -> float:

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.sharding import AbstractMesh, Mesh
 
+from tsp_jax.config.experts import TILES, slab_tiles
 from tsp_jax.errors import ConfigError
 from tsp_jax.ops.kernels.kernel import arch_of
 from tsp_jax.ops.linear import matmul, matmul_t, outer
@@ -58,8 +59,8 @@ class Grouped(abc.ABC):
     float32.
     """
 
-    smallest_tile: ClassVar[int] = 8
-    largest_tile: ClassVar[int] = 512
+    smallest_tile: ClassVar[int]
+    largest_tile: ClassVar[int]
 
     @abc.abstractmethod
     def slab_tiles(self, mean_tiles: float, tile: int) -> int:
@@ -86,6 +87,8 @@ class Grouped(abc.ABC):
 @dataclasses.dataclass(frozen=True)
 class OneByOne(Grouped):
     """One product a tile, by XLA, on any device: a slab is one tile."""
+
+    smallest_tile, largest_tile = TILES["xla"]
 
     def slab_tiles(self, mean_tiles: float, tile: int) -> int:
         return 1
@@ -125,12 +128,10 @@ class TritonGrouped(Grouped):
     blocks: Blocks | None = None
     """None: those of `arch`"""
 
-    smallest_tile: ClassVar[int] = 16
-    largest_tile: ClassVar[int] = 128
+    smallest_tile, largest_tile = TILES["triton"]
 
     def slab_tiles(self, mean_tiles: float, tile: int) -> int:
-        # A quarter more than the mean, so that one slab holds most buckets.
-        return max(1, min(math.ceil(1.25 * mean_tiles), LARGEST_SLAB // tile))
+        return slab_tiles(mean_tiles, tile)
 
     def matmul_t(self, x_ND, weights, slab, *, combine=None):
         _, columns, inner = weights[0].shape
@@ -191,8 +192,6 @@ class TritonGrouped(Grouped):
             return tuple(call(slab.filled[None], slab.experts_q, *arrays))
 
 
-LARGEST_SLAB = 16384
-"""rows"""
 BLOCKS = {
     "gfx942": Blocks(128, 64, 8, 2), "gfx950": Blocks(128, 64, 8, 2), "sm_90": Blocks(128, 64, 8, 3),
     "interpret": Blocks(16, 16, 4, 1),

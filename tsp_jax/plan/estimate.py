@@ -31,6 +31,7 @@ from tsp_jax.hardware.links import collective_seconds
 from tsp_jax.hardware.rates import SCENARIOS, Band, Direction, Level, Scenario, Work
 from tsp_jax.hardware.targets import Target
 from tsp_jax.layout import AxisNames, get_layout, num_ranks
+from tsp_jax.ops.grouped import TritonGrouped, choose_grouped
 from tsp_jax.ops.kernels import KERNELS, choose_kernel
 from tsp_jax.ops.kernels.mask import Scores
 from tsp_jax.plan.compile import mesh_on
@@ -90,8 +91,9 @@ def estimate(config: Config, target: Target, scenarios: Iterable[str] = tuple(SC
     """
     layout, sizes = mesh_on(config, target)
     layout = layout.without([name for name, size in sizes.items() if size == 1])
-    blocks = step_passes(config, layout, sizes)
-    moments = memory_moments(_stored(config, target.hardware), layout, sizes)
+    known = with_expert_kernel(config, target.hardware)
+    blocks = step_passes(known, layout, sizes)
+    moments = memory_moments(_stored(known, target.hardware), layout, sizes)
     received = sum(block.times * m.bytes for block in blocks for part in block.passes for m in part.messages)
     after = moments["embed"]  # the update reads and writes weights and moments, and reads gradients
     update = 2 * after["state"] + after["gradients"]
@@ -140,10 +142,10 @@ class _Priced:
         products, attention, beside, nbytes = 0.0, 0.0, 0.0, part.bytes
         if self.hardware.platform == "cuda":
             nbytes += part.fusible
-        for m, n, k, times, dtype in part.products:
+        for m, n, k, times, dtype, kernel in part.products:
             dtype = dtype or self.config.compute_dtype
             arrays = (m * k + k * n) * ITEMSIZE[dtype] + m * n * FLOAT32
-            seconds = self.prices.work(Work(2 * m * n * k, (m, n, k), dtype), level)
+            seconds = self.prices.work(Work(2 * m * n * k, (m, n, k), dtype, kernel=kernel), level)
             products += times * max(seconds, arrays / bandwidth)
             if k == part.chunk:
                 beside += times * seconds
@@ -225,12 +227,31 @@ def _groups(mesh: tuple[tuple[str, int], ...], axes: AxisNames) -> tuple[tuple[i
     return tuple(members), tuple(stride - 1 - last + member for member in members)
 
 
-@functools.lru_cache(maxsize=1000)
-def _chosen(name: str, hardware: Hardware, head_dim: int, dtype: str, scores: Scores) -> tuple[str, int]:
+@functools.lru_cache(maxsize=100)
+def _mesh(hardware: Hardware) -> AbstractMesh:
+    """Of one such device."""
     kind = hardware.jax_kind or hardware.description.rpartition('device_description_str: "')[2].strip().rstrip('"')
     platform = {"rocm": "gpu", "cuda": "gpu"}.get(hardware.platform, hardware.platform)
     device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
-    kernel = choose_kernel(name, AbstractMesh((1,), ("device",), abstract_device=device), head_dim, dtype, scores)
+    return AbstractMesh((1,), ("device",), abstract_device=device)
+
+
+def with_expert_kernel(config: Config, hardware: Hardware) -> Config:
+    """The configuration with the kernel of experts that these devices would run, if its sizes suit it.
+
+    Raises:
+      ConfigError: the devices do not run the kernel that is asked for.
+    """
+    if not config.model.experts.number:
+        return config
+    chosen = choose_grouped(config.stream.expert_kernel, _mesh(hardware), 16, 16, config.compute_dtype)
+    name = "triton" if isinstance(chosen, TritonGrouped) else "xla"
+    return dataclasses.replace(config, stream=dataclasses.replace(config.stream, expert_kernel=name))
+
+
+@functools.lru_cache(maxsize=1000)
+def _chosen(name: str, hardware: Hardware, head_dim: int, dtype: str, scores: Scores) -> tuple[str, int]:
+    kernel = choose_kernel(name, _mesh(hardware), head_dim, dtype, scores)
     return next(each for each in KERNELS if type(kernel) is KERNELS[each]), kernel.backward_products
 
 

@@ -22,6 +22,7 @@ from tsp_jax.layout import Layout, get_layout, num_ranks
 from tsp_jax.mesh import format_sizes, parse_sizes
 from tsp_jax.plan.budget import usable_bytes
 from tsp_jax.plan.compiled import Compile, Compiled, Compilers, Job
+from tsp_jax.plan.estimate import with_expert_kernel
 from tsp_jax.plan.space import Choice, choices
 
 CHUNKS = (512, 2048, 8192, 32768)
@@ -77,9 +78,10 @@ def choose_serving(
     limit = usable_bytes(target.hardware, memory).usable_bytes
     base = Config(model=model, layout=layout, mesh=mesh, steps=1, batch=batch, seq_len=context, compute_dtype=dtype)
     kept = fixed | {"remat", "stream.bucket_mib", "accumulate", "optimizer.zero1"}
+    known = with_expert_kernel(base, target.hardware)
     found = [
         way for choice in choices(base, target.num_devices, kept) for chunk in _chunks(context)
-        if (way := _closed_form(base, choice, chunk, target))
+        if (way := _closed_form(known, choice, chunk, target))
     ]  # fmt: skip
     if not found:
         raise ConfigError(f"layout={layout} serves on no mesh of target={target}; use another layout")
@@ -167,7 +169,10 @@ def _compute(base: Config, layout: Layout, sizes: dict[str, int], chunk: int, ta
 def _seconds(base: Config, products: Sequence[Product], target: Target) -> float:
     """Of products at the rates of their shapes."""
     rates, dtype = target.hardware.rates, base.compute_dtype
-    return sum(p.times * rates.seconds(Work(2 * p.m * p.n * p.k, (p.m, p.n, p.k), dtype), "typical") for p in products)
+    return sum(
+        p.times * rates.seconds(Work(2 * p.m * p.n * p.k, (p.m, p.n, p.k), dtype, kernel=p.kernel), "typical")
+        for p in products
+    )
 
 
 def _best_of_places(ways: Sequence[Serving]) -> list[Serving]:

@@ -22,8 +22,9 @@ import numpy as np  # noqa: E402
 import tyro  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
+from tsp_jax.config.experts import SLABS  # noqa: E402
 from tsp_jax.layout import place  # noqa: E402
-from tsp_jax.ops.experts import experts, tile_size  # noqa: E402
+from tsp_jax.ops.experts import experts  # noqa: E402
 from tsp_jax.ops.router import Choices  # noqa: E402
 from tsp_jax.ops.stream import Stream  # noqa: E402
 
@@ -79,7 +80,7 @@ def main(args: Args) -> None:
         seconds(chosen)
     found = [{name: seconds(chosen) for name, chosen in arrays.items()} for _ in range(args.pairs)]
     ratios = [each["worst"] / each["balanced"] for each in found]
-    size = tile_size(args.tokens * args.per_token, args.number)
+    size = SLABS["xla"].tile(args.tokens * args.per_token, args.number)
     for name, chosen in {"balanced": balanced, "worst": worst}.items():
         counts = [np.bincount(part.ravel(), minlength=args.number) for part in np.split(chosen[0], 8)]
         tiles = [int(sum(-(-each // size))) for each in counts]

@@ -169,7 +169,7 @@ def test_peaks_that_were_compiled(layout, mesh, remat, compiled_gb):
 
 
 MIXTURE = dataclasses.replace(
-    CONFIG, batch=1, seq_len=65536,
+    CONFIG, batch=1, seq_len=65536, stream=dataclasses.replace(CONFIG.stream, expert_kernel="triton"),
     model=dataclasses.replace(
         CONFIG.model, num_layers=8, d_ff=1024, experts=ExpertsConfig(number=32, per_token=4, balance_loss=0.001)
     ),
@@ -179,8 +179,8 @@ QWEN3_30B_A3B = Config(
         vocab_size=151_936, d_model=2048, num_layers=48, num_heads=32, num_kv_heads=4, head_dim=128, d_ff=768,
         experts=ExpertsConfig(number=128, per_token=8, balance_loss=0.001), qk_norm=True,
     ),
-    stream=StreamConfig(mlp_movement="gather", grad_dtype="bfloat16"), grad_dtype="bfloat16", steps=2, batch=1,
-    seq_len=131072, compute_dtype="bfloat16", workdir="unused",
+    stream=StreamConfig(mlp_movement="gather", grad_dtype="bfloat16", expert_kernel="triton"),
+    grad_dtype="bfloat16", steps=2, batch=1, seq_len=131072, compute_dtype="bfloat16", workdir="unused",
 )  # fmt: skip
 
 
@@ -194,16 +194,16 @@ QWEN3_30B_A3B = Config(
         (MIXTURE, "gather", {}, 5.052), (MIXTURE, "activations", {}, 4.670), (MIXTURE, "ring", {}, 4.316),
         (MIXTURE, "gather", {"remat": "none"}, 10.056), (MIXTURE, "activations", {"remat": "full"}, 4.669),
         (MIXTURE, "gather", {"layout": "fsdp_cp"}, 5.501), (MIXTURE, "gather", {"layout": "tp"}, 7.473),
-        (MIXTURE, "gather", {"layout": "sp"}, 27.877),
-        (MIXTURE, "gather", {"layout": "tp_sp", "mesh": "data=1,model=2,seq=4"}, 14.251),
-        (MIXTURE, "gather", {"layout": "tsp(sequence=node+tsp)", "mesh": "data=1,node=2,tsp=4"}, 7.735),
+        (MIXTURE, "gather", {"layout": "sp"}, 27.992),
+        (MIXTURE, "gather", {"layout": "tp_sp", "mesh": "data=1,model=2,seq=4"}, 14.516),
+        (MIXTURE, "gather", {"layout": "tsp(sequence=node+tsp)", "mesh": "data=1,node=2,tsp=4"}, 7.824),
     ],
 )  # fmt: skip
 def test_peaks_of_mixtures_that_were_compiled(config, movement, changes, compiled_gb):
     """Of all programs for 8 x MI300X that were compared with jax 0.10.2 (benchmarks/closed_forms.md)."""
     stream = dataclasses.replace(config.stream, mlp_movement=movement)
     found = memory(dataclasses.replace(config, stream=stream, **changes))
-    assert sum(found.values()) / 1e9 == pytest.approx(compiled_gb, rel=0.05)
+    assert sum(found.values()) / 1e9 == pytest.approx(compiled_gb, rel=0.03)
 
 
 def test_experts_that_do_not_divide_over_the_ranks_are_padded():

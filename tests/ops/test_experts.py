@@ -13,9 +13,10 @@ import pytest
 
 from tests.builders.arrays import BF16_TOLERANCE, F32_TOLERANCE, assert_trees_near, normal, place_case
 from tests.builders.ops import compiled_value_and_grads
+from tsp_jax.config.experts import SLABS
 from tsp_jax.errors import ConfigError
 from tsp_jax.ops import reference
-from tsp_jax.ops.experts import _by_expert, _Tiles, experts, tile_size
+from tsp_jax.ops.experts import _by_expert, _Tiles, experts
 from tsp_jax.ops.router import Choices, route
 from tsp_jax.ops.stream import Stream
 from tsp_jax.stored import ExpertPadding
@@ -188,6 +189,7 @@ def test_the_work_is_that_of_the_choices(favourite):
 @pytest.mark.parametrize("each", [256, 300, 1024, 5000, 100_000])
 def test_half_filled_tiles_waste_little(each):
     """From 4 K tokens a device on; each token chooses 8 of 128 experts."""
-    tile = tile_size(128 * each, 128)
-    assert tile & (tile - 1) == 0
-    assert (each + tile / 2) / each <= 1.15
+    for slabs in SLABS.values():
+        tile = slabs.tile(128 * each, 128)
+        assert tile & (tile - 1) == 0
+        assert (each + tile / 2) / each <= 1.15

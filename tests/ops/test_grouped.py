@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from tests.builders.arrays import F32_TOLERANCE, assert_trees_near, normal
 from tests.builders.ops import compiled_value_and_grads
 from tests.builders.targets import needs_compiler
+from tsp_jax.config.experts import Slabs
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import HARDWARE
 from tsp_jax.hardware.targets import Target
@@ -33,8 +34,7 @@ BLOCKS = Blocks(16, 32, 4, 1)
 class Short(TritonGrouped):
     """Slabs of two tiles, so that there are several, and experts that two of them share."""
 
-    def slab_tiles(self, mean_tiles: float, tile: int) -> int:
-        return 2
+    slabs = Slabs(16, 128, 32)
 
 
 def run(grouped, chosen, x, mix, *weights, buckets=2):

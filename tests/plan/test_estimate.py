@@ -72,9 +72,9 @@ def test_steps_of_a_mixture_that_were_simulated(layout, movement, simulated_s):
     ("target", "kernel"), [("mi300x:8", "triton"), ("h100:8", "triton"), ("v5p:8", "xla"), ("cpu:8", "xla")]
 )
 def test_the_kernel_of_experts_is_that_of_the_devices(target, kernel):
-    hardware = parse_target(target).hardware
-    assert with_expert_kernel(QWEN3_30B_A3B, hardware).stream.expert_kernel == kernel
-    assert with_expert_kernel(LLAMA, hardware) == LLAMA
+    hardware, sizes = parse_target(target).hardware, {"data": 1, "tsp": 8}
+    assert with_expert_kernel(QWEN3_30B_A3B, hardware, sizes).stream.expert_kernel == kernel
+    assert with_expert_kernel(LLAMA, hardware, sizes) == LLAMA
 
 
 def test_many_tiles_at_once_take_less_time_and_more_memory():

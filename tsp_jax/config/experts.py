@@ -2,17 +2,12 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tsp_jax.config.checks import check
 from tsp_jax.errors import ConfigError
 
 RouterScores = Literal["softmax", "sigmoid"]
-TILES = {"xla": (8, 512), "triton": (16, 128)}
-"""kernel of `StreamConfig.expert_kernel` -> fewest and most choices of a tile: few choices still are a product, and a
-product fits into caches"""
-LARGEST_SLAB = 16384
-"""rows that the Triton kernel multiplies at once"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,24 +51,33 @@ class ExpertsConfig:
             )
 
 
-def tile_size(choices: int, num_experts: int, smallest: int = TILES["xla"][0], largest: int = TILES["xla"][1]) -> int:
-    """Choices of a tile, a power of two: half a tile, what an expert's last one wastes, is at most 15 % of them.
+class Slabs(NamedTuple):
+    """How a kernel of grouped products cuts a bucket's choices into tiles, and takes tiles at once."""
 
-    `choices` are those of all experts.
-    """
-    most = max(1, int(0.3 * choices / num_experts))
-    return min(largest, max(smallest, 1 << (most.bit_length() - 1)))
+    smallest_tile: int
+    largest_tile: int
+    rows: int
+    """most choices that are taken at once; 1: those of one tile"""
+
+    def tile(self, choices: int, num_experts: int) -> int:
+        """Choices of a tile, a power of two: half a tile, what an expert's last one wastes, is at most 15 % of them.
+
+        `choices` are those of all experts. There are limits, so that few choices still are a product, and a product
+        fits into caches.
+        """
+        most = max(1, int(0.3 * choices / num_experts))
+        return min(self.largest_tile, max(self.smallest_tile, 1 << (most.bit_length() - 1)))
+
+    def tiles(self, mean_tiles: float, tile: int) -> int:
+        """Tiles that are taken at once of a bucket that has `mean_tiles` on average: a quarter more, within limits."""
+        return max(1, min(math.ceil(1.25 * mean_tiles), self.rows // tile))
+
+
+SLABS = {"triton": Slabs(16, 128, 16384), "xla": Slabs(8, 512, 1)}
+"""name of a kernel of `tsp_jax.ops.grouped` -> its slabs"""
 
 
 def mean_tiles(choices: int, num_experts: int, tile: int) -> float:
     """Mean number of tiles of an expert if all experts are chosen equally often: its last one is half full."""
     each = choices / num_experts
     return min(each, max(1.0, each / tile + 0.5))
-
-
-def slab_tiles(mean: float, tile: int) -> int:
-    """Tiles that the Triton kernel multiplies at once of a bucket with `mean` tiles on average.
-
-    A quarter more than the mean, so that one slab holds most buckets.
-    """
-    return max(1, min(math.ceil(1.25 * mean), LARGEST_SLAB // tile))

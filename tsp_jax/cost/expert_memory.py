@@ -3,7 +3,7 @@
 Which buffers there are was read from programs compiled for MI300X (jax 0.10.2; benchmarks/closed_forms.md).
 
 Dims: t tokens of a micro-batch on this device, u tokens whose choices are multiplied with one bucket, D model,
-E experts, f this device's rows of an expert, k experts of a token, N choices of a slab.
+E experts, f this device's rows of an expert, k experts of a token, n choices of a tile, m experts of a bucket.
 """
 
 from tsp_jax.cost.expert_passes import ExpertPasses
@@ -24,6 +24,8 @@ class ExpertMemory:
         self.tokens = sharding.tokens
         self.activation = self.part.chunk * passes.width
         """elements of [u, D]"""
+        self.choices = self.activation * passes.rule.per_token * self.item
+        """bytes of [u, k, D]"""
 
     def router(self) -> float:
         """Scores, their order and their gradients [t, E]; choices, in two orders, and their weights [t, k]."""
@@ -36,19 +38,16 @@ class ExpertMemory:
         return self.tokens * ((width + 2 * rule.number) * FLOAT32 + rule.per_token * (3 * INT32 + 2 * FLOAT32))
 
     def slab(self) -> float:
-        """What one iteration of the loop over choices holds, of N rows: those of one tile, or of many.
+        """What one slab holds: tokens and hidden rows, and without a kernel copies of its expert's weights.
 
-        x and dy [N, D] in the compute dtype; of [N, f] gate, up and dh in float32, and three arrays in the compute
-        dtype. A kernel reads weights where they are. Without it they are copied, gate and up once more as one array;
-        the gradients of gate and up are made as one array, before they are added.
+        Of [N, D] x and dy in the compute dtype; of [N, f] gate, up and dh in float32, and their gradients in the
+        compute dtype; then dx [N, D] in place of the first three. Without a kernel, weights are copied, gate and up
+        once more as one array; the gradients of gate and up are made as one array, before they are added.
         """
-        rows, f, width = self.passes.slab_rows, self.passes.experts.shard_rows, self.passes.width
-        held = rows * (width * 2 * self.item + f * 3 * (FLOAT32 + self.item))
-        return held if self.passes.grouped else held + f * width * (5 * self.item + 2 * FLOAT32)
-
-    def dx(self) -> float:
-        """The gradients of x of all choices [u, k, D], which are added at the end."""
-        return self.activation * self.passes.rule.per_token * self.item
+        tiling, f, width = self.passes.tiling, self.passes.experts.shard_rows, self.passes.width
+        hidden = 3 * f * self.item + max(3 * f * FLOAT32, width * self.item)
+        rows = tiling.slab_rows * (2 * width * self.item + hidden)
+        return rows + (0 if tiling.grouped else f * width * (5 * self.item + 2 * FLOAT32))
 
     def backward(self) -> dict[str, float]:
         """Part -> bytes, the larger of two moments: in the loop over choices, and when a bucket's gradients are sent.
@@ -59,29 +58,30 @@ class ExpertMemory:
         return max(moments, key=lambda parts: sum(parts.values()))
 
     def _in_loop(self) -> dict[str, float]:
-        """Gradients of a bucket are summed in float32; those of x stand in an array of all choices."""
-        weights, activations = self.bucket * (FLOAT32 + self.item), self.dx()
-        if self.passes.moves_tokens:  # the next bucket of x and of dy; dx that is sent, and what has come back
-            weights += self.own * FLOAT32
-            activations += (3 * self.activation + self.tokens * self.passes.width) * self.item
-        elif self.part.buckets > 1 and self.folded > 1:
+        """Gradients of a bucket are summed in float32; each choice's dx is written."""
+        weights = self.bucket * (FLOAT32 + self.item)
+        if self.passes.moves_tokens:  # two buckets of x and of dy; dx that is sent, and what has come back
+            own = self.own * FLOAT32
+            moved = (5 * self.activation + self.tokens * self.passes.width) * self.item
+            return self._parts(weights + own, self.choices + moved, self.slab())
+        if self.part.buckets > 1 and self.folded > 1:
             # The next bucket, and the gradients that are sent. Zeros for the last bucket's are made before the loop.
             weights += self.bucket * (FLOAT32 + self.item + self.grad_item) + self._layer()
         elif self.part.buckets > 1:
             weights += 2 * self.own * FLOAT32
-        return self._parts(weights, activations, self.slab())
+        return self._parts(weights, self.choices, self.slab())
 
     def _after_loop(self) -> dict[str, float]:
-        """The bucket is used; its gradients are packed into a message, or dx is added."""
+        """The bucket is used; its gradients are packed into a message, or dx is cast."""
         if self.passes.moves_tokens:
             return {}
-        weights, activations = self.bucket * FLOAT32, self.dx()
+        weights, sums = self.bucket * FLOAT32, self.choices
         if self.folded == 1:  # of several buckets, the loop holds more
-            return self._parts(weights, activations + self.activation * self.item, 0.0)
-        weights += self.bucket * max(self.grad_item, 2 * self.item if self.part.buckets == 1 else 0)
+            return self._parts(weights, sums + self.activation * self.item, 0.0)
+        weights += self.bucket * self.grad_item
         if self.part.buckets > 1:
             weights += self.bucket * (FLOAT32 + self.item + self.grad_item) + self._layer()
-        return self._parts(weights, activations, 0.0)
+        return self._parts(weights, sums, 0.0)
 
     def _layer(self) -> float:
         """Float32 weights of the layer, which later buckets are cut from, and the gradients of earlier ones.

@@ -1,18 +1,16 @@
 """The passes of a mixture of experts and of its router.
 
-A pass goes through buckets of whole experts, or of tokens. The choices of an expert are multiplied in tiles, whose mean
-number is that of balanced routers; see `tsp_jax.ops.experts`.
-
-On GPUs a kernel multiplies the tiles of a slab at once; see `tsp_jax.ops.grouped`.
+A pass goes through buckets of whole experts, or of tokens. The choices of an expert are cut into tiles, whose mean
+number is that of balanced routers. A slab holds some tiles: one, or by a kernel of grouped products those of most
+buckets. See `tsp_jax.ops.experts` and `tsp_jax.ops.grouped`.
 
 Dims: t tokens of a micro-batch on this device, D model, E experts, f this device's rows of an expert, k experts of a
-token, n choices of a tile.
+token, n choices of a tile, N rows of a slab.
 """
 
 import math
 
-from tsp_jax.config import StreamConfig
-from tsp_jax.config.experts import TILES, mean_tiles, slab_tiles, tile_size
+from tsp_jax.config.experts import SLABS, mean_tiles
 from tsp_jax.cost.op_passes import OpPasses, Pass, Product
 from tsp_jax.cost.step import Step
 from tsp_jax.cost.traffic import FLOAT32, INT32
@@ -23,16 +21,50 @@ _ROUTER_BYTES = 28, 32
 """of scores and probabilities, by token and expert; counted in a program for MI300X (benchmarks/closed_forms.md)"""
 
 
-def is_grouped(stream: StreamConfig, d_model: int, rows: int, itemsize: int) -> bool:
-    """Whether the Triton kernel multiplies experts of these sizes. `auto` counts as on GPUs that have it."""
-    return stream.expert_kernel != "xla" and itemsize == 2 and not (d_model % 16 or rows % 16)
+class Tiling:
+    """How the choices of a pass are cut into tiles and slabs.
 
+    Args:
+      kernel: `StreamConfig.expert_kernel`; auto: one product a tile.
+      choices: those that are sorted at once.
+      num_experts: E.
+      share: of the experts that this device computes, of 1.
+      sorts: how often choices are sorted in a pass.
+      buckets: of the experts, for each time.
+    """
 
-def tile_products(rows: float, f: int, width: int, times: float, grouped: bool) -> tuple[Product, ...]:
-    """Products of so many slabs of `rows` choices in forward, of experts with f rows on this device."""
-    if grouped:
-        return Product(rows, f, width, 2 * times, kernel="grouped"), Product(rows, width, f, times, kernel="grouped")
-    return Product(rows, 2 * f, width, times), Product(rows, width, f, times)
+    def __init__(
+        self, kernel: str, choices: int, num_experts: int, *, share: float = 1.0, sorts: int = 1, buckets: int = 1
+    ):
+        self.grouped = kernel not in ("auto", "xla")
+        """whether a kernel multiplies all tiles of a slab at once"""
+        slabs = SLABS[kernel if self.grouped else "xla"]
+        self.tile = slabs.tile(choices, num_experts)
+        """n"""
+        each = mean_tiles(choices, num_experts, self.tile) * num_experts * share / buckets
+        self.tiles = sorts * buckets * each
+        """mean number of tiles in a pass"""
+        self.slab_tiles = slabs.tiles(each, self.tile)
+        """of one slab"""
+        self.slabs = sorts * buckets * math.ceil(each / self.slab_tiles) if self.grouped else self.tiles
+        """mean number of slabs in a pass"""
+
+    @property
+    def slab_rows(self) -> int:
+        """N"""
+        return self.slab_tiles * self.tile
+
+    def products(self, rows: float, width: int, backward: bool = False) -> tuple[Product, ...]:
+        """Products of all slabs, of experts with `rows` rows on this device.
+
+        XLA makes one product of those with gate and up, whose operands they share.
+        """
+        m, f = self.tiles * self.tile / self.slabs, rows
+        shapes: list[tuple[float, float, float]] = [(m, 2 * f, width), (m, width, f)]
+        if backward:
+            shapes = [(m, 2 * f, width), (m, f, width), (m, width, 2 * f), (2 * f, width, m), (f, width, m)]
+        kernel = "grouped" if self.grouped else ""
+        return tuple(Product(*dims, self.slabs, kernel=kernel) for dims in shapes)
 
 
 class ExpertPasses(OpPasses):
@@ -46,35 +78,17 @@ class ExpertPasses(OpPasses):
         """tokens whose choices are sorted at once"""
         if self.moves_tokens:
             self.bucket_tokens *= self.sharding.folded / self.token_buckets
-        choices = int(self.bucket_tokens) * self.rule.per_token
-        self.grouped = is_grouped(step.config.stream, self.width, self.experts.shard_rows, self.sharding.itemsize)
-        """whether a kernel multiplies the tiles of a slab at once"""
-        self.tile = tile_size(choices, self.rule.number, *TILES["triton" if self.grouped else "xla"])
-        """n"""
-        self.slab_rows = self.tile
-        """rows that are multiplied at once, whether they hold choices or not"""
-        self.slabs = self.tiles
-        """number of slabs in a pass"""
-        if self.grouped:
-            passes = (
-                self.token_buckets if self.moves_tokens else self.sharding.folded if self.rings else self.whole_buckets
-            )
-            mean = self.tiles / passes
-            size = slab_tiles(mean, self.tile)
-            self.slab_rows, self.slabs = size * self.tile, passes * math.ceil(mean / size)
+        self.tiling = Tiling(
+            self.config.stream.expert_kernel, int(self.bucket_tokens) * self.rule.per_token, self.rule.number,
+            share=1 / self.sharding.folded if self.moves_tokens else 1.0,
+            sorts=self.token_buckets if self.moves_tokens else 1,
+            buckets=1 if self.moves_tokens else self.sharding.folded if self.rings else self.whole_buckets,
+        )  # fmt: skip
 
     @property
     def routed(self) -> float:
         """Share of the MLPs' products of a token that are not those of shared experts."""
         return self.rule.per_token / (self.rule.per_token + self.rule.shared)
-
-    @property
-    def tiles(self) -> float:
-        """Mean number of tiles in a pass. Each rank has its share of the experts, or all of them pass it."""
-        each = mean_tiles(int(self.bucket_tokens) * self.rule.per_token, self.rule.number, self.tile)
-        if self.moves_tokens:
-            return self.token_buckets * each * self.rule.number / self.sharding.folded
-        return each * self.rule.number
 
     def _shape(self, rows: float, buckets: int, tokens: float) -> tuple[float, float]:
         return (rows / self.sharding.folded if self.moves_tokens else rows / buckets), self.bucket_tokens
@@ -82,21 +96,8 @@ class ExpertPasses(OpPasses):
     def _products(
         self, rows: float, chunk: float, times: float, expand: int, contract: int, grads: int
     ) -> tuple[Product, ...]:
-        """Those of all tiles. XLA makes one product of those with gate and up, whose operands they share."""
-        f, width, slabs = self.experts.shard_rows, self.width, self.slabs
-        n = self.tiles * self.tile / slabs
-        forward = tile_products(n, f, width, slabs, self.grouped)
-        if not grads:
-            return forward
-        if self.grouped:
-            return (
-                forward[0], Product(n, f, width, slabs, kernel="grouped"),
-                Product(n, width, f, 5 * slabs, kernel="grouped"),
-            )  # fmt: skip
-        return (
-            forward[0], Product(n, f, width, slabs), Product(n, width, 2 * f, slabs),
-            Product(2 * f, width, n, slabs), Product(f, width, n, slabs),
-        )  # fmt: skip
+        """Those of all slabs."""
+        return self.tiling.products(self.experts.shard_rows, self.width, bool(grads))
 
     def _pass(self, backward: bool) -> Pass:
         rows, item, per_token = self.step.expert_rows, self.sharding.itemsize, self.rule.per_token
@@ -110,34 +111,35 @@ class ExpertPasses(OpPasses):
             grads=backward, gathers=(1 + backward) * tokens + choice,
             scatters=tokens + backward * per_token * FLOAT32, summed=summed,
         )  # fmt: skip
-        return made._replace(bytes=made.bytes + self._tile_bytes(backward) + self._sum_bytes(made, backward))
+        return made._replace(bytes=made.bytes + self._slab_bytes(backward) + self._sum_bytes(made, backward))
 
-    def _tile_bytes(self, backward: bool) -> float:
-        """Read and written by the loop over choices, besides its products.
+    def _slab_bytes(self, backward: bool) -> float:
+        """Read and written by the slabs of a pass, besides their products.
 
-        Rows of tokens are copied, and outputs, or gradients of x, are put in their places. The hidden layer of forward
-        is part of the kernel. Without it, a tile copies its expert's weights and adds its gradients to float32 sums.
+        Tokens are copied, and results written in the order of choices. Without a kernel, a tile copies its expert's
+        weights. Gradients are added to float32 sums.
         """
         f, width, item = self.experts.shard_rows, self.width, self.sharding.itemsize
-        rows = width * (4 + 2 * backward) * item + f * _HIDDEN_BYTES[backward] * (backward or not self.grouped)
-        nbytes = (self.slabs * self.slab_rows if self.grouped else self.tiles * self.tile) * rows
-        if self.grouped:
-            return nbytes
-        weights = 3 * f * width * 2 * item
-        if backward:
-            weights += 2 * f * width * 2 * item + 3 * f * width * 3 * FLOAT32  # gate and up joined; gradients
-        return nbytes + self.tiles * weights
+        rows = width * 2 * item * (2 + backward)  # x, the results; dy
+        rows += f * (_HIDDEN_BYTES[backward] if backward or not self.tiling.grouped else 0)
+        total = self.tiling.tiles * self.tiling.tile * rows
+        experts = self.experts.stored_experts / (self.sharding.folded if self.moves_tokens else 1)
+        if not self.tiling.grouped:
+            total += self.tiling.tiles * (3 + 2 * backward) * f * width * 2 * item  # gate and up joined
+            experts = self.tiling.tiles
+        return total + backward * experts * 3 * f * width * 2 * FLOAT32
 
     def _sum_bytes(self, part: Pass, backward: bool) -> float:
-        """Of the outputs, or the gradients of x, of all choices: they start from zeros and are added at the end.
+        """Of sums: [t, k, D] starts from zeros and is added up once; gradients start from zeros with each bucket."""
+        choices = self._summed_tokens * self.rule.per_token * self.width * 2 * self.sharding.itemsize
+        total = choices + self._summed_tokens * self.width * FLOAT32
+        grads = part.weights * part.rows * self.width * (5 / 3 + 3 * self.moves_tokens) * FLOAT32
+        return total + backward * part.buckets * grads
 
-        And of the zeros with which the sums of a bucket's gradients start. They are made for one of the three weights
-        and copied for the others.
-        """
-        times = part.buckets if self.moves_tokens else 1
-        sums = times * part.chunk * self.width * (2 * self.rule.per_token + 2) * self.sharding.itemsize
-        grads = part.buckets * part.weights * part.rows * self.width * (5 / 3 + 3 * self.moves_tokens) * FLOAT32
-        return sums + grads * backward
+    @property
+    def _summed_tokens(self) -> float:
+        """Tokens whose choices' outputs a pass adds up."""
+        return self.bucket_tokens * (self.token_buckets if self.moves_tokens else 1)
 
     def router(self, backward: bool = False) -> Pass:
         """Scores, which backward needs again, and their gradients."""

@@ -32,7 +32,7 @@ class Product(NamedTuple):
     dtype: str = ""
     """of the operands; empty: the compute dtype"""
     kernel: str = ""
-    """grouped: the rows are of several experts; see `tsp_jax.hardware.rates.Work`"""
+    """as in `tsp_jax.hardware.rates.Work`"""
 
 
 class Attend(NamedTuple):

@@ -1,11 +1,9 @@
 """Bytes that a device receives and holds in serving, from shapes alone, counted as in `tsp_jax.cost.training`."""
 
-import math
 from collections.abc import Mapping
 
 from tsp_jax.config import Config
-from tsp_jax.config.experts import TILES, mean_tiles, slab_tiles, tile_size
-from tsp_jax.cost.expert_passes import is_grouped, tile_products
+from tsp_jax.cost.expert_passes import Tiling
 from tsp_jax.cost.op_passes import Product
 from tsp_jax.cost.step import ITEMSIZE, Step
 from tsp_jax.cost.traffic import INT32
@@ -132,11 +130,8 @@ def decode_products(config: Config, layout: Layout, sizes: Mapping[str, int]) ->
     if not rule.number:
         return ()
     experts, choices = Step(config, layout, sizes).experts, s.decoded * rule.per_token
-    grouped = is_grouped(config.stream, config.model.d_model, experts.shard_rows, s.item)
-    tile = tile_size(choices, rule.number, *TILES["triton" if grouped else "xla"])
-    tiles = mean_tiles(choices, rule.number, tile) * rule.number / experts.folded
-    times = math.ceil(tiles / slab_tiles(tiles, tile)) if grouped else tiles
-    return tile_products(tiles * tile / times, experts.shard_rows, config.model.d_model, times, grouped)
+    tiling = Tiling(config.stream.expert_kernel, choices, rule.number, share=1 / experts.folded)
+    return tiling.products(experts.shard_rows, config.model.d_model)
 
 
 def cache_bytes(config: Config, layout: Layout, sizes: Mapping[str, int]) -> float:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tsp_jax.config.experts import mean_tiles, tile_size
+from tsp_jax.config.experts import mean_tiles
 from tsp_jax.layout import Axes, AxisNames
 from tsp_jax.ops.grouped import Grouped, OneByOne, Slab
 from tsp_jax.ops.mlp import ACTIVATIONS
@@ -57,8 +57,9 @@ def experts(
         have no effect.
       activation: silu (SwiGLU) or gelu (GeGLU, tanh form).
       d_ff: F; an expert's rows from F on are padding. None: all are real.
+      grouped: how a bucket's tiles are multiplied.
       expert_axes: axes that shard whole experts; they are all folded, or all tensor axes. None: the folded axes.
-      tile: n. An expert with c choices takes ceil(c / n) tiles. None: `tile_size`.
+      tile: n. An expert with c choices takes ceil(c / n) tiles. None: that of `grouped`.
 
     Returns:
       [B, t, D] in x's dtype; accumulated in float32.
@@ -178,13 +179,12 @@ class _Experts(RowwiseOp):
         return _Tiles.of(order_Btk, sorted_Btk, experts_m, self._tile(order_Btk.size))
 
     def _tile(self, choices: int) -> int:
-        limits = self.grouped.smallest_tile, self.grouped.largest_tile
-        return self.tile or tile_size(choices, self.num_experts, *limits)
+        return self.tile or self.grouped.slabs.tile(choices, self.num_experts)
 
     def _over_slabs(self, body, carry: Any, inputs: Arrays, bucket: Bucket) -> Any:
         """Runs ``body(carry, slab, choices [N])`` on all tiles of a bucket, a slab at a time."""
         tiles, mean = self._tiles(inputs, bucket), self._mean_tiles(inputs[1].size, bucket.num_rows // self.rows)
-        size = self.grouped.slab_tiles(mean, tiles.size)
+        size = self.grouped.slabs.tiles(mean, tiles.size)
         trips = mean if size == 1 else math.ceil(mean / size)
 
         def step(index, carry):

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.sharding import AbstractMesh, Mesh
 
-from tsp_jax.config.experts import TILES, slab_tiles
+from tsp_jax.config.experts import SLABS, Slabs
 from tsp_jax.errors import ConfigError
 from tsp_jax.ops.kernels.kernel import arch_of
 from tsp_jax.ops.linear import matmul, matmul_t, outer
@@ -59,12 +59,9 @@ class Grouped(abc.ABC):
     float32.
     """
 
-    smallest_tile: ClassVar[int]
-    largest_tile: ClassVar[int]
-
-    @abc.abstractmethod
-    def slab_tiles(self, mean_tiles: float, tile: int) -> int:
-        """q for a bucket that has `mean_tiles` tiles on average."""
+    name: ClassVar[str]
+    """a key of `SLABS`"""
+    slabs: ClassVar[Slabs]
 
     @abc.abstractmethod
     def matmul_t(
@@ -88,10 +85,7 @@ class Grouped(abc.ABC):
 class OneByOne(Grouped):
     """One product a tile, by XLA, on any device: a slab is one tile."""
 
-    smallest_tile, largest_tile = TILES["xla"]
-
-    def slab_tiles(self, mean_tiles: float, tile: int) -> int:
-        return 1
+    name, slabs = "xla", SLABS["xla"]
 
     def matmul_t(self, x_ND, weights, slab, *, combine=None):
         products = [matmul_t(x_ND[None], self._of(w, slab))[0] for w in weights]
@@ -128,10 +122,7 @@ class TritonGrouped(Grouped):
     blocks: Blocks | None = None
     """None: those of `arch`"""
 
-    smallest_tile, largest_tile = TILES["triton"]
-
-    def slab_tiles(self, mean_tiles: float, tile: int) -> int:
-        return slab_tiles(mean_tiles, tile)
+    name, slabs = "triton", SLABS["triton"]
 
     def matmul_t(self, x_ND, weights, slab, *, combine=None):
         _, columns, inner = weights[0].shape
@@ -262,17 +253,14 @@ def _outer_kernel(first_ref, counts_ref, a_ref, b_ref, total_ref, out_ref, *, ti
         out_ref[expert, rows, columns] = total_ref[expert, rows, columns] + total
 
 
-GROUPED = ("triton", "xla")
-
-
 def choose_grouped(name: str, mesh: Mesh | AbstractMesh, d_model: int, rows: int, dtype: Any) -> Grouped:
-    """How the devices of a mesh multiply experts of `rows` rows each; `name` is ``auto`` or one of `GROUPED`.
+    """How the devices of a mesh multiply experts of `rows` rows each; `name` is ``auto`` or one of `SLABS`.
 
     Raises:
       ConfigError: the name is unknown, or the devices do not support it.
     """
-    if name not in ("auto", *GROUPED):
-        raise ConfigError(f"stream.expert_kernel={name} is unknown; use one of auto, {', '.join(GROUPED)}")
+    if name not in ("auto", *SLABS):
+        raise ConfigError(f"stream.expert_kernel={name} is unknown; use one of auto, {', '.join(SLABS)}")
     kernel = TritonGrouped(arch_of(mesh))
     reason = kernel.unsupported(d_model, rows, dtype)
     if reason and name == "triton":

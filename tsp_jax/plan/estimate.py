@@ -23,7 +23,7 @@ from tsp_jax.cost.flops import muon_products
 from tsp_jax.cost.memory import memory_moments
 from tsp_jax.cost.op_passes import Attend, Message, Pass
 from tsp_jax.cost.passes import Block, step_passes
-from tsp_jax.cost.step import ITEMSIZE
+from tsp_jax.cost.step import ITEMSIZE, Step
 from tsp_jax.cost.traffic import FLOAT32
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import Hardware
@@ -31,7 +31,7 @@ from tsp_jax.hardware.links import collective_seconds
 from tsp_jax.hardware.rates import SCENARIOS, Band, Direction, Level, Scenario, Work
 from tsp_jax.hardware.targets import Target
 from tsp_jax.layout import AxisNames, get_layout, num_ranks
-from tsp_jax.ops.grouped import TritonGrouped, choose_grouped
+from tsp_jax.ops.grouped import choose_grouped
 from tsp_jax.ops.kernels import KERNELS, choose_kernel
 from tsp_jax.ops.kernels.mask import Scores
 from tsp_jax.plan.compile import mesh_on
@@ -91,7 +91,7 @@ def estimate(config: Config, target: Target, scenarios: Iterable[str] = tuple(SC
     """
     layout, sizes = mesh_on(config, target)
     layout = layout.without([name for name, size in sizes.items() if size == 1])
-    known = with_expert_kernel(config, target.hardware)
+    known = with_expert_kernel(config, target.hardware, sizes)
     blocks = step_passes(known, layout, sizes)
     moments = memory_moments(_stored(known, target.hardware), layout, sizes)
     received = sum(block.times * m.bytes for block in blocks for part in block.passes for m in part.messages)
@@ -236,17 +236,18 @@ def _mesh(hardware: Hardware) -> AbstractMesh:
     return AbstractMesh((1,), ("device",), abstract_device=device)
 
 
-def with_expert_kernel(config: Config, hardware: Hardware) -> Config:
-    """The configuration with the kernel of experts that these devices would run, if its sizes suit it.
+def with_expert_kernel(config: Config, hardware: Hardware, sizes: Mapping[str, int]) -> Config:
+    """The configuration with the kernel of experts that these devices would run on a mesh of these sizes.
 
     Raises:
       ConfigError: the devices do not run the kernel that is asked for.
     """
     if not config.model.experts.number:
         return config
-    chosen = choose_grouped(config.stream.expert_kernel, _mesh(hardware), 16, 16, config.compute_dtype)
-    name = "triton" if isinstance(chosen, TritonGrouped) else "xla"
-    return dataclasses.replace(config, stream=dataclasses.replace(config.stream, expert_kernel=name))
+    rows = Step(config, get_layout(config.layout), sizes).experts.shard_rows
+    asked, width = config.stream.expert_kernel, config.model.d_model
+    chosen = choose_grouped(asked, _mesh(hardware), width, rows, config.compute_dtype)
+    return dataclasses.replace(config, stream=dataclasses.replace(config.stream, expert_kernel=chosen.name))
 
 
 @functools.lru_cache(maxsize=1000)

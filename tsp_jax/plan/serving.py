@@ -78,10 +78,9 @@ def choose_serving(
     limit = usable_bytes(target.hardware, memory).usable_bytes
     base = Config(model=model, layout=layout, mesh=mesh, steps=1, batch=batch, seq_len=context, compute_dtype=dtype)
     kept = fixed | {"remat", "stream.bucket_mib", "accumulate", "optimizer.zero1"}
-    known = with_expert_kernel(base, target.hardware)
     found = [
         way for choice in choices(base, target.num_devices, kept) for chunk in _chunks(context)
-        if (way := _closed_form(known, choice, chunk, target))
+        if (way := _closed_form(base, choice, chunk, target))
     ]  # fmt: skip
     if not found:
         raise ConfigError(f"layout={layout} serves on no mesh of target={target}; use another layout")
@@ -116,6 +115,7 @@ def _closed_form(base: Config, choice: Choice, chunk: int, target: Target) -> Se
     serves = layout.batch == (*layout.replica_batch, *folded) and all(name in layout.heads for name in folded)
     if chunk % (2 * num_ranks(layout.sequence, sizes)) or not serves:  # see `decode_placement`
         return None
+    base = with_expert_kernel(dataclasses.replace(base, layout=choice.layout), target.hardware, sizes)
     prefill, decode = (serving_memory(base, layout, sizes, chunk=tokens) for tokens in (chunk, 0))
     moved_s = decode_bytes(base, layout, sizes) / target.hardware.rates.memory.bytes_per_s.typical
     experts_s = base.model.num_layers * _seconds(base, decode_products(base, layout, sizes), target)

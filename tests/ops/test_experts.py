@@ -15,10 +15,10 @@ from tests.builders.arrays import BF16_TOLERANCE, F32_TOLERANCE, assert_trees_ne
 from tests.builders.ops import compiled_value_and_grads
 from tsp_jax.errors import ConfigError
 from tsp_jax.ops import reference
-from tsp_jax.ops.experts import _by_expert, _Tiles, experts, tile_size
+from tsp_jax.ops.experts import ExpertBiases, _by_expert, _Tiles, experts, tile_size
 from tsp_jax.ops.router import Choices, route
 from tsp_jax.ops.stream import Stream
-from tsp_jax.stored import ExpertPadding
+from tsp_jax.stored import ExpertBiasPadding, ExpertPadding
 
 B, S, D, E, F = 8, 24, 20, 10, 14
 GRAD_TOLERANCE = 1e-4
@@ -115,6 +115,64 @@ def test_equals_every_expert_on_every_token(layout, movement, buckets, tile, rul
     values, grads = compiled_value_and_grads(f, cotangent(), *arguments())
     assert_trees_near(values, desired(rule)[0], F32_TOLERANCE)
     assert_trees_near(grads, desired(rule)[1], GRAD_TOLERANCE)
+
+
+WIDE = 45
+"""F of the experts with biases, which take 1 to 3 rows of D"""
+BIASED_CASES = [
+    # layout, movement, buckets, tile
+    ("single", "gather", 5, 7),
+    ("tsp4", "gather", 3, 4),
+    ("tsp4", "ring", 1, 4),
+    ("tsp8", "activations", 1, 16),
+    ("tp4", "gather", 2, 16),
+    ("mix2_4", "gather", 3, 4),
+]
+
+
+def biased_arguments():
+    """x, router's weights, and the experts' three weights and biases, logical; gates reach the clamp."""
+    weights = [normal(seed, E * WIDE, D, std=3 * D**-0.5) for seed in (1, 2, 3)]
+    biases = normal(5, E * WIDE), normal(6, E * WIDE), normal(7, E, D)
+    return normal(0, B, S, D), normal(4, E, D, std=0.5), *weights, *biases
+
+
+@functools.cache
+def desired_biased():
+    def dense(x, w_ED, gate, up, down, b_gate, b_up, b_down):
+        chosen, mix, *_ = reference.route(x, w_ED, per_token=3)
+        weights, biases = (w.reshape(E, WIDE, D) for w in (gate, up, down)), (b_gate, b_up, b_down)
+        biases = [b.reshape(E, -1) for b in biases]
+        return reference.experts(x, chosen, mix, *weights, "clamped_swiglu", biases)
+
+    return compiled_value_and_grads(dense, normal(8, B, S, D), *biased_arguments())
+
+
+@pytest.mark.parametrize(("layout", "movement", "buckets", "tile"), BIASED_CASES)
+def test_biases_and_clamped_gates_equal_every_expert_on_every_token(layout, movement, buckets, tile):
+    placement = place_case(layout)
+    axes, spec, sizes = placement.layout.axes("mlp"), placement.layout.spec, placement.mesh.shape
+    ranks = [int(np.prod([sizes[name] for name in names])) for names in (axes.tensor, axes.folded)]
+    padding = ExpertPadding(E, WIDE, *ranks)
+    bias_padding, stream = ExpertBiasPadding(padding, D), Stream(movement, buckets, token_buckets=3)
+
+    def local(x, w_ED, weights, biases):
+        choices, _ = route(x, w_ED, per_token=3, token_axes=placement.layout.tokens)
+        return experts(
+            x, choices, *weights, num_experts=E, axes=axes, stream=stream, activation="clamped_swiglu", d_ff=WIDE,
+            tile=tile, biases=biases,
+        )  # fmt: skip
+
+    x_spec, w_spec, none = spec("batch", "sequence", None), spec("mlp", None), spec()
+    run = placement.shard_map(local, (x_spec, none, w_spec, ExpertBiases(w_spec, w_spec, none)), x_spec)
+
+    def f(x, w_ED, gate, up, down, b_gate, b_up, b_down):
+        weights = tuple(padding.pad(jnp.asarray(w)) for w in (gate, up, down))
+        return run(x, w_ED, weights, ExpertBiases(bias_padding.pad(b_gate), bias_padding.pad(b_up), b_down))
+
+    value, grads = compiled_value_and_grads(f, normal(8, B, S, D), *biased_arguments())
+    assert_trees_near(value, desired_biased()[0], F32_TOLERANCE)
+    assert_trees_near(grads, desired_biased()[1], GRAD_TOLERANCE)
 
 
 def test_in_bfloat16_is_near_float32():

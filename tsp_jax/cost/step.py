@@ -18,7 +18,7 @@ from tsp_jax.cost.traffic import (
 )
 from tsp_jax.heads import HeadSharding
 from tsp_jax.layout import Layout, num_ranks
-from tsp_jax.stored import ExpertPadding, RowPadding
+from tsp_jax.stored import ExpertBiasPadding, ExpertPadding, RowPadding
 
 OPS = "attention", "mlp", "experts", "embed", "loss"
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -38,8 +38,10 @@ class Step:
         every_token = model.d_ff * (experts.shared if experts.number else 1)
         self.d_ff = RowPadding.over(every_token, num_ranks(layout.mlp, sizes)).stored
         """rows of the MLP, or of that of all shared experts; 0 if there are none"""
-        self.expert_rows = ExpertPadding(experts.number, model.d_ff, mlp.tensor, mlp.folded).stored
-        """rows of all other experts of a layer"""
+        padding = ExpertPadding(experts.number, model.d_ff, mlp.tensor, mlp.folded)
+        biases = ExpertBiasPadding(padding, model.d_model).stored if experts.biases else 0
+        self.expert_rows = 3 * padding.stored + 2 * biases
+        """rows of the three weights of all other experts of a layer, and of biases that move with them"""
         self.vocab_size = RowPadding.over(model.vocab_size, num_ranks(layout.vocab, sizes)).stored
 
     def sharding_of(self, dim: str) -> OpSharding:

@@ -53,6 +53,11 @@ FAMILIES = {
         LLAMA, embedding_scale=12.0, residual_scale=0.25, logits_scale=0.125, d_ff=14,
         experts=ExpertsConfig(number=6, per_token=2),
     ),
+    "gpt_oss": dataclasses.replace(
+        LLAMA, num_heads=9, num_kv_heads=3, d_ff=31, window=9, layer_kinds=("sliding", "full"), qkv_bias=True,
+        out_bias=True, attention_sinks=True, activation="clamped_swiglu",
+        experts=ExpertsConfig(number=6, per_token=2, router_bias=True, biases=True),
+    ),
 }  # fmt: skip
 """model_type -> a small model of this family"""
 MODELS = {"llama": LLAMA, "padded_tied_qwen": QWEN, "scaled": SCALED}

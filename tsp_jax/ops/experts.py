@@ -35,11 +35,11 @@ from tsp_jax.ops.stream import Arrays, Bucket, Stream, vary_alike, zeros
 class ExpertBiases(NamedTuple):
     """Biases of the experts' projections, any float dtype."""
 
-    gate_cD: jax.Array
+    gate_cD: Any
     """this device's, stored as `tsp_jax.stored.ExpertBiasPadding` says"""
-    up_cD: jax.Array
+    up_cD: Any
     """likewise"""
-    down_ED: jax.Array
+    down_ED: Any
     """of all experts, the same on every device"""
 
 

@@ -281,6 +281,17 @@ def test_the_family_follows_from_the_model(fields, model_type):
     assert (written["model_type"], written["architectures"]) == (model_type, [FAMILIES[model_type].architecture])
 
 
+def test_sizes_of_gpt_oss_are_those_published(tmp_path):
+    """Billions of parameters of gpt-oss-120b, by default, and of 20b: arXiv 2508.10925, table 1."""
+    for layers, experts, total, active in ((36, 128, 116.83, 5.13), (24, 32, 20.91, 3.61)):
+        keys = {"model_type": "gpt_oss", "num_hidden_layers": layers, "num_local_experts": experts}
+        (tmp_path / "config.json").write_text(json.dumps(keys))
+        model = read_config(tmp_path)
+        embedding = model.vocab_size * model.d_model  # no active parameters there
+        found = model.num_params / 1e9, (model.active_params - embedding) / 1e9
+        assert found == (pytest.approx(total, abs=0.005), pytest.approx(active, abs=0.005))
+
+
 def test_the_source_is_left_if_the_model_is_no_longer_of_its_family():
     model = dataclasses.replace(MODEL, window=9)
     assert config_json(model, "float32", {"model_type": "llama"})["model_type"] == "mistral"

@@ -53,9 +53,9 @@ def experts(x_BTD, chosen_BTk, weights_BTk, w_gate_EFD, w_up_EFD, w_down_EFD, ac
 
     `biases`: of gate [E, F], up [E, F] and down [E, D], or None.
     """
-    biases_E = [None] * len(w_up_EFD) if biases is None else list(zip(*biases, strict=True))
-    weights_E = zip(w_gate_EFD, w_up_EFD, w_down_EFD, biases_E, strict=True)
-    y_EBTD = jnp.stack([mlp(x_BTD, *weights, activation, biases) for *weights, biases in weights_E])
+    biases_E = zip(*biases, strict=True) if biases else [None] * len(w_up_EFD)
+    experts_E = zip(w_gate_EFD, w_up_EFD, w_down_EFD, biases_E, strict=True)
+    y_EBTD = jnp.stack([mlp(x_BTD, *weights, activation=activation, biases=own) for *weights, own in experts_E])
     weights_BTE = (jax.nn.one_hot(chosen_BTk, len(w_up_EFD)) * weights_BTk[..., None]).sum(axis=2)
     return jnp.einsum("EBTD,BTE->BTD", y_EBTD, weights_BTE)
 
@@ -178,7 +178,8 @@ def decoder_mlp(params, x_BTD, *, config):
     )
     weights = (params[name].reshape(rule.number, config.d_ff, -1) for name in ("w_gate", "w_up", "w_down"))
     biases = (params[name].reshape(rule.number, -1) for name in ("gate_bias", "up_bias", "down_bias") if rule.biases)
-    y_BTD = experts(x_BTD, chosen_BTk, weights_BTk, *weights, config.activation, list(biases) or None)
+    options = {"activation": config.activation, "biases": list(biases) or None}
+    y_BTD = experts(x_BTD, chosen_BTk, weights_BTk, *weights, **options)
     return y_BTD + gated(params["shared"], x_BTD) if rule.shared else y_BTD, balance, z
 
 

@@ -216,12 +216,13 @@ def test_each_device_reads_its_own_slice(model, layout, tmp_path, monkeypatch):
     for param in jax.tree.leaves(param_tree(config, placement, family)):
         slice_of_a_layer = param.stored.sharding.shard_shape(param.stored.shape)[param.stacked :]
         most |= dict.fromkeys(param.names(), math.prod(slice_of_a_layer))
-    assert [name for name, size in reads if size > most[name]] == []
+    pairs = [name for name in whole if "gate_up_proj" in name]  # what lies between a device's elements is read too
+    assert [name for name, size in reads if size > most[name] * (1 + (name in pairs))] == []
     everywhere = "norm", "mlp.gate.", "moe.gate.", "router", "sinks", "proj.bias", "down_proj_bias"
     copies = {name: placement.size("heads") if any(part in name for part in everywhere) else 1 for name in whole}
-    assert {name: size * copies[name] for name, size in whole.items()} == {
-        name: sum(size for read, size in reads if read == name) for name in whole
-    }
+    found = {name: sum(size for read, size in reads if read == name) for name in whole}
+    assert all(whole[name] < found.pop(name) < 2 * whole[name] for name in pairs)
+    assert {name: whole[name] * copies[name] for name in found} == found
 
 
 def _tensors(change):

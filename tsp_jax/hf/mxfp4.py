@@ -18,12 +18,14 @@ BIAS = 127
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1 = np.array([*_POSITIVE, *(-value for value in _POSITIVE)], np.float32)
 """value of each 4 bits: a sign, two bits of an exponent, one of a mantissa"""
+PAIRS = np.stack([np.tile(E2M1, 16), np.repeat(E2M1, 16)], axis=-1).view(np.uint64)[:, 0]
+"""[256]: the two values of each byte, joined: one look-up is faster than two"""
 
 
 def dequantize(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """uint8 [..., 16] and [...] -> float32 [..., 32]; a bfloat16 holds each of these values exactly."""
-    elements = np.stack([blocks & 0xF, blocks >> 4], axis=-1).reshape(*blocks.shape[:-1], BLOCK)
-    return np.ldexp(E2M1[elements], scales[..., None].astype(np.int32) - BIAS)
+    factors = np.ldexp(np.float32(1), scales.astype(np.int32) - BIAS)
+    return PAIRS.take(blocks).view(np.float32) * factors[..., None]
 
 
 class Mxfp4Tensors(Tensors):

@@ -102,7 +102,11 @@ class Tensors:
 
     def read(self, name: str, *index: slice) -> np.ndarray:
         """Reads only a slice of a tensor from its file, in the dtype that it has there."""
-        return self.files[self.paths[name]].get_slice(name)[index]
+        tensor, (*others, last) = self.files[self.paths[name]].get_slice(name), index
+        if last.step in (None, 1):
+            return tensor[index]
+        # safetensors reads elements with a step one by one, 50 times slower than all that lies between them.
+        return tensor[(*others, slice(last.start, last.stop))][..., :: last.step]
 
 
 class _Index(msgspec.Struct):

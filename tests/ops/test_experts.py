@@ -179,25 +179,29 @@ def test_in_bfloat16_is_near_float32():
     """Of the same choices: rounding may change which expert is just preferred."""
     x, w_ED, _, *weights = arguments(jnp.bfloat16)
     chosen, mix, *_ = jax.jit(lambda: reference.route(x, w_ED, per_token=2))()
+    biases = normal(7, E * F), normal(8, E * F), normal(9, E, D)
 
     def f(run):
-        return compiled_value_and_grads(run, normal(6, B, S, D), x, mix, *weights)
+        return compiled_value_and_grads(run, normal(6, B, S, D), x, mix, *weights, *biases)
 
     placement = place_case("tsp8")
     spec, padding = placement.layout.spec, ExpertPadding(E, F, folded=8)
+    pads = *[padding.pad] * 3, *[ExpertBiasPadding(padding, D).pad] * 2, lambda bias: bias
     tokens, rows = spec("batch", "sequence", None), spec("mlp", None)
     stream = Stream("gather", 2, grad_dtype="bfloat16")
 
-    def local(x, mix, chosen, *weights):
-        choices, axes = Choices(chosen, mix), placement.layout.axes("mlp")
-        return experts(x, choices, *weights, num_experts=E, axes=axes, stream=stream, tile=4)
+    def local(x, mix, chosen, gate, up, down, *biases):
+        choices, axes, biases = Choices(chosen, mix), placement.layout.axes("mlp"), ExpertBiases(*biases)
+        return experts(x, choices, gate, up, down, num_experts=E, axes=axes, stream=stream, tile=4, biases=biases)
 
-    run = placement.shard_map(local, (tokens, tokens, tokens, rows, rows, rows), tokens)
-    out, grads = f(lambda x, mix, *weights: run(x, mix, chosen, *map(padding.pad, weights)))
-    assert [array.dtype for array in (out, *grads)] == [jnp.bfloat16, jnp.bfloat16, *(jnp.float32,) * 4]
+    run = placement.shard_map(local, (tokens, tokens, tokens, *[rows] * 5, spec()), tokens)
+    out, grads = f(lambda x, mix, *args: run(x, mix, chosen, *(pad(a) for pad, a in zip(pads, args, strict=True))))
+    assert [array.dtype for array in (out, *grads)] == [jnp.bfloat16, jnp.bfloat16, *(jnp.float32,) * 7]
 
-    def plain(x, mix, *weights):
-        return reference.experts(x.astype(jnp.float32), chosen, mix, *(w.reshape(E, F, D) for w in weights))
+    def plain(x, mix, gate, up, down, b_gate, b_up, b_down):
+        weights = (w.reshape(E, F, D) for w in (gate, up, down))
+        biases = b_gate.reshape(E, F), b_up.reshape(E, F), b_down
+        return reference.experts(x.astype(jnp.float32), chosen, mix, *weights, biases=biases)
 
     assert_trees_near((out, grads), f(plain), BF16_TOLERANCE)
 

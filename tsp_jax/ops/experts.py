@@ -116,7 +116,7 @@ def _add_down_biases(y_BtD: jax.Array, choices: Choices, bias_ED: jax.Array) -> 
         chosen_BtkE = jax.nn.one_hot(choices.experts_Btk, len(bias_ED), dtype=weights_Btk.dtype)
         mix_BtE = (chosen_BtkE * weights_Btk[..., None]).sum(axis=2).astype(y_BtD.dtype)
         added = jnp.einsum("bte,ed->btd", mix_BtE, bias_ED.astype(y_BtD.dtype), preferred_element_type=jnp.float32)
-        return (y_BtD + added).astype(y_BtD.dtype)
+        return (y_BtD.astype(jnp.float32) + added).astype(y_BtD.dtype)
 
 
 def tile_size(choices: int, num_experts: int, smallest: int = 8, largest: int = 512) -> int:

@@ -88,7 +88,8 @@ class OneByOne(Grouped):
     def matmul_t(self, x_ND, weights, slab, *, biases=(), combine=None):
         products = [matmul_t(x_ND[None], self._of(w, slab))[0] for w in weights]
         if biases:
-            products = [p + self._of(b, slab)[None] for p, b in zip(products, biases, strict=True)]
+            added = (self._of(bias, slab).astype(jnp.float32)[None] for bias in biases)
+            products = [product + bias for product, bias in zip(products, added, strict=True)]
         return (combine(*products).astype(x_ND.dtype),) if combine else tuple(products)
 
     def matmul(self, rows, weights, slab):

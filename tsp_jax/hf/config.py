@@ -2,8 +2,8 @@
 
 A folder is read as transformers reads it. `model_type` names a class of transformers, a row of `FAMILIES`, whose
 defaults replace absent keys. Every key of these classes is handled: keys in `Keys` are read, keys in `REFUSED` may only
-have the value given there, and keys in `IGNORED` do not change what the model computes. Keys unknown to the class are
-ignored, as in transformers.
+have the value given there (a family may ask for another one), and keys in `IGNORED` do not change what the model
+computes. Keys unknown to the class are ignored, as in transformers.
 Source: configuration_utils.py of transformers 5.24.
 """
 

@@ -114,7 +114,7 @@ BAD_SETTINGS = [
     *((Attention, name, value, NOT_NEGATIVE) for name in ("norm_eps", "init_std", "out_std") for value in (-1.0, NAN)),
     *((MLP, name, -1.0, NOT_NEGATIVE) for name in ("init_std", "out_std")),
     (Embed, "init_std", float("inf"), NOT_NEGATIVE),
-    *((MLP, "activation", value, "one of silu, gelu") for value in ("relu", jax.nn.silu, [])),
+    *((MLP, "activation", value, "one of silu, gelu, clamped_swiglu") for value in ("relu", jax.nn.silu, [])),
     (Attention, "remat", "ful", "one of none, full, save_attention, offload, offload_attention"),
     (Attention, "qk_norm", "no", "True or False"),
     *((layer, "dtype", value, FLOATS)

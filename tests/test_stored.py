@@ -11,7 +11,14 @@ from jax.sharding import PartitionSpec as P
 
 from tests.builders.arrays import normal
 from tsp_jax.layout import make_mesh
-from tsp_jax.stored import LARGEST_MULTIPLE, ExpertPadding, NoPadding, RowPadding, abstract_logical
+from tsp_jax.stored import (
+    LARGEST_MULTIPLE,
+    ExpertBiasPadding,
+    ExpertPadding,
+    NoPadding,
+    RowPadding,
+    abstract_logical,
+)
 
 
 @given(st.integers(1, 300_000), st.integers(1, 128))
@@ -67,6 +74,22 @@ def test_shards_hold_whole_experts_or_a_part_of_each(tensor, folded):
         expert, row = f * shards.shape[2] + e, t * padding.shard_rows + i
         real = expert < 5 and row < 7
         np.testing.assert_array_equal(shards[t, f, e, i], [expert + 1, row + 1] if real else [0, 0])
+
+
+@pytest.mark.parametrize(("tensor", "folded"), [(1, 1), (1, 4), (3, 1), (3, 4)])
+def test_shards_hold_the_biases_of_their_rows_in_whole_rows(tensor, folded):
+    """5 experts of 7 rows of width 2: an expert's biases fill 3.5 rows, or parts of 3 elements 1.5 rows."""
+    biases = np.stack(np.meshgrid(np.arange(1, 6), np.arange(1, 8), indexing="ij"), axis=0).reshape(2, 35)
+    weights = ExpertPadding(5, 7, tensor, folded)
+    padding = ExpertBiasPadding(weights, 2)
+    stored = np.asarray(padding.pad(jnp.asarray(biases)))
+    assert stored.shape == (2, padding.stored, 2)
+    np.testing.assert_array_equal(padding.unpad(jnp.asarray(stored)), biases)
+    shards = stored.reshape(2, tensor, folded, -1, padding.shard_rows * 2)
+    for t, f, e, i in np.ndindex(shards.shape[1:]):
+        expert, row = f * shards.shape[3] + e, t * weights.shard_rows + i
+        real = expert < 5 and row < 7 and i < weights.shard_rows
+        np.testing.assert_array_equal(shards[:, t, f, e, i], [expert + 1, row + 1] if real else [0, 0])
 
 
 @pytest.mark.parametrize(

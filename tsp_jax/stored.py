@@ -162,6 +162,45 @@ class ExpertPadding:
         return by_expert[..., : self.experts, : self.rows, :].reshape(*lead, self.experts * self.rows, width)
 
 
+@dataclasses.dataclass(frozen=True)
+class ExpertBiasPadding:
+    """Converts a bias for each row of all experts' weights from its logical to its stored form, and back.
+
+    Logical biases are [E F], one expert after another. On each shard an expert's biases are the elements of whole rows
+    of the weights' width, filled up with zeros, so that they move with the rows of their expert: stored rows are in
+    the order [tensor rank, expert, row].
+    """
+
+    weights: ExpertPadding
+    """of the weights whose rows have these biases"""
+    width: int
+    """D"""
+
+    padded = True
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of an expert's biases on each tensor rank."""
+        return -(-self.weights.shard_rows // self.width)
+
+    @property
+    def stored(self) -> int:
+        """Stored rows of all ranks together."""
+        return self.weights.tensor * self.weights.stored_experts * self.shard_rows
+
+    def pad(self, biases: jax.Array) -> jax.Array:
+        """[..., E F] -> [..., stored rows, D]."""
+        lead, rows = biases.shape[:-1], self.weights.shard_rows
+        by_expert = self.weights.pad(biases[..., None]).reshape(*lead, -1, rows)
+        return _pad_dims(by_expert, (self.shard_rows * self.width - rows,)).reshape(*lead, self.stored, self.width)
+
+    def unpad(self, rows: jax.Array) -> jax.Array:
+        """[..., stored rows, D] -> [..., E F]."""
+        lead = rows.shape[:-2]
+        by_expert = rows.reshape(*lead, -1, self.shard_rows * self.width)[..., : self.weights.shard_rows]
+        return self.weights.unpad(by_expert.reshape(*lead, -1, 1))[..., 0]
+
+
 class NoPadding:
     """The padding of arrays whose logical and stored forms are equal under every layout, such as norm scales."""
 
@@ -174,7 +213,7 @@ class NoPadding:
     unpad = pad
 
 
-Padding = HeadPadding | RowPadding | ExpertPadding | NoPadding
+Padding = HeadPadding | RowPadding | ExpertPadding | ExpertBiasPadding | NoPadding
 
 
 def paddings(state: nnx.State) -> dict:

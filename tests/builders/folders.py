@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from tsp_jax.config import ExpertsConfig, ModelConfig, RopeScaling
 from tsp_jax.hf import weights as hf
 from tsp_jax.layout import Placement
 from tsp_jax.models.transformer import Transformer
-from tsp_jax.stored import paddings, to_stored
+from tsp_jax.stored import paddings, to_logical, to_stored
 
 # No two of V, D, F, N H and K H are alike, nor what 8 ranks have of them.
 LLAMA = ModelConfig(vocab_size=72, d_model=28, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=12, d_ff=120)
@@ -52,6 +53,11 @@ FAMILIES = {
         LLAMA, embedding_scale=12.0, residual_scale=0.25, logits_scale=0.125, d_ff=14,
         experts=ExpertsConfig(number=6, per_token=2),
     ),
+    "gpt_oss": dataclasses.replace(
+        LLAMA, num_heads=9, num_kv_heads=3, d_ff=31, window=9, layer_kinds=("sliding", "full"), qkv_bias=True,
+        out_bias=True, attention_sinks=True, activation="clamped_swiglu",
+        experts=ExpertsConfig(number=6, per_token=2, router_bias=True, biases=True),
+    ),
 }  # fmt: skip
 """model_type -> a small model of this family"""
 MODELS = {"llama": LLAMA, "padded_tied_qwen": QWEN, "scaled": SCALED}
@@ -63,7 +69,9 @@ def state_of(config: ModelConfig, placement: Placement) -> nnx.State:
 
 def logical_params(config: ModelConfig) -> dict:
     """Random, norm scales too."""
-    leaves, tree = jax.tree.flatten(nnx.to_pure_dict(state_of(config, place_case("single"))))
+    state = state_of(config, place_case("single"))
+    logical = jax.eval_shape(partial(to_logical, paddings(state)), nnx.to_pure_dict(state))
+    leaves, tree = jax.tree.flatten(logical)
     return jax.tree.unflatten(tree, [normal(seed, *leaf.shape) for seed, leaf in enumerate(leaves)])
 
 

@@ -12,7 +12,7 @@ from tsp_jax.config import Config, DType, ExpertsConfig, ModelConfig, RopeScalin
 from tsp_jax.inference import make_inference_program
 from tsp_jax.inference.token_loop import prefill_prompts
 from tsp_jax.ops import reference
-from tsp_jax.stored import to_stored
+from tsp_jax.stored import to_logical, to_stored
 
 LOGITS_TOLERANCE = 1e-4
 """relative; float32 sums in another order, through two layers: 1e-6 is typical"""
@@ -56,6 +56,12 @@ MODELS = {
     "experts": dataclasses.replace(
         MULTI_HEAD, num_kv_heads=2, d_ff=14, experts=ExpertsConfig(number=6, per_token=2, shared=1)
     ),
+    "gpt_oss": dataclasses.replace(
+        MULTI_HEAD, num_heads=9, num_kv_heads=3, d_ff=31, window=19, layer_kinds=("sliding", "full"), qkv_bias=True,
+        out_bias=True, attention_sinks=True, activation="clamped_swiglu",
+        experts=ExpertsConfig(number=6, per_token=2, router_bias=True, biases=True),
+        rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_context=32, truncate=False),
+    ),
 }  # fmt: skip
 STREAM = StreamConfig(bucket_mib=0.004)
 BATCH, CAPACITY, CHUNK, STEPS = 4, 128, 48, 67
@@ -72,7 +78,7 @@ CASES = [
     ("tsp4", "windowed"), ("tp2_sp4", "windowed"), ("mix2_3", "windowed"),
     ("tsp4", "biased"), ("mix2_3", "biased"), ("tp8", "gemma"), ("tsp4", "olmo"), ("mix2_4", "olmo_grouped"),
     ("tp8", "olmo_grouped"), ("tsp4", "kinds"), ("tp2_sp4", "kinds"),
-    ("tsp4", "experts"), ("mix2_4", "experts"), ("tp4", "experts"),
+    ("tsp4", "experts"), ("mix2_4", "experts"), ("tp4", "experts"), ("tsp4", "gpt_oss"), ("mix2_3", "gpt_oss"),
 ]  # fmt: skip
 """every layout; every model under tsp; fewer KV heads than ranks where that is another path"""
 
@@ -107,7 +113,9 @@ def logical_params(model: str):
         value = rng.normal(size=leaf.shape)
         return (1 + 0.3 * value if "norm" in str(path) else 0.2 * value).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(fill, program_of("single", model).abstract_params)
+    program = program_of("single", model)
+    logical = jax.eval_shape(functools.partial(to_logical, program.paddings), program.abstract_params)
+    return jax.tree_util.tree_map_with_path(fill, logical)
 
 
 @functools.cache

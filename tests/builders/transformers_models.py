@@ -32,8 +32,10 @@ def random_model(transformers, family: str, changes: dict):
     for name, value in model.named_parameters():
         if "norm" in name:
             value.data = (0 if "Gemma" in family else 1) + 0.3 * torch.randn_like(value)
-        elif name.endswith("bias"):
+        elif name.endswith(("bias", "sinks")):
             value.data = 0.5 * torch.randn_like(value)
+        elif "gate_up_proj" in name and family == "GptOss":  # gates and ups reach their bounds
+            value.data = 0.6 * torch.randn_like(value)
         elif "experts" in name or "router" in name or name.endswith("gate.weight"):
             value.data = 0.2 * torch.randn_like(value)
     return model

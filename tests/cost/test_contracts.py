@@ -217,6 +217,14 @@ def test_traffic_of_experts_equals_the_closed_form(case, movement, shared, norms
     check_traffic(dataclasses.replace(moved(CONFIG, movement), model=model), case)
 
 
+@pytest.mark.parametrize(("case", "movement"), [("tsp4", "gather"), soak("mix2_4", "activations")])
+def test_traffic_of_experts_with_biases_equals_the_closed_form(case, movement):
+    """The 85 biases of an expert's gate take three rows of width 40, those of up as many."""
+    experts = ExpertsConfig(number=10, per_token=3, router_bias=True, biases=True)
+    model = dataclasses.replace(MODEL, d_ff=85, num_layers=2, activation="clamped_swiglu", experts=experts)
+    check_traffic(dataclasses.replace(moved(CONFIG, movement), model=model), case)
+
+
 @pytest.mark.parametrize("case", ["tsp8", soak("data2_tsp4"), "mix2_4", soak("two_axes2_4"), "two_level2_4"])
 def test_traffic_of_moved_activations_equals_the_closed_form(case):
     check_traffic(moved(CONFIG), case)

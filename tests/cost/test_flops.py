@@ -24,6 +24,7 @@ OPS = {
     "mlp": "mlp",
     "experts": "experts",
     "router": "router",
+    "expert_biases": "expert_biases",
     "loss": "loss",
 }
 """scope -> op of `step_flops`; the first that fits"""
@@ -52,10 +53,12 @@ def test_forward_on_eight_ranks(layout, heads, kv_heads):
 
 def test_experts_take_the_products_of_the_choices_and_half_a_tile_each():
     """128 choices of each expert on each device, in tiles of 32; a shared expert."""
-    model = dataclasses.replace(CONFIG.model, d_ff=24, experts=ExpertsConfig(number=4, per_token=2, shared=1))
+    experts = ExpertsConfig(number=4, per_token=2, shared=1, biases=True)
+    model = dataclasses.replace(CONFIG.model, d_ff=24, experts=experts)
     config = dataclasses.replace(CONFIG, model=model, seq_len=2048)
     found, desired = compiled_flops(config, CPU, "forward"), step_flops(config, forward=True)
     assert found["router"] * 8 == pytest.approx(desired["router"], rel=1e-9)
+    assert found["expert_biases"] * 8 == pytest.approx(desired["expert_biases"], rel=1e-9)
     assert found["mlp"] * 8 == pytest.approx(desired["mlp"] / 3, rel=1e-9)
     assert found["experts"] * 8 == pytest.approx(desired["mlp"] * 2 / 3 * 144 / 128, rel=1e-9)
 

@@ -321,6 +321,9 @@ def test_a_window_is_written_as_it_is_read(qk_norm, tmp_path):
             {"experts": ExpertsConfig(number=8, shared=1)},
             "experts.shared=1 .* of mixtral, .* use model.experts.shared=0",
         ),
+        ({"activation": "clamped_swiglu"}, "activation=clamped_swiglu .* of llama, .* use model.activation=silu"),
+        ({"out_bias": True}, "out_bias=True .* use model.out_bias=False"),
+        ({"experts": ExpertsConfig(number=8, router_bias=True)}, "experts.router_bias=True .* use .*=False"),
         ({"experts": ExpertsConfig(number=8, normalize=False)}, "experts.normalize=False .* use .*=True"),
         (
             {"layer_kinds": ("full", "sliding"), "window": 8, "qkv_bias": True, "attention_scale": 0.1},

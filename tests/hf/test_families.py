@@ -27,6 +27,12 @@ MULTIPLIERS = {
     "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.015625, "logits_scaling": 8.0,
 }  # fmt: skip
 GRANITE = {"embedding_scale": 12.0, "residual_scale": 0.22, "attention_scale": 0.015625, "logits_scale": 0.125}
+BIASED = ExpertsConfig(number=128, per_token=4, router_bias=True, biases=True)
+GPT_OSS = {
+    "qkv_bias": True, "out_bias": True, "attention_sinks": True, "activation": "clamped_swiglu",
+    "rope_theta": 150_000.0, "window": 128, "layer_kinds": ("sliding", "full"),
+}  # fmt: skip
+GPT_OSS_ROPE = RopeScaling(kind="yarn", factor=32.0, original_context=4096, truncate=False)
 EIGHT = ExpertsConfig(number=8, per_token=2)
 FULL, SLIDING = "full_attention", "sliding_attention"
 FACTORS = [1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -130,6 +136,21 @@ READ = {
         },
     ),
     "granitemoe": ({**MULTIPLIERS, "router_aux_loss_coef": 0.01}, {**GRANITE, "experts": EIGHT}),
+    "gpt_oss": (
+        {"attention_bias": True, "swiglu_limit": 7, "hidden_act": "silu", "initial_context_length": 4096},
+        {**GPT_OSS, "experts": BIASED, "rope_scaling": dataclasses.replace(GPT_OSS_ROPE, original_context=4096)},
+    ),
+    "gpt_oss in MXFP4": (
+        {
+            "num_local_experts": 8, "num_experts_per_tok": 2, "layer_types": [FULL] * 6,
+            "rope_scaling": {"rope_type": "default"},
+            "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+        },
+        {
+            **GPT_OSS, "window": None, "layer_kinds": (),
+            "experts": dataclasses.replace(BIASED, number=8, per_token=2),
+        },
+    ),
 }  # fmt: skip
 """model_type and a name -> (more keys than SIZES, fields other than MODEL's)"""
 REFUSED = {
@@ -180,7 +201,18 @@ REFUSED = {
         "num_experts=6 is not the number of experts; use num_local_experts=4 alone",
     ),
     "mixtral of too many experts": ({"num_local_experts": 10**15}, "model.experts.number=1000000000000000"),
-    "mixtral quantized": ({"quantization_config": {"quant_method": "unheard-of"}}, "quantization_config=.* not quant"),
+    "mixtral quantized": (
+        {"quantization_config": {"quant_method": "unheard-of"}},
+        'method="unheard-of" .* not quantized$',
+    ),
+    "gpt_oss in another format": (
+        {"quantization_config": {"quant_method": "awq", "bits": 4}},
+        'quantization_config.quant_method="awq" is not supported; use a model that is not quantized, or one in mxfp4$',
+    ),
+    "gpt_oss in no format": ({"quantization_config": {"bits": 4}}, "quantization_config.quant_method=null"),
+    "gpt_oss limit": ({"swiglu_limit": 6.5}, "swiglu_limit=6.5 is not supported; use a model with 7.0"),
+    "gpt_oss gain": ({"swiglu_alpha": 1.0}, "swiglu_alpha=1.0 is not supported; use a model with 1.702"),
+    "gpt_oss without biases": ({"attention_bias": False}, "attention_bias=false .* with biases"),
     "qwen3_moe partly dense": ({"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] .* whose layers all have experts"),
     "qwen3_moe every second layer": ({"decoder_sparse_step": 2}, "decoder_sparse_step=2 .* layers all have experts"),
     "qwen3_moe windows": ({"use_sliding_window": True, "sliding_window": 9}, "sliding_window=9 is not supported"),
@@ -241,11 +273,23 @@ def test_a_variant_that_is_not_supported_is_refused(case, tmp_path):
         ({"experts": EIGHT, "qk_norm": True}, "qwen3_moe"),
         ({"experts": EIGHT, "qk_norm": True, "qk_norm_width": "all", "head_dim": 4}, "olmoe"),
         ({"experts": EIGHT, "residual_scale": 0.5}, "granitemoe"),
+        ({**GPT_OSS, "experts": BIASED}, "gpt_oss"),
     ],
 )
 def test_the_family_follows_from_the_model(fields, model_type):
     written = config_json(dataclasses.replace(MODEL, **fields), "float32")
     assert (written["model_type"], written["architectures"]) == (model_type, [FAMILIES[model_type].architecture])
+
+
+def test_sizes_of_gpt_oss_are_those_published(tmp_path):
+    """Billions of parameters of gpt-oss-120b, by default, and of 20b: arXiv 2508.10925, table 1."""
+    for layers, experts, total, active in ((36, 128, 116.83, 5.13), (24, 32, 20.91, 3.61)):
+        keys = {"model_type": "gpt_oss", "num_hidden_layers": layers, "num_local_experts": experts}
+        (tmp_path / "config.json").write_text(json.dumps(keys))
+        model = read_config(tmp_path)
+        embedding = model.vocab_size * model.d_model  # no active parameters there
+        found = model.num_params / 1e9, (model.active_params - embedding) / 1e9
+        assert found == (pytest.approx(total, abs=0.005), pytest.approx(active, abs=0.005))
 
 
 def test_the_source_is_left_if_the_model_is_no_longer_of_its_family():

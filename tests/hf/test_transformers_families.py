@@ -123,6 +123,21 @@ MODELS = {
             "attention_multiplier": 0.3, "logits_scaling": 4.0,
         },
     ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "head_dim": 12, "num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 20,
+            "sliding_window": 9, "num_hidden_layers": 4, "rope_scaling": {**YARN, "truncate": False},
+        },
+    ),
+    "gpt_oss_full": (
+        "GptOss",
+        {
+            "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 12, "num_local_experts": 5,
+            "num_experts_per_tok": 1, "intermediate_size": 52, "layer_types": [FULL] * 3, "tie_word_embeddings": True,
+            "rope_scaling": {"rope_type": "default"},
+        },
+    ),
     "olmo2_grouped": ("Olmo2", {}),
     "olmo2_padded": ("Olmo2", {"hidden_size": 90, "num_attention_heads": 9, "num_key_value_heads": 3}),
 }  # fmt: skip

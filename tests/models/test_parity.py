@@ -116,6 +116,20 @@ MODELS = {
             number=5, per_token=3, scores="sigmoid", normalize=False, scale=1.5, shared=2, balance_loss=0.3
         ),
     ),
+    "gpt_oss": dataclasses.replace(
+        MULTI_HEAD,
+        num_heads=9,
+        num_kv_heads=3,
+        d_ff=31,
+        window=11,
+        layer_kinds=("sliding", "full"),
+        qkv_bias=True,
+        out_bias=True,
+        attention_sinks=True,
+        activation="clamped_swiglu",
+        init_std=0.5,
+        experts=ExpertsConfig(number=6, per_token=2, router_bias=True, biases=True, balance_loss=0.3),
+    ),
     "thirds": dataclasses.replace(MULTI_HEAD, num_kv_heads=2, head_dim=12),  # three ranks could share a KV head
 }
 BATCH, SEQ_LEN, Z_LOSS = 2, 48, 1e-2
@@ -223,6 +237,11 @@ CASES = [
     ("mix2_4", "experts", PAPER, NONE),
     ("tp2_sp4", "experts_shared", GATHER, FULL),
     ("data2_tsp4", "experts_shared", GATHER, SAVE_ON_HOST),
+    # biases of everything, and gates that are clamped
+    ("tsp4", "gpt_oss", GATHER, FULL),
+    ("tp4_sp2", "gpt_oss", GATHER, SAVE),
+    soak("mix2_4", "gpt_oss", ACTIVATIONS, NONE),
+    soak("data2_tsp4", "gpt_oss", PAPER, SAVE_ON_HOST),
     # what attention has computed is kept, of heads that are shared or padded too
     soak("tp8", "4_of_1", GATHER, SAVE),
     ("tp4_sp2", "grouped", GATHER, SAVE_ON_HOST),
@@ -273,7 +292,7 @@ def reference_params(model: str):
         value = 1 + 0.3 * rng.normal(size=leaf.shape) if "norm" in str(path) else std * rng.normal(size=leaf.shape)
         return value.astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(fill, nnx.to_pure_dict(state))
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(logical_params, state))
 
 
 @functools.cache

@@ -16,10 +16,10 @@ from tests.builders.ops import compiled_value_and_grads
 from tsp_jax.config.experts import SLABS
 from tsp_jax.errors import ConfigError
 from tsp_jax.ops import reference
-from tsp_jax.ops.experts import _by_expert, _Tiles, experts
+from tsp_jax.ops.experts import ExpertBiases, _by_expert, _Tiles, experts
 from tsp_jax.ops.router import Choices, route
 from tsp_jax.ops.stream import Stream
-from tsp_jax.stored import ExpertPadding
+from tsp_jax.stored import ExpertBiasPadding, ExpertPadding
 
 B, S, D, E, F = 8, 24, 20, 10, 14
 GRAD_TOLERANCE = 1e-4
@@ -118,29 +118,91 @@ def test_equals_every_expert_on_every_token(layout, movement, buckets, tile, rul
     assert_trees_near(grads, desired(rule)[1], GRAD_TOLERANCE)
 
 
+WIDE = 45
+"""F of the experts with biases, which take 1 to 3 rows of D"""
+BIASED_CASES = [
+    # layout, movement, buckets, tile
+    ("single", "gather", 5, 7),
+    ("tsp4", "gather", 3, 4),
+    ("tsp4", "ring", 1, 4),
+    ("tsp8", "activations", 1, 16),
+    ("tp4", "gather", 2, 16),
+    ("mix2_4", "gather", 3, 4),
+]
+
+
+def biased_arguments():
+    """x, router's weights, and the experts' three weights and biases, logical; gates reach the clamp."""
+    weights = [normal(seed, E * WIDE, D, std=3 * D**-0.5) for seed in (1, 2, 3)]
+    biases = normal(5, E * WIDE), normal(6, E * WIDE), normal(7, E, D)
+    return normal(0, B, S, D), normal(4, E, D, std=0.5), *weights, *biases
+
+
+@functools.cache
+def desired_biased():
+    def dense(x, w_ED, gate, up, down, b_gate, b_up, b_down):
+        chosen, mix, *_ = reference.route(x, w_ED, per_token=3)
+        weights, biases = (w.reshape(E, WIDE, D) for w in (gate, up, down)), (b_gate, b_up, b_down)
+        biases = [b.reshape(E, -1) for b in biases]
+        return reference.experts(x, chosen, mix, *weights, "clamped_swiglu", biases)
+
+    return compiled_value_and_grads(dense, normal(8, B, S, D), *biased_arguments())
+
+
+@pytest.mark.parametrize(("layout", "movement", "buckets", "tile"), BIASED_CASES)
+def test_biases_and_clamped_gates_equal_every_expert_on_every_token(layout, movement, buckets, tile):
+    placement = place_case(layout)
+    axes, spec, sizes = placement.layout.axes("mlp"), placement.layout.spec, placement.mesh.shape
+    ranks = [int(np.prod([sizes[name] for name in names])) for names in (axes.tensor, axes.folded)]
+    padding = ExpertPadding(E, WIDE, *ranks)
+    bias_padding, stream = ExpertBiasPadding(padding, D), Stream(movement, buckets, token_buckets=3)
+
+    def local(x, w_ED, weights, biases):
+        choices, _ = route(x, w_ED, per_token=3, token_axes=placement.layout.tokens)
+        return experts(
+            x, choices, *weights, num_experts=E, axes=axes, stream=stream, activation="clamped_swiglu", d_ff=WIDE,
+            tile=tile, biases=biases,
+        )  # fmt: skip
+
+    x_spec, w_spec, none = spec("batch", "sequence", None), spec("mlp", None), spec()
+    run = placement.shard_map(local, (x_spec, none, w_spec, ExpertBiases(w_spec, w_spec, none)), x_spec)
+
+    def f(x, w_ED, gate, up, down, b_gate, b_up, b_down):
+        weights = tuple(padding.pad(jnp.asarray(w)) for w in (gate, up, down))
+        return run(x, w_ED, weights, ExpertBiases(bias_padding.pad(b_gate), bias_padding.pad(b_up), b_down))
+
+    value, grads = compiled_value_and_grads(f, normal(8, B, S, D), *biased_arguments())
+    assert_trees_near(value, desired_biased()[0], F32_TOLERANCE)
+    assert_trees_near(grads, desired_biased()[1], GRAD_TOLERANCE)
+
+
 def test_in_bfloat16_is_near_float32():
     """Of the same choices: rounding may change which expert is just preferred."""
     x, w_ED, _, *weights = arguments(jnp.bfloat16)
     chosen, mix, *_ = jax.jit(lambda: reference.route(x, w_ED, per_token=2))()
+    biases = normal(7, E * F), normal(8, E * F), normal(9, E, D)
 
     def f(run):
-        return compiled_value_and_grads(run, normal(6, B, S, D), x, mix, *weights)
+        return compiled_value_and_grads(run, normal(6, B, S, D), x, mix, *weights, *biases)
 
     placement = place_case("tsp8")
     spec, padding = placement.layout.spec, ExpertPadding(E, F, folded=8)
+    pads = *[padding.pad] * 3, *[ExpertBiasPadding(padding, D).pad] * 2, lambda bias: bias
     tokens, rows = spec("batch", "sequence", None), spec("mlp", None)
     stream = Stream("gather", 2, grad_dtype="bfloat16")
 
-    def local(x, mix, chosen, *weights):
-        choices, axes = Choices(chosen, mix), placement.layout.axes("mlp")
-        return experts(x, choices, *weights, num_experts=E, axes=axes, stream=stream, tile=4)
+    def local(x, mix, chosen, gate, up, down, *biases):
+        choices, axes, biases = Choices(chosen, mix), placement.layout.axes("mlp"), ExpertBiases(*biases)
+        return experts(x, choices, gate, up, down, num_experts=E, axes=axes, stream=stream, tile=4, biases=biases)
 
-    run = placement.shard_map(local, (tokens, tokens, tokens, rows, rows, rows), tokens)
-    out, grads = f(lambda x, mix, *weights: run(x, mix, chosen, *map(padding.pad, weights)))
-    assert [array.dtype for array in (out, *grads)] == [jnp.bfloat16, jnp.bfloat16, *(jnp.float32,) * 4]
+    run = placement.shard_map(local, (tokens, tokens, tokens, *[rows] * 5, spec()), tokens)
+    out, grads = f(lambda x, mix, *args: run(x, mix, chosen, *(pad(a) for pad, a in zip(pads, args, strict=True))))
+    assert [array.dtype for array in (out, *grads)] == [jnp.bfloat16, jnp.bfloat16, *(jnp.float32,) * 7]
 
-    def plain(x, mix, *weights):
-        return reference.experts(x.astype(jnp.float32), chosen, mix, *(w.reshape(E, F, D) for w in weights))
+    def plain(x, mix, gate, up, down, b_gate, b_up, b_down):
+        weights = (w.reshape(E, F, D) for w in (gate, up, down))
+        biases = b_gate.reshape(E, F), b_up.reshape(E, F), b_down
+        return reference.experts(x.astype(jnp.float32), chosen, mix, *weights, biases=biases)
 
     assert_trees_near((out, grads), f(plain), BF16_TOLERANCE)
 

@@ -22,7 +22,7 @@ from tsp_jax.hardware.targets import Target
 from tsp_jax.inspect.parser import parse
 from tsp_jax.inspect.scopes import declared_flops
 from tsp_jax.layout import Axes, place
-from tsp_jax.ops.experts import experts
+from tsp_jax.ops.experts import ExpertBiases, experts
 from tsp_jax.ops.grouped import Blocks, OneByOne, TritonGrouped, choose_grouped
 from tsp_jax.ops.router import Choices
 from tsp_jax.ops.stream import Stream
@@ -38,23 +38,30 @@ class Short(TritonGrouped):
 
 
 def run(grouped, chosen, x, mix, *weights, buckets=2):
-    def local(x, mix, *weights):
+    """`weights`: three, or three and their biases."""
+
+    def local(x, mix, gate, up, down, *biases):
         return experts(
-            x[None], Choices(chosen, mix), *weights, num_experts=E, stream=Stream(buckets=buckets), tile=16,
-            grouped=grouped,
+            x[None], Choices(chosen, mix), gate, up, down, num_experts=E, stream=Stream(buckets=buckets), tile=16,
+            grouped=grouped, biases=ExpertBiases(*biases) if biases else None,
+            activation="clamped_swiglu" if biases else "silu",
         )  # fmt: skip
 
     return compiled_value_and_grads(local, normal(9, 1, T, D), x, mix, *weights)
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("favourite", [None, 1])
 @pytest.mark.parametrize("grouped", [TritonGrouped("interpret", BLOCKS), Short("interpret", BLOCKS)])
-def test_equals_one_product_a_tile(grouped, favourite):
+def test_equals_one_product_a_tile(grouped, favourite, biased):
     """Also where all tokens choose the same two experts, and no token the others."""
     chosen = np.argsort(normal(0, T, E), axis=1)[:, :K].astype(np.int32)[None]
     if favourite is not None:
         chosen = np.tile(np.array([favourite, 4], np.int32), (1, T, 1))
     args = normal(1, T, D), normal(2, 1, T, K), *(normal(seed, E * F, D, std=D**-0.5) for seed in (3, 4, 5))
+    if biased:  # an expert's biases are the first F elements of a row of D
+        biases = (normal(seed, E, D) * (np.arange(D) < F) for seed in (6, 7))
+        args = *args, *(bias.astype(np.float32) for bias in biases), normal(8, E, D)
     assert_trees_near(run(grouped, chosen, *args), run(OneByOne(), chosen, *args), F32_TOLERANCE)
 
 

@@ -10,7 +10,7 @@ from tests.builders.arrays import BF16_TOLERANCE, F32_TOLERANCE, assert_trees_ne
 from tests.builders.ops import MOVEMENT_LAYOUTS, PADDED_STREAMS, D, activations, compiled_value_and_grads, over_streams
 from tsp_jax.layout import largest_divisor
 from tsp_jax.ops import reference
-from tsp_jax.ops.mlp import ACTIVATIONS, mlp
+from tsp_jax.ops.mlp import GATED, mlp
 from tsp_jax.ops.stream import Stream
 
 F = 120
@@ -46,14 +46,20 @@ def test_mlp(layout, movement):
 @pytest.mark.parametrize(
     ("activation", "formula"),
     [
-        ("silu", lambda x: x / (1 + np.exp(-x))),
-        ("gelu", lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))),
+        ("silu", lambda g, u: g / (1 + np.exp(-g)) * u),
+        ("gelu", lambda g, u: g / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3))) * u),
+        (
+            "clamped_swiglu",
+            lambda g, u: (np.clip(u, -7, 7) + 1) * np.minimum(g, 7) / (1 + np.exp(-1.702 * np.minimum(g, 7))),
+        ),
     ],
 )
 def test_activations(activation, formula):
     """The reference shares them with the op, so they need formulas of their own."""
-    x = normal(0, 100, std=2.0)
-    assert_trees_near(ACTIVATIONS[activation](x), formula(x.astype(np.float64)), F32_TOLERANCE)
+    gate, up = normal(0, 100, std=4.0), normal(1, 100, std=4.0)
+    assert max(gate.max(), up.max(), -up.min()) > 7
+    found = GATED[activation](gate, up)
+    assert_trees_near(found, formula(gate.astype(np.float64), up.astype(np.float64)), F32_TOLERANCE)
 
 
 @pytest.mark.parametrize("layout", ["single", "tsp8"])

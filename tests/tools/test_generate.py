@@ -225,6 +225,10 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 BROKEN = {
     "no config": (lambda f: (f / "config.json").unlink(), ["config.json does not exist"]),
     "unknown architecture": (lambda f: edit_config(f, architectures=["MambaForCausalLM"]), ["Mamba", "use Llama"]),
+    "quantized": (
+        lambda f: edit_config(f, quantization_config={"quant_method": "awq"}),
+        ['quantization_config.quant_method="awq" is not supported', "use a model that is not quantized"],
+    ),
     "no weights": (lambda f: (f / SINGLE).unlink(), ["holds neither model.safetensors nor"]),
     "cut weights": (lambda f: (f / SINGLE).write_bytes((f / SINGLE).read_bytes()[:-40]), ["not an intact safetensors"]),
     "no safetensors": (lambda f: (f / SINGLE).write_text("version https://git-lfs"), ["not an intact safetensors"]),

@@ -24,6 +24,10 @@ class ExpertsConfig:
     """a token's weights, which are the scores of its experts, are divided by their sum"""
     scale: float = 1.0
     """factor of the weights"""
+    router_bias: bool = False
+    """the router's logits have biases (gpt-oss)"""
+    biases: bool = False
+    """the three projections of each expert have biases (gpt-oss)"""
     shared: int = 0
     """experts that every token is the input of, with weight 1; together they are one MLP of width shared x d_ff"""
     balance_loss: float = 0.0

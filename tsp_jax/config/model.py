@@ -8,7 +8,7 @@ from tsp_jax.config.experts import ExpertsConfig
 from tsp_jax.config.rope import RopeScaling
 from tsp_jax.errors import ConfigError
 
-Activation = Literal["silu", "gelu"]
+Activation = Literal["silu", "gelu", "clamped_swiglu"]
 DType = Literal["float32", "bfloat16"]
 NormWidth = Literal["head", "all"]
 Norms = Literal["pre", "post", "both"]
@@ -36,13 +36,16 @@ class ModelConfig:
     experts: ExpertsConfig = ExpertsConfig()
     """mixture of experts in place of the MLP"""
     activation: Activation = "silu"
-    """activation of the gate: silu makes SwiGLU, gelu makes GeGLU"""
+    """activation of gated MLPs: silu makes SwiGLU, gelu makes GeGLU; clamped_swiglu (gpt-oss) bounds the gate g and the
+    up u by 7 and makes (u + 1) g sigmoid(1.702 g)"""
     qk_norm: bool = False
     """RMSNorm of queries and keys before RoPE (Qwen3)"""
     qk_norm_width: NormWidth = "head"
     """what that norm takes the mean over: head: each head on its own; all: all heads together (OLMo 2)"""
     qkv_bias: bool = False
     """biases of the projections to queries, keys and values (Qwen2)"""
+    out_bias: bool = False
+    """bias of the projection of heads' outputs (gpt-oss)"""
     norms: Norms = "pre"
     """where RMSNorms stand in a layer: pre: before attention and before the MLP; post: after each, before its output is
     added to the residual stream (OLMo 2); both (Gemma 2)"""
@@ -136,9 +139,10 @@ class ModelConfig:
         normed = self.num_heads + self.num_kv_heads if self.qk_norm_width == "all" else 2
         biased = self.num_heads + 2 * self.num_kv_heads
         small = (normed * self.qk_norm + biased * self.qkv_bias) * self.head_dim + self.num_heads * self.attention_sinks
-        norms = (4 if self.norms == "both" else 2) * self.d_model
+        vectors = (4 if self.norms == "both" else 2) + self.out_bias
         mlps = self.experts.number + self.experts.shared or 1
-        layer = heads + (3 * self.d_ff * mlps + self.experts.number) * self.d_model + norms + small
+        small += self.experts.number * (self.experts.router_bias + self._expert_biases)
+        layer = heads + (3 * self.d_ff * mlps + self.experts.number + vectors) * self.d_model + small
         tables = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
         return self.num_layers * layer + tables + self.d_model
 
@@ -146,7 +150,12 @@ class ModelConfig:
     def active_params(self) -> int:
         """Number of parameters without the experts that a token is not the input of."""
         unused = self.experts.number - self.experts.per_token if self.experts.number else 0
-        return self.num_params - self.num_layers * 3 * unused * self.d_ff * self.d_model
+        return self.num_params - self.num_layers * unused * (3 * self.d_ff * self.d_model + self._expert_biases)
+
+    @property
+    def _expert_biases(self) -> int:
+        """Number of biases of an expert."""
+        return (2 * self.d_ff + self.d_model) * self.experts.biases
 
     def refuse_experts(self, what: str) -> None:
         """Raises ConfigError if there are experts; `what` does not support them."""

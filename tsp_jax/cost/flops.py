@@ -25,6 +25,8 @@ class _Elements(NamedTuple):
     mlp: int
     """of the MLP, or of the experts that a token is the input of"""
     router: int
+    biases: int
+    """of the experts' down projections: all of them, of which a token takes a weighted sum"""
     head: int
 
     @classmethod
@@ -33,7 +35,7 @@ class _Elements(NamedTuple):
         experts = model.experts
         mlps = experts.per_token + experts.shared if experts.number else 1
         mlp, router = 3 * mlps * model.d_ff * model.d_model, experts.number * model.d_model
-        return cls(query, kv, mlp, router, model.vocab_size * model.d_model)
+        return cls(query, kv, mlp, router, router * experts.biases, model.vocab_size * model.d_model)
 
 
 def mean_keys(model: ModelConfig, seq_len: int) -> float:
@@ -60,7 +62,7 @@ def model_flops(
         T (6 P + 12 L N H keys)    P: elements of all weights in a token's matrix products, the output head's once
 
     Forward takes one product with each weight and two for each pair of query and key, backward twice as many.
-    Recomputation does not count, neither that of remat nor an op's own. Embeddings and norms take no products.
+    Recomputation does not count, neither that of remat nor an op's own. Embeddings, norms and biases take no products.
 
     Args:
       model: sizes.
@@ -92,7 +94,7 @@ def step_flops(config: Config, *, forward: bool = False, backward_products: int 
         """Operations of matrix products in which each token is multiplied with `elements` elements."""
         return 2 * tokens * elements * (1 if forward else forward_passes + backward_products)
 
-    query, kv, mlp, router, head = _Elements.of(model)
+    query, kv, mlp, router, biases, head = _Elements.of(model)
     # Backward of a norm in the buckets of the projections needs its input, which is not kept.
     in_buckets = model.qk_norm and model.qk_norm_width == "head" and not model.qkv_bias
     repeated = (query + kv) / (query + 2 * kv) if in_buckets else 0
@@ -106,6 +108,8 @@ def step_flops(config: Config, *, forward: bool = False, backward_products: int 
     }
     if router:  # backward needs its scores
         layers["router"] = count(router, 1 + again, 2)
+    if biases:
+        layers["expert_biases"] = count(biases, 1 + again * (model.norms != "pre"), 2)
     flops = {op: model.num_layers * total for op, total in layers.items()}
     return flops | {"loss": count(head, 1, 3)}  # backward: logits again, dx and dW
 

@@ -50,11 +50,12 @@ class _Memory:
         self.activation = self.tokens * width * self.item
         """[B, t, D] in the compute dtype"""
         shards = self.sharding.folded * self.sharding.tensor
-        rows = 2 * sum(heads.stored) + 3 * (step.d_ff + step.expert_rows)
+        rows = 2 * sum(heads.stored) + 3 * step.d_ff + step.moved_rows
         self.matrices = config.model.num_layers * rows * width / shards
         """elements of the layers' weights that are sharded"""
-        self.routers = config.model.num_layers * config.model.experts.number * width
-        """elements of the routers' weights, which every device has"""
+        rule = config.model.experts
+        self.routers = config.model.num_layers * rule.number * width * (1 + rule.biases)
+        """elements of the routers' weights and of the biases of down, which every device has"""
         vocab = step.sharding_of("vocab")
         self.table = step.vocab_size * width / (vocab.folded * vocab.tensor)
         """elements of the embedding, or of the output head"""

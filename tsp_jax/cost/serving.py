@@ -92,8 +92,8 @@ def serving_memory(
     shards, heads = s.folded * s.tensor, s.heads.shard
     vocab = RowPadding.over(model.vocab_size, num_ranks(layout.vocab, sizes)).stored
     tables = vocab * model.d_model / num_ranks(layout.vocab, sizes) * (1 if model.tie_embeddings else 2)
-    rows = 2 * sum(s.heads.stored) + 3 * (step.d_ff + step.expert_rows)
-    layers = model.num_layers * model.d_model * (rows / shards + model.experts.number)
+    rows = 2 * sum(s.heads.stored) + 3 * step.d_ff + step.moved_rows
+    layers = model.num_layers * model.d_model * (rows / shards + model.experts.number * (1 + model.experts.biases))
     experts = 3 * step.expert_rows * model.d_model / shards
     tokens = s.batch * chunk / s.sequence if chunk else s.decoded
     queries, hidden = heads.query * heads.dim, step.d_ff / (s.tensor if chunk else shards)

@@ -18,7 +18,7 @@ from tsp_jax.cost.traffic import (
 )
 from tsp_jax.heads import HeadSharding
 from tsp_jax.layout import Layout, num_ranks
-from tsp_jax.stored import ExpertPadding, RowPadding
+from tsp_jax.stored import ExpertBiasPadding, ExpertPadding, RowPadding
 
 OPS = "attention", "mlp", "experts", "embed", "loss"
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -42,6 +42,9 @@ class Step:
         """of all other experts of a layer"""
         self.expert_rows = self.experts.stored
         """their rows; 0 if there are none"""
+        biases = ExpertBiasPadding(self.experts, model.d_model).stored if experts.biases else 0
+        self.moved_rows = 3 * self.expert_rows + 2 * biases
+        """rows of their three weights, and of the biases that move with them"""
         self.vocab_size = RowPadding.over(model.vocab_size, num_ranks(layout.vocab, sizes)).stored
 
     def sharding_of(self, dim: str) -> OpSharding:
@@ -65,7 +68,7 @@ class Step:
         repeated = {"d_model": model.d_model, "repeated": repeats_mlp(model.norms != "pre", self.config.remat)}
         mlp = partial(mlp_traffic, self.sharding_of("mlp"), d_ff=self.d_ff, **repeated)
         experts = partial(
-            experts_traffic, self.sharding_of("mlp"), stored_rows=self.expert_rows, per_token=model.experts.per_token,
+            experts_traffic, self.sharding_of("mlp"), stored_rows=self.moved_rows, per_token=model.experts.per_token,
             **repeated,
         )  # fmt: skip
         table = {"d_model": model.d_model, "vocab_size": self.vocab_size}
@@ -102,7 +105,7 @@ class Step:
         """Number of buckets of the experts' weights, each of whole experts of every rank."""
         if self.layout.whole_weights:
             return 1
-        elements = 3 * self.expert_rows * self.config.model.d_model
+        elements = self.moved_rows * self.config.model.d_model
         own = self.experts.stored_experts // self.experts.folded
         return self.sharding_of("mlp").weight_buckets(own, elements, self.bucket_bytes)
 
@@ -117,6 +120,6 @@ class Step:
             elements = 3 * self.d_ff * model.d_model
             buckets.append((3 * self.d_ff, sharding.weight_buckets(rows, elements, bucket_bytes)))
         if self.expert_rows:
-            buckets.append((3 * self.expert_rows, self.expert_buckets()))
+            buckets.append((self.moved_rows, self.expert_buckets()))
         whole = self.layout.whole_weights
         return max(size / (1 if whole else count) for size, count in buckets) * model.d_model

@@ -274,24 +274,35 @@ def mlp_traffic(
     sharding: OpSharding, movement: str, *, d_model: int, d_ff: int, repeated: bool = False, forward: bool = False
 ) -> Traffic:
     """Traffic of one layer's MLP. `repeated`: backward computes the output again, which only a norm of it needs."""
+    sizes = {"d_model": d_model, "stored_rows": 3 * d_ff, "repeated": repeated, "forward": forward}
+    return _gated_traffic(sharding, movement, **sizes)
+
+
+def _gated_traffic(
+    sharding: OpSharding, movement: str, *, d_model: int, stored_rows: int, repeated: bool, forward: bool
+) -> Traffic:
+    """Traffic of gated MLPs; `stored_rows`: rows of all their weights, and of biases stored with them."""
     more = 0 if forward else int(repeated)
     # Forward gathers x and scatters y; backward gathers x and dy and scatters dx.
     activations = (2 if forward else 5) + 2 * more
     received = activations * sharding.tokens_received(d_model) * sharding.itemsize
     sums = ((1 if forward else 2) + more) * sharding.tensor_sum_bytes(sharding.tokens * d_model, sharding.itemsize)
-    return _row_traffic(sharding, movement, 3 * d_ff * d_model, received, sums, forward, again=1 + more)
+    return _row_traffic(sharding, movement, stored_rows * d_model, received, sums, forward, again=1 + more)
 
 
 def experts_traffic(
     sharding: OpSharding, movement: str, *, d_model: int, stored_rows: int, per_token: int, repeated: bool = False,
     forward: bool = False,
 ) -> Traffic:  # fmt: skip
-    """Traffic of one layer's experts, without shared ones: `mlp_traffic` with `stored_rows` rows of all experts.
+    """Traffic of one layer's experts, without shared ones.
 
-    If tokens move, the numbers and weights of the k chosen experts of each move too, and backward sums the gradients of
-    the weights. The router's own sums are left out, because they are small.
+    `stored_rows` are those of all experts' three weights, and of the biases of gate and up that move with them. If
+    tokens move, the numbers and weights of the k chosen experts of each move too, and backward sums the gradients of
+    the weights. Left out, because they are small: the router's own sums, and the gradients of the biases of down, which
+    every device holds.
     """
-    total = mlp_traffic(sharding, movement, d_model=d_model, d_ff=stored_rows, repeated=repeated, forward=forward)
+    sizes = {"d_model": d_model, "stored_rows": stored_rows, "repeated": repeated, "forward": forward}
+    total = _gated_traffic(sharding, movement, **sizes)
     more = 0 if forward else int(repeated)
     if movement == "activations":
         passes = 2 if forward else 5 + 2 * more

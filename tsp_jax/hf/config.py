@@ -2,8 +2,8 @@
 
 A folder is read as transformers reads it. `model_type` names a class of transformers, a row of `FAMILIES`, whose
 defaults replace absent keys. Every key of these classes is handled: keys in `Keys` are read, keys in `REFUSED` may only
-have the value given there, and keys in `IGNORED` do not change what the model computes. Keys unknown to the class are
-ignored, as in transformers.
+have the value given there (a family may ask for another one), and keys in `IGNORED` do not change what the model
+computes. Keys unknown to the class are ignored, as in transformers.
 Source: configuration_utils.py of transformers 5.24.
 """
 
@@ -30,7 +30,6 @@ REFUSED = {
     "is_causal": (True, "with causal attention"),
     "attention_chunk_size": (None, "without chunks of attention"),
     "per_layer_config": (None, "whose layers are all alike"),
-    "quantization_config": (None, "that is not quantized"),
     "compression_config": (None, "that is not quantized"),
 }
 """key that changes the mathematics -> (the only supported value, kind of model to use instead)"""
@@ -53,6 +52,8 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "gelu_fast": "gelu", "gelu_python_tanh": "gelu",
 }  # fmt: skip
 """activation in config.json -> ModelConfig.activation, whose gelu is the tanh approximation"""
+WRITTEN: dict[Activation, str] = {"silu": "silu", "gelu": "gelu_pytorch_tanh", "clamped_swiglu": "silu"}
+"""ModelConfig.activation -> activation in config.json"""
 DTYPES: dict[str | None, DType] = {
     "float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16", None: "bfloat16",
 }  # fmt: skip
@@ -109,6 +110,7 @@ class Keys(msgspec.Struct):
     norm_topk_prob: bool = False
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
+    quantization_config: dict[str, Any] | None = None
     dtype: str | None = None
     torch_dtype: str | None = None
     """the older name of `dtype`; if both are present, `dtype` is used"""
@@ -122,19 +124,15 @@ def read_config(folder: str | Path) -> ModelConfig:
     _refuse(path, raw, family)
     layers = read_layers(path, family, keys)
     _read_dtype(path, keys)
-    activation = getattr(keys, family.activation)
-    if activation not in ACTIVATIONS:
-        value = f"{family.activation}={activation[:80]}"
-        raise ConfigError(f"{path}: {value} is not supported; use {', '.join(ACTIVATIONS)}")
+    _read_quantization(path, family, keys)
     try:
         return ModelConfig(
             **{field: getattr(keys, key) for field, key in _sizes(family).items()},
             experts=_read_experts(path, raw, family, keys),
             num_kv_heads=keys.num_key_value_heads or keys.num_attention_heads,
             head_dim=_head_dim(keys),
-            activation=ACTIVATIONS[activation],
             **layers,
-            **_read_variants(family, keys),
+            **_read_variants(path, family, keys),
             **_read_rope(path, raw, model_type, layers["window"]),
         )
     except ConfigError as error:
@@ -145,6 +143,13 @@ def read_dtype(folder: str | Path) -> DType:
     """Returns float32 if `config.json` gives it as the dtype of the weights, else bfloat16."""
     path, raw, model_type = _read(folder)
     return _read_dtype(path, check_json({**FAMILIES[model_type].defaults, **raw}, str(path), Keys))
+
+
+def read_quantization(folder: str | Path) -> str:
+    """Returns how the weights of a folder's experts are quantized, such as mxfp4; empty if they are not."""
+    path, raw, model_type = _read(folder)
+    family = FAMILIES[model_type]
+    return _read_quantization(path, family, check_json({**family.defaults, **raw}, str(path), Keys))
 
 
 def read_model_type(folder: str | Path) -> str:
@@ -170,8 +175,21 @@ def _read(folder: str | Path) -> tuple[Path, dict[str, Any], str]:
 
 def _refuse(path: Path, raw: Mapping[str, Any], family: Family) -> None:
     for key, (plain, use) in {**REFUSED, **family.refused}.items():
-        if key in raw and json.dumps(raw[key]) != json.dumps(plain) and raw[key] not in (None, {}):
+        same = raw.get(key) == plain and isinstance(raw.get(key), bool) == isinstance(plain, bool)
+        if key in raw and not same and raw[key] not in (None, {}):
             raise ConfigError(f"{path}: {key}={json.dumps(raw[key]):.80} is not supported; use a model {use}")
+
+
+def _read_quantization(path: Path, family: Family, keys: Keys) -> str:
+    if not keys.quantization_config:
+        return ""
+    method = keys.quantization_config.get("quant_method")
+    if method in list(family.quantizations):
+        return method
+    value, known = f"quantization_config.quant_method={json.dumps(method):.80}", ("", *family.quantizations)
+    raise ConfigError(
+        f"{path}: {value} is not supported; use a model that is not quantized{', or one in '.join(known)}"
+    )
 
 
 def _head_dim(keys: Keys) -> int:
@@ -193,9 +211,9 @@ def _read_experts(path: Path, raw: Mapping[str, Any], family: Family, keys: Keys
         if (value := getattr(keys, name)) is None or value != number:
             use = f"{names[0]}={number or 8}"
             raise ConfigError(f"{path}: {name}={json.dumps(value)} is not the number of experts; use {use} alone")
-    normalize = family.experts.normalize
+    normalize, biases = family.experts.normalize, family.experts.biases
     return ExpertsConfig(
-        number=number, per_token=keys.num_experts_per_tok,
+        number=number, per_token=keys.num_experts_per_tok, router_bias=biases, biases=biases,
         normalize=keys.norm_topk_prob if normalize is None else normalize,
     )  # fmt: skip
 
@@ -209,20 +227,26 @@ def _experts_json(config: ModelConfig, family: Family) -> dict[str, Any]:
     return {family.experts.number[0]: rule.number, "num_experts_per_tok": rule.per_token, **normalize}
 
 
-def _read_variants(family: Family, keys: Keys) -> dict[str, Any]:
-    """The fields in which families differ, except for layers and RoPE."""
+def _read_variants(path: Path, family: Family, keys: Keys) -> dict[str, Any]:
+    """The activation and the other fields in which families differ, except for layers and RoPE."""
+    activation = getattr(keys, family.activation)
+    if activation not in ACTIVATIONS and "activation" not in family.fields:
+        value = f"{family.activation}={activation[:80]}"
+        raise ConfigError(f"{path}: {value} is not supported; use {', '.join(ACTIVATIONS)}")
     given = {field: getattr(keys, key.key) for field, key in family.keys.items()}
     fields = {field: None if value is None else family.keys[field].read(value) for field, value in given.items()}
     if _head_dim(keys) and fields.get("attention_scale") == _head_dim(keys) ** -0.5:
         fields["attention_scale"] = None
     if family.scaled_embedding:
         fields["embedding_scale"] = math.sqrt(keys.hidden_size)
-    return {**family.fields, **fields}
+    return {"activation": ACTIVATIONS.get(activation), **family.fields, **fields}
 
 
 def _read_rope(path: Path, raw: Mapping[str, Any], model_type: str, window: int | None) -> dict[str, Any]:
     family, local = FAMILIES[model_type], None
     raw = {**family.defaults, **raw}
+    if not raw.get("rope_scaling") and raw.get("rope_parameters") is None:
+        raw["rope_parameters"] = family.rope_parameters
     if family.two_ropes:
         theta, scaling, local = read_two_ropes(str(path), raw)
     else:
@@ -272,11 +296,16 @@ def config_json(config: ModelConfig, dtype: str, carried: Mapping[str, Any] | No
         **_experts_json(config, family),
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        family.activation: {name: hf_name for hf_name, name in reversed(ACTIVATIONS.items())}[config.activation],
-        **({} if config.qkv_bias else {"attention_bias": False}),
+        family.activation: WRITTEN[config.activation],
+        **({"attention_bias": config.out_bias} if config.out_bias or not config.qkv_bias else {}),
         **layers_json(config, family),
         **fields,
-        **rope_json(config, context if isinstance(context, int) else None, context_beside=CONTEXT in family.defaults),
+        **rope_json(
+            config,
+            context if isinstance(context, int) else None,
+            context_beside=CONTEXT in family.defaults,
+            plain=None if family.rope_parameters is None else {"rope_type": "default"},
+        ),
         "torch_dtype": dtype,
         "pad_token_id": None,  # the default of some classes lies outside a smaller vocabulary
         **{key: carried[key] for key in CARRIED if key in carried},

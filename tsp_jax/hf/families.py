@@ -32,12 +32,14 @@ class ExpertsFormat(NamedTuple):
 
     number: tuple[str, ...]
     """keys of the number of experts; the first is written"""
-    tensors: Literal["mlp", "block_sparse_moe", "input_linear"]
+    tensors: Literal["mlp", "block_sparse_moe", "input_linear", "gate_up_proj"]
     """which tensors hold the router and the experts: a key of `tsp_jax.hf.names.EXPERTS`"""
     d_ff: str = "intermediate_size"
     """key of the width of an expert"""
     normalize: bool | None = None
     """whether the weights of a token sum to 1, in all models; None: the key norm_topk_prob says so"""
+    biases: bool = False
+    """the router and the experts have biases"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class Family:
     keys: Mapping[str, Key] = dataclasses.field(default_factory=dict)
     """field of ModelConfig -> the key that gives it, for fields that not every family has"""
     activation: str = "hidden_act"
-    """key of the activation"""
+    """key of the activation, which `fields` precedes"""
     scaled_embedding: bool = False
     """embeddings are multiplied by the square root of d_model"""
     kinds: tuple[LayerKind, ...] = ("full",)
@@ -64,6 +66,8 @@ class Family:
     """other names of kinds of RoPE"""
     partial_rope: bool = False
     """a part of each head may be rotated"""
+    rope_parameters: Mapping[str, Any] | None = None
+    """those of a model whose config.json gives neither them nor rope_scaling; None: rope_type default"""
     two_ropes: bool = False
     """layers with a window have a RoPE of their own"""
     whole_heads: bool = False
@@ -74,6 +78,8 @@ class Family:
     """heads share d_model: head_dim is d_model / num_heads"""
     fused: bool = False
     """one tensor holds the projections to queries, keys and values, another gate and up of the MLP"""
+    quantizations: tuple[str, ...] = ()
+    """values of quantization_config.quant_method whose weights are read; they are never written"""
     refused: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
     """key that changes the mathematics -> (the only supported value, kind of model to use instead)"""
 
@@ -181,6 +187,25 @@ FAMILIES: dict[str, Family] = {
         architecture="GraniteMoeForCausalLM", defaults={**_LLAMA, "num_local_experts": 8}, keys=_GRANITE_KEYS,
         experts=ExpertsFormat(("num_local_experts",), "input_linear", normalize=True),
     ),
+    "gpt_oss": Family(
+        architecture="GptOssForCausalLM", kinds=("full", "sliding"), mixed="alternating", quantizations=("mxfp4",),
+        experts=ExpertsFormat(("num_local_experts", "num_experts"), "gate_up_proj", normalize=True, biases=True),
+        defaults={
+            "vocab_size": 201_088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 36,
+            "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128,
+            "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "rope_theta": 150_000.0,
+            "num_local_experts": 128, "num_experts_per_tok": 4,
+        },
+        rope_parameters={
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        fields={"qkv_bias": True, "out_bias": True, "attention_sinks": True, "activation": "clamped_swiglu"},
+        refused={
+            "attention_bias": (True, "with biases"), "swiglu_alpha": (1.702, "with 1.702"),
+            "swiglu_limit": (7.0, "with 7.0"),
+        },
+    ),
     "smollm3": Family(
         architecture="SmolLM3ForCausalLM", kinds=("full", "sliding", "full_nope"), mixed="no_rope_layers",
         defaults={
@@ -203,8 +228,8 @@ FAMILIES: dict[str, Family] = {
 # ------------------------------------------------------------------------------------------------ the family of a model
 
 VARIANTS = (
-    "qkv_bias", "qk_norm", "qk_norm_width", "norms", "norm_unit_offset", "embedding_scale", "residual_scale",
-    "logits_scale", "logits_softcap", "attention_scale", "attention_softcap", "attention_sinks",
+    "qkv_bias", "out_bias", "qk_norm", "qk_norm_width", "norms", "norm_unit_offset", "embedding_scale",
+    "residual_scale", "logits_scale", "logits_softcap", "attention_scale", "attention_softcap", "attention_sinks",
 )  # fmt: skip
 """fields of ModelConfig in which families differ, beside layers and RoPE"""
 _PLAIN = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
@@ -237,6 +262,8 @@ def misfits(family: Family, config: ModelConfig) -> dict[str, Any]:
     fixed = {field: family.fields.get(field, _PLAIN[field]) for field in VARIANTS if field not in family.keys}
     if family.scaled_embedding:
         fixed["embedding_scale"] = math.sqrt(config.d_model)
+    if "activation" in family.fields or config.activation not in ("silu", "gelu"):
+        fixed["activation"] = family.fields.get("activation", "silu")
     wrong = {field: value for field, value in fixed.items() if not _equal(getattr(config, field), value)}
     for field, key in family.keys.items():
         value = getattr(config, field)
@@ -259,7 +286,9 @@ def misfits(family: Family, config: ModelConfig) -> dict[str, Any]:
         # transformers counts the factors of heads that share d_model
         wrong["head_dim"] = max(2, config.d_model // config.num_heads)
     if family.experts:
+        biases = family.experts.biases
         rule = {"scores": "softmax", "scale": 1.0, "shared": 0, "bias_rate": 0.0}
+        rule |= {"router_bias": biases, "biases": biases}
         rule |= {} if family.experts.normalize is None else {"normalize": family.experts.normalize}
         wrong |= {f"experts.{name}": fits for name, fits in rule.items() if getattr(config.experts, name) != fits}
     if family.shared_width and config.head_dim * config.num_heads != config.d_model:

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from tsp_jax.config import DType, LoraConfig, ModelConfig, Target, check_local
 from tsp_jax.errors import ConfigError, import_optional
 from tsp_jax.files import Finite, Size, read_json
+from tsp_jax.hf.names import Part
 from tsp_jax.hf.params import Param, shapes, tensors
 from tsp_jax.hf.tensors import Tensors, new_folder, write_json
 from tsp_jax.layout import Placement
@@ -152,9 +153,11 @@ def _param_tree(config: ModelConfig, lora: LoraConfig, placement: Placement) -> 
         transposed = name in ROWS_ARE_INPUTS
         factor = "lora_A" if (side == "left") == transposed else "lora_B"
         return Param(
-            stored, f"base_model.model.model.layers.{{}}.{MODULES[name]}.{factor}.weight",
-            place=0, stacked=True, transposed=transposed, form=form,
-        )  # fmt: skip
+            stored,
+            Part(f"base_model.model.model.layers.{{}}.{MODULES[name]}.{factor}.weight", transposed=transposed),
+            stacked=True,
+            form=form,
+        )
 
     params, forms = nnx.to_pure_dict(state)["adapters"], paddings(state)["adapters"]
     return jax.tree_util.tree_map_with_path(param, params, forms)

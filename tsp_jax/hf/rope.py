@@ -143,13 +143,16 @@ def _attention_factor(rope: _Rope) -> float | None:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def rope_json(config: ModelConfig, context: int | None = None, *, context_beside: bool = False) -> dict[str, Any]:
+def rope_json(
+    config: ModelConfig, context: int | None = None, *, context_beside: bool = False, plain: Any = None
+) -> dict[str, Any]:
     """Returns the keys of config.json for a model's RoPE, in a form that every version of transformers reads.
 
     Args:
       config: the model.
       context: max_position_embeddings of the folder that the model is from; a scaling may lengthen it.
       context_beside: whether `CONTEXT` stands beside `rope_scaling` and not in it (Phi-3).
+      plain: `rope_scaling` of a model without a scaling.
     """
     scaling = config.rope_scaling
     longest = scaling.original_context if context is None else context
@@ -158,7 +161,7 @@ def rope_json(config: ModelConfig, context: int | None = None, *, context_beside
         longest = lengthened if context is None else max(context, lengthened)
     used = {KEYS.get(field, field): getattr(scaling, field) for field in USED[scaling.kind]}
     used = {key: list(value) if isinstance(value, tuple) else value for key, value in used.items() if value is not None}
-    keys = {"rope_theta": config.rope_theta, "rope_scaling": None, "max_position_embeddings": longest}
+    keys = {"rope_theta": config.rope_theta, "rope_scaling": plain, "max_position_embeddings": longest}
     if context_beside:
         keys[CONTEXT] = used.pop(CONTEXT, longest)
         if scaling.kind == "longrope" and scaling.factor * keys[CONTEXT] == longest:

@@ -13,8 +13,9 @@ from jax.experimental import multihost_utils
 from tsp_jax.config import DType, ModelConfig, check_local
 from tsp_jax.errors import ConfigError
 from tsp_jax.files import read_json
-from tsp_jax.hf.config import config_json, read_config, read_model_type
+from tsp_jax.hf.config import config_json, read_config, read_model_type, read_quantization
 from tsp_jax.hf.families import FAMILIES
+from tsp_jax.hf.mxfp4 import Mxfp4Tensors
 from tsp_jax.hf.names import EMBEDDING, HEAD
 from tsp_jax.hf.params import abstract_state, param_tree, shapes, tensors
 from tsp_jax.hf.tensors import MAX_FILE_BYTES, Tensors, new_folder, write_json, write_tensors
@@ -52,7 +53,7 @@ def check_folder(folder: str | Path, config: ModelConfig, placement: Placement) 
     def ignored(name: str) -> bool:
         return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == HEAD)
 
-    found = Tensors(folder)
+    found = Mxfp4Tensors(folder) if read_quantization(folder) == "mxfp4" else Tensors(folder)
     found.check(shapes(_folder_tree(folder, config, placement)), ignored)
     if config.tie_embeddings and HEAD in found.paths and not found.equal(HEAD, EMBEDDING):
         raise ConfigError(

@@ -152,7 +152,8 @@ def _run(op: Callable, module: Attention, placement: Placement, x_BTD: jax.Array
     in_specs = (x_spec, placement.layout.spec("heads", None), REPLICATED, *specs, REPLICATED, REPLICATED)
     run = placement.shard_map(op, in_specs, (x_spec, specs[0]))
     norms, sinks_N, biases = module.replicated()
-    return run(x_BTD.astype(module.dtype), weights, norms, *inputs, sinks_N, biases)
+    y_BTD, kv = run(x_BTD.astype(module.dtype), weights, norms, *inputs, sinks_N, biases)
+    return module.with_out_bias(y_BTD), kv
 
 
 def _layers(model: Transformer, x_BTD: jax.Array, attend: Callable, carry: Any) -> tuple[jax.Array, Any, Any]:

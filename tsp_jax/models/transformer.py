@@ -55,10 +55,10 @@ class DecoderLayer(nnx.Module):
         self.attention_norm = _norm(config, placement, dtype, rngs) if before else None
         self.attention = Attention(
             config.d_model, config.num_heads, config.num_kv_heads, config.head_dim,
-            qkv_bias=config.qkv_bias, qk_norm=config.qk_norm, qk_norm_width=config.qk_norm_width,
-            norm_eps=config.norm_eps, norm_unit_offset=config.norm_unit_offset, softcap=config.attention_softcap,
-            scale=config.attention_scale, sinks=config.attention_sinks, token_order=token_order, remat=remat,
-            **_settings(config, config.period[0]), **kwargs,
+            qkv_bias=config.qkv_bias, out_bias=config.out_bias, qk_norm=config.qk_norm,
+            qk_norm_width=config.qk_norm_width, norm_eps=config.norm_eps, norm_unit_offset=config.norm_unit_offset,
+            softcap=config.attention_softcap, scale=config.attention_scale, sinks=config.attention_sinks,
+            token_order=token_order, remat=remat, **_settings(config, config.period[0]), **kwargs,
         )  # fmt: skip
         self.attention.windows = config.windows
         self.variants = tuple(self.attention.variant(**_settings(config, kind)) for kind in config.period)

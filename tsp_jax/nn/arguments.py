@@ -74,7 +74,7 @@ _RULES = {
     **dict.fromkeys(["norm_eps", "init_std", "out_std"], _NOT_NEGATIVE),
     "window": _or_none(_SIZE),
     **dict.fromkeys(["rope_theta", "scale", "softcap", "logits_softcap"], _or_none(_POSITIVE)),
-    **dict.fromkeys(["qkv_bias", "qk_norm", "norm_unit_offset", "causal", "sinks", "norm_follows"], _BOOL),
+    **dict.fromkeys(["qkv_bias", "out_bias", "qk_norm", "norm_unit_offset", "causal", "sinks", "norm_follows"], _BOOL),
     "qk_norm_width": _one_of(NormWidth),
     "activation": _one_of(Activation),
     "remat": _one_of(Remat),

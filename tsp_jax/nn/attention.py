@@ -43,6 +43,7 @@ class Attention(Layer):
       rope_theta: base of the rotary frequencies; None: no RoPE.
       rope_scaling: scaling of those frequencies for long contexts; if it depends on the length, that is T.
       qkv_bias: whether queries, keys and values have biases, 0 at first.
+      out_bias: whether the output has a bias, 0 at first.
       qk_norm: whether to apply RMSNorm to queries and keys before RoPE.
       qk_norm_width: what that norm takes its mean over: each head on its own, or all heads.
       norm_eps: epsilon of that norm.
@@ -78,6 +79,7 @@ class Attention(Layer):
         rope_theta: float | None = 10_000.0,
         rope_scaling: RopeScaling = RopeScaling(),
         qkv_bias: bool = False,
+        out_bias: bool = False,
         qk_norm: bool = False,
         qk_norm_width: NormWidth = "head",
         norm_eps: float = 1e-6,
@@ -98,7 +100,7 @@ class Attention(Layer):
         out_std = init_std if out_std is None else out_std
         self._check_settings(
             d_model=d_model, num_heads=num_heads, num_kv_heads=num_kv_heads, placement=placement, stream=stream,
-            rope_theta=rope_theta, rope_scaling=rope_scaling, qkv_bias=qkv_bias, qk_norm=qk_norm,
+            rope_theta=rope_theta, rope_scaling=rope_scaling, qkv_bias=qkv_bias, out_bias=out_bias, qk_norm=qk_norm,
             qk_norm_width=qk_norm_width, norm_eps=norm_eps, norm_unit_offset=norm_unit_offset, causal=causal,
             window=window, softcap=softcap, scale=scale, sinks=sinks, token_order=token_order, remat=remat,
             init_std=init_std, out_std=out_std, dtype=dtype, rngs=rngs,
@@ -135,6 +137,7 @@ class Attention(Layer):
         self.q_norm, self.k_norm = (replicated(first, width) if qk_norm else None for width in widths)
         biases = (replicated(0.0, width) if qkv_bias else None for width in (query, kv, kv))
         self.q_bias, self.k_bias, self.v_bias = biases
+        self.o_bias = replicated(0.0, d_model) if out_bias else None
         self.sinks = replicated(0.0, num_heads) if sinks else None
 
     def __call__(
@@ -182,7 +185,12 @@ class Attention(Layer):
         whole, (norms, sinks_N, biases) = self.placement.layout.spec(None), self.replicated()
         in_specs = x_spec, w_spec, tokens_spec, whole, whole, None if known is None else attended, whole
         arrays = x_BTD.astype(self.dtype), weights, tokens, norms, sinks_N, known, biases
-        return self._run(op, in_specs, (x_spec, attended), *arrays)
+        y_BTD, attended = self._run(op, in_specs, (x_spec, attended), *arrays)
+        return self.with_out_bias(y_BTD), attended
+
+    def with_out_bias(self, y_BTD: jax.Array) -> jax.Array:
+        """What an attention op returns, summed over all ranks, with the bias of the output if there is one."""
+        return y_BTD if self.o_bias is None else y_BTD + self.o_bias[...].astype(y_BTD.dtype)[None, None]
 
     def attended_specs(self, shape: Sequence[int]) -> Attended:
         """PartitionSpecs of `Attended` for tokens [B, T, D]."""

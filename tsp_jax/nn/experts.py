@@ -15,10 +15,10 @@ from tsp_jax.errors import ConfigError
 from tsp_jax.layout import Placement, num_ranks
 from tsp_jax.nn.layer import Layer
 from tsp_jax.nn.mlp import MLP
-from tsp_jax.ops.experts import experts
+from tsp_jax.ops.experts import ExpertBiases, experts
 from tsp_jax.ops.grouped import choose_grouped
 from tsp_jax.ops.router import RouterSums, route
-from tsp_jax.stored import ExpertPadding
+from tsp_jax.stored import ExpertBiasPadding, ExpertPadding
 
 
 class Experts(Layer):
@@ -32,10 +32,10 @@ class Experts(Layer):
     Args:
       d_model: D.
       d_ff: F, of each expert.
-      config: numbers of experts and the rule of the router. It must have experts.
+      config: numbers of experts, the rule of the router, and which biases there are, 0 at first. It must have experts.
       placement: layout and mesh.
       stream: movement (`mlp_movement`) and bucket size.
-      activation: activation of the gates.
+      activation: as in `MLP`.
       norm_follows: as in `MLP`.
       remat: as in `MLP`.
       init_std: standard deviation of the router's weights, and of the initial gate and up projections.
@@ -63,17 +63,27 @@ class Experts(Layer):
         self.config, self.activation, self.repeated = config, activation, repeats_mlp(norm_follows, remat)
         whole = num_ranks(placement.layout.expert_axes, placement.mesh.shape)
         self.padding = ExpertPadding(config.number, d_ff, placement.size(self.dim) // whole, whole)
+        self.bias_padding = ExpertBiasPadding(self.padding, d_model)
         rows = config.number * d_ff
-        self.router = nnx.Param(
-            nnx.initializers.normal(init_std)(rngs.params(), (config.number, d_model), jnp.float32),
-            out_sharding=placement.layout.spec(None, None), mesh=placement.mesh,
-        )  # fmt: skip
-        self.selection_bias = nnx.Param(
-            jnp.zeros(config.number, jnp.float32), out_sharding=placement.layout.spec(None), mesh=placement.mesh
-        ) if config.bias_rate else None  # fmt: skip
+
+        def replicated(value: jax.Array) -> nnx.Param:
+            return nnx.Param(value, out_sharding=placement.layout.spec(*[None] * value.ndim), mesh=placement.mesh)
+
+        def biases() -> nnx.Param:
+            value = self.bias_padding.pad(jnp.zeros((rows,), jnp.float32))
+            sharding = {"out_sharding": placement.layout.spec(self.dim, None), "mesh": placement.mesh}
+            return nnx.Param(value, **sharding, padding=self.bias_padding)
+
+        self.router = replicated(
+            nnx.initializers.normal(init_std)(rngs.params(), (config.number, d_model), jnp.float32)
+        )
+        self.router_bias = replicated(jnp.zeros((config.number,), jnp.float32)) if config.router_bias else None
+        self.selection_bias = replicated(jnp.zeros((config.number,), jnp.float32)) if config.bias_rate else None
         self.w_gate = self._param(rngs, rows, d_model, init_std, self.padding)
         self.w_up = self._param(rngs, rows, d_model, init_std, self.padding)
         self.w_down = self._param(rngs, rows, d_model, out_std, self.padding)
+        self.gate_bias, self.up_bias = (biases() if config.biases else None for _ in range(2))
+        self.down_bias = replicated(jnp.zeros((config.number, d_model), jnp.float32)) if config.biases else None
         shared = partial(
             MLP, d_model, config.shared * d_ff, placement=placement, stream=stream, activation=activation,
             norm_follows=norm_follows, remat=remat, init_std=init_std, out_std=out_std, dtype=dtype, rngs=rngs,
@@ -85,10 +95,10 @@ class Experts(Layer):
         d_model = self.router.shape[-1]
         self._check_x(x_BTD, d_model)
         local_experts = self.padding.stored_experts // self.padding.folded
-        stored = self.padding.stored
+        stored = 3 * self.padding.stored + (2 * self.bias_padding.stored if self.config.biases else 0)
         stream = self._stream(
             x_BTD.shape, self.stream.mlp_movement, experts_traffic, d_model=d_model, rows=local_experts,
-            elements=3 * stored * d_model, stored_rows=stored, per_token=self.config.per_token, repeated=self.repeated,
+            elements=stored * d_model, stored_rows=stored, per_token=self.config.per_token, repeated=self.repeated,
         )  # fmt: skip
         rule = {name: getattr(self.config, name) for name in ("per_token", "scores", "normalize", "scale")}
         router = partial(route, token_axes=self.placement.layout.tokens, **rule)
@@ -101,14 +111,23 @@ class Experts(Layer):
             grouped=grouped,
         )  # fmt: skip
 
-        def local(x_BtD, w_ED, bias_E, *weights):
-            choices, sums = router(x_BtD, w_ED, selection_bias_E=bias_E)
-            return op(x_BtD, choices, *weights), sums
+        def local(x_BtD, w_ED, router_biases, weights, biases):
+            choices, sums = router(x_BtD, w_ED, **router_biases)
+            return op(x_BtD, choices, *weights, biases=biases), sums
 
         _, x_spec, w_spec = self._specs()
         none = self.placement.layout.spec()
         weights = self.w_gate[...], self.w_up[...], self.w_down[...]
-        specs = (x_spec, none, none, w_spec, w_spec, w_spec), (x_spec, none)
-        bias_E = None if self.selection_bias is None else self.selection_bias[...]
-        y_BTD, sums = self._run(local, *specs, x_BTD.astype(self.dtype), self.router[...], bias_E, *weights)
+        learned = {"bias_E": self.router_bias, "selection_bias_E": self.selection_bias}
+        router_biases = {name: bias[...] for name, bias in learned.items() if bias is not None}
+        biases = self._biases()
+        bias_specs = None if biases is None else ExpertBiases(w_spec, w_spec, none)
+        specs = (x_spec, none, none, w_spec, bias_specs), (x_spec, none)
+        arrays = x_BTD.astype(self.dtype), self.router[...], router_biases, weights, biases
+        y_BTD, sums = self._run(local, *specs, *arrays)
         return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), sums
+
+    def _biases(self) -> ExpertBiases | None:
+        if self.gate_bias is None or self.up_bias is None or self.down_bias is None:
+            return None
+        return ExpertBiases(self.gate_bias[...], self.up_bias[...], self.down_bias[...])

@@ -18,7 +18,7 @@ from tsp_jax.stored import RowPadding
 
 
 class MLP(Layer):
-    """Gated MLP: SwiGLU (silu) or GeGLU (gelu).
+    """Gated MLP.
 
     An F that does not divide over the ranks is padded with rows of zeros; they get no gradient and change no result.
 
@@ -28,6 +28,7 @@ class MLP(Layer):
       placement: layout and mesh.
       stream: movement and bucket size.
       activation: activation of the gate.
+      activation: silu (SwiGLU), gelu (GeGLU) or clamped_swiglu (gpt-oss); see `tsp_jax.ops.mlp.mlp`.
       norm_follows: whether the output goes to a norm, whose backward needs it.
       remat: what backward recomputes of this layer: the output too, for a norm that follows. `auto` counts the bytes
         that this moves when it chooses the movement.

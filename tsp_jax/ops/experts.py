@@ -1,7 +1,8 @@
 """A mixture of experts, a row-wise op: each token is the input of k gated MLPs, whose outputs are summed with weights.
 
-An expert is F rows of each of three weights. Folded axes shard the experts, so that a bucket holds whole experts of
-every rank; tensor axes shard the rows of each expert. Whatever the router chooses, no token is dropped.
+An expert is F rows of each of three weights, and of biases if there are any. Folded axes shard the experts, so that a
+bucket holds whole experts of every rank; tensor axes shard the rows of each expert. Whatever the router chooses, no
+token is dropped.
 
 A device sorts its choices by expert, once, and cuts each expert's choices into tiles. One product takes the tokens of
 one tile. So an expert is multiplied with the tokens that chose it, and with zeros that fill its last tile.
@@ -10,8 +11,8 @@ If experts move past tokens, a device has the same work whatever the router choo
 move past experts, a device has the work of its own experts, and the fullest one sets the pace.
 
 Dims: B batch, t this device's tokens, D model, E experts, F ffn, f this device's rows of an expert, k experts of a
-token, T = B t tokens, A = T k choices, m experts of one bucket, n choices of one tile, r this device's rows, R folded
-ranks. Products have a leading dim of 1.
+token, T = B t tokens, A = T k choices, m experts of one bucket, n choices of one tile, r this device's rows, c its rows
+of biases, R folded ranks. Products have a leading dim of 1.
 """
 
 import dataclasses
@@ -25,25 +26,39 @@ from jax import lax
 from tsp_jax.config.experts import mean_tiles
 from tsp_jax.layout import Axes, AxisNames
 from tsp_jax.ops.grouped import Grouped, OneByOne, Slab
-from tsp_jax.ops.mlp import ACTIVATIONS
+from tsp_jax.ops.mlp import GATED
 from tsp_jax.ops.router import Choices
 from tsp_jax.ops.rowwise import Grads, RowwiseOp, rowwise
 from tsp_jax.ops.stationary import moves_tokens
-from tsp_jax.ops.stream import Arrays, Bucket, Stream, zeros
+from tsp_jax.ops.stream import Arrays, Bucket, Stream, vary_alike, zeros
+
+
+class ExpertBiases(NamedTuple):
+    """Biases of the experts' projections, any float dtype."""
+
+    gate_cD: Any
+    """this device's, stored as `tsp_jax.stored.ExpertBiasPadding` says"""
+    up_cD: Any
+    """likewise"""
+    down_ED: Any
+    """of all experts, the same on every device"""
 
 
 def experts(
     x_BtD: jax.Array, choices: Choices, w_gate_rD: jax.Array, w_up_rD: jax.Array, w_down_rD: jax.Array, *,
     num_experts: int, axes: Axes = Axes(), stream: Stream = Stream(), activation: str = "silu",
     d_ff: int | None = None, tile: int | None = None, expert_axes: AxisNames | None = None,
-    grouped: Grouped = OneByOne(),
+    grouped: Grouped = OneByOne(), biases: ExpertBiases | None = None,
 ) -> jax.Array:  # fmt: skip
     """``sum_j w_j MLP_e(x)`` over the k chosen experts e = chosen_j of each token.
 
-        forward:  g = x gate_e^T    u = x up_e^T    h = act(g) * u    y = sum_j w_j h down_e
-        dgrad:    dh = dy down_e^T    dw_j = h . dh    dg, du = vjp(act(g) * u)(w_j dh)
+        forward:  g = x gate_e^T    u = x up_e^T    h = act(g, u)    y = sum_j w_j h down_e
+        dgrad:    dh = dy down_e^T    dw_j = h . dh    dg, du = vjp(act(g, u))(w_j dh)
                   dx = sum_j dg gate_e + du up_e
         wgrad:    dgate_e = dg^T x    dup_e = du^T x    ddown_e = (w_j h)^T dy      over the tokens that chose e
+
+    Biases are added to g, to u and to ``h down_e``; the gradients of the first two are the sums of dg and of du. The
+    third needs no tile: ``sum_j w_j bias_e`` is a product of the weights, as [T, E], with the biases of all experts.
 
     Args:
       x_BtD: this device's tokens, in the compute dtype.
@@ -55,11 +70,12 @@ def experts(
       axes: folded axes: experts move past tokens, or tokens past experts; tensor axes: partial outputs are summed.
       stream: movement (gather, ring or activations) and buckets, whose number divides this device's experts. Chunks
         have no effect.
-      activation: silu (SwiGLU) or gelu (GeGLU, tanh form).
+      activation: as in `tsp_jax.ops.mlp.mlp`.
       d_ff: F; an expert's rows from F on are padding. None: all are real.
       grouped: how a bucket's tiles are multiplied.
       expert_axes: axes that shard whole experts; they are all folded, or all tensor axes. None: the folded axes.
-      tile: n. An expert with c choices takes ceil(c / n) tiles. None: that of `grouped`.
+      tile: n. An expert with a choices takes ceil(a / n) tiles. None: that of `grouped`.
+      biases: of gate, up and down, or None.
 
     Returns:
       [B, t, D] in x's dtype; accumulated in float32.
@@ -67,10 +83,11 @@ def experts(
     Operations: 6 D f n for each tile in forward, 16 D f n in backward, which computes g and u again. If experts move, a
       device has between A / n and A / n + E tiles, whatever the router does, in the same compiled program. Reports
       count A / n + E / 2: an expert's last tile is half full on average (`_mean_tiles`). If tokens move, it has between
-      none and all R A / n tiles of all ranks.
-    Moves: as `tsp_jax.ops.mlp.mlp` with E F rows, padded experts included. If activations move, weights and numbers of
-      the chosen experts move with x: 2 k elements a token. An all-to-all that drops no token receives as much: all
-      tokens of a rank may choose the experts of another, so its buffers hold R t D elements too.
+      none and all R A / n tiles of all ranks. The biases of down take 2 T E D more in forward, twice as many backward.
+    Moves: as `tsp_jax.ops.mlp.mlp` with E F rows, padded experts included, and the stored rows of both biases. If
+      activations move, weights and numbers of the chosen experts move with x: 2 k elements a token. An all-to-all that
+      drops no token receives as much: all tokens of a rank may choose the experts of another, so its buffers hold R t D
+      elements too. Backward, one all-reduce of [E, D] over the token axes for the biases of down.
     Keeps: its inputs, and A int32.
     """
     with jax.named_scope("tsp/experts"):
@@ -87,8 +104,21 @@ def experts(
         )  # fmt: skip
         chosen = _by_expert(choices.experts_Btk) if sorted_once else (choices.experts_Btk,)
         stream = stream._replace(chunk_tokens=Stream().chunk_tokens, product_bytes=math.inf)
-        inputs = x_BtD, choices.weights_Btk, *chosen
-        return rowwise(op, inputs, (w_gate_rD, w_up_rD, w_down_rD), axes=axes, stream=stream)
+        inputs, weights = (x_BtD, choices.weights_Btk, *chosen), (w_gate_rD, w_up_rD, w_down_rD)
+        if biases is None:
+            return rowwise(op, inputs, weights, axes=axes, stream=stream)
+        y_BtD = rowwise(op, inputs, (*weights, biases.gate_cD, biases.up_cD), axes=axes, stream=stream)
+    return _add_down_biases(y_BtD, choices, biases.down_ED)
+
+
+def _add_down_biases(y_BtD: jax.Array, choices: Choices, bias_ED: jax.Array) -> jax.Array:
+    """``y + sum_j w_j bias_e``, in y's dtype."""
+    with jax.named_scope("tsp/expert_biases"):
+        y_BtD, weights_Btk, bias_ED = vary_alike(y_BtD, choices.weights_Btk, bias_ED)
+        chosen_BtkE = jax.nn.one_hot(choices.experts_Btk, len(bias_ED), dtype=weights_Btk.dtype)
+        mix_BtE = (chosen_BtkE * weights_Btk[..., None]).sum(axis=2).astype(y_BtD.dtype)
+        added = jnp.einsum("bte,ed->btd", mix_BtE, bias_ED.astype(y_BtD.dtype), preferred_element_type=jnp.float32)
+        return (y_BtD.astype(jnp.float32) + added).astype(y_BtD.dtype)
 
 
 def _by_expert(experts_Btk: jax.Array) -> Arrays:
@@ -162,7 +192,7 @@ class _Experts(RowwiseOp):
     chunked: bool = False
 
     def _gated(self, gate_Nf: jax.Array, up_Nf: jax.Array) -> jax.Array:
-        return ACTIVATIONS[self.activation](gate_Nf) * up_Nf
+        return GATED[self.activation](gate_Nf, up_Nf)
 
     def _real(self, h_Nf: jax.Array) -> jax.Array:
         """Without the columns that are padding."""
@@ -201,9 +231,13 @@ class _Experts(RowwiseOp):
         real = experts * self.num_experts / self.stored_experts
         return real * mean_tiles(choices, self.num_experts, self._tile(choices))
 
-    def _weights(self, bucket: Bucket) -> Arrays:
-        """Each [m, f, D]."""
-        return tuple(array.reshape(-1, self.rows, array.shape[-1]) for array in bucket.arrays)
+    def _weights(self, bucket: Bucket) -> tuple[Arrays, Arrays]:
+        """(weights, each [m, f, D]; biases of gate and up, each [m, f], or none)."""
+        weights, biases, experts = bucket.arrays[:3], bucket.arrays[3:], bucket.num_rows // self.rows
+        return (
+            tuple(array.reshape(experts, self.rows, -1) for array in weights),
+            tuple(array.reshape(experts, -1)[:, : self.rows] for array in biases),
+        )
 
     # A sum over buckets holds the outputs of all choices, [B, t, k, D]: each is written once, so the order does not
     # matter, as it would if a slab that holds several choices of a token added them up.
@@ -212,12 +246,12 @@ class _Experts(RowwiseOp):
         return zeros((*inputs[1].shape, width), self.dtype, like=inputs[0])
 
     def add(self, total: jax.Array, inputs: Arrays, bucket: Bucket) -> jax.Array:
-        gate_mfD, up_mfD, down_mfD = self._weights(bucket)
+        (gate_mfD, up_mfD, down_mfD), biases = self._weights(bucket)
         x_TD, per_token = inputs[0].reshape(-1, inputs[0].shape[-1]), inputs[1].shape[-1]
 
         def slab(total_AD, slab: Slab, choices_N):
             x_ND = _rows(x_TD, choices_N // per_token)
-            (h_Nf,) = self.grouped.matmul_t(x_ND, (gate_mfD, up_mfD), slab, combine=self._gated)
+            (h_Nf,) = self.grouped.matmul_t(x_ND, (gate_mfD, up_mfD), slab, biases=biases, combine=self._gated)
             out_ND = self.grouped.matmul((self._real(h_Nf),), (down_mfD,), slab)
             return _set_rows(total_AD, choices_N, out_ND)
 
@@ -236,17 +270,17 @@ class _Experts(RowwiseOp):
         return zeros((*shape, inputs[0].shape[-1]), self.dtype, dy_BtD), zeros(shape, jnp.float32, dy_BtD)
 
     def add_vjp(self, total: Arrays, inputs: Arrays, dy_BtD: jax.Array, bucket: Bucket) -> tuple[Arrays, Arrays]:
-        gate_mfD, up_mfD, down_mfD = self._weights(bucket)
+        (gate_mfD, up_mfD, down_mfD), biases = self._weights(bucket)
         x_TD, dy_TD = (array.reshape(-1, array.shape[-1]) for array in (inputs[0], dy_BtD))
         weights_A, per_token = inputs[1].reshape(-1), inputs[1].shape[-1]
         grouped = self.grouped
 
         def slab(carry, slab: Slab, choices_N):
-            dx_AD, dweights_A, dgate_mfD, dup_mfD, ddown_mfD = carry
+            dx_AD, dweights_A, dgate_mfD, dup_mfD, ddown_mfD, *dbiases = carry
             tokens_N = choices_N // per_token
             x_ND, dy_ND = _rows(x_TD, tokens_N), _rows(dy_TD, tokens_N)
             weight_N1 = _rows(weights_A, choices_N)[:, None]
-            products = grouped.matmul_t(x_ND, (gate_mfD, up_mfD), slab)
+            products = grouped.matmul_t(x_ND, (gate_mfD, up_mfD), slab, biases=biases)
             h_Nf, hidden_vjp = jax.vjp(lambda *products: self._real(self._gated(*products)), *products)
             (dh_Nf,) = grouped.matmul_t(dy_ND, (down_mfD,), slab)
             dgate_Nf, dup_Nf = (d.astype(self.dtype) for d in hidden_vjp(dh_Nf * weight_N1))
@@ -257,14 +291,15 @@ class _Experts(RowwiseOp):
                 grouped.outer(dgate_mfD, dgate_Nf, x_ND, slab),
                 grouped.outer(dup_mfD, dup_Nf, x_ND, slab),
                 grouped.outer(ddown_mfD, weighted_Nf, dy_ND, slab),
+                *(grouped.sums(d_mf, d_Nf, slab) for d_mf, d_Nf in zip(dbiases, (dgate_Nf, dup_Nf), strict=False)),
             )
 
         dx, dweights = total
-        grads = (zeros(array.shape, jnp.float32, dy_BtD) for array in (gate_mfD, up_mfD, down_mfD))
+        grads = (zeros(array.shape, jnp.float32, dy_BtD) for array in (gate_mfD, up_mfD, down_mfD, *biases))
         carry = dx.reshape(-1, dx.shape[-1]), dweights.reshape(-1), *grads
         dx_AD, dweights_A, *grads = self._over_slabs(slab, carry, inputs, bucket)
         total = dx_AD.reshape(dx.shape), dweights_A.reshape(dweights.shape)
-        return total, tuple(grad.reshape(-1, grad.shape[-1]) for grad in grads)
+        return total, tuple(_to_rows(grad, array) for grad, array in zip(grads, bucket.arrays, strict=True))
 
     def finish_vjp(self, total: Arrays, inputs: Arrays) -> Grads:
         return total[0].sum(axis=2, dtype=jnp.float32), total[1], *[None] * len(inputs[2:])
@@ -272,6 +307,13 @@ class _Experts(RowwiseOp):
     def partial_vjp(self, inputs: Arrays, dy_BtD: jax.Array, bucket: Bucket) -> tuple[Grads, Arrays]:
         total, grads = self.add_vjp(self.start_vjp(inputs, dy_BtD), inputs, dy_BtD, bucket)
         return self.finish_vjp(total, inputs), grads
+
+
+def _to_rows(grad_m: jax.Array, like: jax.Array) -> jax.Array:
+    """[m, ...] -> the shape of one of the bucket's arrays: rows that biases fill only in part end with zeros."""
+    flat_me = grad_m.reshape(len(grad_m), -1)
+    missing = like.size // len(grad_m) - flat_me.shape[1]
+    return jnp.pad(flat_me, ((0, 0), (0, missing))).reshape(like.shape) if missing else flat_me.reshape(like.shape)
 
 
 def _rows(array: jax.Array, indices: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ Dims: m experts, f rows of an expert, D model, q tiles of a slab, n rows of a ti
 import abc
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -65,10 +66,12 @@ class Grouped(abc.ABC):
 
     @abc.abstractmethod
     def matmul_t(
-        self, x_ND: jax.Array, weights: Arrays, slab: Slab, *, combine: Callable[..., jax.Array] | None = None
-    ) -> tuple[jax.Array, ...]:
+        self, x_ND: jax.Array, weights: Arrays, slab: Slab, *, biases: Arrays = (),
+        combine: Callable[..., jax.Array] | None = None,
+    ) -> tuple[jax.Array, ...]:  # fmt: skip
         """``x w_e^T`` for each of the weights w [m, f, D]: each [N, f] float32.
 
+        With `biases` [m, f], one for each of the weights, ``x w_e^T + b_e``.
         With `combine`, an elementwise function of all of these products, only its result, in the compute dtype.
         """
 
@@ -80,6 +83,10 @@ class Grouped(abc.ABC):
     def outer(self, total_mfD: jax.Array, a_Nf: jax.Array, b_ND: jax.Array, slab: Slab) -> jax.Array:
         """``total_e + a^T b`` over the rows of each expert: [m, f, D] float32."""
 
+    @abc.abstractmethod
+    def sums(self, total_mf: jax.Array, a_Nf: jax.Array, slab: Slab) -> jax.Array:
+        """``total_e + the sum of the rows a`` of each expert: [m, f] float32."""
+
 
 @dataclasses.dataclass(frozen=True)
 class OneByOne(Grouped):
@@ -87,8 +94,11 @@ class OneByOne(Grouped):
 
     name, slabs = "xla", SLABS["xla"]
 
-    def matmul_t(self, x_ND, weights, slab, *, combine=None):
+    def matmul_t(self, x_ND, weights, slab, *, biases=(), combine=None):
         products = [matmul_t(x_ND[None], self._of(w, slab))[0] for w in weights]
+        if biases:
+            added = (self._of(bias, slab).astype(jnp.float32)[None] for bias in biases)
+            products = [product + bias for product, bias in zip(products, added, strict=True)]
         return (combine(*products).astype(x_ND.dtype),) if combine else tuple(products)
 
     def matmul(self, rows, weights, slab):
@@ -100,8 +110,11 @@ class OneByOne(Grouped):
     def outer(self, total_mfD, a_Nf, b_ND, slab):
         return total_mfD.at[slab.experts_q[0]].add(outer(a_Nf[None], b_ND[None]))
 
-    def _of(self, weights_mfD: jax.Array, slab: Slab) -> jax.Array:
-        return lax.dynamic_index_in_dim(weights_mfD, slab.experts_q[0], keepdims=False)
+    def sums(self, total_mf, a_Nf, slab):
+        return total_mf.at[slab.experts_q[0]].add(a_Nf.sum(axis=0, dtype=jnp.float32))
+
+    def _of(self, array_m: jax.Array, slab: Slab) -> jax.Array:
+        return lax.dynamic_index_in_dim(array_m, slab.experts_q[0], keepdims=False)
 
 
 class Blocks(NamedTuple):
@@ -124,17 +137,19 @@ class TritonGrouped(Grouped):
 
     name, slabs = "triton", SLABS["triton"]
 
-    def matmul_t(self, x_ND, weights, slab, *, combine=None):
+    def matmul_t(self, x_ND, weights, slab, *, biases=(), combine=None):
         _, columns, inner = weights[0].shape
         shape = jax.ShapeDtypeStruct((x_ND.shape[0], columns), x_ND.dtype if combine else jnp.float32)
-        body = functools.partial(_rows_kernel, number=len(weights), transposed=True, combine=combine)
+        body = functools.partial(
+            _rows_kernel, number=len(weights), transposed=True, biased=bool(biases), combine=combine
+        )
         outputs = [shape] if combine else [shape] * len(weights)
-        return self._call(body, slab, (x_ND, *weights), outputs, columns, inner, len(weights))
+        return self._call(body, slab, (x_ND, *weights, *biases), outputs, columns, inner, len(weights))
 
     def matmul(self, rows, weights, slab):
         _, inner, columns = weights[0].shape
         shape = jax.ShapeDtypeStruct((rows[0].shape[0], columns), rows[0].dtype)
-        body = functools.partial(_rows_kernel, number=len(weights), transposed=False, combine=_sum)
+        body = functools.partial(_rows_kernel, number=len(weights), transposed=False, biased=False, combine=_sum)
         return self._call(body, slab, (*rows, *weights), [shape], columns, inner, len(weights))[0]
 
     def outer(self, total_mfD, a_Nf, b_ND, slab):
@@ -153,6 +168,12 @@ class TritonGrouped(Grouped):
         )  # fmt: skip
         with slab.declare(columns, rows):
             return call(first_m, counts_m, a_Nf, b_ND, total_mfD)
+
+    def sums(self, total_mf, a_Nf, slab):
+        tiles = jnp.arange(len(slab.experts_q), dtype=jnp.int32)
+        sums_qf = a_Nf.reshape(len(tiles), slab.tile, -1).sum(axis=1, dtype=jnp.float32)
+        sums_qf = jnp.where((tiles < slab.filled)[:, None], sums_qf, 0.0)
+        return total_mf.at[slab.experts_q].add(sums_qf, mode="drop")
 
     def unsupported(self, d_model: int, rows: int, dtype: Any) -> str:
         """Why experts of these sizes cannot be multiplied on these devices; empty if they can."""
@@ -200,12 +221,15 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _rows_kernel(
-    filled_ref, experts_ref, *refs, number: int, transposed: bool, combine: Callable[..., jax.Array] | None, tile: int,
-    block: Blocks,
+    filled_ref, experts_ref, *refs, number: int, transposed: bool, biased: bool,
+    combine: Callable[..., jax.Array] | None, tile: int, block: Blocks,
 ):  # fmt: skip
     """A tile of rows times a block of columns of its expert's weights."""
-    split = len(refs) - number - (1 if combine else number)
-    rows_refs, weight_refs, out_refs = refs[:split], refs[split : split + number], refs[split + number :]
+    sizes = number, number * biased, 1 if combine else number
+    ends = list(itertools.accumulate((len(refs) - sum(sizes), *sizes)))
+    rows_refs, weight_refs, bias_refs, out_refs = (
+        refs[start:end] for start, end in zip((0, *ends), ends, strict=False)
+    )
     column, index = pl.program_id(0), pl.program_id(1)
 
     @pl.when(index < filled_ref[0])
@@ -229,6 +253,9 @@ def _rows_kernel(
         steps = weight_refs[0].shape[2 if transposed else 1] // block.inner
         zero = jnp.zeros((tile, block.columns), jnp.float32)
         sums = lax.fori_loop(0, steps, step, (zero,) * (1 if combine is _sum else number))
+        if biased:
+            products = zip(sums, bias_refs, strict=True)
+            sums = tuple(total + ref[expert, columns].astype(jnp.float32)[None] for total, ref in products)
         results = (combine(*sums),) if combine else sums
         for ref, result in zip(out_refs, results, strict=True):
             ref[rows, columns] = result.astype(ref.dtype)

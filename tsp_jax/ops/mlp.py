@@ -5,6 +5,7 @@ S tokens of all sequence ranks.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,17 +18,28 @@ from tsp_jax.ops.padding import RealRows
 from tsp_jax.ops.rowwise import Grads, RowwiseOp, rowwise
 from tsp_jax.ops.stream import Arrays, Bucket, Stream
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=True)}
+
+def _clamped_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+    return (up + 1.0) * gate * jax.nn.sigmoid(1.702 * gate)
+
+
+GATED: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "silu": lambda gate, up: jax.nn.silu(gate) * up,
+    "gelu": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
+    "clamped_swiglu": _clamped_swiglu,
+}
+"""activation -> h of the products of gate and up, elementwise"""
 
 
 def mlp(
     x_BtD: jax.Array, w_gate_fD: jax.Array, w_up_fD: jax.Array, w_down_fD: jax.Array, *, axes: Axes = Axes(),
     stream: Stream = Stream(), activation: str = "silu", d_ff: int | None = None,
 ) -> jax.Array:  # fmt: skip
-    """``(act(x gate^T) * (x up^T)) down``, summed over all F rows.
+    """``act(x gate^T, x up^T) down``, summed over all F rows.
 
-        forward:  g = x gate^T    u = x up^T    h = act(g) * u    y = h down
-        dgrad:    dh = dy down^T    dg, du = vjp(act(g) * u)(dh)    dx = dg gate + du up
+        forward:  g = x gate^T    u = x up^T    h = act(g, u)    y = h down
+        dgrad:    dh = dy down^T    dg, du = vjp(act(g, u))(dh)    dx = dg gate + du up
         wgrad:    dgate = dg^T x    dup = du^T x    ddown = h^T dy
 
     Args:
@@ -37,7 +49,8 @@ def mlp(
       w_down_fD: likewise; all three are stored [F, D].
       axes: folded axes: weights move past tokens, or tokens past weights; tensor axes: partial outputs are summed.
       stream: movement (gather, ring or activations), buckets and chunks; the number of buckets divides f.
-      activation: silu (SwiGLU) or gelu (GeGLU, tanh form).
+      activation: silu (SwiGLU, ``silu(g) u``), gelu (GeGLU, tanh form) or clamped_swiglu (gpt-oss,
+        ``(u + 1) g sigmoid(1.702 g)`` with g at most 7 and u within 7 of 0).
       d_ff: F; rows from F on are padding. None: all rows of all ranks are real.
 
     Returns:
@@ -48,7 +61,7 @@ def mlp(
       B S D (R - 1) / R elements; backward all-gathers of x and dy, and a reduce-scatter of dx. Over tensor axes one
       all-reduce of [B, t, D] forward, and one backward.
     Keeps: its inputs.
-    Source: Shazeer, arXiv 2002.05202; streaming: arXiv 2604.26294.
+    Source: Shazeer, arXiv 2002.05202; clamped: arXiv 2508.10925; streaming: arXiv 2604.26294.
     """
     with jax.named_scope("tsp/mlp"):
         op = _GatedMlp(activation, RealRows.of(w_up_fD, axes, d_ff), x_BtD.dtype)
@@ -66,7 +79,7 @@ class _GatedMlp(RowwiseOp):
     chunked: bool = True
 
     def _hidden(self, bucket: Bucket, gate_Btp: jax.Array, up_Btp: jax.Array) -> jax.Array:
-        return self.real.keep(ACTIVATIONS[self.activation](gate_Btp) * up_Btp, bucket, 0.0)
+        return self.real.keep(GATED[self.activation](gate_Btp, up_Btp), bucket, 0.0)
 
     def partial(self, inputs: Arrays, bucket: Bucket) -> jax.Array:
         (x_BtD,), (gate_pD, up_pD, down_pD) = inputs, bucket.arrays

@@ -9,14 +9,18 @@ K KV heads, G = N / K, H head, V vocabulary.
 import jax
 import jax.numpy as jnp
 
-from tsp_jax.ops.mlp import ACTIVATIONS
+from tsp_jax.ops.mlp import GATED
 from tsp_jax.ops.norm import rms_norm
 from tsp_jax.ops.rope import NO_SCALING, rope
 
 
-def mlp(x_BTD, w_gate_FD, w_up_FD, w_down_FD, activation="silu"):
-    """Gated MLP."""
-    return (ACTIVATIONS[activation](x_BTD @ w_gate_FD.T) * (x_BTD @ w_up_FD.T)) @ w_down_FD
+def mlp(x_BTD, w_gate_FD, w_up_FD, w_down_FD, activation="silu", biases=None):
+    """Gated MLP; `biases`: of gate [F], up [F] and down [D], or None."""
+    gate, up = x_BTD @ w_gate_FD.T, x_BTD @ w_up_FD.T
+    if biases is None:
+        return GATED[activation](gate, up) @ w_down_FD
+    b_gate_F, b_up_F, b_down_D = (bias[None, None] for bias in biases)
+    return GATED[activation](gate + b_gate_F, up + b_up_F) @ w_down_FD + b_down_D
 
 
 def route(
@@ -44,9 +48,14 @@ def route(
     return chosen_BTk, weights_BTk * scale, balance, z
 
 
-def experts(x_BTD, chosen_BTk, weights_BTk, w_gate_EFD, w_up_EFD, w_down_EFD, activation="silu"):
-    """The sum of each token's chosen experts, weighted. Computes every expert on every token."""
-    y_EBTD = jnp.stack([mlp(x_BTD, *w, activation) for w in zip(w_gate_EFD, w_up_EFD, w_down_EFD, strict=True)])
+def experts(x_BTD, chosen_BTk, weights_BTk, w_gate_EFD, w_up_EFD, w_down_EFD, activation="silu", biases=None):
+    """The sum of each token's chosen experts, weighted. Computes every expert on every token.
+
+    `biases`: of gate [E, F], up [E, F] and down [E, D], or None.
+    """
+    biases_E = zip(*biases, strict=True) if biases else [None] * len(w_up_EFD)
+    experts_E = zip(w_gate_EFD, w_up_EFD, w_down_EFD, biases_E, strict=True)
+    y_EBTD = jnp.stack([mlp(x_BTD, *weights, activation=activation, biases=own) for *weights, own in experts_E])
     weights_BTE = (jax.nn.one_hot(chosen_BTk, len(w_up_EFD)) * weights_BTk[..., None]).sum(axis=2)
     return jnp.einsum("EBTD,BTE->BTD", y_EBTD, weights_BTE)
 
@@ -77,13 +86,13 @@ def softmax_attention(
 
 def attention(
     x_BTD, wq_NHD, wk_KHD, wv_KHD, wo_NHD, positions, segments,
-    *, head_dim, theta, scaling=NO_SCALING, biases=None, norms=None, eps=1e-6, sinks_N=None, **scores,
+    *, head_dim, theta, scaling=NO_SCALING, biases=None, out_bias=0.0, norms=None, eps=1e-6, sinks_N=None, **scores,
 ):  # fmt: skip
     """Self-attention within segments.
 
-    `biases`: of queries, keys and values, or None; `norms`: scales of q/k RMSNorm over each head, [H], or over all
-    heads, [N H] and [K H], or None; `theta`: None for no RoPE; `scaling`: RoPE scaling; `scores`: causal, window,
-    softcap and scale, as `softmax_attention` takes them.
+    `biases`: of queries, keys and values, or None; `out_bias`: of the output, [1, 1, D], or 0; `norms`: scales of q/k
+    RMSNorm over each head, [H], or over all heads, [N H] and [K H], or None; `theta`: None for no RoPE; `scaling`: RoPE
+    scaling; `scores`: causal, window, softcap and scale, as `softmax_attention` takes them.
     """
     B, T, _ = x_BTD.shape
     q, k, v = (x_BTD @ w.T for w in (wq_NHD, wk_KHD, wv_KHD))
@@ -99,7 +108,7 @@ def attention(
     sinks_KG = None if sinks_N is None else sinks_N.reshape(q_BTKGH.shape[2:4])
     tokens = positions, positions, segments, segments
     out, _ = softmax_attention(q_BTKGH, k, v, *tokens, sinks_KG=sinks_KG, **scores)
-    return out.reshape(B, T, -1) @ wo_NHD
+    return out.reshape(B, T, -1) @ wo_NHD + out_bias
 
 
 def embed(ids_BT, table_VD):
@@ -164,9 +173,13 @@ def decoder_mlp(params, x_BTD, *, config):
     if not rule.number:
         return gated(params, x_BTD), 0.0, 0.0
     options = {name: getattr(rule, name) for name in ("per_token", "scores", "normalize", "scale")}
-    chosen_BTk, weights_BTk, balance, z = route(x_BTD, params["router"], **options)
-    gate, up, down = (params[name].reshape(rule.number, config.d_ff, -1) for name in ("w_gate", "w_up", "w_down"))
-    y_BTD = experts(x_BTD, chosen_BTk, weights_BTk, gate, up, down, config.activation)
+    chosen_BTk, weights_BTk, balance, z = route(
+        x_BTD, params["router"], bias_E=params["router_bias"] if rule.router_bias else None, **options
+    )
+    weights = (params[name].reshape(rule.number, config.d_ff, -1) for name in ("w_gate", "w_up", "w_down"))
+    biases = (params[name].reshape(rule.number, -1) for name in ("gate_bias", "up_bias", "down_bias") if rule.biases)
+    options = {"activation": config.activation, "biases": list(biases) or None}
+    y_BTD = experts(x_BTD, chosen_BTk, weights_BTk, *weights, **options)
     return y_BTD + gated(params["shared"], x_BTD) if rule.shared else y_BTD, balance, z
 
 
@@ -180,7 +193,8 @@ def decoder_attention(params, x_BTD, positions, segments, *, config, kind):
     return attention(
         x_BTD, params["w_q"], params["w_k"], params["w_v"], params["w_o"], positions, segments,
         head_dim=config.head_dim, theta=theta, scaling=scaling, eps=config.norm_eps, norms=norms or None,
-        biases=biases or None, sinks_N=params["sinks"] if config.attention_sinks else None,
+        biases=biases or None, out_bias=params["o_bias"][None, None] if config.out_bias else 0.0,
+        sinks_N=params["sinks"] if config.attention_sinks else None,
         softcap=config.attention_softcap, scale=config.attention_scale,
         window=config.window if kind == "sliding" else None,
     )  # fmt: skip

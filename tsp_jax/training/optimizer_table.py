@@ -21,7 +21,10 @@ from tsp_jax.stored import NoPadding, abstract_logical
 
 Settings = dict[str, Any]
 """as in `tsp_jax.config.optimizer.SETTINGS`"""
-NOT_DECAYED = ("scale", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "sinks")
+NOT_DECAYED = (
+    "scale", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "o_bias", "sinks",
+    "router_bias", "gate_bias", "up_bias", "down_bias",
+)  # fmt: skip
 """names of parameters without weight decay"""
 MUON_RMS = 0.2
 """root mean square of Muon's updates, about that of AdamW's, so that one learning rate serves both: Liu et al., Muon is

@@ -164,15 +164,21 @@ def _make_step(
 
 
 def _accumulate(gradient: Callable[[Batch], tuple[dict, Any]], batch: Batch) -> tuple[dict, Any]:
-    """Sums (gradients, losses) over the micro-batches [a, ...], one at a time."""
-    first = gradient(jax.tree.map(lambda x: x[0], batch))
+    """Sums (gradients, losses) over the micro-batches [a, ...], one at a time.
+
+    All of them run in the loop. With the first one before it, a loop over the second is no loop to the compiler, which
+    makes room for what both keep at once: 26.7 GB instead of 17.4 (8 layers of Qwen3-8B on 8 x H100, fsdp, remat none,
+    two micro-batches of 8 sequences of 1 K tokens a device; jax 0.10.2).
+    """
+    first = jax.tree.map(lambda x: x[0], batch)
     if len(batch.tokens) == 1:
-        return first
+        return gradient(first)
 
     def add(total, micro):
         return jax.tree.map(jnp.add, total, gradient(micro)), None
 
-    return lax.scan(add, first, jax.tree.map(lambda x: x[1:], batch))[0]
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, first))
+    return lax.scan(add, zeros, batch)[0]
 
 
 # ------------------------------------------------------------------------------------------------ shardings

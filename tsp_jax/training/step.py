@@ -155,6 +155,10 @@ def _make_step(
         params = optax.apply_updates(state.params, updates)
         grad_norm = optax.tree.norm(grads)
         params, opt_state = update_if_finite(nll, grad_norm, (params, opt_state), (state.params, state.opt_state))
+        # With ZeRO-1 each device chooses between new and old weights for its shard of the moments, and then gathers. A
+        # choice after that would read whole old weights, and so keep both (30.5 GB instead of 24.8; 8 layers of
+        # Qwen3-8B, dp on 8 x H100, jax 0.10.2).
+        params = lax.optimization_barrier(lax.with_sharding_constraint(params, moments))
         params = lax.with_sharding_constraint(params, shardings)
         learning_rate = optimizer.learning_rate(state.step, opt_state)
         metrics = StepMetrics(nll, grad_norm, learning_rate, num_labels, router)

@@ -121,12 +121,12 @@ PLAN = {
 }  # fmt: skip
 
 
-def write(kind: Kind, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Writes a page; returns it and what --json writes beside it."""
+def write(kind: Kind, folder: Path, program_text: str = "") -> tuple[Path, dict[str, Any]]:
+    """Writes a page; returns it and what --json writes beside it. One of inspect is of `program` or another text."""
     page, file = folder / f"{kind}.html", folder / f"{kind}.json"
     if kind == "inspect":
         text = folder / "program.hlo"
-        text.write_text(program())
+        text.write_text(program_text or program())
         outputs = Outputs(html=str(page), json=str(file))
         assert inspect_text(str(text), TextOptions(target="h100:8", mesh="data=1,tsp=8", outputs=outputs)) == 0
         return page, json.loads(file.read_text())

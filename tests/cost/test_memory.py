@@ -14,6 +14,7 @@ from tsp_jax.cost.memory import memory_moments, step_memory
 from tsp_jax.hardware.targets import parse_target
 from tsp_jax.layout import get_layout, parse_mesh, place
 from tsp_jax.plan.compile import compile_step
+from tsp_jax.tools.cli import load_config
 from tsp_jax.training.step import make_program
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
@@ -223,14 +224,32 @@ def test_shared_experts_are_an_mlp_beside_the_others():
 
 
 @pytest.mark.parametrize(
+    ("layout", "mesh", "remat", "accumulate", "zero1", "compiled_gb"),
+    [
+        ("fsdp", "data=8", "none", 2, False, 62.53), ("tsp(weights=data+tsp)", "data=4,tsp=2", "none", 2, False, 62.66),
+        ("dp", "data=8", "save_attention", 1, True, 62.63), ("dp", "data=8", "save_attention", 2, True, 66.41),
+    ],
+)  # fmt: skip
+def test_peaks_of_micro_batches_and_zero1_that_were_compiled(layout, mesh, remat, accumulate, zero1, compiled_gb):
+    """Qwen3-8B, micro-batches of 64 sequences of 1 K tokens, compiled for 8 x H100 with jax 0.10.2."""
+    config = dataclasses.replace(
+        load_config("qwen3_8b"), layout=layout, mesh=mesh, remat=remat, batch=64 * accumulate, accumulate=accumulate,
+        optimizer=OptimizerConfig(zero1=zero1), seq_len=1024,
+        stream=StreamConfig(attention_movement="gather", bucket_mib=64.0, kernel="triton"),
+    )  # fmt: skip
+    assert sum(memory(config).values()) / 1e9 == pytest.approx(compiled_gb, rel=0.015)
+
+
+@pytest.mark.parametrize(
     ("layout", "changes"),
     [
         ("tsp", {}),
-        ("fsdp", {"remat": "none"}),
+        ("fsdp", {"remat": "none", "batch": 16, "accumulate": 2}),
         ("sp", {"remat": "none"}),
         soak("tp", {}),
         soak("sp", {}),
         soak("dp", {}),
+        soak("dp", {"optimizer": OptimizerConfig(warmup_steps=1, zero1=True), "seq_len": 1024}),
         soak("tp_sp", {"mesh": "data=1,model=2,seq=4"}),
         soak("fsdp_cp", {}),
         soak("single", {"mesh": "data=1"}),

@@ -13,10 +13,10 @@ from tsp_jax.plan.peak_parts import peak_parts
 pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
-def explained(config=CONFIG):
-    """The closed form of a configuration against the program of CONFIG."""
+def explained(config=CONFIG, gaps=0):
+    """The closed form of a configuration against the program of CONFIG, with so many bytes that no buffer uses."""
     peak = train_step().report().peak
-    return explain(estimate(config, CPU), peak.at, peak_parts(peak, CONFIG))
+    return explain(estimate(config, CPU), peak.at, peak_parts(peak, CONFIG), peak.bytes + gaps)
 
 
 def test_every_buffer_of_the_peak_belongs_to_one_part():
@@ -26,6 +26,12 @@ def test_every_buffer_of_the_peak_belongs_to_one_part():
     assert [abs(each.compiled - each.closed_form) for each in found] == sorted(
         (abs(each.compiled - each.closed_form) for each in found), reverse=True
     )
+
+
+def test_memory_that_no_buffer_uses_is_a_part():
+    assert "gaps" not in {each.part for each in explained()}
+    gaps = explained(gaps=10**9)[0]
+    assert (gaps.part, gaps.closed_form, gaps.compiled) == ("gaps", 0.0, 1e9)
 
 
 def test_a_part_names_its_largest_buffers():

@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 import json
+import re
 from typing import Any
 
 import pytest
 
 from tests.builders.browser import browser
-from tests.builders.pages import HOSTILE, write
+from tests.builders.pages import HOSTILE, program, write
 from tsp_jax.hardware.rates import Band
 from tsp_jax.inspect.units import format_band, format_bytes, format_seconds
 
@@ -28,6 +29,14 @@ FORMATS = {
     ),
 }
 """unit of a figure -> its text; the first three are those of the printed tables"""
+
+
+def with_unknowns() -> str:
+    """A program whose inner loop does not say how often it runs, and with a kernel that does not say what it does."""
+    known, kernel = ', backend_config={"known_trip_count":{"n":"7"}}', "%k.2 = f32[1000000] copy(%x)"
+    text = program()
+    assert known in text and kernel in text
+    return text.replace(known, "").replace(kernel, '%k.2 = f32[1000000] custom-call(%x), custom_call_target="mine"')
 
 
 @dataclasses.dataclass
@@ -52,7 +61,8 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    return {kind: write(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
+    written = {kind: write(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
+    return written | {"unknown": write("inspect", tmp_path_factory.mktemp("unknown"), with_unknowns())}
 
 
 @pytest.fixture
@@ -159,6 +169,38 @@ def test_tables_sort_by_the_keyboard(opened):
     assert figures == sorted(figures, reverse=True)
     shown.page.keyboard.press("Enter")
     assert head.get_attribute("aria-sort") == "ascending"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_candidates_sort_by_a_click(opened, width):
+    shown = opened("plan", width)
+    table = shown.page.locator("section", has=shown.page.locator("#candidates"))
+    while (more := table.locator(".more button").first).count():
+        more.click()
+    head = table.locator("th", has_text=re.compile("^step$"))
+    known = {n: c["compiled"]["step_s"] for n, c in enumerate(shown.data["candidates"]) if c["compiled"]}
+    for order in ("descending", "ascending"):
+        head.locator("button").click()
+        assert head.get_attribute("aria-sort") == order
+        paths = table.locator("td[data-path]").evaluate_all("nodes => nodes.map(n => JSON.parse(n.dataset.path))")
+        numbers = [path[1] for path in paths if path[2:] == ["compiled", "step_s"]]
+        assert sorted(numbers) == sorted(known)
+        steps = [known[n] for n in numbers]
+        assert steps == sorted(steps, reverse=order == "descending")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_page_says_what_the_text_does_not_tell(opened, width):
+    shown = opened("unknown", width)
+    table = shown.page.locator("section", has=shown.page.locator("#unknown"))
+    assert table.locator("h2").inner_text() == "What the text does not tell"
+    lines = dict(zip(table.locator("tbody th").all_inner_texts(), table.locator("td").all_inner_texts(), strict=True))
+    assert lines == shown.data["unknown"] and set(lines) == {"trips", "flops"}
+    assert "inner" in lines["trips"] and "mine" in lines["flops"] and table.locator("td").last.is_visible()
+
+
+def test_a_page_of_a_text_that_tells_all_has_no_such_section(opened):
+    assert opened("inspect").page.locator("#unknown").count() == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

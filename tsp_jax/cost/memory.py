@@ -95,7 +95,7 @@ class _Memory:
             "adamw": 2 * trained, "lion": trained, "sgd": trained, "adafactor": 0.0, "muon": 2 * trained - matrices
         }[optimizer.name]  # fmt: skip
         moments *= ITEMSIZE[optimizer.moments_dtype] / replicas
-        sums = trained * FLOAT32 if self.config.accumulate > 1 else 0.0
+        sums = trained * FLOAT32 / replicas if self.config.accumulate > 1 else 0.0  # sharded like moments
         return {"state": trained * FLOAT32 + moments + frozen * ITEMSIZE[lora.base_dtype], "sums": sums}
 
     @property

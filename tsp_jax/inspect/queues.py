@@ -101,8 +101,11 @@ class Simulation:
                 self._spend(len(self.pending) * len(step.callees), step)
                 self._branch(step.callees)
             else:
-                for callee in step.callees:
-                    self.run(callee)
+                self._calls(step.callees)
+
+    def _calls(self, computations: Iterable[Computation]) -> None:
+        for computation in computations:
+            self.run(computation)
 
     def _spend(self, work: int, step: Step) -> None:
         """Counts simulated steps and comparisons of work in flight; raises ConfigError if there are too many."""
@@ -244,30 +247,34 @@ class Simulation:
         ends = [*self.now.items(), *((work.task.name, self._end(work)) for work in self.pending)]
         return [(name, max(0.0, end - self.now["compute"])) for name, end in ends]
 
-    def _continue(self, other: "Simulation") -> None:
-        """Takes over the state of another simulation's queues, and copies of its work in flight."""
-        self.now, self.delay = dict(other.now), other.delay
-        copies = {work: _Pending(work.names, work.task, work.end, work.delayed) for work in other.pending}
-        self.pending, self.named = dict.fromkeys(copies.values()), defaultdict(deque)
-        for work in self.pending:
-            for name in work.names:
-                self.named[name].append(work)
-        self.ahead = deque(copies[work] for work in other.ahead if work in copies)
+    def _trial(self) -> "Simulation":
+        """A simulation that goes on from this state of the queues, with copies of the work in flight."""
+        trial = Simulation(self.prices, self.record, parent=self)
+        trial.now, trial.delay = dict(self.now), self.delay
+        if self.pending:
+            copies = {work: _Pending(work.names, work.task, work.end, work.delayed) for work in self.pending}
+            trial.pending = dict.fromkeys(copies.values())
+            for work in trial.pending:
+                for name in work.names:
+                    trial.named[name].append(work)
+            trial.ahead = deque(copies[work] for work in self.ahead if work in copies)
+        return trial
 
     def _branch(self, branches: Iterable[Computation]) -> None:
         """Simulates every branch, and goes on from the one that ends last."""
-        options = []
-        for branch in branches:
-            trial = Simulation(self.prices, self.record, parent=self)
-            trial._continue(self)
+        different = list({branch.name: branch for branch in branches}.values())
+        if len(different) < 2:
+            self._calls(different)
+            return
+        trials = [self._trial() for _ in different]
+        for trial, branch in zip(trials, different, strict=True):
             trial.run(branch)
-            options.append((trial.now["compute"], trial.now["links"], trial.now["host"], len(options), trial))
-        if options:
-            last = max(options)[-1]
-            self._continue(last)
-            self.events += last.events
-            _add(self.executions, last.executions, 1)
-            _add(self.exposed, last.exposed, 1)
+        last = max(reversed(trials), key=lambda trial: (trial.now["compute"], trial.now["links"], trial.now["host"]))
+        self.now, self.delay = last.now, last.delay
+        self.pending, self.named, self.ahead = last.pending, last.named, last.ahead
+        self.events += last.events
+        _add(self.executions, last.executions, 1)
+        _add(self.exposed, last.exposed, 1)
 
     def _compute_loop(self, step: Step) -> tuple[float, Amounts]:
         key = step.instruction.computation, step.instruction.name

@@ -81,7 +81,7 @@ class Plan:
         if not found or not differs(found.peak_bytes, closed.peak_bytes):
             return []
         least = abs(found.peak_bytes - closed.peak_bytes) / 10
-        parts = explain(closed, found.peak_at, found.parts)
+        parts = explain(closed, found.peak_at, found.parts, found.peak_bytes)
         return [each for each in parts if abs(each.compiled - each.closed_form) >= least]
 
     def to_json(self) -> dict[str, Any]:

@@ -29,16 +29,20 @@ class Difference:
         return f"{text}: {self.buffers}" if self.buffers else text
 
 
-def explain(estimate: Estimate, at: str, parts: Mapping[str, Sequence[Any]]) -> list[Difference]:
+def explain(estimate: Estimate, at: str, parts: Mapping[str, Sequence[Any]], peak_bytes: float) -> list[Difference]:
     """The parts of the peak, the largest difference first.
 
-    The closed form is that of the moment at which the program has its peak, if its scope tells.
+    The closed form is that of the moment at which the program has its peak, if its scope tells. What the compiler
+    reports beyond all buffers of the peak is a part of its own, `gaps`: buffers are placed at other times too.
 
     Args:
       estimate: closed form of a training step.
       at: scope of the instruction that runs at the peak of the same step, compiled.
       parts: of that peak; see `tsp_jax.plan.peak_parts.peak_parts`.
+      peak_bytes: peak memory as the compiler reports it.
     """
+    gaps = peak_bytes - sum(nbytes for nbytes, _ in parts.values())
+    parts = {**parts, "gaps": (gaps, "memory that no buffer of the peak uses")} if gaps > 0 else parts
     at = f"{at}/".replace("/queries", "/keys_values").replace("attention/keys_values", "projections")
     closed = dict(next((parts for name, parts in estimate.moments.items() if f"tsp/{name}/" in at), estimate.memory))
     closed["residuals"] = closed.get("residuals", 0.0) + closed.pop("gradients", 0.0)

@@ -157,6 +157,10 @@ def _make_step(
         params = with_selection_bias(params, state.params, router, config.model.experts.bias_rate)
         grad_norm = optax.tree.norm(grads)
         params, opt_state = update_if_finite(nll, grad_norm, (params, opt_state), (state.params, state.opt_state))
+        # With ZeRO-1 each device chooses between new and old weights for its shard of the moments, and then gathers. A
+        # choice after that would read whole old weights, and so keep both (30.5 GB instead of 24.8; 8 layers of
+        # Qwen3-8B, dp on 8 x H100, jax 0.10.2).
+        params = lax.optimization_barrier(lax.with_sharding_constraint(params, moments))
         params = lax.with_sharding_constraint(params, shardings)
         learning_rate = optimizer.learning_rate(state.step, opt_state)
         metrics = StepMetrics(nll, grad_norm, learning_rate, num_labels, router)
@@ -166,15 +170,21 @@ def _make_step(
 
 
 def _accumulate(gradient: Callable[[Batch], tuple[dict, Any]], batch: Batch) -> tuple[dict, Any]:
-    """Sums (gradients, losses) over the micro-batches [a, ...], one at a time."""
-    first = gradient(jax.tree.map(lambda x: x[0], batch))
+    """Sums (gradients, losses) over the micro-batches [a, ...], one at a time.
+
+    All of them run in the loop. With the first one before it, a loop over the second is no loop to the compiler, which
+    makes room for what both keep at once: 26.7 GB instead of 17.4 (8 layers of Qwen3-8B on 8 x H100, fsdp, remat none,
+    two micro-batches of 8 sequences of 1 K tokens a device; jax 0.10.2).
+    """
+    first = jax.tree.map(lambda x: x[0], batch)
     if len(batch.tokens) == 1:
-        return first
+        return gradient(first)
 
     def add(total, micro):
         return jax.tree.map(jnp.add, total, gradient(micro)), None
 
-    return lax.scan(add, first, jax.tree.map(lambda x: x[1:], batch))[0]
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, first))
+    return lax.scan(add, zeros, batch)[0]
 
 
 # ------------------------------------------------------------------------------------------------ shardings

@@ -74,12 +74,12 @@ QUICK = {
 NEWEST = (
     # compilers of hardware that is absent
     "cost/test_flops.py", "cost/test_memory.py", "hardware/", "inspect/", "models/test_offload.py",
-    "models/test_remat.py", "ops/test_grouped.py", "ops/kernels/test_chunk_pairs.py", "ops/kernels/test_tpu.py", "ops/kernels/test_triton.py",
-    "plan/test_compile.py", "tools/test_validate.py",
+    "models/test_remat.py", "ops/kernels/test_chunk_pairs.py", "ops/kernels/test_tpu.py", "ops/kernels/test_triton.py",
+    "ops/test_grouped.py", "plan/test_compile.py", "tools/test_validate.py",
     # whole runs
     "test_examples.py", "test_nn.py", "test_readme.py", "tools/test_cli.py", "tools/test_generate.py",
-    "training/test_checkpoint.py", "training/test_experts.py", "training/test_processes.py", "training/test_profile.py", "training/test_resume.py",
-    "training/test_training.py",
+    "training/test_checkpoint.py", "training/test_experts.py", "training/test_processes.py",
+    "training/test_profile.py", "training/test_resume.py", "training/test_training.py",
 )  # fmt: skip
 """files and folders all of whose tests `make newest` runs: what depends on the version of JAX most"""
 

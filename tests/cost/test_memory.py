@@ -207,6 +207,14 @@ def test_peaks_of_mixtures_that_were_compiled(config, movement, changes, compile
     assert sum(found.values()) / 1e9 == pytest.approx(compiled_gb, rel=0.03)
 
 
+def test_without_the_kernel_of_experts_a_slab_is_a_tile():
+    """Compiled: 58.725 GB."""
+    stream = dataclasses.replace(QWEN3_30B_A3B.stream, expert_kernel="xla")
+    slabs, tiles = (dataclasses.replace(QWEN3_30B_A3B, stream=s) for s in (QWEN3_30B_A3B.stream, stream))
+    assert sum(memory(tiles).values()) / 1e9 == pytest.approx(58.725, rel=0.01)
+    assert moment(tiles, "experts")["products"] < moment(slabs, "experts")["products"] / 4
+
+
 def test_experts_that_do_not_divide_over_the_ranks_are_padded():
     """30 experts are stored as 32; routers have 30 rows."""
     experts = dataclasses.replace(MIXTURE.model.experts, number=30)

@@ -86,6 +86,18 @@ def test_a_chunk_of_a_prompt_holds_less_and_fetches_what_came_before():
     assert exchanged(chunk) == pytest.approx(exchanged(whole) * (1 + 2 + 3 + 4) / 4 / 4)
 
 
+def test_prefill_of_one_sequence_holds_the_cache_once():
+    """The loop over one sequence is none to a compiler, which then is free to transpose the cache."""
+    needs_compiler("rocm")
+    target = parse_target("mi300x:8")
+    config = load_config("qwen3_8b")
+    model = dataclasses.replace(config.model, num_layers=3, vocab_size=1024)
+    config = dataclasses.replace(config, model=model, layout="tsp", mesh="data=1,tsp=8", batch=1, seq_len=131072)
+    use_target(target)
+    prefill = compile_step(config, target, "prefill", 8192).report()
+    assert prefill.memory.temp_bytes < cache_bytes(config, get_layout("tsp"), {"data": 1, "tsp": 8})
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize(("kv_heads", "most"), [(32, 96e9), (8, 40e9)])
 def test_a_million_tokens_are_served_from_one_node(kv_heads, most):

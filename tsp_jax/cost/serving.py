@@ -83,8 +83,7 @@ def serving_memory(
     """Peak bytes per device, by part, while `chunk` tokens of each sequence are prefilled; with 0, of a decode step.
 
     Parts: `weights` in the compute dtype; `cache` of `config.seq_len` tokens a sequence, with its entries' positions;
-    `cache_copy`, in the order of dims in which prefill's loop over layers keeps all of it, or the keys and values of
-    one layer that decode reads; `keys_values`, of a chunk of all ranks; `activations`, of attention or of the MLP;
+    `cache_copy`, the keys and values of one layer that decode reads; `keys_values`, of a chunk of all ranks; `activations`, of attention or of the MLP;
     `buckets` of weights; `experts` of one layer, copied; `logits`. Counted in programs for MI300X (jax 0.10.2;
     benchmarks/closed_forms.md).
     """
@@ -105,7 +104,7 @@ def serving_memory(
     return {
         "weights": (layers + tables) * s.item,
         "cache": cache + s.batch * config.seq_len / s.sequence * INT32,
-        "cache_copy": cache if chunk else cache / model.num_layers,
+        "cache_copy": 0.0 if chunk else cache / model.num_layers,
         "keys_values": 2 * s.batch * chunk * heads.kv * heads.dim * s.item,
         "activations": max(attention, mlp),
         "buckets": 2 * step.bucket_elements() / s.tensor * s.item if chunk and mlp > attention else 0.0,

@@ -88,7 +88,8 @@ def _write(array_LBKsH: jax.Array, new_lBKtH: jax.Array, layer: jax.Array, entri
         row_l1KtH = jnp.where(is_new_t[None, None, None, :, None], new_l1KtH, old_l1KtH)
         return lax.dynamic_update_slice(array_LBKsH, row_l1KtH, corner)
 
-    return lax.fori_loop(0, array_LBKsH.shape[1], write_row, array_LBKsH)
+    # A loop over one sequence is none to a compiler, which then is free to transpose the cache.
+    return row_major(lax.fori_loop(0, array_LBKsH.shape[1], write_row, array_LBKsH))
 
 
 def own_positions(positions_Bt: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -83,9 +83,9 @@ def serving_memory(
     """Peak bytes per device, by part, while `chunk` tokens of each sequence are prefilled; with 0, of a decode step.
 
     Parts: `weights` in the compute dtype; `cache` of `config.seq_len` tokens a sequence, with its entries' positions;
-    `cache_copy`, the keys and values of one layer that decode reads; `keys_values`, of a chunk of all ranks; `activations`, of attention or of the MLP;
-    `buckets` of weights; `experts` of one layer, copied; `logits`. Counted in programs for MI300X (jax 0.10.2;
-    benchmarks/closed_forms.md).
+    `cache_copy`, the keys and values of one layer that decode reads; `keys_values`, of a chunk of all ranks;
+    `activations`, of attention or of the MLP; `buckets` of weights; `experts` of one layer, copied; `logits`. Counted
+    in programs for MI300X (jax 0.10.2; benchmarks/closed_forms.md).
     """
     s, model, step = _Serving(config, layout, sizes), config.model, Step(config, layout, sizes)
     shards, heads = s.folded * s.tensor, s.heads.shard

@@ -174,7 +174,7 @@ def kernels(results: Results, interpret: bool) -> None:
         places = jnp.arange(number, dtype=jnp.int32) // (number // experts)
         kernel = triton(interpret, **option)
 
-        slab = grouped.Slab(places, jnp.int32(number), tile, number)
+        slab = grouped.Slab(places, jnp.int32(number), tile, number, rows / experts)
         inputs = {"gate and up": (x, w), "one product": (x, w), "down": (h, w), "dx": (h, da, w)}
         inputs["outer"] = total, h, dy
         label = f"n {tile} " + " ".join(f"{key} {value}" for key, value in option.items())

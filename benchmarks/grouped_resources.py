@@ -46,7 +46,7 @@ def main(args: Args) -> None:
     tiles = ROWS // TILE
     places: Any = np.arange(tiles, dtype=np.int32) * EXPERTS // tiles
     filled: Any = np.int32(tiles)
-    slab = Slab(places, filled, TILE, tiles)
+    slab = Slab(places, filled, TILE, tiles, ROWS / EXPERTS)
     x, h, w = like(ROWS, D_MODEL), like(ROWS, D_FF), like(EXPERTS, D_FF, D_MODEL)
     total = like(*w.shape, dtype="float32")
     for blocks in every:

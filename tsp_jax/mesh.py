@@ -52,7 +52,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
     try:
         return jax.make_mesh(shape, tuple(sizes), axis_types=types, devices=devices[:needed])
-    except NotImplementedError:  # on a torus such as TPU v5p's, an axis that is no product of its dimensions splits one
+    except NotImplementedError:
+        # On a torus (TPU v5p) JAX refuses axes that are no products of whole dimensions. Here an axis may split one.
         split = create_device_mesh(shape, devices[:needed], allow_split_physical_axes=True)
         return Mesh(split, tuple(sizes), axis_types=types)
 

@@ -207,6 +207,16 @@ def test_in_bfloat16_is_near_float32():
     assert_trees_near((out, grads), f(plain), BF16_TOLERANCE)
 
 
+def test_takes_arrays_of_numpy():
+    """Outside of jit, where nothing else makes them JAX's."""
+    x, _, _, *weights = (np.asarray(array) for array in arguments())
+    chosen, mix = np.zeros((B, S, 1), np.int32), np.ones((B, S, 1), np.float32)
+    y, vjp = jax.vjp(lambda x, *weights: experts(x, Choices(chosen, mix), *weights, num_experts=E), x, *weights)
+    dense = reference.experts(x, chosen, mix, *(w.reshape(E, F, D) for w in weights))
+    np.testing.assert_allclose(y, dense, rtol=1e-4, atol=1e-5)
+    assert np.isfinite(vjp(np.ones_like(y))[0]).all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

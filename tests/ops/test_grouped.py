@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.builders.arrays import F32_TOLERANCE, assert_trees_near, normal
+from tests.builders.arrays import F32_TOLERANCE, assert_trees_near, normal, place_case
 from tests.builders.ops import compiled_value_and_grads
 from tests.builders.targets import needs_compiler
 from tsp_jax.config.experts import Slabs
@@ -26,6 +26,7 @@ from tsp_jax.ops.experts import ExpertBiases, experts
 from tsp_jax.ops.grouped import Blocks, OneByOne, TritonGrouped, choose_grouped
 from tsp_jax.ops.router import Choices
 from tsp_jax.ops.stream import Stream
+from tsp_jax.stored import ExpertPadding
 
 T, D, E, F, K = 48, 64, 6, 48, 2
 BLOCKS = Blocks(16, 32, 4, 1)
@@ -117,3 +118,29 @@ def test_compiles_for_absent_gpus(name):
     # 2 products of x, 1 of dy, 2 in dx and 3 gradients, of each of two buckets
     routed = 2 * d_model * d_ff * per_token * tokens / 4
     assert 8 * routed <= sum(found.flops for found in declared) <= 1.15 * 8 * routed
+
+
+@pytest.mark.parametrize("stream", [Stream(buckets=2), Stream("activations", token_buckets=2)])
+def test_over_folded_ranks(stream):
+    """Slabs with experts of several ranks, two of which are padding, and of this rank for all ranks' tokens."""
+    placement = place_case("tsp4")
+    padding = ExpertPadding(E, F, folded=4)
+    chosen = np.argsort(normal(0, T, E), axis=1)[:, :K].astype(np.int32)[None]
+    args = normal(1, 1, T, D), normal(2, 1, T, K), *(normal(seed, E * F, D, std=D**-0.5) for seed in (3, 4, 5))
+    split, rows = P(None, "tsp", None), P("tsp", None)
+
+    def on(grouped, check):
+        def local(x, mix, chosen, *weights):
+            return experts(
+                x, Choices(chosen, mix), *weights, num_experts=E, axes=Axes(folded=("tsp",)), stream=stream, tile=16,
+                grouped=grouped,
+            )  # fmt: skip
+
+        specs = (split, split, split, rows, rows, rows)
+        # The interpreter mixes its own constants, which do not vary over the mesh, with arrays that do.
+        run = jax.shard_map(local, mesh=placement.mesh, in_specs=specs, out_specs=split, check_vma=check)
+        return compiled_value_and_grads(
+            lambda x, mix, *weights: run(x, mix, chosen, *map(padding.pad, weights)), normal(9, 1, T, D), *args
+        )  # fmt: skip
+
+    assert_trees_near(on(TritonGrouped("interpret", BLOCKS), False), on(OneByOne(), True), F32_TOLERANCE)

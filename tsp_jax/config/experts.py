@@ -56,12 +56,12 @@ class ExpertsConfig:
 
 
 class Slabs(NamedTuple):
-    """How a kernel of grouped products cuts a bucket's choices into tiles, and takes tiles at once."""
+    """How large the tiles of a kernel of grouped products are, and how many tiles one call multiplies (a slab)."""
 
     smallest_tile: int
     largest_tile: int
     rows: int
-    """most choices that are taken at once; 1: those of one tile"""
+    """most rows of a slab; 1: a slab is one tile"""
 
     def tile(self, choices: int, num_experts: int) -> int:
         """Choices of a tile, a power of two: half a tile, what an expert's last one wastes, is at most 15 % of them.
@@ -73,7 +73,7 @@ class Slabs(NamedTuple):
         return min(self.largest_tile, max(self.smallest_tile, 1 << (most.bit_length() - 1)))
 
     def tiles(self, mean_tiles: float, tile: int) -> int:
-        """Tiles that are taken at once of a bucket that has `mean_tiles` on average: a quarter more, within limits."""
+        """Tiles of a slab, of a bucket that has `mean_tiles` on average: a quarter more, within limits."""
         return max(1, min(math.ceil(1.25 * mean_tiles), self.rows // tile))
 
 

@@ -46,6 +46,8 @@ class Tiling:
         """mean number of tiles in a pass"""
         self.slab_tiles = slabs.tiles(each, self.tile)
         """of one slab"""
+        self.expert_rows = mean_tiles(choices, num_experts, self.tile) * self.tile
+        """mean number of rows of an expert in a pass over its choices"""
         self.slabs = sorts * buckets * math.ceil(each / self.slab_tiles) if self.grouped else self.tiles
         """mean number of slabs in a pass"""
 
@@ -59,12 +61,17 @@ class Tiling:
 
         XLA makes one product of those with gate and up, whose operands they share.
         """
-        m, f = self.tiles * self.tile / self.slabs, rows
-        shapes: list[tuple[float, float, float]] = [(m, 2 * f, width), (m, width, f)]
-        if backward:
-            shapes = [(m, 2 * f, width), (m, f, width), (m, width, 2 * f), (2 * f, width, m), (f, width, m)]
-        kernel = "grouped" if self.grouped else ""
-        return tuple(Product(*dims, self.slabs, kernel=kernel) for dims in shapes)
+        m, f, kernel = self.tiles * self.tile / self.slabs, rows, "grouped" if self.grouped else ""
+        if not backward:
+            return Product(m, 2 * f, width, self.slabs, "", kernel), Product(m, width, f, self.slabs, "", kernel)
+        each = min(m, self.expert_rows)  # gradients of all experts as one product over the rows of each
+        f_all = f * m / each
+        return (
+            Product(m, 2 * f, width, self.slabs, "", kernel), Product(m, f, width, self.slabs, "", kernel),
+            Product(m, width, 2 * f, self.slabs, "", kernel),
+            Product(2 * f_all, width, each, self.slabs, "", kernel),
+            Product(f_all, width, each, self.slabs, "", kernel),
+        )  # fmt: skip
 
 
 class ExpertPasses(OpPasses):

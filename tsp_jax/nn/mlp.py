@@ -27,7 +27,6 @@ class MLP(Layer):
       d_ff: F.
       placement: layout and mesh.
       stream: movement and bucket size.
-      activation: activation of the gate.
       activation: silu (SwiGLU), gelu (GeGLU) or clamped_swiglu (gpt-oss); see `tsp_jax.ops.mlp.mlp`.
       norm_follows: whether the output goes to a norm, whose backward needs it.
       remat: what backward recomputes of this layer: the output too, for a norm that follows. `auto` counts the bytes

@@ -4,8 +4,9 @@ An expert is F rows of each of three weights, and of biases if there are any. Fo
 bucket holds whole experts of every rank; tensor axes shard the rows of each expert. Whatever the router chooses, no
 token is dropped.
 
-A device sorts its choices by expert, once, and cuts each expert's choices into tiles. One product takes the tokens of
-one tile. So an expert is multiplied with the tokens that chose it, and with zeros that fill its last tile.
+A device sorts its choices by expert, once if experts move, else for each bucket of tokens. It cuts each expert's
+choices into tiles; an expert's last tile is filled with zeros. `tsp_jax.ops.grouped` multiplies tiles with their
+experts' weights, one at a time or many at once.
 
 If experts move past tokens, a device has the same work whatever the router chooses: that of its own tokens. If tokens
 move past experts, a device has the work of its own experts, and the fullest one sets the pace.
@@ -85,9 +86,10 @@ def experts(
       count A / n + E / 2: an expert's last tile is half full on average (`_mean_tiles`). If tokens move, it has between
       none and all R A / n tiles of all ranks. The biases of down take 2 T E D more in forward, twice as many backward.
     Moves: as `tsp_jax.ops.mlp.mlp` with E F rows, padded experts included, and the stored rows of both biases. If
-      activations move, weights and numbers of the chosen experts move with x: 2 k elements a token. An all-to-all that
-      drops no token receives as much: all tokens of a rank may choose the experts of another, so its buffers hold R t D
-      elements too. Backward, one all-reduce of [E, D] over the token axes for the biases of down.
+      activations move, weights and numbers of the chosen experts move with x: 2 k elements a token. An
+      all-to-all of fixed size that drops no token receives as much: all tokens of a rank may choose the experts of one
+      other, so its buffers hold R t D elements too. Backward, one all-reduce of [E, D] over the token axes for the
+      biases of down.
     Keeps: its inputs, and A int32.
     """
     with jax.named_scope("tsp/experts"):
@@ -213,14 +215,16 @@ class _Experts(RowwiseOp):
 
     def _over_slabs(self, body, carry: Any, inputs: Arrays, bucket: Bucket) -> Any:
         """Runs ``body(carry, slab, choices [N])`` on all tiles of a bucket, a slab at a time."""
-        tiles, mean = self._tiles(inputs, bucket), self._mean_tiles(inputs[1].size, bucket.num_rows // self.rows)
+        tiles, experts = self._tiles(inputs, bucket), bucket.num_rows // self.rows
+        mean = self._mean_tiles(inputs[1].size, experts)
         size = self.grouped.slabs.tiles(mean, tiles.size)
         trips = mean if size == 1 else math.ceil(mean / size)
 
         def step(index, carry):
             experts_q, choices_N = tiles.slab(index * size, size)
             filled = jnp.minimum(size, tiles.ends_m[-1] - index * size)
-            return body(carry, Slab(experts_q, filled, tiles.size, mean / trips), choices_N)
+            slab = Slab(experts_q, filled, tiles.size, mean / trips, mean / experts * tiles.size)
+            return body(carry, slab, choices_N)
 
         # Reports read how often a loop runs whose end depends on data from the scope around it.
         with jax.named_scope(f"mean_trips[{trips:.9g}]"):
@@ -318,7 +322,7 @@ def _to_rows(grad_m: jax.Array, like: jax.Array) -> jax.Array:
 
 def _rows(array: jax.Array, indices: jax.Array) -> jax.Array:
     """Rows of an array; zeros for indices past its end."""
-    return array.at[indices].get(mode="fill", fill_value=0)
+    return jnp.asarray(array).at[indices].get(mode="fill", fill_value=0)
 
 
 def _set_rows(array: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:

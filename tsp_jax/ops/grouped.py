@@ -39,18 +39,25 @@ class Slab(NamedTuple):
     """n"""
     mean_filled: float
     """mean of `filled`, for reports"""
+    expert_rows: float
+    """mean number of rows of an expert, for reports"""
 
     def of_experts(self, number: int) -> tuple[jax.Array, jax.Array]:
-        """(first tile, number of tiles) of each of the m experts, int32 [m]; the first of an expert without is 0."""
+        """(first tile, number of tiles) of each of the m experts, int32 [m]; 0 and 0 for an expert without tiles."""
         places_m, tiles_q = (lax.iota(jnp.int32, size) for size in (number, len(self.experts_q)))
         mine_mq = (self.experts_q[None] == places_m[:, None]) & (tiles_q < self.filled)[None]
         return jnp.argmax(mine_mq, axis=1).astype(jnp.int32), mine_mq.sum(axis=1, dtype=jnp.int32)
 
-    def declare(self, columns: int, inner: int, products: int = 1) -> Any:
-        """A named scope that tells `tsp_jax.inspect` what one kernel computes, on average, padded rows included."""
-        rows = self.mean_filled * self.tile
-        kind = f"grouped.{rows:.0f}x{columns}x{inner}"
-        return jax.named_scope(f"mean_flops[{kind}={2.0 * products * rows * columns * inner:.0f}]")
+    @property
+    def mean_rows(self) -> float:
+        """Mean number of rows in filled tiles."""
+        return self.mean_filled * self.tile
+
+    @staticmethod
+    def declare(m: float, n: float, k: float, products: float = 1) -> Any:
+        """A named scope that tells `tsp_jax.inspect` what one kernel computes: so many products [m, k] x [k, n]."""
+        kind = f"grouped.{m:.0f}x{n:.0f}x{k:.0f}"
+        return jax.named_scope(f"mean_flops[{kind}={2.0 * products * m * n * k:.0f}]")
 
 
 class Grouped(abc.ABC):
@@ -166,7 +173,8 @@ class TritonGrouped(Grouped):
             compiler_params=triton.CompilerParams(num_warps=block.warps, num_stages=block.stages),
             interpret=self.arch == "interpret",
         )  # fmt: skip
-        with slab.declare(columns, rows):
+        each = min(slab.expert_rows, slab.mean_rows)  # of all experts as one product over the rows of each
+        with slab.declare(rows * slab.mean_rows / each, columns, each):
             return call(first_m, counts_m, a_Nf, b_ND, total_mfD)
 
     def sums(self, total_mf, a_Nf, slab):
@@ -200,7 +208,7 @@ class TritonGrouped(Grouped):
             compiler_params=triton.CompilerParams(num_warps=block.warps, num_stages=block.stages),
             interpret=self.arch == "interpret",
         )
-        with slab.declare(columns, inner, products):
+        with slab.declare(slab.mean_rows, columns, inner, products):
             return tuple(call(slab.filled[None], slab.experts_q, *arrays))
 
 

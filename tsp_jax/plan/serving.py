@@ -15,6 +15,8 @@ from tsp_jax.cost.flops import step_flops
 from tsp_jax.cost.op_passes import Product
 from tsp_jax.cost.serving import decode_bytes, decode_products, decode_traffic, serving_memory
 from tsp_jax.cost.step import ITEMSIZE, Step
+from tsp_jax.cost.traffic import FLOAT32
+from tsp_jax.cost.training import step_traffic
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.rates import Work
 from tsp_jax.hardware.targets import Target
@@ -143,15 +145,16 @@ def _links(layout: Layout, sizes: dict[str, int], target: Target) -> Any:
 
 
 def _prefill(base: Config, layout: Layout, sizes: dict[str, int], chunk: int, target: Target) -> float:
-    """Computation, or the gathers of folded weights in every chunk if these take longer, and tensor axes' sums."""
-    model = base.model
-    compute = _compute(base, layout, sizes, chunk, target)
-    axes, row, item = layout.axes("heads"), _links(layout, sizes, target), ITEMSIZE[base.compute_dtype]
-    folded, tensor = num_ranks(axes.folded, sizes), num_ranks(axes.tensor, sizes)
-    gathered = base.seq_len / chunk * item * model.num_params / tensor * (folded - 1) / folded
-    tokens = base.batch * base.seq_len / num_ranks(layout.tokens, sizes)
-    summed = 4 * model.num_layers * tokens * model.d_model * item * (tensor - 1) / tensor
-    return max(compute, gathered / row.bytes_per_s.typical) + summed / row.bytes_per_s.typical
+    """Computation, or what moves past folded axes in every chunk if that takes longer, and tensor axes' sums.
+
+    Keys and values of earlier chunks, which later ones fetch again, are not counted.
+    """
+    compute, rate = _compute(base, layout, sizes, chunk, target), _links(layout, sizes, target).bytes_per_s.typical
+    traffic = step_traffic(dataclasses.replace(base, seq_len=chunk), layout, sizes, forward=True)
+    kinds = [kinds for op, kinds in traffic.items() if op != "loss"]
+    summed = sum(each.get("tensor_sums", 0.0) for each in kinds)
+    moved = sum(sum(each.values()) for each in kinds) - summed
+    return max(compute, base.seq_len / chunk * moved / rate) + base.seq_len / chunk * summed / rate
 
 
 def _compute(base: Config, layout: Layout, sizes: dict[str, int], chunk: int, target: Target) -> float:
@@ -167,12 +170,13 @@ def _compute(base: Config, layout: Layout, sizes: dict[str, int], chunk: int, ta
 
 
 def _seconds(base: Config, products: Sequence[Product], target: Target) -> float:
-    """Of products at the rates of their shapes."""
-    rates, dtype = target.hardware.rates, base.compute_dtype
-    return sum(
-        p.times * rates.seconds(Work(2 * p.m * p.n * p.k, (p.m, p.n, p.k), dtype, kernel=p.kernel), "typical")
-        for p in products
-    )
+    """Of products at the rates of their shapes, or of their operands and results in main memory if these are slower."""
+    rates, dtype, total = target.hardware.rates, base.compute_dtype, 0.0
+    for m, n, k, times, _, kernel in products:
+        nbytes = (m * k + k * n) * ITEMSIZE[dtype] + m * n * FLOAT32
+        multiplied = rates.seconds(Work(2 * m * n * k, (m, n, k), dtype, kernel=kernel), "typical")
+        total += times * max(multiplied, nbytes / rates.memory.bytes_per_s.typical)
+    return total
 
 
 def _best_of_places(ways: Sequence[Serving]) -> list[Serving]:

@@ -1,10 +1,10 @@
-"""What a stranger gets who types README from top to bottom: its transcript, as a note.
+"""Runs every command of README in an empty environment, and writes the transcript as a note.
 
 The script clones this repository into an empty folder, with an empty home folder and an empty virtual environment, and
 runs every shell and Python block of the clone's README in order. It writes each command, its exit code and seconds, and
 the end of what it printed. It ends with exit code 1 at the first command that fails.
 
-Command:  python benchmarks/stranger.py benchmarks/stranger.md
+Command:  python benchmarks/readme_commands.py benchmarks/readme_commands.md
 """
 
 import argparse
@@ -78,11 +78,11 @@ def main() -> int:
                 break
         total = time.perf_counter() - whole
     head = [
-        "# README from top to bottom, typed by a stranger", "",
-        "Question: does what stands in README lead from a clone to a trained byte model, a fine-tuned SmolLM2 and a",
-        "report on 8 x MI300X, in an empty environment?", "",
+        "# README's commands, run in an empty environment", "",
+        "Question: do README's commands lead from a clone to a trained byte model, a fine-tuned SmolLM2 and a report on",
+        "8 x MI300X, in an empty environment?", "",
         f"- Version: {version.stdout.strip()}; Python {sys.version.split()[0]}; {os.cpu_count()} cores, no accelerator",
-        "- Command: `python benchmarks/stranger.py benchmarks/stranger.md`, which wrote this note",
+        "- Command: `python benchmarks/readme_commands.py benchmarks/readme_commands.md`, which wrote this note",
         f"- {'Stopped at a command that failed' if failed else 'Every command ended with exit code 0'}; "
         f"{total / 60:.0f} minutes in all, installations included", "",
         "Of each command the last lines are shown.", "",

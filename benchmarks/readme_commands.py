@@ -79,7 +79,7 @@ def main() -> int:
         total = time.perf_counter() - whole
     head = [
         "# README's commands, run in an empty environment", "",
-        "Question: do README's commands lead from a clone to a trained byte model, a fine-tuned SmolLM2 and a report on",
+        "Question: do they lead from a clone to a trained byte model, a fine-tuned SmolLM2 and a report on",
         "8 x MI300X, in an empty environment?", "",
         f"- Version: {version.stdout.strip()}; Python {sys.version.split()[0]}; {os.cpu_count()} cores, no accelerator",
         "- Command: `python benchmarks/readme_commands.py benchmarks/readme_commands.md`, which wrote this note",

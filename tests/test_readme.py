@@ -73,3 +73,11 @@ def test_a_missing_python_is_said_in_a_line(tmp_path, end, install):
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: Python 3.1") and line.endswith(f"use pyenv install {install}")
+
+
+@pytest.mark.soak
+def test_every_command_runs_in_an_empty_environment(tmp_path):
+    """Installs, trains, fine-tunes, inspects and plans, for a quarter of an hour; its note is kept in benchmarks/."""
+    script = ROOT / "benchmarks" / "readme_commands.py"
+    done = subprocess.run([sys.executable, script, tmp_path / "note.md"], capture_output=True, text=True, timeout=7200)
+    assert done.returncode == 0, done.stdout[-4000:]

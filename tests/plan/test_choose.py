@@ -180,5 +180,5 @@ def test_finalists_that_do_not_compile_are_refused_with_a_reason():
 
 
 def test_finalists_that_compile_to_more_than_fits_are_refused():
-    with pytest.raises(ConfigError, match=r"does not fit: .* use a larger --memory"):
+    with pytest.raises(ConfigError, match=r"does not fit: .* use more --compilations, a larger --memory"):
         choose(CONFIG, CPU, fixed=FIXED, compile=lambda jobs: [compiled_row(1.0, 1e12) for _ in jobs])

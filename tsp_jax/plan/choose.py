@@ -185,7 +185,7 @@ def _plan(config: Config, target: Target, search: Search, budget: Budget, *, fix
     if compiled and not fitting:
         raise ConfigError(
             f"target={target}: {name} fits by closed forms alone; {compiled[0].choice.text()} {compiled[0].note}; "
-            "use a larger --memory, or more devices"
+            "use more --compilations, a larger --memory, or more devices"
         )
     ranked = fitting or [c for c in search.candidates if search.fits(c)]
     places = [ranked[k] for k in pareto([(c.step_s, c.peak_bytes) for c in ranked])]

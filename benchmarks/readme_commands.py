@@ -2,7 +2,7 @@
 
 The script clones this repository into an empty folder, with an empty home folder and an empty virtual environment, and
 runs every shell and Python block of the clone's README in order. It writes each command, its exit code and seconds, and
-the end of what it printed. It ends with exit code 1 at the first command that fails.
+what it printed, shortened. It ends with exit code 1 at the first command that fails.
 
 Command:  python benchmarks/readme_commands.py benchmarks/readme_commands.md
 """
@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PASSED_ON = ("PIP_", "SSL_", "REQUESTS_", "LANG", "LC_", "HTTP", "http")
 """beginnings of names of environment variables without which packages may not be found"""
-LONGEST = 14
-"""lines of output that are kept of a command"""
+FIRST, LAST = 16, 6
+"""lines of output that are kept of a command; of an installation, the last one"""
 
 
 def commands(readme: str) -> Iterator[list[str]]:
@@ -42,12 +42,14 @@ def shown(words: list[str]) -> str:
     return f"$ python  # the block that begins: {first}"
 
 
-def tail(output: str) -> str:
-    """The last lines, without control sequences, what was overwritten, and empty ones."""
+def kept(words: list[str], output: str) -> str:
+    """The first and the last lines, without control sequences, what was overwritten, and empty lines."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)
     lines = [line.split("\r")[-1].rstrip() for line in text.splitlines()]
-    lines = [line[:160] for line in lines if line.strip()]
-    return "\n".join([*(["..."] if len(lines) > LONGEST else []), *lines[-LONGEST:]])
+    lines = [line if len(line) <= 160 else f"{line[:160]} ..." for line in lines if line.strip()]
+    if words[-1].startswith("pip install"):
+        return "\n".join(lines[-1:])
+    return "\n".join(lines if len(lines) <= FIRST + LAST else [*lines[:FIRST], "...", *lines[-LAST:]])
 
 
 def main() -> int:
@@ -71,7 +73,7 @@ def main() -> int:
             )
             seconds = time.perf_counter() - began
             print(f"  exit code {done.returncode}, {seconds:.0f} s", flush=True)
-            output = tail(done.stdout.replace(folder, "/tmp/empty"))
+            output = kept(words, done.stdout.replace(folder, "/tmp/empty"))
             lines += ["```text", shown(words), *([output] if output else []), "```", ""]
             lines += [f"Exit code {done.returncode}, {seconds:.0f} s.", ""]
             if failed := done.returncode != 0:
@@ -85,7 +87,7 @@ def main() -> int:
         "- Command: `python benchmarks/readme_commands.py benchmarks/readme_commands.md`, which wrote this note",
         f"- {'Stopped at a command that failed' if failed else 'Every command ended with exit code 0'}; "
         f"{total / 60:.0f} minutes in all, installations included", "",
-        "Of each command the last lines are shown.", "",
+        "Of each command the first and the last lines are shown.", "",
     ]  # fmt: skip
     arguments.out.write_text("\n".join([*head, *lines]).rstrip() + "\n")
     return int(failed)

@@ -79,17 +79,17 @@ def main() -> int:
             if failed := done.returncode != 0:
                 break
         total = time.perf_counter() - whole
-    head = [
-        "# README's commands, run in an empty environment", "",
-        "Question: do they lead from a clone to a trained byte model, a fine-tuned SmolLM2 and a report on",
-        "8 x MI300X, in an empty environment?", "",
-        f"- Version: {version.stdout.strip()}; Python {sys.version.split()[0]}; {os.cpu_count()} cores, no accelerator",
-        "- Command: `python benchmarks/readme_commands.py benchmarks/readme_commands.md`, which wrote this note",
-        f"- {'Stopped at a command that failed' if failed else 'Every command ended with exit code 0'}; "
-        f"{total / 60:.0f} minutes in all, installations included", "",
-        "Of each command the first and the last lines are shown.", "",
-    ]  # fmt: skip
-    arguments.out.write_text("\n".join([*head, *lines]).rstrip() + "\n")
+        head = [
+            "# README's commands, run in an empty environment", "",
+            "Question: do they lead from a clone to a trained byte model, a fine-tuned SmolLM2 and a report on",
+            "8 x MI300X, in an empty environment?", "",
+            f"- Version: {version.stdout.strip()}; Python {sys.version.split()[0]}; {os.cpu_count()} cores, no accelerator",
+            "- Command: `python benchmarks/readme_commands.py benchmarks/readme_commands.md`, which wrote this note",
+            f"- {'Stopped at a command that failed' if failed else 'Every command ended with exit code 0'}; "
+            f"{total / 60:.0f} minutes in all, installations included", "",
+            "Of each command the first and the last lines are shown.", "",
+        ]  # fmt: skip
+        arguments.out.write_text("\n".join([*head, *lines]).rstrip() + "\n")
     return int(failed)
 
 

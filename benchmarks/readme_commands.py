@@ -83,7 +83,7 @@ def main() -> int:
             "# README's commands, run in an empty environment", "",
             "Question: do they lead from a clone to a trained byte model, a fine-tuned SmolLM2 and a report on",
             "8 x MI300X, in an empty environment?", "",
-            f"- Version: {version.stdout.strip()}; Python {sys.version.split()[0]}; {os.cpu_count()} cores, no accelerator",
+            f"- Version: {version.stdout.strip()}; Python {sys.version.split()[0]}; {os.cpu_count()} cores",
             "- Command: `python benchmarks/readme_commands.py benchmarks/readme_commands.md`, which wrote this note",
             f"- {'Stopped at a command that failed' if failed else 'Every command ended with exit code 0'}; "
             f"{total / 60:.0f} minutes in all, installations included", "",

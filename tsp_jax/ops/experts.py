@@ -86,10 +86,9 @@ def experts(
       count A / n + E / 2: an expert's last tile is half full on average (`_mean_tiles`). If tokens move, it has between
       none and all R A / n tiles of all ranks. The biases of down take 2 T E D more in forward, twice as many backward.
     Moves: as `tsp_jax.ops.mlp.mlp` with E F rows, padded experts included, and the stored rows of both biases. If
-      activations move, weights and numbers of the chosen experts move with x: 2 k elements a token. An
-      all-to-all of fixed size that drops no token receives as much: all tokens of a rank may choose the experts of one
-      other, so its buffers hold R t D elements too. Backward, one all-reduce of [E, D] over the token axes for the
-      biases of down.
+      activations move, weights and numbers of the chosen experts move with x: 2 k elements a token. An all-to-all of
+      fixed size that drops no token receives as much: all tokens of a rank may choose the experts of one other, so its
+      buffers hold R t D elements too. Backward, one all-reduce of [E, D] over the token axes for the biases of down.
     Keeps: its inputs, and A int32.
     """
     with jax.named_scope("tsp/experts"):

@@ -42,10 +42,14 @@ class Slab(NamedTuple):
     expert_rows: float
     """mean number of rows of an expert, for reports"""
 
+    def tiles_of(self, number: int) -> jax.Array:
+        """[m, q]: whether a tile is one of an expert's."""
+        places_m, tiles_q = (lax.iota(jnp.int32, size) for size in (number, len(self.experts_q)))
+        return (self.experts_q[None] == places_m[:, None]) & (tiles_q < self.filled)[None]
+
     def of_experts(self, number: int) -> tuple[jax.Array, jax.Array]:
         """(first tile, number of tiles) of each of the m experts, int32 [m]; 0 and 0 for an expert without tiles."""
-        places_m, tiles_q = (lax.iota(jnp.int32, size) for size in (number, len(self.experts_q)))
-        mine_mq = (self.experts_q[None] == places_m[:, None]) & (tiles_q < self.filled)[None]
+        mine_mq = self.tiles_of(number)
         return jnp.argmax(mine_mq, axis=1).astype(jnp.int32), mine_mq.sum(axis=1, dtype=jnp.int32)
 
     @property
@@ -178,10 +182,11 @@ class TritonGrouped(Grouped):
             return call(first_m, counts_m, a_Nf, b_ND, total_mfD)
 
     def sums(self, total_mf, a_Nf, slab):
-        tiles = jnp.arange(len(slab.experts_q), dtype=jnp.int32)
-        sums_qf = a_Nf.reshape(len(tiles), slab.tile, -1).sum(axis=1, dtype=jnp.float32)
-        sums_qf = jnp.where((tiles < slab.filled)[:, None], sums_qf, 0.0)
-        return total_mf.at[slab.experts_q].add(sums_qf, mode="drop")
+        # No scatter: a GPU would add the tiles of an expert in any order.
+        mine_mq = slab.tiles_of(len(total_mf))
+        sums_qf = a_Nf.reshape(mine_mq.shape[1], slab.tile, -1).sum(axis=1, dtype=jnp.float32)
+        sums_qf = jnp.where(mine_mq.any(axis=0)[:, None], sums_qf, 0.0)
+        return total_mf + jnp.matmul(mine_mq.astype(jnp.float32), sums_qf, precision=lax.Precision.HIGHEST)
 
     def unsupported(self, d_model: int, rows: int, dtype: Any) -> str:
         """Why experts of these sizes cannot be multiplied on these devices; empty if they can."""

@@ -489,7 +489,7 @@ def train(results: Results, interpret: bool) -> None:
                 steps = 2 if interpret else 20
                 short = f"--steps {steps} --eval-every 0 --checkpoint-every {steps} --workdir {folder}/run"
                 say(f"training {name}, {kernel}")
-                done = _script("train.py", f"tiny {flags} {chosen} {short}")
+                done = run_script("train.py", f"tiny {flags} {chosen} {short}")
                 metrics = [file.read_text().splitlines() for file in Path(folder).rglob("*.jsonl")]
                 last = [line for lines in metrics for line in lines][-3:]
                 tail = done.stdout.strip().splitlines()[-4:] + done.stderr.strip().splitlines()[-12:]
@@ -502,12 +502,12 @@ def train(results: Results, interpret: bool) -> None:
 def calibrate(results: Results, interpret: bool) -> None:
     """The calibration of this device, quick; its file stands beside the results."""
     out = results.file.with_name("calibration.json")
-    done = _script("calibrate.py", f"--out {out} --quick --cpu-devices {2 * interpret}")
+    done = run_script("calibrate.py", f"--out {out} --quick --cpu-devices {2 * interpret}")
     text = f"exit code {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
     results.add(text, ok=done.returncode == 0)
 
 
-def _script(name: str, flags: str) -> subprocess.CompletedProcess[str]:
+def run_script(name: str, flags: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     command = [sys.executable, str(ROOT / "scripts" / name), *flags.split()]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})

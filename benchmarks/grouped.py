@@ -1,7 +1,8 @@
 """Checks and times the products of a mixture of experts on one GPU: many tiles at once, and one after another.
 
 Parts: `check` compares value and gradients of `tsp_jax.ops.experts` in bfloat16 with float32; `kernels` times the
-kernel's three products with several blocks; `op` times forward and backward of the op with the streaming's buckets.
+kernel's three products with several blocks; `op` times forward and backward of the op with the streaming's buckets;
+`train` trains two layers of Qwen3-30B-A3B and a small mixture of text with each kernel, whose losses must agree.
 Every result is one line of grouped.jsonl in the folder of --out, written when it is known.
 
 On a GPU: python benchmarks/grouped.py --out OUT
@@ -14,11 +15,13 @@ import argparse
 import functools
 import gzip
 import itertools
+import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpu_check import Results, compile_all, load, rate, say, seconds
+from gpu_check import Results, compile_all, load, rate, run_script, say, seconds
 
 
 class Sizes(NamedTuple):
@@ -225,10 +228,51 @@ def op(results: Results, interpret: bool, folder: Path) -> None:
                     text.write_bytes(gzip.compress(program.as_text().encode()))
 
 
+TRAINED = {
+    "tiny of bytes": (
+        "tiny --model.experts.number 8 --model.experts.per-token 2 --model.d-ff 288 --compute-dtype bfloat16 "
+        "--eval-every 0 --steps 30"
+    ),
+    "Qwen3-30B-A3B, 2 layers": (
+        "qwen3_30b_a3b --model.num-layers 2 --model.vocab-size 32768 --seq-len 16384 --steps 12"
+    ),
+}
+"""name -> configuration and flags of a run on one GPU"""
+
+
+def train(results: Results, interpret: bool) -> None:
+    """Short training runs with each kernel of experts: the losses must agree, and steps are timed."""
+    for name, flags in TRAINED.items():
+        losses = {}
+        for kernel in ("triton", "xla")[interpret:]:
+            if interpret and not name.startswith("tiny"):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                chosen = f"--cpu-devices {int(interpret)} --mesh data=1,tsp=1 --stream.expert-kernel {kernel}"
+                say(f"training {name}, {kernel}")
+                short = f"--checkpoint-every 0 --workdir {folder}/run" + " --steps 2" * interpret
+                done = run_script("train.py", f"{flags} {chosen} {short}")
+                files = Path(folder).rglob("*.jsonl")
+                lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+            losses[kernel] = [line["loss"] for line in lines if "loss" in line]
+            tail = "\n  ".join(done.stdout.strip().splitlines()[-6:] + done.stderr.strip().splitlines()[-6:])
+            times = [round(line["tokens"] / line["tokens_per_s"], 4) for line in lines if "tokens_per_s" in line]
+            results.add(
+                f"{name}, {kernel}: exit code {done.returncode}, losses {losses[kernel][-3:]}, seconds {times[-3:]}\n"
+                f"  {tail}",
+                ok=done.returncode == 0, name=name, kernel=kernel, metrics=lines, stdout=done.stdout[-4000:],
+                stderr=done.stderr[-6000:],
+            )  # fmt: skip
+        if len(losses) == 2:
+            pairs = list(zip(*losses.values(), strict=False))
+            apart = max((abs(a - b) / abs(b) for a, b in pairs), default=float("inf"))
+            results.add(f"{name}: losses differ by {apart:.1e} at most", name=name, apart=apart, ok=apart < 0.01)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--parts", default="check,op,kernels")
+    parser.add_argument("--parts", default="check,op,train,kernels")
     parser.add_argument("--interpret", action="store_true")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -237,7 +281,7 @@ def main() -> None:
         results.file = arguments.out / "grouped.jsonl"
         say(part)
         extra = (arguments.out,) if part == "op" else ()
-        {"check": check, "kernels": kernels, "op": op}[part](results, arguments.interpret, *extra)
+        {"check": check, "kernels": kernels, "op": op, "train": train}[part](results, arguments.interpret, *extra)
 
 
 if __name__ == "__main__":

@@ -234,7 +234,8 @@ TRAINED = {
         "--eval-every 0 --steps 30"
     ),
     "Qwen3-30B-A3B, 2 layers": (
-        "qwen3_30b_a3b --model.num-layers 2 --model.vocab-size 32768 --seq-len 16384 --steps 12"
+        "qwen3_30b_a3b --model.num-layers 2 --model.vocab-size 32768 --seq-len 16384 --steps 12 "
+        "--data.tokenizer bytes --data.files docs/*.md"
     ),
 }
 """name -> configuration and flags of a run on one GPU"""

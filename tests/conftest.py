@@ -7,7 +7,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # new emitters of fusions half of that (XLA of jax 0.12 has no others, and ignores the option).
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
-    "--xla_cpu_collective_call_terminate_timeout_seconds=3600 "  # as in tsp_jax.tools.cli
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
     + os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
 )
@@ -17,6 +17,7 @@ import pytest
 
 from tests.quick import is_for_newest, is_quick
 
+jax.config.update("jax_cpu_enable_async_dispatch", False)  # as in tsp_jax.tools.cli
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -253,7 +253,10 @@ def use_devices(cpu_devices: int) -> None:
     if cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", cpu_devices)
-        # XLA ends the process if a virtual device waits 40 s for another: seen on a machine that had other work too.
+        # Dispatched asynchronously, virtual devices can wait for each other forever: seen with many small programs in
+        # flight, of which the earliest waits, on one device, for a place among those in flight.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+        # XLA ends the process if a virtual device waits 40 s for another, as it may on a machine that has other work.
         if _LONGEST_WAIT not in (flags := os.environ.get("XLA_FLAGS", "")):
             os.environ["XLA_FLAGS"] = f"{flags} {_LONGEST_WAIT}=3600".lstrip()
         # On jax 0.12 a CPU program read back from the persistent cache no longer orders its collectives: seen to hang,

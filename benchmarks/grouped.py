@@ -101,14 +101,14 @@ def ragged(sizes: Sizes, x, chosen, mix, *weights):
     return jnp.zeros_like(x[0]).at[order // sizes.per_token].add(out.astype(x.dtype))[None]
 
 
-def triton(interpret: bool, **changes: Any) -> Any:
-    """The kernel for this device, with other blocks."""
+def triton(interpret: bool, blocks: Any = None) -> Any:
+    """The kernel for this device; `blocks`: those of both kernels, where they are not the device's own."""
     import jax
     import numpy as np
 
     kernels, grouped = load("tsp_jax.ops.kernels"), load("tsp_jax.ops.grouped")
     arch = "interpret" if interpret else kernels.arch_of(jax.sharding.Mesh(np.array(jax.devices()[:1]), ("one",)))
-    return grouped.TritonGrouped(arch, grouped.BLOCKS[arch]._replace(**changes))
+    return grouped.TritonGrouped(arch, blocks and grouped.KernelBlocks(blocks, blocks))
 
 
 def check(results: Results, interpret: bool) -> None:
@@ -152,50 +152,54 @@ def products(kernel: Any, slab: Any) -> dict[str, Callable[..., Any]]:
     }
 
 
+SHAPES = (128, 128), (128, 256), (64, 256), (256, 128), (256, 64)
+"""rows and columns of the blocks that `kernels` tries; those of a tile's kernel with more rows than a tile are cut"""
+
+
 def kernels(results: Results, interpret: bool) -> None:
-    """The three products of one slab of full tiles, with several blocks; and one plain product of the same size."""
+    """The products of one slab of full tiles, with several blocks; and one plain product of the same size."""
     import jax
     import jax.numpy as jnp
 
     grouped = load("tsp_jax.ops.grouped")
-    sizes, tiles = (TINY, (16,)) if interpret else (QWEN, (128,))
-    experts = sizes.num_experts // sizes.buckets
-    rows = sizes.tokens * sizes.per_token // sizes.buckets
-    keys = jax.random.split(jax.random.key(1), 6)
-    x, dy = (jax.random.normal(key, (rows, sizes.d_model), jnp.bfloat16) for key in keys[:2])
-    h, da = (jax.random.normal(key, (rows, sizes.d_ff), jnp.bfloat16) for key in keys[2:4])
-    w = jax.random.normal(keys[4], (experts, sizes.d_ff, sizes.d_model), jnp.bfloat16)
-    total = jnp.zeros(w.shape, jnp.float32)
-    options = [{}] if interpret else [
-        dict(zip(("columns", "inner", "warps", "stages"), each, strict=True))
-        for each in itertools.product((128, 256, 64), (64, 32), (4, 8), (3, 4))
-        if (each[0] != 256 or each[2] == 8) and (each[0] != 64 or each[2] == 4)
-    ]  # fmt: skip
-    calls = []
-    for tile, option in itertools.product(tiles, options):
+    for sizes in [TINY] if interpret else [QWEN, MIXTRAL]:
+        tile = 16 if interpret else 128
+        experts = sizes.num_experts // sizes.buckets
+        rows = sizes.tokens * sizes.per_token // sizes.buckets
+        keys = jax.random.split(jax.random.key(1), 6)
+        x, dy = (jax.random.normal(key, (rows, sizes.d_model), jnp.bfloat16) for key in keys[:2])
+        h, da = (jax.random.normal(key, (rows, sizes.d_ff), jnp.bfloat16) for key in keys[2:4])
+        w = jax.random.normal(keys[4], (experts, sizes.d_ff, sizes.d_model), jnp.bfloat16)
+        total = jnp.zeros(w.shape, jnp.float32)
+        options = [None] if interpret else [
+            grouped.Blocks(*shape, *each)
+            for shape, each in itertools.product(SHAPES, itertools.product((64, 32), (8, 4), (3, 4), (8, 1)))
+            if (shape == (128, 128) or each[1] == 8) and (each[2:] == (3, 8) or each[0] == 64)
+        ]  # fmt: skip
         number = rows // tile
         places = jnp.arange(number, dtype=jnp.int32) // (number // experts)
-        kernel = triton(interpret, **option)
-
         slab = grouped.Slab(places, jnp.int32(number), tile, number, rows / experts)
         inputs = {"gate and up": (x, w), "one product": (x, w), "down": (h, w), "dx": (h, da, w)}
         inputs["outer"] = total, h, dy
-        label = f"n {tile} " + " ".join(f"{key} {value}" for key, value in option.items())
-        calls += [(f"{name}: {label}", call, inputs[name]) for name, call in products(kernel, slab).items()]
-    whole = w.reshape(-1, sizes.d_model)[: sizes.d_ff]
-    calls.append(("plain product", lambda x, w: x @ w.T, (x, whole)))
-    programs = compile_all(calls, results)
-    one = 2.0 * rows * sizes.d_model * sizes.d_ff
-    for name, _, inputs in calls:
-        if (program := programs.get(name)) is not None:
-            kind = name.split(":")[0]
-            flops = one * {"gate and up": 2, "dx": 2}.get(kind, 1)
-            try:
-                rate(
-                    results, name, flops, seconds(functools.partial(program, *inputs), total=0.02, repeats=3), kind=kind
-                )
-            except Exception as error:
-                results.failed(name, error, kind=kind)
+        calls = []
+        for option in options:
+            label = f"{sizes.name} {'x'.join(map(str, option or ()))}"
+            for name, call in products(triton(interpret, option), slab).items():
+                if name == "outer" or option is None or option.rows <= tile:
+                    calls.append((f"{name}: {label}", call, inputs[name]))
+        whole = w.reshape(-1, sizes.d_model)[: sizes.d_ff]
+        calls.append((f"plain product: {sizes.name}", lambda x, w: x @ w.T, (x, whole)))
+        programs = compile_all(calls, results)
+        one = 2.0 * rows * sizes.d_model * sizes.d_ff
+        for name, _, arguments in calls:
+            if (program := programs.get(name)) is not None:
+                kind = name.split(":")[0]
+                flops = one * {"gate and up": 2, "dx": 2}.get(kind, 1)
+                try:
+                    times = seconds(functools.partial(program, *arguments), total=0.02, repeats=3)
+                    rate(results, name, flops, times, kind=kind)
+                except Exception as error:
+                    results.failed(name, error, kind=kind)
 
 
 def op(results: Results, interpret: bool, folder: Path) -> None:
@@ -229,13 +233,13 @@ def op(results: Results, interpret: bool, folder: Path) -> None:
 
 
 TRAINED = {
+    "Qwen3-30B-A3B, 2 layers": (
+        "qwen3_30b_a3b --model.num-layers 2 --model.vocab-size 32768 --seq-len 16384 --steps 12 "
+        "--data.tokenizer bytes --data.files tsp_jax/**/*.py"
+    ),
     "tiny of bytes": (
         "tiny --model.experts.number 8 --model.experts.per-token 2 --model.d-ff 288 --compute-dtype bfloat16 "
         "--eval-every 0 --steps 30"
-    ),
-    "Qwen3-30B-A3B, 2 layers": (
-        "qwen3_30b_a3b --model.num-layers 2 --model.vocab-size 32768 --seq-len 16384 --steps 12 "
-        "--data.tokenizer bytes --data.files docs/*.md"
     ),
 }
 """name -> configuration and flags of a run on one GPU"""

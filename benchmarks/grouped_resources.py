@@ -3,7 +3,7 @@
 As `attention_resources.py`, for the products of Qwen3-30B-A3B's experts: a slab of 8,192 rows, 8 experts of 768 rows.
 
 python benchmarks/grouped_resources.py --target mi300x
-python benchmarks/grouped_resources.py --target h100 --blocks '128,64,4,3;128,64,8,3'
+python benchmarks/grouped_resources.py --target h100 --blocks '128,128,64,4,3;128,128,64,8,3'
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from grouped import products
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tsp_jax.hardware.targets import parse_target, use_target
-from tsp_jax.ops.grouped import BLOCKS, Blocks, Slab, TritonGrouped
+from tsp_jax.ops.grouped import BLOCKS, Blocks, KernelBlocks, Slab, TritonGrouped
 from tsp_jax.ops.kernels import arch_of
 
 ROWS, EXPERTS, D_FF, D_MODEL, TILE = 8192, 8, 768, 2048, 128
@@ -29,7 +29,8 @@ class Args:
 
     target: str = "mi300x"
     blocks: str = ""
-    """COLUMNS,INNER,WARPS,STAGES; several are compiled one after another. Those of `grouped.BLOCKS` by default"""
+    """ROWS,COLUMNS,INNER,WARPS,STAGES; several, separated by semicolons, are compiled one after another. By default
+    those of `grouped.BLOCKS`"""
 
 
 def main(args: Args) -> None:
@@ -38,7 +39,7 @@ def main(args: Args) -> None:
     use_target(target)
     mesh = Mesh(np.array(target.devices()), ("one",), axis_types=(AxisType.Auto,))
     arch = arch_of(mesh)
-    every = [Blocks(*map(int, each.split(","))) for each in args.blocks.split(";") if each] or [BLOCKS[arch]]
+    every = [KernelBlocks(*2 * [Blocks(*map(int, each.split(",")))]) for each in args.blocks.split(";") if each]
 
     def like(*shape: int, dtype: str = "bfloat16") -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -49,13 +50,14 @@ def main(args: Args) -> None:
     slab = Slab(places, filled, TILE, tiles, ROWS / EXPERTS)
     x, h, w = like(ROWS, D_MODEL), like(ROWS, D_FF), like(EXPERTS, D_FF, D_MODEL)
     total = like(*w.shape, dtype="float32")
-    for blocks in every:
+    for blocks in every or [BLOCKS[arch]]:
         kernel = TritonGrouped(arch, blocks)
         arrays = {"gate and up": (x, w), "one product": (x, w), "down": (h, w), "dx": (h, h, w), "outer": (total, h, x)}
         for name, call in products(kernel, slab).items():
+            part = "outer" if name == "outer" else "tiles"
             jax.jit(call).lower(*arrays[name]).compile()
             for facts in resources.read(target.hardware.platform).values():
-                print(f"{args.target}, blocks {tuple(blocks)}, {name}: {facts}", flush=True)
+                print(f"{args.target}, blocks {tuple(getattr(blocks, part))[:5]}, {name}: {facts}", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ from tsp_jax.inspect.parser import parse
 from tsp_jax.inspect.scopes import declared_flops
 from tsp_jax.layout import Axes, place
 from tsp_jax.ops.experts import ExpertBiases, experts
-from tsp_jax.ops.grouped import Blocks, OneByOne, TritonGrouped, choose_grouped
+from tsp_jax.ops.grouped import Blocks, KernelBlocks, OneByOne, TritonGrouped, choose_grouped
 from tsp_jax.ops.router import Choices
 from tsp_jax.ops.stream import Stream
 from tsp_jax.stored import ExpertPadding
 
 T, D, E, F, K = 48, 64, 6, 48, 2
-BLOCKS = Blocks(16, 32, 4, 1)
+BLOCKS = KernelBlocks(Blocks(8, 32, 16, 4, 1, together=3), Blocks(16, 32, 8, 4, 1, together=2))
 
 
 class Short(TritonGrouped):

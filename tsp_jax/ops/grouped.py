@@ -129,12 +129,38 @@ class OneByOne(Grouped):
 
 
 class Blocks(NamedTuple):
-    """Blocks of a Triton kernel: of columns of the result, and of the dim that is summed over."""
+    """Blocks of a Triton kernel: of rows and columns of the result, and of the dim that is summed over."""
 
+    rows: int
     columns: int
     inner: int
     warps: int
     stages: int
+    together: int = 8
+    """rows of blocks that programs one after another compute, so that caches keep what all of them read"""
+
+    def fit(self, rows: int, columns: int, inner: int) -> "Blocks":
+        """The largest blocks that divide these dims, at most these blocks."""
+        return self._replace(
+            rows=math.gcd(self.rows, rows), columns=math.gcd(self.columns, columns), inner=math.gcd(self.inner, inner)
+        )
+
+    def position(self, rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
+        """(row, column) of the block of this program, of a result of so many elements."""
+        rows, columns, index = rows // self.rows, columns // self.columns, pl.program_id(0)
+        first = index // (self.together * columns) * self.together
+        together = jnp.minimum(self.together, rows - first)
+        within = index - first * columns
+        return first + within % together, within // together
+
+
+class KernelBlocks(NamedTuple):
+    """Blocks of the two Triton kernels."""
+
+    tiles: Blocks
+    """of a tile times weights; its `rows` are the tile's at most"""
+    outer: Blocks
+    """of the sums over an expert's rows; its `inner` is the tile's at most"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +169,7 @@ class TritonGrouped(Grouped):
 
     arch: str
     """a key of `BLOCKS`; ``interpret`` runs anywhere, slowly"""
-    blocks: Blocks | None = None
+    blocks: KernelBlocks | None = None
     """None: those of `arch`"""
 
     name, slabs = "triton", SLABS["triton"]
@@ -165,11 +191,11 @@ class TritonGrouped(Grouped):
 
     def outer(self, total_mfD, a_Nf, b_ND, slab):
         experts, rows, columns = total_mfD.shape
-        block = self._blocks(columns, rows)
+        block = self._blocks.outer.fit(rows, columns, slab.tile)
         first_m, counts_m = slab.of_experts(experts)
         call = pl.pallas_call(
             functools.partial(_outer_kernel, tile=slab.tile, block=block),
-            grid=(rows // block.inner, columns // block.columns, experts),
+            grid=(rows // block.rows * (columns // block.columns), experts),
             out_shape=jax.ShapeDtypeStruct(
                 total_mfD.shape, jnp.float32, manual_axis_type=jax.typeof(total_mfD).mat
             ),
@@ -199,16 +225,16 @@ class TritonGrouped(Grouped):
             return f"needs d_model and a device's d_ff to be multiples of 16, not {d_model} and {rows}"
         return ""
 
-    def _blocks(self, columns: int, inner: int) -> Blocks:
-        block = self.blocks or BLOCKS[self.arch]
-        return block._replace(columns=math.gcd(block.columns, columns), inner=math.gcd(block.inner, inner))
+    @property
+    def _blocks(self) -> KernelBlocks:
+        return self.blocks or BLOCKS[self.arch]
 
     def _call(self, body, slab: Slab, arrays: Arrays, outputs, columns: int, inner: int, products: int):
-        block = self._blocks(columns, inner)
+        block = self._blocks.tiles.fit(slab.tile, columns, inner)
         varying = jax.typeof(arrays[0]).mat
         call = pl.pallas_call(
             functools.partial(body, tile=slab.tile, block=block),
-            grid=(columns // block.columns, len(slab.experts_q)),
+            grid=(len(slab.experts_q) * (slab.tile // block.rows) * (columns // block.columns),),
             out_shape=[jax.ShapeDtypeStruct(o.shape, o.dtype, manual_axis_type=varying) for o in outputs],
             compiler_params=triton.CompilerParams(num_warps=block.warps, num_stages=block.stages),
             interpret=self.arch == "interpret",
@@ -218,12 +244,14 @@ class TritonGrouped(Grouped):
 
 
 BLOCKS = {
-    "gfx942": Blocks(128, 64, 8, 2), "gfx950": Blocks(128, 64, 8, 2), "sm_90": Blocks(128, 64, 8, 3),
-    "interpret": Blocks(16, 16, 4, 1),
-}  # fmt: skip
+    "gfx942": KernelBlocks(Blocks(128, 128, 64, 8, 2), Blocks(128, 128, 64, 8, 2)),
+    "gfx950": KernelBlocks(Blocks(128, 128, 64, 8, 2), Blocks(128, 128, 64, 8, 2)),
+    "sm_90": KernelBlocks(Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 64, 8, 3)),
+    "interpret": KernelBlocks(Blocks(16, 16, 16, 4, 1), Blocks(16, 16, 16, 4, 1)),
+}
 """arch -> blocks. With 8 warps two sums of 128 x 128 fit into registers; with 4, ptxas spills on Hopper, and a SIMD of
-AMD holds one wavefront (benchmarks/experts.md). None has been timed."""
-
+AMD holds one wavefront. Those of sm_90 were the fastest of those tried on an H100; AMD's were not timed
+(benchmarks/experts.md)."""
 
 def _sum(*products: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, products)
@@ -243,12 +271,13 @@ def _rows_kernel(
     rows_refs, weight_refs, bias_refs, out_refs = (
         refs[start:end] for start, end in zip((0, *ends), ends, strict=False)
     )
-    column, index = pl.program_id(0), pl.program_id(1)
+    row, column = block.position(*out_refs[0].shape)
+    index = row // (tile // block.rows)
 
     @pl.when(index < filled_ref[0])
     def _():
         expert = experts_ref[index]
-        rows = pl.ds(index * tile, tile)
+        rows = pl.ds(row * block.rows, block.rows)
         columns = pl.ds(column * block.columns, block.columns)
 
         def step(i, sums):
@@ -264,7 +293,7 @@ def _rows_kernel(
             return tuple(total + product for total, product in zip(sums, products, strict=True))
 
         steps = weight_refs[0].shape[2 if transposed else 1] // block.inner
-        zero = jnp.zeros((tile, block.columns), jnp.float32)
+        zero = jnp.zeros((block.rows, block.columns), jnp.float32)
         sums = lax.fori_loop(0, steps, step, (zero,) * (1 if combine is _sum else number))
         if biased:
             products = zip(sums, bias_refs, strict=True)
@@ -276,20 +305,22 @@ def _rows_kernel(
 
 def _outer_kernel(first_ref, counts_ref, a_ref, b_ref, total_ref, out_ref, *, tile: int, block: Blocks):
     """Adds to a block of one expert's gradient, over the tiles of that expert."""
-    row, column, expert = (pl.program_id(axis) for axis in range(3))
+    row, column = block.position(*total_ref.shape[1:])
+    expert = pl.program_id(1)
     number = counts_ref[expert]
 
     @pl.when(number > 0)
     def _():
-        rows = pl.ds(row * block.inner, block.inner)
+        rows = pl.ds(row * block.rows, block.rows)
         columns = pl.ds(column * block.columns, block.columns)
-        first = first_ref[expert]
+        first = first_ref[expert] * tile
 
         def step(i, total):
-            tokens = pl.ds((first + i) * tile, tile)
+            tokens = pl.ds(first + i * block.inner, block.inner)
             return total + _dot(a_ref[tokens, rows].T, b_ref[tokens, columns])
 
-        total = lax.fori_loop(0, number, step, jnp.zeros((block.inner, block.columns), jnp.float32))
+        steps = number * (tile // block.inner)
+        total = lax.fori_loop(0, steps, step, jnp.zeros((block.rows, block.columns), jnp.float32))
         out_ref[expert, rows, columns] = total_ref[expert, rows, columns] + total
 
 

@@ -108,7 +108,7 @@ def triton(interpret: bool, blocks: Any = None) -> Any:
 
     kernels, grouped = load("tsp_jax.ops.kernels"), load("tsp_jax.ops.grouped")
     arch = "interpret" if interpret else kernels.arch_of(jax.sharding.Mesh(np.array(jax.devices()[:1]), ("one",)))
-    return grouped.TritonGrouped(arch, blocks and grouped.KernelBlocks(blocks, blocks))
+    return grouped.TritonGrouped(arch, blocks and grouped.KernelBlocks(*4 * [blocks]))
 
 
 def check(results: Results, interpret: bool) -> None:
@@ -148,7 +148,7 @@ def products(kernel: Any, slab: Any) -> dict[str, Callable[..., Any]]:
         "one product": lambda x, w: kernel.matmul_t(x, (w,), slab)[0],
         "down": lambda h, w: kernel.matmul((h,), (w,), slab),
         "dx": lambda h, da, w: kernel.matmul((h, da), (w, w), slab),
-        "outer": lambda total, h, x: kernel.outer(total, h, x, slab),
+        "outer": lambda h, x: kernel.outer(None, h, x, slab),
     }
 
 
@@ -170,7 +170,6 @@ def kernels(results: Results, interpret: bool) -> None:
         x, dy = (jax.random.normal(key, (rows, sizes.d_model), jnp.bfloat16) for key in keys[:2])
         h, da = (jax.random.normal(key, (rows, sizes.d_ff), jnp.bfloat16) for key in keys[2:4])
         w = jax.random.normal(keys[4], (experts, sizes.d_ff, sizes.d_model), jnp.bfloat16)
-        total = jnp.zeros(w.shape, jnp.float32)
         options = [None] if interpret else [
             grouped.Blocks(*shape, *each)
             for shape, each in itertools.product(SHAPES, itertools.product((64, 32), (8, 4), (3, 4), (8, 1)))
@@ -178,9 +177,9 @@ def kernels(results: Results, interpret: bool) -> None:
         ]  # fmt: skip
         number = rows // tile
         places = jnp.arange(number, dtype=jnp.int32) // (number // experts)
-        slab = grouped.Slab(places, jnp.int32(number), tile, number, rows / experts)
+        slab = grouped.Slab(places, experts, jnp.int32(number), tile, number, rows / experts)
         inputs = {"gate and up": (x, w), "one product": (x, w), "down": (h, w), "dx": (h, da, w)}
-        inputs["outer"] = total, h, dy
+        inputs["outer"] = h, dy
         calls = []
         for option in options:
             label = f"{sizes.name} {'x'.join(map(str, option or ()))}"
@@ -234,7 +233,7 @@ def op(results: Results, interpret: bool, folder: Path) -> None:
 
 TRAINED = {
     "Qwen3-30B-A3B, 2 layers": (
-        "qwen3_30b_a3b --model.num-layers 2 --model.vocab-size 32768 --seq-len 16384 --steps 12 "
+        "qwen3_30b_a3b --model.num-layers 2 --model.vocab-size 32768 --seq-len 16384 --steps 12 --eval-every 0 "
         "--data.tokenizer bytes --data.files tsp_jax/**/*.py"
     ),
     "tiny of bytes": (

@@ -39,7 +39,7 @@ def main(args: Args) -> None:
     use_target(target)
     mesh = Mesh(np.array(target.devices()), ("one",), axis_types=(AxisType.Auto,))
     arch = arch_of(mesh)
-    every = [KernelBlocks(*2 * [Blocks(*map(int, each.split(",")))]) for each in args.blocks.split(";") if each]
+    every = [KernelBlocks(*4 * [Blocks(*map(int, each.split(",")))]) for each in args.blocks.split(";") if each]
 
     def like(*shape: int, dtype: str = "bfloat16") -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -47,14 +47,13 @@ def main(args: Args) -> None:
     tiles = ROWS // TILE
     places: Any = np.arange(tiles, dtype=np.int32) * EXPERTS // tiles
     filled: Any = np.int32(tiles)
-    slab = Slab(places, filled, TILE, tiles, ROWS / EXPERTS)
+    slab = Slab(places, EXPERTS, filled, TILE, tiles, ROWS / EXPERTS)
     x, h, w = like(ROWS, D_MODEL), like(ROWS, D_FF), like(EXPERTS, D_FF, D_MODEL)
-    total = like(*w.shape, dtype="float32")
     for blocks in every or [BLOCKS[arch]]:
         kernel = TritonGrouped(arch, blocks)
-        arrays = {"gate and up": (x, w), "one product": (x, w), "down": (h, w), "dx": (h, h, w), "outer": (total, h, x)}
+        arrays = {"gate and up": (x, w), "one product": (x, w), "down": (h, w), "dx": (h, h, w), "outer": (h, x)}
         for name, call in products(kernel, slab).items():
-            part = "outer" if name == "outer" else "tiles"
+            part = {"gate and up": "pair", "dx": "total", "outer": "outer"}.get(name, "one")
             jax.jit(call).lower(*arrays[name]).compile()
             for facts in resources.read(target.hardware.platform).values():
                 print(f"{args.target}, blocks {tuple(getattr(blocks, part))[:5]}, {name}: {facts}", flush=True)

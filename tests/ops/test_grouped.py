@@ -29,7 +29,7 @@ from tsp_jax.ops.stream import Stream
 from tsp_jax.stored import ExpertPadding
 
 T, D, E, F, K = 48, 64, 6, 48, 2
-BLOCKS = KernelBlocks(Blocks(8, 32, 16, 4, 1, together=3), Blocks(16, 32, 8, 4, 1, together=2))
+BLOCKS = KernelBlocks(*3 * [Blocks(8, 32, 16, 4, 1, together=3)], Blocks(16, 32, 8, 4, 1, together=2))
 
 
 class Short(TritonGrouped):

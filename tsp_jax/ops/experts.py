@@ -213,7 +213,10 @@ class _Experts(RowwiseOp):
         return self.tile or self.grouped.slabs.tile(choices, self.num_experts)
 
     def _over_slabs(self, body, carry: Any, inputs: Arrays, bucket: Bucket) -> Any:
-        """Runs ``body(carry, slab, choices [N])`` on all tiles of a bucket, a slab at a time."""
+        """Runs ``body(carry, slab, choices [N])`` on all tiles of a bucket, a slab at a time.
+
+        The first slab stands before the loop over the others if it holds many tiles: mostly there are no others.
+        """
         tiles, experts = self._tiles(inputs, bucket), bucket.num_rows // self.rows
         mean = self._mean_tiles(inputs[1].size, experts)
         size = self.grouped.slabs.tiles(mean, tiles.size)
@@ -222,12 +225,14 @@ class _Experts(RowwiseOp):
         def step(index, carry):
             experts_q, choices_N = tiles.slab(index * size, size)
             filled = jnp.minimum(size, tiles.ends_m[-1] - index * size)
-            slab = Slab(experts_q, filled, tiles.size, mean / trips, mean / experts * tiles.size)
+            slab = Slab(experts_q, experts, filled, tiles.size, mean / trips, mean / experts * tiles.size)
             return body(carry, slab, choices_N)
 
+        begun = int(size > 1)
+        carry = step(jnp.int32(0), carry) if begun else carry
         # Reports read how often a loop runs whose end depends on data from the scope around it.
-        with jax.named_scope(f"mean_trips[{trips:.9g}]"):
-            return lax.fori_loop(0, -(-tiles.ends_m[-1] // size), step, carry)
+        with jax.named_scope(f"mean_trips[{max(trips - begun, 1e-9):.9g}]"):
+            return lax.fori_loop(begun, -(-tiles.ends_m[-1] // size), step, carry)
 
     def _mean_tiles(self, choices: int, experts: int) -> float:
         """Mean number of tiles of a bucket of so many experts, if all experts are chosen equally often."""
@@ -298,7 +303,7 @@ class _Experts(RowwiseOp):
             )
 
         dx, dweights = total
-        grads = (zeros(array.shape, jnp.float32, dy_BtD) for array in (gate_mfD, up_mfD, down_mfD, *biases))
+        grads = (grouped.start(array.shape, dy_BtD) for array in (gate_mfD, up_mfD, down_mfD, *biases))
         carry = dx.reshape(-1, dx.shape[-1]), dweights.reshape(-1), *grads
         dx_AD, dweights_A, *grads = self._over_slabs(slab, carry, inputs, bucket)
         total = dx_AD.reshape(dx.shape), dweights_A.reshape(dweights.shape)

@@ -25,7 +25,7 @@ from tsp_jax.config.experts import SLABS, Slabs
 from tsp_jax.errors import ConfigError
 from tsp_jax.ops.kernels.kernel import arch_of
 from tsp_jax.ops.linear import matmul, matmul_t, outer
-from tsp_jax.ops.stream import Arrays
+from tsp_jax.ops.stream import Arrays, zeros
 
 
 class Slab(NamedTuple):
@@ -33,6 +33,8 @@ class Slab(NamedTuple):
 
     experts_q: jax.Array
     """int32: of each tile, its expert's place among the m experts; any if the tile holds no row"""
+    number: int
+    """m"""
     filled: jax.Array
     """int32 []: tiles from this one on hold no row"""
     tile: int
@@ -42,14 +44,14 @@ class Slab(NamedTuple):
     expert_rows: float
     """mean number of rows of an expert, for reports"""
 
-    def tiles_of(self, number: int) -> jax.Array:
+    def tiles(self) -> jax.Array:
         """[m, q]: whether a tile is one of an expert's."""
-        places_m, tiles_q = (lax.iota(jnp.int32, size) for size in (number, len(self.experts_q)))
+        places_m, tiles_q = (lax.iota(jnp.int32, size) for size in (self.number, len(self.experts_q)))
         return (self.experts_q[None] == places_m[:, None]) & (tiles_q < self.filled)[None]
 
-    def of_experts(self, number: int) -> tuple[jax.Array, jax.Array]:
+    def of_experts(self) -> tuple[jax.Array, jax.Array]:
         """(first tile, number of tiles) of each of the m experts, int32 [m]; 0 and 0 for an expert without tiles."""
-        mine_mq = self.tiles_of(number)
+        mine_mq = self.tiles()
         return jnp.argmax(mine_mq, axis=1).astype(jnp.int32), mine_mq.sum(axis=1, dtype=jnp.int32)
 
     @property
@@ -90,12 +92,16 @@ class Grouped(abc.ABC):
     def matmul(self, rows: Arrays, weights: Arrays, slab: Slab) -> jax.Array:
         """``sum of h w_e`` over pairs of rows h [N, f] and weights w [m, f, D]: [N, D] in the compute dtype."""
 
+    def start(self, shape: tuple[int, ...], like: jax.Array) -> jax.Array | None:
+        """What the first slab adds to: zeros that vary over mesh axes as `like`, or None if nothing need be added."""
+        return zeros(shape, jnp.float32, like)
+
     @abc.abstractmethod
-    def outer(self, total_mfD: jax.Array, a_Nf: jax.Array, b_ND: jax.Array, slab: Slab) -> jax.Array:
+    def outer(self, total_mfD: jax.Array | None, a_Nf: jax.Array, b_ND: jax.Array, slab: Slab) -> jax.Array:
         """``total_e + a^T b`` over the rows of each expert: [m, f, D] float32."""
 
     @abc.abstractmethod
-    def sums(self, total_mf: jax.Array, a_Nf: jax.Array, slab: Slab) -> jax.Array:
+    def sums(self, total_mf: jax.Array | None, a_Nf: jax.Array, slab: Slab) -> jax.Array:
         """``total_e + the sum of the rows a`` of each expert: [m, f] float32."""
 
 
@@ -119,9 +125,11 @@ class OneByOne(Grouped):
         return matmul(h_1Nf, w_fD)[0].astype(rows[0].dtype)
 
     def outer(self, total_mfD, a_Nf, b_ND, slab):
+        assert total_mfD is not None
         return total_mfD.at[slab.experts_q[0]].add(outer(a_Nf[None], b_ND[None]))
 
     def sums(self, total_mf, a_Nf, slab):
+        assert total_mf is not None
         return total_mf.at[slab.experts_q[0]].add(a_Nf.sum(axis=0, dtype=jnp.float32))
 
     def _of(self, array_m: jax.Array, slab: Slab) -> jax.Array:
@@ -155,12 +163,16 @@ class Blocks(NamedTuple):
 
 
 class KernelBlocks(NamedTuple):
-    """Blocks of the two Triton kernels."""
+    """Blocks of the Triton kernels: of a tile times weights, whose `rows` are the tile's at most, and of `outer`."""
 
-    tiles: Blocks
-    """of a tile times weights; its `rows` are the tile's at most"""
+    pair: Blocks
+    """of two products at once"""
+    one: Blocks
+    """of one product"""
+    total: Blocks
+    """of the sum of two products"""
     outer: Blocks
-    """of the sums over an expert's rows; its `inner` is the tile's at most"""
+    """its `inner` is the tile's at most"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,30 +201,34 @@ class TritonGrouped(Grouped):
         body = functools.partial(_rows_kernel, number=len(weights), transposed=False, biased=False, combine=_sum)
         return self._call(body, slab, (*rows, *weights), [shape], columns, inner, len(weights))[0]
 
+    def start(self, shape, like):
+        return None
+
     def outer(self, total_mfD, a_Nf, b_ND, slab):
-        experts, rows, columns = total_mfD.shape
+        rows, columns = a_Nf.shape[1], b_ND.shape[1]
+        totals = () if total_mfD is None else (total_mfD,)
         block = self._blocks.outer.fit(rows, columns, slab.tile)
-        first_m, counts_m = slab.of_experts(experts)
         call = pl.pallas_call(
             functools.partial(_outer_kernel, tile=slab.tile, block=block),
-            grid=(rows // block.rows * (columns // block.columns), experts),
+            grid=(rows // block.rows * (columns // block.columns), slab.number),
             out_shape=jax.ShapeDtypeStruct(
-                total_mfD.shape, jnp.float32, manual_axis_type=jax.typeof(total_mfD).mat
+                (slab.number, rows, columns), jnp.float32, manual_axis_type=jax.typeof(a_Nf).mat
             ),
-            input_output_aliases={4: 0},
+            input_output_aliases={4: 0} if totals else {},
             compiler_params=triton.CompilerParams(num_warps=block.warps, num_stages=block.stages),
             interpret=self.arch == "interpret",
         )  # fmt: skip
         each = min(slab.expert_rows, slab.mean_rows)  # of all experts as one product over the rows of each
         with slab.declare(rows * slab.mean_rows / each, columns, each):
-            return call(first_m, counts_m, a_Nf, b_ND, total_mfD)
+            return call(*slab.of_experts(), a_Nf, b_ND, *totals)
 
     def sums(self, total_mf, a_Nf, slab):
         # No scatter: a GPU would add the tiles of an expert in any order.
-        mine_mq = slab.tiles_of(len(total_mf))
+        mine_mq = slab.tiles()
         sums_qf = a_Nf.reshape(mine_mq.shape[1], slab.tile, -1).sum(axis=1, dtype=jnp.float32)
         sums_qf = jnp.where(mine_mq.any(axis=0)[:, None], sums_qf, 0.0)
-        return total_mf + jnp.matmul(mine_mq.astype(jnp.float32), sums_qf, precision=lax.Precision.HIGHEST)
+        sums_mf = jnp.matmul(mine_mq.astype(jnp.float32), sums_qf, precision=lax.Precision.HIGHEST)
+        return sums_mf if total_mf is None else total_mf + sums_mf
 
     def unsupported(self, d_model: int, rows: int, dtype: Any) -> str:
         """Why experts of these sizes cannot be multiplied on these devices; empty if they can."""
@@ -230,7 +246,9 @@ class TritonGrouped(Grouped):
         return self.blocks or BLOCKS[self.arch]
 
     def _call(self, body, slab: Slab, arrays: Arrays, outputs, columns: int, inner: int, products: int):
-        block = self._blocks.tiles.fit(slab.tile, columns, inner)
+        of_all = self._blocks
+        block = of_all.one if products == 1 else of_all.total if body.keywords["combine"] is _sum else of_all.pair
+        block = block.fit(slab.tile, columns, inner)
         varying = jax.typeof(arrays[0]).mat
         call = pl.pallas_call(
             functools.partial(body, tile=slab.tile, block=block),
@@ -243,15 +261,19 @@ class TritonGrouped(Grouped):
             return tuple(call(slab.filled[None], slab.experts_q, *arrays))
 
 
+_SQUARE = Blocks(128, 128, 64, 8, 2)
 BLOCKS = {
-    "gfx942": KernelBlocks(Blocks(128, 128, 64, 8, 2), Blocks(128, 128, 64, 8, 2)),
-    "gfx950": KernelBlocks(Blocks(128, 128, 64, 8, 2), Blocks(128, 128, 64, 8, 2)),
-    "sm_90": KernelBlocks(Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 64, 8, 3)),
-    "interpret": KernelBlocks(Blocks(16, 16, 16, 4, 1), Blocks(16, 16, 16, 4, 1)),
-}
-"""arch -> blocks. With 8 warps two sums of 128 x 128 fit into registers; with 4, ptxas spills on Hopper, and a SIMD of
-AMD holds one wavefront. Those of sm_90 were the fastest of those tried on an H100; AMD's were not timed
+    "gfx942": KernelBlocks(*4 * [_SQUARE]), "gfx950": KernelBlocks(*4 * [_SQUARE]),
+    "sm_90": KernelBlocks(
+        pair=Blocks(128, 128, 64, 8, 3), one=Blocks(128, 256, 64, 8, 3), total=Blocks(128, 256, 32, 8, 3),
+        outer=Blocks(256, 128, 64, 8, 3),
+    ),
+    "interpret": KernelBlocks(*4 * [Blocks(16, 16, 16, 4, 1)]),
+}  # fmt: skip
+"""arch -> blocks. Those of sm_90 are the fastest of those tried on an H100; AMD's were not timed. With 8 warps two sums
+of 128 x 128 fit into registers; with 4, ptxas spills on Hopper, and a SIMD of AMD holds one wavefront
 (benchmarks/experts.md)."""
+
 
 def _sum(*products: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, products)
@@ -303,13 +325,14 @@ def _rows_kernel(
             ref[rows, columns] = result.astype(ref.dtype)
 
 
-def _outer_kernel(first_ref, counts_ref, a_ref, b_ref, total_ref, out_ref, *, tile: int, block: Blocks):
-    """Adds to a block of one expert's gradient, over the tiles of that expert."""
-    row, column = block.position(*total_ref.shape[1:])
+def _outer_kernel(first_ref, counts_ref, a_ref, b_ref, *refs, tile: int, block: Blocks):
+    """A block of one expert's gradient, over the tiles of that expert; added to the total, if there is one."""
+    *total_refs, out_ref = refs
+    row, column = block.position(*out_ref.shape[1:])
     expert = pl.program_id(1)
     number = counts_ref[expert]
 
-    @pl.when(number > 0)
+    @pl.when((number > 0) | (not total_refs))
     def _():
         rows = pl.ds(row * block.rows, block.rows)
         columns = pl.ds(column * block.columns, block.columns)
@@ -321,7 +344,7 @@ def _outer_kernel(first_ref, counts_ref, a_ref, b_ref, total_ref, out_ref, *, ti
 
         steps = number * (tile // block.inner)
         total = lax.fori_loop(0, steps, step, jnp.zeros((block.rows, block.columns), jnp.float32))
-        out_ref[expert, rows, columns] = total_ref[expert, rows, columns] + total
+        out_ref[expert, rows, columns] = sum((ref[expert, rows, columns] for ref in total_refs), total)
 
 
 def choose_grouped(name: str, mesh: Mesh | AbstractMesh, d_model: int, rows: int, dtype: Any) -> Grouped:

@@ -1,7 +1,9 @@
 """Generation from prompts of token ids: the loop, its counts, and refusals."""
 
 import dataclasses
+import time
 
+import jax
 import pytest
 
 from tests.builders.arrays import place_case
@@ -29,6 +31,18 @@ def test_generate_counts_what_it_did():
     assert stats.prefill_s > 0 < stats.decode_s
     stopped = generate_tokens(program, params, prompts, max_new_tokens=20, stop_tokens=full[0][3:4], stats=stats)
     assert stats.new_tokens == 100 + sum(map(len, stopped)) < 200
+
+
+def test_decoding_has_its_own_time_where_dispatching_waits_for_the_device():
+    program, params = served("tsp4", "odd_heads")
+
+    def waits(*args):
+        time.sleep(0.3)
+        return jax.block_until_ready(program.decode(*args))
+
+    slow = dataclasses.replace(program, decode=waits)
+    generate_tokens(slow, params, make_prompts(), max_new_tokens=3, stats=(stats := Stats()))
+    assert stats.decode_s > 0.5, "two steps"
 
 
 def test_generate_ends_a_sequence_at_its_stop_token():

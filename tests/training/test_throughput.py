@@ -1,14 +1,20 @@
-"""TFLOP/s and share of peak: by hand, and of the device that runs."""
+"""TFLOP/s and share of peak: by hand, of the device that runs, and of each step of a run."""
 
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
 
+from tests.builders.runs import small_config
 from tests.builders.steps import CONFIG
 from tsp_jax.cost.flops import model_flops
 from tsp_jax.hardware.devices import HARDWARE, data_sheet
+from tsp_jax.training.metrics import read_metrics
+from tsp_jax.training.schedule import CompiledSteps
 from tsp_jax.training.throughput import Throughput
+from tsp_jax.training.trainer import train
 
 KINDS = {
     "NVIDIA H100 80GB HBM3": "h100",
@@ -56,3 +62,18 @@ def test_a_cpu_has_no_share_and_the_run_says_so():
     assert speed.hardware is None
     assert speed.of(64, 64, 1.0)["mfu"] is None
     assert "no share of peak" in str(speed)
+
+
+def test_a_step_has_its_own_time_where_dispatching_waits_for_the_device(monkeypatch, tmp_path, optax_promotes):
+    """As on virtual CPU devices; the time of the last step was that of nothing."""
+    step = CompiledSteps.__call__
+
+    def waits(self, state, batch):
+        time.sleep(0.3)
+        return jax.block_until_ready(step(self, state, batch))
+
+    monkeypatch.setattr(CompiledSteps, "__call__", waits)
+    config = small_config(tmp_path, steps=3)
+    train(config, "small")
+    lines = [line for line in read_metrics(Path(config.workdir) / "metrics.jsonl") if "loss" in line]
+    assert len(lines) == 3 and min(line["tokens"] / line["tokens_per_s"] for line in lines) > 0.2

@@ -19,6 +19,7 @@ from tsp_jax.inference.cache import Cache, assign_tokens
 from tsp_jax.inference.program import InferenceProgram
 from tsp_jax.inference.sampling import Sampling, row_keys, sample
 from tsp_jax.ops.attention.kv_cache import NO_TOKEN
+from tsp_jax.training.clock import when_done
 
 STOPPED = -1
 """in place of a token, where the sequence has ended"""
@@ -165,13 +166,14 @@ def _generate_group(program: InferenceProgram, params, prompts, first, max_new_t
     active_B = rows_B < len(prompts)
     for step in itertools.count(1):
         tokens_B, active_B = draw(logits_BV, cache.lengths_B, active_B, first + rows_B)
+        ended = when_done(tokens_B)
         if step < max_new_tokens:  # devices run the next step while the host reads these tokens
             logits_BV, cache = program.decode(params, cache, tokens_B)
         drawn, active = np.asarray(tokens_B), np.asarray(active_B)
         if (bad := drawn == NOT_FINITE).any():
             row = first + int(bad.argmax())
             raise ConfigError(f"logits of prompts[{row}] are not finite; use intact weights, or dtype=float32")
-        now, count = time.perf_counter(), int((drawn != STOPPED).sum())
+        now, count = ended(), int((drawn != STOPPED).sum())
         stats.new_tokens += count
         if step > 1:
             stats.decoded_tokens += count

@@ -2,13 +2,14 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
 from tsp_jax.config import Config
 from tsp_jax.errors import BAD_NUMBERS, PREEMPTED, RunStopped
 from tsp_jax.training.checkpoint import Checkpoints
+from tsp_jax.training.clock import when_done
 from tsp_jax.training.data import Batches, prefetch
 from tsp_jax.training.distributed import report_once
 from tsp_jax.training.evaluation import describe as describe_evaluation
@@ -67,8 +68,9 @@ class TrainLoop:
         self.profile.resume(start)
         for step, batch in batches:
             state, step_metrics = self.compiled(state, batch)
+            ended = when_done(step_metrics)
             self._log(pending)
-            pending, done = (step + 1, step_metrics), step + 1
+            pending, done = (step + 1, step_metrics, ended), step + 1
             stop = stop_agreed()
             evaluate, save = self._due(done, self.config.eval_every), self._due(done, self.config.checkpoint_every)
             if evaluate or save or stop or self.profile.is_due(done):
@@ -103,14 +105,14 @@ class TrainLoop:
         interrupt = self.signals.requested if jax.process_count() == 1 else None
         return prefetch(make, start, self.config.steps, self.config.data.prefetch, interrupt)
 
-    def _log(self, pending: tuple[int, StepMetrics] | None) -> None:
+    def _log(self, pending: tuple[int, StepMetrics, Callable[[], float]] | None) -> None:
         """Writes, shows and checks the metrics of a step; waits until the step is done."""
         if pending is None:
             return
-        step, step_metrics = pending
+        step, step_metrics, ended = pending
         values = step_values(step_metrics)
         self.watchdog.pet(f"step {step}")
-        before, self.since = self.since, time.perf_counter()
+        before, self.since = self.since, ended()
         batches, phase_step = self.batches.of(step - 1)
         speed = self.speed.of(batches.num_tokens(phase_step), batches.seq_len, self.since - before)
         line = {"step": step, **values, **speed}

@@ -124,7 +124,7 @@ class ExpertPasses(OpPasses):
         """Read and written by the slabs of a pass, besides their products.
 
         Tokens are copied, and results written in the order of choices. Without a kernel, a tile copies its expert's
-        weights. Gradients are added to float32 sums.
+        weights, and gradients are added to float32 sums; a kernel writes them once.
         """
         f, width, item = self.experts.shard_rows, self.width, self.sharding.itemsize
         rows = width * 2 * item * (2 + backward)  # x, the results; dy
@@ -134,13 +134,16 @@ class ExpertPasses(OpPasses):
         if not self.tiling.grouped:
             total += self.tiling.tiles * (3 + 2 * backward) * f * width * 2 * item  # gate and up joined
             experts = self.tiling.tiles
-        return total + backward * experts * 3 * f * width * 2 * FLOAT32
+        return total + backward * experts * 3 * f * width * (1 if self.tiling.grouped else 2) * FLOAT32
 
     def _sum_bytes(self, part: Pass, backward: bool) -> float:
-        """Of sums: [t, k, D] starts from zeros and is added up once; gradients start from zeros with each bucket."""
+        """Of sums: [t, k, D] starts from zeros and is added up once.
+
+        Gradients start from zeros with each bucket, of which two are copies; not those that a kernel writes.
+        """
         choices = self._summed_tokens * self.rule.per_token * self.width * 2 * self.sharding.itemsize
         total = choices + self._summed_tokens * self.width * FLOAT32
-        grads = part.weights * part.rows * self.width * (5 / 3 + 3 * self.moves_tokens) * FLOAT32
+        grads = part.weights * part.rows * self.width * (5 / 3 * (not self.tiling.grouped) + 3 * self.moves_tokens) * FLOAT32
         return total + backward * part.buckets * grads
 
     @property

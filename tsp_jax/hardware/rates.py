@@ -156,7 +156,10 @@ class Work(NamedTuple):
     head_dim: int = 0
 
 
-GROUPED = Band(0.5, 0.75, 1.0), Source("assumed", "a share of a plain product's rate; no such kernel has been timed")
+GROUPED = (
+    Band(0.6, 0.75, 1.0),
+    Source("measured", "0.63 to 0.99, benchmarks/experts.md; assumed of other GPUs", "H100 SXM", "2026-11-27"),
+)
 """share of the rate of one product of the same size that a kernel for rows grouped by expert reaches, and its source"""
 
 

@@ -15,6 +15,7 @@ import tyro
 
 from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
 from tsp_jax.layout import place
+from tsp_jax.tools.cli import use_devices
 from tsp_jax.training.data import Batch, sequence_order
 from tsp_jax.training.step import make_program
 
@@ -73,8 +74,7 @@ def make_step(layout: str, args: Args) -> Callable[[], None]:
 
 def main(args: Args) -> None:
     """Prints a JSON line: for each layout, the median CPU time in seconds and the median ratio to the first layout."""
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", args.ranks)
+    use_devices(args.ranks)
     steps = {layout: make_step(layout, args) for layout in args.layouts}
     cpu_s = {layout: [] for layout in steps}
     for _ in range(args.pairs):

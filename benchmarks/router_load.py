@@ -13,20 +13,17 @@ import time
 from functools import partial
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.sharding import PartitionSpec as P
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
-
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
-
-from tsp_jax.config.experts import SLABS  # noqa: E402
-from tsp_jax.layout import place  # noqa: E402
-from tsp_jax.ops.experts import experts  # noqa: E402
-from tsp_jax.ops.router import Choices  # noqa: E402
-from tsp_jax.ops.stream import Stream  # noqa: E402
+from tsp_jax.config.experts import SLABS
+from tsp_jax.layout import place
+from tsp_jax.ops.experts import experts
+from tsp_jax.ops.router import Choices
+from tsp_jax.ops.stream import Stream
+from tsp_jax.tools.cli import use_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +44,7 @@ class Args:
 
 def main(args: Args) -> None:
     """Times both routers."""
+    use_devices(8)
     placement, total = place("tsp", tsp=8), 8 * args.tokens
     rng = np.random.default_rng(0)
     scores = rng.random((1, total, args.number))

@@ -169,6 +169,12 @@ def test_peaks_that_were_compiled(layout, mesh, remat, compiled_gb):
     )
 
 
+def test_float32_gradients_take_the_place_of_what_forward_kept():
+    """llama_7b at 16 K tokens, compiled with jax 0.10.2: 18.39 GB on mi300x:8, 18.28 on h100:8, 18.97 on v5p:8."""
+    config = dataclasses.replace(LLAMA_7B, seq_len=16384, grad_dtype="float32")
+    assert sum(memory(config).values()) / 1e9 == pytest.approx(18.39, rel=0.03)
+
+
 MIXTURE = dataclasses.replace(
     CONFIG, batch=1, seq_len=65536, stream=dataclasses.replace(CONFIG.stream, expert_kernel="triton"),
     model=dataclasses.replace(
@@ -188,16 +194,16 @@ QWEN3_30B_A3B = Config(
 @pytest.mark.parametrize(
     ("config", "movement", "changes", "compiled_gb"),
     [
-        (QWEN3_30B_A3B, "gather", {}, 58.812), (QWEN3_30B_A3B, "activations", {}, 58.838),
-        (QWEN3_30B_A3B, "ring", {}, 58.889), (QWEN3_30B_A3B, "gather", {"layout": "fsdp_cp"}, 61.916),
-        (QWEN3_30B_A3B, "gather", {"remat": "none", "seq_len": 32768}, 73.676),
-        (QWEN3_30B_A3B, "gather", {"layout": "fsdp", "batch": 8, "seq_len": 4096}, 55.357),
-        (MIXTURE, "gather", {}, 5.052), (MIXTURE, "activations", {}, 4.670), (MIXTURE, "ring", {}, 4.316),
-        (MIXTURE, "gather", {"remat": "none"}, 10.056), (MIXTURE, "activations", {"remat": "full"}, 4.669),
-        (MIXTURE, "gather", {"layout": "fsdp_cp"}, 5.501), (MIXTURE, "gather", {"layout": "tp"}, 7.473),
-        (MIXTURE, "gather", {"layout": "sp"}, 27.992),
-        (MIXTURE, "gather", {"layout": "tp_sp", "mesh": "data=1,model=2,seq=4"}, 14.516),
-        (MIXTURE, "gather", {"layout": "tsp(sequence=node+tsp)", "mesh": "data=1,node=2,tsp=4"}, 7.824),
+        (QWEN3_30B_A3B, "gather", {}, 58.74), (QWEN3_30B_A3B, "activations", {}, 58.84),
+        (QWEN3_30B_A3B, "ring", {}, 58.88), (QWEN3_30B_A3B, "gather", {"layout": "fsdp_cp"}, 61.98),
+        (QWEN3_30B_A3B, "gather", {"remat": "none", "seq_len": 32768}, 73.64),
+        (QWEN3_30B_A3B, "gather", {"layout": "fsdp", "batch": 8, "seq_len": 4096}, 55.22),
+        (MIXTURE, "gather", {}, 4.94), (MIXTURE, "activations", {}, 4.67), (MIXTURE, "ring", {}, 4.31),
+        (MIXTURE, "gather", {"remat": "none"}, 10.08), (MIXTURE, "activations", {"remat": "full"}, 4.67),
+        (MIXTURE, "gather", {"layout": "fsdp_cp"}, 5.53), (MIXTURE, "gather", {"layout": "tp"}, 7.47),
+        (MIXTURE, "gather", {"layout": "sp"}, 27.99),
+        (MIXTURE, "gather", {"layout": "tp_sp", "mesh": "data=1,model=2,seq=4"}, 14.52),
+        (MIXTURE, "gather", {"layout": "tsp(sequence=node+tsp)", "mesh": "data=1,node=2,tsp=4"}, 7.77),
     ],
 )  # fmt: skip
 def test_peaks_of_mixtures_that_were_compiled(config, movement, changes, compiled_gb):

@@ -16,6 +16,7 @@ from tests.builders.targets import needs_compiler
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import parse_target
 from tsp_jax.inspect import compiled_memory, list_buffers, parse
+from tsp_jax.inspect.memory import Buffer
 from tsp_jax.layout import Placement, place
 from tsp_jax.models.remat import run_layers
 from tsp_jax.ops.mlp import mlp
@@ -350,20 +351,34 @@ def test_other_policies_stack_gradients_in_grad_dtype():
     assert narrow <= wide - GRADS * 2
 
 
-def test_no_reader_of_one_row_makes_the_compiler_copy_all_buffers():
-    """The TPU compiler did, to the order in memory that suits the gradients of `scale`."""
-    needs_compiler("tpu")
-    placement = place("tsp", parse_target("v5p:8").devices(), tsp=8)
+def buffers_made(target: str, grad_dtype: str) -> list[Buffer]:
+    """What a step with policy full makes, compiled for eight devices that are not here."""
+    placement = place("tsp", parse_target(target).devices(), tsp=8)
     arrays = on(placement, *arguments(BF16, MANY, DEEP), put=abstract)
 
     def step(x, params, aux):
-        _, dx, grads = run_vjp(placement, "full", BF16, x, x, params, aux)
+        _, dx, grads = run_vjp(placement, "full", grad_dtype, x, x, params, aux)
         return jax.tree.map(jnp.subtract, params, grads), dx
 
-    module = parse(jax.jit(step, donate_argnums=1).lower(*arrays).compile().as_text())
-    made = {(b.opcode, b.shape) for b in list_buffers(module)}
+    return list_buffers(parse(jax.jit(step, donate_argnums=1).lower(*arrays).compile().as_text()))
+
+
+def test_no_reader_of_one_row_makes_the_compiler_copy_all_buffers():
+    """The TPU compiler did, to the order in memory that suits the gradients of `scale`."""
+    needs_compiler("tpu")
+    made = {(b.opcode, b.shape) for b in buffers_made("v5p:8", BF16)}
     assert ("copy", (DEEP, ROWS, D)) not in made
     assert (DEEP, ROWS, D) in {shape for _, shape in made}
+
+
+@pytest.mark.parametrize(("platform", "target"), [("tpu", "v5p:8"), ("rocm", "mi300x:8")])
+def test_float32_gradients_of_all_layers_are_not_copied_out_of_the_buffers(platform, target):
+    """Where buffers had the tokens' dtype, both compilers put all gradients together before they read them."""
+    needs_compiler(platform)
+    made = {(b.dtype, b.shape) for b in buffers_made(target, F32)}
+    narrow = {shape for dtype, shape in made if dtype == "bf16" and shape[:1] == (DEEP,)}
+    assert narrow <= {(DEEP, F // 8, D)}, "parameters in the compute dtype"
+    assert ("f32", (DEEP, 3 * F // 8 + 2, D)) in made
 
 
 @pytest.mark.parametrize("policy", POLICIES)

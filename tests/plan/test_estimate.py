@@ -60,7 +60,7 @@ QWEN3_30B_A3B = dataclasses.replace(
 
 @pytest.mark.parametrize(
     ("layout", "movement", "simulated_s"),
-    [("tsp", "gather", 21.27), ("tsp", "activations", 21.45), ("fsdp_cp", "gather", 21.73)],
+    [("tsp", "gather", 21.23), ("tsp", "activations", 21.43), ("fsdp_cp", "gather", 21.69)],
 )
 def test_steps_of_a_mixture_that_were_simulated(layout, movement, simulated_s):
     """Compiled for 8 x MI300X with jax 0.10.2 (benchmarks/experts.md)."""

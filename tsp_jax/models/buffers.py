@@ -5,6 +5,7 @@ A buffer is [rows, D] on each device, however arrays are sharded; `BufferFormat`
 Dims: B batch, T tokens, D model, L layers; upper case is the full dimension, lower case this device's shard.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -52,10 +53,11 @@ class BufferFormat(NamedTuple):
     ) -> "BufferFormat":
         """The format of buffers that hold arrays shaped like `saved`, and gradients of `params` [L, ...].
 
-        The first array of `saved` is the layer's input, [B, T, D]. Buffers have its dtype and its D.
+        The first array of `saved` is the layer's input, [B, T, D]. Buffers have its D, and the wider one of its dtype
+        and the gradients': gradients of all layers are read at once, and would be copied to be put together.
         """
         x_BTD = jax.tree.leaves(saved)[0]
-        width, dtype = x_BTD.shape[-1], x_BTD.dtype
+        width, dtype = x_BTD.shape[-1], max(x_BTD.dtype, jnp.dtype(grad_dtype), key=lambda dtype: dtype.itemsize)
 
         def leaves(arrays: list[tuple[PartitionSpec, tuple[int, ...], Any]]) -> tuple[_Leaf, ...]:
             found, first = [], 0
@@ -147,15 +149,30 @@ def _to_rows(array: jax.Array, leaf: _Leaf, buffers: jax.Array) -> jax.Array:
     flat = array.astype(leaf.dtype).reshape(-1)
     if count > flat.size:
         flat = jnp.pad(flat, (0, count - flat.size))
-    narrower = leaf.dtype.itemsize < buffers.dtype.itemsize
-    if narrower:
-        flat = flat.reshape(-1, buffers.dtype.itemsize // leaf.dtype.itemsize)
-    return lax.bitcast_convert_type(flat, buffers.dtype).reshape(1, leaf.rows, buffers.shape[-1])
+    return _regroup(flat[None], buffers.dtype).reshape(1, leaf.rows, buffers.shape[-1])
 
 
 def _from_rows(rows: jax.Array, leaf: _Leaf) -> jax.Array:
     """Inverse of `_to_rows` for several layers: [n, rows, D] -> [n, ...]."""
-    rows, ratio = _row_major(rows), leaf.dtype.itemsize // rows.dtype.itemsize
-    grouped = rows.reshape(rows.shape[0], -1, ratio) if ratio > 1 else rows
-    flat = lax.bitcast_convert_type(grouped, leaf.dtype).reshape(rows.shape[0], -1)
+    flat = _regroup(_row_major(rows).reshape(rows.shape[0], -1), leaf.dtype)
     return flat[:, : math.prod(leaf.shape)].reshape(rows.shape[0], *leaf.shape)
+
+
+def _regroup(words: jax.Array, dtype: Any) -> jax.Array:
+    """[n, s] -> the same bits in words of another dtype, [n, s times the ratio of the sizes].
+
+    Part i of the narrower words, all of one place in the wider ones, is block i of the result or of the argument.
+    `lax.bitcast_convert_type` has a last dimension of these parts, which TPUs pad to 128.
+    """
+    have, want = (jnp.dtype(each).itemsize for each in (words.dtype, dtype))
+    if have == want:
+        return lax.bitcast_convert_type(words, dtype)
+    bits, wanted = lax.bitcast_convert_type(words, f"uint{8 * have}"), jnp.dtype(f"uint{8 * want}")
+    if have > want:
+        shifts = (bits.dtype.type(8 * want * part) for part in range(have // want))
+        found = jnp.concatenate([(bits >> shift).astype(wanted) for shift in shifts], axis=1)
+    else:
+        blocks = bits.reshape(len(bits), want // have, -1).astype(wanted)
+        shifted = (blocks[:, part] << wanted.type(8 * have * part) for part in range(want // have))
+        found = functools.reduce(lax.bitwise_or, shifted)
+    return lax.bitcast_convert_type(found, dtype)

@@ -87,7 +87,7 @@ def test_auto_takes_what_the_devices_have():
 
 @pytest.mark.parametrize("name", ["mi300x", "h100"])
 def test_compiles_for_absent_gpus(name):
-    """Under shard_map, forward and backward: nine kernels, which declare the products of a quarter of the experts."""
+    """Under shard_map, forward and backward: kernels that declare the products of a quarter of the experts."""
     needs_compiler(HARDWARE[name].platform)
     mesh = Mesh(np.array(Target(HARDWARE[name], 8).devices())[:4], ("tsp",), axis_types=(AxisType.Auto,))
     tokens, d_model, number, d_ff, per_token = 4096, 256, 8, 384, 2
@@ -113,11 +113,11 @@ def test_compiles_for_absent_gpus(name):
         like(1, tokens, per_token, dtype="int32", spec=split), *rows,
     )  # fmt: skip
     text = jax.jit(jax.grad(loss, argnums=(0, 1, 3, 4, 5))).lower(*args).compile().as_text()
-    declared = [found for i, _ in parse(text).walk() if (found := declared_flops(i))]
-    assert {found.work.kernel for found in declared} == {"grouped"}
+    declared = [(found, times) for i, times in parse(text).walk() if (found := declared_flops(i))]
+    assert {found.work.kernel for found, _ in declared} == {"grouped"}
     # 2 products of x, 1 of dy, 2 in dx and 3 gradients, of each of two buckets
     routed = 2 * d_model * d_ff * per_token * tokens / 4
-    assert 8 * routed <= sum(found.flops for found in declared) <= 1.15 * 8 * routed
+    assert 8 * routed <= sum(times * found.flops for found, times in declared) <= 1.15 * 8 * routed
 
 
 @pytest.mark.parametrize("stream", [Stream(buckets=2), Stream("activations", token_buckets=2)])

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import jax
 import tyro
 
+from tsp_jax import use_cpu_devices
 from tsp_jax.config import Config, ModelConfig, OptimizerConfig, StreamConfig
 from tsp_jax.layout import place
-from tsp_jax.tools.cli import use_devices
 from tsp_jax.training.data import Batch, sequence_order
 from tsp_jax.training.step import make_program
 
@@ -74,7 +74,7 @@ def make_step(layout: str, args: Args) -> Callable[[], None]:
 
 def main(args: Args) -> None:
     """Prints a JSON line: for each layout, the median CPU time in seconds and the median ratio to the first layout."""
-    use_devices(args.ranks)
+    use_cpu_devices(args.ranks)
     steps = {layout: make_step(layout, args) for layout in args.layouts}
     cpu_s = {layout: [] for layout in steps}
     for _ in range(args.pairs):

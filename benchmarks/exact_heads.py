@@ -17,12 +17,12 @@ import numpy as np
 import tyro
 from flax import nnx
 
+from tsp_jax import use_cpu_devices
 from tsp_jax.config import Config, ModelConfig, OptimizerConfig
 from tsp_jax.inference.cache import assign_tokens
 from tsp_jax.inference.program import make_inference_program
 from tsp_jax.layout import place
 from tsp_jax.nn import Attention
-from tsp_jax.tools.cli import use_devices
 from tsp_jax.training.data import Batch
 from tsp_jax.training.step import make_program
 
@@ -103,7 +103,7 @@ WORK = {"attention": attention, "training step": train, "prefill": prefill}
 
 def main(args: Args) -> None:
     """Prints a JSON line: for each kind of work the median CPU times in seconds, and the median of their ratios."""
-    use_devices(8)
+    use_cpu_devices(8)
     result = {}
     for name, make in WORK.items():
         runs = {heads: make(numbers, args) for heads, numbers in HEADS.items()}

@@ -18,12 +18,12 @@ import numpy as np
 import tyro
 from jax.sharding import PartitionSpec as P
 
+from tsp_jax import use_cpu_devices
 from tsp_jax.config.experts import SLABS
 from tsp_jax.layout import place
 from tsp_jax.ops.experts import experts
 from tsp_jax.ops.router import Choices
 from tsp_jax.ops.stream import Stream
-from tsp_jax.tools.cli import use_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Args:
 
 def main(args: Args) -> None:
     """Times both routers."""
-    use_devices(8)
+    use_cpu_devices(8)
     placement, total = place("tsp", tsp=8), 8 * args.tokens
     rng = np.random.default_rng(0)
     scores = rng.random((1, total, args.number))

@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from tsp_jax import inspect
+from tsp_jax import inspect, use_cpu_devices
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
+use_cpu_devices(8)
 TARGET = "cpu:8"
 MICRO, B, D, F = 8, 64, 128, 512  # micro-batches, tokens of one, widths
 mesh = inspect.target_mesh(TARGET, "data=8")

@@ -19,8 +19,7 @@ from flax import nnx
 
 import tsp_jax
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
+tsp_jax.use_cpu_devices(8)
 
 
 # %%

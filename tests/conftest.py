@@ -17,7 +17,7 @@ import pytest
 
 from tests.quick import is_for_newest, is_quick
 
-jax.config.update("jax_cpu_enable_async_dispatch", False)  # as in tsp_jax.tools.cli
+jax.config.update("jax_cpu_enable_async_dispatch", False)  # as in tsp_jax.use_cpu_devices
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

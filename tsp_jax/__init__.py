@@ -19,7 +19,7 @@ from tsp_jax.config import Config, ModelConfig, StreamConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.private_jax import hush_absent_plugins
 from tsp_jax.layout import LAYOUTS, Layout, Placement, place
-from tsp_jax.mesh import make_mesh
+from tsp_jax.mesh import make_mesh, use_cpu_devices
 
 hush_absent_plugins()
 
@@ -36,4 +36,5 @@ __all__ = [
     "make_mesh",
     "nn",
     "place",
+    "use_cpu_devices",
 ]

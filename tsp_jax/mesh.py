@@ -1,6 +1,7 @@
 """Sizes of mesh axes as text, and device meshes. This module does not know layouts."""
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,28 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from tsp_jax.errors import ConfigError
+
+_LONGEST_WAIT = "--xla_cpu_collective_call_terminate_timeout_seconds"
+
+
+def use_cpu_devices(number: int) -> None:
+    """Makes `number` virtual devices of this machine's CPU all devices that JAX has.
+
+    Call it before anything uses a device. It sets `jax_platforms` and `jax_num_cpu_devices`, and what programs with
+    collectives need on such devices: synchronous dispatch, no persistent compilation cache, and in XLA_FLAGS an hour
+    for which one device may wait for another, unless a time is set there.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", number)
+    # Dispatched asynchronously, virtual devices can wait for each other forever: seen with many small programs in
+    # flight, of which the earliest waits, on one device, for a place among those in flight.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # XLA ends the process if a virtual device waits 40 s for another, as it may on a machine that has other work.
+    if _LONGEST_WAIT not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} {_LONGEST_WAIT}=3600".lstrip()
+    # On jax 0.12 a CPU program read back from the persistent cache no longer orders its collectives: seen to hang,
+    # and to give other numbers.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def parse_sizes(text: str, example: str = "data=1,tsp=8") -> dict[str, int]:

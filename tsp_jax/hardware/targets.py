@@ -66,7 +66,7 @@ def use_target(target: Target) -> None:
     """Sets JAX up to compile for a target; call it before anything else uses a device."""
     if target.hardware.platform == "cpu":
         jax.config.update("jax_num_cpu_devices", target.num_devices)
-        # See tsp_jax.tools.cli.use_devices.
+        # See tsp_jax.mesh.use_cpu_devices.
         jax.config.update("jax_enable_compilation_cache", False)
     if not is_present(target.hardware.platform):
         jax.config.update("jax_platforms", "cpu")

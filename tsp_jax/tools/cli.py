@@ -19,6 +19,7 @@ import tyro
 from tsp_jax.config import Config
 from tsp_jax.errors import REFUSED, ConfigError, RunStopped, printable, removal
 from tsp_jax.hardware.devices import MOST_CPU_DEVICES
+from tsp_jax.mesh import use_cpu_devices
 from tsp_jax.tools.model_folder import folder_config, is_model
 from tsp_jax.tools.streams import guarded_streams
 from tsp_jax.training.distributed import join_cluster
@@ -243,22 +244,9 @@ def _one_line(box: str) -> str:
     return re.sub(headings + r"|Error parsing \w+: ", "", words).strip()
 
 
-_LONGEST_WAIT = "--xla_cpu_collective_call_terminate_timeout_seconds"
-
-
 def use_devices(cpu_devices: int) -> None:
     """Sets up `cpu_devices` virtual CPU devices, unless it is 0. Call it before anything uses a device."""
     if cpu_devices > MOST_CPU_DEVICES:
         raise ConfigError(f"cpu_devices={cpu_devices} is too large; use {MOST_CPU_DEVICES} at most")
     if cpu_devices:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", cpu_devices)
-        # Dispatched asynchronously, virtual devices can wait for each other forever: seen with many small programs in
-        # flight, of which the earliest waits, on one device, for a place among those in flight.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
-        # XLA ends the process if a virtual device waits 40 s for another, as it may on a machine that has other work.
-        if _LONGEST_WAIT not in (flags := os.environ.get("XLA_FLAGS", "")):
-            os.environ["XLA_FLAGS"] = f"{flags} {_LONGEST_WAIT}=3600".lstrip()
-        # On jax 0.12 a CPU program read back from the persistent cache no longer orders its collectives: seen to hang,
-        # and to give other numbers.
-        jax.config.update("jax_enable_compilation_cache", False)
+        use_cpu_devices(cpu_devices)

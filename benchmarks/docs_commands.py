@@ -102,7 +102,7 @@ def main() -> int:
         "Question: do they end as the documents say?", "",
         f"- Version: {version.stdout.strip()}; Python {sys.version.split()[0]}; {os.cpu_count()} cores, no accelerator",
         "- Command: `python benchmarks/docs_commands.py benchmarks/docs_commands.md`, which wrote this note, in an",
-        "  installation with `.[dev,hf,aot-rocm,aot-cuda,aot-tpu]`; the texts of corpus/ are copies of this repository's",
+        "  installation with `.[dev,hf,aot-rocm,aot-cuda,aot-tpu]`; texts of corpus/ are copies of the repository's",
         f"- {f'{len(failed)} commands failed' if failed else 'Every command ended as it should'}; "
         f"{(time.perf_counter() - began) / 60:.0f} minutes in all", "",
         "| document | command | exit code, or why it was not run | s |", "|---|---|---|---|",

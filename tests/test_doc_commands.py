@@ -1,13 +1,15 @@
-"""Commands in README and docs/: their scripts exist, and their flags are understood. Nothing runs."""
+"""Commands in README and docs/: their scripts exist, and their flags are understood. A soak test runs those of docs/."""
 
 import importlib
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.builders.targets import needs_compiler
 from tsp_jax.tools import cli
 
 ROOT = Path(__file__).parent.parent
@@ -75,3 +77,13 @@ def test_a_flag_that_is_not_there_is_found(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         importlib.import_module("tsp_jax.tools.train").main()
     assert "no-such-flag" in capsys.readouterr().err
+
+
+@pytest.mark.soak
+def test_every_command_of_docs_ends_as_it_says(tmp_path):
+    """Half an hour, with the compilers of ROCm and CUDA; its note is kept in benchmarks/."""
+    needs_compiler("rocm")
+    needs_compiler("cuda")
+    script = ROOT / "benchmarks" / "docs_commands.py"
+    done = subprocess.run([sys.executable, script, tmp_path / "note.md"], capture_output=True, text=True, timeout=7200)
+    assert done.returncode == 0, done.stdout[-4000:]

@@ -1,4 +1,4 @@
-"""Commands in README and docs/: their scripts exist, and their flags are understood. A soak test runs those of docs/."""
+"""Commands in README and docs/: scripts exist, and flags are understood. A soak test runs those of docs/."""
 
 import importlib
 import re

@@ -1,4 +1,4 @@
-"""Sizes of mesh axes as text, and device meshes. This module does not know layouts."""
+"""Virtual CPU devices, sizes of mesh axes as text, and device meshes. This module does not know layouts."""
 
 import math
 import os

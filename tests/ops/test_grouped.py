@@ -48,7 +48,7 @@ def run(grouped, chosen, x, mix, *weights, buckets=2):
             activation="clamped_swiglu" if biases else "silu",
         )  # fmt: skip
 
-    return compiled_value_and_grads(local, normal(9, 1, T, D), x, mix, *weights)
+    return compiled_value_and_grads(local, normal(9, 1, len(x), D), x, mix, *weights)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -83,6 +83,16 @@ def test_auto_takes_what_the_devices_have():
     assert TritonGrouped("sm_90").unsupported(2048, 768, jnp.bfloat16) == ""
     assert "multiples of 16, not 2048 and 100" in TritonGrouped("gfx942").unsupported(2048, 100, jnp.bfloat16)
     assert "computes in bfloat16, not in float32" in TritonGrouped("gfx942").unsupported(2048, 768, jnp.float32)
+
+
+def test_slabs_of_one_tile_where_tokens_are_few():
+    """Fewer choices than experts, one expert in a bucket: a slab has one tile, and mostly none is filled."""
+    chosen = np.array([[[0, 3], [3, 5]]], np.int32)
+    args = normal(1, 2, D), abs(normal(2, 1, 2, K)), *(normal(3 + i, E * F, D) / 8 for i in range(3))
+    one_by_one, grouped = (
+        run(each, chosen, *args, buckets=E) for each in (OneByOne(), TritonGrouped("interpret", BLOCKS))
+    )
+    assert_trees_near(grouped, one_by_one, F32_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["mi300x", "h100"])

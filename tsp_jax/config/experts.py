@@ -63,6 +63,11 @@ class Slabs(NamedTuple):
     rows: int
     """most rows of a slab; 1: a slab is one tile"""
 
+    @property
+    def many(self) -> bool:
+        """Whether a slab may hold many tiles: the first one then stands before the loop over the others."""
+        return self.rows > 1
+
     def tile(self, choices: int, num_experts: int) -> int:
         """Choices of a tile, a power of two: half a tile, what an expert's last one wastes, is at most 15 % of them.
 

@@ -143,13 +143,8 @@ class ExpertPasses(OpPasses):
         """
         choices = self._summed_tokens * self.rule.per_token * self.width * 2 * self.sharding.itemsize
         total = choices + self._summed_tokens * self.width * FLOAT32
-        grads = (
-            part.weights
-            * part.rows
-            * self.width
-            * (5 / 3 * (not self.tiling.grouped) + 3 * self.moves_tokens)
-            * FLOAT32
-        )
+        times = 5 / 3 * (not self.tiling.grouped) + 3 * self.moves_tokens
+        grads = part.weights * part.rows * self.width * times * FLOAT32
         return total + backward * part.buckets * grads
 
     @property

@@ -215,12 +215,13 @@ class _Experts(RowwiseOp):
     def _over_slabs(self, body, carry: Any, inputs: Arrays, bucket: Bucket) -> Any:
         """Runs ``body(carry, slab, choices [N])`` on all tiles of a bucket, a slab at a time.
 
-        The first slab stands before the loop over the others if it holds many tiles: mostly there are no others.
+        If slabs hold many tiles, the first one stands before the loop over the others: mostly there are no others.
         """
         tiles, experts = self._tiles(inputs, bucket), bucket.num_rows // self.rows
         mean = self._mean_tiles(inputs[1].size, experts)
         size = self.grouped.slabs.tiles(mean, tiles.size)
-        trips = mean if size == 1 else math.ceil(mean / size)
+        begun = int(self.grouped.slabs.many)
+        trips = math.ceil(mean / size) if begun else mean
 
         def step(index, carry):
             experts_q, choices_N = tiles.slab(index * size, size)
@@ -228,7 +229,6 @@ class _Experts(RowwiseOp):
             slab = Slab(experts_q, experts, filled, tiles.size, mean / trips, mean / experts * tiles.size)
             return body(carry, slab, choices_N)
 
-        begun = int(size > 1)
         carry = step(jnp.int32(0), carry) if begun else carry
         # Reports read how often a loop runs whose end depends on data from the scope around it.
         with jax.named_scope(f"mean_trips[{max(trips - begun, 1e-9):.9g}]"):

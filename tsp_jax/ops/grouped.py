@@ -93,8 +93,8 @@ class Grouped(abc.ABC):
         """``sum of h w_e`` over pairs of rows h [N, f] and weights w [m, f, D]: [N, D] in the compute dtype."""
 
     def start(self, shape: tuple[int, ...], like: jax.Array) -> jax.Array | None:
-        """What the first slab adds to: zeros that vary over mesh axes as `like`, or None if nothing need be added."""
-        return zeros(shape, jnp.float32, like)
+        """What the first slab adds to: nothing where it stands before the loop, else zeros that vary as `like`."""
+        return None if self.slabs.many else zeros(shape, jnp.float32, like)
 
     @abc.abstractmethod
     def outer(self, total_mfD: jax.Array | None, a_Nf: jax.Array, b_ND: jax.Array, slab: Slab) -> jax.Array:
@@ -201,9 +201,6 @@ class TritonGrouped(Grouped):
         body = functools.partial(_rows_kernel, number=len(weights), transposed=False, biased=False, combine=_sum)
         return self._call(body, slab, (*rows, *weights), [shape], columns, inner, len(weights))[0]
 
-    def start(self, shape, like):
-        return None
-
     def outer(self, total_mfD, a_Nf, b_ND, slab):
         rows, columns = a_Nf.shape[1], b_ND.shape[1]
         totals = () if total_mfD is None else (total_mfD,)
@@ -270,9 +267,9 @@ BLOCKS = {
     ),
     "interpret": KernelBlocks(*4 * [Blocks(16, 16, 16, 4, 1)]),
 }  # fmt: skip
-"""arch -> blocks. Those of sm_90 are the fastest of those tried on an H100; AMD's were not timed. With 8 warps two sums
-of 128 x 128 fit into registers; with 4, ptxas spills on Hopper, and a SIMD of AMD holds one wavefront
-(benchmarks/experts.md)."""
+"""arch -> blocks. Those of sm_90 were chosen of 30 that were timed on an H100 with the experts of two models; AMD's
+were not timed. With 8 warps two sums of 128 x 128 fit into registers; with 4, ptxas spills on Hopper, and a SIMD of AMD
+holds one wavefront (benchmarks/experts.md)."""
 
 
 def _sum(*products: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from readme_commands import commands, kept, shown
+from readme_commands import commands, kept, timed
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_RUN = {
@@ -86,13 +86,7 @@ def main() -> int:
                     rows.append(f"| {document} | `{command}` | {reason or '0, before all others'} | |")
                 continue
             words = ["bash", "-c", shortened(command)]
-            print(shown(words), flush=True)
-            start = time.perf_counter()
-            done = subprocess.run(
-                words, cwd=clone, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-            )
-            seconds = time.perf_counter() - start
-            print(f"  exit code {done.returncode}, {seconds:.0f} s", flush=True)
+            done, seconds = timed(words, clone, env)
             if done.returncode != next((code for end, code in FAILS.items() if command.endswith(end)), 0):
                 failed.append(command)
                 print(kept(words, done.stdout), flush=True)

@@ -52,6 +52,18 @@ def kept(words: list[str], output: str) -> str:
     return "\n".join(lines if len(lines) <= FIRST + LAST else [*lines[:FIRST], "...", *lines[-LAST:]])
 
 
+def timed(words: list[str], clone: Path, env: dict[str, str]) -> tuple[subprocess.CompletedProcess[str], float]:
+    """Runs a command in the clone, says how it ended, and returns its seconds too."""
+    print(shown(words), flush=True)
+    began = time.perf_counter()
+    done = subprocess.run(
+        words, cwd=clone, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    seconds = time.perf_counter() - began
+    print(f"  exit code {done.returncode}, {seconds:.0f} s", flush=True)
+    return done, seconds
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="note to write")
@@ -66,13 +78,7 @@ def main() -> int:
         version = subprocess.run(["git", "-C", clone, "log", "-1", "--format=%h, %cs"], capture_output=True, text=True)
         lines, failed, whole = [], False, time.perf_counter()
         for words in commands((clone / "README.md").read_text()):
-            print(shown(words), flush=True)
-            began = time.perf_counter()
-            done = subprocess.run(
-                words, cwd=clone, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-            )
-            seconds = time.perf_counter() - began
-            print(f"  exit code {done.returncode}, {seconds:.0f} s", flush=True)
+            done, seconds = timed(words, clone, env)
             output = kept(words, done.stdout.replace(folder, "/tmp/empty"))
             lines += ["```text", shown(words), *([output] if output else []), "```", ""]
             lines += [f"Exit code {done.returncode}, {seconds:.0f} s.", ""]

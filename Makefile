@@ -33,7 +33,7 @@ newest:
 	    SELECT="-m 'newest and not index and not soak'"
 
 soak: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m soak
+	$(BIN)/python -m pytest -n 2 -m soak --timeout 0
 
 index: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[dev,hf-test,browser-test]"

@@ -11,13 +11,13 @@ os.environ["XLA_FLAGS"] = (
     + os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
 )
+os.environ["PJRT_NPROC"] = "16"  # two threads a device, as in tsp_jax.use_cpu_devices
 
 import jax
 import pytest
 
 from tests.quick import is_for_newest, is_quick
 
-jax.config.update("jax_cpu_enable_async_dispatch", False)  # as in tsp_jax.use_cpu_devices
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -19,14 +19,15 @@ def use_cpu_devices(number: int) -> None:
     """Makes `number` virtual devices of this machine's CPU all devices that JAX has.
 
     Call it before anything uses a device. It sets `jax_platforms` and `jax_num_cpu_devices`, and what programs with
-    collectives need on such devices: synchronous dispatch, no persistent compilation cache, and in XLA_FLAGS an hour
-    for which one device may wait for another, unless a time is set there.
+    collectives need on such devices: no persistent compilation cache, and in the environment, unless they are set
+    there, at least two threads a device (PJRT_NPROC) and an hour for which one device may wait for another (XLA_FLAGS).
     """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", number)
-    # Dispatched asynchronously, virtual devices can wait for each other forever: seen with many small programs in
-    # flight, of which the earliest waits, on one device, for a place among those in flight.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # XLA launches and runs programs with one pool of threads, by default one for each device or core. With 32 programs
+    # in flight the launches of the next one wait; if they hold all threads, no earlier program can end: seen on jax
+    # 0.10.2 after less than 500 programs. Twice as many threads leave one for each device to run on.
+    os.environ.setdefault("PJRT_NPROC", str(max(2 * number, os.cpu_count() or 1)))
     # XLA ends the process if a virtual device waits 40 s for another, as it may on a machine that has other work.
     if _LONGEST_WAIT not in (flags := os.environ.get("XLA_FLAGS", "")):
         os.environ["XLA_FLAGS"] = f"{flags} {_LONGEST_WAIT}=3600".lstrip()

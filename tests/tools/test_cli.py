@@ -1,6 +1,7 @@
 """Wrong input: one line with the field, the value and a value that works; exit code 2; nothing compiled or written."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -253,17 +254,40 @@ def test_what_replaces_a_removed_setting_exists():
         assert not replacement or exists(replacement if "." in replacement else f"{field}={replacement}")
 
 
+def run_on_virtual_devices(number, code, **environment):
+    """What a process prints that sets up virtual devices as scripts do, without the settings of these tests."""
+    code = f"import os, jax\nfrom tsp_jax.tools.cli import use_devices\nuse_devices({number})\n{code}"
+    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PJRT_NPROC")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=kept | environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
 @pytest.mark.parametrize("flags", ["", "--xla_cpu_collective_call_terminate_timeout_seconds=7"])
 def test_virtual_devices_wait_for_each_other_on_a_busy_machine(flags):
-    """XLA reads the flag, which ends the process when a device is late, after JAX is imported; no device is late for
-    ever, as it may be if programs are dispatched asynchronously."""
+    """XLA reads the flag, which ends the process when a device is late, after JAX is imported."""
     late = "--xla_cpu_collective_call_terminate_timeout_seconds="
-    code = f"""
-import os, jax
-from tsp_jax.tools.cli import use_devices
-os.environ["XLA_FLAGS"] = {flags!r}
-use_devices(2)
-print(os.environ["XLA_FLAGS"], jax.config.values["jax_cpu_enable_async_dispatch"], len(jax.devices()))
+    printed = run_on_virtual_devices(2, "print(os.environ['XLA_FLAGS'], len(jax.devices()))", XLA_FLAGS=flags)
+    assert printed == [flags or f"{late}3600", "2"]
+
+
+MANY_PROGRAMS = """
+from jax.sharding import NamedSharding, PartitionSpec
+mesh = jax.make_mesh((8,), ("tsp",), axis_types=(jax.sharding.AxisType.Auto,))
+x = jax.device_put(jax.numpy.ones((64, 24)), NamedSharding(mesh, PartitionSpec("tsp")))
+gather = jax.jit(lambda x: x + 1, out_shardings=NamedSharding(mesh, PartitionSpec()))
+for _ in range(3000):
+    y = gather(x)
+print(y.sum())
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == [flags or f"{late}3600", "False", "2"], done.stderr
+
+
+def test_many_programs_in_flight_on_virtual_devices_end():
+    """With one thread a device they stood still for ever after a few hundred programs (jax 0.10.2, up to 8 cores)."""
+    assert run_on_virtual_devices(8, MANY_PROGRAMS) == ["3072.0"]
+
+
+def test_threads_that_the_environment_sets_are_kept():
+    assert run_on_virtual_devices(2, "print(os.environ['PJRT_NPROC'])", PJRT_NPROC="5") == ["5"]

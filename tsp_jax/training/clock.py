@@ -13,8 +13,8 @@ def when_done(arrays: Any) -> Callable[[], float]:
     """Returns a function that waits until a pytree of arrays is computed, and returns the `time.perf_counter` of then.
 
     Call it as soon as the arrays' program is dispatched. The time is right also where dispatching the next program
-    holds up the host: XLA returns late from dispatching a program whose loops read their condition from a GPU, and at
-    the end of one that virtual CPU devices run (`tsp_jax.use_cpu_devices`). An error of the program is raised.
+    holds up the host: XLA returns late from dispatching a program whose loops read their condition from a GPU. An error
+    of the program is raised.
     """
     done: Future[float] = Future()
 

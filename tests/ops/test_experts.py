@@ -224,12 +224,51 @@ def test_takes_arrays_of_numpy():
         ({"per_token": 0}, "per_token=0 does not fit"),
         ({"per_token": 1, "bias_E": np.zeros(E - 1)}, r"bias_E has shape \(9,\), the router 10 experts; use \(10,\)"),
         ({"per_token": 1, "selection_bias_E": np.zeros(E + 1)}, "selection_bias_E has shape"),
+        ({"per_token": 1, "scores": "Softmax"}, "scores=Softmax is unknown; use one of softmax, sigmoid"),
     ],
 )
 def test_refuses_what_does_not_fit(options, message):
     x, w_ED, *_ = arguments()
     with pytest.raises(ConfigError, match=message):
         route(x, w_ED, **options)
+
+
+@pytest.mark.parametrize("options", [{"num_experts": 2 * E}, {"num_experts": 3}, {"tile": 0}, {"d_ff": F + 1}], ids=str)
+def test_refuses_weights_of_other_experts(options):
+    x, _, _, *weights = arguments()
+    chosen, mix = jnp.zeros((B, S, 1), jnp.int32), jnp.ones((B, S, 1))
+    with pytest.raises(ConfigError, match=rf"experts: {E * F} rows on a device do not suit num_experts="):
+        experts(x, Choices(chosen, mix), *weights, **{"num_experts": E, "d_ff": F} | options)
+
+
+def test_without_d_ff_all_rows_of_all_tensor_ranks_are_real():
+    placement = place_case("tp2_sp4")
+    axes, spec = placement.layout.axes("mlp"), placement.layout.spec
+    x, _, _, *weights = arguments()
+    chosen, mix = np.argsort(normal(4, B, S, E), axis=-1)[..., :2].astype(np.int32), np.full((B, S, 2), 0.5, np.float32)
+    x_spec, w_spec = spec("batch", "sequence", None), spec("mlp", None)
+
+    def local(x, chosen, mix, *weights):
+        return experts(x, Choices(chosen, mix), *weights, num_experts=E, axes=axes)
+
+    run = placement.shard_map(local, (x_spec,) * 3 + (w_spec,) * 3, x_spec)
+    stored = map(ExpertPadding(E, F, 2).pad, map(jnp.asarray, weights))
+    dense = reference.experts(x, chosen, mix, *(w.reshape(E, F, D) for w in weights))
+    assert_trees_near(jax.jit(run)(x, chosen, mix, *stored), dense, F32_TOLERANCE)
+
+
+def test_tokens_that_are_not_real_do_not_count():
+    x_BtD, w_ED, *_ = arguments()
+    real_Bt = np.arange(S)[None] < np.arange(1, B + 1)[:, None]
+    _, sums = jax.jit(lambda x, real: route(x, w_ED, per_token=2, real_Bt=real))(x_BtD, real_Bt)
+    _, expected = route(x_BtD[real_Bt][None], w_ED, per_token=2)
+    for got, want in zip(sums, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_sigmoid_scores_that_are_all_zero_are_finite():
+    choices, sums = route(jnp.ones((1, 2, D)), -20 * jnp.ones((E, D)), per_token=2, scores="sigmoid")
+    assert all(np.isfinite(array).all() for array in (choices.weights_Btk, *sums))
 
 
 def test_balance_loss_is_one_in_balance():

@@ -10,8 +10,9 @@ import pytest
 from tests.builders.runs import compile_once, small_config
 from tsp_jax.config import ExpertsConfig, ModelConfig, StreamConfig
 from tsp_jax.layout import place
+from tsp_jax.ops.kernels.mask import PADDING
 from tsp_jax.training import trainer
-from tsp_jax.training.data import Batch
+from tsp_jax.training.data import IGNORE, Batch
 from tsp_jax.training.metrics import read_metrics
 from tsp_jax.training.step import make_program
 from tsp_jax.training.trainer import train
@@ -71,3 +72,21 @@ def test_a_bias_of_each_expert_follows_its_load(tmp_path):
     np.testing.assert_allclose(state.params["layers"]["mlp"]["selection_bias"], bias, atol=1e-6)
     assert favoured[0] == 0.5  # it is one of the two experts of every token
     assert favoured[-1] < 0.4
+
+
+def test_routers_do_not_count_padding(tmp_path):
+    """Documents attend to themselves alone, so what is in the padding changes nothing, and neither does how much."""
+    program = make_program(small_config(tmp_path, model=MODEL), place("single", data=1))
+    ids = np.random.default_rng(0).integers(0, 255, (1, 4, 96)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(96, dtype=np.int32), ids.shape)
+    real = positions < np.array([30, 96, 70, 1])[:, None]
+    found = []
+    for filling in (0, 7):
+        labels = np.where(real, np.roll(ids, -1, axis=-1), IGNORE)
+        segments = np.where(real, 1, PADDING).astype(np.int32)
+        batch = Batch(np.where(real, ids, filling).astype(np.int32), labels, positions, segments)
+        found.append(program.step(program.init(), batch)[1])
+    for name in ("balance", "z", "shares_E"):
+        np.testing.assert_allclose(*(getattr(metrics.router, name) for metrics in found), rtol=1e-5)
+    np.testing.assert_allclose(found[0].router.shares_E.sum(axis=-1), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(found[0].grad_norm, found[1].grad_norm, rtol=1e-4)

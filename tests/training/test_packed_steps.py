@@ -7,6 +7,7 @@ import pytest
 from tests.builders.batches import counting_corpus, make_batches
 from tests.builders.runs import small_config
 from tsp_jax.layout import place
+from tsp_jax.ops.kernels.mask import PADDING
 from tsp_jax.training.data import IGNORE, Batch
 from tsp_jax.training.step import make_program
 
@@ -60,8 +61,7 @@ def test_loss_is_the_mean_over_labels_however_they_are_divided(programs):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_tokens_of_padding_have_no_influence(mesh, programs):
     def fill(batch: Batch) -> Batch:
-        last = batch.segment_ids == batch.segment_ids.max(axis=-1, keepdims=True)
-        padding = last & (batch.tokens == 0)
+        padding = batch.segment_ids == PADDING
         assert padding.any()
         return batch._replace(tokens=np.where(padding, 200 + batch.positions % 50, batch.tokens))
 

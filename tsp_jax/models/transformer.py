@@ -20,6 +20,7 @@ from tsp_jax.models.keep import Saved
 from tsp_jax.models.remat import add_attention, finish_gradients, run_layers
 from tsp_jax.nn import MLP, Attention, Embed, Experts, residual_std
 from tsp_jax.ops.cross_entropy import TokenLosses
+from tsp_jax.ops.kernels.mask import PADDING
 from tsp_jax.ops.norm import rms_norm
 from tsp_jax.ops.router import RouterSums
 
@@ -71,12 +72,13 @@ class DecoderLayer(nnx.Module):
         self.mlp_post_norm = _norm(config, placement, dtype, rngs) if after else None
 
     def __call__(
-        self, x_BTD: jax.Array, attend: Attend, recall: Callable[[], Saved] | None = None, number: int = 0
-    ) -> tuple[jax.Array, Any, RouterSums | tuple[()]]:
+        self, x_BTD: jax.Array, attend: Attend, recall: Callable[[], Saved] | None = None, number: int = 0,
+        real_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any, RouterSums | tuple[()]]:  # fmt: skip
         """(residual stream [B, T, D], other output of `attend`, sums of the router or ()).
 
         `attend` is for training, prefill or decode; `recall` is that of `tsp_jax.models.keep.Layer`; `number` is the
-        layer's number in its period, which says of what kind it is.
+        layer's number in its period, which says of what kind it is; `real_BT` are the tokens that the router counts.
         """
         attention = self.attention if number == 0 else self.attention.with_config(self.variants[number])
 
@@ -90,9 +92,11 @@ class DecoderLayer(nnx.Module):
             graphdef, state = nnx.split(mlp)
             x_BTD, state = finish_gradients(x_BTD, state)
             mlp = nnx.merge(graphdef, state)
-        y_BTD, sums = mlp(_normed(self.mlp_norm, x_BTD)), ()
-        if isinstance(y_BTD, tuple):
-            y_BTD, sums = y_BTD
+        x_of_mlp, sums = _normed(self.mlp_norm, x_BTD), ()
+        if isinstance(mlp, Experts):
+            y_BTD, sums = mlp(x_of_mlp, real_BT)
+        else:
+            y_BTD = mlp(x_of_mlp)
         return x_BTD + self._added(self.mlp_post_norm, y_BTD), extra, sums
 
     def _added(self, norm: nnx.RMSNorm | None, y_BTD: jax.Array) -> jax.Array:
@@ -194,7 +198,7 @@ class Transformer(nnx.Module):
 
             trained, frozen = params
             params = lora.add(frozen, trained, self.lora, self.placement) if frozen else trained
-            return merge(params)(x_BTD, attend, recall, number)
+            return merge(params)(x_BTD, attend, recall, number, documents[1] != PADDING)
 
         period = tuple(partial(layer, number=number) for number in range(len(self.config.period)))
         x_BTD = self.embed_tokens(tokens_BT)

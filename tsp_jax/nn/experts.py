@@ -29,6 +29,10 @@ class Experts(Layer):
     does the work of its own experts. `auto` takes whichever receives fewer bytes. Tensor axes shard the rows of each
     expert. If E does not divide over the folded ranks, it is padded with experts that no token chooses.
 
+    The layer adds no loss: a caller multiplies `RouterSums.balance` and `z` with `config.balance_loss` and `z_loss`, as
+    `tsp_jax.models.transformer.Transformer.router_loss` does. If `config.bias_rate` is not 0, the layer has a parameter
+    `selection_bias` without a gradient, which a training step moves (`tsp_jax.training.selection_bias`).
+
     Args:
       d_model: D.
       d_ff: F, of each expert.
@@ -90,8 +94,11 @@ class Experts(Layer):
         )  # fmt: skip
         self.shared = shared() if config.shared else None
 
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, RouterSums]:
-        """[B, T, D] -> ([B, T, D] in the compute dtype, what the router says about all tokens)."""
+    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array | None = None) -> tuple[jax.Array, RouterSums]:
+        """[B, T, D] -> ([B, T, D] in the compute dtype, what the router says about the tokens).
+
+        `real_BT`, bool: tokens that the sums count, without padding; None: all.
+        """
         d_model = self.router.shape[-1]
         self._check_x(x_BTD, d_model)
         local_experts = self.padding.stored_experts // self.padding.folded
@@ -111,19 +118,20 @@ class Experts(Layer):
             grouped=grouped,
         )  # fmt: skip
 
-        def local(x_BtD, w_ED, router_biases, weights, biases):
-            choices, sums = router(x_BtD, w_ED, **router_biases)
+        def local(x_BtD, real, w_ED, router_biases, weights, biases):
+            choices, sums = router(x_BtD, w_ED, **real, **router_biases)
             return op(x_BtD, choices, *weights, biases=biases), sums
 
-        _, x_spec, w_spec = self._specs()
+        tokens_spec, x_spec, w_spec = self._specs()
         none = self.placement.layout.spec()
         weights = self.w_gate[...], self.w_up[...], self.w_down[...]
         learned = {"bias_E": self.router_bias, "selection_bias_E": self.selection_bias}
         router_biases = {name: bias[...] for name, bias in learned.items() if bias is not None}
         biases = self._biases()
         bias_specs = None if biases is None else ExpertBiases(w_spec, w_spec, none)
-        specs = (x_spec, none, none, w_spec, bias_specs), (x_spec, none)
-        arrays = x_BTD.astype(self.dtype), self.router[...], router_biases, weights, biases
+        specs = (x_spec, tokens_spec, none, none, w_spec, bias_specs), (x_spec, none)
+        real = {} if real_BT is None else {"real_Bt": real_BT}
+        arrays = x_BTD.astype(self.dtype), real, self.router[...], router_biases, weights, biases
         y_BTD, sums = self._run(local, *specs, *arrays)
         return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), sums
 

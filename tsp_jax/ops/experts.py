@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsp_jax.config.experts import mean_tiles
+from tsp_jax.errors import ConfigError
 from tsp_jax.layout import Axes, AxisNames
 from tsp_jax.ops.grouped import Grouped, OneByOne, Slab
 from tsp_jax.ops.mlp import GATED
@@ -89,18 +90,26 @@ def experts(
       activations move, weights and numbers of the chosen experts move with x: 2 k elements a token. An all-to-all of
       fixed size that drops no token receives as much: all tokens of a rank may choose the experts of one other, so its
       buffers hold R t D elements too. Backward, one all-reduce of [E, D] over the token axes for the biases of down.
-    Keeps: its inputs, and A int32.
+    Keeps: its inputs, and A int32. While it runs, forward and backward, outputs or gradients of all choices,
+      [B, t, k, D] in the compute dtype; if activations move, those of one bucket of tokens of all ranks.
+    Raises:
+      ConfigError: the weights' rows are not those of these experts.
     """
     with jax.named_scope("tsp/experts"):
         whole = axes.folded if expert_axes is None else expert_axes
         ranks = lax.axis_size(whole) if whole else 1
         local = -(-num_experts // ranks)
-        rows = w_up_rD.shape[0] // local
+        rows, rest = divmod(w_up_rD.shape[0], local)
         sorted_once = not moves_tokens(axes.folded, stream)
         split = tuple(name for name in axes.tensor if name not in whole)
-        resident = () if axes.folded else whole
+        most, resident = rows * (lax.axis_size(split) if split else 1), () if axes.folded else whole
+        if rest or not most or (d_ff or 0) > most or not (tile is None or tile > 0):
+            raise ConfigError(
+                f"experts: {w_up_rD.shape[0]} rows on a device do not suit num_experts={num_experts}, d_ff={d_ff}, "
+                f"tile={tile}; use {local} times the rows of an expert, and a positive tile"
+            )
         op = _Experts(
-            activation, num_experts, local * ranks, rows, d_ff or rows, split, resident, grouped, tile, sorted_once,
+            activation, num_experts, local * ranks, rows, d_ff or most, split, resident, grouped, tile, sorted_once,
             x_BtD.dtype,
         )  # fmt: skip
         chosen = _by_expert(choices.experts_Btk) if sorted_once else (choices.experts_Btk,)

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from tsp_jax.config import LongDocuments, Order, PackingName
 from tsp_jax.errors import ConfigError
 from tsp_jax.ops.cross_entropy import IGNORE
+from tsp_jax.ops.kernels.mask import PADDING
 from tsp_jax.training.corpus import Corpus
 from tsp_jax.training.mixture import Interleaving
 from tsp_jax.training.packing import Spans
@@ -32,7 +33,7 @@ _GAP = 1 << 12  # tokens that are read and thrown away, rather than read the tok
 class Batch(NamedTuple, Generic[Array]):
     """Four arrays [B, S] or [micro-batches, B / micro-batches, S], int32, with their tokens in the same order.
 
-    A sequence that documents do not fill ends with padding: token 0, no label, and a segment of its own.
+    A sequence that documents do not fill ends with padding: token 0, no label, and the segment `PADDING`.
     """
 
     tokens: Array
@@ -42,7 +43,7 @@ class Batch(NamedTuple, Generic[Array]):
     positions: Array
     """distance from the start of the document, or from the start of the sequence if that is nearer"""
     segment_ids: Array
-    """number of the document within the sequence: 1, 2, 3, ..."""
+    """number of the document within the sequence: 1, 2, 3, ...; `PADDING` after the last one"""
 
 
 class Weighted(NamedTuple):
@@ -205,7 +206,7 @@ class Batches:
             tokens=np.where(is_real, _gather(corpus.tokens, at), 0),
             labels=np.where(has_next, _gather(corpus.tokens, following).astype(np.int32), np.int32(IGNORE)),
             positions=positions,
-            segment_ids=segment + 1,
+            segment_ids=np.where(is_real, segment + 1, PADDING),
         )
 
 

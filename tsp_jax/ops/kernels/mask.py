@@ -17,6 +17,8 @@ MASKED = -1e30
 """score of a query and a key that may not attend; finite, so that a query without any allowed key does not give NaN"""
 LATEST = 2**31 - 1
 """position of a padding key, which no query attends to; a padding query has -LATEST, and attends to no key"""
+PADDING = 2**31 - 1
+"""segment of tokens that fill a sequence after its documents; routers do not count them"""
 
 
 class Scores(NamedTuple):
@@ -60,7 +62,7 @@ class Tokens(NamedTuple):
     positions: Any
     """[B, T] int32, not negative except for padding"""
     segments: Any
-    """[B, T] int32, document numbers"""
+    """[B, T] int32, document numbers; `PADDING` after the last document"""
 
     @classmethod
     def one_document(cls, positions: jax.Array) -> "Tokens":

@@ -1,8 +1,12 @@
 """Sizes and numbers of a configuration that no machine holds, or no program, are refused."""
 
+from typing import get_args
+
 import pytest
 
 from tsp_jax.config import MOST_BYTES, Config, ExpertsConfig, LoraConfig, ModelConfig, OptimizerConfig
+from tsp_jax.config.experts import SLABS
+from tsp_jax.config.stream import ExpertKernel
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.devices import HARDWARE, MOST_DEVICES
 
@@ -104,7 +108,7 @@ def test_adapters_that_mean_nothing_are_refused(fields, words):
         ),
         ({"number": 8, "per_token": 0}, "model.experts.per_token=0 must be positive"),
         ({"number": -1}, "model.experts.number=-1 must not be negative"),
-        ({"number": 0, "per_token": 2}, "model.experts.per_token=2 has no effect with model.experts.number=0"),
+        ({"number": 0, "per_token": 3}, "model.experts.per_token=3 has no effect with model.experts.number=0"),
         ({"balance_loss": 0.01}, "model.experts.balance_loss=0.01 has no effect with model.experts.number=0"),
         ({"number": 8, "scores": "relu"}, "model.experts.scores=relu is unknown; use one of softmax, sigmoid"),
         ({"number": 8, "scale": 0.0}, "model.experts.scale=0.0 must be positive"),
@@ -122,13 +126,28 @@ MIXTURE = ModelConfig(**SIZES, experts=ExpertsConfig(number=8, per_token=2, shar
     ("fields", "what"),
     [
         ({"lora": LoraConfig(rank=4)}, "lora.rank=4"),
-        ({"init_from": "folder"}, "init_from=folder"),
         ({"optimizer": OptimizerConfig(name="muon")}, "optimizer.name=muon"),
     ],
 )
 def test_what_does_not_know_experts_refuses_them(fields, what):
     with pytest.raises(ConfigError, match=f"model.experts.number=8 is not supported by {what}; use model.experts"):
         Config(model=MIXTURE, steps=1, batch=1, seq_len=8, **fields)
+
+
+def test_a_router_that_the_loss_cannot_reach_is_refused():
+    """The weight of a single choice, divided by itself, is 1. One expert needs no router."""
+
+    def config(**experts):
+        model = ModelConfig(**SIZES, experts=ExpertsConfig(**experts))
+        return Config(model=model, steps=1, batch=1, seq_len=8)
+
+    with pytest.raises(ConfigError, match=r"per_token=1 with model.experts.normalize=True .* use model.experts.normal"):
+        config(number=8, per_token=1)
+    assert config(number=8, per_token=1, normalize=False) and config(number=1, per_token=1) and config(number=8)
+
+
+def test_kernels_of_experts_are_those_that_have_slabs():
+    assert get_args(ExpertKernel) == ("auto", *SLABS)
 
 
 def test_number_of_parameters_of_experts():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.builders.arrays import place_case
-from tests.builders.folders import LLAMA, place_params, save_folder
+from tests.builders.folders import FAMILIES, LLAMA, place_params, save_folder
 from tsp_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RopeScaling
 from tsp_jax.errors import ConfigError
 from tsp_jax.training.init_from import check_init_from, init_state
@@ -35,6 +35,27 @@ def test_a_run_starts_from_given_weights(folder):
     state = init_state(config, make_program(config, placement), placement, frozen={})
     chex.assert_trees_all_equal(state.params, place_params(LLAMA, placement))
     assert int(state.step) == 0
+
+
+@pytest.mark.parametrize(("layout", "family"), [("tsp4", "mixtral"), ("mix2_4", "gpt_oss")])
+def test_a_mixture_starts_from_given_weights(layout, family, tmp_path):
+    """Coefficients of the router's losses are no part of a folder."""
+    model, placement = FAMILIES[family], place_case(layout)
+    trained = dataclasses.replace(model, experts=dataclasses.replace(model.experts, balance_loss=0.01, z_loss=1e-3))
+    config = run_config(save_folder(tmp_path / "model", model), trained)
+    assert check_init_from(config, placement) == []
+    state = init_state(config, make_program(config, placement), placement, frozen={})
+    chex.assert_trees_all_equal(state.params, place_params(model, placement))
+
+
+def test_given_weights_have_no_selection_bias(tmp_path):
+    model = FAMILIES["mixtral"]
+    config = run_config(
+        save_folder(tmp_path / "model", model),
+        dataclasses.replace(model, experts=dataclasses.replace(model.experts, bias_rate=0.001)),
+    )
+    with pytest.raises(ConfigError, match=r"bias_rate=0.001, .* has 0.0; use .* or --model.experts.bias-rate 0.0"):
+        check_init_from(config, place_case("single"))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ class ExpertsConfig:
 
     number: int = 0
     """E, experts of each layer, each a gated MLP of width d_ff; 0: none, each layer has one MLP"""
-    per_token: int = 1
+    per_token: int = 2
     """k, experts that a token is the input of: those with the highest scores"""
     scores: RouterScores = "softmax"
     """what scores are of the router's logits: softmax over all experts, or sigmoid of each (DeepSeek-V3)"""
@@ -32,7 +32,8 @@ class ExpertsConfig:
     """experts that every token is the input of, with weight 1; together they are one MLP of width shared x d_ff"""
     balance_loss: float = 0.0
     """coefficient of the balance loss of each layer, E times the sum over experts of the share of choices times the
-    mean probability, over all tokens of a micro-batch: 1 in balance"""
+    mean probability, over all tokens of a micro-batch but padding: 1 in balance. The loss adds those of all L layers.
+    transformers has one loss of all layers together, k times as large: its coefficient times k / L is this one"""
     z_loss: float = 0.0
     """coefficient of each layer's mean squared log-partition of the router's logits"""
     bias_rate: float = 0.0

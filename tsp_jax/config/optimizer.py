@@ -45,7 +45,7 @@ class OptimizerConfig:
     eps: float | None = None
     """added to the square root of the second moment (adamw, muon); None: 1e-8"""
     weight_decay: float | None = None
-    """decoupled weight decay; not applied to norm scales; None: 0.1, adafactor and sgd 0"""
+    """decoupled weight decay; not applied to norm scales, biases and sinks; None: 0.1, adafactor and sgd 0"""
     clip_norm: float = 1.0
     """largest global norm of the gradients; gradients above it are scaled down to it"""
     zero1: bool = False

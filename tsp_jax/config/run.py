@@ -96,11 +96,16 @@ class Config:
             raise ConfigError("workdir='' is empty; use --workdir runs/default")
         for name in ("workdir", "init_from"):
             check_local(name, getattr(self, name))
-        for name, used in {"lora.rank": self.lora.rank, "init_from": self.init_from}.items():
-            if used:
-                self.model.refuse_experts(f"{name}={used}")
+        if self.lora.rank:
+            self.model.refuse_experts(f"lora.rank={self.lora.rank}")
         if self.optimizer.name == "muon":
             self.model.refuse_experts("optimizer.name=muon")
+        experts = self.model.experts
+        if experts.number > 1 and experts.per_token == 1 and experts.normalize:
+            raise ConfigError(
+                "model.experts.per_token=1 with model.experts.normalize=True weights every choice with 1, so the loss "
+                "says nothing to the router; use model.experts.normalize=False or model.experts.per_token=2"
+            )
         self.phases()
         self.loggers()
         self.profiled_steps()

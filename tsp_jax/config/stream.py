@@ -8,6 +8,7 @@ from tsp_jax.config.model import DType
 
 AttentionMovement = Literal["auto", "gather", "activations"]
 Movement = Literal["auto", "gather", "ring", "activations"]
+ExpertKernel = Literal["auto", "triton", "xla"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,8 @@ class StreamConfig:
     bucket_mib: float = 64.0
     """approximate size of a bucket in MiB. A bucket is what a device receives at a time: weights, keys and values, or
     tokens. On folded axes it is at most a quarter of an op's weights or tokens. Two buckets are in memory at once. A
-    chunk of tokens is multiplied with one bucket. The float32 product is at most as large as two buckets."""
+    chunk of tokens is multiplied with one bucket. The float32 product is at most as large as two buckets. Experts are
+    multiplied with all their tokens at once, and their outputs take [B, t, k, D] (`tsp_jax.ops.experts.experts`)."""
     grad_dtype: DType = "float32"
     """dtype in which weight gradients are reduce-scattered"""
     kernel: str = "auto"
@@ -37,10 +39,10 @@ class StreamConfig:
     leaves documents that cross chunks of the sequence to triton; tpu is for v5p, v5e, v6e and v7x; auto: the first of
     cudnn, triton, tpu and xla that can compute the heads. Of triton and tpu, triton has run on H100 alone, and tpu on
     no TPU yet."""
-    expert_kernel: str = "auto"
+    expert_kernel: ExpertKernel = "auto"
     """how rows are multiplied with the experts that they chose: xla runs everywhere, one product after another; triton
     is for MI300X, MI355X and H100, and multiplies many experts' rows at once, in bfloat16; auto: triton where it can.
-    Triton's kernel has not run on a GPU yet."""
+    Triton's kernel has run on H100 alone."""
 
     def __post_init__(self):
         check("stream.", self, positive="bucket_mib")

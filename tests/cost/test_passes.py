@@ -91,6 +91,13 @@ def test_passes_receive_the_traffic_of_experts(case, movement, norms):
     check(dataclasses.replace(moved(CONFIG, movement), remat="full", model=model), case)
 
 
+@pytest.mark.parametrize("case", ["tsp8", "tp4_sp2", "mix2_4"])
+@pytest.mark.parametrize("movement", ["gather", "activations"])
+def test_passes_receive_the_biases_of_experts(case, movement):
+    experts = dataclasses.replace(MIXTURE.experts, router_bias=True, biases=True)
+    check(dataclasses.replace(moved(CONFIG, movement), model=dataclasses.replace(MIXTURE, experts=experts)), case)
+
+
 @pytest.mark.parametrize(("case", "movement"), [("tsp8", "gather"), ("tp8", "gather"), ("tsp8", "activations")])
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_passes_execute_the_products_of_experts_and_half_a_tile_of_each(case, movement, remat):

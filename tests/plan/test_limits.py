@@ -39,7 +39,7 @@ def peak(config, choice, seq_len: int) -> float:
 
 def test_the_longest_context_fits_and_the_next_does_not():
     found = price(LONG, CPU, choices(LONG, 8, FULL))
-    longest = longest_contexts(LONG, Search(found, LIMIT))
+    longest = longest_contexts(LONG, Search(found, LIMIT), CPU.hardware)
     assert {*longest} == {c.choice.layout for c in found}
     for layout, tokens in longest.items():
         of_layout = [c.choice for c in found if c.choice.layout == layout]
@@ -49,7 +49,8 @@ def test_the_longest_context_fits_and_the_next_does_not():
 
 
 def test_a_layout_on_which_nothing_fits_has_no_context():
-    assert {*longest_contexts(LONG, Search(price(LONG, CPU, choices(LONG, 8, FULL)), 1e3)).values()} == {0}
+    search = Search(price(LONG, CPU, choices(LONG, 8, FULL)), 1e3)
+    assert {*longest_contexts(LONG, search, CPU.hardware).values()} == {0}
 
 
 def test_the_error_of_what_fits_nowhere_names_what_would_fit():

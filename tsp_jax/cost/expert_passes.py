@@ -107,12 +107,12 @@ class ExpertPasses(OpPasses):
         return self.tiling.products(self.experts.shard_rows, self.width, bool(grads))
 
     def _pass(self, backward: bool) -> Pass:
-        rows, item, per_token = self.step.expert_rows, self.sharding.itemsize, self.rule.per_token
+        item, per_token, rows = self.sharding.itemsize, self.rule.per_token, self.step.moved_rows / 3
         tokens, choice = self.width * item, per_token * (INT32 + FLOAT32)
         summed = self.output_sum()
         if backward:
             summed += self.tensor_sum(self.sharding.tokens * per_token, FLOAT32)
-            summed += self.replica_sum(3 * rows * self.width)
+            summed += self.replica_sum(self.step.moved_rows * self.width)
         made = self.use(
             "experts", rows / self.sharding.tensor, self.whole_buckets, 3, expand=2 + backward, contract=1 + backward,
             grads=backward, gathers=(1 + backward) * tokens + choice,

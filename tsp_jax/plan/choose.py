@@ -45,12 +45,12 @@ class Plan:
     @functools.cached_property
     def longest(self) -> dict[str, int]:
         """Layout -> tokens of the longest sequence that fits with everything on the devices."""
-        return longest_contexts(self.base, self.search)
+        return longest_contexts(self.base, self.search, self.target.hardware)
 
     @functools.cached_property
     def longest_offloaded(self) -> dict[str, int]:
         """The same with what backward needs in the host's memory, which is taken to be large enough."""
-        return longest_contexts(self.base, self.search, offload=True)
+        return longest_contexts(self.base, self.search, self.target.hardware, offload=True)
 
     @property
     def chosen(self) -> Candidate:

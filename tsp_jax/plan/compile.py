@@ -11,18 +11,17 @@ import jax
 
 from tsp_jax.config import Config
 from tsp_jax.cost.flops import step_flops
+from tsp_jax.cost.step import Step as Sizes
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.compiler_options import compiler_options
 from tsp_jax.hardware.targets import Target
-from tsp_jax.heads import HeadSharding
 from tsp_jax.inference.forward import decode_placement
 from tsp_jax.inference.program import make_inference_program
 from tsp_jax.inspect import FullWeight, Report, report
-from tsp_jax.layout import Layout, Placement, check_fits, get_layout, num_ranks, parse_mesh, place
+from tsp_jax.layout import Layout, Placement, check_fits, get_layout, parse_mesh, place
 from tsp_jax.mesh import format_sizes
 from tsp_jax.ops.kernels import choose_kernel, describe_kernel
 from tsp_jax.ops.kernels.mask import Scores
-from tsp_jax.stored import ExpertPadding, RowPadding
 from tsp_jax.training.optimizer import Optimizer
 from tsp_jax.training.step import make_program
 
@@ -121,7 +120,7 @@ def compile_step(
       target: devices to compile for.
       step: train (an optimizer step), forward (loss of a batch), prefill, or decode (one token per sequence).
       chunk: prompt tokens that one prefill step processes; 0: all of them.
-      optimizer: the user's own, for step train; None: AdamW from `config.optimizer`.
+      optimizer: the user's own, for step train; None: the one that `config.optimizer` names.
 
     Raises:
       ConfigError: the step is unknown, or `place_step` refuses it.
@@ -150,21 +149,15 @@ def full_weights(config: Config, placement: Placement) -> tuple[FullWeight, ...]
 
     No device should gather all of an op's weights at once.
     """
-    model, layout = config.model, placement.layout
-    heads = HeadSharding.of(layout, placement.mesh.shape, model.num_heads, model.num_kv_heads, model.head_dim)
-    query, kv = heads.stored
-    mlp = "mlp", RowPadding.over(model.d_ff, placement.size("mlp")).stored
-    if experts := model.experts.number:
-        sizes = placement.mesh.shape
-        tensor, folded = (num_ranks(names, sizes) for names in (layout.axes("mlp").tensor, layout.axes("mlp").folded))
-        mlp = "experts", ExpertPadding(experts, model.d_ff, tensor, folded).stored
-    vocab_size = RowPadding.over(model.vocab_size, placement.size("vocab")).stored
+    layout, step = placement.layout, Sizes(config, placement.layout, placement.mesh.shape)
+    query, kv = step.heads.stored
     ops = [
         ("attention/queries", layout.heads, query), ("attention/keys_values", layout.heads, 2 * kv),
-        ("attention/out", layout.heads, query), (mlp[0], layout.mlp, 3 * mlp[1]),
-        ("embed", layout.vocab, vocab_size), ("loss", layout.vocab, vocab_size),
+        ("attention/out", layout.heads, query), ("mlp", layout.mlp, 3 * step.d_ff),
+        ("experts", layout.mlp, 3 * step.expert_rows), ("embed", layout.vocab, step.vocab_size),
+        ("loss", layout.vocab, step.vocab_size),
     ]  # fmt: skip
-    return tuple(FullWeight(f"tsp/{scope}", rows * model.d_model) for scope, axes, rows in ops if axes)
+    return tuple(FullWeight(f"tsp/{scope}", rows * config.model.d_model) for scope, axes, rows in ops if axes and rows)
 
 
 def place_step(config: Config, target: Target, step: Step, chunk: int) -> Placement:

@@ -91,9 +91,8 @@ def estimate(config: Config, target: Target, scenarios: Iterable[str] = tuple(SC
     """
     layout, sizes = mesh_on(config, target)
     layout = layout.without([name for name, size in sizes.items() if size == 1])
-    known = with_expert_kernel(config, target.hardware, sizes)
-    blocks = step_passes(known, layout, sizes)
-    moments = memory_moments(_stored(known, target.hardware), layout, sizes)
+    blocks = step_passes(with_expert_kernel(config, target.hardware, sizes), layout, sizes)
+    moments = memory_moments(as_stored(config, target.hardware, sizes), layout, sizes)
     received = sum(block.times * m.bytes for block in blocks for part in block.passes for m in part.messages)
     after = moments["embed"]  # the update reads and writes weights and moments, and reads gradients
     update = 2 * after["state"] + after["gradients"]
@@ -104,11 +103,14 @@ def estimate(config: Config, target: Target, scenarios: Iterable[str] = tuple(SC
     )  # fmt: skip
 
 
-def _stored(config: Config, hardware: Hardware) -> Config:
-    """The configuration with D as a device stores it: TPUs pad the last dim of an array to 128 lanes."""
-    lanes = 128 if hardware.platform == "tpu" else 1
+def as_stored(config: Config, hardware: Hardware, sizes: Mapping[str, int]) -> Config:
+    """The configuration whose arrays have the sizes that devices store, by the kernel of experts that they run.
+
+    TPUs pad the last dim of an array, D, to 128 lanes.
+    """
+    known, lanes = with_expert_kernel(config, hardware, sizes), 128 if hardware.platform == "tpu" else 1
     width = -(-config.model.d_model // lanes) * lanes
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, d_model=width))
+    return dataclasses.replace(known, model=dataclasses.replace(known.model, d_model=width))
 
 
 class _Priced:

@@ -17,6 +17,7 @@ from tsp_jax.hardware.targets import Target
 from tsp_jax.layout import get_layout, num_ranks
 from tsp_jax.mesh import parse_sizes
 from tsp_jax.plan.budget import usable_bytes
+from tsp_jax.plan.estimate import as_stored
 from tsp_jax.plan.search import Candidate, Search, price
 from tsp_jax.plan.space import Choice, choices
 
@@ -42,7 +43,7 @@ class Count(NamedTuple):
         return self.num_devices * self.candidate.step_s if self.candidate else math.inf
 
 
-def longest_contexts(config: Config, search: Search, *, offload: bool = False) -> dict[str, int]:
+def longest_contexts(config: Config, search: Search, hardware: Hardware, *, offload: bool = False) -> dict[str, int]:
     """Layout -> tokens of the longest sequence that fits, whatever else is chosen; 0 if none does.
 
     Lengths are multiples of 16,384 tokens (of 1,024 where the configuration has fewer than 16,384).
@@ -50,6 +51,7 @@ def longest_contexts(config: Config, search: Search, *, offload: bool = False) -
     Args:
       config: what all candidates share.
       search: its candidates and limit.
+      hardware: the devices.
       offload: also with what backward needs in the host's memory, which is taken to be large enough.
     """
     least: dict[str, dict[str, tuple[float, Candidate]]] = {}
@@ -61,12 +63,14 @@ def longest_contexts(config: Config, search: Search, *, offload: bool = False) -
         if candidate.choice.where not in of_layout or peak < of_layout[candidate.choice.where][0]:
             of_layout[candidate.choice.where] = peak, candidate
     return {
-        layout: max(_longest(config, c, peak / c.estimate.peak_bytes, search.limit_bytes) for peak, c in some.values())
+        layout: max(
+            _longest(config, c, hardware, peak / c.estimate.peak_bytes, search.limit_bytes) for peak, c in some.values()
+        )
         for layout, some in least.items()
     }
 
 
-def _longest(config: Config, candidate: Candidate, scale: float, limit_bytes: float) -> int:
+def _longest(config: Config, candidate: Candidate, hardware: Hardware, scale: float, limit_bytes: float) -> int:
     choice = candidate.choice
     ranks = num_ranks(get_layout(choice.layout).sequence, parse_sizes(choice.mesh))
     grain = math.lcm(16384 if config.seq_len >= 16384 else 1024, 2 * ranks)
@@ -76,7 +80,7 @@ def _longest(config: Config, candidate: Candidate, scale: float, limit_bytes: fl
             changed = dataclasses.replace(config, seq_len=count * grain, seq_len_schedule="")
         except ConfigError:  # more than any target holds
             return False
-        return scale * _peak(changed, choice) <= limit_bytes
+        return scale * _peak(changed, choice, hardware) <= limit_bytes
 
     high = 1
     while high * grain < _LONGEST and fits(high):
@@ -189,7 +193,7 @@ def _fits(config: Config, target: Target, limit_bytes: float, fixed: frozenset[s
     except ConfigError:
         return False
     least = {choice.where: choice for choice in sorted(found, key=_leanness)}  # the leanest is the last
-    return any(_peak(config, choice) <= limit_bytes for choice in least.values())
+    return any(_peak(config, choice, target.hardware) <= limit_bytes for choice in least.values())
 
 
 def _leanness(choice: Choice) -> tuple[Any, ...]:
@@ -198,12 +202,12 @@ def _leanness(choice: Choice) -> tuple[Any, ...]:
     return _LEAN.index(choice.remat), choice.accumulate, choice.zero1, narrow
 
 
-def _peak(config: Config, choice: Choice) -> float:
+def _peak(config: Config, choice: Choice, hardware: Hardware) -> float:
     """Bytes at the peak by the closed form; infinite if no target holds the configuration."""
     sizes = parse_sizes(choice.mesh)
     layout = get_layout(choice.layout).without([name for name, size in sizes.items() if size == 1])
     try:
-        return sum(step_memory(choice.apply(config), layout, sizes).values())
+        return sum(step_memory(as_stored(choice.apply(config), hardware, sizes), layout, sizes).values())
     except ConfigError:
         return math.inf
 

@@ -160,6 +160,7 @@ def _prefill(base: Config, layout: Layout, sizes: dict[str, int], chunk: int, ta
 def _compute(base: Config, layout: Layout, sizes: dict[str, int], chunk: int, target: Target) -> float:
     """All operations at the best rate, but those of experts in tiles, which are small where chunks are."""
     flops, rates = step_flops(base, forward=True), target.hardware.rates
+    del flops["loss"]  # prefill makes logits of one token a sequence
     if not base.model.experts.number:
         return sum(flops.values()) / target.num_devices / rates.best_flops.typical
     passes = ExpertPasses(Step(dataclasses.replace(base, seq_len=chunk), layout, sizes))

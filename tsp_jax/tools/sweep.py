@@ -13,11 +13,13 @@ from typing import Any
 from tsp_jax.config import Config, ModelConfig
 from tsp_jax.cost.memory import step_memory
 from tsp_jax.errors import ConfigError
+from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.targets import Target
 from tsp_jax.layout import Layout, get_layout, num_ranks, spread
 from tsp_jax.mesh import format_sizes, parse_size, parse_sizes
 from tsp_jax.plan.budget import usable_bytes
 from tsp_jax.plan.compile import Step, compile_step, place_step
+from tsp_jax.plan.estimate import as_stored
 from tsp_jax.training.optimizer import Optimizer
 
 PAPER = "Shyam, Golubeva, Anthony, arXiv 2604.26294"
@@ -167,7 +169,7 @@ def _row(name: str, config: Config, target: Target, step: Step, chunk: int, opti
         by_kind=dict(found.peak.by_kind),
         note="" if found.peak_bytes <= limit else f"does not fit {limit / 1e9:.0f} of {total / 1e9:.0f} GB",
     )
-    return _with_limits(row, config, limit) if step == "train" else row
+    return _with_limits(row, config, target.hardware, limit) if step == "train" else row
 
 
 def _paper_peak_gb(name: str, config: Config, target: Target, step: Step) -> str:
@@ -175,14 +177,14 @@ def _paper_peak_gb(name: str, config: Config, target: Target, step: Step) -> str
     return _PAPER_PEAKS.get((name, config.seq_len), "") if same else ""
 
 
-def _with_limits(row: Row, config: Config, limit: float) -> Row:
+def _with_limits(row: Row, config: Config, hardware: Hardware, limit: float) -> Row:
     """Adds to a row the closed-form estimate of peak memory, and the largest sizes that fit into `limit` bytes."""
     layout, sizes = get_layout(config.layout), parse_sizes(config.mesh)
     replicas = num_ranks(layout.batch, sizes)
 
     def predicted(seq_len: int, batch: int) -> float:
         changed = dataclasses.replace(config, seq_len=seq_len, batch=batch * replicas)
-        return sum(step_memory(changed, layout, sizes).values())
+        return sum(step_memory(as_stored(changed, hardware, sizes), layout, sizes).values())
 
     per_replica = config.batch // replicas
     predicted_bytes = predicted(config.seq_len, per_replica)

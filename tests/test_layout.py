@@ -78,6 +78,9 @@ def test_only_fsdp_cp_gathers_whole_weights():
         ),
         ({"sequence": ("a", "b"), "mlp": ("b", "a")}, "mlp=b+a must name tensor axes, then folded ones as tokens do"),
         ({"sequence": tuple("abcdefghijklmnop")}, "it has 17 mesh axes; use at most 16"),
+        ({"sequence": ("a",), "mlp": ("a",), "experts": ()}, "experts=none must be what shards whole experts; use a"),
+        ({"sequence": ("a",), "mlp": ("m", "a"), "experts": ("m",)}, "shards whole experts; use a"),
+        ({"mlp": ("m",), "experts": ("other",)}, "experts=other must be what shards whole experts; use axes of mlp=m"),
     ],
 )
 def test_a_row_that_makes_no_sense_is_refused(fields, message):

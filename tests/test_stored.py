@@ -18,6 +18,7 @@ from tsp_jax.stored import (
     NoPadding,
     RowPadding,
     abstract_logical,
+    in_dtype,
 )
 
 
@@ -74,6 +75,21 @@ def test_shards_hold_whole_experts_or_a_part_of_each(tensor, folded):
         expert, row = f * shards.shape[2] + e, t * padding.shard_rows + i
         real = expert < 5 and row < 7
         np.testing.assert_array_equal(shards[t, f, e, i], [expert + 1, row + 1] if real else [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "tensor", "stored"),
+    [(2880, 8, 368), (2880, 4, 720), (2880, 1, 2880), (2881, 1, 2881), (14, 4, 4), (360, 3, 120)],
+)
+def test_tensor_ranks_hold_rows_that_the_kernel_takes_where_that_adds_little(rows, tensor, stored):
+    assert ExpertPadding(32, rows, tensor).shard_rows == stored
+
+
+def test_selection_biases_are_never_rounded():
+    params = {"mlp": {name: jax.ShapeDtypeStruct((4,), jnp.float32) for name in ("selection_bias", "router_bias")}}
+    assert {name: array.dtype for name, array in in_dtype(params, "bfloat16")["mlp"].items()} == {
+        "selection_bias": jnp.float32, "router_bias": jnp.bfloat16
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("tensor", "folded"), [(1, 1), (1, 4), (3, 1), (3, 4)])

@@ -18,6 +18,7 @@ from tsp_jax.hardware.targets import parse_target
 from tsp_jax.inspect import compiled_memory, list_buffers, parse
 from tsp_jax.inspect.memory import Buffer
 from tsp_jax.layout import Placement, place
+from tsp_jax.models.buffers import BufferFormat
 from tsp_jax.models.remat import run_layers
 from tsp_jax.ops.mlp import mlp
 from tsp_jax.ops.stream import Stream
@@ -390,3 +391,14 @@ def test_second_derivatives_are_refused(policy):
     for second in (lambda p: jax.jvp(gradient, (p,), (p,)), jax.grad(lambda p: gradient(p)["odd"].sum())):
         with pytest.raises(ConfigError, match="the decoder has no second derivatives"):
             jax.eval_shape(second, params)
+
+
+@pytest.mark.parametrize("width", [5, 6, 7])
+def test_a_wider_array_fills_whole_words_of_a_narrower_buffer(width):
+    """A row of an odd number of bfloat16 elements is no whole number of float32 elements."""
+    placement = place_case("single")
+    saved = jnp.zeros((1, 2, width), jnp.bfloat16), normal(0, 1)
+    params, none = {"scale": jnp.zeros((2, 1), jnp.bfloat16)}, P()
+    form = BufferFormat.of(placement, saved, (none, none), params, {"scale": P(None)}, jnp.dtype("bfloat16"))
+    buffers = form.write_saved(form.zeros(), jnp.int32(1), saved)
+    np.testing.assert_array_equal(form.read_saved(buffers, jnp.int32(1))[1], saved[1])

@@ -11,6 +11,8 @@ from tests.builders.runs import small_config
 from tests.builders.steps import CONFIG
 from tsp_jax.cost.flops import model_flops
 from tsp_jax.hardware.devices import HARDWARE, data_sheet
+from tsp_jax.training import loop
+from tsp_jax.training.evaluation import evaluate
 from tsp_jax.training.metrics import read_metrics
 from tsp_jax.training.schedule import CompiledSteps
 from tsp_jax.training.throughput import Throughput
@@ -62,6 +64,23 @@ def test_a_cpu_has_no_share_and_the_run_says_so():
     assert speed.hardware is None
     assert speed.of(64, 64, 1.0)["mfu"] is None
     assert "no share of peak" in str(speed)
+
+
+def test_the_first_step_does_not_take_the_time_of_the_evaluation_before_it(monkeypatch, tmp_path, optax_promotes):
+    """A resumed run evaluates first if its last step was stopped before it could."""
+    train(small_config(tmp_path, steps=2, eval_every=2), "small")
+    run = tmp_path / "run"
+    kept = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "eval_loss" not in line]
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in kept))
+
+    def slow(*args):
+        time.sleep(2)
+        return evaluate(*args)
+
+    monkeypatch.setattr(loop, "evaluate", slow)
+    train(small_config(tmp_path, steps=3, eval_every=2), "small")
+    (line,) = (line for line in read_metrics(run / "metrics.jsonl") if line["step"] == 3 and "loss" in line)
+    assert line["tokens"] / line["tokens_per_s"] < 2
 
 
 def test_a_step_has_its_own_time_where_dispatching_waits_for_the_device(monkeypatch, tmp_path, optax_promotes):

@@ -20,6 +20,7 @@ from tsp_jax.hf.names import EMBEDDING, HEAD
 from tsp_jax.hf.params import abstract_state, param_tree, shapes, tensors
 from tsp_jax.hf.tensors import MAX_FILE_BYTES, Tensors, new_folder, write_json, write_tensors
 from tsp_jax.layout import Placement
+from tsp_jax.stored import in_dtype
 
 __all__ = ["abstract_params", "check_folder", "load_params", "read_config", "save_params"]
 
@@ -32,11 +33,7 @@ COPIED = (
 
 def abstract_params(config: ModelConfig, placement: Placement, dtype: jax.typing.DTypeLike) -> dict:
     """Returns shapes and shardings of what `load_params` returns."""
-
-    def abstract(param: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(param.shape, dtype, sharding=param.sharding)
-
-    return jax.tree.map(abstract, nnx.to_pure_dict(abstract_state(config, placement)))
+    return in_dtype(nnx.to_pure_dict(abstract_state(config, placement)), dtype)
 
 
 def check_folder(folder: str | Path, config: ModelConfig, placement: Placement) -> Tensors:

@@ -17,7 +17,7 @@ from tsp_jax.inference.forward import decode, decode_placement, prefill
 from tsp_jax.inspect.memory import compiled_memory
 from tsp_jax.layout import Placement, check_divides
 from tsp_jax.models.transformer import Transformer, make_merge
-from tsp_jax.stored import paddings
+from tsp_jax.stored import in_dtype, paddings
 
 ONE_BUCKET = StreamConfig(bucket_mib=1e9)
 """for decode, where weights are stationary: one bucket per op"""
@@ -158,8 +158,5 @@ def _model(
         )
 
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
-    params = jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(array.shape, params_dtype, sharding=array.sharding),
-        nnx.to_pure_dict(abstract),
-    )
+    params = in_dtype(nnx.to_pure_dict(abstract), params_dtype)
     return make_merge(graphdef, abstract), params, paddings(abstract)

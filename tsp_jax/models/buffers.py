@@ -64,6 +64,7 @@ class BufferFormat(NamedTuple):
             for spec, shape, array_dtype in arrays:
                 local = NamedSharding(placement.mesh, spec).shard_shape(shape)
                 rows = -(-math.prod(local) * array_dtype.itemsize // (width * dtype.itemsize))
+                rows += rows * width * dtype.itemsize % array_dtype.itemsize > 0  # whole words, also if D is odd
                 found.append(_Leaf(spec, local, array_dtype, first, rows))
                 first += rows
             return tuple(found)

@@ -66,6 +66,7 @@ class TrainLoop:
         if due and start not in self.metrics.evaluations and not self._evaluate(state, start):
             batches = iter(())
         self.profile.resume(start)
+        self.since = time.perf_counter()
         for step, batch in batches:
             state, step_metrics = self.compiled(state, batch)
             ended = when_done(step_metrics)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from tsp_jax.config import Config, DType
@@ -16,7 +15,7 @@ from tsp_jax.hf.byte_tokenizer import ByteTokenizer
 from tsp_jax.hf.tokenizer import Tokenizer, read_stop_tokens
 from tsp_jax.layout import Placement
 from tsp_jax.models.lora import merge
-from tsp_jax.stored import abstract_logical, to_stored
+from tsp_jax.stored import abstract_logical, in_dtype, to_stored
 from tsp_jax.text.encode import BYTES
 from tsp_jax.training.checkpoint import Meta, saved_steps
 from tsp_jax.training.checkpoint_manifest import find_damage
@@ -113,7 +112,7 @@ def load_run_params(
     """
     program = make_program(config, placement)
     adapters = bool(config.lora.rank)
-    trained = _cast(program.abstract_state.params, "float32" if adapters else dtype)
+    trained = in_dtype(program.abstract_state.params, "float32" if adapters else dtype)
     nbytes = shard_bytes(trained) + shard_bytes(program.abstract_state.frozen)
     memory = memory_bytes(jax.local_devices())
     check_room(f"on each device {workdir} in {dtype}", nbytes, memory, "use more devices that shard weights")
@@ -139,10 +138,3 @@ def _restore(checkpoint: Path, paddings: Any, stored: Any) -> Any:
         return params
     shardings = jax.tree.map(lambda array: array.sharding, stored)
     return jax.jit(lambda params: to_stored(paddings, params), out_shardings=shardings)(params)
-
-
-def _cast(params: Any, dtype: DType) -> Any:
-    """Abstract parameters of another dtype."""
-    return jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(array.shape, jnp.dtype(dtype), sharding=array.sharding), params
-    )

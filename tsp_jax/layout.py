@@ -86,7 +86,8 @@ class Layout:
             axes = self.axes("mlp")
             if self.experts != axes.folded and (axes.folded or not set(self.experts) <= set(axes.tensor)):
                 use = format_axes(axes.folded) if axes.folded else f"axes of mlp={format_axes(self.mlp)}"
-                self._refuse(f"experts={format_axes(self.experts) or 'none'} must be what shards whole experts; use {use}")
+                found = format_axes(self.experts) or "none"
+                self._refuse(f"experts={found} must be what shards whole experts; use {use}")
         if len(self.axis_names) > MOST_AXES:
             self._refuse(f"it has {len(self.axis_names)} mesh axes; use at most {MOST_AXES}")
 

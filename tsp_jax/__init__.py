@@ -18,8 +18,9 @@ from tsp_jax import inference, nn
 from tsp_jax.config import Config, ModelConfig, StreamConfig
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.private_jax import hush_absent_plugins
+from tsp_jax.hardware.virtual_devices import use_cpu_devices
 from tsp_jax.layout import LAYOUTS, Layout, Placement, place
-from tsp_jax.mesh import make_mesh, use_cpu_devices
+from tsp_jax.mesh import make_mesh
 
 hush_absent_plugins()
 

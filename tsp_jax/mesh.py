@@ -1,7 +1,6 @@
-"""Virtual CPU devices, sizes of mesh axes as text, and device meshes. This module does not know layouts."""
+"""Sizes of mesh axes as text, and device meshes. This module does not know layouts."""
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,29 +10,6 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from tsp_jax.errors import ConfigError
-
-_LONGEST_WAIT = "--xla_cpu_collective_call_terminate_timeout_seconds"
-
-
-def use_cpu_devices(number: int) -> None:
-    """Makes `number` virtual devices of this machine's CPU all devices that JAX has.
-
-    Call it before anything uses a device. It sets `jax_platforms` and `jax_num_cpu_devices`, and what programs with
-    collectives need on such devices: no persistent compilation cache, and in the environment, unless they are set
-    there, at least two threads a device (PJRT_NPROC) and an hour for which one device may wait for another (XLA_FLAGS).
-    """
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", number)
-    # XLA launches and runs programs with one pool of threads, by default one for each device or core. With 32 programs
-    # in flight the launches of the next one wait; if they hold all threads, no earlier program can end: seen on jax
-    # 0.10.2 after less than 500 programs. Twice as many threads leave one for each device to run on.
-    os.environ.setdefault("PJRT_NPROC", str(max(2 * number, os.cpu_count() or 1)))
-    # XLA ends the process if a virtual device waits 40 s for another, as it may on a machine that has other work.
-    if _LONGEST_WAIT not in (flags := os.environ.get("XLA_FLAGS", "")):
-        os.environ["XLA_FLAGS"] = f"{flags} {_LONGEST_WAIT}=3600".lstrip()
-    # On jax 0.12 a CPU program read back from the persistent cache no longer orders its collectives: seen to hang,
-    # and to give other numbers.
-    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def parse_sizes(text: str, example: str = "data=1,tsp=8") -> dict[str, int]:

@@ -265,12 +265,15 @@ def run_on_virtual_devices(number, code, **environment):
     return done.stdout.split()
 
 
+SCHEDULER = "--xla_cpu_enable_concurrency_optimized_scheduler"
+
+
 @pytest.mark.parametrize("flags", ["", "--xla_cpu_collective_call_terminate_timeout_seconds=7"])
 def test_virtual_devices_wait_for_each_other_on_a_busy_machine(flags):
     """XLA reads the flag, which ends the process when a device is late, after JAX is imported."""
-    late = "--xla_cpu_collective_call_terminate_timeout_seconds="
+    late, order = "--xla_cpu_collective_call_terminate_timeout_seconds=", f"{SCHEDULER}=false"
     printed = run_on_virtual_devices(2, "print(os.environ['XLA_FLAGS'], len(jax.devices()))", XLA_FLAGS=flags)
-    assert printed == [flags or f"{late}3600", "2"]
+    assert printed == [flags or f"{late}3600", order, "2"]
 
 
 MANY_PROGRAMS = """
@@ -289,5 +292,32 @@ def test_many_programs_in_flight_on_virtual_devices_end():
     assert run_on_virtual_devices(8, MANY_PROGRAMS) == ["3072.0"]
 
 
-def test_threads_that_the_environment_sets_are_kept():
-    assert run_on_virtual_devices(2, "print(os.environ['PJRT_NPROC'])", PJRT_NPROC="5") == ["5"]
+LARGE_VOCABULARY = """
+import numpy as np
+from tsp_jax.config import Config, ModelConfig
+from tsp_jax.layout import place
+from tsp_jax.training.data import Batch
+from tsp_jax.training.step import make_program
+model = ModelConfig(
+    vocab_size=49_152, d_model=256, num_layers=1, num_heads=8, num_kv_heads=8, head_dim=32, d_ff=512,
+    tie_embeddings=True,
+)
+config = Config(model=model, layout="tsp", mesh="tsp=8", steps=1, batch=4, seq_len=512, compute_dtype="float32")
+program = make_program(config, place("tsp", data=1, tsp=8))
+tokens = np.arange(4 * 512, dtype=np.int32).reshape(1, 4, 512)
+positions = np.broadcast_to(np.arange(512, dtype=np.int32), tokens.shape)
+batch = Batch(tokens, np.roll(tokens, -1, axis=-1), positions, np.zeros_like(tokens))
+print(program.step(program.init(), batch)[1].loss)
+"""
+
+
+def test_collectives_of_large_arrays_are_in_the_same_order_on_all_virtual_devices():
+    """With XLA's scheduler for concurrency this step ended the process, or stood still (jax 0.10.2)."""
+    (loss,) = run_on_virtual_devices(8, LARGE_VOCABULARY)
+    assert 10 < float(loss) < 12  # log(49,152) is 10.8
+
+
+@pytest.mark.parametrize(("name", "value"), [("PJRT_NPROC", "5"), ("XLA_FLAGS", f"{SCHEDULER}=true")])
+def test_what_the_environment_sets_is_kept(name, value):
+    printed = run_on_virtual_devices(2, f"print(os.environ['{name}'])", **{name: value})
+    assert printed[0] == value and printed.count(f"{SCHEDULER}=false") == 0

@@ -26,6 +26,7 @@ from tsp_jax.hardware.devices import (
 from tsp_jax.hardware.private_jax import register_rocm_plugin
 from tsp_jax.hardware.rates_file import check_base, read_hardware
 from tsp_jax.hardware.rocm_standins import load_rocm_libraries
+from tsp_jax.hardware.virtual_devices import use_cpu_devices
 
 _STANDINS: set[str] = set()
 """ROCm libraries that stand-ins replace in this process"""
@@ -65,10 +66,8 @@ class Target:
 def use_target(target: Target) -> None:
     """Sets JAX up to compile for a target; call it before anything else uses a device."""
     if target.hardware.platform == "cpu":
-        jax.config.update("jax_num_cpu_devices", target.num_devices)
-        # See tsp_jax.mesh.use_cpu_devices.
-        jax.config.update("jax_enable_compilation_cache", False)
-    if not is_present(target.hardware.platform):
+        use_cpu_devices(target.num_devices)  # the program that would run
+    elif not is_present(target.hardware.platform):
         jax.config.update("jax_platforms", "cpu")
 
 

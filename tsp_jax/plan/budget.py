@@ -8,7 +8,7 @@ from tsp_jax.hardware.devices import Hardware
 from tsp_jax.hardware.rates import Source
 
 FRACTION = 0.92
-"""share of a device's memory that a run gives to its programs, as README's XLA_PYTHON_CLIENT_MEM_FRACTION does"""
+"""share of a device's memory that a run gives to its programs, as docs/training.md's XLA_PYTHON_CLIENT_MEM_FRACTION"""
 COMMUNICATORS = 3
 """groups of ranks with a communicator each: those of two sets of mesh axes, and all devices"""
 _GIB = 2**30

@@ -19,7 +19,7 @@ import tyro
 from tsp_jax.config import Config
 from tsp_jax.errors import REFUSED, ConfigError, RunStopped, printable, removal
 from tsp_jax.hardware.devices import MOST_CPU_DEVICES
-from tsp_jax.mesh import use_cpu_devices
+from tsp_jax.hardware.virtual_devices import use_cpu_devices
 from tsp_jax.tools.model_folder import folder_config, is_model
 from tsp_jax.tools.streams import guarded_streams
 from tsp_jax.training.distributed import join_cluster

@@ -36,8 +36,8 @@ class CompareOptions:
     layouts: str = ""
     """layouts, separated by commas, such as tsp:8,tp_sp:2x4,tsp(weights=data+tsp):2x4. Each is written as for --layout,
     then a colon and the sizes of its axes: first tensor axes (they shard weights alone), then batch axes, then sequence
-    axes. A first batch axis that shards no weights gets no size: it takes the remaining devices. Empty: the layouts in
-    README's table"""
+    axes. A first batch axis that shards no weights gets no size: it takes the remaining devices. Empty: the layouts of
+    docs/layouts.md"""
     seq_lens: str = ""
     """tokens per sequence, such as 16384,131072; empty: as in the configuration"""
     per_replica: int = 1

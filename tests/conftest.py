@@ -7,17 +7,19 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # new emitters of fusions half of that (XLA of jax 0.12 has no others, and ignores the option).
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
-    "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_enable_concurrency_optimized_scheduler=false "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
     + os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
 )
-os.environ["PJRT_NPROC"] = "16"  # like the last two flags as in tsp_jax.use_cpu_devices
+os.environ["PJRT_NPROC"] = "32"  # four threads a device, as in tsp_jax.use_cpu_devices
 
 import jax
 import pytest
 
 from tests.quick import is_for_newest, is_quick
+from tsp_jax.hardware.private_jax import number_collectives
 
+number_collectives()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

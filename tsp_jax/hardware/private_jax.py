@@ -4,9 +4,13 @@ import functools
 import importlib
 import logging
 import re
+import threading
 from pathlib import Path
+from typing import Any
 
 from jax._src import xla_bridge
+from jax._src.interpreters import mlir
+from jax._src.lax import parallel
 from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 
 from tsp_jax.hardware.devices import is_present
@@ -59,3 +63,32 @@ def hush_absent_plugins() -> None:
 def _is_not_about_absent_hardware(record: logging.LogRecord) -> bool:
     plugin = re.search(r"plugin configuration error.*jax_plugins\.xla_(rocm|cuda)", record.getMessage())
     return plugin is None or is_present(plugin[1])
+
+
+_COLLECTIVES = (
+    parallel.all_gather_p, parallel.all_gather_invariant_p, parallel.all_to_all_p, parallel.pmax_p, parallel.pmin_p,
+    parallel.ppermute_p, parallel.psum_p, parallel.psum_invariant_p, parallel.reduce_scatter_p,
+)  # fmt: skip
+_lowering = threading.RLock()
+
+
+def number_collectives() -> None:
+    """Gives each collective that is lowered for CPUs a channel of its own within its module.
+
+    JAX gives all collectives of `jax.shard_map` the same channel, by which XLA's virtual CPU devices find each other.
+    If a loop with collectives runs beside other collectives, as XLA lets it, devices meet in different ones: then the
+    process ends, or stands still. With channels of their own, several collectives may be under way at once.
+    """
+    for primitive in _COLLECTIVES:
+        rule = mlir._lowerings[primitive].rule
+        mlir.register_lowering(primitive, functools.partial(_lower_numbered, rule), platform="cpu", cacheable=False)
+
+
+def _lower_numbered(rule: Any, ctx: Any, *args: Any, **params: Any) -> Any:
+    with _lowering:
+        shared = mlir.COLLECTIVE_CHANNEL_ID
+        mlir.COLLECTIVE_CHANNEL_ID = ctx.module_context.new_channel()
+        try:
+            return rule(ctx, *args, **params)
+        finally:
+            mlir.COLLECTIVE_CHANNEL_ID = shared

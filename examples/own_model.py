@@ -8,8 +8,8 @@
 # # A Flax model of your own on eight devices
 #
 # The layers of `tsp_jax.nn` are ordinary Flax modules. This notebook puts a small model on eight virtual CPU devices,
-# changes its layout without changing the model, shows that every layout computes the same numbers, and saves it so
-# that any other mesh can read it.
+# changes its layout without changing the model, shows that every layout computes the same numbers, and reports what
+# a device holds and receives.
 
 # %%
 import jax
@@ -122,4 +122,4 @@ for op, total in sorted({c.op: 0 for c in found.collectives}.items()):
 # 1. Which layouts of `LAYOUTS` sum activations over devices in forward? Look for all-reduces in a report.
 # 2. Nine heads of eight rows are 72 rows. How many does a device hold, and of how many heads?
 #
-# Saving such a model and restoring it on another mesh: [a model of your own](own_model.md).
+# `docs/own_model.md` saves such a model and restores it on another mesh.

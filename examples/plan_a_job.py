@@ -65,7 +65,8 @@ long = candidates(131072, 128 * 131072)
 # %% [markdown]
 # Replicas outside each hold a copy of the weights, and sum their gradients after every step. `weights=data+tsp`
 # shares the weights over all 1,024 devices: buckets then come from other nodes too, but arrive while attention
-# computes. `fsdp` shards tokens by whole sequences, and 128 sequences do not go round. Tensor parallelism keeps all
+# computes. `fsdp` shards tokens by whole sequences, and there are only 128 sequences for
+# 1,024 devices. Tensor parallelism keeps all
 # tokens of a sequence on every device of its group, and does not fit.
 #
 # ## When not to use TSP
@@ -80,7 +81,7 @@ print("fastest at 128 K:", min(long, key=long.get), "| fastest at 4 K:", min(sho
 # %% [markdown]
 # ## Which term wins
 #
-# A step is products, attention, memory traffic, and what of the communication nothing hides.
+# The time of a step is the sum of matrix products, attention, memory traffic, and communication that nothing hides.
 
 # %%
 for name in (min(long, key=long.get), "tp_sp 8 x 8"):
@@ -101,8 +102,9 @@ for name in list(long)[:2]:
     print(f"{name}: {min(steps):.1f} to {max(steps):.1f} s")
 
 # %% [markdown]
-# The closed forms of memory are within a few percent of compiled programs (`benchmarks/closed_forms.md`). The planner
-# uses them to discard what cannot win, compiles the rest with the target's compiler, and writes a configuration file:
+# On MI300X the closed forms of memory are within 5 % of most compiled programs; on TPUs they can be much too low
+# (`benchmarks/closed_forms.md`, `docs/planning.md`). The planner uses them to discard what cannot win,
+# compiles the rest with the target's compiler, and writes a configuration file:
 #
 # ```sh
 # pip install ".[aot-rocm]"
@@ -111,7 +113,7 @@ for name in list(long)[:2]:
 #
 # ## Exercises
 #
-# 1. From how many tokens a sequence on is a TSP row the fastest, if a step always has 16 M tokens?
+# 1. At which sequence length does a TSP layout become the fastest, if a step always has 16 M tokens?
 # 2. How many MI300X does the model need at least, with one sequence of 128 K tokens a step?
 #
 # `tests/test_examples.py` computes the answers.

@@ -145,8 +145,8 @@ check(bucketed)
 print("bucketed:", largest_buffers(bucketed))
 
 # %% [markdown]
-# **What is wrong:** in each step of the loop the product needs the gather of the same step. The links wait for the
-# multipliers and the multipliers for the links.
+# **What is wrong:** in each step of the loop the product needs the gather of the same step. Communication and
+# matrix products cannot overlap: each waits for the other.
 #
 # ## Third try: fetch the next bucket meanwhile
 #
@@ -172,8 +172,8 @@ print("prefetched:", largest_buffers(prefetched))
 
 # %% [markdown]
 # **What is wrong** shows only in backward. Autodiff keeps what each step used: the buckets of all steps, stacked
-# (`[BUCKETS - 1, F / BUCKETS, D]` above), which together are the whole weights, and their hidden columns. All that
-# the loop saved in forward, backward holds again.
+# (`[BUCKETS - 1, F / BUCKETS, D]` above), which together are the whole weights, and their hidden columns. So
+# backward again holds all the memory that the loop saved in forward.
 #
 # ## Fourth try: a gradient of our own
 #
@@ -262,8 +262,8 @@ assert moved["reduce-scatter"][1] == WEIGHTS
 # ## When it pays
 #
 # That traffic does not depend on the number of tokens, while the products grow with it. With few tokens a device
-# waits for weights; with many the weights arrive unnoticed. The other way round, tensor parallelism moves tokens: two
-# all-reduces of `[T, D]` a layer, whose bytes grow with T.
+# waits for weights; with many the weights arrive unnoticed. Tensor parallelism moves tokens
+# instead: two all-reduces of `[T, D]` a layer, whose bytes grow with T.
 #
 # ## Exercises
 #

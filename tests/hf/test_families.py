@@ -126,7 +126,7 @@ READ = {
     ),
     "qwen3_moe by the other key": (
         {"num_local_experts": 16, "num_experts_per_tok": 1},
-        {"experts": ExpertsConfig(number=16, normalize=False), "qk_norm": True, "d_ff": 768},
+        {"experts": ExpertsConfig(number=16, per_token=1, normalize=False), "qk_norm": True, "d_ff": 768},
     ),
     "olmoe": (
         {"num_experts": 8, "head_dim": None},

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tsp_jax.config.experts import KERNEL_MULTIPLE
 from tsp_jax.heads import HeadRows, HeadSharding
 from tsp_jax.layout import num_ranks
 
@@ -71,10 +72,6 @@ LARGEST_MULTIPLE = 64
 sizes divide them"""
 
 
-KERNEL_ROWS = 16
-"""the kernel of grouped products takes experts of a multiple of so many rows (`tsp_jax.ops.grouped.TritonGrouped`)"""
-
-
 @dataclasses.dataclass(frozen=True)
 class RowPadding:
     """Pads a weight whose rows are independent (ffn columns, tokens of a vocabulary) with zeros after its last row."""
@@ -119,7 +116,7 @@ class ExpertPadding:
     Logical rows are those of the experts, one expert after another, F rows each. Each tensor rank holds an equal part
     of every expert's rows, each folded rank equally many whole experts: stored rows are in the order [tensor rank,
     expert, row]. Experts are padded to a multiple of the folded ranks. Several tensor ranks hold equally many rows of
-    an expert, padded with zeros, and a multiple of `KERNEL_ROWS` where that adds less than 5 %.
+    an expert, padded with zeros, and a multiple of `KERNEL_MULTIPLE` where that adds less than 5 %.
     """
 
     experts: int
@@ -140,7 +137,7 @@ class ExpertPadding:
     def shard_rows(self) -> int:
         """Rows of an expert on each tensor rank, padding included."""
         fewest = -(-self.rows // self.tensor)
-        more = -fewest % KERNEL_ROWS if self.tensor > 1 else 0
+        more = -fewest % KERNEL_MULTIPLE if self.tensor > 1 else 0
         return fewest + more * (20 * more < fewest)
 
     @property

@@ -75,7 +75,7 @@ def test_a_bias_of_each_expert_follows_its_load(tmp_path):
 
 
 def test_routers_do_not_count_padding(tmp_path):
-    """Documents attend to themselves alone, so what is in the padding changes nothing, and neither does how much."""
+    """Documents attend to themselves alone, so what is in the padding changes nothing."""
     program = make_program(small_config(tmp_path, model=MODEL), place("single", data=1))
     ids = np.random.default_rng(0).integers(0, 255, (1, 4, 96)).astype(np.int32)
     positions = np.broadcast_to(np.arange(96, dtype=np.int32), ids.shape)

@@ -87,6 +87,10 @@ SLABS = {"triton": Slabs(16, 128, 16384), "xla": Slabs(8, 512, 1)}
 """name of a kernel of `tsp_jax.ops.grouped` -> its slabs"""
 
 
+KERNEL_MULTIPLE = 16
+"""the kernel triton takes experts whose width, and rows on a device, are multiples of this"""
+
+
 def mean_tiles(choices: int, num_experts: int, tile: int) -> float:
     """Mean number of tiles of an expert if all experts are chosen equally often: its last one is half full."""
     each = choices / num_experts

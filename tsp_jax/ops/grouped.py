@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.sharding import AbstractMesh, Mesh
 
-from tsp_jax.config.experts import SLABS, Slabs
+from tsp_jax.config.experts import KERNEL_MULTIPLE, SLABS, Slabs
 from tsp_jax.errors import ConfigError
 from tsp_jax.ops.kernels.kernel import arch_of
 from tsp_jax.ops.linear import matmul, matmul_t, outer
@@ -234,8 +234,9 @@ class TritonGrouped(Grouped):
             return f"runs on {known}, not on {self.arch or 'unknown devices'}"
         if jnp.dtype(dtype) != jnp.bfloat16 and self.arch != "interpret":
             return f"computes in bfloat16, not in {jnp.dtype(dtype).name}"
-        if d_model % 16 or rows % 16:
-            return f"needs d_model and a device's d_ff to be multiples of 16, not {d_model} and {rows}"
+        if d_model % KERNEL_MULTIPLE or rows % KERNEL_MULTIPLE:
+            sizes = f"{d_model} and {rows}"
+            return f"needs d_model and a device's d_ff to be multiples of {KERNEL_MULTIPLE}, not {sizes}"
         return ""
 
     @property

@@ -48,8 +48,6 @@ class TrainLoop:
     profile: Profile
 
     def __post_init__(self):
-        self.since = time.perf_counter()
-        """when the last step, or an evaluation or checkpoint after it, was known to be done"""
         self.numbers = NumbersWatch(self.config.faults.skip_limit, self.metrics.earlier, report_once)
 
     def run(self, state: TrainState, start: int) -> None:
@@ -67,6 +65,7 @@ class TrainLoop:
             batches = iter(())
         self.profile.resume(start)
         self.since = time.perf_counter()
+        """when the last step, or an evaluation or checkpoint around it, was known to be done"""
         for step, batch in batches:
             state, step_metrics = self.compiled(state, batch)
             ended = when_done(step_metrics)

@@ -12,12 +12,13 @@ from tests.builders.arrays import place_case
 from tests.builders.steps import CONFIG, CPU, train_step
 from tests.builders.targets import needs_compiler
 from tsp_jax import inspect
+from tsp_jax.config import ExpertsConfig
 from tsp_jax.cost.serving import cache_bytes, decode_traffic
 from tsp_jax.errors import ConfigError
 from tsp_jax.hardware.targets import parse_target, use_target
 from tsp_jax.inspect.expect import broken, parse_expectations
 from tsp_jax.layout import get_layout
-from tsp_jax.plan.compile import compile_step, place_on
+from tsp_jax.plan.compile import compile_step, full_weights, place_on
 from tsp_jax.tools.cli import load_config
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
@@ -58,6 +59,24 @@ def test_blocking_collectives_are_exposed(found):
     assert found.timeline.comm_s > 0
     assert found.timeline.exposed_comm_s == pytest.approx(found.timeline.comm_s)
     assert found.exposed_fraction == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("experts", "mlps"),
+    [
+        (ExpertsConfig(), {"tsp/mlp": 1}),
+        (ExpertsConfig(number=16), {"tsp/experts": 16}),
+        (ExpertsConfig(number=16, shared=2), {"tsp/experts": 16, "tsp/mlp": 2}),
+    ],
+    ids=["dense", "experts", "shared"],
+)
+def test_weights_that_no_device_gathers_whole_are_those_of_all_ops(experts, mlps):
+    """`mlps`: op -> MLPs of width d_ff whose three weights it has."""
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, d_ff=64, experts=experts))
+    found = {weight.scope: weight.elements for weight in full_weights(config, place_case("tsp8"))}
+    each = 3 * 64 * config.model.d_model
+    assert {scope: found[scope] / each for scope in ("tsp/mlp", "tsp/experts") if scope in found} == mlps
+    assert len(found) == 5 + len(mlps)
 
 
 def test_forward_is_less_than_training(found):
